@@ -1,0 +1,29 @@
+"""Hugging Face-native pretraining: a `transformers.Trainer` that trains Hub models on any tp x pp x dp."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models.auto import AutoModelForCausalLM
+    from .parallel.config import ParallelConfig
+    from .trainer import NanotronTrainer
+    from .training_args import NanotronTrainingArguments
+
+__version__ = "0.1.0"
+__all__ = ["AutoModelForCausalLM", "NanotronTrainer", "NanotronTrainingArguments", "ParallelConfig"]
+
+_HOME = {
+    "AutoModelForCausalLM": ".models.auto",
+    "NanotronTrainer": ".trainer",
+    "NanotronTrainingArguments": ".training_args",
+    "ParallelConfig": ".parallel.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers `--help` without loading torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

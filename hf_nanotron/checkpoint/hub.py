@@ -1,0 +1,215 @@
+"""Read and write standard Hub weights, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..parallel.mesh import Group
+from ..parallel.spec import ShardSpec
+
+if TYPE_CHECKING:
+    from ..models.base import ParallelModel
+
+
+class HubWeights:
+    """The tensors of a local Hub repository, read by slices.
+
+    Args:
+        directory: holds `model.safetensors`, or an index and the files it names.
+
+    Raises:
+        ValueError: if a file is missing or damaged, naming it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0
+        self._open: dict[str, Any] = {}
+        index = self.directory / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (self.directory / SAFE_WEIGHTS_NAME).is_file():
+            self._file_of = dict.fromkeys(self._file(SAFE_WEIGHTS_NAME).keys(), SAFE_WEIGHTS_NAME)
+        else:
+            raise ValueError(
+                f"{self.directory} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; weights in other "
+                "formats are to be saved again as safetensors (`save_pretrained` of a current transformers)."
+            )
+        for name in sorted(set(self._file_of.values())):
+            self._file(name)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self.directory / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing, but {SAFE_WEIGHTS_INDEX_NAME} names it; fetch it again.")
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
+        return self._open[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, spec: ShardSpec, name: str | None = None) -> torch.Tensor:
+        """This rank's part of a tensor, and no other bytes of it.
+
+        Raises:
+            ValueError: if it is not there, or has another shape than the model.
+        """
+        name = name or spec.name
+        if name not in self._file_of:
+            raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
+        stored = self._file(self._file_of[name]).get_slice(name)
+        if tuple(stored.get_shape()) != spec.global_shape:
+            raise ValueError(
+                f"{name!r} in {self.directory} has shape {tuple(stored.get_shape())}, but the config makes it "
+                f"{spec.global_shape}."
+            )
+        if spec.dim is None:
+            part = stored[:] if spec.global_shape else self._file(self._file_of[name]).get_tensor(name)
+        else:
+            before = (slice(None),) * spec.dim
+            pieces = [stored[(*before, slice(start, stop))] for start, stop in spec.ranges]
+            part = pieces[0] if len(pieces) == 1 else torch.cat(pieces, spec.dim)
+        self.bytes_read += part.numel() * part.element_size()
+        return part
+
+
+def load_hub_weights(model: ParallelModel, directory: str | os.PathLike[str]) -> HubWeights:
+    """Fill `model` from a local Hub repository, each rank reading only the bytes of its own part.
+
+    A checkpoint of the bare base model (no head, no prefix) is refused like any other that lacks a tensor.
+
+    Raises:
+        ValueError: naming the missing or damaged file or the tensors that are missing or of another shape.
+    """
+    weights = HubWeights(directory)
+    prefix = _prefix(model, weights)
+    missing = [name for name in model.hub_shapes if prefix + name not in weights]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spec = model.shard_specs[name]
+            parameter.copy_(weights.read(spec, prefix + spec.name))
+    return weights
+
+
+def _prefix(model: ParallelModel, weights: HubWeights) -> str:
+    """`""`: names are the Hub's own. One place to grow, should a family store its model under another name."""
+    return ""
+
+
+def save_hub_model(model: ParallelModel, directory: str | os.PathLike[str], max_shard_size: str | int = "5GB") -> None:
+    """Write config, generation config and weights as a standard Hub repository. All ranks of the job together.
+
+    Every pipeline stage writes its own files, at the same time as the others; within a stage one rank writes, and the
+    tensor-parallel ranks send it their parts one tensor at a time. The most any rank holds besides the model is one
+    file's tensors (`max_shard_size`) and one more tensor.
+
+    Args:
+        max_shard_size: largest file, bytes or a string such as `"5GB"`. A single larger tensor gets its own file.
+    """
+    directory, mesh = Path(directory), model.mesh
+    if mesh.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in (*directory.glob("model*.safetensors"), directory / SAFE_WEIGHTS_INDEX_NAME):
+            old.unlink(missing_ok=True)
+        config = model.config.__class__.from_dict(model.config.to_dict())
+        config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
+        config.save_pretrained(directory)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(directory)
+    _barrier(mesh.world)
+    files = plan_files(model.hub_shapes, model.hub_owners, model.dtype.itemsize, parse_size(max_shard_size))
+    if mesh.rank == 0 and len(files) > 1:
+        _write_index(directory, files, model)
+    if mesh.dp_rank == 0:
+        held = {spec.name: (spec, name) for name, spec in model.shard_specs.items()}
+        parameters = dict(model.named_parameters())
+        for file_name, names in files.items():
+            if model.hub_owners[names[0]] != mesh.pp_rank:
+                continue
+            tensors = {}
+            for name in names:
+                spec, key = held[name]
+                whole = gather_whole(parameters[key].detach(), spec, mesh.tp)
+                if mesh.tp_rank == 0:
+                    tensors[name] = whole
+            if mesh.tp_rank == 0:
+                save_file(tensors, directory / file_name, metadata={"format": "pt"})
+            del tensors
+    _barrier(mesh.world)
+
+
+def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:
+    """The whole tensor on the host of the group's first rank, None on the others."""
+    if spec.dim is None or group.size == 1:
+        return part.to("cpu", copy=True) if group.rank == 0 else None
+    part = part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == 0 else None
+    dist.gather(part, parts, dst=group.ranks[0], group=group.handle)
+    return None if parts is None else spec.assemble([p.to("cpu") for p in parts])
+
+
+def plan_files(
+    shapes: dict[str, tuple[int, ...]], owners: dict[str, int], item_size: int, max_bytes: int
+) -> dict[str, list[str]]:
+    """File name -> tensors, in model order; a file holds tensors of one pipeline rank. The same on every rank."""
+    groups: list[tuple[int, int, list[str]]] = []  # owner, bytes, names
+    for name, shape in shapes.items():
+        size = item_size * int(torch.Size(shape).numel())
+        open_group = next((g for g in reversed(groups) if g[0] == owners[name]), None)
+        if open_group is None or open_group[1] + size > max_bytes:
+            groups.append((owners[name], size, [name]))
+        else:
+            groups[groups.index(open_group)] = (owners[name], open_group[1] + size, [*open_group[2], name])
+    if len(groups) == 1:
+        return {SAFE_WEIGHTS_NAME: groups[0][2]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g[2] for i, g in enumerate(groups, 1)}
+
+
+def _write_index(directory: Path, files: dict[str, list[str]], model: ParallelModel) -> None:
+    parameters = model.num_parameters()
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": parameters * model.dtype.itemsize},
+        "weight_map": {name: file_name for file_name, names in files.items() for name in names},
+    }
+    (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B", size.strip().upper())
+    if match is None:
+        raise ValueError(f"max_shard_size={size!r} is not a size; write it like '5GB' or '500MB'.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+def _barrier(group: Group) -> None:
+    if group.handle is not None:
+        dist.barrier(group=group.handle)

@@ -1,0 +1,126 @@
+"""`AutoModelForCausalLM` with a `parallel` argument."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
+
+from ..checkpoint.hub import load_hub_weights
+from ..parallel.config import ParallelConfig
+from ..parallel.mesh import ParallelMesh
+from .base import ParallelModel
+from .initialize import common_seed, initialise, materialise
+from .parallelize import parallelize
+
+DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+class AutoModelForCausalLM:
+    """Makes this rank's part of a causal language model, from a config or from a Hub checkpoint."""
+
+    def __init__(self) -> None:
+        raise OSError("AutoModelForCausalLM is made by `from_config` or `from_pretrained`.")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        parallel: ParallelConfig | None = None,
+        *,
+        mesh: ParallelMesh | None = None,
+        **kwargs: Any,
+    ) -> ParallelModel:
+        """A model with fresh weights, the same on every topology.
+
+        The weights follow from the seed that `transformers.set_seed` (or `torch.manual_seed`) set on rank 0.
+
+        Args:
+            config: any causal-LM config that declares the plans `parallel` needs.
+            parallel: the sizes; every rank alone if None.
+            mesh: ranks and groups of another model, to share them.
+            kwargs: for the stock class, such as `dtype` and `attn_implementation`.
+
+        Raises:
+            ValueError: if the sizes do not fit the model or the world size.
+        """
+        mesh = _mesh(parallel, mesh)
+        model, stock = _build(config, mesh, kwargs)
+        materialise(model, mesh.device)
+        initialise(model, stock, common_seed(mesh))
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        parallel: ParallelConfig | None = None,
+        *,
+        mesh: ParallelMesh | None = None,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> ParallelModel:
+        """A model with the weights of a Hub repository or a local directory in its format.
+
+        Each rank reads only the bytes of its own part, straight onto its device.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or directory.
+            parallel, mesh: as in `from_config`.
+            config: instead of the repository's own.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `dtype` (default: that of
+                the checkpoint) and `attn_implementation`; fields of the config to override.
+
+        Raises:
+            ValueError: for a missing or damaged file, for sizes that do not fit, and for unknown arguments.
+        """
+        mesh = _mesh(parallel, mesh)
+        source = {name: kwargs.pop(name) for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        stock_arguments = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
+        if config is None:
+            config, kwargs = AutoConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **source, **kwargs
+            )
+        if kwargs:
+            raise ValueError(
+                f"from_pretrained does not know {sorted(kwargs)}; it takes {', '.join(DOWNLOAD_ARGUMENTS)}, dtype, "
+                "attn_implementation and fields of the config."
+            )
+        if stock_arguments.get("dtype", "auto") == "auto":
+            stock_arguments["dtype"] = config.dtype or torch.float32
+        directory = Path(pretrained_model_name_or_path)
+        if not directory.is_dir():
+            directory = Path(
+                snapshot_download(
+                    str(pretrained_model_name_or_path), allow_patterns=["*.safetensors", "*.json"], **source
+                )
+            )
+        model, stock = _build(config, mesh, stock_arguments)
+        materialise(model, mesh.device)
+        initialise(model, stock, seed=0, parameters=False)
+        load_hub_weights(model, directory)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.config.name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+
+def _mesh(parallel: ParallelConfig | None, mesh: ParallelMesh | None) -> ParallelMesh:
+    if mesh is not None and parallel is not None and mesh.parallel != parallel:
+        raise ValueError("`mesh` was made for other sizes than `parallel`; pass one of the two.")
+    return mesh or ParallelMesh(parallel or ParallelConfig())
+
+
+def _build(
+    config: PreTrainedConfig, mesh: ParallelMesh, kwargs: dict[str, Any]
+) -> tuple[ParallelModel, PreTrainedModel]:
+    """This rank's part and the whole stock model, both on the meta device."""
+    with torch.device("meta"):
+        stock = StockAutoModelForCausalLM.from_config(config, **kwargs)
+        model = StockAutoModelForCausalLM.from_config(config, **kwargs)
+    return parallelize(model, mesh), stock

@@ -1,0 +1,168 @@
+"""The parallel model: a `PreTrainedModel` subclass of the stock class that holds this rank's part."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..parallel.collectives import all_gather
+from ..parallel.config import ParallelConfig
+from ..parallel.loss import causal_lm_loss
+from ..parallel.mesh import ParallelMesh
+from ..parallel.pipeline.executor import PipelineExecutor
+from ..parallel.random import LayerStreams
+from ..parallel.spec import ShardSpec
+from .inference import pipelined_forward, same_draws
+from .stage import Stage
+
+
+class ParallelModel(PreTrainedModel, GenerationMixin):
+    """What every parallel model has besides its stock class. Made by `parallelize`, never directly.
+
+    `forward` keeps the stock signature. In evaluation mode it returns whole logits and the loss on every rank, under
+    tensor and pipeline parallelism alike. While training, `logits` are this rank's slice of the vocabulary, and a model
+    of several pipeline stages is run by `NanotronTrainer` only.
+
+    Attributes:
+        mesh: where this rank stands.
+        shard_specs: parameter name -> which part of the Hub tensor it is, for the parameters of this rank.
+        hub_shapes: shape of every tensor of the Hub checkpoint, in model order.
+        hub_owners: pipeline rank that holds (and writes) each of them.
+        stage_of: parameter name -> pipeline stage, for the parameters of this rank.
+        stages: the pipeline stages of this rank, in model order.
+        streams: seeds of dropout, or None if the model has none.
+    """
+
+    mesh: ParallelMesh
+    shard_specs: dict[str, ShardSpec]
+    hub_shapes: dict[str, tuple[int, ...]]
+    hub_owners: dict[str, int]
+    stage_of: dict[str, int]
+    stages: list[Stage]
+    streams: LayerStreams | None
+    executor: PipelineExecutor
+    stock_class: type[PreTrainedModel]
+    vocab_start: int
+    head_is_cut: bool
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.mesh.parallel
+
+    @property
+    def loss_function(self) -> Any:
+        """The causal-LM loss over this rank's slice of the vocabulary; logits are never joined for it."""
+        return self._loss
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        raise ValueError(
+            "a parallel model computes its loss over the sharded vocabulary; a custom loss_function would see a slice "
+            "of the logits only. Train on one process with transformers.Trainer for a custom loss."
+        )
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        group = self.mesh.tp if self.head_is_cut else self.mesh.alone
+        return causal_lm_loss(logits, labels, self.vocab_start, group, num_items_in_batch, shift_labels)
+
+    @classmethod
+    def stock_forward(cls, view: PreTrainedModel, **inputs: Any) -> CausalLMOutputWithPast:
+        """The forward that transformers wrote, over `view`; logits are this rank's slice."""
+        return cls.stock_class.forward(view, **{**inputs, "return_dict": True})
+
+    def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
+        """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
+        as_tuple = inputs.pop("return_dict", True) is False
+        if len(self.stages) == 1 and self.mesh.pp_size == 1:
+            output = self.stock_forward(self, **inputs)
+        elif self.training:
+            raise ValueError(
+                f"pp_size={self.mesh.pp_size}: a pipeline trains through NanotronTrainer, which feeds it micro-batches;"
+                " call model.eval() to evaluate or generate with it directly."
+            )
+        else:
+            output = pipelined_forward(self, inputs, gather_logits)
+        if not self.training and gather_logits and self.head_is_cut and self.mesh.pp_size == 1:
+            output.logits = all_gather(output.logits, self.mesh.tp, output.logits.dim() - 1)
+        return output.to_tuple() if as_tuple else output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers` generation on every rank of the model at once; all ranks return the same tokens.
+
+        Call it on every rank with the same inputs. An interleaved pipeline generates without a key-value cache, since
+        its ranks pass each layer range at another time.
+        """
+        if len(self.stages) > 1:
+            kwargs["use_cache"] = False
+        training = self.training
+        self.eval()
+        try:
+            with same_draws(self.mesh):
+                return super().generate(*args, **kwargs)
+        finally:
+            self.train(training)
+
+    def boundary(self, inputs: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what travels between two stages for `inputs`."""
+        batch, length = inputs["input_ids"].shape
+        if self.training and self.parallel.sequence_parallel:
+            length //= self.mesh.tp_size
+        return (batch, length, self.config.get_text_config().hidden_size), self.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters of the whole model, not of this rank (`only_trainable` needs nothing frozen)."""
+        skipped = set()
+        if exclude_embeddings:
+            embedding = self.config.get_text_config()
+            skipped = {
+                name
+                for name, shape in self.hub_shapes.items()
+                if shape == (embedding.vocab_size, embedding.hidden_size) and "embed" in name
+            }
+        return sum(_numel(shape) for name, shape in self.hub_shapes.items() if name not in skipped)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write a standard Hub repository, all ranks together. See `hf_nanotron.checkpoint.hub.save_hub_model`."""
+        from ..checkpoint.hub import save_hub_model
+
+        known = {"max_shard_size", "push_to_hub", "is_main_process", "state_dict", "safe_serialization"}
+        if unknown := {name for name, value in kwargs.items() if value} - known:
+            raise ValueError(f"save_pretrained of a parallel model does not know {sorted(unknown)}.")
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained(push_to_hub=True): use NanotronTrainer.push_to_hub() instead.")
+        save_hub_model(self, save_directory, kwargs.get("max_shard_size") or "5GB")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+@functools.cache
+def parallel_class(stock: type[PreTrainedModel]) -> type[ParallelModel]:
+    """The parallel subclass of a stock class, whose `forward` shows the stock signature."""
+
+    signature = inspect.signature(stock.forward)
+
+    @functools.wraps(stock.forward)
+    def forward(self: ParallelModel, *args: Any, **kwargs: Any) -> Any:
+        named = dict(signature.bind_partial(self, *args).arguments)
+        named.pop("self")
+        return self.parallel_forward(**named, **kwargs)
+
+    return type(f"Parallel{stock.__name__}", (ParallelModel, stock), {"forward": forward, "stock_class": stock})

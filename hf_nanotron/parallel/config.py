@@ -1,0 +1,124 @@
+"""The sizes of a parallel run, as the user states them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEDULES = ("afab", "1f1b", "interleaved_1f1b")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is spread over the ranks of a job. Immutable; built by `NanotronTrainingArguments.parallel`.
+
+    The data-parallel size is not a field: it is the world size divided by `tp_size * pp_size * cp_size`.
+
+    Args:
+        tp_size: ranks that share every layer (tensor parallelism).
+        pp_size: ranks that share the stack of layers (pipeline parallelism).
+        cp_size: ranks that share a sequence. Only 1 so far.
+        ep_size: ranks that share the experts. Only 1 so far.
+        dp_replicate_size: replicas of the ZeRO shards. Only 1 so far.
+        zero_stage: what data-parallel ranks shard: 0 nothing. Only 0 so far.
+        sequence_parallel: between attention and MLP, keep activations split along the sequence over the
+            tensor-parallel ranks (Korthikanti et al. 2022, arXiv:2205.05198) instead of replicated.
+            Means nothing at `tp_size=1`.
+        pp_schedule: `"afab"` (all forwards, then all backwards), `"1f1b"` or `"interleaved_1f1b"`
+            (Narayanan et al. 2021, arXiv:2104.04473).
+        pp_virtual_stages: stages per pipeline rank; more than one needs `"interleaved_1f1b"`.
+        pp_layers_per_stage: decoder layers of each of the `pp_size * pp_virtual_stages` stages, in model order;
+            `None` balances the stages by cost.
+
+    Raises:
+        ValueError: for a value that no run could use, naming it and what would work.
+    """
+
+    tp_size: int = 1
+    pp_size: int = 1
+    cp_size: int = 1
+    ep_size: int = 1
+    dp_replicate_size: int = 1
+    zero_stage: int = 0
+    sequence_parallel: bool = True
+    pp_schedule: str = "1f1b"
+    pp_virtual_stages: int = 1
+    pp_layers_per_stage: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "pp_size", "cp_size", "ep_size", "dp_replicate_size", "pp_virtual_stages"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        for name, what in (
+            ("cp_size", "context parallelism"),
+            ("ep_size", "expert parallelism"),
+            ("dp_replicate_size", "replicated ZeRO shards"),
+        ):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}={getattr(self, name)}: {what} is not available in this version; use {name}=1.")
+        if self.zero_stage != 0:
+            raise ValueError(
+                f"zero_stage={self.zero_stage!r}: this version keeps the whole optimizer state on every data-parallel "
+                "rank; use zero_stage=0."
+            )
+        if self.pp_schedule not in SCHEDULES:
+            raise ValueError(f"pp_schedule={self.pp_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
+        interleaved = self.pp_schedule == "interleaved_1f1b"
+        if self.pp_virtual_stages > 1 and not interleaved:
+            raise ValueError(
+                f"pp_virtual_stages={self.pp_virtual_stages} needs pp_schedule='interleaved_1f1b', "
+                f"not {self.pp_schedule!r}."
+            )
+        if interleaved and (self.pp_virtual_stages < 2 or self.pp_size < 2):
+            raise ValueError(
+                f"pp_schedule='interleaved_1f1b' with pp_size={self.pp_size} and "
+                f"pp_virtual_stages={self.pp_virtual_stages}: it needs both to be at least 2; use pp_schedule='1f1b' "
+                "otherwise."
+            )
+        if self.pp_layers_per_stage is not None:
+            layers = tuple(self.pp_layers_per_stage)
+            object.__setattr__(self, "pp_layers_per_stage", layers)
+            if len(layers) != self.num_stages or any(not isinstance(n, int) or n < 1 for n in layers):
+                raise ValueError(
+                    f"pp_layers_per_stage={list(layers)} must name a positive number of layers for each of the "
+                    f"{self.num_stages} stages (pp_size={self.pp_size} x pp_virtual_stages={self.pp_virtual_stages})."
+                )
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages in the whole model."""
+        return self.pp_size * self.pp_virtual_stages
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that together hold one copy of the model and read the same samples."""
+        return self.tp_size * self.pp_size * self.cp_size
+
+    def dp_size(self, world_size: int) -> int:
+        """Data-parallel size that follows from `world_size`.
+
+        Raises:
+            ValueError: if the model-parallel sizes do not divide `world_size`.
+        """
+        if world_size % self.model_parallel_size:
+            works = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ValueError(
+                f"tp_size={self.tp_size} x pp_size={self.pp_size} x cp_size={self.cp_size} = "
+                f"{self.model_parallel_size} does not divide the world size {world_size}: their product must be one "
+                f"of {works}, or start {self.model_parallel_size} processes (or a multiple) with torchrun."
+            )
+        return world_size // self.model_parallel_size
+
+    def check_micro_batches(self, gradient_accumulation_steps: int) -> None:
+        """Refuse a number of micro-batches that cannot fill the pipeline.
+
+        Raises:
+            ValueError: if the schedule needs more micro-batches than there are.
+        """
+        if self.pp_size > 1 and self.pp_schedule != "afab" and gradient_accumulation_steps < self.pp_size:
+            raise ValueError(
+                f"gradient_accumulation_steps={gradient_accumulation_steps} gives the pipeline that many "
+                f"micro-batches, but pp_schedule={self.pp_schedule!r} with pp_size={self.pp_size} needs at least "
+                f"{self.pp_size}. Raise gradient_accumulation_steps to {self.pp_size} or more (a multiple of "
+                f"{self.pp_size} wastes least), or use pp_schedule='afab'."
+            )

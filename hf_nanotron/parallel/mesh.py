@@ -1,0 +1,130 @@
+"""Where this rank stands, and the process groups it works in.
+
+Ranks are laid out as `(pp, dp, tp)` with `tp` fastest, so that the ranks that talk most sit next to each other:
+`rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from .config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Position of one rank on every axis."""
+
+    pp: int
+    dp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A set of ranks that communicate. `handle` is None for a group of one, whose collectives do nothing."""
+
+    ranks: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+class ParallelMesh:
+    """The ranks of a job arranged by `ParallelConfig`, with one `Group` per way of communicating.
+
+    Building a mesh is a collective operation: every rank of the job builds the same one. Besides the axes `tp`, `dp`
+    and `pp` there are `stage` (all ranks that hold one pipeline stage), `model` (all ranks that hold one copy of the
+    model) and `tied` (the first and the last stage, over data-parallel ranks, for tied embeddings).
+
+    Raises:
+        ValueError: if the sizes do not divide the world size.
+    """
+
+    def __init__(self, parallel: ParallelConfig, timeout: timedelta | None = None) -> None:
+        state = PartialState()
+        self.parallel = parallel
+        self.world_size: int = state.num_processes
+        self.rank: int = state.process_index
+        self.device: torch.device = state.device
+        self.dp_size = parallel.dp_size(self.world_size)
+        self.tp_size, self.pp_size = parallel.tp_size, parallel.pp_size
+        self.coordinates = self.coordinates_of(self.rank)
+        self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
+        self._timeout = timeout
+        self._groups: dict[str, Group] = {}
+        self._handles: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+
+        last = self.pp_size - 1
+        self.tp = self.group("tp", lambda c: (c.pp, c.dp))
+        self.pp = self.group("pp", lambda c: (c.dp, c.tp))
+        self.dp = self.group("dp", lambda c: (c.pp, c.tp))
+        self.stage = self.group("stage", lambda c: c.pp)
+        self.model = self.group("model", lambda c: c.dp)
+        self.tied = self.group("tied", lambda c: c.tp if c.pp in (0, last) else (c.pp, c.dp, c.tp))
+        self.world = self.group("world", lambda c: 0)
+        self.alone = Group((self.rank,), 0, None)
+
+    def coordinates_of(self, rank: int) -> Coordinates:
+        rest, tp = divmod(rank, self.tp_size)
+        pp, dp = divmod(rest, self.dp_size)
+        return Coordinates(pp=pp, dp=dp, tp=tp)
+
+    def group(self, name: str, key: Callable[[Coordinates], Hashable]) -> Group:
+        """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`.
+
+        A collective operation: every rank asks for the same groups in the same order.
+        """
+        if name in self._groups:
+            return self._groups[name]
+        classes: dict[Hashable, list[int]] = {}
+        for rank in range(self.world_size):
+            classes.setdefault(key(self.coordinates_of(rank)), []).append(rank)
+        partition = tuple(tuple(ranks) for ranks in classes.values())
+        if partition not in self._handles:
+            self._handles[partition] = self._new_handle(partition)
+        mine = tuple(classes[key(self.coordinates)])
+        self._groups[name] = Group(mine, mine.index(self.rank), self._handles[partition])
+        return self._groups[name]
+
+    def kv_replicas(self, replicas: int) -> Group:
+        """Ranks that hold the same key-value head (`replicas` neighbours on the tp axis), over all dp ranks."""
+        return self.group(f"kv_replicas_{replicas}", lambda c: (c.pp, c.tp // replicas))
+
+    def _new_handle(self, partition: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
+        handle = None
+        for ranks in partition:
+            if len(ranks) == 1:
+                continue
+            new = dist.new_group(list(ranks), timeout=self._timeout)
+            if self.rank in ranks:
+                handle = new
+        if handle is not None and self.device.type == "cuda":
+            # NCCL connects on first use, and a first use that is point-to-point must not wait for absent ranks.
+            dist.all_reduce(torch.zeros(1, device=self.device), group=handle)
+        return handle
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def close(self) -> None:
+        """Destroy the process groups of this mesh (not the default one). The mesh is of no use afterwards."""
+        for handle in self._handles.values():
+            if handle is not None:
+                dist.destroy_process_group(handle)
+        self._handles.clear()
+        self._groups.clear()

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: a schedule is a table (`schedule.py`), one executor runs it (`executor.py`)."""

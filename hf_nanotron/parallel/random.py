@@ -1,0 +1,91 @@
+"""Dropout streams that do not depend on who computes what.
+
+Every decoder layer draws from a stream seeded by (seed, step, micro-batch, layer), so that masks are the same on every
+pipeline cut, schedule, data-parallel size and after a resume. Where tensors are cut over the tensor-parallel ranks, each
+rank draws from a stream of its own. Activation recomputation replays the same draws, because `torch.utils.checkpoint`
+restores the generators and every seed here is derived from them or set before the checkpoint begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def seed_from(*parts: object) -> int:
+    """A 62-bit seed that depends on every part, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 2
+
+
+class GeneratorState:
+    """The default generators of the CPU and of the current CUDA device, as they were when this was made."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the CPU generator and that of the current CUDA device."""
+    torch.random.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+class dropout_stream:  # noqa: N801 - used like a function
+    """Context: draw from a stream of rank `tp_rank`'s own; afterwards the default stream has moved by one number."""
+
+    def __init__(self, tp_rank: int) -> None:
+        self.tp_rank = tp_rank
+
+    def __enter__(self) -> None:
+        draw = int(torch.randint(2**62, ()).item())  # CPU generator: no device synchronisation
+        self._state = GeneratorState()
+        seed_generators(seed_from(draw, self.tp_rank))
+
+    def __exit__(self, *_: object) -> None:
+        self._state.restore()
+
+
+class LayerStreams:
+    """Seeds the stream of each decoder layer from where the run stands.
+
+    `begin` is told the position before a micro-batch's forward; `end` puts the generators back.
+    """
+
+    def __init__(self, seed: int, tp_rank: int) -> None:
+        self.seed, self.tp_rank = seed, tp_rank
+        self._position: tuple[int, int] | None = None
+        self._before: GeneratorState | None = None
+
+    def attach(self, layer: nn.Module, index: int) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if module.training and self._position is not None:
+                seed_generators(seed_from(self.seed, *self._position, index, self.tp_rank))
+
+        layer.register_forward_pre_hook(hook)
+
+    def begin(self, step: int, micro_batch: int) -> None:
+        self._position, self._before = (step, micro_batch), GeneratorState()
+
+    def end(self) -> None:
+        self._position = None
+        if self._before is not None:
+            self._before.restore()
+            self._before = None
+
+
+def has_dropout(config: Any) -> bool:
+    """Whether any dropout probability of a transformers config is above zero."""
+    return any(
+        "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        for name, value in config.to_dict().items()
+    )

@@ -1,0 +1,90 @@
+"""Which part of a parameter a rank holds: the one description that initialising, loading, saving and clipping share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How one tensor of the Hub checkpoint is cut over the tensor-parallel ranks.
+
+    Args:
+        name: the tensor's name in the Hub checkpoint. A tied parameter carries the name of its source.
+        global_shape: its shape there.
+        dim: the dimension that is cut, or None if every rank holds the whole tensor.
+        parts: for each tensor-parallel rank, the half-open ranges of `dim` it holds, joined in that order.
+        tp_rank: which part is ours.
+        partial_grad: every tensor-parallel rank computes only a part of the gradient, which is to be summed.
+        tied: the parameter lives on the first and on the last pipeline stage.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    dim: int | None = None
+    parts: tuple[Ranges, ...] = ()
+    tp_rank: int = 0
+    partial_grad: bool = False
+    tied: bool = False
+
+    @property
+    def ranges(self) -> Ranges:
+        return self.parts[self.tp_rank]
+
+    @property
+    def replicas(self) -> int:
+        """How many neighbouring tensor-parallel ranks hold the same part as this one."""
+        return 1 if self.dim is None else self.parts.count(self.ranges)
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is the one that counts and writes this part (rank 0 for an uncut tensor)."""
+        return self.tp_rank == 0 if self.dim is None else self.parts.index(self.ranges) == self.tp_rank
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        if self.dim is None:
+            return self.global_shape
+        length = sum(stop - start for start, stop in self.ranges)
+        return (*self.global_shape[: self.dim], length, *self.global_shape[self.dim + 1 :])
+
+    def slice(self, whole: torch.Tensor) -> torch.Tensor:
+        """Our part of `whole` (shape `global_shape`), shape `local_shape`. A view where one range suffices."""
+        if self.dim is None:
+            return whole
+        pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def assemble(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The whole tensor from the parts of all tensor-parallel ranks, in rank order."""
+        if self.dim is None:
+            return parts[0]
+        whole = parts[0].new_empty(self.global_shape)
+        for part, ranges in zip(parts, self.parts, strict=True):
+            offset = 0
+            for start, stop in ranges:
+                whole.narrow(self.dim, start, stop - start).copy_(part.narrow(self.dim, offset, stop - start))
+                offset += stop - start
+        return whole
+
+
+def even_parts(size: int, tp_size: int) -> tuple[Ranges, ...]:
+    """Cut `size` into `tp_size` equal ranges, one for each rank (`size` must divide)."""
+    length = size // tp_size
+    return tuple(((rank * length, (rank + 1) * length),) for rank in range(tp_size))
+
+
+def head_parts(num_heads: int, head_size: int, tp_size: int) -> tuple[Ranges, ...]:
+    """Cut `num_heads` heads of `head_size` features over `tp_size` ranks.
+
+    With fewer heads than ranks, `tp_size // num_heads` neighbouring ranks hold the same head.
+    """
+    if num_heads >= tp_size:
+        return even_parts(num_heads * head_size, tp_size)
+    replicas = tp_size // num_heads
+    heads = (rank // replicas for rank in range(tp_size))
+    return tuple(((head * head_size, (head + 1) * head_size),) for head in heads)

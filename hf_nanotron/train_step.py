@@ -1,0 +1,98 @@
+"""One optimizer step's worth of micro-batches: forward, backward, reduced gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .models.base import ParallelModel
+from .parallel.gradients import GradientBuckets
+from .parallel.loss import IGNORE_INDEX
+from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
+
+# What a token gets that only fills a sequence up: it predicts nothing, and comes after every token that does.
+PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
+
+
+class TrainStep:
+    """Runs a window of micro-batches through the stages of this rank, by the schedule of the run.
+
+    Args:
+        model: this rank's part.
+        gradients: where its gradients are accumulated and reduced.
+    """
+
+    def __init__(self, model: ParallelModel, gradients: GradientBuckets) -> None:
+        self.model, self.gradients = model, gradients
+        self._tables: dict[int, tuple[Tick, ...]] = {}
+
+    def run(self, micro_batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor, step: int) -> torch.Tensor:
+        """Accumulate and reduce the gradients of one step.
+
+        Args:
+            micro_batches: this data-parallel rank's, each with `input_ids` and `labels` `[B, S]` on the device.
+            num_items_in_batch: predicted tokens over all micro-batches and data-parallel ranks.
+            step: optimizer step, for the dropout streams.
+
+        Returns:
+            This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
+        """
+        model, mesh = self.model, self.model.mesh
+        model.train()
+        self.gradients.zero()
+        multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
+        inputs = [
+            {**pad_sequence(batch, multiple), "num_items_in_batch": num_items_in_batch, "use_cache": False}
+            for batch in micro_batches
+        ]
+        table = self._table(len(inputs))
+        last_backward = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == "B"}
+
+        def on_forward(action: Action) -> None:
+            if model.streams is not None:
+                model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
+
+        def on_backward(action: Action) -> None:
+            if action == last_backward[action.stage]:
+                self.gradients.arm(action.stage)
+
+        losses = model.executor.run(table, model.stages, inputs, on_forward, on_backward)
+        if model.streams is not None:
+            model.streams.end()
+        self.gradients.finish()
+        return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
+
+    def _table(self, num_micro_batches: int) -> tuple[Tick, ...]:
+        if num_micro_batches not in self._tables:
+            mesh, parallel = self.model.mesh, self.model.parallel
+            order = compute_order(
+                parallel.pp_schedule, mesh.pp_size, parallel.pp_virtual_stages, num_micro_batches
+            )
+            self._tables[num_micro_batches] = build_table(order, parallel.num_stages)[mesh.pp_rank]
+        return self._tables[num_micro_batches]
+
+
+def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
+    """Fill sequences up on the right to a multiple of `multiple` tokens, without changing the loss.
+
+    Raises:
+        ValueError: if the batch holds a `[B, S, ...]` tensor that it does not know how to fill.
+    """
+    length = batch["input_ids"].shape[1]
+    missing = -length % multiple
+    if not missing:
+        return batch
+    padded = dict(batch)
+    for name, tensor in batch.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
+            continue
+        if name not in PADDING or tensor.dim() != 2:
+            raise ValueError(
+                f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {length}, and "
+                f"its {name!r} of shape {tuple(tensor.shape)} cannot be filled up. Pad in the collator "
+                f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
+            )
+        padded[name] = F.pad(tensor, (0, missing), value=PADDING[name])
+    return padded

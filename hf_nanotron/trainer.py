@@ -1,0 +1,398 @@
+"""`NanotronTrainer`: a `transformers.Trainer` whose model is spread over tensor-, pipeline- and data-parallel ranks.
+
+The loop, the callbacks, logging, evaluation and pushing are Trainer's own. What is replaced: where a step's gradients
+come from (`training_step`), which samples a rank reads, how gradients are clipped, and how checkpoints are written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import find_batch_size
+from torch import nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
+
+from .checkpoint.hub import load_hub_weights, save_hub_model
+from .checkpoint.state import load_training_state, save_training_state
+from .data.loader import DataParallelLoader, FillerBatch, build_loader
+from .models.base import ParallelModel
+from .models.parallelize import parallelize
+from .monitor.throughput import Throughput
+from .optim.build import build_optimizer, check_elementwise
+from .optim.clip import clip_gradients, global_norm
+from .optim.master import MasterWeights
+from .parallel.collectives import all_gather, all_reduce
+from .parallel.gradients import GradientBuckets
+from .parallel.loss import IGNORE_INDEX
+from .parallel.mesh import ParallelMesh
+from .train_step import TrainStep
+from .training_args import NanotronTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+class NanotronTrainer(Trainer):
+    """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
+
+    Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
+    same sizes, or a stock causal LM, which is cut in place.
+
+    Raises:
+        ValueError: for an argument that cannot be honoured, naming it and what to use instead.
+    """
+
+    args: NanotronTrainingArguments
+    model: ParallelModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: NanotronTrainingArguments | None = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, NanotronTrainingArguments):
+            raise ValueError(
+                f"NanotronTrainer takes `args` of type NanotronTrainingArguments, not {type(args).__name__}: they hold "
+                "the parallel sizes."
+            )
+        args.check()
+        refuse_arguments(positional, kwargs)
+        self._mesh: ParallelMesh | None = None
+        if model is not None:
+            model = self._parallel_model(model, args)
+        self._window: list[dict[str, Any]] = []
+        self._valid_rows: tuple[int, ...] = ()
+        super().__init__(model, args, *positional, **kwargs)
+        self.mesh = self.model.mesh
+        self._set_up_training_state()
+        self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
+        self.add_callback(self.throughput)
+        logger.info(
+            f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
+            + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
+        )
+
+    # ---- model and optimizer ----
+
+    def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
+        if isinstance(model, ParallelModel):
+            if model.parallel != args.parallel:
+                raise ValueError(
+                    f"the model was made for {model.parallel}, but the training arguments say {args.parallel}; pass "
+                    "`parallel=args.parallel` when you make the model."
+                )
+        else:
+            self._mesh = self._mesh or ParallelMesh(args.parallel, args.ddp_timeout_delta)
+            model = parallelize(model, self._mesh)
+            model.to(self._mesh.device)
+        if model.streams is not None:
+            model.streams.seed = args.seed
+        return model
+
+    def call_model_init(self, trial: Any = None) -> ParallelModel:
+        return self._parallel_model(super().call_model_init(trial), self.args)
+
+    def _set_up_training_state(self) -> None:
+        """Masters, gradient buckets and the step, for the model at hand."""
+        model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
+        parameters = dict(model.named_parameters())
+        self.masters = MasterWeights(parameters, compute_dtype)
+        for stage in model.stages:
+            stage.set_dtype(compute_dtype)
+        self.gradients = GradientBuckets(
+            parameters, model.shard_specs, model.stage_of, model.mesh, self.args.gradient_bucket_bytes
+        )
+        self._step = TrainStep(model, self.gradients)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            if self.optimizer_cls_and_kwargs is not None:
+                optimizer_class, arguments = self.optimizer_cls_and_kwargs
+                check_elementwise(optimizer_class)
+            else:
+                optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = build_optimizer(
+                self.masters.masters, decayed, self.args.weight_decay, optimizer_class, dict(arguments)
+            )
+            self.masters.attach(self.optimizer, self.gradients.gradients)
+        return self.optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        """Optimizer and scheduler; nothing wraps the model."""
+        if self.model is not self._step.model:  # `model_init` made a new one
+            self.gradients.close()
+            self._set_up_training_state()
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps=max_steps)
+        self.model_wrapped = self.model
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    # ---- one step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Collect micro-batches until the window is full, then run the schedule over all of them.
+
+        Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
+        """
+        self._window.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        if not isinstance(num_items_in_batch, torch.Tensor):
+            raise ValueError(
+                f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+            )
+        micro_batches = [self._prepare_inputs(batch) for batch in self._window]
+        loss = self._step.run(micro_batches, num_items_in_batch, self.state.global_step)
+        tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in self._window)
+        length = max(batch["input_ids"].shape[1] for batch in self._window)
+        self._window = []
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        speaks = self.mesh.is_last_stage and self.mesh.tp_rank == 0
+        # One sum over the job: the loss lives on the last stage, and every rank reports it.
+        told = torch.stack((loss.double(), loss.new_tensor(tokens, dtype=torch.float64))) * speaks
+        told = all_reduce(told, self.mesh.world)
+        self.throughput.add_tokens(told[1], length)
+        return told[0].float()
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Predicted tokens of a window over all data-parallel ranks.
+
+        With `average_tokens_across_devices=False` each rank weighs its own mean equally, as Trainer under DDP.
+        """
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        labels = [b["shift_labels"] if "shift_labels" in b else b["labels"][..., 1:] for b in batch_samples]
+        count = torch.as_tensor(sum(int(x.ne(IGNORE_INDEX).sum()) for x in labels), device=device)
+        if self.args.average_tokens_across_devices:
+            return all_reduce(count, self.mesh.dp)
+        return count.clamp(min=1) * self.mesh.dp_size
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        norm = global_norm(self.gradients.gradients, self.model.shard_specs, self.mesh)
+        clip_gradients(self.gradients.gradients, norm, self.args.max_grad_norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        if grad_norm is not None:
+            return grad_norm
+        return global_norm(self.gradients.gradients, self.model.shard_specs, self.mesh)
+
+    # ---- data ----
+
+    def get_tp_size(self) -> int:
+        """Ranks that see the same batch: what Trainer divides by wherever it counts batches by the world size."""
+        return self.args.parallel.model_parallel_size
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Sampler[int] | None] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataParallelLoader:
+        if isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
+            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        else:
+            dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
+        args, mesh = self.args, self.model.mesh
+        loader = build_loader(
+            dataset,
+            sampler_fn(dataset) if sampler_fn is not None else None,
+            collate,
+            batch_size,
+            mesh.dp_rank,
+            mesh.dp_size,
+            args.dataloader_drop_last,
+            self._data_seed,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        if dataloader_key is not None and args.dataloader_persistent_workers:
+            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
+        return loader
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return None
+        if self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(dataset)
+        if self.args.train_sampling_strategy == "group_by_length":
+            return self._length_sampler(dataset, self.get_total_train_batch_size(self.args))
+        return SeedableRandomSampler(dataset, data_seed=self._data_seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        if isinstance(eval_dataset, torch.utils.data.IterableDataset):
+            return None
+        if self.args.train_sampling_strategy == "group_by_length":
+            return self._length_sampler(eval_dataset, self.args.eval_batch_size)
+        return SequentialSampler(eval_dataset)
+
+    def _length_sampler(self, dataset: Any, batch_size: int) -> LengthGroupedSampler:
+        column = self.args.length_column_name
+        names = self.processing_class.model_input_names if self.processing_class is not None else [None]
+        return LengthGroupedSampler(
+            batch_size,
+            dataset=dataset,
+            lengths=dataset[column] if column in getattr(dataset, "column_names", ()) else None,
+            model_input_name=names[0],
+            generator=torch.Generator().manual_seed(self._data_seed),
+        )
+
+    # ---- evaluation ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one evaluation batch: the mean over its own tokens, as one process computes it."""
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
+        counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
+        self._valid_rows = tuple(counts.tolist())
+        if prediction_loss_only and "labels" in inputs:
+            with torch.no_grad():
+                loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
+            return loss.detach(), None, None
+        inputs = {**inputs, "use_cache": False}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    @property
+    def gather_function(self) -> Callable[[Any], Any]:
+        """Join evaluation results over the data-parallel ranks, in the order of one process."""
+        return self._gather_rows
+
+    @gather_function.setter
+    def gather_function(self, value: Any) -> None:
+        """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
+
+    def _gather_rows(self, data: Any) -> Any:
+        if isinstance(data, list | tuple):
+            return type(data)(self._gather_rows(item) for item in data)
+        if isinstance(data, dict):
+            return type(data)({name: self._gather_rows(item) for name, item in data.items()})
+        most = max(self._valid_rows)
+        own = data[: self._valid_rows[self.mesh.dp_rank]]
+        padded = torch.cat((own, own.new_zeros((most - own.shape[0], *own.shape[1:]))))
+        parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
+        return torch.cat([part[:rows] for part, rows in zip(parts, self._valid_rows, strict=True)])
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a Hub repository, all ranks together (see `save_hub_model`)."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        save_hub_model(self.model, output_dir)
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        save_training_state(output_dir, self.mesh, self.optimizer, self.lr_scheduler, self.masters)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_hub_weights(self.model, resume_from_checkpoint)
+        self.masters.read_from_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            load_training_state(checkpoint, self.mesh, self.optimizer, self.lr_scheduler, self.masters)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
+        load_hub_weights(self.model, self.state.best_model_checkpoint)
+        self.masters.read_from_model()
+
+    # ---- figures ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.throughput.report())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Trainer sums this over all ranks, so each rank that sees a batch reports its share of it."""
+        if isinstance(inputs, FillerBatch):
+            return 0
+        return super().floating_point_ops(inputs) // self.get_tp_size()
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        before = self.state.num_input_tokens_seen
+        if isinstance(inputs, FillerBatch):
+            inputs = {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        super()._track_num_input_tokens(inputs)
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
+            "one job per trial."
+        )
+
+
+REFUSED_ARGUMENTS = {
+    "compute_loss_func": "the loss is computed over the sharded vocabulary, where no rank has whole logits",
+    "optimizers": "an optimizer made outside holds the model's own parameters, not their fp32 masters; pass "
+    "`optimizer_cls_and_kwargs` instead, and `lr_scheduler_type` with `lr_scheduler_kwargs` for the schedule",
+}
+
+
+def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse the Trainer arguments that cannot be honoured.
+
+    Raises:
+        ValueError: naming the argument and the reason.
+    """
+    if positional:
+        raise ValueError("NanotronTrainer takes `model` and `args` by position and the rest by name.")
+    for name, reason in REFUSED_ARGUMENTS.items():
+        value = kwargs.get(name)
+        if value is not None and value != (None, None):
+            raise ValueError(f"NanotronTrainer does not take `{name}`: {reason}.")
+
+

@@ -1,0 +1,155 @@
+"""`NanotronTrainingArguments`: `transformers.TrainingArguments` with the sizes of a parallel run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from transformers import TrainingArguments
+
+from hf_nanotron.parallel.config import ParallelConfig
+from hf_nanotron.training_args_policy import as_mapping, check_policy
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUCKET_MB = 25  # of torch's DistributedDataParallel, which `ddp_bucket_cap_mb` is documented against
+
+
+# repr=False keeps the base class's, which masks tokens.
+@dataclass(repr=False)
+class NanotronTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` plus the sizes of a parallel run; see `ParallelConfig` for their meaning.
+
+    Every inherited field either does what transformers documents or raises here, at construction, before any process
+    group exists: `hf_nanotron.training_args_policy` holds the table. `gradient_accumulation_steps` is also the number
+    of micro-batches of the pipeline, and `bf16` means bfloat16 compute with fp32 master weights.
+
+    Raises:
+        ValueError: for a refused value, for sizes that do not divide the number of processes, or for too few
+            micro-batches; the same message on every rank.
+    """
+
+    tp_size: int = field(default=1, metadata={"help": "Ranks that share every layer (tensor parallelism)."})
+    pp_size: int = field(default=1, metadata={"help": "Ranks that share the stack of layers (pipeline parallelism)."})
+    cp_size: int = field(default=1, metadata={"help": "Ranks that share a sequence (context parallelism)."})
+    ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts (expert parallelism)."})
+    dp_replicate_size: int = field(default=1, metadata={"help": "Replicas of the ZeRO shards."})
+    zero_stage: int = field(default=0, metadata={"help": "What data-parallel ranks shard; 0 shards nothing."})
+    sequence_parallel: bool = field(
+        default=True,
+        metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
+    )
+    pp_schedule: str = field(default="1f1b", metadata={"help": "Pipeline schedule: afab, 1f1b or interleaved_1f1b."})
+    pp_virtual_stages: int = field(
+        default=1, metadata={"help": "Stages per pipeline rank; more than one needs interleaved_1f1b."}
+    )
+    # HfArgumentParser takes `str` out of this union; with nargs the shell can say "3 5" as well as "3,5".
+    pp_layers_per_stage: list[int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Decoder layers of each stage, in model order, as a list or as 3,5; balanced by cost if unset.",
+            "nargs": "+",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.pp_layers_per_stage = _layer_counts(self.pp_layers_per_stage)
+        self.check()
+        expected_world_size = _world_size()
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if getattr(self, name) is not None:
+                # torch still defaults to the reentrant implementation once any other keyword is given.
+                setattr(self, name, {**as_mapping(getattr(self, name)), "use_reentrant": False})
+        if not (self.use_cpu or self.bf16 or torch.accelerator.is_available()):
+            # Without this, accelerate runs every process of a torchrun job on its own, each with a world size of 1.
+            # With bf16, transformers asks for use_cpu=True itself.
+            logger.info("No accelerator is available: running on the CPU (use_cpu=True).")
+            self.use_cpu = True
+
+        super().__post_init__()
+
+        # The trainer casts by itself; accelerate must not autocast, nor convert outputs to fp32.
+        self.mixed_precision = "no"
+        if self.world_size != expected_world_size:
+            raise ValueError(
+                f"{expected_world_size} processes were announced (WORLD_SIZE), but accelerate runs {self.world_size} "
+                f"on {self.device}: start the script with torchrun, which sets LOCAL_RANK, or pass use_cpu=True."
+            )
+
+    def check(self) -> None:
+        """Refuse what no run could honour. Runs at construction; call it again after assigning to fields.
+
+        Raises:
+            ValueError: as at construction.
+        """
+        check_policy(self)
+        self.parallel.dp_size(_world_size())
+        self.parallel.check_micro_batches(self.gradient_accumulation_steps)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The sizes of the run, as models and meshes take them."""
+        sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
+        layers = _layer_counts(self.pp_layers_per_stage)
+        return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size: the replicas of the model, which read different samples."""
+        return self.parallel.dp_size(self.world_size)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the forward and the backward; master weights are fp32 either way."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def gradient_bucket_bytes(self) -> int:
+        """Size of a bucket of the data-parallel gradient reduction, from `ddp_bucket_cap_mb`."""
+        return (self.ddp_bucket_cap_mb or DEFAULT_BUCKET_MB) * 2**20
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one, where transformers would wrap the model in `nn.DataParallel` over all it sees."""
+        return min(1, int(super().n_gpu))
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        backend = self.ddp_backend
+        launched = "LOCAL_RANK" in os.environ or _world_size() > 1
+        if not launched:
+            # A backend without a process group makes accelerate ask the group for its size.
+            self.ddp_backend = None
+        elif self.use_cpu and not dist.is_initialized():
+            # transformers gives the timeout to process groups on accelerators only; it re-uses this group.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState(cpu=True, backend=backend, timeout=self.ddp_timeout_delta)
+        try:
+            return super()._setup_devices
+        finally:
+            self.ddp_backend = backend
+
+
+def _world_size() -> int:
+    """Processes of this job, known before its process group is."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _layer_counts(value: Any) -> list[int] | None:
+    """`pp_layers_per_stage` from a list, or from text like "3,5", "3 5" or "[3, 5]"."""
+    if not value:
+        return None
+    text = value if isinstance(value, str) else ",".join(map(str, value))
+    try:
+        return [int(count) for count in text.strip("[]() ").replace(",", " ").split()] or None
+    except ValueError:
+        raise ValueError(
+            f"pp_layers_per_stage={value!r} must be a list of integers, or text like '3,5': the decoder layers of "
+            "each stage."
+        ) from None

@@ -1,0 +1,137 @@
+"""Worker processes that are started once and run many distributed jobs.
+
+Importing torch and transformers costs seconds a process. A fork server pays it once; each worker then runs any number
+of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or takes too long ends
+the workers, so that no later job meets a half-finished one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "accelerate", "datasets", "transformers.trainer", "hf_nanotron.trainer"]
+PRELOAD += [f"transformers.models.{family}" for family in ("llama", "mistral", "qwen2", "qwen3", "smollm3")]
+TIMEOUT = 240.0
+
+
+class JobError(Exception):
+    """What a rank raised, with its traceback. `kinds` maps each failed rank to the name of its exception."""
+
+    def __init__(self, message: str, kinds: dict[int, str]) -> None:
+        super().__init__(message)
+        self.kinds = kinds
+
+
+class WorkerPool:
+    """Runs `function(*args)` on every rank of a process group. `function` is importable by name."""
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results by rank.
+
+        Raises:
+            JobError: with the traceback of the first rank that failed.
+        """
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+        with tempfile.TemporaryDirectory() as directory:
+            store = os.path.join(directory, "store")
+            connections = {self._workers[rank][1]: rank for rank in range(world_size)}
+            for connection, rank in connections.items():
+                connection.send((function, args, rank, world_size, store))
+            return self._collect(connections)
+
+    def _collect(self, connections: dict[Connection, int]) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, tuple[str, str]] = {}
+        waiting = dict(connections)
+        while waiting:
+            # Ranks that fail together are all heard; ranks that wait for a failed one are not waited for.
+            ready = wait(list(waiting), timeout=2.0 if failures else TIMEOUT)
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    ok, value = connection.recv()
+                except EOFError:
+                    ok, value = False, ("EOFError", "the process died")
+                (results if ok else failures)[rank] = value
+        if failures or waiting:
+            self.close()
+            if not failures:
+                raise JobError(f"ranks {sorted(waiting.values())} did not finish in {TIMEOUT:.0f} s", {})
+            rank = min(failures)
+            kinds = {rank: kind for rank, (kind, _) in failures.items()}
+            raise JobError(f"rank {rank} failed:\n{failures[rank][1]}", kinds)
+        return [results[rank] for rank in range(len(connections))]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+
+
+def _serve(connection: Connection) -> None:
+    """The loop of a worker."""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            _enter(rank, world_size, store)
+            message = (True, function(*args))
+        except BaseException as error:
+            message = (False, (type(error).__name__, traceback.format_exc()))
+        if message[0]:
+            _leave()
+        connection.send(message)
+
+
+def _enter(rank: int, world_size: int, store: str) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+    )  # fmt: skip
+    if world_size == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+        return
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
