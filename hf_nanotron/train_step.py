@@ -67,9 +67,7 @@ class TrainStep:
     def _table(self, num_micro_batches: int) -> tuple[Tick, ...]:
         if num_micro_batches not in self._tables:
             mesh, parallel = self.model.mesh, self.model.parallel
-            order = compute_order(
-                parallel.pp_schedule, mesh.pp_size, parallel.pp_virtual_stages, num_micro_batches
-            )
+            order = compute_order(parallel.pp_schedule, mesh.pp_size, parallel.pp_virtual_stages, num_micro_batches)
             self._tables[num_micro_batches] = build_table(order, parallel.num_stages)[mesh.pp_rank]
         return self._tables[num_micro_batches]
 

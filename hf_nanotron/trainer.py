@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
+from .checkpoint.card import write_model_card
 from .checkpoint.hub import load_hub_weights, save_hub_model
 from .checkpoint.state import load_training_state, save_training_state
 from .data.loader import DataParallelLoader, FillerBatch, build_loader
@@ -70,6 +72,7 @@ class NanotronTrainer(Trainer):
             model = self._parallel_model(model, args)
         self._window: list[dict[str, Any]] = []
         self._valid_rows: tuple[int, ...] = ()
+        self._own_outputs: tuple[Any, Any] | None = None
         super().__init__(model, args, *positional, **kwargs)
         self.mesh = self.model.mesh
         self._set_up_training_state()
@@ -92,13 +95,13 @@ class NanotronTrainer(Trainer):
         else:
             self._mesh = self._mesh or ParallelMesh(args.parallel, args.ddp_timeout_delta)
             model = parallelize(model, self._mesh)
-            model.to(self._mesh.device)
+            model.to(self._mesh.device)  # type: ignore[arg-type]
         if model.streams is not None:
             model.streams.seed = args.seed
         return model
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
-        return self._parallel_model(super().call_model_init(trial), self.args)
+        return self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
 
     def _set_up_training_state(self) -> None:
         """Masters, gradient buckets and the step, for the model at hand."""
@@ -244,7 +247,7 @@ class NanotronTrainer(Trainer):
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return None
         if self.args.train_sampling_strategy == "sequential":
@@ -262,7 +265,7 @@ class NanotronTrainer(Trainer):
 
     def _length_sampler(self, dataset: Any, batch_size: int) -> LengthGroupedSampler:
         column = self.args.length_column_name
-        names = self.processing_class.model_input_names if self.processing_class is not None else [None]
+        names = getattr(self.processing_class, "model_input_names", [None])
         return LengthGroupedSampler(
             batch_size,
             dataset=dataset,
@@ -291,7 +294,25 @@ class NanotronTrainer(Trainer):
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
             return loss.detach(), None, None
         inputs = {**inputs, "use_cache": False}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._own_outputs = (logits, labels) if self._preprocess_logits is not None else None
+        return loss, logits, labels
+
+    @property
+    def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
+        """The user's function, which sees the batch of this rank alone, as in one process."""
+        return self._preprocess_own_logits if self._preprocess_logits is not None else None
+
+    @preprocess_logits_for_metrics.setter
+    def preprocess_logits_for_metrics(self, value: Callable[[Any, Any], Any] | None) -> None:
+        self._preprocess_logits = value
+
+    def _preprocess_own_logits(self, padded_logits: Any, padded_labels: Any) -> Any:
+        """Trainer pads to the longest batch of the round first; a maximum, say, would make tokens of that padding."""
+        assert self._preprocess_logits is not None and self._own_outputs is not None
+        result = self._preprocess_logits(*self._own_outputs)
+        self._own_outputs = None
+        return self.accelerator.pad_across_processes(result, dim=1, pad_index=IGNORE_INDEX)
 
     @property
     def gather_function(self) -> Callable[[Any], Any]:
@@ -317,7 +338,7 @@ class NanotronTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write a Hub repository, all ranks together (see `save_hub_model`)."""
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        output_dir = output_dir or cast(str, self.args.output_dir)
         save_hub_model(self.model, output_dir)
         if not self.args.should_save:
             return
@@ -344,6 +365,13 @@ class NanotronTrainer(Trainer):
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         load_hub_weights(self.model, self.state.best_model_checkpoint)
         self.masters.read_from_model()
+
+    def create_model_card(self, language: str | None = None, **fields: Any) -> None:  # type: ignore[override]
+        if self.is_world_process_zero():
+            sizes = {"tp_size": self.mesh.tp_size, "pp_size": self.mesh.pp_size, "dp_size": self.mesh.dp_size}
+            write_model_card(
+                self, sizes, Path(cast(str, self.args.output_dir), "README.md"), language=language, **fields
+            )
 
     # ---- figures ----
 
@@ -394,5 +422,3 @@ def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         value = kwargs.get(name)
         if value is not None and value != (None, None):
             raise ValueError(f"NanotronTrainer does not take `{name}`: {reason}.")
-
-

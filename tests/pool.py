@@ -7,6 +7,7 @@ the workers, so that no later job meets a half-finished one.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -130,6 +131,9 @@ def _leave() -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState
 
+    # Models and trainers are reference cycles that hold process groups. A group that outlives its peers keeps its
+    # threads, and those spin on the closed connections.
+    gc.collect()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, TrainerCallback, TrainingArguments
-from transformers import Trainer as StockTrainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Trainer as StockTrainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 VOCABULARY = 120  # divides by every tp_size up to 6 and by 8
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -114,8 +120,7 @@ def train_stock(checkpoint: str, dataset: Dataset, **overrides: Any) -> History:
 
 def train_parallel(checkpoint: str, dataset: Dataset, **overrides: Any) -> History:
     """The same run through `NanotronTrainer`; call it on every rank."""
-    from hf_nanotron import AutoModelForCausalLM as ParallelAuto
-    from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
     args = NanotronTrainingArguments(**training_arguments(**overrides))
     history = History()

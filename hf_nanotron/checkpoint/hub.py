@@ -152,7 +152,7 @@ def save_hub_model(model: ParallelModel, directory: str | os.PathLike[str], max_
             for name in names:
                 spec, key = held[name]
                 whole = gather_whole(parameters[key].detach(), spec, mesh.tp)
-                if mesh.tp_rank == 0:
+                if whole is not None:
                     tensors[name] = whole
             if mesh.tp_rank == 0:
                 save_file(tensors, directory / file_name, metadata={"format": "pt"})

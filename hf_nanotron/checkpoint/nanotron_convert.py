@@ -28,6 +28,7 @@ from .nanotron_format import (
     open_masters,
     open_safetensors,
     read_json,
+    refuse_mup,
     refuse_strangers,
     step_folder,
     torch_dtype,
@@ -65,6 +66,7 @@ def nanotron_to_hub(
     model_config = read_json(step / "model_config.json")
     architecture = nanotron_config.architecture(model_config)
     wanted = parameters(architecture)
+    refuse_mup(step)
     refuse_strangers(step, wanted)
     shards = {parameter.name: find_shards(step, parameter) for parameter in wanted}
     dtype = one_dtype({str(shard.path): shard.dtype for group in shards.values() for shard in group})

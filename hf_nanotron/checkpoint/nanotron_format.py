@@ -175,6 +175,22 @@ def refuse_strangers(step: Path, wanted: Iterable[Parameter]) -> None:
             )
 
 
+def refuse_mup(step: Path) -> None:
+    """Refuse a run under spectral muP, which only `config.yaml` (may be absent) tells: its Llama attention differs.
+
+    Raises:
+        ValueError: if the run set `use_mup`.
+    """
+    path = step / "config.yaml"
+    run = yaml.safe_load(path.read_text()) if path.is_file() else None
+    model = (run or {}).get("model") or {}
+    if (model.get("init_method") or {}).get("use_mup"):
+        raise ValueError(
+            f"{path}: model.init_method.use_mup scales attention by 1/head_dim in nanotron, which Hub models do not; "
+            "checkpoints of muP runs cannot be converted."
+        )
+
+
 def merge_shards(
     parameter: Parameter, shards: Sequence[Shard], load: Callable[[Shard], torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from ..parallel.loss import IGNORE_INDEX
 
 
-class Filler(list):  # type: ignore[type-arg]
+class Filler(list):
     """Indices, or samples, that stand in where a rank has none of its own."""
 
 
-class FillerBatch(dict):  # type: ignore[type-arg]
+class FillerBatch(dict):
     """A batch that only keeps this rank in step with the others."""
 
 
@@ -48,8 +48,8 @@ class DataParallelBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
-        elif isinstance(getattr(self.sampler, "generator", None), torch.Generator):
-            self.sampler.generator.manual_seed(self.seed + epoch)
+        elif isinstance(generator := getattr(self.sampler, "generator", None), torch.Generator):
+            generator.manual_seed(self.seed + epoch)
 
     def __len__(self) -> int:
         samples = len(self.sampler)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         return deal(batched(self.sampler, self.batch_size, self.drop_last), self.dp_rank, self.dp_size)
 
 
-class DataParallelStream(IterableDataset):  # type: ignore[type-arg]
+class DataParallelStream(IterableDataset):
     """Every `dp_size`-th batch of a stream, as lists of samples. Each rank reads the whole stream.
 
     Splitting the stream's shards among the ranks instead would change the order with `dp_size`.
@@ -106,7 +106,7 @@ def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[list[An
         yield mine if mine is not None else Filler(last[:1])
 
 
-class _MarkedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class _MarkedDataset(torch.utils.data.Dataset):
     """Hands a `Filler` of indices on as a `Filler` of samples."""
 
     def __init__(self, dataset: Any) -> None:
@@ -143,7 +143,7 @@ class _Collate:
         return filler
 
 
-class DataParallelLoader(DataLoader, DataLoaderStateMixin):  # type: ignore[type-arg]
+class DataParallelLoader(DataLoader, DataLoaderStateMixin):
     """A `DataLoader` that tells accelerate when it is at its last batch (`batch_eval_metrics` asks)."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **kwargs: Any) -> None:

@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM as StockAutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..checkpoint.hub import load_hub_weights
 from ..parallel.config import ParallelConfig
@@ -81,7 +86,8 @@ class AutoModelForCausalLM:
         """
         mesh = _mesh(parallel, mesh)
         source = {name: kwargs.pop(name) for name in DOWNLOAD_ARGUMENTS if name in kwargs}
-        stock_arguments = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
+        taken = [name for name in ("dtype", "attn_implementation") if name in kwargs]
+        stock_arguments: dict[str, Any] = {name: kwargs.pop(name) for name in taken}
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **source, **kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
@@ -96,7 +96,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         else:
             output = pipelined_forward(self, inputs, gather_logits)
         if not self.training and gather_logits and self.head_is_cut and self.mesh.pp_size == 1:
-            output.logits = all_gather(output.logits, self.mesh.tp, output.logits.dim() - 1)
+            output.logits = all_gather(cast(torch.Tensor, output.logits), self.mesh.tp, 2)
         return output.to_tuple() if as_tuple else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         self.eval()
         try:
             with same_draws(self.mesh):
-                return super().generate(*args, **kwargs)
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.train(training)
 
@@ -134,7 +134,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             }
         return sum(_numel(shape) for name, shape in self.hub_shapes.items() if name not in skipped)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a standard Hub repository, all ranks together. See `hf_nanotron.checkpoint.hub.save_hub_model`."""
         from ..checkpoint.hub import save_hub_model
 

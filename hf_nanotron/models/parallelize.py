@@ -37,7 +37,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
         raise ValueError(f"{type(model).__name__} is not a causal language model; hf_nanotron trains those.")
     for quirk in ("hf_quantizer", "peft_config"):
         if getattr(model, quirk, None) is not None:
-            raise ValueError(f"a model with {quirk} (quantised or with adapters) cannot be cut; hand over the plain one.")
+            raise ValueError(
+                f"a model with {quirk} (quantised or with adapters) cannot be cut; hand over the plain one."
+            )
 
     tied = _tied_names(model)
     plan = sharded_modules(model) if mesh.tp_size > 1 else {}
@@ -58,7 +60,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
         _leave_out_other_stages(model, mesh, pipeline, layers_of_stage)
     swap_layers(model, mesh, plan, specs)
     stock = type(model)
-    model.__class__ = parallel_class(stock)
+    model.__class__ = parallel_class(stock)  # type: ignore[arg-type]
     model = cast(ParallelModel, model)
     model.mesh = mesh
     model.head_is_cut = head_name in plan
@@ -105,11 +107,11 @@ def _cut_layers(model: PreTrainedModel, mesh: ParallelMesh, plan: PipelinePlan |
     _, layers = decoder_layers(model)
     if plan is None:
         return (range(len(layers)),)
-    head = float(model.get_output_embeddings().weight.numel())
+    head = float(cast(nn.Linear, model.get_output_embeddings()).weight.numel())
     return split_layers(
         [float(sum(p.numel() for p in layer.parameters() if p.dim() > 1)) for layer in layers],
         mesh.parallel.num_stages,
-        first_cost=EMBEDDING_COST * model.get_input_embeddings().weight.numel(),
+        first_cost=EMBEDDING_COST * cast(nn.Embedding, model.get_input_embeddings()).weight.numel(),
         last_cost=head,
         layers_per_stage=mesh.parallel.pp_layers_per_stage,
     )

@@ -8,13 +8,15 @@ and nothing the backbone does around its layers is applied twice.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .plan import PipelinePlan
+
+if TYPE_CHECKING:
+    from .base import ParallelModel
 
 
 class AbsentLayer(nn.Module):
@@ -91,7 +93,7 @@ class Stage:
         num_stages: stages in the whole model.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: PipelinePlan, index: int, layers: range, num_stages: int) -> None:
+    def __init__(self, model: ParallelModel, plan: PipelinePlan, index: int, layers: range, num_stages: int) -> None:
         self.index, self.layers = index, layers
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self._model, self._view, self._backbone = model, model, model
@@ -108,7 +110,7 @@ class Stage:
         self._backbone = backbone
         name = plan.layers.rpartition(".")[2]
         chosen: list[nn.Module] = []
-        for index, layer in enumerate(self._model.get_submodule(plan.layers)):
+        for index, layer in enumerate(cast(nn.ModuleList, self._model.get_submodule(plan.layers))):
             if index in layers:
                 chosen.append(layer)
             elif index == layers.start - 1:

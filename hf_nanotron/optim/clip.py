@@ -15,9 +15,7 @@ def is_counted(spec: ShardSpec, mesh: ParallelMesh) -> bool:
     return spec.is_first_replica and not is_tied_copy
 
 
-def global_norm(
-    gradients: dict[str, torch.Tensor], specs: dict[str, ShardSpec], mesh: ParallelMesh
-) -> torch.Tensor:
+def global_norm(gradients: dict[str, torch.Tensor], specs: dict[str, ShardSpec], mesh: ParallelMesh) -> torch.Tensor:
     """L2 norm over all parameters of the model, a scalar in fp32, the same on every rank."""
     counted = [gradient for name, gradient in gradients.items() if is_counted(specs[name], mesh)]
     norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=mesh.device)]

@@ -23,6 +23,10 @@ import torch.distributed as dist
 
 from .mesh import Group
 
+# torch 2.13 renames both; 2.11 has the old names alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_gather(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """Join the `x` of all ranks along `dim`. No gradient."""
@@ -30,7 +34,7 @@ def all_gather(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
         return x
     x = x.contiguous()
     parts = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(parts, x, group=group.handle)
+    _all_gather(parts, x, group=group.handle)
     if dim == 0:
         return parts
     return parts.view(group.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
@@ -42,7 +46,7 @@ def reduce_scatter(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
         return x
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group.handle)
+    _reduce_scatter(out, parts.flatten(0, 1), group=group.handle)
     return out
 
 

@@ -55,7 +55,9 @@ class ParallelConfig:
             ("dp_replicate_size", "replicated ZeRO shards"),
         ):
             if getattr(self, name) != 1:
-                raise ValueError(f"{name}={getattr(self, name)}: {what} is not available in this version; use {name}=1.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: {what} is not available in this version; use {name}=1."
+                )
         if self.zero_stage != 0:
             raise ValueError(
                 f"zero_stage={self.zero_stage!r}: this version keeps the whole optimizer state on every data-parallel "

@@ -51,7 +51,8 @@ class ParallelMesh:
     """
 
     def __init__(self, parallel: ParallelConfig, timeout: timedelta | None = None) -> None:
-        state = PartialState()
+        # Unless told so, accelerate takes every process of a job without an accelerator for a job of its own.
+        state = PartialState(cpu=not torch.accelerator.is_available())
         self.parallel = parallel
         self.world_size: int = state.num_processes
         self.rank: int = state.process_index

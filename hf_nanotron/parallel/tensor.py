@@ -26,7 +26,7 @@ class RowParallelLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: Group, **factory: object) -> None:
-        super().__init__(in_features, out_features, bias=bias, **factory)  # type: ignore[arg-type]
+        super().__init__(in_features, out_features, bias=bias, **factory)
         self.adds_bias = group.rank == 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

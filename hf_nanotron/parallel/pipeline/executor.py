@@ -134,11 +134,14 @@ class PipelineExecutor:
         flight.drop_sent()
         operations, tensors = [], []
         for transfer in transfers:
+            operation: Any
             if transfer.source == self.group.rank:
-                tensor, operation, peer = produced.pop(transfer.action).detach().contiguous(), dist.isend, transfer.target
+                operation, peer = dist.isend, transfer.target
+                tensor = produced.pop(transfer.action).detach().contiguous()
             else:
+                operation, peer = dist.irecv, transfer.source
                 shape, dtype = self.boundary(micro_batches[transfer.action.micro_batch])
-                tensor, operation, peer = torch.empty(shape, dtype=dtype, device=self.device), dist.irecv, transfer.source
+                tensor = torch.empty(shape, dtype=dtype, device=self.device)
             tensors.append((transfer, tensor))
             operations.append(dist.P2POp(operation, tensor, self.group.ranks[peer], self.group.handle))
         works = dist.batch_isend_irecv(operations)

@@ -1,0 +1,36 @@
+# Set-up, demo and checks. Needs only Python 3.11 or newer with pip and venv, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help venv demo test lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+venv: $(STAMP) ## set up .venv with the package, its examples' and its tests' needs
+
+# The stamp is written last, so a set-up that failed half-way is done again.
+$(STAMP): pyproject.toml constraints.txt .ci/setup-venv
+	@.ci/setup-venv "$(PYTHON)" .venv
+	@touch $@
+
+demo: venv ## train a small Llama in parallel on this machine, then generate with plain transformers
+	@PYTHON=$(BIN)/python examples/stdlib_llama/run.sh
+
+test: venv ## run the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+
+lint: venv ## ruff and mypy, changing nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: venv ## let ruff fix and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and what the examples wrote
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache examples/*/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""The examples: two scripts that must stay the same but for imports and sizes, and the data preparation."""
+
+import difflib
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PAIR = EXAMPLES / "from_stock_trainer"
+
+
+def changed_lines() -> tuple[list[str], list[str]]:
+    """Return the lines only the stock script has, and those only the parallel script has; blank lines left out."""
+    stock = (PAIR / "train_stock.py").read_text().splitlines()
+    parallel = (PAIR / "train_parallel.py").read_text().splitlines()
+    diff = list(difflib.unified_diff(stock, parallel, n=0, lineterm=""))[2:]
+    removed = [line[1:].strip() for line in diff if line.startswith("-")]
+    added = [line[1:].strip() for line in diff if line.startswith("+")]
+    return [line for line in removed if line], [line for line in added if line]
+
+
+def test_scripts_differ_only_in_imports_and_sizes() -> None:
+    """What a user of the stock Trainer has to change is imports, sizes, and `parallel=` where the model is made."""
+    an_import = re.compile(r"from (transformers|hf_nanotron) import ")
+    a_size = re.compile(r"(tp_size|pp_size)=\d+,$")
+    removed, added = changed_lines()
+    model_before = [line for line in removed if not an_import.match(line)]
+    model_after = [line for line in added if not an_import.match(line) and not a_size.match(line)]
+    assert len(model_before) == len(model_after) == 1
+    assert model_after[0] == model_before[0].replace("(config)", "(config, parallel=args.parallel)")
+    assert any(a_size.match(line) for line in added)
+
+
+def test_readme_shows_the_diff() -> None:
+    """The diff in the README is the diff of the two files."""
+    shown = re.search(r"```diff\n(.*?)```", (PAIR / "README.md").read_text(), re.DOTALL)
+    assert shown is not None
+    lines = shown.group(1).splitlines()[2:]
+    removed = [line[1:].strip() for line in lines if line.startswith("-") and line[1:].strip()]
+    added = [line[1:].strip() for line in lines if line.startswith("+") and line[1:].strip()]
+    assert (removed, added) == changed_lines()
+
+
+@pytest.fixture(scope="module")
+def prepare() -> ModuleType:
+    """The data preparation script, as a module."""
+    spec = importlib.util.spec_from_file_location("prepare", EXAMPLES / "stdlib_llama" / "prepare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prepare(prepare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small corpus gives a tokenizer that loses nothing, and blocks of one length that hold their own labels."""
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer
+
+    arguments = ["--output-dir", str(tmp_path), "--max-chars", "300000", "--vocab-size", "512", "--block-size", "64"]
+    prepare.main(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    data = load_from_disk(str(tmp_path / "data"))
+
+    text = "def f(x):\n    return  x + 1  # naïve\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == 512
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+    for split in ("train", "eval"):
+        blocks = data[split]
+        assert len(blocks) > 0
+        assert all(len(block) == 64 and max(block) < 512 for block in blocks["input_ids"])
+        assert blocks["labels"] == blocks["input_ids"]
+    # A file ends with the end-of-text token, so the model can learn to stop.
+    assert any(tokenizer.eos_token_id in block for block in data["train"]["input_ids"])
+
+    capsys.readouterr()
+    prepare.main(arguments)
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_prepare_says_when_the_corpus_is_too_small(prepare: ModuleType, tmp_path: Path) -> None:
+    """A vocabulary that the corpus cannot fill is refused, and nothing is left that a second call would trust."""
+    with pytest.raises(SystemExit, match="--vocab-size"):
+        prepare.main(["--output-dir", str(tmp_path), "--max-chars", "20000", "--vocab-size", "8192"])
+    assert not (tmp_path / "prepared.json").exists()

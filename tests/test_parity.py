@@ -1,0 +1,152 @@
+"""The table: the same losses and gradient norms on every topology as stock `transformers.Trainer` in one process.
+
+Five optimizer steps in fp32 on the same tokens, with clipping, weight decay, a schedule with warm-up, and samples that
+weigh differently. Tolerances are relative: 1e-6 for the first loss, 2e-5 for every loss, 1e-4 for every gradient norm.
+A reduction that is left out or done twice misses them by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from pool import WorkerPool
+from tiny import FAMILIES, History, random_dataset, tiny_config, train_parallel, train_stock
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = {"first loss": 1e-6, "loss": 2e-5, "norm": 1e-4}
+SAMPLES = 96
+ROWS: list[str] = []
+
+
+@functools.cache
+def checkpoint(family: str, **overrides: Any) -> str:
+    """A Hub checkpoint of random weights."""
+    directory = tempfile.mkdtemp()
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(tiny_config(family, **overrides)).save_pretrained(directory)
+    return directory
+
+
+@functools.cache
+def reference(directory: str, global_batch: int, **overrides: Any) -> History:
+    return train_stock(directory, random_dataset(SAMPLES), gradient_accumulation_steps=global_batch, **overrides)
+
+
+def train(directory: str, sizes: dict[str, Any], accumulation: int) -> History:
+    return train_parallel(directory, random_dataset(SAMPLES), gradient_accumulation_steps=accumulation, **sizes)
+
+
+def compare(pool: WorkerPool, label: str, directory: str, dp: int, accumulation: int, **sizes: Any) -> None:
+    world = dp * sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
+    histories = pool.run(world, train, directory, sizes, accumulation)
+    expected = reference(directory, dp * accumulation)
+    got = histories[0]
+    assert len(got.losses) == len(expected.losses) == 5
+    assert all(h.losses == got.losses and h.norms == got.norms for h in histories), "ranks report different figures"
+    error = {
+        "first loss": relative(got.losses[:1], expected.losses[:1]),
+        "loss": relative(got.losses, expected.losses),
+        "norm": relative(got.norms, expected.norms),
+    }
+    ROWS.append(f"{label:58s} " + " ".join(f"{error[name]:9.1e}" for name in TOLERANCE))
+    assert all(error[name] <= TOLERANCE[name] for name in TOLERANCE), f"{label}: {error}"
+
+
+def relative(got: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_table() -> Any:
+    yield
+    print("\n" + f"{'topology':58s} " + " ".join(f"{name:>10s}" for name in TOLERANCE))
+    print("\n".join(ROWS))
+
+
+def llama_for(tp: int, stages: int) -> str:
+    """Heads that `tp` divides; key-value heads that it divides, or, at tp 4 and 8, that it must replicate."""
+    heads = {1: 4, 2: 4, 4: 4, 8: 8, 3: 6, 6: 6, 5: 5, 7: 7}[tp]
+    kv_heads = {1: 2, 2: 2, 4: 2, 8: 2, 3: 3, 6: 3, 5: 5, 7: 7}[tp]
+    return checkpoint(
+        "llama",
+        num_hidden_layers=max(2, stages),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        hidden_size=8 * heads,
+        vocab_size=840 if tp == 7 else 120,
+        intermediate_size=56 if tp == 7 else 60 if tp in (3, 5, 6) else 48,
+        tie_word_embeddings=stages % 2 == 0,
+    )
+
+
+TOPOLOGIES = [(pp, dp, tp) for pp in range(1, 9) for dp in range(1, 9) for tp in range(1, 9) if pp * dp * tp <= 8]
+SCHEDULES = {"afab": 1, "1f1b": 1, "interleaved_1f1b": 2}
+
+
+@pytest.mark.parametrize(("pp", "dp", "tp"), TOPOLOGIES)
+def test_llama_on_every_topology(pool: WorkerPool, pp: int, dp: int, tp: int) -> None:
+    """Every (pp, dp, tp) with a product of at most 8, every schedule, sequence parallelism on and off."""
+    for schedule, virtual_stages in SCHEDULES.items():
+        if pp == 1 and schedule != "1f1b":
+            continue
+        accumulation = max(pp + 1 if schedule == "interleaved_1f1b" else pp, 1 if dp > 3 else 2)
+        sizes = {"pp_size": pp, "tp_size": tp, "pp_schedule": schedule, "pp_virtual_stages": virtual_stages}
+        directory = llama_for(tp, pp * virtual_stages)
+        # without sequence parallelism on half of the rows, so that both forms meet every axis
+        for sequence_parallel in (True, False) if pp * dp == 1 else (schedule != "1f1b" or dp > 1,):
+            if tp > 1:
+                sizes["sequence_parallel"] = sequence_parallel
+            elif not sequence_parallel and pp * dp == 1:
+                continue
+            label = f"llama pp {pp} dp {dp} tp {tp} {schedule}" + (" sp" if tp > 1 and sequence_parallel else "")
+            compare(pool, label, directory, dp, accumulation, **sizes)
+
+
+SPREAD: list[dict[str, Any]] = [
+    {"tp_size": 2},
+    {"tp_size": 2, "sequence_parallel": False},
+    {"pp_size": 2},
+    {"tp_size": 4, "dp": 2},  # more ranks than key-value heads
+    {"tp_size": 2, "pp_size": 2, "dp": 2},
+    {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2, "tp_size": 2},
+]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(pool: WorkerPool, family: str, tied: bool) -> None:
+    directory = checkpoint(family, tie_word_embeddings=tied)
+    for row in SPREAD:
+        sizes = dict(row)
+        dp = sizes.pop("dp", 1)
+        label = f"{family} {'tied' if tied else 'untied'} dp {dp} " + " ".join(f"{k}={v}" for k, v in sizes.items())
+        compare(pool, label, directory, dp, 2, **sizes)
+
+
+def test_a_wrong_reduction_cannot_pass(pool: WorkerPool) -> None:
+    """Norm gradients that are not summed over tensor-parallel ranks miss the tolerance by far."""
+    directory = checkpoint("llama")
+    expected = reference(directory, 2)
+    got = pool.run(2, _train_without_partial_sums, directory)[0]
+    assert relative(got.norms, expected.norms) > 10 * TOLERANCE["norm"]
+
+
+def _train_without_partial_sums(directory: str) -> History:
+    import dataclasses
+
+    from tiny import pad_batch, training_arguments
+
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    args = NanotronTrainingArguments(**training_arguments(tp_size=2, gradient_accumulation_steps=2))
+    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    model.shard_specs = {n: dataclasses.replace(s, partial_grad=False) for n, s in model.shard_specs.items()}
+    history = History()
+    NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch, callbacks=[history]
+    ).train()
+    return history
