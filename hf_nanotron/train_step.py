@@ -84,7 +84,8 @@ def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
         return batch
     padded = dict(batch)
     for name, tensor in batch.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
+        bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
+        if not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
             continue
         if name not in PADDING or tensor.dim() != 2:
             raise ValueError(

@@ -13,17 +13,19 @@ from typing import Any, cast
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import find_batch_size
+from accelerate.utils import find_batch_size, recursively_apply
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .checkpoint.card import write_model_card
 from .checkpoint.hub import load_hub_weights, save_hub_model
 from .checkpoint.state import load_training_state, save_training_state
-from .data.loader import DataParallelLoader, FillerBatch, build_loader
+from .data.loader import DataParallelLoader, DataParallelStream, FillerBatch, build_loader
 from .models.base import ParallelModel
 from .models.parallelize import parallelize
 from .monitor.throughput import Throughput
@@ -72,6 +74,7 @@ class NanotronTrainer(Trainer):
             model = self._parallel_model(model, args)
         self._window: list[dict[str, Any]] = []
         self._valid_rows: tuple[int, ...] = ()
+        self._evaluated_rows = 0
         self._own_outputs: tuple[Any, Any] | None = None
         super().__init__(model, args, *positional, **kwargs)
         self.mesh = self.model.mesh
@@ -110,7 +113,9 @@ class NanotronTrainer(Trainer):
         self.masters = MasterWeights(parameters, compute_dtype)
         for stage in model.stages:
             stage.set_dtype(compute_dtype)
-        self.gradients = GradientBuckets(
+        if model.gradients is not None:  # of an earlier trainer, whose hooks would take ours away
+            model.gradients.close()
+        self.gradients = model.gradients = GradientBuckets(
             parameters, model.shard_specs, model.stage_of, model.mesh, self.args.gradient_bucket_bytes
         )
         self._step = TrainStep(model, self.gradients)
@@ -134,7 +139,6 @@ class NanotronTrainer(Trainer):
     ) -> tuple[nn.Module, Any]:
         """Optimizer and scheduler; nothing wraps the model."""
         if self.model is not self._step.model:  # `model_init` made a new one
-            self.gradients.close()
             self._set_up_training_state()
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
@@ -218,6 +222,7 @@ class NanotronTrainer(Trainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataParallelLoader:
+        sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
         if isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
             collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
         else:
@@ -225,7 +230,7 @@ class NanotronTrainer(Trainer):
         args, mesh = self.args, self.model.mesh
         loader = build_loader(
             dataset,
-            sampler_fn(dataset) if sampler_fn is not None else None,
+            sampler,
             collate,
             batch_size,
             mesh.dp_rank,
@@ -269,12 +274,20 @@ class NanotronTrainer(Trainer):
         return LengthGroupedSampler(
             batch_size,
             dataset=dataset,
-            lengths=dataset[column] if column in getattr(dataset, "column_names", ()) else None,
+            lengths=list(dataset[column]) if column in getattr(dataset, "column_names", ()) else None,
             model_input_name=names[0],
             generator=torch.Generator().manual_seed(self._data_seed),
         )
 
     # ---- evaluation ----
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated_rows = 0
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if isinstance(getattr(dataloader, "dataset", None), DataParallelStream):
+            # A stream has no length, and Trainer counts what this rank saw of it.
+            output = output._replace(num_samples=self._evaluated_rows)
+        return output
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -289,6 +302,7 @@ class NanotronTrainer(Trainer):
         rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
         counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
         self._valid_rows = tuple(counts.tolist())
+        self._evaluated_rows += sum(self._valid_rows)
         if prediction_loss_only and "labels" in inputs:
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
@@ -312,7 +326,15 @@ class NanotronTrainer(Trainer):
         assert self._preprocess_logits is not None and self._own_outputs is not None
         result = self._preprocess_logits(*self._own_outputs)
         self._own_outputs = None
-        return self.accelerator.pad_across_processes(result, dim=1, pad_index=IGNORE_INDEX)
+        return recursively_apply(self._pad_to_longest, result)
+
+    def _pad_to_longest(self, data: torch.Tensor) -> torch.Tensor:
+        """Fill dimension 1 up to the longest of the round, with what Trainer fills up with between batches."""
+        if data.dim() < 2:
+            return data
+        length = data.shape[1]
+        longest = all_reduce(torch.tensor(length, device=data.device), self.mesh.dp, torch.distributed.ReduceOp.MAX)
+        return F.pad(data, (0, 0) * (data.dim() - 2) + (0, int(longest) - length), value=IGNORE_INDEX)
 
     @property
     def gather_function(self) -> Callable[[Any], Any]:

@@ -105,11 +105,6 @@ class NanotronTrainingArguments(TrainingArguments):
         return self.parallel.dp_size(self.world_size)
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """Precision of the forward and the backward; master weights are fp32 either way."""
-        return torch.bfloat16 if self.bf16 else torch.float32
-
-    @property
     def gradient_bucket_bytes(self) -> int:
         """Size of a bucket of the data-parallel gradient reduction, from `ddp_bucket_cap_mb`."""
         return (self.ddp_bucket_cap_mb or DEFAULT_BUCKET_MB) * 2**20

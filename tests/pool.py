@@ -93,6 +93,7 @@ class WorkerPool:
 
 def _serve(connection: Connection) -> None:
     """The loop of a worker."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo between processes, also where there are GPUs
     import torch
 
     torch.set_num_threads(1)

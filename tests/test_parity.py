@@ -109,9 +109,9 @@ def test_llama_on_every_topology(pool: WorkerPool, pp: int, dp: int, tp: int) ->
 SPREAD: list[dict[str, Any]] = [
     {"tp_size": 2},
     {"tp_size": 2, "sequence_parallel": False},
-    {"pp_size": 2},
-    {"tp_size": 4, "dp": 2},  # more ranks than key-value heads
-    {"tp_size": 2, "pp_size": 2, "dp": 2},
+    {"pp_size": 2, "dp": 2},
+    {"tp_size": 4},  # more ranks than key-value heads
+    {"tp_size": 2, "pp_size": 2},
     {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2, "tp_size": 2},
 ]
 

@@ -20,6 +20,8 @@ from ..parallel.spec import ShardSpec
 if TYPE_CHECKING:
     from ..models.base import ParallelModel
 
+FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
+
 
 class HubWeights:
     """The tensors of a local Hub repository, read by slices.
@@ -37,7 +39,10 @@ class HubWeights:
         self._open: dict[str, Any] = {}
         index = self.directory / SAFE_WEIGHTS_INDEX_NAME
         if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            try:
+                self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is truncated or damaged ({error!r}); fetch it again.") from error
         elif (self.directory / SAFE_WEIGHTS_NAME).is_file():
             self._file_of = dict.fromkeys(self._file(SAFE_WEIGHTS_NAME).keys(), SAFE_WEIGHTS_NAME)
         else:
@@ -65,6 +70,32 @@ class HubWeights:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    def _slice(self, name: str) -> Any:
+        path = self.directory / self._file_of[name]
+        try:
+            return self._file(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so.") from error
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that the model could not take. Reads none of its bytes.
+
+        Raises:
+            ValueError: if it is not there, has another shape than in the model, or is quantised.
+        """
+        if name not in self._file_of:
+            raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
+        stored = self._slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise ValueError(
+                f"{name!r} in {self.directory} has shape {tuple(stored.get_shape())}, but the config makes it {shape}."
+            )
+        if stored.get_dtype() not in FLOATS:
+            raise ValueError(
+                f"{name!r} in {self.directory} is stored as {stored.get_dtype()}, not as one of {', '.join(FLOATS)}: "
+                "a quantised checkpoint cannot be cut; use the one it was made from."
+            )
+
     def read(self, spec: ShardSpec, name: str | None = None) -> torch.Tensor:
         """This rank's part of a tensor, and no other bytes of it.
 
@@ -72,14 +103,8 @@ class HubWeights:
             ValueError: if it is not there, or has another shape than the model.
         """
         name = name or spec.name
-        if name not in self._file_of:
-            raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
-        stored = self._file(self._file_of[name]).get_slice(name)
-        if tuple(stored.get_shape()) != spec.global_shape:
-            raise ValueError(
-                f"{name!r} in {self.directory} has shape {tuple(stored.get_shape())}, but the config makes it "
-                f"{spec.global_shape}."
-            )
+        self.check(name, spec.global_shape)
+        stored = self._slice(name)
         if spec.dim is None:
             part = stored[:] if spec.global_shape else self._file(self._file_of[name]).get_tensor(name)
         else:
@@ -106,6 +131,9 @@ def load_hub_weights(model: ParallelModel, directory: str | os.PathLike[str]) ->
             f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
         )
+    # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
+    for name, shape in model.hub_shapes.items():
+        weights.check(prefix + name, shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spec = model.shard_specs[name]
@@ -167,7 +195,7 @@ def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Ten
     part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == 0 else None
     dist.gather(part, parts, dst=group.ranks[0], group=group.handle)
-    return None if parts is None else spec.assemble([p.to("cpu") for p in parts])
+    return None if parts is None else spec.assemble(parts)
 
 
 def plan_files(

@@ -69,7 +69,8 @@ def load_training_state(
             f"{directory} was saved with {layout}, but this run has {_layout(mesh)}; this version resumes with the "
             "same tensor- and pipeline-parallel layout only (any data-parallel size)."
         )
-    state = torch.load(_path(directory, mesh), map_location=mesh.device, weights_only=True)
+    # On the host: the optimizer moves its part to where the masters are. (accelerate's device "cpu:0" is no location.)
+    state = torch.load(_path(directory, mesh), map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     with torch.no_grad():

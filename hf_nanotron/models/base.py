@@ -12,12 +12,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
+from ..parallel.gradients import GradientBuckets
 from ..parallel.loss import causal_lm_loss
 from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.random import LayerStreams
 from ..parallel.spec import ShardSpec
-from .inference import pipelined_forward, same_draws
+from .inference import pipelined_forward, share_generators
 from .stage import Stage
 
 
@@ -36,6 +37,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
         stages: the pipeline stages of this rank, in model order.
         streams: seeds of dropout, or None if the model has none.
+        gradients: what collects gradients, of the trainer that took the model last.
     """
 
     mesh: ParallelMesh
@@ -46,6 +48,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     stages: list[Stage]
     streams: LayerStreams | None
     executor: PipelineExecutor
+    gradients: GradientBuckets | None = None
     stock_class: type[PreTrainedModel]
     vocab_start: int
     head_is_cut: bool
@@ -102,16 +105,16 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers` generation on every rank of the model at once; all ranks return the same tokens.
 
-        Call it on every rank with the same inputs. An interleaved pipeline generates without a key-value cache, since
-        its ranks pass each layer range at another time.
+        Call it on every rank with the same inputs (a `streamer` may be given to one rank alone). Sampling draws from
+        the random generators of the model's first rank, which the generators of its other ranks then follow.
         """
-        if len(self.stages) > 1:
-            kwargs["use_cache"] = False
+        if self.mesh.model.size > 1:
+            kwargs["disable_compile"] = True  # a static cache would compile the forward, collectives included
         training = self.training
         self.eval()
+        share_generators(self.mesh)
         try:
-            with same_draws(self.mesh):
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.train(training)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..parallel.collectives import all_gather
 from ..parallel.mesh import Group, ParallelMesh
-from ..parallel.pipeline.schedule import build_table, forward_order
-from ..parallel.random import GeneratorState, seed_generators
+from ..parallel.pipeline.schedule import Action, build_table, forward_order
 
 if TYPE_CHECKING:
     from .base import ParallelModel
@@ -23,9 +22,10 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     """One batch through all stages, without gradients; loss and logits on every rank.
 
     Args:
-        inputs: keyword arguments of the stock forward, the same on every rank of the model. A key-value cache stays on
-            the rank whose layers fill it.
-        gather_logits: join the slices of the vocabulary and hand logits to every stage, else `logits` is None.
+        inputs: keyword arguments of the stock forward, the same on every rank of the model. The key-value cache of a
+            layer stays on the rank that holds the layer.
+        gather_logits: join the slices of the vocabulary and hand logits to every stage, else `logits` is None, and
+            no key-value cache is made.
 
     Raises:
         ValueError: for inputs that a later stage could not know.
@@ -36,9 +36,21 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     for name in ("output_hidden_states", "output_attentions"):
         if inputs.get(name):
             raise ValueError(f"{name}=True is not available with pp_size={mesh.pp_size}; use pp_size=1.")
+    cache = inputs.get("past_key_values")
+    use_cache = inputs.get("use_cache")
+    if cache is None and gather_logits and (model.config.use_cache if use_cache is None else use_cache):
+        # Made here rather than by the backbones, whose outputs only the last stage hands on.
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    caches = _stage_caches(model, cache) if cache is not None else {}
+    inputs = {**inputs, "use_cache": cache is not None}
+
+    def on_forward(action: Action) -> None:
+        if caches:
+            inputs["past_key_values"] = caches[action.stage]
+
     table = build_table(forward_order(mesh.pp_size, parallel.pp_virtual_stages, 1), parallel.num_stages)
     with torch.no_grad():
-        outputs = model.executor.run(table[mesh.pp_rank], model.stages, [inputs])
+        outputs = model.executor.run(table[mesh.pp_rank], model.stages, [inputs], on_forward)
     output = outputs.get(0)
     loss, logits = (output.loss, output.logits) if output is not None else (None, None)
     last = mesh.pp.ranks[-1]
@@ -51,8 +63,31 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
         if logits is not None and model.head_is_cut:
             logits = all_gather(logits, mesh.tp, logits.dim() - 1)
         logits = _broadcast(logits, mesh.pp, last, mesh.device, model.dtype)
-    cache = inputs.get("past_key_values") if output is None else output.past_key_values
     return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+
+def _stage_caches(model: ParallelModel, cache: Cache) -> dict[int, Cache]:
+    """What each stage of this rank gets for `cache`: its own layers, and the lengths of all before the pass.
+
+    Backbones derive masks and positions from the cache. A later stage of this rank must not meet layers that an earlier
+    one has made longer in the same pass, so it gets throw-away copies of the layers that are not its own.
+
+    Raises:
+        ValueError: for a cache that cannot be copied without its contents.
+    """
+    first, *later = model.stages
+    if later and cache.is_compileable:
+        raise ValueError(
+            "a static key-value cache cannot serve an interleaved pipeline, whose stages on one rank all need it as it "
+            "was before the pass; use the dynamic cache (the default)."
+        )
+    while cache.layer_class_to_replicate is not None and len(cache) < model.config.get_text_config().num_hidden_layers:
+        cache.layers.append(cache.layer_class_to_replicate())
+    views = {first.index: cache}
+    for stage in later:
+        views[stage.index] = view = copy.copy(cache)
+        view.layers = [layer if index in stage.layers else copy.copy(layer) for index, layer in enumerate(cache.layers)]
+    return views
 
 
 def _broadcast(
@@ -68,17 +103,17 @@ def _broadcast(
     return tensor
 
 
-@contextlib.contextmanager
-def same_draws(mesh: ParallelMesh) -> Iterator[None]:
-    """Random draws inside are the same on all ranks of one model (sampling must choose the same token everywhere)."""
+def share_generators(mesh: ParallelMesh) -> None:
+    """Let the random generators of all ranks of a model continue from those of its first rank.
+
+    Sampling then chooses the same token everywhere, the one that a single process would choose.
+    """
     if mesh.model.size == 1:
-        yield
         return
-    seed = torch.randint(2**62, (1,)).to(mesh.device)
-    dist.broadcast(seed, mesh.model.ranks[0], group=mesh.model.handle)
-    state = GeneratorState()
-    seed_generators(int(seed.item()))
-    try:
-        yield
-    finally:
-        state.restore()
+    generators: list[Any] = [torch]
+    if mesh.device.type == "cuda":
+        generators.append(torch.cuda)
+    for generator in generators:
+        state = generator.get_rng_state().to(mesh.device)
+        dist.broadcast(state, mesh.model.ranks[0], group=mesh.model.handle)
+        generator.set_rng_state(state.cpu())

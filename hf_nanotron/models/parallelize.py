@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
@@ -19,6 +21,8 @@ from .plan import PipelinePlan, backbone_name, decoder_layers, pipeline_plan
 from .shard import module_name, regions, sharded_modules, swap_layers, tensor_specs
 from .stage import Absent, AbsentEmbedding, AbsentLayer, Stage
 from .stages import EMBEDDING_COST, split_layers
+
+CAUSAL_LM_NAMES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # GPT2LMHeadModel and its like
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
@@ -33,13 +37,16 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     """
     if isinstance(model, ParallelModel):
         raise ValueError(f"{type(model).__name__} is parallel already.")
-    if model.get_output_embeddings() is None or "ForCausalLM" not in type(model).__name__:
-        raise ValueError(f"{type(model).__name__} is not a causal language model; hf_nanotron trains those.")
-    for quirk in ("hf_quantizer", "peft_config"):
-        if getattr(model, quirk, None) is not None:
+    config = getattr(model, "config", None)
+    for owner, quirk in ((model, "hf_quantizer"), (model, "peft_config"), (config, "quantization_config")):
+        if getattr(owner, quirk, None) is not None:
             raise ValueError(
                 f"a model with {quirk} (quantised or with adapters) cannot be cut; hand over the plain one."
             )
+    name = type(model).__name__
+    is_causal = isinstance(model, PreTrainedModel) and ("ForCausalLM" in name or name in CAUSAL_LM_NAMES)
+    if not is_causal or model.get_output_embeddings() is None:
+        raise ValueError(f"{name} is not a causal language model; hf_nanotron trains those.")
 
     tied = _tied_names(model)
     plan = sharded_modules(model) if mesh.tp_size > 1 else {}
@@ -53,9 +60,12 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     owners = {
         name: rank_of_stage(_stage_of(name, model, pipeline, layers_of_stage), mesh.pp_size) for name in hub_shapes
     }
+    for replicas in sorted({spec.replicas for spec in specs.values()} - {1}):
+        mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
     cut_regions = regions(model, plan)
     head_name = module_name(model, model.get_output_embeddings())
 
+    _take_weights_of_rank_0(model, mesh)
     if pipeline is not None:
         _leave_out_other_stages(model, mesh, pipeline, layers_of_stage)
     swap_layers(model, mesh, plan, specs)
@@ -72,7 +82,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.streams = _attach_dropout_streams(model, mesh)
     _attach_communication(model, mesh, cut_regions)
     stages = [index for index in range(len(layers_of_stage)) if rank_of_stage(index, mesh.pp_size) == mesh.pp_rank]
-    whole = PipelinePlan(backbone_name(model), decoder_layers(model)[0], (), ())
+    whole = PipelinePlan(backbone_name(model), "", (), ())
     model.stages = [
         Stage(model, pipeline or whole, index, layers_of_stage[index], len(layers_of_stage)) for index in stages
     ]
@@ -104,9 +114,9 @@ def _named_like_the_hub(specs: dict[str, ShardSpec], tied: dict[str, str]) -> di
 
 
 def _cut_layers(model: PreTrainedModel, mesh: ParallelMesh, plan: PipelinePlan | None) -> tuple[range, ...]:
-    _, layers = decoder_layers(model)
     if plan is None:
-        return (range(len(layers)),)
+        return (range(model.config.get_text_config().num_hidden_layers),)
+    _, layers = decoder_layers(model)
     head = float(cast(nn.Linear, model.get_output_embeddings()).weight.numel())
     return split_layers(
         [float(sum(p.numel() for p in layer.parameters() if p.dim() > 1)) for layer in layers],
@@ -124,6 +134,17 @@ def _stage_of(name: str, model: PreTrainedModel, plan: PipelinePlan | None, laye
         layer = int(name[len(plan.layers) + 1 :].split(".")[0])
         return next(stage for stage, layers in enumerate(layers_of_stage) if layer in layers)
     return len(layers_of_stage) - 1
+
+
+def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Make a whole model the same on every rank, as DistributedDataParallel does: each may have drawn its own."""
+    if mesh.world.handle is None:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            theirs = tensor.detach().to(mesh.device)
+            dist.broadcast(theirs, 0, group=mesh.world.handle)
+            tensor.data.copy_(theirs)
 
 
 def _leave_out_other_stages(
@@ -149,7 +170,10 @@ def _attach_dropout_streams(model: ParallelModel, mesh: ParallelMesh) -> LayerSt
     # Between regions, tensors are cut along the sequence under sequence parallelism, and replicated otherwise.
     cut_everywhere = mesh.parallel.sequence_parallel and mesh.tp_size > 1
     streams = LayerStreams(torch.initial_seed(), mesh.tp_rank if cut_everywhere else 0)
-    for index, layer in enumerate(decoder_layers(model)[1]):
+    # A model that is not cut may keep its layers anywhere: the stream of the micro-batch serves all of it.
+    is_cut = mesh.tp_size * mesh.pp_size > 1
+    layers = decoder_layers(model)[1] if is_cut or hasattr(model.base_model, "layers") else ()
+    for index, layer in enumerate(layers):
         if not isinstance(layer, AbsentLayer):
             streams.attach(layer, index)
     return streams

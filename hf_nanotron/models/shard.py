@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,6 +35,8 @@ def sharded_modules(model: PreTrainedModel) -> dict[str, str]:
 
 def regions(model: PreTrainedModel, plan: dict[str, str]) -> list[str]:
     """Modules at whose border tokens are gathered and partial outputs summed: the parents of the cut linears."""
+    if not plan:
+        return []
     layers, _ = decoder_layers(model)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in plan if name.startswith(layers + ".")))
 
@@ -55,7 +59,7 @@ def tensor_specs(model: PreTrainedModel, mesh: ParallelMesh, plan: dict[str, str
         style, shape = plan.get(owner), tuple(parameter.shape)
         if style and not (style == "rowwise" and leaf == "bias"):
             dim = CUT_DIM.get(style, 0)
-            parts = _parts(model, owner, style, shape[dim], tp_size)
+            parts = _parts(model, plan, owner, style, shape[dim], tp_size)
             specs[name] = ShardSpec(name, shape, dim, parts, mesh.tp_rank)
             continue
         # A replicated parameter inside a region feeds sharded heads or features. Under sequence parallelism everything
@@ -66,13 +70,23 @@ def tensor_specs(model: PreTrainedModel, mesh: ParallelMesh, plan: dict[str, str
     return specs
 
 
-def _parts(model: PreTrainedModel, owner: str, style: str, size: int, tp_size: int) -> tuple[Ranges, ...]:
+def _parts(
+    model: PreTrainedModel, plan: dict[str, str], owner: str, style: str, size: int, tp_size: int
+) -> tuple[Ranges, ...]:
     heads_attribute = HEADS.get(owner.rpartition(".")[2])
     if heads_attribute is not None:
-        return _cut_heads(model, heads_attribute, size, tp_size)
+        heads, kv_heads = head_counts(model)
+        if not _heads_fit(heads, kv_heads, tp_size):
+            raise ValueError(
+                f"tp_size={tp_size} cannot cut {heads} attention heads and {kv_heads} key-value heads: it must divide "
+                "the attention heads, and divide the key-value heads or be a multiple of them; "
+                f"{_works(model, plan)}"
+            )
+        count = heads if heads_attribute == "num_attention_heads" else kv_heads
+        return head_parts(count, size // count, tp_size)
     if size % tp_size:
         what = "vocabulary" if style in ("vocabulary", "colwise_gather_output") else f"features of {owner!r}"
-        raise ValueError(f"tp_size={tp_size} does not divide the {size} {what}; {_works(size)}")
+        raise ValueError(f"tp_size={tp_size} does not divide the {size} {what}; {_works(model, plan)}")
     return even_parts(size, tp_size)
 
 
@@ -82,21 +96,20 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int]:
     return heads, getattr(model.config, "num_key_value_heads", None) or heads
 
 
-def _cut_heads(model: PreTrainedModel, attribute: str, size: int, tp_size: int) -> tuple[Ranges, ...]:
+def _heads_fit(heads: int, kv_heads: int, tp_size: int) -> bool:
+    return heads % tp_size == 0 and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)
+
+
+def _works(model: PreTrainedModel, plan: dict[str, str]) -> str:
+    """The sizes that everything in the model allows, not only what was in the way."""
     heads, kv_heads = head_counts(model)
-    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
-        works = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-        raise ValueError(
-            f"tp_size={tp_size} cannot cut {heads} attention heads and {kv_heads} key-value heads: it must divide the "
-            f"attention heads, and divide the key-value heads or be a multiple of them; tp_size works as one of "
-            f"{works}."
-        )
-    count = heads if attribute == "num_attention_heads" else kv_heads
-    return head_parts(count, size // count, tp_size)
-
-
-def _works(size: int) -> str:
-    return f"tp_size works as one of {[n for n in range(1, 257) if size % n == 0]}."
+    cuts = {
+        cast(torch.Tensor, model.get_submodule(name).weight).shape[CUT_DIM.get(style, 0)]
+        for name, style in plan.items()
+        if name.rpartition(".")[2] not in HEADS
+    }
+    works = [n for n in range(1, heads + 1) if _heads_fit(heads, kv_heads, n) and not any(size % n for size in cuts)]
+    return f"tp_size works as one of {works}."
 
 
 def swap_layers(model: PreTrainedModel, mesh: ParallelMesh, plan: dict[str, str], specs: dict[str, ShardSpec]) -> None:

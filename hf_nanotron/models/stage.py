@@ -22,24 +22,27 @@ if TYPE_CHECKING:
 class AbsentLayer(nn.Module):
     """Stands for a decoder layer of another stage: passes hidden states on.
 
-    It keeps the plain attributes that backbones read from their layers, and the length of the layer's key-value cache
-    (with keys of no width), from which backbones derive positions and masks.
+    It keeps the plain attributes that backbones read from their layers. It also keeps the length of the layer's
+    key-value cache, from which backbones derive positions and masks, unless `layer` is held by another stage of this
+    rank, which fills the cache itself.
     """
 
     def __init__(self, layer: nn.Module, index: int) -> None:
         super().__init__()
-        self.index = index
         for name, value in vars(layer).items():
-            if not name.startswith("_") and name not in ("training", "index"):
+            if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
+        self.index = index
+        self.keeps_cache_length = isinstance(layer, AbsentLayer)
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        if past_key_values is not None:
+        if past_key_values is not None and self.keeps_cache_length:
             batch, length = hidden_states.shape[:2]
-            nothing = hidden_states.new_empty((batch, 1, length, 0))
-            past_key_values.update(nothing, nothing, self.index)
+            # One number a token: a cache whose tensors have no elements says that its length is zero.
+            filler = hidden_states.new_zeros((batch, 1, length, 1))
+            past_key_values.update(filler, filler, self.index)
         return hidden_states
 
 
@@ -145,6 +148,7 @@ class Stage:
             received: the boundary tensor of the previous stage (None on the first).
         """
         self._view.training = self._backbone.training = self._model.training
+        self.set_dtype(self._model.dtype)  # `model.to(dtype)` does not reach into views
         if self._input is not None:
             assert received is not None
             self._input.received = received

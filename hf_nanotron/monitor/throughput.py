@@ -34,7 +34,8 @@ class Throughput(TrainerCallback):
         self._last: Any = None
 
     def _clear(self) -> None:
-        self._intervals: list[tuple[Any, Any]] = []
+        self._intervals: list[tuple[Any, Any]] = []  # one for all steps between two pauses
+        self._steps = 0
         self._tokens = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._sequence_length = 0
 
@@ -55,14 +56,17 @@ class Throughput(TrainerCallback):
             self._last = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        now = self._now()
-        self._intervals.append((self._last, now))
-        self._last = now
+        begin = self._last
+        if self._intervals and self._intervals[-1][1] == begin:
+            begin, _ = self._intervals.pop()
+        self._last = self._now()
+        self._intervals.append((begin, self._last))
+        self._steps += 1
 
     def _pause(self, *args: Any, **kwargs: Any) -> None:
         self._last = None
 
-    on_train_begin = on_evaluate = on_save = _pause
+    on_train_begin = on_evaluate = on_predict = on_save = _pause
 
     def report(self) -> dict[str, float]:
         """Figures since the last report; empty if no step ended since. All ranks call it together."""
@@ -73,7 +77,7 @@ class Throughput(TrainerCallback):
             seconds = sum(start.elapsed_time(end) for start, end in self._intervals) / 1e3
         else:
             seconds = sum(end - start for start, end in self._intervals)
-        steps, tokens, length = len(self._intervals), self._tokens.item(), self._sequence_length
+        steps, tokens, length = self._steps, self._tokens.item(), self._sequence_length
         self._clear()
         per_device = tokens / seconds / self.mesh.world_size
         figures = {

@@ -25,4 +25,5 @@ def global_norm(gradients: dict[str, torch.Tensor], specs: dict[str, ShardSpec],
 def clip_gradients(gradients: dict[str, torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
     """Scale in place so that the norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients.values()), scale)
+    if gradients:  # a rank whose whole part is frozen has none
+        torch._foreach_mul_(list(gradients.values()), scale)

@@ -105,9 +105,9 @@ class GradientBuckets:
 
     def zero(self) -> None:
         """Start a new optimizer step."""
-        torch._foreach_zero_([bucket.buffer for bucket in self.buckets])
         self._armed.clear()
         for bucket in self.buckets:
+            bucket.buffer.zero_()
             bucket.reduced = False
 
     def arm(self, stage: int) -> None:

@@ -58,7 +58,8 @@ class dropout_stream:  # noqa: N801 - used like a function
 class LayerStreams:
     """Seeds the stream of each decoder layer from where the run stands.
 
-    `begin` is told the position before a micro-batch's forward; `end` puts the generators back.
+    `begin` is told the position before a micro-batch's forward; `end` puts the generators back to where the first
+    `begin` found them.
     """
 
     def __init__(self, seed: int, tp_rank: int) -> None:
@@ -74,7 +75,9 @@ class LayerStreams:
         layer.register_forward_pre_hook(hook)
 
     def begin(self, step: int, micro_batch: int) -> None:
-        self._position, self._before = (step, micro_batch), GeneratorState()
+        self._position = (step, micro_batch)
+        self._before = self._before or GeneratorState()
+        seed_generators(seed_from(self.seed, step, micro_batch))  # for what comes before the layers
 
     def end(self) -> None:
         self._position = None

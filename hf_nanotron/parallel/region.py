@@ -30,7 +30,7 @@ class Region:
     def __init__(self, group: Group, sequence_parallel: bool, own_dropout: bool) -> None:
         self.group, self.sequence_parallel = group, sequence_parallel
         self.own_dropout = own_dropout and not sequence_parallel
-        self._streams: list[dropout_stream] = []
+        self._stream: dropout_stream | None = None
 
     def attach(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -42,14 +42,17 @@ class Region:
             args = (gather(args[0], self.group), *args[1:])
         else:
             kwargs = {**kwargs, "hidden_states": gather(kwargs["hidden_states"], self.group)}
-        if self.own_dropout and module.training:
-            self._streams.append(dropout_stream(self.group.rank))
-            self._streams[-1].__enter__()
+        # A recomputation stops inside the region and never leaves it (torch.utils.checkpoint puts the generators back):
+        # what it left here must not be taken for this call's.
+        self._stream = dropout_stream(self.group.rank) if self.own_dropout and module.training else None
+        if self._stream is not None:
+            self._stream.__enter__()
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._streams:
-            self._streams.pop().__exit__(None, None, None)
+        if self._stream is not None:
+            self._stream.__exit__(None, None, None)
+            self._stream = None
         reduce = scatter_sum if self.sequence_parallel and module.training else reduce_from
         if isinstance(output, tuple):
             return (reduce(output[0], self.group), *output[1:])

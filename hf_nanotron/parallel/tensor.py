@@ -22,7 +22,7 @@ class RowParallelLinear(nn.Linear):
     """A slice of the input features; the outputs of all ranks are to be summed by the caller.
 
     The bias is added by the first rank of the group alone, so that the sum holds it once. Its gradient is whole on
-    that rank and zero on the others.
+    that rank and zero on the others (not absent: buckets of gradients must fill in one order on all ranks).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: Group, **factory: object) -> None:
@@ -30,7 +30,8 @@ class RowParallelLinear(nn.Linear):
         self.adds_bias = group.rank == 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight, self.bias if self.adds_bias else None)
+        bias = self.bias if self.adds_bias or self.bias is None else self.bias * 0
+        return F.linear(input, self.weight, bias)
 
 
 class VocabParallelEmbedding(nn.Embedding):

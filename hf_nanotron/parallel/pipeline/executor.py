@@ -110,7 +110,8 @@ class PipelineExecutor:
                 grad = None
                 if not by_index[action.stage].is_last:
                     grad = flight.take(Action("B", action.stage + 1, action.micro_batch))
-                torch.autograd.backward(output, grad)
+                if output.requires_grad:  # not on a first stage that is frozen
+                    torch.autograd.backward(output, grad)
                 if received is not None:
                     assert received.grad is not None
                     produced[action] = received.grad

@@ -1,0 +1,366 @@
+"""What bad input gets: one clear ValueError that names the values and says which would work.
+
+Where ranks take part, every one of them raises the same error. A check that only the rank made which holds a layer
+would leave the others waiting, so those cases run with several stages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import JobError, WorkerPool
+from safetensors.torch import load_file, save_file
+from test_gradients import stock_model
+from tiny import pad_batch, random_dataset, tiny_config, training_arguments
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM as StockAuto,
+    AutoModelForMaskedLM,
+    LlamaForSequenceClassification,
+    TrainingArguments,
+)
+
+from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
+from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.parallel.mesh import ParallelMesh
+from hf_nanotron.train_step import pad_sequence
+
+# ---- sizes that do not fit the model ----
+
+SMOLLM2_135M = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2,
+    "num_attention_heads": 9, "num_key_value_heads": 3,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 120}
+
+# sizes, config, what the message says
+MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "world": ({"tp_size": 3}, {}, ["tp_size=3", "world size", "start 3 processes"]),
+    "heads": ({"tp_size": 2}, SMOLLM2_135M, ["tp_size=2", "9 attention heads", "3 key-value heads", "[1, 3]"]),
+    "kv heads": (
+        {"tp_size": 2},
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
+        ["tp_size=2", "6 attention heads", "3 key-value heads", "[1, 3, 6]"],
+    ),
+    "vocabulary": ({"tp_size": 2}, {"vocab_size": 121}, ["tp_size=2", "121 vocabulary", "as one of [1]."]),
+    "intermediate": ({"tp_size": 2}, {"intermediate_size": 49}, ["tp_size=2", "49 features", "mlp", "as one of [1]."]),
+    "stages": ({"pp_size": 2}, {"num_hidden_layers": 1}, ["2 pipeline stages", "1 decoder layers", "at most 1"]),
+    "split": (
+        {"pp_size": 2, "pp_layers_per_stage": (1, 2)},
+        {},
+        ["pp_layers_per_stage=[1, 2]", "adds up to 3", "has 4"],
+    ),
+    "virtual stages": (
+        {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 3},
+        {},
+        ["6 pipeline stages", "4 decoder layers", "at most 4"],
+    ),
+    "tp plan": ({"tp_size": 2}, GPT2, ["gpt2", "no tensor-parallel plan", "tp_size=1"]),
+    "pp plan": ({"pp_size": 2}, GPT2, ["gpt2", "no pipeline plan", "pp_size=1"]),
+    "quantised": ({"tp_size": 2}, {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "plain"]),
+}
+
+
+def config_of(values: dict[str, Any]) -> Any:
+    if "model_type" in values:
+        return AutoConfig.for_model(**values)
+    return tiny_config(**values)
+
+
+def message_of(function: Callable[[], Any]) -> str | None:
+    """The message of the ValueError that `function` raises, None if it raises nothing."""
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def misfits() -> dict[str, str | None]:
+    return {
+        name: message_of(lambda s=sizes, c=config: AutoModelForCausalLM.from_config(config_of(c), ParallelConfig(**s)))
+        for name, (sizes, config, _) in MISFITS.items()
+    }
+
+
+def agree(results: list[dict[str, str | None]]) -> dict[str, str]:
+    """The messages, after a check that every rank has the same ones."""
+    for name in results[0]:
+        assert None not in {messages[name] for messages in results}, f"{name}: a rank raises nothing"
+        assert len({messages[name] for messages in results}) == 1, f"{name}: ranks disagree"
+    return {name: message or "" for name, message in results[0].items()}
+
+
+def test_sizes_that_do_not_fit(pool: WorkerPool) -> None:
+    messages = agree(pool.run(2, misfits))
+    for name, (_, _, parts) in MISFITS.items():
+        assert all(part in messages[name] for part in parts), f"{name}: {messages[name]}"
+
+
+def test_the_error_reaches_the_caller_on_every_rank(pool: WorkerPool) -> None:
+    with pytest.raises(JobError, match="9 attention heads") as caught:
+        pool.run(2, AutoModelForCausalLM.from_config, config_of(SMOLLM2_135M), ParallelConfig(tp_size=2))
+    assert caught.value.kinds == {0: "ValueError", 1: "ValueError"}
+
+
+def train_gpt2() -> float:
+    """A model without plans still trains data-parallel, as the errors above say."""
+    args = NanotronTrainingArguments(**training_arguments(max_steps=1))
+    model = AutoModelForCausalLM.from_config(config_of(GPT2), args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
+    return trainer.train().training_loss
+
+
+def test_without_a_plan_data_parallel_works(pool: WorkerPool) -> None:
+    assert all(loss > 1 for loss in pool.run(2, train_gpt2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({"cp_size": 2}, ["cp_size=2", "cp_size=1"]),
+        ({"ep_size": 2}, ["ep_size=2", "ep_size=1"]),
+        ({"zero_stage": 1}, ["zero_stage=1", "zero_stage=0"]),
+        ({"tp_size": 0}, ["tp_size=0", "at least 1"]),
+        ({"pp_size": 2, "pp_layers_per_stage": (1, 2, 1)}, ["[1, 2, 1]", "2 stages"]),
+        ({"pp_virtual_stages": 2}, ["pp_virtual_stages=2", "interleaved_1f1b", "'1f1b'"]),
+        ({"pp_schedule": "gpipe"}, ["gpipe", "afab"]),
+    ],
+)
+def test_sizes_that_no_run_could_use(sizes: dict[str, Any], parts: list[str]) -> None:
+    message = message_of(lambda: ParallelConfig(**sizes))
+    assert message is not None and all(part in message for part in parts), message
+
+
+def test_too_few_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a process group exists: the size of the job is announced by its environment."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 .* pp_size=4 .* 4 or more .*'afab'"):
+        NanotronTrainingArguments(**training_arguments(pp_size=4, gradient_accumulation_steps=2))
+    with pytest.raises(ValueError, match=r"tp_size=3 .* does not divide the world size 4: .* \[1, 2, 4\]"):
+        NanotronTrainingArguments(**training_arguments(tp_size=3))
+    assert not torch.distributed.is_initialized()
+
+
+# ---- checkpoints ----
+
+
+def damage(directory: Path, how: str) -> None:
+    weights = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    tensors = load_file(weights)
+    last_layer = "model.layers.3.self_attn.q_proj.weight"  # which the first stage does not hold
+    if how == "missing tensor":
+        del tensors[last_layer]
+    elif how == "other shape":
+        tensors[last_layer] = tensors[last_layer][:-1].clone()
+    elif how == "integers":
+        tensors[last_layer] = tensors[last_layer].to(torch.int8)
+    save_file(tensors, weights, {"format": "pt"})
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "empty":
+        weights.write_bytes(b"")
+    elif how == "other format":
+        weights.rename(directory / "pytorch_model.bin")
+    elif how.startswith("index"):
+        named = dict.fromkeys(tensors, "model.safetensors")
+        if how == "index names an absent file":
+            named[last_layer] = "model-00002-of-00002.safetensors"
+        elif how == "index names an absent tensor":
+            del tensors[last_layer]
+            save_file(tensors, weights, {"format": "pt"})
+        text = json.dumps({"metadata": {}, "weight_map": named})
+        index.write_text(text[: len(text) // 2] if how == "index truncated" else text)
+
+
+DAMAGES = {
+    "missing tensor": ["lacks 1 tensors of LlamaForCausalLM", "model.layers.3.self_attn.q_proj.weight"],
+    "other shape": ["model.layers.3.self_attn.q_proj.weight", "(31, 32)", "(32, 32)"],
+    "integers": ["model.layers.3.self_attn.q_proj.weight", "I8", "quantised"],
+    "truncated": ["model.safetensors is truncated or damaged", "fetch it again"],
+    "empty": ["model.safetensors is truncated or damaged", "fetch it again"],
+    "other format": ["holds neither model.safetensors nor model.safetensors.index.json", "save_pretrained"],
+    "index names an absent file": ["model-00002-of-00002.safetensors is missing", "index.json names it"],
+    "index names an absent tensor": ["model.safetensors has no tensor", "q_proj", "index.json"],
+    "index truncated": ["model.safetensors.index.json is truncated or damaged", "fetch it again"],
+    "argument": ["does not know ['no_such_argument']", "revision", "dtype"],
+}
+
+
+def load_damaged(directory: str, sizes: dict[str, Any]) -> dict[str, str | None]:
+    mesh = ParallelMesh(ParallelConfig(**sizes))
+    messages = {}
+    for name in DAMAGES:
+        path = os.path.join(directory, "whole" if name == "argument" else name)
+        more = {"no_such_argument": 1} if name == "argument" else {}
+        messages[name] = message_of(lambda p=path, m=more: AutoModelForCausalLM.from_pretrained(p, mesh=mesh, **m))
+    return messages
+
+
+@pytest.mark.parametrize("sizes", [{"pp_size": 2}, {"tp_size": 2}], ids=["pp2", "tp2"])
+def test_damaged_checkpoints(pool: WorkerPool, tmp_path: Path, sizes: dict[str, Any]) -> None:
+    model = stock_model("llama")
+    for name in ("whole", *DAMAGES):
+        model.save_pretrained(tmp_path / name)
+        if name in DAMAGES and name != "argument":
+            damage(tmp_path / name, name)
+    messages = agree(pool.run(2, load_damaged, str(tmp_path), sizes))
+    for name, parts in DAMAGES.items():
+        assert all(part in messages[name] for part in parts), f"{name}: {messages[name]}"
+
+
+# ---- models and arguments that the trainer refuses ----
+
+
+@pytest.fixture
+def mesh() -> ParallelMesh:
+    return ParallelMesh(ParallelConfig())
+
+
+def with_adapter() -> Any:
+    model = stock_model("llama")
+    model.peft_config = {"default": object()}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: LlamaForSequenceClassification(tiny_config()), "not a causal language model"),
+        (lambda: AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", num_hidden_layers=1)), "not a causal"),
+        (lambda: nn.Linear(2, 2), "Linear is not a causal language model"),
+        (with_adapter, "peft_config"),
+    ],
+    ids=["classifier", "masked", "module", "adapter"],
+)
+def test_models_that_are_refused(mesh: ParallelMesh, make: Callable[[], Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        parallelize(make(), mesh)
+
+
+def test_a_parallel_model_is_not_cut_again(mesh: ParallelMesh) -> None:
+    model = parallelize(stock_model("llama"), mesh)
+    with pytest.raises(ValueError, match="parallel already"):
+        parallelize(model, mesh)
+    with pytest.raises(ValueError, match="sharded vocabulary"):
+        model.loss_function = lambda *_: None
+    with pytest.raises(ValueError, match="`mesh` was made for other sizes"):
+        AutoModelForCausalLM.from_config(tiny_config(), ParallelConfig(sequence_parallel=False), mesh=mesh)
+
+
+def build_trainer(model: Any = None, args: Any = None, **kwargs: Any) -> NanotronTrainer:
+    args = args or NanotronTrainingArguments(**training_arguments(max_steps=1))
+    kwargs = {"train_dataset": random_dataset(4), "data_collator": pad_batch, **kwargs}
+    return NanotronTrainer(model=model if model is not None else stock_model("llama"), args=args, **kwargs)
+
+
+def without_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": pad_batch(rows)["input_ids"]}
+
+
+# what is done, and what the message says
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "stock arguments": (
+        lambda: build_trainer(args=TrainingArguments(**training_arguments())),
+        "NanotronTrainingArguments, not TrainingArguments",
+    ),
+    "other sizes": (
+        lambda: build_trainer(AutoModelForCausalLM.from_config(tiny_config(), ParallelConfig(sequence_parallel=False))),
+        r"the model was made for .*`parallel=args.parallel`",
+    ),
+    "loss": (lambda: build_trainer(compute_loss_func=lambda *_: None), "`compute_loss_func`.*sharded vocabulary"),
+    "optimizers": (
+        lambda: build_trainer(optimizers=(torch.optim.SGD([nn.Parameter(torch.ones(1))]), None)),
+        "`optimizers`.*optimizer_cls_and_kwargs",
+    ),
+    "optimizer class": (
+        lambda: build_trainer(optimizer_cls_and_kwargs=(torch.optim.Muon, {})).train(),
+        "Muon is not known to work element by element.*AdamW",
+    ),
+    "search": (lambda: build_trainer().hyperparameter_search(), "hyperparameter_search.*one job per trial"),
+    "labels": (
+        lambda: build_trainer(data_collator=without_labels).train(),
+        r"no `labels` \(they have \['input_ids'\]\).*DataCollatorForLanguageModeling",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_the_trainer_refuses(act: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        act()
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+def test_sequences_are_filled_up_or_refused() -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "position_ids": ids, "epoch": 3}
+    filled = pad_sequence(batch, 4)
+    assert {name: tuple(filled[name].shape) for name in filled if name != "epoch"} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask", "position_ids"), (2, 8)
+    )
+    assert (filled["labels"][:, 5:] == -100).all() and (filled["attention_mask"][:, 5:] == 0).all()
+    assert pad_sequence({**batch, "segments": ids}, 5)["segments"] is ids
+    with pytest.raises(ValueError, match=r"multiple of 4 .* has 5, .*'segments' .*\(2, 5\).*pad_to_multiple_of=4"):
+        pad_sequence({**batch, "segments": ids}, 4)
+    with pytest.raises(ValueError, match="'cu_seq_lens_q' of shape"):
+        pad_sequence({**batch, "cu_seq_lens_q": torch.tensor([0, 3, 5])}, 4)
+
+
+# ---- a rank that dies ----
+
+DYING = """
+import sys
+sys.path.insert(0, {tests!r})
+from tiny import pad_batch, random_dataset, tiny_config, training_arguments
+from transformers import TrainerCallback
+from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+
+class Dies(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            raise RuntimeError("rank 1 has had enough")
+
+args = NanotronTrainingArguments(**training_arguments(tp_size=2, max_steps=50))
+model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), args.parallel)
+NanotronTrainer(
+    model=model, args=args, train_dataset=random_dataset(64), data_collator=pad_batch, callbacks=[Dies()]
+).train()
+print("the job went on")
+"""
+
+
+def test_a_rank_that_dies_takes_the_job_down(tmp_path: Path) -> None:
+    """Within seconds, not after the timeout of the process group, and its own traceback comes first."""
+    script = tmp_path / "train.py"
+    script.write_text(DYING.format(tests=str(Path(__file__).parent)))
+    start = time.monotonic()
+    job = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert job.returncode != 0
+    assert time.monotonic() - start < 180  # mostly imports; the process group's timeout is half an hour
+    assert "the job went on" not in job.stdout
+    own = job.stderr.find("rank 1 has had enough")
+    assert own >= 0, job.stderr[-3000:]
+    others = re.search(r"Connection (closed|reset)|DistBackendError|Socket", job.stderr)
+    assert others is None or own < others.start()
+
+
+def test_stock_models_without_the_package_still_load(tmp_path: Path) -> None:
+    """The damage above is what makes loading fail: stock transformers takes the undamaged checkpoint."""
+    stock_model("llama").save_pretrained(tmp_path)
+    assert StockAuto.from_pretrained(tmp_path).num_parameters() > 0

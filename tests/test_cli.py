@@ -1,0 +1,402 @@
+"""The `hf-nanotron` command, in process and on the ranks of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from pool import WorkerPool
+from safetensors.torch import load_file
+from tiny import VOCABULARY, random_dataset, tiny_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+
+from hf_nanotron import cli, cli_train
+
+DATA = Path(__file__).parent / "data" / "nanotron"
+PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
+TOPOLOGIES = [(1, []), (2, ["--tp-size", "2"]), (2, ["--pp-size", "2"])]
+
+Result = tuple[int, str, str]
+
+
+def command(*argv: str) -> Result:
+    """Exit status, stdout and stderr of `hf-nanotron` in this process."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = str(Path(tempfile.gettempdir(), "hf-nanotron-tests"))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main(argv)
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else 1
+    return code, out.getvalue(), err.getvalue()
+
+
+def one_line(result: Result) -> str:
+    """The message of a command that failed the way users are to see."""
+    code, out, err = result
+    (line,) = [line for line in err.splitlines() if line.startswith("hf-nanotron: error: ")]
+    assert code == 2 and not out and "Traceback" not in err
+    return line
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Token 7 is the word "w7"."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+
+
+@functools.cache
+def checkpoint() -> str:
+    """A Hub repository with random weights and a tokenizer."""
+    directory = tempfile.mkdtemp()
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2, initializer_range=0.3))
+    # What a chat model's repository asks for; without --do-sample it must not count.
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_help_is_there_without_torch() -> None:
+    program = """
+import contextlib, io, sys
+from hf_nanotron.cli import main
+for argv in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["convert", "--help"],
+             ["convert", "nanotron-to-hub", "--help"], ["convert", "hub-to-nanotron", "--help"], ["generate"], []):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main(argv)
+        except SystemExit as exit:
+            print(argv, exit.code, len(out.getvalue()) > 20, file=sys.__stdout__)
+for name in ("torch", "transformers", "numpy", "yaml"):
+    assert name not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert not done.stderr and done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9
+    assert all(line.endswith("0 True") for line in lines if line.startswith("['--v") or "--help" in line)
+    assert lines[-2].endswith(" 2 True") and lines[-1] == "[] 2 True"
+
+
+# ---- generate ----
+
+
+def stock_text(prompts: list[str], new: int, **options: Any) -> list[str]:
+    words = AutoTokenizer.from_pretrained(checkpoint(), padding_side="left")
+    inputs = words(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint()).eval()
+    tokens = model.generate(**inputs, max_new_tokens=new, **options)
+    return words.batch_decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("world", "sizes"), TOPOLOGIES)
+def test_generate(pool: WorkerPool, world: int, sizes: list[str]) -> None:
+    argv = ["generate", checkpoint(), "--cpu", "--max-new-tokens", "6", *sizes]
+    for prompt in PROMPTS:
+        argv += ["--prompt", prompt]
+    first, *others = pool.run(world, command, *argv)
+    texts = stock_text(PROMPTS, 6, do_sample=False)
+    assert texts[0].startswith(PROMPTS[0]) and len(texts[0].split()) == 10
+    assert first[:2] == (0, "".join(f"--- {prompt!r}\n{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True)))
+    assert all(other[:2] == (0, "") for other in others)
+    assert "temperature" not in first[2]
+
+
+@pytest.mark.parametrize(("world", "sizes"), TOPOLOGIES)
+def test_generate_samples(pool: WorkerPool, world: int, sizes: list[str]) -> None:
+    argv = ["generate", checkpoint(), "--cpu", "--prompt", PROMPTS[0], "--max-new-tokens", "6", *sizes]
+    argv += ["--do-sample", "--temperature", "3", "--top-p", "0.95", "--dtype", "float32"]
+    set_seed(5)
+    (expected,) = stock_text(PROMPTS[:1], 6, do_sample=True, temperature=3.0, top_p=0.95)
+    assert pool.run(world, command, *argv, "--seed", "5")[0][1] == expected + "\n"
+    unseeded = [pool.run(world, command, *argv)[0][1] for _ in range(2)]
+    assert len({*unseeded, expected + "\n"}) == 3
+
+
+@pytest.mark.parametrize(
+    ("world", "argv", "says"),
+    [
+        (1, ["--temperature", "0.5"], "--temperature needs --do-sample"),
+        (1, ["--prompt", "x", "--tp-size", "2"], "does not divide the world size 1"),
+        (1, ["--prompt", ""], "without tokens"),
+        (2, [], "would hold 2 copies"),
+        (2, ["--pp-size", "2", "--tp-size", "0"], "tp_size=0"),
+    ],
+)
+def test_generate_refuses(pool: WorkerPool, world: int, argv: list[str], says: str) -> None:
+    results = pool.run(world, command, "generate", checkpoint(), "--cpu", "--prompt", "w5", *argv)
+    assert len(results) == world
+    for result in results:
+        assert says in one_line(result)
+
+
+def test_foreign_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("of somebody else's code")
+
+    monkeypatch.setattr(cli_train, "train", fail)
+    with pytest.raises(ValueError, match="somebody else"):
+        cli.main(["train", "x.yaml"])
+
+
+# ---- convert ----
+
+
+def test_convert(tmp_path: Path) -> None:
+    """There and back: the fixtures' weights, cut for another tp and pp, with the options that the flags name."""
+    hub, nanotron, again = (str(tmp_path / name) for name in ("hub", "nanotron", "again"))
+    source = str(DATA / "tp2_pp2")
+    assert command("convert", "nanotron-to-hub", source, hub, "--max-shard-size", "20KB")[0] == 0
+    assert len(list(Path(hub).glob("*.safetensors"))) > 1
+    assert command("convert", "hub-to-nanotron", hub, nanotron, "--tp", "2", "--pp", "1", "--step", "3")[0] == 0
+    assert (Path(nanotron) / "latest.txt").read_text() == "3"
+    assert command("convert", "nanotron-to-hub", nanotron, again)[0] == 0
+    expected = load_file(Path(again) / "model.safetensors")
+    got = {name: t for path in Path(hub).glob("*.safetensors") for name, t in load_file(path).items()}
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+    masters = str(tmp_path / "masters")
+    assert command("convert", "nanotron-to-hub", source, masters, "--master-weights")[0] == 0
+    assert {t.dtype for t in load_file(Path(masters) / "model.safetensors").values()} == {torch.float32}
+
+
+def test_convert_refuses(tmp_path: Path) -> None:
+    assert "latest.txt" in one_line(command("convert", "nanotron-to-hub", str(tmp_path), str(tmp_path / "hub")))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    source = str(DATA / "tp2_pp2")
+    assert "not empty" in one_line(command("convert", "nanotron-to-hub", source, str(tmp_path / "used")))
+
+
+# ---- train ----
+
+
+def write_settings(folder: Path, settings: Any) -> str:
+    path = folder / "run.yaml"
+    path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+    return str(path)
+
+
+def corpus(folder: Path) -> str:
+    """Texts of different lengths, which repeat themselves, so that there is something to learn."""
+    path = folder / "corpus.jsonl"
+    rows = [
+        {"text": " ".join(f"w{3 + (start + i) % 20}" for i in range(10 + start)), "id": start} for start in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def history(output_dir: Path) -> list[dict[str, Any]]:
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def figures(output_dir: Path) -> list[float]:
+    return [
+        entry[name] for entry in history(output_dir) for name in ("loss", "grad_norm", "eval_loss") if name in entry
+    ]
+
+
+FRESH = """
+model:
+  config:
+    model_type: llama
+    hidden_size: 32
+    intermediate_size: 48
+    num_hidden_layers: 2
+    num_attention_heads: 4
+    num_key_value_heads: 2
+    initializer_range: 1e-1
+    rope_theta: 5e3
+tokenizer: {tokenizer}
+dataset:
+  path: {corpus}
+  text_column: text
+  block_size: 8
+  train_split: train[:80%]
+  eval_split: train[80%:]
+training:
+  output_dir: {out}
+  max_steps: 3
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 1e-2
+  lr_scheduler_type: constant
+  logging_steps: 1
+  save_strategy: no
+  report_to: none
+  disable_tqdm: true
+  use_cpu: true
+"""
+
+
+def fresh(folder: Path, **changes: str) -> str:
+    return write_settings(
+        folder, FRESH.format(tokenizer=checkpoint(), corpus=corpus(folder), out=folder / "out", **changes)
+    )
+
+
+def test_train_from_a_config_and_text(pool: WorkerPool, tmp_path: Path) -> None:
+    """The same figures on every topology; a stock checkpoint with its tokenizer; overrides; a resumed run."""
+    path, expected = fresh(tmp_path), []
+    for index, sizes in enumerate(([], ["--tp_size", "2"], ["--pp-size=2", "--sequence_parallel", "false"])):
+        out = tmp_path / f"out{index}"
+        results = pool.run(2 if sizes else 1, command, "train", path, "--output_dir", str(out), *sizes)
+        assert [result[0] for result in results] == [0] * len(results), results[0][2]
+        expected = expected or figures(out)
+        assert figures(out) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 7 and expected[4] < expected[0]  # three steps and an evaluation; it learns
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.vocab_size == VOCABULARY and model.config.eos_token_id == 2
+    assert model.config.rope_parameters["rope_theta"] == 5000.0
+    assert len(AutoTokenizer.from_pretrained(out)) == VOCABULARY
+    assert not list(out.glob("checkpoint-*"))  # save_strategy: no
+
+    resumed = tmp_path / "resumed"
+    common = ["train", path, "--output_dir", str(resumed), "--save_strategy", "steps", "--save_steps", "2"]
+    assert pool.run(1, command, *common, "--max_steps", "2")[0][0] == 0
+    assert pool.run(1, command, *common, "--resume_from_checkpoint")[0][0] == 0
+    assert figures(resumed)[:6] == pytest.approx(expected[:6], rel=1e-6)
+
+
+def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None:
+    """A folder of `save_to_disk` whose samples differ in length, a checkpoint's weights, no tokenizer, no evaluation."""
+    tokens = random_dataset(16, ragged=True)
+    DatasetDict({"all": tokens}).save_to_disk(tmp_path / "data")
+    settings = {
+        "model": {"name_or_path": checkpoint(), "dtype": "float32"},
+        "dataset": {"path": str(tmp_path / "data"), "train_split": "all"},
+        "training": {
+            **yaml.safe_load(FRESH.format(tokenizer="", corpus="", out=tmp_path / "out"))["training"],
+            "learning_rate": 0.0,
+            "save_strategy": "no",
+            "train_sampling_strategy": "sequential",
+            "max_steps": 1,
+        },
+    }
+    (result,) = pool.run(1, command, "train", write_settings(tmp_path, settings))
+    assert result[0] == 0, result[2]
+    # One step at a learning rate of zero: the loss of the first four samples under the checkpoint's weights.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint()).eval()
+    total, count = 0.0, 0
+    for row in tokens.select(range(4)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        predicted = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total, count = total + model(ids, labels=labels).loss.item() * predicted, count + predicted
+    loss, norm = figures(tmp_path / "out")
+    assert loss == pytest.approx(total / count, rel=1e-5) and norm > 0
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(
+        torch.equal(tensor, kept[name]) for name, tensor in load_file(f"{checkpoint()}/model.safetensors").items()
+    )
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "says"),
+    [
+        (2, ["--tp_size", "3"], "does not divide the world size 2"),
+        (
+            2,
+            ["--tp_size", "2", "--model.config.num_attention_heads", "5", "--model.config.num_key_value_heads", "5"],
+            "5",
+        ),
+        (1, ["--fp16"], "fp16=True"),
+        (1, ["--save_strategy", "best", "--eval_strategy", "no"], "metric_for_best_model"),
+        (1, ["--dataset.text_column", "texts"], "text_column='texts' is not one of text, id"),
+        (1, ["--dataset.text_column", "null"], "without input_ids"),
+        (1, ["--dataset.block_size", "0"], "block_size=0"),
+        (1, ["--dataset.block_size", "5000"], "too short"),
+        (1, ["--tokenizer", "null"], "needs tokenizer"),
+        (1, ["--model.config.vocab_size", "7"], "smaller than the tokenizer's 120"),
+        (1, ["--model.config.hidden_sise", "7"], "nearest known one is model.config.hidden_size"),
+        (1, ["--model.config.model_type", "lama"], "nearest known one is model.config.model_type=llama"),
+        (1, ["--model.config", "null"], "either name_or_path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_train_refuses(pool: WorkerPool, tmp_path: Path, world: int, overrides: Sequence[str], says: str) -> None:
+    results = pool.run(world, command, "train", fresh(tmp_path), *overrides)
+    for result in results:
+        assert says in one_line(result)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "says"),
+    [
+        ("trainning: {}", [], "unknown key trainning; the nearest known one is training."),
+        ("training: {max_step: 1}", [], "unknown key training.max_step; the nearest known one is training.max_steps."),
+        ("", ["--learning-rat", "1"], "the nearest known one is training.learning_rate."),
+        ("", ["--model.nameorpath", "x"], "the nearest known one is model.name_or_path."),
+        ("dataset: {split: a}", [], "unknown key dataset.split; the nearest known one is dataset."),
+        ("model: llama", [], "must be a mapping"),
+        ("model: llama", ["--model.name_or_path", "x"], "holds no keys"),
+        ("[1]", [], "holds a list"),
+        ("a: [", [], "is not YAML"),
+        ("", ["max_steps", "3"], "follows no --key"),
+    ],
+)
+def test_settings_refuse(tmp_path: Path, text: str, overrides: list[str], says: str) -> None:
+    assert says in one_line(command("train", write_settings(tmp_path, text), *overrides))
+    assert "there is no file" in one_line(command("train", str(tmp_path / "absent.yaml")))
+
+
+def test_settings(tmp_path: Path) -> None:
+    """YAML's surprises are none here, and overrides are YAML too."""
+    path = write_settings(
+        tmp_path,
+        "training: {save_strategy: no, learning_rate: 1e-3, adam_epsilon: 1.5E-8, max_steps: 10,\n"
+        "  run_name: 2024-01-01, bf16: false, weight_decay: .1, hub_model_id: 1e, warmup_steps: -1}\n",
+    )
+    overrides = ["--bf16", "--max-steps=20", "--learning_rate", "2e-4", "--pp_layers_per_stage", "[1, 2]"]
+    overrides += ["--model.config.model_type", "llama", "--tokenizer", "some/where", "--optim_args", "a=1,b=2"]
+    sections, name = cli_train.read_settings(Path(path), overrides)
+    assert name == "some/where" and sections["model"] == {"config": {"model_type": "llama"}}
+    assert sections["training"] == {
+        "save_strategy": "no",
+        "learning_rate": 2e-4,
+        "adam_epsilon": 1.5e-8,
+        "max_steps": 20,
+        "run_name": "2024-01-01",
+        "bf16": True,
+        "weight_decay": 0.1,
+        "hub_model_id": "1e",
+        "warmup_steps": -1,
+        "pp_layers_per_stage": [1, 2],
+        "optim_args": "a=1,b=2",
+    }
+    assert "NanotronTrainingArguments" in command("train", path, "--help")[1]
+
+
+def test_packing_keeps_every_token() -> None:
+    """Texts are joined with the end-of-text token between, and only the tail is dropped."""
+    texts = Dataset.from_dict({"text": ["w5 w6 w7", "w8", "w9 w10 w11 w12"]})
+    packed = cli_train._tokenised(texts, {"text_column": "text", "block_size": 3}, tokenizer())
+    assert packed["input_ids"][:] == [[5, 6, 7], [2, 8, 2], [9, 10, 11]]
+    assert packed.column_names == ["input_ids"]
+    batch = cli_train.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]

@@ -1,0 +1,234 @@
+"""What a log line says on every topology: stock Trainer's figures, and throughput, step time and memory."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pool import WorkerPool
+from tiny import VOCABULARY, pad_batch, random_dataset, tiny_config, training_arguments
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_nanotron.monitor.flops import flops_per_token, peak_flops
+from hf_nanotron.monitor.throughput import Throughput
+
+STOCK_FIGURES = {"loss", "grad_norm", "learning_rate", "epoch"}
+OUR_FIGURES = {"tokens_per_second", "tokens_per_second_per_device", "step_time", "peak_memory_gib"}
+SAMPLES, LENGTH, GLOBAL_BATCH = 15, 16, 4  # windows of 4, 4, 4 and 3 samples
+STEPS = 8
+
+
+class Reporter(TrainerCallback):
+    """Stands for tensorboard and its like, which get their figures this way too."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.is_first_process: list[bool] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.lines.append(dict(logs or {}))
+        self.is_first_process.append(state.is_world_process_zero)
+
+
+@functools.cache
+def checkpoint() -> str:
+    directory = tempfile.mkdtemp()
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2)).save_pretrained(directory)
+    return directory
+
+
+def run(trainer_class: type[Trainer], model: Any, args: TrainingArguments) -> tuple[Reporter, dict[str, float]]:
+    reporter = Reporter()
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=random_dataset(SAMPLES, LENGTH),
+        data_collator=pad_batch,
+        callbacks=[reporter],
+    )
+    return reporter, trainer.train().metrics
+
+
+@functools.cache
+def reference(logging_steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The log lines and final metrics of stock Trainer in one process."""
+    args = TrainingArguments(**arguments(GLOBAL_BATCH, logging_steps))
+    reporter, metrics = run(Trainer, AutoModelForCausalLM.from_pretrained(checkpoint()), args)
+    return reporter.lines, metrics
+
+
+def arguments(micro_batches: int, logging_steps: int) -> dict[str, Any]:
+    return training_arguments(
+        max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=micro_batches, logging_steps=logging_steps
+    )
+
+
+def log_parallel(directory: str, sizes: dict[str, Any], micro_batches: int) -> list[Any]:
+    """Log lines with a line for every step, and for every three, on every rank."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    results = []
+    for logging_steps in (1, 3):
+        args = NanotronTrainingArguments(**arguments(micro_batches, logging_steps), **sizes)
+        model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+        reporter, metrics = run(NanotronTrainer, model, args)
+        results.append((reporter.lines, reporter.is_first_process, metrics))
+    return results
+
+
+TOPOLOGIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tp2": (2, {"tp_size": 2}),
+    "pp2": (2, {"pp_size": 2}),
+    "dp2": (2, {}),
+    "tp2 pp2": (4, {"tp_size": 2, "pp_size": 2, "pp_schedule": "afab"}),
+}
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_log_lines(pool: WorkerPool, name: str) -> None:
+    """Every figure on every rank; those that Trainer has equal stock, and throughput follows from the tokens."""
+    world, sizes = TOPOLOGIES[name]
+    dp = world // (sizes.get("tp_size", 1) * sizes.get("pp_size", 1))
+    ranks = pool.run(world, log_parallel, checkpoint(), sizes, GLOBAL_BATCH // dp)
+    for index, logging_steps in enumerate((1, 3)):
+        wanted, wanted_metrics = reference(logging_steps)
+        for rank, results in enumerate(ranks):
+            lines, is_first_process, metrics = results[index]
+            assert set(is_first_process) == {rank == 0}
+            steps = [line for line in lines if "loss" in line]
+            assert len(steps) == STEPS // logging_steps
+            for number, (line, stock_line) in enumerate(zip(steps, wanted, strict=False)):
+                assert set(line) == STOCK_FIGURES | OUR_FIGURES
+                assert set(stock_line) == STOCK_FIGURES
+                assert all(isinstance(value, int | float) for value in line.values())  # what reporters take
+                for figure, tolerance in {"loss": 2e-5, "grad_norm": 1e-4, "learning_rate": 1e-12}.items():
+                    assert line[figure] == pytest.approx(stock_line[figure], rel=tolerance, abs=0), figure
+                    assert line[figure] == ranks[0][index][0][number][figure], f"{figure} differs between ranks"
+                # no padding, and no token counted twice: not a filler's, nor another rank's
+                tokens = sum(tokens_of_step(number * logging_steps + step) for step in range(logging_steps))
+                seconds = line["step_time"] * logging_steps
+                assert line["tokens_per_second"] * seconds == pytest.approx(tokens, rel=1e-6)
+                assert line["tokens_per_second_per_device"] * world == pytest.approx(line["tokens_per_second"])
+                assert 0.05 < line["peak_memory_gib"] < 64
+                assert line["peak_memory_gib"] == ranks[0][index][0][number]["peak_memory_gib"]
+            seconds = sum(line["step_time"] for line in steps) * logging_steps
+            assert 0 < seconds <= metrics["train_runtime"]
+            assert metrics["train_loss"] == pytest.approx(wanted_metrics["train_loss"], rel=2e-5)
+            assert lines[-1]["total_flos"] == pytest.approx(wanted[-1]["total_flos"], rel=1e-6)
+            samples = metrics["train_samples_per_second"] * metrics["train_runtime"]
+            assert samples == pytest.approx(2 * SAMPLES, rel=0.05)
+
+
+def tokens_of_step(step: int) -> int:
+    samples = GLOBAL_BATCH if step % 4 < 3 else SAMPLES % GLOBAL_BATCH
+    return samples * LENGTH
+
+
+# ---- figures by hand ----
+
+
+def lonely_mesh() -> Any:
+    """What `Throughput` reads of a mesh of one rank."""
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+
+    TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=True).device  # noqa: B018 - sets accelerate up
+    return ParallelMesh(ParallelConfig())
+
+
+def test_throughput_counts_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for data is part of a step; evaluating and saving are not."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("hf_nanotron.monitor.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    config = tiny_config()
+    shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    throughput = Throughput(lonely_mesh(), shapes, config)
+    assert throughput.report() == {}
+
+    def step(begin: float, end: float, tokens: int, length: int) -> None:
+        clock.now = begin
+        throughput.on_step_begin()
+        throughput.add_tokens(torch.tensor(tokens), length)
+        clock.now = end
+        throughput.on_step_end()
+
+    throughput.on_train_begin()
+    step(10, 12, tokens=64, length=16)  # 2 s
+    step(13, 15, tokens=64, length=12)  # 3 s, with a second of waiting for data
+    throughput.on_evaluate()
+    step(30, 30.5, tokens=32, length=8)  # 0.5 s
+    throughput.on_predict()
+    step(50, 50.5, tokens=32, length=8)  # 0.5 s
+    figures = throughput.report()
+    assert figures.pop("peak_memory_gib") > 0
+    assert figures == {"step_time": 1.5, "tokens_per_second": 32.0, "tokens_per_second_per_device": 32.0}
+    assert throughput.report() == {}
+
+    step(51, 52, tokens=30, length=8)  # 1.5 s: the line before does not interrupt
+    assert throughput.report()["tokens_per_second"] == 20.0
+
+    throughput.on_save()
+    throughput.peak = 1e9
+    step(60, 64, tokens=16, length=4)
+    figures = throughput.report()
+    assert figures["tokens_per_second"] == 4.0
+    assert figures["mfu"] == pytest.approx(4.0 * flops_per_token(shapes, config, 4) / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"num_attention_heads": 4, "head_dim": 16}),  # heads x head_dim is not the hidden size
+        ("qwen2", {"use_sliding_window": False}),  # biases
+        ("qwen3", {}),
+    ],
+)
+def test_flops_per_token(family: str, overrides: dict[str, Any]) -> None:
+    """torch's count of a stock forward and backward, less the half of attention that a causal mask leaves out."""
+    config = tiny_config(family, num_hidden_layers=2, **overrides)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    batch, length = 2, 24
+    ids = torch.randint(3, VOCABULARY, (batch, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    counts = counter.get_flop_counts()
+    rotary = sum(sum(c.values()) for name, c in counts.items() if name.endswith("rotary_emb"))
+    head_dim = model.model.layers[0].self_attn.head_dim
+    one_attention = 2 * length * config.num_attention_heads * head_dim  # scores of one token; values cost the same
+    masked = 3 * 2 * one_attention * config.num_hidden_layers / 2
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    counted = (counter.get_total_flops() - rotary) / (batch * length)
+    assert flops_per_token(shapes, config, length) == counted - masked
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: float | None) -> None:
+    """By the name that the driver reports; nothing for a device that is not known, rather than a wrong MFU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (None if teraflops is None else teraflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
