@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, set_seed
 
 from .models.auto import AutoModelForCausalLM
@@ -71,7 +72,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_dataset is not None:
-        trainer.evaluate()
+        trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
     if args.push_to_hub:
@@ -180,7 +181,10 @@ def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
             raise ValueError(
                 f"model.config.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}."
             )
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"model.config: {error}") from error
 
 
 # ---- data ----

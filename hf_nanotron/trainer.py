@@ -77,7 +77,6 @@ class NanotronTrainer(Trainer):
         self._evaluated_rows = 0
         self._own_outputs: tuple[Any, Any] | None = None
         super().__init__(model, args, *positional, **kwargs)
-        self.mesh = self.model.mesh
         self._set_up_training_state()
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self.add_callback(self.throughput)
@@ -109,6 +108,8 @@ class NanotronTrainer(Trainer):
     def _set_up_training_state(self) -> None:
         """Masters, gradient buckets and the step, for the model at hand."""
         model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
+        self.mesh = model.mesh
+        self.mesh.set_timeout(self.args.ddp_timeout_delta)
         parameters = dict(model.named_parameters())
         self.masters = MasterWeights(parameters, compute_dtype)
         for stage in model.stages:
@@ -124,7 +125,6 @@ class NanotronTrainer(Trainer):
         if self.optimizer is None:
             if self.optimizer_cls_and_kwargs is not None:
                 optimizer_class, arguments = self.optimizer_cls_and_kwargs
-                check_elementwise(optimizer_class)
             else:
                 optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decayed = set(self.get_decay_parameter_names(self.model))
@@ -138,6 +138,7 @@ class NanotronTrainer(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         """Optimizer and scheduler; nothing wraps the model."""
+        self._window = []  # of a run that was broken off
         if self.model is not self._step.model:  # `model_init` made a new one
             self._set_up_training_state()
         if self._created_lr_scheduler:
@@ -444,3 +445,5 @@ def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         value = kwargs.get(name)
         if value is not None and value != (None, None):
             raise ValueError(f"NanotronTrainer does not take `{name}`: {reason}.")
+    if kwargs.get("optimizer_cls_and_kwargs") is not None:
+        check_elementwise(kwargs["optimizer_cls_and_kwargs"][0])

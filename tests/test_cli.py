@@ -86,7 +86,7 @@ for argv in (["--help"], ["--version"], ["generate", "--help"], ["train", "--hel
         try:
             main(argv)
         except SystemExit as exit:
-            print(argv, exit.code, len(out.getvalue()) > 20, file=sys.__stdout__)
+            print(argv, exit.code, len(out.getvalue()) > 10, file=sys.__stdout__)
 for name in ("torch", "transformers", "numpy", "yaml"):
     assert name not in sys.modules, name
 """
@@ -282,7 +282,7 @@ def test_train_from_a_config_and_text(pool: WorkerPool, tmp_path: Path) -> None:
 
 
 def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None:
-    """A folder of `save_to_disk` whose samples differ in length, a checkpoint's weights, no tokenizer, no evaluation."""
+    """A folder of `save_to_disk` whose samples differ in length, weights to start from, no tokenizer, no evaluation."""
     tokens = random_dataset(16, ragged=True)
     DatasetDict({"all": tokens}).save_to_disk(tmp_path / "data")
     settings = {
@@ -319,11 +319,9 @@ def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None
     ("world", "overrides", "says"),
     [
         (2, ["--tp_size", "3"], "does not divide the world size 2"),
-        (
-            2,
-            ["--tp_size", "2", "--model.config.num_attention_heads", "5", "--model.config.num_key_value_heads", "5"],
-            "5",
-        ),
+        (2, ["--tp_size", "2", "--model.config.vocab_size", "121"], "does not divide the 121 vocabulary"),
+        (1, ["--model.config.num_attention_heads", "5"], "not a multiple of the number of attention heads"),
+        (1, ["--model.config.hidden_size", "wide"], "'hidden_size' expected int"),
         (1, ["--fp16"], "fp16=True"),
         (1, ["--save_strategy", "best", "--eval_strategy", "no"], "metric_for_best_model"),
         (1, ["--dataset.text_column", "texts"], "text_column='texts' is not one of text, id"),

@@ -197,16 +197,14 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 def test_order_equals_stock(pool: WorkerPool, name: str) -> None:
     """The samples of every step, its loss and gradient norm, and the tokens and FLOPs counted."""
     world, sizes, names = TOPOLOGIES[name]
-    model_ranks = sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
-    dp = world // model_ranks
+    tp, pp = sizes.get("tp_size", 1), sizes.get("pp_size", 1)
+    dp = world // (tp * pp)
     results = pool.run(world, train_parallel_runs, checkpoint(), names, sizes, dp)
     for run in names:
         wanted, ranks = reference()[run], [result[run] for result in results]
-        # ranks are laid out as (pp, dp, tp)
-        tp = sizes.get("tp_size", 1)
-        for first in range(0, world, dp * tp):
-            for offset in range(tp):
-                assert merged([ranks[first + d * tp + offset]["seen"] for d in range(dp)]) == wanted["seen"], run
+        for stage, part in itertools.product(range(pp), range(tp)):
+            replicas = [ranks[(stage * dp + replica) * tp + part] for replica in range(dp)]
+            assert merged([replica["seen"] for replica in replicas]) == wanted["seen"], run
         for got in ranks:
             assert relative(got["losses"], wanted["losses"]) < 2e-5, run
             assert relative(got["norms"], wanted["norms"]) < 1e-4, run

@@ -285,7 +285,7 @@ def sample_twice(model: Model, options: dict[str, Any]) -> Any:
 
 
 def test_bf16(pool: WorkerPool) -> None:
-    """A pipeline rounds as one process does. Tensor parallelism sums in another order: its tokens are near-best ones."""
+    """A pipeline rounds as one process does. Tensor parallelism sums in another order: near-best tokens."""
     directory = checkpoint("mistral")
     expected = (stock(directory, dtype=torch.bfloat16).tolist(), "torch.bfloat16")
     assert run(pool, generate_bf16, {"pp_size": 2}, directory) == [expected] * 2

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..parallel.mesh import Group
 from ..parallel.spec import ShardSpec
@@ -20,6 +20,7 @@ from ..parallel.spec import ShardSpec
 if TYPE_CHECKING:
     from ..models.base import ParallelModel
 
+logger = logging.get_logger(__name__)
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 
@@ -96,17 +97,16 @@ class HubWeights:
                 "a quantised checkpoint cannot be cut; use the one it was made from."
             )
 
-    def read(self, spec: ShardSpec, name: str | None = None) -> torch.Tensor:
+    def read(self, spec: ShardSpec) -> torch.Tensor:
         """This rank's part of a tensor, and no other bytes of it.
 
         Raises:
             ValueError: if it is not there, or has another shape than the model.
         """
-        name = name or spec.name
-        self.check(name, spec.global_shape)
-        stored = self._slice(name)
+        self.check(spec.name, spec.global_shape)
+        stored = self._slice(spec.name)
         if spec.dim is None:
-            part = stored[:] if spec.global_shape else self._file(self._file_of[name]).get_tensor(name)
+            part = stored[:] if spec.global_shape else self._file(self._file_of[spec.name]).get_tensor(spec.name)
         else:
             before = (slice(None),) * spec.dim
             pieces = [stored[(*before, slice(start, stop))] for start, stop in spec.ranges]
@@ -124,26 +124,21 @@ def load_hub_weights(model: ParallelModel, directory: str | os.PathLike[str]) ->
         ValueError: naming the missing or damaged file or the tensors that are missing or of another shape.
     """
     weights = HubWeights(directory)
-    prefix = _prefix(model, weights)
-    missing = [name for name in model.hub_shapes if prefix + name not in weights]
+    missing = [name for name in model.hub_shapes if name not in weights]
     if missing:
         raise ValueError(
             f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
         )
+    if unused := [name for name in weights.names() if name not in model.hub_shapes]:
+        logger.warning(f"{directory}: the model has no place for {', '.join(unused[:5])} ({len(unused)} tensors).")
     # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
     for name, shape in model.hub_shapes.items():
-        weights.check(prefix + name, shape)
+        weights.check(name, shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spec = model.shard_specs[name]
-            parameter.copy_(weights.read(spec, prefix + spec.name))
+            parameter.copy_(weights.read(model.shard_specs[name]))
     return weights
-
-
-def _prefix(model: ParallelModel, weights: HubWeights) -> str:
-    """`""`: names are the Hub's own. One place to grow, should a family store its model under another name."""
-    return ""
 
 
 def save_hub_model(model: ParallelModel, directory: str | os.PathLike[str], max_shard_size: str | int = "5GB") -> None:

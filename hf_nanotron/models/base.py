@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..checkpoint.hub import save_hub_model
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
 from ..parallel.gradients import GradientBuckets
@@ -139,8 +140,6 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a standard Hub repository, all ranks together. See `hf_nanotron.checkpoint.hub.save_hub_model`."""
-        from ..checkpoint.hub import save_hub_model
-
         known = {"max_shard_size", "push_to_hub", "is_main_process", "state_dict", "safe_serialization"}
         if unknown := {name for name, value in kwargs.items() if value} - known:
             raise ValueError(f"save_pretrained of a parallel model does not know {sorted(unknown)}.")

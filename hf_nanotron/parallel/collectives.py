@@ -16,12 +16,15 @@ Sequence functions cut dimension 1 of `[batch, sequence, ...]`. A group of one r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .mesh import Group
+
+Collective = Callable[[torch.Tensor, Group], torch.Tensor]
 
 # torch 2.13 renames both; 2.11 has the old names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -59,100 +62,64 @@ def all_reduce(x: torch.Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> to
     return x
 
 
-def own_part(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    return x.chunk(group.size, dim)[group.rank].contiguous()
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _Conjugate(torch.autograd.Function):
+    """One collective in the forward, its conjugate in the backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(grad, ctx.group), None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        return all_reduce(x, group)
+    def forward(ctx: Any, x: torch.Tensor, group: Group, forward: Collective, backward: Collective) -> torch.Tensor:
+        ctx.group, ctx.conjugate = group, backward
+        return forward(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.conjugate(grad, ctx.group), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return all_gather(x, group, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return reduce_scatter(grad, ctx.group, 1), None
+def _conjugate(x: torch.Tensor, group: Group, forward: Collective, backward: Collective) -> torch.Tensor:
+    return x if group.size == 1 else _Conjugate.apply(x, group, forward, backward)
 
 
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_gather(grad, ctx.group, 1), None
+def _nothing(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x.view_as(x)
 
 
-class _SplitSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return own_part(x, group, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_gather(grad, ctx.group, 1), None
+def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return all_gather(x, group, 1)
 
 
-class _JoinSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return all_gather(x, group, 1)
+def _scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return reduce_scatter(x, group, 1)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return own_part(grad, ctx.group, 1), None
+
+def _own_part(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x.chunk(group.size, 1)[group.rank].contiguous()
 
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Hand a replicated `x` to sharded layers: their partial input gradients are summed in the backward."""
-    return x if group.size == 1 else _CopyTo.apply(x, group)
+    return _conjugate(x, group, _nothing, all_reduce)
 
 
 def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum partial outputs of sharded layers; the result is replicated."""
-    return x if group.size == 1 else _ReduceFrom.apply(x, group)
+    return _conjugate(x, group, all_reduce, _nothing)
 
 
 def gather_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     """`[B, S/n, ...] -> [B, S, ...]` for sharded layers, whose partial input gradients are summed and split."""
-    return x if group.size == 1 else _GatherSequence.apply(x, group)
+    return _conjugate(x, group, _gather, _scatter)
 
 
 def scatter_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum partial outputs `[B, S, ...]` of sharded layers and keep our `[B, S/n, ...]`."""
-    return x if group.size == 1 else _ScatterSum.apply(x, group)
+    return _conjugate(x, group, _scatter, _gather)
 
 
 def split_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Keep our `[B, S/n, ...]` of a replicated `[B, S, ...]`."""
-    return x if group.size == 1 else _SplitSequence.apply(x, group)
+    return _conjugate(x, group, _own_part, _gather)
 
 
 def join_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     """`[B, S/n, ...] -> [B, S, ...]` for replicated layers, where every rank computes the whole gradient."""
-    return x if group.size == 1 else _JoinSequence.apply(x, group)
+    return _conjugate(x, group, _gather, _own_part)

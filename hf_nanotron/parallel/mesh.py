@@ -114,6 +114,12 @@ class ParallelMesh:
             dist.all_reduce(torch.zeros(1, device=self.device), group=handle)
         return handle
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long a collective of this mesh may take before the job is taken down."""
+        for handle in self._handles.values():
+            if handle is not None:
+                dist.distributed_c10d._set_pg_timeout(timeout, handle)
+
     @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
