@@ -28,12 +28,12 @@ class TrainStep:
         self.model, self.gradients = model, gradients
         self._tables: dict[int, tuple[Tick, ...]] = {}
 
-    def run(self, micro_batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor, step: int) -> torch.Tensor:
+    def run(self, micro_batches: list[dict[str, Any]], step: int) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
         Args:
-            micro_batches: this data-parallel rank's, each with `input_ids` and `labels` `[B, S]` on the device.
-            num_items_in_batch: predicted tokens over all micro-batches and data-parallel ranks.
+            micro_batches: this data-parallel rank's, each with `input_ids` and `labels` `[B, S]` on the device, and
+                `num_items_in_batch`, the predicted tokens over all micro-batches and data-parallel ranks.
             step: optimizer step, for the dropout streams.
 
         Returns:
@@ -43,10 +43,7 @@ class TrainStep:
         model.train()
         self.gradients.zero()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
-        inputs = [
-            {**pad_sequence(batch, multiple), "num_items_in_batch": num_items_in_batch, "use_cache": False}
-            for batch in micro_batches
-        ]
+        inputs = [{**pad_sequence(batch, multiple), "use_cache": False} for batch in micro_batches]
         table = self._table(len(inputs))
         last_backward = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == "B"}
 

@@ -72,7 +72,7 @@ class NanotronTrainer(Trainer):
         self._mesh: ParallelMesh | None = None
         if model is not None:
             model = self._parallel_model(model, args)
-        self._window: list[dict[str, Any]] = []
+        self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._valid_rows: tuple[int, ...] = ()
         self._evaluated_rows = 0
         self._own_outputs: tuple[Any, Any] | None = None
@@ -112,8 +112,6 @@ class NanotronTrainer(Trainer):
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
         parameters = dict(model.named_parameters())
         self.masters = MasterWeights(parameters, compute_dtype)
-        for stage in model.stages:
-            stage.set_dtype(compute_dtype)
         if model.gradients is not None:  # of an earlier trainer, whose hooks would take ours away
             model.gradients.close()
         self.gradients = model.gradients = GradientBuckets(
@@ -162,7 +160,7 @@ class NanotronTrainer(Trainer):
 
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
-        self._window.append(inputs)
+        self._window.append((inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         if not isinstance(num_items_in_batch, torch.Tensor):
@@ -170,11 +168,13 @@ class NanotronTrainer(Trainer):
                 f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
             )
-        micro_batches = [self._prepare_inputs(batch) for batch in self._window]
-        loss = self._step.run(micro_batches, num_items_in_batch, self.state.global_step)
-        tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in self._window)
-        length = max(batch["input_ids"].shape[1] for batch in self._window)
+        # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
+        micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
+        batches = [batch for batch, _ in self._window]
         self._window = []
+        loss = self._step.run(micro_batches, self.state.global_step)
+        tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
+        length = max(batch["input_ids"].shape[1] for batch in batches)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -96,6 +96,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "drop_last": {"per_device_train_batch_size": 2, "dataloader_drop_last": True},
     "datasets stream": {"stream": "datasets", "samples": 3 * GLOBAL_BATCH, "max_steps": 6},
     "torch stream": {"stream": "torch", "samples": 16, "max_steps": 8, "per_device_train_batch_size": 2},
+    "stream left over": {"stream": "torch", "samples": 10, "max_steps": 6},
     "all tokens": {"include_num_input_tokens_seen": "all", "per_device_train_batch_size": 2},
     "tokens": {
         "include_num_input_tokens_seen": "non_padding",

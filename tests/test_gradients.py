@@ -119,7 +119,8 @@ def gradient_errors(case: Case) -> tuple[dict[str, float], list[str], float]:
         expected += loss.detach()
 
     gradients = GradientBuckets(dict(model.named_parameters()), model.shard_specs, model.stage_of, mesh, SMALL_BUCKETS)
-    share = TrainStep(model, gradients).run(window[mesh.dp_rank :: mesh.dp_size], items, step=0)
+    own = [{**batch, "num_items_in_batch": items} for batch in window[mesh.dp_rank :: mesh.dp_size]]
+    share = TrainStep(model, gradients).run(own, step=0)
     loss = all_reduce(share * (mesh.is_last_stage and mesh.tp_rank == 0), mesh.world)
 
     whole = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.requires_grad}

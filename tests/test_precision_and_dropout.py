@@ -45,7 +45,7 @@ def step(sizes: dict[str, Any], checkpoint_every: int = 0, dropout: bool = True)
     window = [plain(index) for index in range(MICRO_BATCHES)][mesh.dp_rank :: mesh.dp_size]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    share = TrainStep(model, buckets).run(window, ITEMS, step=3)
+    share = TrainStep(model, buckets).run([{**batch, "num_items_in_batch": ITEMS} for batch in window], step=3)
     moved = not torch.equal(before, torch.get_rng_state())
     # An evaluation must not find anything of the step: it draws nothing, so it leaves the generators alone.
     torch.manual_seed(6)
@@ -158,7 +158,7 @@ def accumulate(dtype: torch.dtype, batches: list[Batch]) -> Parts:
     model = parallelize(stock_model("llama").to(dtype), ParallelMesh(ParallelConfig()))
     parameters = dict(model.named_parameters())
     buckets = GradientBuckets(parameters, model.shard_specs, model.stage_of, model.mesh, 1 << 20)
-    TrainStep(model, buckets).run(batches, ITEMS, step=0)
+    TrainStep(model, buckets).run([{**batch, "num_items_in_batch": ITEMS} for batch in batches], step=0)
     assert all(parameter.grad is None for parameter in parameters.values())
     return {name: gradient.clone() for name, gradient in buckets.gradients.items()}
 

@@ -134,12 +134,6 @@ class Stage:
                 owner = backbone if plan.backbone and full.startswith(plan.backbone + ".") else view
                 owner._modules[full.rpartition(".")[2]] = Absent()
 
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """Follow a change of the model's compute dtype."""
-        for module in self._backbone.children():
-            if isinstance(module, AbsentEmbedding):
-                module.dtype = dtype
-
     def forward(self, inputs: dict[str, Any], received: torch.Tensor | None) -> Any:
         """Compute the boundary tensor for the next stage, or the causal LM's output on the last stage.
 
@@ -148,7 +142,9 @@ class Stage:
             received: the boundary tensor of the previous stage (None on the first).
         """
         self._view.training = self._backbone.training = self._model.training
-        self.set_dtype(self._model.dtype)  # `model.to(dtype)` does not reach into views
+        for module in self._backbone.children():
+            if isinstance(module, AbsentEmbedding):
+                module.dtype = self._model.dtype  # a change of the model's does not reach into views
         if self._input is not None:
             assert received is not None
             self._input.received = received
