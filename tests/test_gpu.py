@@ -28,6 +28,47 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+def launch(world: int, *arguments: str) -> None:
+    """Run this file on `world` GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command += [str(Path(__file__).resolve()), *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
+    subprocess.run(command, check=True, timeout=300, env=environment)
+
+
+def generate(directory: str, sizes: dict[str, Any]) -> None:
+    """What torchrun starts: greedy and sampled tokens of every rank."""
+    from transformers import set_seed
+
+    from hf_nanotron import AutoModelForCausalLM, ParallelConfig
+
+    model = AutoModelForCausalLM.from_pretrained(directory, ParallelConfig(**sizes))
+    prompt = torch.tensor([[5, 17, 31, 8]], device=model.mesh.device)
+    greedy = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    set_seed(int(os.environ["RANK"]))  # the ranks of one model must agree all the same
+    sampled = model.generate(prompt, max_new_tokens=12, do_sample=True)
+    tokens = {"greedy": greedy.tolist(), "sampled": sampled.tolist()}
+    Path(directory, f"tokens-{os.environ['RANK']}.json").write_text(json.dumps(tokens))
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}], ids=["tp2", "pp2"])
+def test_generation_on_gpus(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Token for token what a stock model generates on one GPU; sampling agrees on all ranks."""
+    from tiny import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    stock = AutoModelForCausalLM.from_config(tiny_config("qwen3", eos_token_id=None)).eval()
+    stock.save_pretrained(tmp_path)
+    prompt = torch.tensor([[5, 17, 31, 8]], device="cuda")
+    expected = stock.cuda().generate(prompt, max_new_tokens=12, do_sample=False).tolist()
+    launch(2, "generate", str(tmp_path), json.dumps(sizes))
+    first, second = (json.loads((tmp_path / f"tokens-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["greedy"] == second["greedy"] == expected
+    assert first["sampled"] == second["sampled"]
+
+
 def run_rows(directory: str, rows: list[dict[str, Any]]) -> None:
     """What torchrun starts: train every row on this job's ranks and let rank 0 write the figures.
 
@@ -64,10 +105,7 @@ def test_parity_on_gpus(family: str, tmp_path: Path) -> None:
         rows = [row for size, row in ROWS if size == world]
         if world == 1:
             rows = [{"stock": True}, *rows]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        command += [str(Path(__file__).resolve()), str(tmp_path), json.dumps(rows)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
-        subprocess.run(command, check=True, timeout=300, env=environment)
+        launch(world, "train", str(tmp_path), json.dumps(rows))
         for row, got in zip(rows, json.loads((tmp_path / f"figures-{world}.json").read_text()), strict=True):
             expected = expected or got
             errors = (
@@ -80,4 +118,4 @@ def test_parity_on_gpus(family: str, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_rows(sys.argv[1], json.loads(sys.argv[2]))
+    {"train": run_rows, "generate": generate}[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3]))
