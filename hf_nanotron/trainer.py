@@ -248,6 +248,11 @@ class NanotronTrainer(Trainer):
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader
 
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=self.args.accelerator_config.non_blocking)
+        return super()._prepare_input(data)
+
     @property
     def _data_seed(self) -> int:
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed

@@ -121,6 +121,7 @@ def main() -> None:
             "transformers": transformers.__version__,
         }
         print(json.dumps(result), flush=True)
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -54,3 +54,4 @@ trainer = Trainer(
 trainer.train()
 trainer.evaluate()
 trainer.save_model()
+trainer.end()

@@ -102,6 +102,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, cli.output_dir / "loss.png")
         print(f"Saved {get_last_checkpoint(str(cli.output_dir))}")
+    trainer.end()
 
 
 if __name__ == "__main__":
