@@ -250,7 +250,7 @@ class NanotronTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor):
-            return data.to(self.args.device, non_blocking=self.args.accelerator_config.non_blocking)
+            return data.to(self.args.device, non_blocking=self.accelerator.non_blocking)
         return super()._prepare_input(data)
 
     @property
