@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -88,7 +89,15 @@ class GradientBuckets:
                 self._close(stage_of[name], group, open_buckets.pop(key))
         for (stage, ranks), members in open_buckets.items():
             self._close(stage, groups[ranks], members)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._collect) for p in self._bucket_of]
+        # A strong reference in a hook, which the parameter keeps in C++, would be a cycle that is never collected.
+        this = weakref.ref(self)
+
+        def collect(parameter: torch.Tensor) -> None:
+            buckets = this()
+            if buckets is not None:
+                buckets._collect(parameter)
+
+        self._hooks = [parameter.register_post_accumulate_grad_hook(collect) for parameter in self._bucket_of]
 
     def _close(self, stage: int, group: Group, members: Sequence[tuple[str, nn.Parameter]]) -> None:
         parameters = tuple(parameter for _, parameter in members)
