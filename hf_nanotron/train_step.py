@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from .models.base import ParallelModel
-from .parallel.gradients import GradientBuckets
 from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
+from .parallel.segment import ShardedWeights
 
 # What a token gets that only fills a sequence up: it predicts nothing, and comes after every token that does.
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
@@ -21,11 +21,11 @@ class TrainStep:
 
     Args:
         model: this rank's part.
-        gradients: where its gradients are accumulated and reduced.
+        weights: where its gradients are accumulated and reduced.
     """
 
-    def __init__(self, model: ParallelModel, gradients: GradientBuckets) -> None:
-        self.model, self.gradients = model, gradients
+    def __init__(self, model: ParallelModel, weights: ShardedWeights) -> None:
+        self.model, self.weights = model, weights
         self._tables: dict[int, tuple[Tick, ...]] = {}
 
     def run(self, micro_batches: list[dict[str, Any]], step: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ class TrainStep:
         """
         model, mesh = self.model, self.model.mesh
         model.train()
-        self.gradients.zero()
+        self.weights.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
         inputs = [{**pad_sequence(batch, multiple), "use_cache": False} for batch in micro_batches]
         table = self._table(len(inputs))
@@ -51,14 +51,16 @@ class TrainStep:
             if model.streams is not None:
                 model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
 
-        def on_backward(action: Action) -> None:
-            if action == last_backward[action.stage]:
-                self.gradients.arm(action.stage)
+        def before_backward(action: Action) -> None:
+            self.weights.before_backward(action.stage, action == last_backward[action.stage])
 
-        losses = model.executor.run(table, model.stages, inputs, on_forward, on_backward)
+        def after_backward(action: Action) -> None:
+            self.weights.after_backward(action.stage, action == last_backward[action.stage])
+
+        losses = model.executor.run(table, model.stages, inputs, on_forward, before_backward, after_backward)
         if model.streams is not None:
             model.streams.end()
-        self.gradients.finish()
+        self.weights.finish()
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 
     def _table(self, num_micro_batches: int) -> tuple[Tick, ...]:

@@ -7,33 +7,32 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import find_batch_size, recursively_apply
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .checkpoint.card import write_model_card
 from .checkpoint.hub import load_hub_weights, save_hub_model
 from .checkpoint.state import load_training_state, save_training_state
-from .data.loader import DataParallelLoader, DataParallelStream, FillerBatch, build_loader
+from .data.loader import DataParallelLoader, FillerBatch, build_loader
+from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
 from .models.parallelize import parallelize
+from .models.sharding import shard_weights
+from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
 from .monitor.throughput import Throughput
-from .optim.build import build_optimizer, check_elementwise
-from .optim.clip import clip_gradients, global_norm
-from .optim.master import MasterWeights
-from .parallel.collectives import all_gather, all_reduce
-from .parallel.gradients import GradientBuckets
+from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
+from .optim.link import OptimizerLink
+from .optim.norm import NonFiniteGradientError, describe_nonfinite, global_norm
+from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
 from .train_step import TrainStep
@@ -42,7 +41,7 @@ from .training_args import NanotronTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(Trainer):
+class NanotronTrainer(EvaluatingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -73,9 +72,7 @@ class NanotronTrainer(Trainer):
         if model is not None:
             model = self._parallel_model(model, args)
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
-        self._valid_rows: tuple[int, ...] = ()
-        self._evaluated_rows = 0
-        self._own_outputs: tuple[Any, Any] | None = None
+        self._link: OptimizerLink | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._set_up_training_state()
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
@@ -106,31 +103,39 @@ class NanotronTrainer(Trainer):
         return self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
 
     def _set_up_training_state(self) -> None:
-        """Masters, gradient buckets and the step, for the model at hand."""
+        """Weights, gradients and the step, for the model at hand."""
         model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
         self.mesh = model.mesh
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
-        parameters = dict(model.named_parameters())
-        self.masters = MasterWeights(parameters, compute_dtype)
-        if model.gradients is not None:  # of an earlier trainer, whose hooks would take ours away
-            model.gradients.close()
-        self.gradients = model.gradients = GradientBuckets(
-            parameters, model.shard_specs, model.stage_of, model.mesh, self.args.gradient_bucket_bytes
-        )
-        self._step = TrainStep(model, self.gradients)
+        # Of the parameters that a user's optimizer was made over: sharding them may make others.
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad} if self.optimizer else {}
+        self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
+        self._step = TrainStep(model, self.weights)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        segments = self.weights.segments
         if self.optimizer is None:
-            if self.optimizer_cls_and_kwargs is not None:
-                optimizer_class, arguments = self.optimizer_cls_and_kwargs
-            else:
-                optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            state_dtype = getattr(torch, self.args.optim_state_dtype)
+            choice = self.optimizer_cls_and_kwargs or optimizer_choice(self.args, state_dtype)
             decayed = set(self.get_decay_parameter_names(self.model))
-            self.optimizer = build_optimizer(
-                self.masters.masters, decayed, self.args.weight_decay, optimizer_class, dict(arguments)
-            )
-            self.masters.attach(self.optimizer, self.gradients.gradients)
+            order = list(self.model.hub_shapes)
+            self.optimizer = build_optimizer(segments, order, decayed, self.args.weight_decay, *choice)
+        elif self._names:
+            adopt_optimizer(self.optimizer, self._names, segments)
+            self._names = {}
+        if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
+            self._link = OptimizerLink(self.optimizer, self.weights, overlap=not self._callbacks_read_weights())
         return self.optimizer
+
+    def _callbacks_read_weights(self) -> bool:
+        """Whether a callback of the user's is called between an optimizer step and the next forward."""
+        events = ("on_optimizer_step", "on_step_end", "on_step_begin")
+        return any(
+            getattr(type(callback), event) is not getattr(TrainerCallback, event)
+            for callback in self.callback_handler.callbacks
+            if type(callback).__module__.partition(".")[0] not in ("transformers", "hf_nanotron")
+            for event in events
+        )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -149,7 +154,35 @@ class NanotronTrainer(Trainer):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
+        self._report_memory()
         return self.model, train_dataloader
+
+    def _report_memory(self) -> None:
+        """Say what the fullest rank will take, before the first step takes it."""
+        assert self.optimizer is not None
+        args, model = self.args, self.model
+        length = self._sample_length()
+        activations = activation_bytes(
+            model.config,
+            args.per_device_train_batch_size * length,
+            args.parallel,
+            self.mesh.pp_rank,
+            args.gradient_accumulation_steps,
+            model.dtype.itemsize,
+            bool(args.activation_checkpointing or args.gradient_checkpointing),
+        )
+        moments = moment_bytes(self.optimizer, self.weights)
+        self.memory_report = MemoryReport(**self.weights.bytes_held(), moments=moments, activations=activations)
+        rank, report = fullest(self.memory_report, self.mesh)
+        logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {report}")
+
+    def _sample_length(self) -> int:
+        """Tokens of the first sample; of the longest that the model takes if the data does not say."""
+        dataset: Any = self.train_dataset
+        sample = dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else None
+        if isinstance(sample, Mapping) and "input_ids" in sample:
+            return len(sample["input_ids"])
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0))
 
     # ---- one step ----
 
@@ -173,6 +206,9 @@ class NanotronTrainer(Trainer):
         batches = [batch for batch, _ in self._window]
         self._window = []
         loss = self._step.run(micro_batches, self.state.global_step)
+        self._norm = global_norm(self.weights.segments, self.mesh)
+        if not self._norm.isfinite():
+            self._on_nonfinite_gradient(loss)
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
         length = max(batch["input_ids"].shape[1] for batch in batches)
         every = self.args.torch_empty_cache_steps
@@ -198,15 +234,31 @@ class NanotronTrainer(Trainer):
             return all_reduce(count, self.mesh.dp)
         return count.clamp(min=1) * self.mesh.dp_size
 
+    def _on_nonfinite_gradient(self, loss: torch.Tensor) -> None:
+        """Report the step, and leave it out or end the run.
+
+        Raises:
+            NonFiniteGradientError: unless `skip_nonfinite_steps`. Weights, optimizer and checkpoints are untouched.
+        """
+        order = list(self.model.hub_shapes)
+        what = describe_nonfinite(self.weights.segments, order, loss, self._norm, self.mesh)
+        what = f"step {self.state.global_step + 1}: {what}"
+        if not self.args.skip_nonfinite_steps:
+            raise NonFiniteGradientError(
+                f"{what} The weights are those of the step before, and no checkpoint was touched. Lower the learning "
+                "rate, look at this step's data, or leave such steps out with skip_nonfinite_steps=True."
+            )
+        logger.warning(f"{what} The step is left out (skip_nonfinite_steps=True).")
+        assert self._link is not None
+        self._link.skips_next = True
+
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        norm = global_norm(self.gradients.gradients, self.model.shard_specs, self.mesh)
-        clip_gradients(self.gradients.gradients, norm, self.args.max_grad_norm)
-        return norm
+        assert self._link is not None
+        self._link.clip(self._norm, self.args.max_grad_norm)
+        return self._norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        if grad_norm is not None:
-            return grad_norm
-        return global_norm(self.gradients.gradients, self.model.shard_specs, self.mesh)
+        return self._norm
 
     # ---- data ----
 
@@ -285,83 +337,6 @@ class NanotronTrainer(Trainer):
             generator=torch.Generator().manual_seed(self._data_seed),
         )
 
-    # ---- evaluation ----
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._evaluated_rows = 0
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if isinstance(getattr(dataloader, "dataset", None), DataParallelStream):
-            # A stream has no length, and Trainer counts what this rank saw of it.
-            output = output._replace(num_samples=self._evaluated_rows)
-        return output
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Loss of one evaluation batch: the mean over its own tokens, as one process computes it."""
-        outputs = model(**inputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
-        counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
-        self._valid_rows = tuple(counts.tolist())
-        self._evaluated_rows += sum(self._valid_rows)
-        if prediction_loss_only and "labels" in inputs:
-            with torch.no_grad():
-                loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
-            return loss.detach(), None, None
-        inputs = {**inputs, "use_cache": False}
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._own_outputs = (logits, labels) if self._preprocess_logits is not None else None
-        return loss, logits, labels
-
-    @property
-    def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
-        """The user's function, which sees the batch of this rank alone, as in one process."""
-        return self._preprocess_own_logits if self._preprocess_logits is not None else None
-
-    @preprocess_logits_for_metrics.setter
-    def preprocess_logits_for_metrics(self, value: Callable[[Any, Any], Any] | None) -> None:
-        self._preprocess_logits = value
-
-    def _preprocess_own_logits(self, padded_logits: Any, padded_labels: Any) -> Any:
-        """Trainer pads to the longest batch of the round first; a maximum, say, would make tokens of that padding."""
-        assert self._preprocess_logits is not None and self._own_outputs is not None
-        result = self._preprocess_logits(*self._own_outputs)
-        self._own_outputs = None
-        return recursively_apply(self._pad_to_longest, result)
-
-    def _pad_to_longest(self, data: torch.Tensor) -> torch.Tensor:
-        """Fill dimension 1 up to the longest of the round, with what Trainer fills up with between batches."""
-        if data.dim() < 2:
-            return data
-        length = data.shape[1]
-        longest = all_reduce(torch.tensor(length, device=data.device), self.mesh.dp, torch.distributed.ReduceOp.MAX)
-        return F.pad(data, (0, 0) * (data.dim() - 2) + (0, int(longest) - length), value=IGNORE_INDEX)
-
-    @property
-    def gather_function(self) -> Callable[[Any], Any]:
-        """Join evaluation results over the data-parallel ranks, in the order of one process."""
-        return self._gather_rows
-
-    @gather_function.setter
-    def gather_function(self, value: Any) -> None:
-        """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
-
-    def _gather_rows(self, data: Any) -> Any:
-        if isinstance(data, list | tuple):
-            return type(data)(self._gather_rows(item) for item in data)
-        if isinstance(data, dict):
-            return type(data)({name: self._gather_rows(item) for name, item in data.items()})
-        most = max(self._valid_rows)
-        own = data[: self._valid_rows[self.mesh.dp_rank]]
-        padded = torch.cat((own, own.new_zeros((most - own.shape[0], *own.shape[1:]))))
-        parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
-        return torch.cat([part[:rows] for part, rows in zip(parts, self._valid_rows, strict=True)])
-
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -377,22 +352,22 @@ class NanotronTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None
-        save_training_state(output_dir, self.mesh, self.optimizer, self.lr_scheduler, self.masters)
+        save_training_state(output_dir, self.mesh, self.optimizer, self.lr_scheduler, self.weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_hub_weights(self.model, resume_from_checkpoint)
-        self.masters.read_from_model()
+        self.weights.read_from_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
-            load_training_state(checkpoint, self.mesh, self.optimizer, self.lr_scheduler, self.masters)
+            load_training_state(checkpoint, self.mesh, self.optimizer, self.lr_scheduler, self.weights)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         load_hub_weights(self.model, self.state.best_model_checkpoint)
-        self.masters.read_from_model()
+        self.weights.read_from_model()
 
     def create_model_card(self, language: str | None = None, **fields: Any) -> None:  # type: ignore[override]
         if self.is_world_process_zero():
@@ -404,6 +379,7 @@ class NanotronTrainer(Trainer):
     # ---- figures ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
             logs.update(self.throughput.report())
         super().log(logs, start_time)
@@ -433,8 +409,6 @@ class NanotronTrainer(Trainer):
 
 REFUSED_ARGUMENTS = {
     "compute_loss_func": "the loss is computed over the sharded vocabulary, where no rank has whole logits",
-    "optimizers": "an optimizer made outside holds the model's own parameters, not their fp32 masters; pass "
-    "`optimizer_cls_and_kwargs` instead, and `lr_scheduler_type` with `lr_scheduler_kwargs` for the schedule",
 }
 
 
@@ -451,4 +425,12 @@ def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         if value is not None and value != (None, None):
             raise ValueError(f"NanotronTrainer does not take `{name}`: {reason}.")
     if kwargs.get("optimizer_cls_and_kwargs") is not None:
-        check_elementwise(kwargs["optimizer_cls_and_kwargs"][0])
+        check_elementwise(kwargs["optimizer_cls_and_kwargs"][0], "optimizer_cls_and_kwargs")
+    optimizer, scheduler = kwargs.get("optimizers") or (None, None)
+    if optimizer is not None:
+        check_elementwise(type(optimizer), "optimizers")
+    elif scheduler is not None:
+        raise ValueError(
+            "optimizers=(None, scheduler): a scheduler sets the learning rate of the optimizer it was made for. Pass "
+            "both, or `lr_scheduler_type` with `lr_scheduler_kwargs`."
+        )

@@ -39,8 +39,23 @@ class NanotronTrainingArguments(TrainingArguments):
     pp_size: int = field(default=1, metadata={"help": "Ranks that share the stack of layers (pipeline parallelism)."})
     cp_size: int = field(default=1, metadata={"help": "Ranks that share a sequence (context parallelism)."})
     ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts (expert parallelism)."})
-    dp_replicate_size: int = field(default=1, metadata={"help": "Replicas of the ZeRO shards."})
-    zero_stage: int = field(default=0, metadata={"help": "What data-parallel ranks shard; 0 shards nothing."})
+    dp_replicate_size: int = field(
+        default=1, metadata={"help": "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding)."}
+    )
+    zero_stage: int = field(
+        default=1,
+        metadata={
+            "help": "What data-parallel ranks shard: 0 nothing, 1 optimizer state and fp32 masters, 2 also gradients, "
+            "3 also parameters."
+        },
+    )
+    optim_state_dtype: str = field(
+        default="float32", metadata={"help": "Of AdamW's two moments: float32, or bfloat16 with stochastic rounding."}
+    )
+    skip_nonfinite_steps: bool = field(
+        default=False,
+        metadata={"help": "Leave out a step whose gradient is not finite; otherwise it ends the run."},
+    )
     sequence_parallel: bool = field(
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
@@ -89,6 +104,15 @@ class NanotronTrainingArguments(TrainingArguments):
             ValueError: as at construction.
         """
         check_policy(self)
+        if self.optim_state_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"optim_state_dtype={self.optim_state_dtype!r} is not one of 'float32', 'bfloat16'.")
+        if self.optim_state_dtype == "bfloat16" and not str(getattr(self.optim, "value", self.optim)).startswith(
+            "adamw"
+        ):
+            raise ValueError(
+                f"optim_state_dtype='bfloat16' with optim={str(getattr(self.optim, 'value', self.optim))!r}: only "
+                "AdamW's moments can be bfloat16; use optim='adamw_torch_fused', or optim_state_dtype='float32'."
+            )
         self.parallel.dp_size(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 

@@ -108,6 +108,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "sgd": ("momentum", "dampening", "nesterov"),
     "adagrad": ("lr_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    "lion_32bit": (),
 }
 
 
@@ -130,7 +131,7 @@ REFUSED_OPTIMIZERS: dict[str, str] = {
         "it updates weights inside the backward, before gradients are accumulated over micro-batches and reduced",
     ),
     **_group(
-        "adamw_bnb_8bit adamw_8bit ademamix ademamix_8bit lion_8bit lion_32bit rmsprop_bnb rmsprop_bnb_8bit "
+        "adamw_bnb_8bit adamw_8bit ademamix ademamix_8bit lion_8bit rmsprop_bnb rmsprop_bnb_8bit "
         "rmsprop_bnb_32bit paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit "
         "paged_lion_32bit paged_lion_8bit",
         "it needs bitsandbytes, which is not fitted to sharded parameters and their checkpoints",

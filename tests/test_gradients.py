@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from pool import WorkerPool
-from tiny import VOCABULARY, tiny_config
+from tiny import VOCABULARY, local_gradients, tiny_config
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding import shard_weights
 from hf_nanotron.parallel.collectives import all_reduce
-from hf_nanotron.parallel.gradients import GradientBuckets
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.train_step import TrainStep
 
@@ -118,14 +118,14 @@ def gradient_errors(case: Case) -> tuple[dict[str, float], list[str], float]:
         loss.backward()
         expected += loss.detach()
 
-    gradients = GradientBuckets(dict(model.named_parameters()), model.shard_specs, model.stage_of, mesh, SMALL_BUCKETS)
+    weights = shard_weights(model, torch.float32, SMALL_BUCKETS)
     own = [{**batch, "num_items_in_batch": items} for batch in window[mesh.dp_rank :: mesh.dp_size]]
-    share = TrainStep(model, gradients).run(own, step=0)
+    share = TrainStep(model, weights).run(own, step=0)
     loss = all_reduce(share * (mesh.is_last_stage and mesh.tp_rank == 0), mesh.world)
 
     whole = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.requires_grad}
     errors = {}
-    for name, gradient in gradients.gradients.items():
+    for name, gradient in local_gradients(model).items():
         spec = model.shard_specs[name]
         error = (gradient - spec.slice(whole[spec.name])).abs().max() / whole[spec.name].abs().max()
         errors[spec.name] = float(error)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from pool import WorkerPool
 from test_gradients import Batch, plain, stock_model
-from tiny import History, pad_batch, random_dataset, training_arguments
+from tiny import History, local_gradients, pad_batch, random_dataset, training_arguments
 from transformers import Trainer, TrainingArguments
 
 from hf_nanotron import NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding import shard_weights
 from hf_nanotron.parallel.collectives import all_gather
-from hf_nanotron.parallel.gradients import GradientBuckets
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.train_step import TrainStep
 
@@ -40,12 +40,11 @@ def step(sizes: dict[str, Any], checkpoint_every: int = 0, dropout: bool = True)
     model = parallelize(stock_model("llama", **(DROPOUT if dropout else {})), mesh)
     if checkpoint_every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=checkpoint_every)
-    parameters = dict(model.named_parameters())
-    buckets = GradientBuckets(parameters, model.shard_specs, model.stage_of, mesh, 1000)
+    weights = shard_weights(model, torch.float32, 1000)
     window = [plain(index) for index in range(MICRO_BATCHES)][mesh.dp_rank :: mesh.dp_size]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    share = TrainStep(model, buckets).run([{**batch, "num_items_in_batch": ITEMS} for batch in window], step=3)
+    share = TrainStep(model, weights).run([{**batch, "num_items_in_batch": ITEMS} for batch in window], step=3)
     moved = not torch.equal(before, torch.get_rng_state())
     # An evaluation must not find anything of the step: it draws nothing, so it leaves the generators alone.
     torch.manual_seed(6)
@@ -56,7 +55,7 @@ def step(sizes: dict[str, Any], checkpoint_every: int = 0, dropout: bool = True)
     moved |= not torch.equal(before, torch.get_rng_state())
     loss = torch.stack([share * mesh.is_last_stage * (mesh.tp_rank == 0)])
     total = float(all_gather(loss, mesh.world, 0).sum())
-    whole = {name: join(gradient, model, name) for name, gradient in buckets.gradients.items()}
+    whole = {name: join(gradient, model, name) for name, gradient in local_gradients(model).items()}
     mesh.close()
     return Run(total, whole, moved)
 
@@ -157,10 +156,10 @@ def test_streams_differ_where_tensors_are_cut(pool: WorkerPool, sequence_paralle
 def accumulate(dtype: torch.dtype, batches: list[Batch]) -> Parts:
     model = parallelize(stock_model("llama").to(dtype), ParallelMesh(ParallelConfig()))
     parameters = dict(model.named_parameters())
-    buckets = GradientBuckets(parameters, model.shard_specs, model.stage_of, model.mesh, 1 << 20)
-    TrainStep(model, buckets).run([{**batch, "num_items_in_batch": ITEMS} for batch in batches], step=0)
+    weights = shard_weights(model, dtype, 1 << 20)
+    TrainStep(model, weights).run([{**batch, "num_items_in_batch": ITEMS} for batch in batches], step=0)
     assert all(parameter.grad is None for parameter in parameters.values())
-    return {name: gradient.clone() for name, gradient in buckets.gradients.items()}
+    return {name: gradient.clone() for name, gradient in local_gradients(model).items()}
 
 
 def test_gradients_accumulate_in_fp32() -> None:
@@ -195,7 +194,7 @@ def train(**overrides: Any) -> Trained:
         model=stock_model("llama"), args=args, train_dataset=random_dataset(32), data_collator=pad_batch,
         callbacks=[history],
     )  # fmt: skip
-    masters = trainer.masters.masters
+    masters = {s.name: s.master.view(s.spec.local_shape) for s in trainer.weights.segments}  # whole: dp is 1
     before = {name: master.detach().clone() for name, master in masters.items()}
     trainer.train()
     parameters = dict(trainer.model.named_parameters())

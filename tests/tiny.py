@@ -131,3 +131,17 @@ def train_parallel(checkpoint: str, dataset: Dataset, **overrides: Any) -> Histo
     trainer.train()
     model.mesh.close()
     return history
+
+
+def local_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """This rank's tensor-parallel part of every gradient, joined over the ranks that share the ZeRO shards."""
+    from hf_nanotron.parallel.collectives import all_reduce
+
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    flat = {name: torch.zeros(model.shard_specs[name].local_shape).flatten() for name in trained}
+    for segment in model.sharded.segments:
+        flat[segment.name][segment.start : segment.stop] += segment.gradient
+    return {
+        name: all_reduce(gradient, model.mesh.shard).view(model.shard_specs[name].local_shape)
+        for name, gradient in flat.items()
+    }

@@ -135,9 +135,8 @@ def load_hub_weights(model: ParallelModel, directory: str | os.PathLike[str]) ->
     # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
     for name, shape in model.hub_shapes.items():
         weights.check(name, shape)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(model.shard_specs[name]))
+    for name, spec in model.shard_specs.items():
+        model.write_parameter(name, weights.read(spec))
     return weights
 
 
@@ -165,21 +164,20 @@ def save_hub_model(model: ParallelModel, directory: str | os.PathLike[str], max_
     files = plan_files(model.hub_shapes, model.hub_owners, model.dtype.itemsize, parse_size(max_shard_size))
     if mesh.rank == 0 and len(files) > 1:
         _write_index(directory, files, model)
-    if mesh.dp_rank == 0:
-        held = {spec.name: (spec, name) for name, spec in model.shard_specs.items()}
-        parameters = dict(model.named_parameters())
-        for file_name, names in files.items():
-            if model.hub_owners[names[0]] != mesh.pp_rank:
-                continue
-            tensors = {}
-            for name in names:
-                spec, key = held[name]
-                whole = gather_whole(parameters[key].detach(), spec, mesh.tp)
-                if whole is not None:
-                    tensors[name] = whole
-            if mesh.tp_rank == 0:
-                save_file(tensors, directory / file_name, metadata={"format": "pt"})
-            del tensors
+    held = {spec.name: (spec, name) for name, spec in model.shard_specs.items()}
+    for file_name, names in files.items():
+        if model.hub_owners[names[0]] != mesh.pp_rank:
+            continue
+        tensors = {}
+        for name in names:
+            spec, key = held[name]
+            part = model.whole_parameter(key)
+            whole = gather_whole(part, spec, mesh.tp) if mesh.dp_rank == 0 else None
+            if whole is not None:
+                tensors[name] = whole
+        if tensors:
+            save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        del tensors
     _barrier(mesh.world)
 
 

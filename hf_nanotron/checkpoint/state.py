@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..optim.master import MasterWeights
 from ..parallel.mesh import ParallelMesh
+from ..parallel.segment import ShardedWeights
 
 DIRECTORY = "training_state"
 
@@ -31,7 +31,7 @@ def _layout(mesh: ParallelMesh) -> dict[str, Any]:
 
 
 def save_training_state(
-    directory: str | os.PathLike[str], mesh: ParallelMesh, optimizer: Any, scheduler: Any, masters: MasterWeights
+    directory: str | os.PathLike[str], mesh: ParallelMesh, optimizer: Any, scheduler: Any, masters: ShardedWeights
 ) -> None:
     """One file for each part of the model, by the first data-parallel rank that holds it."""
     if mesh.dp_rank == 0:
@@ -49,7 +49,7 @@ def save_training_state(
 
 
 def load_training_state(
-    directory: str | os.PathLike[str], mesh: ParallelMesh, optimizer: Any, scheduler: Any, masters: MasterWeights
+    directory: str | os.PathLike[str], mesh: ParallelMesh, optimizer: Any, scheduler: Any, masters: ShardedWeights
 ) -> None:
     """Restore what `save_training_state` wrote, on any data-parallel size.
 

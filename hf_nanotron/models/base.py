@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
-from ..parallel.gradients import GradientBuckets
 from ..parallel.loss import causal_lm_loss
 from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.random import LayerStreams
+from ..parallel.segment import ShardedWeights
 from ..parallel.spec import ShardSpec
 from .inference import pipelined_forward, share_generators
 from .stage import Stage
@@ -38,7 +40,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
         stages: the pipeline stages of this rank, in model order.
         streams: seeds of dropout, or None if the model has none.
-        gradients: what collects gradients, of the trainer that took the model last.
+        sharded: what owns weights and gradients while the model trains, of the trainer that took it last.
     """
 
     mesh: ParallelMesh
@@ -49,7 +51,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     stages: list[Stage]
     streams: LayerStreams | None
     executor: PipelineExecutor
-    gradients: GradientBuckets | None = None
+    sharded: ShardedWeights | None = None
     stock_class: type[PreTrainedModel]
     vocab_start: int
     head_is_cut: bool
@@ -57,6 +59,29 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     @property
     def parallel(self) -> ParallelConfig:
         return self.mesh.parallel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in; its parameters themselves are fp32 shards at ZeRO stage 3."""
+        return super().dtype if self.sharded is None else self.sharded.compute_dtype
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in any module. New weights that are still on their way are waited for."""
+        if self.sharded is not None:
+            self.sharded.wait()
+        return super().named_parameters(*args, **kwargs)
+
+    def whole_parameter(self, name: str) -> torch.Tensor:
+        """This rank's tensor-parallel part of a parameter. All ranks together: ZeRO stage 3 gathers it."""
+        return self.get_parameter(name).detach() if self.sharded is None else self.sharded.whole(name)
+
+    def write_parameter(self, name: str, value: torch.Tensor) -> None:
+        """Set this rank's tensor-parallel part of a parameter."""
+        if self.sharded is not None:
+            self.sharded.write(name, value)
+        else:
+            with torch.no_grad():
+                self.get_parameter(name).copy_(value)
 
     @property
     def loss_function(self) -> Any:

@@ -1,40 +1,107 @@
-"""The optimizer over this rank's fp32 weights."""
+"""The optimizer over this rank's segments: which one, and its parameter groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..parallel.segment import Segment
+from .adamw import AdamW
+from .lion import Lion
+
+OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 # Each updates every element by its own gradient and state alone, so a part of a matrix is updated as in the whole.
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+_KNOWN = (*(getattr(torch.optim, name) for name in ELEMENTWISE), AdamW, Lion)
 
 
-def check_elementwise(optimizer_class: type[torch.optim.Optimizer]) -> None:
+def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: str) -> None:
     """Refuse an optimizer that would compute something else on a part of a matrix.
 
+    One that is not in the list above says `elementwise = True` on its class.
+
     Raises:
-        ValueError: naming it and the ones that work.
+        ValueError: naming it, the argument it came by, and the ones that work.
     """
-    if optimizer_class not in {getattr(torch.optim, name) for name in ELEMENTWISE}:
+    if optimizer_class not in _KNOWN and not getattr(optimizer_class, "elementwise", False):
         raise ValueError(
-            f"optimizer_cls_and_kwargs: {optimizer_class.__name__} is not known to work element by element, as an "
-            f"optimizer over parts of matrices must; use one of torch.optim.{', '.join(ELEMENTWISE)}."
+            f"{argument}: {optimizer_class.__name__} is not known to work element by element, as an optimizer over "
+            f"parts of matrices must. Use one of torch.optim.{', '.join(ELEMENTWISE)}, or, if it does, say so on the "
+            f"class: {optimizer_class.__name__}.elementwise = True."
         )
 
 
+def optimizer_choice(args: TrainingArguments, state_dtype: torch.dtype) -> OptimizerChoice:
+    """Class and arguments for `args.optim`: transformers' own choice, except where we have the optimizer ourselves."""
+    if args.optim == "lion_32bit":  # transformers would take it from bitsandbytes
+        return Lion, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
+    if state_dtype != torch.float32:
+        return AdamW, {**{k: v for k, v in arguments.items() if k != "fused"}, "state_dtype": state_dtype}
+    return optimizer_class, arguments
+
+
 def build_optimizer(
-    masters: dict[str, nn.Parameter],
+    segments: Sequence[Segment],
+    order: Sequence[str],
     decayed: set[str],
     weight_decay: float,
     optimizer_class: type[torch.optim.Optimizer],
     optimizer_arguments: dict[str, Any],
 ) -> torch.optim.Optimizer:
-    """Two parameter groups, as in Trainer: those whose name is in `decayed`, and the others without weight decay."""
-    trained = {name: master for name, master in masters.items() if master.requires_grad}
+    """Two parameter groups, as in Trainer: those whose name is in `decayed`, and the others without weight decay.
+
+    Args:
+        order: names of the Hub's tensors in model order, the same on every rank.
+    """
+    if optimizer_class is AdamW:  # copies of a weight on several ranks must round alike
+        number = {name: index for index, name in enumerate(order)}
+        streams = {segment.master: (number[segment.spec.name], segment.start) for segment in segments}
+        optimizer_arguments = {**optimizer_arguments, "streams": streams}
     groups = [
-        {"params": [p for n, p in trained.items() if n in decayed], "weight_decay": weight_decay},
-        {"params": [p for n, p in trained.items() if n not in decayed], "weight_decay": 0.0},
+        {"params": [s.master for s in segments if s.name in decayed], "weight_decay": weight_decay},
+        {"params": [s.master for s in segments if s.name not in decayed], "weight_decay": 0.0},
     ]
     return optimizer_class(groups, **optimizer_arguments)
+
+
+def adopt_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], segments: Sequence[Segment]
+) -> None:
+    """Give an optimizer that was made over the model's parameters our segments of them instead, group by group.
+
+    The object stays the same, so that a scheduler made for it goes on working.
+
+    Args:
+        names: the model's trainable parameters, as they were when the optimizer was made -> their names.
+
+    Raises:
+        ValueError: if it is not element-wise, has state already, holds a parameter that is not the model's, or lacks
+            one that is to be trained.
+    """
+    check_elementwise(type(optimizer), "optimizers")
+    if optimizer.state:
+        raise ValueError(
+            f"optimizers: {type(optimizer).__name__} has state already (it has stepped, or makes its state when it is "
+            "made), which belongs to whole parameters. Pass `optimizer_cls_and_kwargs` instead."
+        )
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if unknown := sum(parameter not in names for parameter in held):
+        raise ValueError(
+            f"optimizers: {unknown} of its {len(held)} parameters are not parameters of the model that is trained. "
+            "Cutting a model makes new ones: make the model first (`AutoModelForCausalLM.from_pretrained(..., "
+            "parallel=args.parallel)`) and the optimizer over its `named_parameters()`."
+        )
+    if missing := [name for parameter, name in names.items() if parameter not in set(held)]:
+        raise ValueError(
+            f"optimizers: no parameter group has {', '.join(sorted(missing)[:3])} ({len(missing)} parameters), which "
+            "require gradients. Add them, or set requires_grad_(False)."
+        )
+    masters = {segment.name: segment.master for segment in segments}
+    for group in optimizer.param_groups:
+        group["params"] = [masters[names[p]] for p in group["params"] if names[p] in masters]

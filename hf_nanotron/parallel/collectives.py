@@ -62,6 +62,20 @@ def all_reduce(x: torch.Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> to
     return x
 
 
+def reduce_scatter_in_place(whole: torch.Tensor, group: Group) -> dist.Work:
+    """Start summing `whole` (1-D, the group's size divides it) over all ranks, of which we keep our part, in place."""
+    work = _reduce_scatter(whole.chunk(group.size)[group.rank], whole, group=group.handle, async_op=True)
+    assert work is not None
+    return work
+
+
+def all_gather_in_place(whole: torch.Tensor, group: Group) -> dist.Work:
+    """Start filling `whole` (1-D, the group's size divides it) with the parts that the ranks hold, ours in place."""
+    work = _all_gather(whole, whole.chunk(group.size)[group.rank], group=group.handle, async_op=True)
+    assert work is not None
+    return work
+
+
 class _Conjugate(torch.autograd.Function):
     """One collective in the forward, its conjugate in the backward."""
 

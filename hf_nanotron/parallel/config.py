@@ -18,8 +18,10 @@ class ParallelConfig:
         pp_size: ranks that share the stack of layers (pipeline parallelism).
         cp_size: ranks that share a sequence. Only 1 so far.
         ep_size: ranks that share the experts. Only 1 so far.
-        dp_replicate_size: replicas of the ZeRO shards. Only 1 so far.
-        zero_stage: what data-parallel ranks shard: 0 nothing. Only 0 so far.
+        dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
+            across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size.
+        zero_stage: what data-parallel ranks shard (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the fp32
+            masters and the optimizer state; 2 also the gradients; 3 also the parameters.
         sequence_parallel: between attention and MLP, keep activations split along the sequence over the
             tensor-parallel ranks (Korthikanti et al. 2022, arXiv:2205.05198) instead of replicated.
             Means nothing at `tp_size=1`.
@@ -38,7 +40,7 @@ class ParallelConfig:
     cp_size: int = 1
     ep_size: int = 1
     dp_replicate_size: int = 1
-    zero_stage: int = 0
+    zero_stage: int = 1
     sequence_parallel: bool = True
     pp_schedule: str = "1f1b"
     pp_virtual_stages: int = 1
@@ -52,16 +54,20 @@ class ParallelConfig:
         for name, what in (
             ("cp_size", "context parallelism"),
             ("ep_size", "expert parallelism"),
-            ("dp_replicate_size", "replicated ZeRO shards"),
         ):
             if getattr(self, name) != 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: {what} is not available in this version; use {name}=1."
                 )
-        if self.zero_stage != 0:
+        if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
-                f"zero_stage={self.zero_stage!r}: this version keeps the whole optimizer state on every data-parallel "
-                "rank; use zero_stage=0."
+                f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (and gradients), "
+                "3 (and parameters)."
+            )
+        if self.zero_stage == 0 and self.dp_replicate_size != 1:
+            raise ValueError(
+                f"dp_replicate_size={self.dp_replicate_size} with zero_stage=0: nothing is sharded, so every "
+                "data-parallel rank is a replica already; use dp_replicate_size=1, or zero_stage=1 to 3."
             )
         if self.pp_schedule not in SCHEDULES:
             raise ValueError(f"pp_schedule={self.pp_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
@@ -100,7 +106,7 @@ class ParallelConfig:
         """Data-parallel size that follows from `world_size`.
 
         Raises:
-            ValueError: if the model-parallel sizes do not divide `world_size`.
+            ValueError: if the model-parallel sizes do not divide `world_size`, or `dp_replicate_size` not the result.
         """
         if world_size % self.model_parallel_size:
             works = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -109,7 +115,18 @@ class ParallelConfig:
                 f"{self.model_parallel_size} does not divide the world size {world_size}: their product must be one "
                 f"of {works}, or start {self.model_parallel_size} processes (or a multiple) with torchrun."
             )
-        return world_size // self.model_parallel_size
+        dp_size = world_size // self.model_parallel_size
+        if dp_size % self.dp_replicate_size:
+            raise ValueError(
+                f"dp_replicate_size={self.dp_replicate_size} does not divide the data-parallel size {dp_size} (world "
+                f"size {world_size} / {self.model_parallel_size} ranks for each copy of the model); it must be one of "
+                f"{[n for n in range(1, dp_size + 1) if dp_size % n == 0]}."
+            )
+        return dp_size
+
+    def shard_size(self, world_size: int) -> int:
+        """Data-parallel ranks over which one set of ZeRO shards is spread; 1 if nothing is sharded."""
+        return self.dp_size(world_size) // self.dp_replicate_size if self.zero_stage else 1
 
     def check_micro_batches(self, gradient_accumulation_steps: int) -> None:
         """Refuse a number of micro-batches that cannot fill the pipeline.

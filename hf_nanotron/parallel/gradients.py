@@ -1,158 +1,227 @@
-"""fp32 gradient accumulation in contiguous buckets, reduced while the last backward still runs."""
+"""fp32 gradients in buckets: accumulated in place, and reduced while the last backward still runs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
-from .mesh import Group, ParallelMesh
-from .spec import ShardSpec
+from ..ops.linear import add_product, can_add_product
+from .buckets import Bucket, Member
+from .collectives import reduce_scatter_in_place
+from .mesh import ParallelMesh
+
+IN_FLIGHT = 2  # buckets of sharded gradients that are being reduced while the next one fills
 
 
-@dataclass
-class Bucket:
-    """Gradients of some parameters of one stage, summed over one group as a single tensor.
+class BucketGradients:
+    """The fp32 gradients of one bucket.
 
-    `spans_stages`: the group holds ranks of several stages, so the sum waits until every backward is done; else two
-    ranks could wait for each other crosswise.
+    Args:
+        sharded: keep our shard alone (ZeRO-2); the whole bucket exists only while a backward fills it.
     """
 
-    stage: int
-    group: Group
-    spans_stages: bool
-    buffer: torch.Tensor
-    parameters: tuple[nn.Parameter, ...]
-    missing: set[nn.Parameter] = field(default_factory=set)
-    work: dist.Work | None = None
-    reduced: bool = False
+    def __init__(self, bucket: Bucket, mesh: ParallelMesh, sharded: bool, device: torch.device) -> None:
+        self.bucket, self._device = bucket, device
+        length = bucket.size // mesh.shard_size
+        self._own = slice(mesh.shard.rank * length, (mesh.shard.rank + 1) * length)
+        self.whole = None if sharded else torch.zeros(bucket.size, device=device)
+        self.shard = torch.zeros(length, device=device) if self.whole is None else self.whole[self._own]
+        self.holds_sum = False  # of the step's earlier micro-batches, in `shard` of a sharded bucket
+        self.members = [MemberGradient(self, member) for member in bucket.members]
+        self.missing: set[MemberGradient] = set()
+        self.reduced = False
+        self.work: dist.Work | None = None
+
+    def fill(self) -> torch.Tensor:
+        """The whole bucket, to be written to."""
+        if self.whole is None:
+            self.whole = torch.empty(self.bucket.size, device=self._device)
+        return self.whole
+
+    def absorb(self) -> None:
+        """Add the reduced micro-batch of a sharded bucket to our shard, and let go of the whole."""
+        assert self.whole is not None
+        if self.work is not None:
+            self.work.wait()
+        part = self.whole[self._own]
+        self.shard.add_(part) if self.holds_sum else self.shard.copy_(part)
+        self.holds_sum, self.work, self.whole = True, None, None
 
 
-def reduction_group(spec: ShardSpec, mesh: ParallelMesh) -> Group:
-    """Ranks over which the gradient of a parameter is summed.
+class MemberGradient:
+    """The gradient of one parameter: a `WeightGradient` for the linear layers that use it."""
 
-    All of them saw different samples, or hold copies of the same weight behind different heads, tokens or stages.
-    """
-    if spec.tied and mesh.pp_size > 1:
-        return mesh.tied
-    if spec.partial_grad:
-        return mesh.stage
-    if spec.replicas > 1 and spec.dim is not None:
-        return mesh.kv_replicas(spec.replicas)
-    return mesh.dp
+    def __init__(self, owner: BucketGradients, member: Member) -> None:
+        self.owner, self.member = owner, member
+        self.is_fresh = True  # what the memory holds is of an earlier step
+
+    def view(self) -> torch.Tensor:
+        member = self.member
+        flat = self.owner.fill()[member.offset : member.offset + member.numel]
+        return flat.view(member.parameter.shape)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        view = self.view()
+        view.copy_(gradient) if self.is_fresh else view.add_(gradient)
+        self.is_fresh = False
+
+    def takes_product(self, dtype: torch.dtype) -> bool:
+        return can_add_product(self.owner.shard, dtype)
+
+    def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+        add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
+        self.is_fresh = False
+
+    def complete(self) -> None:
+        """Zero what no backward has written."""
+        if self.is_fresh:
+            self.view().zero_()
+            self.is_fresh = False
 
 
 class GradientBuckets:
-    """Owns the fp32 gradients of a model part.
+    """Accumulates and reduces the gradients of a model part.
 
-    After each backward of a micro-batch, autograd's gradient of a parameter is added to its view of the bucket and
-    freed. During the last backward of a stage (`arm`), a bucket is reduced as soon as its last gradient has arrived;
-    parameters that get none are reduced by `finish`.
+    Autograd's gradient of a parameter is added to its fp32 memory after each backward and freed; linear layers add
+    theirs directly. In the last backward of a stage (in every backward, if `sharded`) a bucket is reduced as soon as
+    its last gradient has arrived: reduce-scattered in place over `mesh.shard`, then summed over `bucket.rest`. Buckets
+    are reduced in one order on all ranks, whichever parameters get no gradient.
 
     Args:
-        parameters: name -> parameter, in the order of the forward.
-        specs: their `ShardSpec`s.
-        stage_of: name -> index of the stage that owns it.
-        bucket_bytes: size at which a bucket is closed.
+        buckets: in the order in which backward completes them.
+        sharded: keep only this rank's shard of the sums between micro-batches (ZeRO-2), at the price of a
+            reduce-scatter for every micro-batch.
     """
 
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        specs: dict[str, ShardSpec],
-        stage_of: dict[str, int],
-        mesh: ParallelMesh,
-        bucket_bytes: int,
-    ) -> None:
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.buckets: list[Bucket] = []
-        self._bucket_of: dict[nn.Parameter, Bucket] = {}
-        self._view_of: dict[nn.Parameter, torch.Tensor] = {}
-        self._armed: set[int] = set()
-        self._tied = mesh.tied if mesh.pp_size > 1 else None
-        open_buckets: dict[tuple[int, tuple[int, ...]], list[tuple[str, nn.Parameter]]] = {}
-        groups: dict[tuple[int, ...], Group] = {}
-        # Backward meets parameters last to first: buckets fill, and are reduced, in that order.
-        for name, parameter in reversed(parameters.items()):
-            if not parameter.requires_grad:
-                continue
-            group = reduction_group(specs[name], mesh)
-            key = (stage_of[name], group.ranks)
-            groups[group.ranks] = group
-            members = open_buckets.setdefault(key, [])
-            members.append((name, parameter))
-            if 4 * sum(p.numel() for _, p in members) >= bucket_bytes:
-                self._close(stage_of[name], group, open_buckets.pop(key))
-        for (stage, ranks), members in open_buckets.items():
-            self._close(stage, groups[ranks], members)
-        # A strong reference in a hook, which the parameter keeps in C++, would be a cycle that is never collected.
+    def __init__(self, buckets: Sequence[Bucket], mesh: ParallelMesh, sharded: bool, device: torch.device) -> None:
+        self._mesh, self._sharded = mesh, sharded
+        self.buckets = [BucketGradients(bucket, mesh, sharded, device) for bucket in buckets]
+        self.members = {gradient.member.name: gradient for bucket in self.buckets for gradient in bucket.members}
+        self._of_stage: dict[int, list[BucketGradients]] = {}
+        for bucket in self.buckets:
+            self._of_stage.setdefault(bucket.bucket.stage, []).append(bucket)
+        self._next: dict[int, int] = {}  # stage -> the bucket to be reduced next, in a backward that reduces
+        self._in_flight: list[BucketGradients] = []
+        # A chain of two collectives gets a stream of its own: waiting in it does not hold up the backward.
+        self._chain = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._hooks = [self._hook(gradient) for gradient in self.members.values()]
+
+    def _hook(self, gradient: MemberGradient) -> tuple[Any, Any]:
+        """Call `_collect` once per backward, after all uses of the parameter, also if none returned a gradient.
+
+        A strong reference in the hook, which autograd's node keeps in C++, would be a cycle that is never collected.
+        """
+        node = get_gradient_edge(gradient.member.parameter).node
         this = weakref.ref(self)
 
-        def collect(parameter: torch.Tensor) -> None:
+        def collect(*_: Any) -> None:
             buckets = this()
             if buckets is not None:
-                buckets._collect(parameter)
+                buckets._collect(gradient)
 
-        self._hooks = [parameter.register_post_accumulate_grad_hook(collect) for parameter in self._bucket_of]
+        return node, node.register_hook(collect)
 
-    def _close(self, stage: int, group: Group, members: Sequence[tuple[str, nn.Parameter]]) -> None:
-        parameters = tuple(parameter for _, parameter in members)
-        total = sum(parameter.numel() for parameter in parameters)
-        buffer = torch.zeros(total, dtype=torch.float32, device=parameters[0].device)
-        bucket = Bucket(stage, group, group is self._tied, buffer, parameters)
-        offset = 0
-        for name, parameter in members:
-            view = bucket.buffer[offset : offset + parameter.numel()].view(parameter.shape)
-            self.gradients[name] = self._view_of[parameter] = view
-            self._bucket_of[parameter] = bucket
-            offset += parameter.numel()
-        self.buckets.append(bucket)
-
-    def zero(self) -> None:
-        """Start a new optimizer step."""
-        self._armed.clear()
+    def begin(self) -> None:
+        """Start a new optimizer step. Nothing is zeroed: the first gradient of each parameter overwrites."""
+        self._next.clear()
         for bucket in self.buckets:
-            bucket.buffer.zero_()
-            bucket.reduced = False
+            bucket.reduced = bucket.holds_sum = False
+            for gradient in bucket.members:
+                gradient.is_fresh = True
 
-    def arm(self, stage: int) -> None:
-        """The next backward of `stage` is its last: reduce its buckets as they fill."""
-        self._armed.add(stage)
-        for bucket in self.buckets:
-            if bucket.stage == stage:
-                bucket.missing = set(bucket.parameters)
+    def before_backward(self, stage: int, is_last: bool) -> None:
+        if not (is_last or self._sharded):
+            return
+        self._absorb_all()
+        self._next[stage] = 0
+        for bucket in self._of_stage.get(stage, ()):
+            bucket.missing, bucket.reduced = set(bucket.members), False
+
+    def after_backward(self, stage: int) -> None:
+        """Reduce what is left: buckets with parameters that got no gradient."""
+        if self._next.pop(stage, None) is not None:
+            for bucket in self._of_stage.get(stage, ()):
+                self._reduce(bucket)
 
     def finish(self) -> None:
-        """Reduce what is left (parameters without a gradient, tied pairs) and wait for all reductions."""
-        for bucket in self.buckets:
-            self._reduce(bucket)
+        """Do the sums that had to wait, and wait for all."""
+        self._absorb_all()
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None
+        late = [bucket for bucket in self.buckets if bucket.bucket.rest.size > 1 and not self._sums_at_once(bucket)]
+        # Those that span stages last: their ranks hold other buckets before them.
+        for bucket in sorted(late, key=lambda b: b.bucket.spans_stages):
+            bucket.work = self._sum_over_rest(bucket)
+        for bucket in late:
+            assert bucket.work is not None
+            bucket.work.wait()
+            bucket.work = None
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        for hook in self._hooks:
+        for _, hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
 
-    def _collect(self, parameter: torch.Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        self._view_of[parameter].add_(parameter.grad)
-        parameter.grad = None
-        bucket = self._bucket_of[parameter]
-        if bucket.stage in self._armed:
-            bucket.missing.discard(parameter)
-            if not bucket.missing and not bucket.spans_stages:
-                self._reduce(bucket)
+    def _collect(self, gradient: MemberGradient) -> None:
+        parameter, bucket = gradient.member.parameter, gradient.owner
+        if parameter.grad is not None:
+            gradient.add(parameter.grad)
+            parameter.grad = None
+        stage = bucket.bucket.stage
+        if stage not in self._next:
+            return
+        bucket.missing.discard(gradient)
+        queue = self._of_stage[stage]
+        while self._next[stage] < len(queue) and not queue[self._next[stage]].missing:
+            self._reduce(queue[self._next[stage]])
+            self._next[stage] += 1
 
-    def _reduce(self, bucket: Bucket) -> None:
+    def _absorb_all(self, but: int = 0) -> None:
+        while len(self._in_flight) > but:
+            self._in_flight.pop(0).absorb()
+
+    def _sums_at_once(self, bucket: BucketGradients) -> bool:
+        return not (self._sharded or bucket.bucket.spans_stages)
+
+    def _sum_over_rest(self, bucket: BucketGradients) -> dist.Work:
+        return dist.all_reduce(bucket.shard, group=bucket.bucket.rest.handle, async_op=True)
+
+    def _reduce(self, bucket: BucketGradients) -> None:
         if bucket.reduced:
             return
         bucket.reduced = True
-        if bucket.group.size > 1:
-            bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group.handle, async_op=True)
+        for gradient in bucket.members:
+            gradient.complete()
+        shard, rest = self._mesh.shard, bucket.bucket.rest
+        sums_rest = rest.size > 1 and self._sums_at_once(bucket)
+        if shard.size == 1:
+            bucket.work = self._sum_over_rest(bucket) if sums_rest else None
+        elif not sums_rest:
+            bucket.work = reduce_scatter_in_place(bucket.fill(), shard)
+        else:
+            bucket.work = self._in_chain(
+                lambda: reduce_scatter_in_place(bucket.fill(), shard), lambda: self._sum_over_rest(bucket)
+            )
+        if self._sharded:
+            for gradient in bucket.members:
+                gradient.is_fresh = True  # in the memory that the next micro-batch takes
+            self._in_flight.append(bucket)
+            self._absorb_all(but=IN_FLIGHT)
+
+    def _in_chain(self, first: Callable[[], dist.Work], second: Callable[[], dist.Work]) -> dist.Work:
+        """Issue `second` on the result of `first`."""
+        if self._chain is None:
+            first().wait()
+            return second()
+        self._chain.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._chain):
+            first().wait()
+            return second()

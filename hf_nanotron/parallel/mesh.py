@@ -19,11 +19,13 @@ from .config import ParallelConfig
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Position of one rank on every axis."""
+    """Position of one rank on every axis. `shard` and `replica` divide `dp`: which ZeRO shards, of which copy."""
 
     pp: int
     dp: int
     tp: int
+    shard: int
+    replica: int
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class ParallelMesh:
     """The ranks of a job arranged by `ParallelConfig`, with one `Group` per way of communicating.
 
     Building a mesh is a collective operation: every rank of the job builds the same one. Besides the axes `tp`, `dp`
-    and `pp` there are `stage` (all ranks that hold one pipeline stage), `model` (all ranks that hold one copy of the
-    model) and `tied` (the first and the last stage, over data-parallel ranks, for tied embeddings).
+    and `pp` there are `shard` (data-parallel ranks that share one set of ZeRO shards; neighbours, so that they sit in
+    one node), `replica` (ranks that hold the same shard), `model` (all ranks that together hold one copy of the model)
+    and `state` (all ranks that together hold one copy of the optimizer state).
 
     Raises:
         ValueError: if the sizes do not divide the world size.
@@ -58,6 +61,7 @@ class ParallelMesh:
         self.rank: int = state.process_index
         self.device: torch.device = state.device
         self.dp_size = parallel.dp_size(self.world_size)
+        self.shard_size = parallel.shard_size(self.world_size)
         self.tp_size, self.pp_size = parallel.tp_size, parallel.pp_size
         self.coordinates = self.coordinates_of(self.rank)
         self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
@@ -65,20 +69,26 @@ class ParallelMesh:
         self._groups: dict[str, Group] = {}
         self._handles: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
 
-        last = self.pp_size - 1
         self.tp = self.group("tp", lambda c: (c.pp, c.dp))
         self.pp = self.group("pp", lambda c: (c.dp, c.tp))
         self.dp = self.group("dp", lambda c: (c.pp, c.tp))
-        self.stage = self.group("stage", lambda c: c.pp)
+        self.shard = self.group("shard", lambda c: (c.pp, c.tp, c.replica))
+        self.replica = self.group("replica", lambda c: (c.pp, c.tp, c.shard))
         self.model = self.group("model", lambda c: c.dp)
-        self.tied = self.group("tied", lambda c: c.tp if c.pp in (0, last) else (c.pp, c.dp, c.tp))
+        self.state = self.group("state", lambda c: c.replica)
+        # Ranks that hold the same shard of a weight, where its gradient is a sum over more than the replicas: of parts
+        # that the tp ranks have, or of two uses, on the first and on the last stage.
+        self.partial = self.group("partial", lambda c: (c.pp, c.shard))
+        ends = (0, self.pp_size - 1)
+        self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.tp))
         self.world = self.group("world", lambda c: 0)
         self.alone = Group((self.rank,), 0, None)
 
     def coordinates_of(self, rank: int) -> Coordinates:
         rest, tp = divmod(rank, self.tp_size)
         pp, dp = divmod(rest, self.dp_size)
-        return Coordinates(pp=pp, dp=dp, tp=tp)
+        replica, shard = divmod(dp, self.shard_size)
+        return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica)
 
     def group(self, name: str, key: Callable[[Coordinates], Hashable]) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`.
@@ -98,8 +108,8 @@ class ParallelMesh:
         return self._groups[name]
 
     def kv_replicas(self, replicas: int) -> Group:
-        """Ranks that hold the same key-value head (`replicas` neighbours on the tp axis), over all dp ranks."""
-        return self.group(f"kv_replicas_{replicas}", lambda c: (c.pp, c.tp // replicas))
+        """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""
+        return self.group(f"kv_replicas_{replicas}", lambda c: (c.pp, c.tp // replicas, c.shard))
 
     def _new_handle(self, partition: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
         handle = None

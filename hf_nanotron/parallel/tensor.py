@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from ..ops.linear import Linear
 from .collectives import reduce_from
 from .mesh import Group
 
 
-class ColumnParallelLinear(nn.Linear):
+class ColumnParallelLinear(Linear):
     """A slice of the output features: `y[..., part] = x @ weight[part].T + bias[part]`."""
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(Linear):
     """A slice of the input features; the outputs of all ranks are to be summed by the caller.
 
     The bias is added by the first rank of the group alone, so that the sum holds it once. Its gradient is whole on
-    that rank and zero on the others (not absent: buckets of gradients must fill in one order on all ranks).
+    that rank and zero on the others.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: Group, **factory: object) -> None:
@@ -31,7 +31,7 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.adds_bias or self.bias is None else self.bias * 0
-        return F.linear(input, self.weight, bias)
+        return self.linear(input, bias)
 
 
 class VocabParallelEmbedding(nn.Embedding):

@@ -71,15 +71,16 @@ class PipelineExecutor:
         table: Sequence[Tick],
         stages: Sequence[StageModule],
         micro_batches: Sequence[Inputs],
-        on_forward: Callable[[Action], None] | None = None,
-        on_backward: Callable[[Action], None] | None = None,
+        before_forward: Callable[[Action], None] | None = None,
+        before_backward: Callable[[Action], None] | None = None,
+        after_backward: Callable[[Action], None] | None = None,
     ) -> dict[int, Any]:
         """Run every tick and return the last stage's outputs by micro-batch (empty on other ranks).
 
         A table with backwards calls `loss.backward()` on the last stage's output and keeps the detached loss alone.
 
         Args:
-            on_forward, on_backward: called right before each action.
+            before_forward, before_backward, after_backward: called with each action.
         """
         by_index = {stage.index: stage for stage in stages}
         trains = any(tick.action is not None and tick.action.kind == "B" for tick in table)
@@ -90,8 +91,8 @@ class PipelineExecutor:
         for tick in table:
             action = tick.action
             if action is not None and action.kind == "F":
-                if on_forward is not None:
-                    on_forward(action)
+                if before_forward is not None:
+                    before_forward(action)
                 stage = by_index[action.stage]
                 received = self._received(flight, action, stage)
                 if received is not None and trains:
@@ -104,14 +105,16 @@ class PipelineExecutor:
                 if trains:
                     held[action.stage, action.micro_batch] = (received, output.loss if stage.is_last else output)
             elif action is not None:
-                if on_backward is not None:
-                    on_backward(action)
+                if before_backward is not None:
+                    before_backward(action)
                 received, output = held.pop((action.stage, action.micro_batch))
                 grad = None
                 if not by_index[action.stage].is_last:
                     grad = flight.take(Action("B", action.stage + 1, action.micro_batch))
                 if output.requires_grad:  # not on a first stage that is frozen
                     torch.autograd.backward(output, grad)
+                if after_backward is not None:
+                    after_backward(action)
                 if received is not None:
                     assert received.grad is not None
                     produced[action] = received.grad

@@ -1,0 +1,119 @@
+"""What the training state and the activations of a rank will take, said before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+
+from ..parallel.collectives import all_gather
+from ..parallel.config import ParallelConfig
+from ..parallel.mesh import ParallelMesh
+from ..parallel.segment import ShardedWeights
+
+# Tensors of optimizer state for each element, where no argument adds one.
+STATE_TENSORS = {
+    "Adadelta": 2,
+    "Adagrad": 1,
+    "Adam": 2,
+    "AdamW": 2,
+    "Adamax": 2,
+    "Lion": 1,
+    "NAdam": 2,
+    "RAdam": 2,
+    "RMSprop": 1,
+    "Rprop": 2,
+    "SGD": 0,
+}
+ADDS_TENSOR = ("amsgrad", "momentum", "centered")  # arguments of torch's optimizers, where they are true
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of one rank.
+
+    Args:
+        parameters: what the model computes with (the fp32 shards themselves at stage 3).
+        gradients: fp32, as kept over a step.
+        masters: fp32 weights beside the parameters; zero where the parameters are fp32 themselves.
+        moments: optimizer state.
+        activations: an estimate of what a step keeps for its backwards at the most; see `activation_bytes`.
+    """
+
+    parameters: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+
+    @property
+    def state(self) -> int:
+        """Everything but activations."""
+        return sum(astuple(self)) - self.activations
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        parts = [f"{entry.name} {getattr(self, entry.name) / 2**30:.2f}" for entry in fields(self)]
+        return f"{' + '.join(parts)} = {self.total / 2**30:.2f} GiB"
+
+
+def moment_bytes(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> int:
+    """Bytes of the optimizer's state tensors on this rank; zero for a class that is not in the table."""
+    tensors = STATE_TENSORS.get(type(optimizer).__name__, 0)
+    tensors += sum(bool(optimizer.defaults.get(name)) for name in ADDS_TENSOR if tensors or name == "momentum")
+    dtype: torch.dtype = getattr(optimizer, "state_dtype", torch.float32)
+    return tensors * dtype.itemsize * sum(segment.master.numel() for segment in weights.segments)
+
+
+def activation_bytes(
+    config: Any, tokens: int, parallel: ParallelConfig, pp_rank: int, micro_batches: int, item: int, checkpointed: bool
+) -> int:
+    """Estimate of what one rank keeps for backward, of a dense decoder run layer by layer with fused attention.
+
+    Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
+    values and output (once more as the input of the output projection), the MLP its input and four tensors of its inner
+    size. The last stage adds the logits, their fp32 copy and both gradients. With checkpointing, each layer keeps its
+    input and one layer at a time the rest.
+
+    Args:
+        config: of the model.
+        tokens: of one micro-batch.
+        micro_batches: of a step.
+        item: bytes of an element of the compute dtype.
+    """
+    text, tp = config.get_text_config(), parallel.tp_size
+    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries = text.num_attention_heads * head
+    keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+    cut = tp if parallel.sequence_parallel else 1
+    between = hidden * item // cut
+    layer = 2 * hidden * (4 + item) // cut + 2 * hidden * item + (3 * queries + 2 * keys + 4 * inner) * item // tp
+    layers = -(-text.num_hidden_layers // parallel.num_stages)
+    chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
+    kept = chunks * layers * (between if checkpointed else layer) + (layer if checkpointed else 0)
+    is_last = pp_rank == parallel.pp_size - 1
+    return tokens * (kept + (text.vocab_size // tp * (2 * item + 8) if is_last else 0))
+
+
+def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
+    """Forwards of one stage that wait for their backward at the most."""
+    stages = parallel.pp_virtual_stages
+    if parallel.pp_schedule == "afab":
+        return micro_batches * stages
+    behind = parallel.pp_size - pp_rank - 1
+    if stages == 1:
+        return min(micro_batches, behind + 1)
+    return min(micro_batches * stages, 2 * behind + (stages - 1) * parallel.pp_size + 1)
+
+
+def fullest(report: MemoryReport, mesh: ParallelMesh) -> tuple[int, MemoryReport]:
+    """The rank with the largest total and its report. All ranks together."""
+    own = torch.tensor([astuple(report)], dtype=torch.int64, device=mesh.device)
+    every = [MemoryReport(*row) for row in all_gather(own, mesh.world, 0).tolist()]
+    rank = max(range(len(every)), key=lambda rank: every[rank].total)
+    return rank, every[rank]

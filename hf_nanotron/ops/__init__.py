@@ -1,0 +1,1 @@
+"""GPU kernels over plain tensors. They know nothing of distribution."""

@@ -1,0 +1,75 @@
+"""A linear layer whose weight gradient is accumulated in fp32 by the matrix product itself."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class WeightGradient(Protocol):
+    """Where the gradient of one weight is accumulated."""
+
+    def takes_product(self, dtype: torch.dtype) -> bool:
+        """Whether `add_product` works for operands of `dtype` on this device."""
+
+    def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+        """Add `grad_output.T @ input`, of `[tokens, out]` and `[tokens, in]`."""
+
+
+def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
+    """`total += grad_output.T @ input` in one kernel, without rounding the product to the operands' dtype.
+
+    Args:
+        total: `[out, in]`, fp32.
+        grad_output: `[tokens, out]`, fp32, or bf16 on CUDA.
+        input: `[tokens, in]`, of the same dtype.
+        overwrite: `total` is taken as zero, whatever it holds: the first product of a step spares a pass that zeroes.
+    """
+    beta = 0.0 if overwrite else 1.0
+    if input.dtype == total.dtype:
+        torch.addmm(total, grad_output.t(), input, beta=beta, out=total)
+    else:
+        torch.addmm(total, grad_output.t(), input, out_dtype=total.dtype, beta=beta, out=total)
+
+
+def can_add_product(total: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `add_product` works for operands of `dtype`: mixed precision is a CUDA kernel in torch 2.11 to 2.13."""
+    return dtype == total.dtype or (total.is_cuda and dtype == torch.bfloat16)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, total: WeightGradient
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.total = total
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, None]:
+        input, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        ctx.total.add_product(rows, input.reshape(-1, input.shape[-1]))
+        grad_input = grad @ weight if ctx.needs_input_grad[0] else None
+        return grad_input, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that adds its weight gradient to `weight_gradient`, if it has one, instead of returning it."""
+
+    weight_gradient: WeightGradient | None = None
+
+    def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        total = self.weight_gradient
+        if total is None or not torch.is_grad_enabled() or not total.takes_product(input.dtype):
+            return F.linear(input, self.weight, bias)
+        return _Linear.apply(input, self.weight, bias, total)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.linear(input, self.bias)

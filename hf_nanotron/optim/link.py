@@ -1,0 +1,56 @@
+"""Between the gradients and an ordinary torch optimizer: hand them over, clip, skip, bring the weights back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..parallel.segment import ShardedWeights
+
+
+class OptimizerLink:
+    """Makes `optimizer.step()` read the gradients of `weights` and publish the new weights.
+
+    Args:
+        optimizer: over the masters of `weights.segments`.
+        weights: what it updates.
+        overlap: leave new weights on their way when `step` returns; the forward waits for them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights, overlap: bool) -> None:
+        self.optimizer, self.weights, self.overlap = optimizer, weights, overlap
+        self.skips_next = False
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def clip(self, norm: torch.Tensor, max_norm: float) -> None:
+        """Scale the gradients so that their norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
+
+        A fused optimizer divides by the inverse while it reads them, which costs no pass of its own.
+        """
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
+        elif gradients := [segment.gradient for segment in self.weights.segments]:
+            torch._foreach_mul_(gradients, scale)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, *_: Any) -> None:
+        for segment in self.weights.segments:
+            segment.master.grad = None if self.skips_next else segment.gradient
+
+    def _after(self, *_: Any) -> None:
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        for segment in self.weights.segments:
+            segment.master.grad = None
+        if not self.skips_next:
+            self.weights.publish()
+            if not self.overlap:
+                self.weights.wait()
+        self.skips_next = False

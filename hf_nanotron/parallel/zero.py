@@ -1,0 +1,199 @@
+"""ZeRO stages 0 to 2: weights and gradients in contiguous buckets, masters and optimizer state on their owner alone.
+
+Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..ops.linear import Linear
+from .buckets import Bucket, plan_buckets
+from .collectives import all_gather_in_place
+from .gradients import GradientBuckets, MemberGradient
+from .mesh import ParallelMesh
+from .segment import Segment
+from .spec import ShardSpec
+
+
+@dataclass
+class BucketWeights:
+    """The weights of one bucket: `whole` is what the model's parameters are views into, `masters` our fp32 shard."""
+
+    bucket: Bucket
+    whole: torch.Tensor
+    masters: torch.Tensor
+    gathering: dist.Work | None = None
+
+    def wait(self) -> None:
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
+
+
+class BucketedWeights:
+    """The `ShardedWeights` of stages 0, 1 and 2.
+
+    The model's parameters become views into contiguous buckets. At stage 0 every rank owns all of a bucket, at stages 1
+    and 2 its shard: the fp32 masters, the optimizer state and (stage 2) the gradients of that alone. New weights are
+    gathered in place, in the order of the forward, which waits for each unit's when it comes to it.
+
+    Args:
+        model: this rank's part, with whole parameters.
+        units: modules before whose forward their parameters must have arrived; together they hold every parameter.
+        specs: name -> which part of the Hub's tensor a parameter is.
+        stage_of: name -> pipeline stage of a parameter.
+        compute_dtype: what the model computes in.
+        bucket_bytes: size of a bucket's fp32 gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Sequence[nn.Module]],
+        specs: dict[str, ShardSpec],
+        stage_of: dict[str, int],
+        mesh: ParallelMesh,
+        compute_dtype: torch.dtype,
+        bucket_bytes: int,
+    ) -> None:
+        self.mesh, self.compute_dtype = mesh, compute_dtype
+        self._parameters = dict(model.named_parameters())
+        buckets = plan_buckets(self._parameters, specs, stage_of, mesh, bucket_bytes)
+        for parameter in self._parameters.values():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(compute_dtype)
+        self._weights = [self._take(bucket) for bucket in buckets]
+        sharded = mesh.parallel.zero_stage == 2 and mesh.shard_size > 1
+        self.gradients = GradientBuckets(buckets, mesh, sharded, mesh.device)
+        self.segments = self._make_segments()
+        self._linears = [module for module in model.modules() if isinstance(module, Linear)]
+        by_parameter: dict[torch.Tensor, MemberGradient] = {
+            m.member.parameter: m for m in self.gradients.members.values()
+        }
+        for linear in self._linears:
+            linear.weight_gradient = by_parameter.get(linear.weight)
+        self._hooks = [hook for unit in units for hook in self._wait_before(unit)] if mesh.shard_size > 1 else []
+
+    # ---- memory ----
+
+    def _take(self, bucket: Bucket) -> BucketWeights:
+        """Move the parameters of a bucket into contiguous memory, and keep what this rank owns of them in fp32."""
+        start, stop = self._own_range(bucket)
+        whole = torch.zeros(bucket.size, dtype=self.compute_dtype, device=self.mesh.device)
+        masters = whole[start:stop]
+        if self.compute_dtype != torch.float32:
+            masters = torch.zeros(stop - start, device=self.mesh.device)
+        for member in bucket.members:
+            flat = member.parameter.data.reshape(-1)
+            low, high = max(member.offset, start), min(member.offset + member.numel, stop)
+            if low < high:
+                masters[low - start : high - start].copy_(flat[low - member.offset : high - member.offset])
+            view = whole[member.offset : member.offset + member.numel]
+            view.copy_(flat)
+            member.parameter.data = view.view(member.parameter.shape)
+        return BucketWeights(bucket, whole, masters)
+
+    def _own_range(self, bucket: Bucket) -> tuple[int, int]:
+        length = bucket.size // self.mesh.shard_size
+        return self.mesh.shard.rank * length, (self.mesh.shard.rank + 1) * length
+
+    def _make_segments(self) -> list[Segment]:
+        """What each parameter has in our shard of its bucket, in the order of the model."""
+        segments = {}
+        for weights, gradients in zip(self._weights, self.gradients.buckets, strict=True):
+            start, stop = self._own_range(weights.bucket)
+            for member in weights.bucket.members:
+                low, high = max(member.offset, start), min(member.offset + member.numel, stop)
+                if low < high:
+                    own = slice(low - start, high - start)
+                    segments[member.name] = Segment(
+                        member.name,
+                        member.spec,
+                        low - member.offset,
+                        high - member.offset,
+                        nn.Parameter(weights.masters[own]),
+                        gradients.shard[own],
+                    )
+        return [segments[name] for name in self._parameters if name in segments]
+
+    # ---- one step ----
+
+    def begin(self) -> None:
+        self.gradients.begin()
+
+    def before_backward(self, stage: int, is_last: bool) -> None:
+        self.gradients.before_backward(stage, is_last)
+
+    def after_backward(self, stage: int, is_last: bool) -> None:
+        self.gradients.after_backward(stage)
+
+    def finish(self) -> None:
+        self.gradients.finish()
+
+    def publish(self) -> None:
+        """Round the masters into the model's weights, and start gathering what other ranks own."""
+        for weights in reversed(self._weights):
+            start, stop = self._own_range(weights.bucket)
+            if weights.masters.dtype != weights.whole.dtype:
+                weights.whole[start:stop].copy_(weights.masters)
+            if self.mesh.shard_size > 1:
+                weights.gathering = all_gather_in_place(weights.whole, self.mesh.shard)
+
+    def wait(self) -> None:
+        for weights in self._weights:
+            weights.wait()
+
+    def _wait_before(self, unit: Sequence[nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks that wait for the weights of `unit` when the forward comes to any of its modules."""
+        held = {parameter for module in unit for parameter in module.parameters()}
+        own = [w for w in self._weights if any(member.parameter in held for member in w.bucket.members)]
+
+        def wait(*_: object) -> None:
+            for weights in own:
+                weights.wait()
+
+        return [module.register_forward_pre_hook(wait) for module in unit]
+
+    # ---- reading and writing whole parameters ----
+
+    def whole(self, name: str) -> torch.Tensor:
+        self.wait()
+        return self._parameters[name].detach()
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        self.wait()
+        with torch.no_grad():
+            self._parameters[name].copy_(value)
+
+    def read_from_model(self) -> None:
+        for weights in self._weights:
+            if weights.masters.dtype != weights.whole.dtype:
+                start, stop = self._own_range(weights.bucket)
+                weights.masters.copy_(weights.whole[start:stop])
+
+    def bytes_held(self) -> dict[str, int]:
+        frozen = [parameter for parameter in self._parameters.values() if not parameter.requires_grad]
+        masters = [w.masters for w in self._weights if w.masters.dtype != w.whole.dtype]
+        return {
+            "parameters": _bytes([*(w.whole for w in self._weights), *frozen]),
+            "gradients": _bytes([b.shard if b.whole is None else b.whole for b in self.gradients.buckets]),
+            "masters": _bytes(masters),
+        }
+
+    def close(self) -> None:
+        self.wait()
+        self.gradients.close()
+        for hook in self._hooks:
+            hook.remove()
+        for linear in self._linears:
+            linear.weight_gradient = None
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
