@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -70,6 +70,23 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         if self.sharded is not None:
             self.sharded.wait()
         return super().named_parameters(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
+        """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained.
+
+        Raises:
+            ValueError: while the weights belong to a trainer, for another device or dtype than theirs.
+        """
+        if self.sharded is None:
+            return super()._apply(fn, recurse)  # type: ignore[return-value]
+        have = torch.empty(0, dtype=self.dtype, device=self.mesh.device)
+        want = fn(have)
+        if (want.dtype, want.device.type) != (have.dtype, have.device.type):
+            raise ValueError(
+                f"a trainer owns the weights of this model, as {have.dtype} on {have.device.type}: they cannot go to "
+                f"{want.dtype} on {want.device.type}. Save the model and load it where you want it."
+            )
+        return self
 
     def whole_parameter(self, name: str) -> torch.Tensor:
         """This rank's tensor-parallel part of a parameter. All ranks together: ZeRO stage 3 gathers it."""

@@ -61,8 +61,8 @@ class ParallelConfig:
                 )
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
-                f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (and gradients), "
-                "3 (and parameters)."
+                f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (gradients as "
+                "well), 3 (parameters as well)."
             )
         if self.zero_stage == 0 and self.dp_replicate_size != 1:
             raise ValueError(

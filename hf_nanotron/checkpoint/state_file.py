@@ -1,0 +1,256 @@
+"""The files of a training state: fp32 masters and optimizer state by Hub name and slice. Written here.
+
+`training_state/` holds a safetensors file for each rank that writes and, written last, `index.json`: what every tensor
+is (Hub name, shape, slice, kind, dtype), where it lies, checksums, and all values that are not tensors. No file depends
+on the number of ranks that read, and there is no pickle.
+
+Tensors are 1-D, `<hub name>|<kind>|<start>` in the file's own header, so any safetensors tool reads them. Checksums are
+crc32 of blocks of 1 MiB: a reader that wants a part of a tensor verifies exactly the bytes it has read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..parallel.spec import ShardSpec
+from .slices import Slice, find_fault
+from .state_values import encode
+
+VERSION = 1
+INDEX = "index.json"
+BLOCK_BYTES = 1 << 20  # of one checksum
+CHUNK_BYTES = 16 << 20  # of one transfer to or from the host's memory
+MASTER = "master"
+DTYPES = {  # as safetensors names them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class StatePiece:
+    """What a rank writes of one parameter.
+
+    Args:
+        spec: which part of the Hub's tensor the rank holds.
+        start, stop: the elements `[start, stop)` of that part, flattened, that it writes.
+        tensors: kind (`"master"`, `"exp_avg"`, ...) -> 1-D tensor of `stop - start` elements.
+        scalars: what the optimizer keeps for the whole parameter, such as `step`; numbers or 0-dim tensors.
+    """
+
+    spec: ShardSpec
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor]
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+
+def clear(directory: str | os.PathLike[str]) -> None:
+    """Make `directory` ready to be written by `write_rank`. A state that is there is gone: its index goes first."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / INDEX).unlink(missing_ok=True)
+    for old in directory.glob("rank-*"):
+        old.unlink(missing_ok=True)
+
+
+def write_rank(
+    directory: str | os.PathLike[str], rank: int, pieces: Iterable[StatePiece], block_bytes: int = BLOCK_BYTES
+) -> None:
+    """Write the pieces of one rank: `rank-00003.safetensors`, and `rank-00003.json` for `commit`.
+
+    Communicates with nobody. Holds no more host memory than one chunk of 16 MiB, also for tensors on a GPU. A rank
+    without pieces writes the JSON alone.
+
+    Args:
+        directory: the `training_state/` of the checkpoint, after `clear`.
+        block_bytes: bytes under one checksum, a multiple of 8.
+
+    Raises:
+        ValueError: for a tensor that is not 1-D, has another length than its piece, or a dtype that cannot be stored.
+    """
+    stem = Path(directory) / f"rank-{rank:05d}"
+    path = stem.with_suffix(".safetensors")
+    listed = [piece for piece in pieces if piece.stop > piece.start]
+    slices = [Slice.of(piece.spec, piece.start, piece.stop) for piece in listed]
+    found = [(i, kind, tensor) for i, piece in enumerate(listed) for kind, tensor in piece.tensors.items()]
+    # Wide elements first, as safetensors has it: every tensor then starts at a multiple of its element size.
+    found.sort(key=lambda item: -item[2].element_size())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: list[dict[str, list[Any]]] = [{} for _ in listed]
+    offset = 0
+    for i, kind, tensor in found:
+        name = f"{slices[i].name}|{kind}|{slices[i].start}"
+        dtype = _check_tensor(name, tensor, slices[i].numel)
+        if name in header:
+            raise ValueError(f"rank {rank} was given {name!r} twice; each value of the model is written once.")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtype, "shape": [tensor.numel()], "data_offsets": [offset, end]}
+        entries[i][kind] = [dtype, offset]
+        offset = end
+
+    body: dict[str, Any] = {"block_bytes": block_bytes, "files": {}, "pieces": [], "scalars": {}}
+    if found:
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        raw = len(raw).to_bytes(8, "little") + raw
+        with open(path, "wb") as file:
+            file.write(raw)
+            for i, kind, tensor in found:
+                entries[i][kind].append(_write_tensor(file, tensor, block_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+        body["files"][path.name] = {"bytes": len(raw) + offset, "header": [len(raw), zlib.crc32(raw)]}
+    for piece, part, entry in zip(listed, slices, entries, strict=True):
+        geometry = {"shape": part.global_shape, "dim": part.dim, "ranges": part.ranges}
+        where = {"start": part.start, "stop": part.stop, "file": path.name, "tensors": entry}
+        body["pieces"].append({"name": part.name, **geometry, **where})
+        scalars = encode(piece.scalars, f"optimizer state of {part.name!r}")
+        if body["scalars"].setdefault(part.name, scalars) != scalars:
+            raise ValueError(_scalars_differ(part.name, body["scalars"][part.name], scalars))
+    write_checked(stem.with_suffix(".json"), body, durable=False)  # `commit` reads it at once
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, numel: int) -> str:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{name!r} is {tensor.dtype}, which cannot be stored; one of {', '.join(DTYPES)} can.")
+    if tensor.dim() != 1 or tensor.numel() != numel:
+        raise ValueError(
+            f"{name!r} has shape {tuple(tensor.shape)}, but its piece has {numel} elements; a training state holds one "
+            f"value for each element of a parameter, as a tensor of shape ({numel},)."
+        )
+    return DTYPE_NAMES[tensor.dtype]
+
+
+def _write_tensor(file: BinaryIO, tensor: torch.Tensor, block_bytes: int) -> str:
+    """Append the bytes of a tensor; returns the crc32 of its blocks, eight hexadecimal digits each."""
+    step = max(CHUNK_BYTES // block_bytes, 1) * block_bytes // tensor.element_size()
+    sums = []
+    for start in range(0, tensor.numel(), step):
+        chunk = tensor.detach()[start : start + step].to("cpu").contiguous()
+        data = memoryview(chunk.view(torch.uint8).numpy().data)
+        sums += [zlib.crc32(data[i : i + block_bytes]) for i in range(0, len(data), block_bytes)]
+        file.write(data)
+    return "".join(f"{checksum:08x}" for checksum in sums)
+
+
+def commit(directory: str | os.PathLike[str], ranks: int, values: dict[str, Any]) -> None:
+    """Join what `ranks` ranks have written, and write `index.json`, without which there is no training state.
+
+    By one rank, after all others have returned from `write_rank`.
+
+    Args:
+        values: all that is not a tensor per parameter, for `StoredState.values`.
+
+    Raises:
+        ValueError: if a rank has written nothing, if a parameter is not there exactly once, or if `values` holds
+            something that JSON cannot (see `state_values.encode`).
+    """
+    directory = Path(directory)
+    body: dict[str, Any] = {"format": "hf_nanotron training state", "version": VERSION, "block_bytes": None}
+    body |= {"values": encode(values, "training state"), "files": {}, "pieces": [], "scalars": {}}
+    written = [directory / f"rank-{rank:05d}.json" for rank in range(ranks)]
+    if missing := [path for path in written if not path.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: that rank has not written its part of the training state.")
+    for path in written:
+        part = read_checked(path)
+        if body["block_bytes"] not in (None, part["block_bytes"]):
+            raise ValueError(f"{path} has blocks of {part['block_bytes']} bytes, others of {body['block_bytes']}.")
+        body["block_bytes"] = part["block_bytes"]
+        body["files"] |= part["files"]
+        body["pieces"] += part["pieces"]
+        for name, scalars in part["scalars"].items():
+            if body["scalars"].setdefault(name, scalars) != scalars:
+                raise ValueError(_scalars_differ(name, body["scalars"][name], scalars))
+    check_complete(directory, body["pieces"])
+    write_checked(directory / INDEX, body)
+    for path in written:
+        path.unlink()
+
+
+def _scalars_differ(name: str, one: Any, other: Any) -> str:
+    return f"the optimizer state of {name!r} differs between its pieces: {one} and {other}; they must take equal steps."
+
+
+def slice_of(piece: dict[str, Any]) -> Slice:
+    """The slice that a piece of the index describes."""
+    ranges = tuple((start, stop) for start, stop in piece["ranges"])
+    return Slice(piece["name"], tuple(piece["shape"]), piece["dim"], ranges, piece["start"], piece["stop"])
+
+
+def check_complete(directory: Path, pieces: list[dict[str, Any]]) -> None:
+    """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once.
+
+    Raises:
+        ValueError: naming the tensor, the kind, the elements, and the files with the pieces that are there.
+    """
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for piece in pieces:
+        for kind in piece["tensors"]:
+            kinds.setdefault((piece["name"], kind), []).append(piece)
+    for (name, kind), stored in kinds.items():
+        fault = find_fault(slice_of(piece) for piece in stored)
+        if fault is not None:
+            files = sorted({piece["file"] for piece in stored})
+            raise ValueError(
+                f"{directory}: {kind} of {name!r} is not there once as a whole: {fault} (its pieces are in "
+                f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}); use an earlier checkpoint."
+            )
+
+
+def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> None:
+    """Write JSON with a checksum of itself in its first line, all at once: a reader finds the whole file or none.
+
+    Args:
+        durable: do not return before the file would survive a power failure.
+    """
+    rest = json.dumps(body, separators=(",", ":"), allow_nan=False).removeprefix("{") + "\n"
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(_first_line(rest) + rest)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if durable:
+        directory = os.open(path.parent, os.O_RDONLY)  # the names of all files
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """What `write_checked` wrote.
+
+    Raises:
+        ValueError: if a byte is not as it was written.
+    """
+    # Damage may make the bytes anything but UTF-8; it then shows in the checksum.
+    first, newline, rest = path.read_bytes().decode(errors="replace").partition("\n")
+    if first + newline != _first_line(rest):
+        raise ValueError(f"{path} is truncated or damaged: its checksum differs; use an earlier checkpoint.")
+    return json.loads(first + newline + rest)
+
+
+def _first_line(rest: str) -> str:
+    return f'{{"crc32":"{zlib.crc32(rest.encode()):08x}",\n'
