@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .checkpoint.card import write_model_card
 from .checkpoint.hub import load_hub_weights, save_hub_model
-from .checkpoint.state import load_training_state, save_training_state
+from .checkpoint.training_state import load_training_state, save_training_state
 from .data.loader import DataParallelLoader, FillerBatch, build_loader
 from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
@@ -75,6 +75,8 @@ class NanotronTrainer(EvaluatingTrainer):
         self._link: OptimizerLink | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._set_up_training_state()
+        if self.optimizer is not None:
+            self.create_optimizer()
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self.add_callback(self.throughput)
         logger.info(
@@ -352,7 +354,7 @@ class NanotronTrainer(EvaluatingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None
-        save_training_state(output_dir, self.mesh, self.optimizer, self.lr_scheduler, self.weights)
+        save_training_state(output_dir, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_hub_weights(self.model, resume_from_checkpoint)
@@ -361,7 +363,9 @@ class NanotronTrainer(EvaluatingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
-            load_training_state(checkpoint, self.mesh, self.optimizer, self.lr_scheduler, self.weights)
+            self.weights.wait()
+            load_training_state(checkpoint, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
+            self.weights.publish()
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

@@ -10,12 +10,13 @@ from pool import WorkerPool
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the parity table: relative errors against stock Trainer in one process."""
-    parity = sys.modules.get("test_parity")
-    if parity is not None and parity.ROWS:
-        terminalreporter.section("relative error against stock Trainer, five steps in fp32")
-        terminalreporter.write_line(parity.HEADER)
-        terminalreporter.write_line("\n".join(parity.ROWS))
+    """Print the tables of relative errors."""
+    for name in ("test_parity", "test_zero"):
+        module = sys.modules.get(name)
+        if module is not None and module.ROWS:
+            terminalreporter.section(module.TITLE)
+            terminalreporter.write_line(module.HEADER)
+            terminalreporter.write_line("\n".join(module.ROWS))
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,8 @@ def test_without_a_plan_data_parallel_works(pool: WorkerPool) -> None:
     [
         ({"cp_size": 2}, ["cp_size=2", "cp_size=1"]),
         ({"ep_size": 2}, ["ep_size=2", "ep_size=1"]),
-        ({"zero_stage": 1}, ["zero_stage=1", "zero_stage=0"]),
+        ({"zero_stage": 4}, ["zero_stage=4", "0 (shard nothing)"]),
+        ({"zero_stage": 0, "dp_replicate_size": 2}, ["dp_replicate_size=2", "zero_stage=0", "dp_replicate_size=1"]),
         ({"tp_size": 0}, ["tp_size=0", "at least 1"]),
         ({"pp_size": 2, "pp_layers_per_stage": (1, 2, 1)}, ["[1, 2, 1]", "2 stages"]),
         ({"pp_virtual_stages": 2}, ["pp_virtual_stages=2", "interleaved_1f1b", "'1f1b'"]),
@@ -283,8 +284,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "loss": (lambda: build_trainer(compute_loss_func=lambda *_: None), "`compute_loss_func`.*sharded vocabulary"),
     "optimizers": (
         lambda: build_trainer(optimizers=(torch.optim.SGD([nn.Parameter(torch.ones(1))]), None)),
-        "`optimizers`.*optimizer_cls_and_kwargs",
+        "optimizers: 1 of its 1 parameters are not parameters of the model.*named_parameters",
     ),
+    "matrix optimizer": (
+        lambda: build_trainer(optimizers=(torch.optim.Muon([nn.Parameter(torch.ones(1, 1))]), None)),
+        "optimizers: Muon is not known to work element by element.*elementwise = True",
+    ),
+    "optimizer with state": (
+        lambda: build_trainer(optimizers=(torch.optim.Adagrad([nn.Parameter(torch.ones(1))]), None)),
+        "optimizers: Adagrad has state already.*optimizer_cls_and_kwargs",
+    ),
+    "scheduler alone": (lambda: build_trainer(optimizers=(None, object())), r"\(None, scheduler\).*lr_scheduler_type"),
     "optimizer class": (
         lambda: build_trainer(optimizer_cls_and_kwargs=(torch.optim.Muon, {})).train(),
         "Muon is not known to work element by element.*AdamW",

@@ -18,13 +18,21 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {"tp_size": 2}),
     (2, {"tp_size": 2, "sequence_parallel": False}),
-    (2, {}),
+    (2, {"zero_stage": 0}),
+    (2, {"zero_stage": 1}),
+    (2, {"zero_stage": 2}),
+    (2, {"zero_stage": 3}),
     (2, {"pp_size": 2, "pp_schedule": "afab"}),
     (2, {"pp_size": 2}),
     (2, {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}),
     (4, {"tp_size": 2, "pp_size": 2}),
     (4, {"tp_size": 2}),
+    (4, {"tp_size": 2, "zero_stage": 2}),
+    (4, {"tp_size": 2, "zero_stage": 3}),
     (4, {"pp_size": 2}),
+    (4, {"pp_size": 2, "zero_stage": 3}),
+    (4, {"dp_replicate_size": 2}),
+    (4, {"dp_replicate_size": 2, "zero_stage": 3}),
 ]
 
 
@@ -115,6 +123,41 @@ def test_parity_on_gpus(family: str, tmp_path: Path) -> None:
             )
             print(f"{family} {world} GPUs {row} first loss {errors[0]:.1e} loss {errors[1]:.1e} norm {errors[2]:.1e}")
             assert all(error <= bound for error, bound in zip(errors, TOLERANCE.values(), strict=True)), (row, errors)
+
+
+@pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
+def test_weight_gradients_go_straight_into_fp32() -> None:
+    """bf16 operands, fp32 sum: as close to float64 as fp32 allows, and without a bf16 gradient in between."""
+    from hf_nanotron.ops.linear import Linear, add_product, can_add_product
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 40, 96, generator=generator).bfloat16().cuda() for _ in range(3)]
+    gradients = [torch.randn(3, 40, 64, generator=generator).bfloat16().cuda() for _ in range(3)]
+
+    class Total:
+        def __init__(self) -> None:
+            self.total, self.is_fresh = torch.full((64, 96), float("nan"), device="cuda"), True
+
+        def takes_product(self, dtype: torch.dtype) -> bool:
+            return can_add_product(self.total, dtype)
+
+        def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+            add_product(self.total, grad_output, input, overwrite=self.is_fresh)
+            self.is_fresh = False
+
+    layer = Linear(96, 64, dtype=torch.bfloat16, device="cuda")
+    layer.weight_gradient = total = Total()
+    for x, gradient in zip(inputs, gradients, strict=True):
+        x.requires_grad_()
+        layer(x).backward(gradient)
+        assert torch.equal(x.grad, gradient @ layer.weight)
+    assert layer.weight.grad is None
+    expected = sum(
+        g.double().flatten(0, 1).T @ x.double().flatten(0, 1) for x, g in zip(inputs, gradients, strict=True)
+    )
+    assert float((total.total - expected).norm() / expected.norm()) < 1e-6
+    bias = sum(g.double().flatten(0, 1).sum(0) for g in gradients)  # autograd's, which adds in bf16
+    assert float((layer.bias.grad.double() - bias).norm() / bias.norm()) < 1e-2
 
 
 if __name__ == "__main__":

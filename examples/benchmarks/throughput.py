@@ -4,8 +4,8 @@
         --row zero_stage=0 --row zero_stage=1 --row tp_size=2 --out rows.jsonl
 
 Each `--row` holds fields of `NanotronTrainingArguments`, separated by commas. Prints one JSON line for each row on rank
-0: what ran, on what, the median and the range of the intervals between two log lines, the bytes a parameter takes before an
-optimizer step (weights, gradients and optimizer state, no activations), and with `--profile` how much of the
+0: what ran, on what, the median and the range of the intervals between two log lines, the bytes a parameter takes
+before an optimizer step (weights, gradients and optimizer state, no activations), and with `--profile` how much of the
 communication was hidden.
 """
 

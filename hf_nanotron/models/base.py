@@ -78,7 +78,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             ValueError: while the weights belong to a trainer, for another device or dtype than theirs.
         """
         if self.sharded is None:
-            return super()._apply(fn, recurse)  # type: ignore[return-value]
+            return super()._apply(fn, recurse)
         have = torch.empty(0, dtype=self.dtype, device=self.mesh.device)
         want = fn(have)
         if (want.dtype, want.device.type) != (have.dtype, have.device.type):

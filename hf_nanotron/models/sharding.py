@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..parallel.fully_sharded import FullyShardedWeights
 from ..parallel.segment import ShardedWeights
 from ..parallel.zero import BucketedWeights
 from .base import ParallelModel
@@ -20,7 +21,11 @@ def shard_weights(model: ParallelModel, compute_dtype: torch.dtype, bucket_bytes
     """
     if model.sharded is not None:
         model.sharded.close()
-    model.sharded = BucketedWeights(
-        model, gather_units(model), model.shard_specs, model.stage_of, model.mesh, compute_dtype, bucket_bytes
-    )
+    mesh, units = model.mesh, gather_units(model)
+    if mesh.parallel.zero_stage == 3 and mesh.shard_size > 1:
+        model.sharded = FullyShardedWeights(model, units, model.shard_specs, model.stage_of, mesh, compute_dtype)
+    else:
+        model.sharded = BucketedWeights(
+            model, units, model.shard_specs, model.stage_of, mesh, compute_dtype, bucket_bytes
+        )
     return model.sharded
