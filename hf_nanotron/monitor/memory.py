@@ -76,8 +76,8 @@ def activation_bytes(
 
     Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
     values and output (once more as the input of the output projection), the MLP its input and four tensors of its inner
-    size. The last stage adds the logits, their fp32 copy and both gradients. With checkpointing, each layer keeps its
-    input and one layer at a time the rest.
+    size. The last stage adds the final norm, the logits, their fp32 copy and both gradients. With checkpointing, each
+    layer keeps its input and one layer at a time the rest.
 
     Args:
         config: of the model.
@@ -96,8 +96,8 @@ def activation_bytes(
     layers = -(-text.num_hidden_layers // parallel.num_stages)
     chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
     kept = chunks * layers * (between if checkpointed else layer) + (layer if checkpointed else 0)
-    is_last = pp_rank == parallel.pp_size - 1
-    return tokens * (kept + (text.vocab_size // tp * (2 * item + 8) if is_last else 0))
+    end = hidden * (4 + item) // cut + text.vocab_size // tp * (2 * item + 8)
+    return tokens * (kept + (end if pp_rank == parallel.pp_size - 1 else 0))
 
 
 def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:

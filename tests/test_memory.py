@@ -1,0 +1,114 @@
+"""What a rank holds is what the formula of its ZeRO stage says, and what is reported before the first step."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from pool import WorkerPool
+from tiny import random_dataset, training_arguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
+from hf_nanotron.monitor.memory import MemoryReport, activation_bytes
+
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+}
+RANKS = 2
+# Bytes a parameter in bf16: weights + fp32 gradients + fp32 masters + two fp32 moments, divided where they are sharded.
+FORMULA = {0: 2 + 4 + 4 + 8, 1: 2 + 4 + (4 + 8) / RANKS, 2: 2 + (4 + 4 + 8) / RANKS, 3: (4 + 4 + 8) / RANKS}
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that Python can see, each piece of memory once."""
+    sizes = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and not thing.is_meta:
+            storage = (thing._local_tensor if hasattr(thing, "_local_tensor") else thing).untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+class Held(TrainerCallback):
+    """Bytes while nothing of a forward is alive, but gradients are."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gc.collect()
+        self.bytes = tensor_bytes()
+
+
+def held_and_reported(sizes: dict[str, Any]) -> tuple[float, MemoryReport, int]:
+    gc.collect()
+    before, held = tensor_bytes(), Held()
+    args = NanotronTrainingArguments(**training_arguments(max_steps=2, bf16=True, **sizes))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), parallel=args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(8), callbacks=[held])
+    trainer.train()
+    report, parameters = trainer.memory_report, model.num_parameters()
+    trainer.mesh.close()
+    return held.bytes - before, report, parameters
+
+
+@pytest.mark.parametrize("stage", FORMULA)
+def test_bytes_per_parameter(pool: WorkerPool, stage: int) -> None:
+    for held, report, parameters in pool.run(RANKS, held_and_reported, {"zero_stage": stage}):
+        assert held / parameters == pytest.approx(FORMULA[stage], rel=0.05)
+        assert report.state / parameters == pytest.approx(FORMULA[stage], rel=0.05)
+        assert report.activations > 0 and report.total == report.state + report.activations
+        assert "GiB" in str(report) and "moments" in str(report)
+
+
+def test_bf16_moments_halve(pool: WorkerPool) -> None:
+    for held, report, parameters in pool.run(RANKS, held_and_reported, {"optim_state_dtype": "bfloat16"}):
+        assert held / parameters == pytest.approx(2 + 4 + (4 + 4) / RANKS, rel=0.05)
+        assert report.moments / parameters == pytest.approx(4 / RANKS, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_the_estimate_of_activations(checkpointed: bool) -> None:
+    """Against what autograd keeps of a stock forward: its saved tensors, each piece of memory once."""
+    config = LlamaConfig(**SHAPE, attn_implementation="sdpa")
+    model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch, length = 2, 128
+    ids = torch.randint(0, config.vocab_size, (batch, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(input_ids=ids, use_cache=False).last_hidden_state.sum()
+    one_stage = ParallelConfig(zero_stage=0)
+    estimate = activation_bytes(config, batch * length, one_stage, 0, 1, 2, checkpointed)
+    estimate -= batch * length * config.vocab_size * 12  # of the logits, which the backbone has not made
+    if checkpointed:  # one layer's recomputation comes with its backward
+        one, none = (LlamaConfig(**{**SHAPE, "num_hidden_layers": count}) for count in (1, 0))
+        estimate -= activation_bytes(one, batch * length, one_stage, 0, 1, 2, False)
+        estimate += activation_bytes(none, batch * length, one_stage, 0, 1, 2, False)
+    assert estimate == pytest.approx(sum(saved.values()), rel=0.25)
+
+
+def test_pipelines_keep_more_on_their_first_stage() -> None:
+    config = LlamaConfig(**SHAPE)
+    sizes = ParallelConfig(pp_size=4)
+    kept = [activation_bytes(config, 64, sizes, rank, 8, 2, False) for rank in range(4)]
+    assert kept[0] > kept[1] > kept[2]
+    everything = ParallelConfig(pp_size=4, pp_schedule="afab")
+    assert activation_bytes(config, 64, everything, 0, 8, 2, False) == 2 * kept[0]
