@@ -6,7 +6,6 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +19,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from .checkpoint.card import write_model_card
-from .checkpoint.hub import load_hub_weights, save_hub_model
-from .checkpoint.training_state import load_training_state, save_training_state
+from .checkpointing import CheckpointingTrainer
 from .data.loader import DataParallelLoader, FillerBatch, build_loader
-from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
 from .models.parallelize import parallelize
 from .models.sharding import shard_weights
@@ -41,7 +38,7 @@ from .training_args import NanotronTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(EvaluatingTrainer):
+class NanotronTrainer(CheckpointingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -195,6 +192,7 @@ class NanotronTrainer(EvaluatingTrainer):
 
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
+        self._finish_background_save(wait=False)
         self._window.append((inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -218,8 +216,11 @@ class NanotronTrainer(EvaluatingTrainer):
             torch.cuda.empty_cache()
         speaks = self.mesh.is_last_stage and self.mesh.tp_rank == 0
         # One sum over the job: the loss lives on the last stage, and every rank reports it.
-        told = torch.stack((loss.double(), loss.new_tensor(tokens, dtype=torch.float64))) * speaks
+        signalled = float(self._signals.received is not None)
+        told = torch.tensor([0.0, tokens * speaks, signalled], dtype=torch.float64).to(loss.device, non_blocking=True)
+        told[0] = loss * speaks
         told = all_reduce(told, self.mesh.world)
+        self._stop_if_told(told[2])
         self.throughput.add_tokens(told[1], length)
         return told[0].float()
 
@@ -338,40 +339,6 @@ class NanotronTrainer(EvaluatingTrainer):
             model_input_name=names[0],
             generator=torch.Generator().manual_seed(self._data_seed),
         )
-
-    # ---- checkpoints ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write a Hub repository, all ranks together (see `save_hub_model`)."""
-        output_dir = output_dir or cast(str, self.args.output_dir)
-        save_hub_model(self.model, output_dir)
-        if not self.args.should_save:
-            return
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        save_training_state(output_dir, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_hub_weights(self.model, resume_from_checkpoint)
-        self.weights.read_from_model()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.optimizer is not None and self.lr_scheduler is not None
-            self.weights.wait()
-            load_training_state(checkpoint, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
-            self.weights.publish()
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
-        load_hub_weights(self.model, self.state.best_model_checkpoint)
-        self.weights.read_from_model()
 
     def create_model_card(self, language: str | None = None, **fields: Any) -> None:  # type: ignore[override]
         if self.is_world_process_zero():

@@ -56,6 +56,26 @@ class NanotronTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Leave out a step whose gradient is not finite; otherwise it ends the run."},
     )
+    save_hub_weights: str = field(
+        default="always",
+        metadata={
+            "help": "Which checkpoints hold the Hub's weights beside the training state: always (each), or last (the "
+            "one at the end alone)."
+        },
+    )
+    async_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold training only while a checkpoint is copied to the host's memory, and write it meanwhile."
+        },
+    )
+    save_on_signal: float = field(
+        default=0.0,
+        metadata={
+            "help": "Seconds of grace in which SIGTERM and SIGUSR1 save a checkpoint and stop the run; 0 leaves "
+            "signals alone."
+        },
+    )
     sequence_parallel: bool = field(
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
@@ -104,6 +124,15 @@ class NanotronTrainingArguments(TrainingArguments):
             ValueError: as at construction.
         """
         check_policy(self)
+        if self.save_hub_weights not in ("always", "last"):
+            raise ValueError(f"save_hub_weights={self.save_hub_weights!r} is not one of 'always', 'last'.")
+        if self.save_hub_weights == "last" and self.save_only_model:
+            raise ValueError(
+                "save_hub_weights='last' with save_only_model=True: checkpoints before the last would hold nothing; "
+                "use save_hub_weights='always'."
+            )
+        if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
+            raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
         if self.optim_state_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"optim_state_dtype={self.optim_state_dtype!r} is not one of 'float32', 'bfloat16'.")
         if self.optim_state_dtype == "bfloat16" and not str(getattr(self.optim, "value", self.optim)).startswith(

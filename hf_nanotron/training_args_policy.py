@@ -308,8 +308,8 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "enable_jit_checkpoint": Refused(
         (False,),
-        "a signal reaches ranks at different steps, and a save needs all of them at one",
-        "save_steps",
+        "it is accelerate's, in which each rank saves for itself",
+        "save_on_signal, in which all ranks stop at one step",
     ),
     "accelerator_config": ACCELERATOR_CONFIG,
     "parallelism_config": Refused((None,), "accelerate's parallelism is not used", _SIZES),

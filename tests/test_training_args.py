@@ -316,7 +316,7 @@ def test_bucket_size(build: Any) -> None:
 # ---- Sizes -----------------------------------------------------------------------------------------------------
 
 
-BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps"}
+BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

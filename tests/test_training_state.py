@@ -30,11 +30,12 @@ from hf_nanotron.checkpoint.state_file import StatePiece, clear, commit, write_r
 from hf_nanotron.checkpoint.state_read import StoredState
 from hf_nanotron.checkpoint.state_values import decode, encode
 from hf_nanotron.checkpoint.training_state import (
+    DIRECTORY,
     is_written_here,
     load_training_state,
-    save_training_state,
     state_pieces,
     state_values,
+    together,
 )
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import Coordinates, Group, ParallelMesh
@@ -57,6 +58,38 @@ SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {  # Hub name -> shape, 
 }
 KINDS = {"master": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32}
 State = dict[str, dict[str, torch.Tensor]]
+
+
+def save_training_state(
+    directory: Path,
+    mesh: ParallelMesh,
+    segments: list[Segment],
+    optimizer: Any,
+    scheduler: Any,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write `training_state/` into a checkpoint, every rank its own part.
+
+    Args:
+        directory: the checkpoint.
+        segments: all that the optimizer of this rank updates (`ShardedWeights.segments`).
+        extra: what else is the same on every rank and is to be had back from `load_training_state`.
+
+    Raises:
+        ValueError: if something cannot be stored.
+        RuntimeError: if another rank has failed, which says why itself.
+    """
+    folder = directory / DIRECTORY
+
+    def write() -> dict[str, Any]:
+        values = state_values(mesh, optimizer, scheduler, extra or {})
+        write_rank(folder, mesh.rank, state_pieces(segments, optimizer, mesh))
+        return values
+
+    what = "saving the training state"
+    together(mesh, what, lambda: clear(folder) if mesh.rank == 0 else None)
+    values = together(mesh, what, write)
+    together(mesh, what, lambda: commit(folder, mesh.world_size, values) if mesh.rank == 0 else None)
 
 
 def parts_of(name: str, size: int, tp_size: int) -> tuple[Ranges, ...]:

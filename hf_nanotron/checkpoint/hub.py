@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..parallel.mesh import Group
 from ..parallel.spec import ShardSpec
+from .safetensors_file import Entry, write_safetensors
 
 if TYPE_CHECKING:
     from ..models.base import ParallelModel
@@ -115,10 +116,15 @@ class HubWeights:
         return part
 
 
-def load_hub_weights(model: ParallelModel, directory: str | os.PathLike[str]) -> HubWeights:
+def load_hub_weights(
+    model: ParallelModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
+) -> HubWeights:
     """Fill `model` from a local Hub repository, each rank reading only the bytes of its own part.
 
     A checkpoint of the bare base model (no head, no prefix) is refused like any other that lacks a tensor.
+
+    Args:
+        parameters: names of those to fill; all if None.
 
     Raises:
         ValueError: naming the missing or damaged file or the tensors that are missing or of another shape.
@@ -136,49 +142,80 @@ def load_hub_weights(model: ParallelModel, directory: str | os.PathLike[str]) ->
     for name, shape in model.hub_shapes.items():
         weights.check(name, shape)
     for name, spec in model.shard_specs.items():
-        model.write_parameter(name, weights.read(spec))
+        if parameters is None or name in parameters:
+            model.write_parameter(name, weights.read(spec))
     return weights
 
 
-def save_hub_model(model: ParallelModel, directory: str | os.PathLike[str], max_shard_size: str | int = "5GB") -> None:
+def save_hub_model(
+    model: ParallelModel,
+    directory: str | os.PathLike[str],
+    max_shard_size: str | int = "5GB",
+    write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None] = write_safetensors,
+) -> None:
     """Write config, generation config and weights as a standard Hub repository. All ranks of the job together.
 
     Every pipeline stage writes its own files, at the same time as the others; within a stage one rank writes, and the
-    tensor-parallel ranks send it their parts one tensor at a time. The most any rank holds besides the model is one
-    file's tensors (`max_shard_size`) and one more tensor.
+    tensor-parallel ranks send it their parts one tensor at a time, which is the most it holds besides the model.
 
     Args:
         max_shard_size: largest file, bytes or a string such as `"5GB"`. A single larger tensor gets its own file.
+        write: takes a file's path, its header, and its tensors, which arrive while it iterates over them.
     """
-    directory, mesh = Path(directory), model.mesh
-    if mesh.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in (*directory.glob("model*.safetensors"), directory / SAFE_WEIGHTS_INDEX_NAME):
-            old.unlink(missing_ok=True)
-        config = model.config.__class__.from_dict(model.config.to_dict())
-        config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
-        config.save_pretrained(directory)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(directory)
-    _barrier(mesh.world)
+    directory = Path(directory)
+    write_hub_config(model, directory)
+    _barrier(model.mesh.world)
+    write_hub_weights(model, directory, max_shard_size, write)
+    _barrier(model.mesh.world)
+
+
+def write_hub_config(model: ParallelModel, directory: Path) -> None:
+    """Everything of a Hub repository but the weights; old weights go. By rank 0 alone; others do nothing."""
+    if model.mesh.rank != 0:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in (*directory.glob("model*.safetensors"), directory / SAFE_WEIGHTS_INDEX_NAME):
+        old.unlink(missing_ok=True)
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
+    config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def write_hub_weights(
+    model: ParallelModel,
+    directory: Path,
+    max_shard_size: str | int,
+    write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None],
+) -> list[Path]:
+    """Hand the weights to `write` file by file, on the ranks that write. All ranks together; returns this rank's."""
+    mesh, written = model.mesh, []
     files = plan_files(model.hub_shapes, model.hub_owners, model.dtype.itemsize, parse_size(max_shard_size))
     if mesh.rank == 0 and len(files) > 1:
         _write_index(directory, files, model)
+        written.append(directory / SAFE_WEIGHTS_INDEX_NAME)
     held = {spec.name: (spec, name) for name, spec in model.shard_specs.items()}
-    for file_name, names in files.items():
-        if model.hub_owners[names[0]] != mesh.pp_rank:
-            continue
-        tensors = {}
+
+    def arriving(names: list[str]) -> Iterator[torch.Tensor]:
         for name in names:
             spec, key = held[name]
             part = model.whole_parameter(key)
             whole = gather_whole(part, spec, mesh.tp) if mesh.dp_rank == 0 else None
             if whole is not None:
-                tensors[name] = whole
-        if tensors:
-            save_file(tensors, directory / file_name, metadata={"format": "pt"})
-        del tensors
-    _barrier(mesh.world)
+                yield whole
+
+    for file_name, names in files.items():
+        if model.hub_owners[names[0]] != mesh.pp_rank:
+            continue
+        if mesh.dp_rank == 0 and mesh.tp_rank == 0:
+            entries = [Entry(name, model.dtype, model.hub_shapes[name]) for name in names]
+            write(directory / file_name, entries, arriving(names))
+            written.append(directory / file_name)
+        else:
+            for _ in arriving(names):
+                pass
+    return written
 
 
 def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:

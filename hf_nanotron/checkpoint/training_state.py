@@ -15,7 +15,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import Segment
 from ..parallel.spec import ShardSpec
 from .slices import Slice
-from .state_file import MASTER, StatePiece, clear, commit, write_rank
+from .state_file import INDEX, MASTER, StatePiece
 from .state_read import StoredState
 from .state_values import encode
 
@@ -76,38 +76,6 @@ def state_values(mesh: ParallelMesh, optimizer: Any, scheduler: Any, extra: dict
     return values
 
 
-def save_training_state(
-    directory: str | os.PathLike[str],
-    mesh: ParallelMesh,
-    segments: Iterable[Segment],
-    optimizer: Any,
-    scheduler: Any,
-    extra: dict[str, Any] | None = None,
-) -> None:
-    """Write `training_state/` into a checkpoint, every rank its own part.
-
-    Args:
-        directory: the checkpoint.
-        segments: all that the optimizer of this rank updates (`ShardedWeights.segments`).
-        extra: what else is the same on every rank and is to be had back from `load_training_state`.
-
-    Raises:
-        ValueError: if something cannot be stored.
-        RuntimeError: if another rank has failed, which says why itself.
-    """
-    folder = Path(directory) / DIRECTORY
-
-    def write() -> dict[str, Any]:
-        values = state_values(mesh, optimizer, scheduler, extra or {})
-        write_rank(folder, mesh.rank, state_pieces(segments, optimizer, mesh))
-        return values
-
-    what = "saving the training state"
-    together(mesh, what, lambda: clear(folder) if mesh.rank == 0 else None)
-    values = together(mesh, what, write)
-    together(mesh, what, lambda: commit(folder, mesh.world_size, values) if mesh.rank == 0 else None)
-
-
 def load_training_state(
     directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment], optimizer: Any, scheduler: Any
 ) -> dict[str, Any]:
@@ -117,7 +85,7 @@ def load_training_state(
     part of the checkpoint: load another one, or stop.
 
     Returns:
-        the `extra` of `save_training_state`.
+        the `extra` of `state_values`.
 
     Raises:
         ValueError: if the state is missing, damaged or incomplete, of another model or another kind of optimizer.
@@ -138,6 +106,26 @@ def load_training_state(
             return stored.values["extra"]
 
     return together(mesh, "loading the training state", load)
+
+
+def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment]) -> None:
+    """Restore the fp32 masters alone. All ranks together.
+
+    Raises:
+        ValueError, RuntimeError: as `load_training_state`.
+    """
+
+    def load() -> None:
+        with StoredState(Path(directory) / DIRECTORY) as stored:
+            for segment in segments:
+                stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+
+    together(mesh, "loading the weights", load)
+
+
+def has_training_state(directory: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint holds one."""
+    return (Path(directory) / DIRECTORY / INDEX).is_file()
 
 
 def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> None:

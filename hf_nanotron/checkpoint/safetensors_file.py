@@ -1,0 +1,55 @@
+"""Write a safetensors file while its tensors arrive, holding one at a time.
+
+The format: eight bytes with the length of a JSON header, the header, the bytes of the tensors one after the other
+(https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:
+    """Write `tensors`, which come in the order of `entries`, each on the CPU. The file survives a power failure.
+
+    Raises:
+        ValueError: if a tensor is not what its entry says, or one is missing.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.dtype.itemsize * int(torch.Size(entry.shape).numel())
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+                raise ValueError(f"{path}: {entry} came as {tensor.dtype}, {tuple(tensor.shape)}.")
+            flat = tensor.contiguous().view(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy().data))
+        file.flush()
+        os.fsync(file.fileno())

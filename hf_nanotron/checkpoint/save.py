@@ -1,0 +1,129 @@
+"""What one rank writes of a checkpoint: gathered by all ranks together, written by each alone, now or in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..parallel.mesh import ParallelMesh
+from .commit import commit, describe, fail, wait_for_ranks
+from .manager import rotate
+from .state_file import StatePiece, commit as commit_state, write_rank
+from .training_state import DIRECTORY
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way to the disk, as one rank sees it.
+
+    Args:
+        directory: the checkpoint, after `begin`.
+        step: optimizer steps.
+        files: what this rank has written already (or will, by `writes`).
+        writes: what is left to write besides the training state.
+        pieces: this rank's part of the training state.
+        values: the rest of it, equal on all ranks; None for a checkpoint without one (`save_only_model`).
+        timeout: seconds that rank 0 waits for the others.
+        limit: `save_total_limit`.
+        keep: checkpoints that are not to be deleted.
+        on_committed: called on rank 0 with the directory.
+    """
+
+    directory: Path
+    step: int
+    timeout: float
+    limit: int | None = None
+    keep: tuple[Path, ...] = ()
+    files: list[Path] = field(default_factory=list)
+    writes: list[Callable[[], None]] = field(default_factory=list)
+    pieces: list[StatePiece] = field(default_factory=list)
+    values: dict[str, Any] | None = None
+    on_committed: Callable[[Path], None] | None = None
+
+    def copy_to_host(self) -> None:
+        """Make what is left to write independent of the training that goes on."""
+        self.pieces = [
+            replace(
+                piece, tensors={kind: tensor.detach().to("cpu", copy=True) for kind, tensor in piece.tensors.items()}
+            )
+            for piece in self.pieces
+        ]
+
+    def finish(self, mesh: ParallelMesh) -> None:
+        """Write, and on rank 0 commit when all ranks have written. Communicates through files alone.
+
+        Raises:
+            OSError, ValueError: if this rank could not write; rank 0 then learns of it.
+            RuntimeError, TimeoutError: on rank 0, if another rank could not.
+        """
+        state = self.directory / DIRECTORY
+        try:
+            for write in self.writes:
+                write()
+            files = list(self.files)
+            if self.values is not None:
+                write_rank(state, mesh.rank, self.pieces)
+                files += [path for path in [state / f"rank-{mesh.rank:05d}.safetensors"] if path.is_file()]
+            describe(self.directory, mesh.rank, files)
+        except BaseException as error:
+            fail(self.directory, mesh.rank, error)
+            raise
+        if mesh.rank == 0:
+            if self.values is not None:
+                wait_for_ranks(self.directory, mesh.world_size, self.timeout)
+                commit_state(state, mesh.world_size, self.values)
+            commit(self.directory, mesh.world_size, self.step, self.timeout)
+            rotate(self.directory.parent, self.limit, (self.directory, *self.keep))
+            if self.on_committed is not None:
+                self.on_committed(self.directory)
+
+
+class BackgroundSave:
+    """At most one save at a time, in a thread. Its failure is raised in the thread that trains."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._directory: Path | None = None
+
+    def start(self, save: Save, mesh: ParallelMesh) -> None:
+        """Begin writing `save`, after the one before has ended."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                save.finish(mesh)
+            except BaseException as error:
+                self._error = error
+
+        self._directory = save.directory
+        # Not a daemon: the interpreter waits for a checkpoint that is being written.
+        self._thread = threading.Thread(target=run, name=f"save {save.directory.name}")
+        self._thread.start()
+
+    def poll(self) -> Path | None:
+        """The directory of a save that has ended since the last call, None if there is none.
+
+        Raises:
+            RuntimeError: if it failed, naming the directory and the reason.
+        """
+        if self._thread is None or self._thread.is_alive():
+            return None
+        return self.wait()
+
+    def wait(self) -> Path | None:
+        """As `poll`, after waiting for a save that is under way."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        directory, error = self._directory, self._error
+        self._thread = self._error = self._directory = None
+        if error is not None:
+            raise RuntimeError(
+                f"saving {directory} in the background failed: {type(error).__name__}: {error}. The checkpoints before "
+                "it are untouched."
+            ) from error
+        return directory

@@ -1,0 +1,203 @@
+"""How `NanotronTrainer` saves and resumes: a checkpoint is a Hub repository with the training state beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .checkpoint.commit import begin
+from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
+from .checkpoint.manager import check_together, choose_together
+from .checkpoint.safetensors_file import Entry, write_safetensors
+from .checkpoint.save import BackgroundSave, Save
+from .checkpoint.training_state import (
+    has_training_state,
+    load_masters,
+    load_training_state,
+    state_pieces,
+    state_values,
+    together,
+)
+from .evaluation import EvaluatingTrainer
+from .models.base import ParallelModel
+from .parallel.segment import ShardedWeights
+from .signals import StopSignals
+from .training_args import NanotronTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointingTrainer(EvaluatingTrainer):
+    """A Trainer whose checkpoints are written by all ranks, committed at last, and resumed on any topology."""
+
+    args: NanotronTrainingArguments
+    model: ParallelModel
+    weights: ShardedWeights
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._background = BackgroundSave()
+        super().__init__(*args, **kwargs)
+        self._signals = StopSignals(self.args.save_on_signal)
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a Hub repository, all ranks together (see `save_hub_model`)."""
+        directory = Path(output_dir or cast(str, self.args.output_dir))
+        save_hub_model(self.model, directory)
+        self._save_companions(directory)
+
+    def _save_companions(self, directory: Path) -> None:
+        """Tokenizer and arguments, by rank 0."""
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write `checkpoint-N/`, and commit it; with `async_save` the training goes on meanwhile."""
+        self._finish_background_save()
+        self.store_flos()
+        mesh, args = self.mesh, self.args
+        run = Path(self._get_output_dir(trial=trial))
+        directory = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        what = f"saving {directory}"
+        together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
+        save = Save(directory, self.state.global_step, args.ddp_timeout, args.save_total_limit)
+
+        def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
+            if args.async_save:
+                save.writes.append(partial(write_safetensors, path, entries, list(tensors)))
+            else:
+                write_safetensors(path, entries, tensors)
+
+        together(mesh, what, lambda: write_hub_config(self.model, directory))
+        if args.save_hub_weights == "always" or self._is_last_save():
+            save.files = write_hub_weights(self.model, directory, "5GB", write)
+        if not args.save_only_model:
+            assert self.optimizer is not None
+            save.pieces = state_pieces(self.weights.segments, self.optimizer, mesh)
+            save.values = state_values(mesh, self.optimizer, self.lr_scheduler, {})
+            self._save_rng_state(str(directory))
+            if mesh.rank == 0:
+                (directory / "training_state").mkdir(exist_ok=True)
+        if mesh.rank == 0:
+            self._save_companions(directory)
+            self._save_trainer_state(run, directory)
+        if self.state.best_model_checkpoint is not None:
+            save.keep = (Path(self.state.best_model_checkpoint),)
+        if args.async_save:
+            save.copy_to_host()
+            together(mesh, what, lambda: None)  # the directory is complete but for what the threads write
+            self._background.start(save, mesh)
+        else:
+            together(mesh, what, lambda: None)
+            together(mesh, what, lambda: save.finish(mesh))
+            self._on_committed(directory)
+
+    def _is_last_save(self) -> bool:
+        return self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+
+    def _save_trainer_state(self, run: Path, directory: Path) -> None:
+        """Step, log history and the callbacks' states, as Trainer writes them; by rank 0."""
+        if self.state.best_global_step:
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.exists():
+                self.state.best_model_checkpoint = str(best)
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                states = cast(dict[str, Any], self.state.stateful_callbacks)
+                if isinstance(states[name], list):
+                    states[name].append(state)
+                else:
+                    states[name] = state
+        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+
+    def _on_committed(self, directory: Path) -> None:
+        """What is done with a complete checkpoint."""
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(directory))
+
+    def _finish_background_save(self, wait: bool = True) -> None:
+        """Take note of a save that has ended.
+
+        Raises:
+            RuntimeError: if it failed.
+        """
+        directory = self._background.wait() if wait else self._background.poll()
+        if directory is not None:
+            self._on_committed(directory)
+
+    # ---- resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest committed checkpoint that is undamaged.
+
+        Raises:
+            ValueError: if the named checkpoint is not complete, or there is none at all.
+        """
+        source: str | None = None
+        if resume_from_checkpoint is True:
+            chosen = choose_together(self.mesh, cast(str, self.args.output_dir))
+            if chosen is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
+            source = str(chosen)
+        elif resume_from_checkpoint:
+            source = os.fspath(resume_from_checkpoint)
+            check_together(self.mesh, source, deep=False)  # what is read of it is verified then
+        with self._signals:
+            result = super().train(source, *args, **kwargs)
+            self._finish_background_save()
+        self.weights.wait()
+        return result
+
+    def _stop_if_told(self, told: torch.Tensor) -> None:
+        """Save and stop after this step if any rank has received a signal.
+
+        Args:
+            told: how many ranks have.
+        """
+        if self.args.save_on_signal and told.item():
+            logger.warning(f"{self._signals.received or 'Another rank was told to stop'}: saving, then stopping.")
+            self.control.should_save = self.control.should_training_stop = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights that are not in the training state, which follows with the optimizer: the frozen ones, or all."""
+        if not has_training_state(resume_from_checkpoint):
+            load_hub_weights(self.model, resume_from_checkpoint)
+            self.weights.read_from_model()
+            return
+        trained = {segment.name for segment in self.weights.segments}
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad and name not in trained]
+        if frozen:
+            load_hub_weights(self.model, resume_from_checkpoint, frozen)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None
+            self.weights.wait()
+            load_training_state(checkpoint, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
+            self.weights.publish()
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        self._finish_background_save()
+        self.weights.wait()
+        self._load_from_checkpoint(best)
+        if has_training_state(best):
+            load_masters(best, self.mesh, self.weights.segments)
+            self.weights.publish()

@@ -1,0 +1,248 @@
+"""Saving while training goes on, at a signal, and under a SIGKILL: what is committed is whole, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import JobError, WorkerPool
+from test_checkpoint import equal, stock_weights
+from test_gradients import stock_model
+from test_resume import contents
+from tiny import History, pad_batch, random_dataset, training_arguments
+from transformers import TrainerCallback
+
+from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.checkpoint import save as save_module
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+def run(
+    output: str, overrides: dict[str, Any], resume: bool | str = False, callbacks: tuple[Any, ...] = ()
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Losses of this run, and the log of the whole one. The start is beside `output`."""
+    values = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2, **overrides}
+    args = NanotronTrainingArguments(**training_arguments(output_dir=output, **values))
+    model = ParallelAuto.from_pretrained(str(Path(output).parent / "start"), parallel=args.parallel)
+    history = History()
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(64), data_collator=pad_batch,
+        callbacks=[history, *callbacks],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.mesh.close()
+    return history.losses, trainer.state.log_history
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    stock_model("llama").save_pretrained(tmp_path / "start")
+    return tmp_path
+
+
+# ---- asynchronous ----
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [(2, {"zero_stage": 1, "bf16": True}), (2, {"zero_stage": 3}), (4, {"tp_size": 2, "pp_size": 2})],
+    ids=["zero1-bf16", "zero3", "tp2-pp2"],
+)
+def test_an_asynchronous_save_is_the_synchronous_one(
+    pool: WorkerPool, start: Path, world: int, sizes: dict[str, Any]
+) -> None:
+    """Bit by bit, though training went on while it was written."""
+    plain = pool.run(world, run, str(start / "plain"), sizes)[0]
+    asynchronous = pool.run(world, run, str(start / "async"), {**sizes, "async_save": True})[0]
+    assert asynchronous[0] == plain[0]
+    for step in (3, 6):
+        one, other = (contents(start / name / f"checkpoint-{step}") for name in ("plain", "async"))
+        assert one == other
+        assert {path.name for path in (start / "plain" / f"checkpoint-{step}").iterdir()} == {
+            path.name for path in (start / "async" / f"checkpoint-{step}").iterdir()
+        }
+    resumed = pool.run(world, run, str(start / "async"), sizes, str(start / "async" / "checkpoint-3"))[0]
+    assert resumed[0] == plain[0][3:]
+
+
+def run_with_a_full_disk(output: str, broken_rank: int) -> None:
+    write = save_module.write_rank
+
+    def fail(directory: Any, rank: int, pieces: Any) -> None:
+        if rank == broken_rank:
+            raise OSError(28, "No space left on device")
+        write(directory, rank, pieces)
+
+    save_module.write_rank = fail
+    try:
+        run(output, {"async_save": True, "max_steps": 40})
+    finally:
+        save_module.write_rank = write
+
+
+@pytest.mark.parametrize("broken_rank", [0, 1])
+def test_a_failed_background_save_ends_the_run(pool: WorkerPool, start: Path, broken_rank: int) -> None:
+    with pytest.raises(JobError, match=r"checkpoint-3 in the background failed.*No space left on device"):
+        pool.run(2, run_with_a_full_disk, str(start / "out"), broken_rank)
+    assert not (start / "out" / "checkpoint-3" / "committed.json").exists()
+
+
+# ---- which weights ----
+
+
+def test_hub_weights_in_the_last_checkpoint_alone(pool: WorkerPool, start: Path) -> None:
+    overrides = {"save_hub_weights": "last", "bf16": True}
+    losses, _ = pool.run(2, run, str(start / "out"), overrides)[0]
+    assert not list((start / "out" / "checkpoint-3").glob("*.safetensors"))
+    expected = stock_weights(start / "out" / "checkpoint-6")
+    resumed, _ = pool.run(2, run, str(start / "again"), overrides, str(start / "out" / "checkpoint-3"))[0]
+    assert resumed == losses[3:]
+    assert equal(stock_weights(start / "again" / "checkpoint-6"), expected)
+
+
+READER = """
+import json, sys
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, pipeline
+root = sys.argv[1]
+model, report = AutoModelForCausalLM.from_pretrained(root, output_loading_info=True)
+assert not any(report.values()), report
+names = list(safe_open(root + "/model.safetensors", "pt").keys())
+text = pipeline("text-generation", model=root)
+assert not any(name.startswith("hf_nanotron") for name in sys.modules)
+print(json.dumps([type(model).__name__, len(names), type(text).__name__]))
+"""
+
+
+def test_the_root_is_read_without_this_package(pool: WorkerPool, start: Path) -> None:
+    from test_cli import tokenizer
+
+    pool.run(2, run, str(start / "out"), {"zero_stage": 3, "bf16": True})
+    checkpoint = start / "out" / "checkpoint-6"
+    tokenizer().save_pretrained(checkpoint)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", READER, str(checkpoint)], capture_output=True, text=True, timeout=120, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["LlamaForCausalLM", 39, "TextGenerationPipeline"]
+
+
+# ---- signals ----
+
+
+def run_with_a_signal(output: str, overrides: dict[str, Any], number: int, rank: int) -> tuple[list[float], int]:
+    def send() -> None:
+        if torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    losses, log = run(output, {**overrides, "save_on_signal": 60.0}, callbacks=(At(3, send),))
+    assert signal.getsignal(number) is before
+    return losses, log[-1]["step"]
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_signal_saves_and_stops(pool: WorkerPool, start: Path, number: int, rank: int, asynchronous: bool) -> None:
+    """One rank is told; all stop after the next step with a checkpoint, from which the run goes on."""
+    overrides = {"save_steps": 100, "max_steps": 8, "async_save": asynchronous}
+    expected, _ = pool.run(2, run, str(start / "whole"), overrides)[0]
+    for losses, step in pool.run(2, run_with_a_signal, str(start / "out"), overrides, number, rank):
+        assert step == 4 and losses == expected[:4]
+    assert [path.name for path in (start / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+    for losses, _ in pool.run(2, run, str(start / "out"), overrides, True):
+        assert losses == expected[4:]
+
+
+# ---- SIGKILL ----
+
+
+def losses_of(log: list[dict[str, float]]) -> list[float]:
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_killed_rank_loses_nothing(start: Path, asynchronous: bool, request: pytest.FixtureRequest) -> None:
+    """A rank is killed at a random moment of a save, `--kills` times in a row; every restart goes on from the newest
+    committed checkpoint, and the losses of all steps are those of the run that nobody killed."""
+    kills, output = request.config.getoption("--kills"), start / "out"
+    steps = 4 * kills + 8
+    overrides = {"save_steps": 1, "save_total_limit": 2, "max_steps": steps, "async_save": asynchronous}
+    overrides |= {"gradient_accumulation_steps": 1, "zero_stage": 1}
+    workers = WorkerPool(2)
+    expected = losses_of(workers.run(2, run, str(start / "whole"), {**overrides, "save_strategy": "no"})[0][1])
+    chance = random.Random(5)
+    survived: list[int] = []
+    try:
+        for _ in range(kills):
+            resume = bool(list(output.glob("checkpoint-*/committed.json")))
+            killer = threading.Thread(target=kill_while_saving, args=(workers, output, chance))
+            killer.start()
+            with pytest.raises(JobError):
+                workers.run(2, run, str(output), overrides, resume)
+            killer.join()
+            survived.append(max([int(p.parent.name[11:]) for p in output.glob("checkpoint-*/committed.json")] or [0]))
+        assert survived == sorted(survived), "a committed checkpoint was lost"
+        log = workers.run(2, run, str(output), overrides, survived[-1] > 0)[0][1]
+    finally:
+        workers.close()
+    print(f"{kills} kills; newest committed step after each: {survived}")
+    assert losses_of(log) == expected
+
+
+def kill_while_saving(workers: WorkerPool, output: Path, chance: random.Random) -> None:
+    """Wait for a save to begin, wait a little more, and kill one of the two ranks."""
+    saves = chance.randint(1, 3)  # so that some progress is made
+    seen: set[str] = set()
+    deadline = time.monotonic() + 60
+    while len(seen) < saves and time.monotonic() < deadline:
+        seen |= {str(path.parent) for path in output.glob("checkpoint-*/.written")}
+        time.sleep(0.001)
+    time.sleep(chance.random() * 0.08)
+    process, _ = chance.choice(workers._workers[:2])
+    os.kill(process.pid, signal.SIGKILL)
+
+
+# ---- damage ----
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("file", ["model.safetensors", "training_state/rank-00001.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(pool: WorkerPool, start: Path, damage: str, file: str) -> None:
+    """Named by the error if it was asked for; else the one before is taken."""
+    overrides = {"max_steps": 9}
+    expected, _ = pool.run(2, run, str(start / "out"), overrides)[0]
+    path = start / "out" / "checkpoint-9" / file
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-7])
+    else:
+        path.unlink()
+    if damage != "flip":
+        with pytest.raises(JobError, match=f"checkpoint-9/{file}"):
+            pool.run(2, run, str(start / "out"), overrides, str(start / "out" / "checkpoint-9"))
+    losses, _ = pool.run(2, run, str(start / "out"), overrides, True)[0]
+    assert losses == expected[6:]
