@@ -16,7 +16,10 @@ from transformers.utils import logging
 
 from .checkpoint.commit import begin
 from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
-from .checkpoint.manager import check_together, choose_together
+from .checkpoint.manager import check_together, choose_together, rotate
+from .checkpoint.remote import RemoteStore
+from .checkpoint.remote_fetch import fetch_newest_together
+from .checkpoint.remote_upload import Uploader
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
@@ -45,8 +48,30 @@ class CheckpointingTrainer(EvaluatingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._background = BackgroundSave()
+        self._saved: set[Path] = set()  # by this call of `train`
+        self._store: RemoteStore | None = None
+        self._uploader: Uploader | None = None
         super().__init__(*args, **kwargs)
         self._signals = StopSignals(self.args.save_on_signal)
+
+    def _open_remote(self) -> None:
+        """Reach `remote_checkpoints` before the training starts. All ranks together.
+
+        Raises:
+            ValueError: if the URL cannot be written, naming it and the reason.
+            ImportError: if the package for its protocol is missing, naming the extra.
+        """
+        args = self.args
+        if args.remote_checkpoints is None:
+            return
+        store = self._store = RemoteStore(args.remote_checkpoints)
+
+        def open_uploader() -> Uploader | None:
+            if self.mesh.rank != 0:
+                return None
+            return Uploader(store, cast(str, args.output_dir), args.remote_keep_local, args.save_total_limit)
+
+        self._uploader = together(self.mesh, f"reaching {args.remote_checkpoints}", open_uploader)
 
     # ---- saving ----
 
@@ -72,9 +97,12 @@ class CheckpointingTrainer(EvaluatingTrainer):
         mesh, args = self.mesh, self.args
         run = Path(self._get_output_dir(trial=trial))
         directory = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if directory in self._saved:  # at the end of an epoch, say, that is also a step to save at
+            return
+        self._saved.add(directory)
         what = f"saving {directory}"
         together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
-        save = Save(directory, self.state.global_step, args.ddp_timeout, args.save_total_limit)
+        save = Save(directory, self.state.global_step, args.ddp_timeout)
 
         def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
             if args.async_save:
@@ -95,8 +123,8 @@ class CheckpointingTrainer(EvaluatingTrainer):
         if mesh.rank == 0:
             self._save_companions(directory)
             self._save_trainer_state(run, directory)
-        if self.state.best_model_checkpoint is not None:
-            save.keep = (Path(self.state.best_model_checkpoint),)
+        best = self.state.best_model_checkpoint
+        save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
         if args.async_save:
             save.copy_to_host()
             together(mesh, what, lambda: None)  # the directory is complete but for what the threads write
@@ -119,7 +147,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
             if isinstance(callback, ExportableState):
                 name, state = type(callback).__name__, callback.state()
                 states = cast(dict[str, Any], self.state.stateful_callbacks)
-                if isinstance(states[name], list):
+                if isinstance(states.get(name), list):
                     states[name].append(state)
                 else:
                     states[name] = state
@@ -130,12 +158,24 @@ class CheckpointingTrainer(EvaluatingTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory))
 
+    def _retain(self, directory: Path, keep: tuple[Path, ...]) -> None:
+        """Upload a committed checkpoint, and delete older ones; on rank 0, in the thread that has written it."""
+        limit = self.args.save_total_limit
+        if self._uploader is None:
+            rotate(directory.parent, limit, (directory, *keep))
+            return
+        self._uploader.submit(directory, keep)
+        with self._uploader.local_lock:
+            rotate(directory.parent, limit, (directory, *keep, *self._uploader.pending()))
+
     def _finish_background_save(self, wait: bool = True) -> None:
         """Take note of a save that has ended.
 
         Raises:
-            RuntimeError: if it failed.
+            RuntimeError: if it failed, or an upload has.
         """
+        if self._uploader is not None:
+            self._uploader.raise_if_failed()
         directory = self._background.wait() if wait else self._background.poll()
         if directory is not None:
             self._on_committed(directory)
@@ -149,7 +189,10 @@ class CheckpointingTrainer(EvaluatingTrainer):
             ValueError: if the named checkpoint is not complete, or there is none at all.
         """
         source: str | None = None
+        self._saved.clear()
         if resume_from_checkpoint is True:
+            if self._store is not None:
+                fetch_newest_together(self.mesh, self._store, cast(str, self.args.output_dir))
             chosen = choose_together(self.mesh, cast(str, self.args.output_dir))
             if chosen is None:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
@@ -157,9 +200,13 @@ class CheckpointingTrainer(EvaluatingTrainer):
         elif resume_from_checkpoint:
             source = os.fspath(resume_from_checkpoint)
             check_together(self.mesh, source, deep=False)  # what is read of it is verified then
+        if self._uploader is not None:
+            self._uploader.submit_existing()
         with self._signals:
             result = super().train(source, *args, **kwargs)
             self._finish_background_save()
+            if self._uploader is not None:
+                self._uploader.wait()
         self.weights.wait()
         return result
 
@@ -172,6 +219,13 @@ class CheckpointingTrainer(EvaluatingTrainer):
         if self.args.save_on_signal and told.item():
             logger.warning(f"{self._signals.received or 'Another rank was told to stop'}: saving, then stopping.")
             self.control.should_save = self.control.should_training_stop = True
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """A checkpoint converted from the Hub leaves logging, evaluation and saving intervals to this run."""
+        progress = super()._init_training_state(max_steps, *args)
+        if self.state.logging_steps is None:
+            self.state.compute_steps(self.args, max_steps)
+        return progress
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights that are not in the training state, which follows with the optimizer: the frozen ones, or all."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import __version__
 from .checkpoint.nanotron_arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
+from .checkpoint.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
 
 # Modules whose ValueErrors are written for the user: they say what to change, and a traceback would bury it.
 SPEAKING = ("hf_nanotron", "transformers.trainer", "transformers.training_args")
@@ -121,8 +122,16 @@ dataset.train_split, dataset.num_proc.""",
 
 
 def _add_convert(commands: Any) -> None:
-    parser = _add_command(commands, "convert", "convert checkpoints between huggingface/nanotron and the Hub")
+    parser = _add_command(
+        commands, "convert", "convert between the Hub and training states, or huggingface/nanotron's checkpoints"
+    )
     directions = parser.add_subparsers(metavar="DIRECTION", required=True)
+    add_sharded_to_hub_arguments(
+        _add_command(directions, "sharded-to-hub", "the training state of a checkpoint into a Hub repository")
+    )
+    add_hub_to_sharded_arguments(
+        _add_command(directions, "hub-to-sharded", "a Hub repository into a checkpoint at step 0, for any layout")
+    )
     add_nanotron_to_hub_arguments(
         _add_command(directions, "nanotron-to-hub", "a nanotron checkpoint of any tp and pp into a Hub repository")
     )

@@ -74,6 +74,13 @@ class NanotronTrainer(CheckpointingTrainer):
         self._set_up_training_state()
         if self.optimizer is not None:
             self.create_optimizer()
+        self._open_remote()
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        if frozen and args.save_hub_weights == "last":
+            raise ValueError(
+                f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): they are in the "
+                "Hub's files alone, so a checkpoint without those could not be resumed; use save_hub_weights='always'."
+            )
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self.add_callback(self.throughput)
         logger.info(

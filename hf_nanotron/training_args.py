@@ -76,6 +76,16 @@ class NanotronTrainingArguments(TrainingArguments):
             "signals alone."
         },
     )
+    remote_checkpoints: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL such as s3://bucket/run: each committed checkpoint is uploaded there in the background, and "
+            "resume_from_checkpoint=True looks there too."
+        },
+    )
+    remote_keep_local: int = field(
+        default=1, metadata={"help": "Uploaded checkpoints that stay in output_dir, with remote_checkpoints."}
+    )
     sequence_parallel: bool = field(
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},

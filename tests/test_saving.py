@@ -246,3 +246,19 @@ def test_a_damaged_checkpoint_is_passed_over(pool: WorkerPool, start: Path, dama
             pool.run(2, run, str(start / "out"), overrides, str(start / "out" / "checkpoint-9"))
     losses, _ = pool.run(2, run, str(start / "out"), overrides, True)[0]
     assert losses == expected[6:]
+
+
+# ---- from the Hub, by way of a converter ----
+
+
+def test_a_run_starts_from_a_converted_repository(pool: WorkerPool, start: Path) -> None:
+    """`hub_to_sharded` into step 0 of a run: the losses of a run that began with `from_pretrained`."""
+    from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded
+
+    sizes = {"zero_stage": 3, "bf16": True}
+    expected, _ = pool.run(2, run, str(start / "plain"), sizes)[0]
+    hub_to_sharded(start / "start", start / "out" / "checkpoint-0", copy_weights=False)
+    torch.manual_seed(8)
+    stock_model("llama", initializer_range=0.3).save_pretrained(start / "start")  # not what is to be trained
+    losses, _ = pool.run(2, run, str(start / "out"), sizes, True)[0]
+    assert losses == expected

@@ -317,6 +317,7 @@ def test_bucket_size(build: Any) -> None:
 
 
 BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
+BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,6 @@ from typing import Any
 
 from ..parallel.mesh import ParallelMesh
 from .commit import commit, describe, fail, wait_for_ranks
-from .manager import rotate
 from .state_file import StatePiece, commit as commit_state, write_rank
 from .training_state import DIRECTORY
 
@@ -27,16 +27,12 @@ class Save:
         pieces: this rank's part of the training state.
         values: the rest of it, equal on all ranks; None for a checkpoint without one (`save_only_model`).
         timeout: seconds that rank 0 waits for the others.
-        limit: `save_total_limit`.
-        keep: checkpoints that are not to be deleted.
-        on_committed: called on rank 0 with the directory.
+        on_committed: called on rank 0 with the directory, in the thread that has written it.
     """
 
     directory: Path
     step: int
     timeout: float
-    limit: int | None = None
-    keep: tuple[Path, ...] = ()
     files: list[Path] = field(default_factory=list)
     writes: list[Callable[[], None]] = field(default_factory=list)
     pieces: list[StatePiece] = field(default_factory=list)
@@ -59,26 +55,32 @@ class Save:
             OSError, ValueError: if this rank could not write; rank 0 then learns of it.
             RuntimeError, TimeoutError: on rank 0, if another rank could not.
         """
-        state = self.directory / DIRECTORY
         try:
-            for write in self.writes:
-                write()
-            files = list(self.files)
-            if self.values is not None:
-                write_rank(state, mesh.rank, self.pieces)
-                files += [path for path in [state / f"rank-{mesh.rank:05d}.safetensors"] if path.is_file()]
-            describe(self.directory, mesh.rank, files)
+            self._write(mesh.rank)
+            if mesh.rank == 0:
+                self._commit(mesh.world_size)
         except BaseException as error:
-            fail(self.directory, mesh.rank, error)
+            with contextlib.suppress(OSError):  # a full disk may not take even that, and is what is to be told
+                fail(self.directory, mesh.rank, error)
             raise
-        if mesh.rank == 0:
-            if self.values is not None:
-                wait_for_ranks(self.directory, mesh.world_size, self.timeout)
-                commit_state(state, mesh.world_size, self.values)
-            commit(self.directory, mesh.world_size, self.step, self.timeout)
-            rotate(self.directory.parent, self.limit, (self.directory, *self.keep))
-            if self.on_committed is not None:
-                self.on_committed(self.directory)
+        if mesh.rank == 0 and self.on_committed is not None:
+            self.on_committed(self.directory)
+
+    def _write(self, rank: int) -> None:
+        for write in self.writes:
+            write()
+        files = list(self.files)
+        if self.values is not None:
+            state = self.directory / DIRECTORY
+            write_rank(state, rank, self.pieces)
+            files += [path for path in [state / f"rank-{rank:05d}.safetensors"] if path.is_file()]
+        describe(self.directory, rank, files)
+
+    def _commit(self, world_size: int) -> None:
+        if self.values is not None:
+            wait_for_ranks(self.directory, world_size, self.timeout)
+            commit_state(self.directory / DIRECTORY, world_size, self.values)
+        commit(self.directory, world_size, self.step, self.timeout)
 
 
 class BackgroundSave:

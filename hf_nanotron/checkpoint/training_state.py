@@ -117,10 +117,15 @@ def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments
 
     def load() -> None:
         with StoredState(Path(directory) / DIRECTORY) as stored:
-            for segment in segments:
-                stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+            fill_masters(stored, segments)
 
     together(mesh, "loading the weights", load)
+
+
+def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
+    """Masters of `segments` from a stored state."""
+    for segment in segments:
+        stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
 
 
 def has_training_state(directory: str | os.PathLike[str]) -> bool:
@@ -135,6 +140,9 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         ValueError: see `load_training_state`.
     """
     saved, name = stored.values["optimizer"], type(optimizer).__name__
+    if saved is None:  # converted from the Hub: the optimizer starts afresh
+        fill_masters(stored, segments)
+        return
     if saved["class"] != name or len(saved["groups"]) != len(optimizer.param_groups):
         raise ValueError(
             f"{stored.directory} was written by {saved['class']} with {len(saved['groups'])} parameter groups, but "

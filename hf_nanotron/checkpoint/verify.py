@@ -92,7 +92,7 @@ def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1))
         try:
             if expected is None:
                 index = index or read_checked(directory / STATE_INDEX)
-                _check_blocks(path, index)
+                check_blocks(path, index)
             elif (found := checksum_of(path)) != expected:
                 raise ValueError(f"{path} is damaged: its crc32 is {found} instead of {expected}.")
         except OSError as error:
@@ -122,7 +122,7 @@ def check_length(path: Path, expected: int, why: str) -> None:
         raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}.")
 
 
-def _check_blocks(path: Path, index: dict[str, Any]) -> None:
+def check_blocks(path: Path, index: dict[str, Any]) -> None:
     """Compare a file of the training state with the checksums in its index, which cover every byte of it."""
     if path.name not in index["files"]:
         raise ValueError(f"{path} is not a part of the training state: {INDEX} does not name it.")

@@ -4,13 +4,17 @@ The order is that of a stock `transformers.Trainer` in one process: batch `k` of
 `k % dp_size`, so one optimizer step sees the same samples for every `dp_size` at the same global batch. Where the last
 round does not reach every rank, the others get a filler of one sample without labels. It adds nothing to loss or
 gradient, and no sample is seen twice.
+
+For a run that is to be resumed, each batch brings along where its round ends (`Position`). A loader reads ahead, in
+worker processes too; what counts is the position of the batch that it has handed out last.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
@@ -18,10 +22,29 @@ from accelerate.state import GradientState
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ..parallel.loss import IGNORE_INDEX
+from .cursor import why_not_resumable
 
 
-class Filler(list):
-    """Indices, or samples, that stand in where a rank has none of its own."""
+class Position(NamedTuple):
+    """Between two samples of an epoch.
+
+    Attributes:
+        samples: before it, over all data-parallel ranks.
+        state: `state_dict` of a stream there; None if there is none.
+    """
+
+    samples: int
+    state: Any = None
+
+
+class Share(list):
+    """Indices, or samples, of one rank in a round; `end` is where the round ends."""
+
+    end: Position
+
+
+class Filler(Share):
+    """Stands in where a rank has none of its own."""
 
 
 class FillerBatch(dict):
@@ -37,7 +60,12 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         dp_rank, dp_size: whose batches.
         drop_last: leave out the last batch of the epoch if it is short.
         seed: of a `sampler.generator`, with the epoch added, unless the sampler has a `set_epoch` of its own.
+
+    Attributes:
+        start: where the next iteration, and only that, begins.
     """
+
+    start: Position | None = None
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, dp_rank: int, dp_size: int, drop_last: bool, seed: int
@@ -57,25 +85,61 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         return math.ceil(batches / self.dp_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return deal(batched(self.sampler, self.batch_size, self.drop_last), self.dp_rank, self.dp_size)
+        start, self.start = self.start, None
+        samples = start.samples if start else 0
+        indices = islice(self.sampler, samples, None)
+        for share in deal(batched(indices, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
+            samples += share.end.samples
+            share.end = Position(samples)
+            yield share
 
 
 class DataParallelStream(IterableDataset):
     """Every `dp_size`-th batch of a stream, as lists of samples. Each rank reads the whole stream.
 
     Splitting the stream's shards among the ranks instead would change the order with `dp_size`.
+
+    Args:
+        positions: ask the stream for its state after every round.
+
+    Attributes:
+        start: where the next iteration, and only that, begins.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, dp_rank: int, dp_size: int, drop_last: bool) -> None:
+    start: Position | None = None
+
+    def __init__(
+        self, dataset: Any, batch_size: int, dp_rank: int, dp_size: int, drop_last: bool, positions: bool = False
+    ) -> None:
         self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.has_states = positions and why_not_resumable(dataset) is None
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return deal(batched(self.dataset, self.batch_size, self.drop_last), self.dp_rank, self.dp_size)
+        start, self.start = self.start, None
+        source, samples = self.dataset, 0
+        if start is not None and start.samples:
+            source, samples = twin(self.dataset), start.samples
+            source.load_state_dict(start.state)
+        for share in deal(batched(source, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
+            samples += share.end.samples
+            # Nothing behind the round has been read yet.
+            share.end = Position(samples, source.state_dict() if self.has_states else None)
+            yield share
+
+
+def twin(dataset: Any) -> Any:
+    """The same stream, to be given a state that the user's own object, and its later epochs, are not to have.
+
+    (`copy.copy` of a `datasets.IterableDataset` shares its attributes with the original.)
+    """
+    other = object.__new__(type(dataset))
+    other.__dict__.update(vars(dataset))
+    return other
 
 
 def batched(items: Any, size: int, drop_last: bool) -> Iterator[list[Any]]:
@@ -89,25 +153,31 @@ def batched(items: Any, size: int, drop_last: bool) -> Iterator[list[Any]]:
         yield batch
 
 
-def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[list[Any]]:
-    """Batch `k` to rank `k % size`; in a last, incomplete round the ranks left out get a `Filler`."""
+def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[Share]:
+    """Batch `k` to rank `k % size`; in a last, incomplete round the ranks left out get a `Filler`.
+
+    The `end` of a share counts the samples of its round alone. A round is handed out before the next one is read.
+    """
     last: list[Any] = []
-    mine: list[Any] | None = None
-    position = 0
+    mine: Share | None = None
+    position = samples = 0
     for batch in batches:
         if position == rank:
-            mine = batch
-        last, position = batch, position + 1
+            mine = Share(batch)
+        last, position, samples = batch, position + 1, samples + len(batch)
         if position == size:
             assert mine is not None
+            mine.end = Position(samples)
             yield mine
-            mine, position = None, 0
+            mine, position, samples = None, 0, 0
     if position:
-        yield mine if mine is not None else Filler(last[:1])
+        mine = mine if mine is not None else Filler(last[:1])
+        mine.end = Position(samples)
+        yield mine
 
 
 class _MarkedDataset(torch.utils.data.Dataset):
-    """Hands a `Filler` of indices on as a `Filler` of samples."""
+    """Hands a `Share` of indices on as a `Share` of samples."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -123,16 +193,27 @@ class _MarkedDataset(torch.utils.data.Dataset):
             samples = self.dataset.__getitems__(indices)
         else:
             samples = [self.dataset[index] for index in indices]
-        return Filler(samples) if isinstance(indices, Filler) else samples
+        if not isinstance(indices, Share):
+            return samples
+        share = type(indices)(samples)
+        share.end = indices.end
+        return share
 
 
 class _Collate:
-    """Collates samples; a filler loses its labels, so that it weighs nothing."""
+    """Collates samples; a filler loses its labels, so that it weighs nothing.
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    With `positions`, returns a batch and where its round ends.
+    """
 
-    def __call__(self, samples: list[Any]) -> Any:
+    def __init__(self, collate: Callable[[list[Any]], Any], positions: bool) -> None:
+        self.collate, self.positions = collate, positions
+
+    def __call__(self, samples: Share) -> Any:
+        batch = self._batch(samples)
+        return (batch, samples.end) if self.positions else batch
+
+    def _batch(self, samples: Share) -> Any:
         batch = self.collate(list(samples))
         if not isinstance(samples, Filler):
             return batch
@@ -144,28 +225,53 @@ class _Collate:
 
 
 class DataParallelLoader(DataLoader, DataLoaderStateMixin):
-    """A `DataLoader` that tells accelerate when it is at its last batch (`batch_eval_metrics` asks)."""
+    """A `DataLoader` that tells accelerate when it is at its last batch (`batch_eval_metrics` asks).
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **kwargs: Any) -> None:
+    Attributes:
+        tracks_position: whether the following are kept.
+        position: behind the batch handed out last; None before the first.
+        rounds: batches handed out in this iteration.
+        is_finished: whether the batch handed out last is the last of the epoch.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], positions: bool = False, **kwargs: Any
+    ) -> None:
         self.gradient_state = GradientState()
         self._drop_last = True  # no sample comes twice: nothing for accelerate to cut off
-        super().__init__(dataset, collate_fn=_Collate(collate), **kwargs)
+        self.tracks_position = positions
+        self.position: Position | None = None
+        self.rounds = 0
+        self.is_finished = False
+        super().__init__(dataset, collate_fn=_Collate(collate, positions), **kwargs)  # type: ignore[arg-type]
+
+    @property
+    def _source(self) -> DataParallelStream | DataParallelBatchSampler:
+        return self.dataset if isinstance(self.dataset, DataParallelStream) else self.batch_sampler  # type: ignore
 
     def set_epoch(self, epoch: int) -> None:
-        target = self.dataset if isinstance(self.dataset, DataParallelStream) else self.batch_sampler
-        target.set_epoch(epoch)  # type: ignore[union-attr]
+        self._source.set_epoch(epoch)
+
+    def start_at(self, position: Position) -> None:
+        """Begin the next iteration, and only that, at a position. Samples before it are not read."""
+        self._source.start = position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.begin()
+        self.position, self.rounds, self.is_finished = None, 0, False
         try:
             batches = super().__iter__()
             current = next(batches, None)
             while current is not None:
                 following = next(batches, None)
-                self.end_of_dataloader = following is None
+                self.end_of_dataloader = self.is_finished = following is None
+                self.rounds += 1
+                if self.tracks_position:
+                    current, self.position = current
                 yield current
                 current = following
         finally:
+            self._source.start = None  # a worker process has used up its own copy
             self.end()
 
 
@@ -178,12 +284,14 @@ def build_loader(
     dp_size: int,
     drop_last: bool,
     seed: int,
+    positions: bool = False,
     **kwargs: Any,
 ) -> DataParallelLoader:
     """The loader of one data-parallel rank; all ranks that hold one copy of the model build the same.
 
     Args:
         sampler: order of a dataset with indices; None for an `IterableDataset`.
+        positions: keep the position (`DataParallelLoader.position`), to be resumed from.
         kwargs: for `torch.utils.data.DataLoader` (workers, pinning, prefetching).
     """
     if isinstance(dataset, IterableDataset):
@@ -192,8 +300,8 @@ def build_loader(
                 f"dataloader_num_workers={kwargs['num_workers']} with an IterableDataset: several workers would each "
                 "read a part of the stream and change its order; use 0 or 1."
             )
-        stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last)
-        return DataParallelLoader(stream, collate, batch_size=None, **kwargs)
+        stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions)
+        return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)
     assert sampler is not None
     batches = DataParallelBatchSampler(sampler, batch_size, dp_rank, dp_size, drop_last, seed)
-    return DataParallelLoader(_MarkedDataset(dataset), collate, batch_sampler=batches, **kwargs)
+    return DataParallelLoader(_MarkedDataset(dataset), collate, positions, batch_sampler=batches, **kwargs)

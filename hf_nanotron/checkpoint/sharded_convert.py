@@ -1,0 +1,393 @@
+"""Two-way converters between our training state and Hub repositories, one tensor at a time.
+
+Both walk the entries of `sharded_mapping`, and check everything that headers and indices say before they write. Then
+they stream, holding one tensor towards the Hub, and the masters of one output file on the way back. What makes the
+result usable (`config.json`; the checkpoint's marker) is written last, and what a failure leaves is taken away.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+
+from ..parallel.spec import ShardSpec
+from .commit import begin, commit as commit_checkpoint, describe
+from .hub import HubWeights, parse_size, plan_files
+from .nanotron_format import read_json
+from .safetensors_file import Entry as FileEntry, write_safetensors
+from .sharded_mapping import Entry, Layout, hub_layout
+from .slices import Slice
+from .state_file import MASTER, StatePiece, clear, commit as commit_state, write_rank
+from .state_read import StoredState
+from .training_state import DIRECTORY
+from .verify import MARKER, WRITTEN, check_length, checksum_of, read_marker
+
+logger = logging.get_logger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+TEXTS = (  # what else a Hub repository may hold; everything besides belongs to the run
+    CONFIG_NAME, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*", "additional_chat_templates",
+    "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+# Of a run that has not begun. Trainer compares the intervals with its own and warns where they differ, hence null; for
+# the batch size it needs a number, and warns of any that is not the run's.
+FIRST_STEP = {"global_step": 0, "epoch": 0.0, "logging_steps": None, "eval_steps": None, "save_steps": None}
+FIRST_STEP |= {"train_batch_size": 1}
+
+
+def sharded_to_hub(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    frozen_from: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the Hub repository of a checkpoint from the fp32 masters of its training state, saved on any layout.
+
+    Args:
+        source: a `checkpoint-N`. It need not have weights of its own (`save_hub_weights="last"`).
+        destination: folder for the repository; new or empty.
+        dtype: of the weights: `"float32"` (the masters themselves), `"bfloat16"` or `"float16"` (rounded to nearest
+            even, as training rounds them), or `"auto"`, the one that the checkpoint's config states.
+        max_shard_size: bytes of tensors per file, or a string such as `"5GB"`; more than one file gets an index.
+        frozen_from: a Hub repository for the tensors that were not trained, which a training state does not hold;
+            default: `source` itself.
+        overwrite: take away an earlier repository in `destination`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, the state is not of the config's model, weights of frozen parameters are
+            nowhere, a value does not fit float16, or `destination` is in use.
+    """
+    source, destination = Path(source), Path(destination)
+    _refuse_same(source, destination)
+    folder = _state_folder(source)
+    config = _load_config(source)
+    target = _target_dtype(dtype, config, source)
+    layout = hub_layout(config)
+    limit = parse_size(max_shard_size)
+    with StoredState(folder) as stored:
+        frozen = _without_master(stored, layout)
+        weights = _open_frozen(frozen, Path(frozen_from or source)) if frozen else None
+        _check_unchanged(source, (*TEXTS, *WEIGHTS) if frozen and frozen_from is None else TEXTS)
+        files = plan_files(layout.shapes, dict.fromkeys(layout.shapes, 0), target.itemsize, limit)
+        with _writing(destination, (*WEIGHTS, *TEXTS), CONFIG_NAME, overwrite):
+            _write_weights(destination, files, layout, _weights_of(stored, layout, weights, target), target)
+            _copy(source, destination, TEXTS)
+            fields = read_json(source / CONFIG_NAME)
+            fields.pop("torch_dtype", None)
+            fields |= {"architectures": [layout.architecture], "dtype": str(target).removeprefix("torch.")}
+            _write_json(destination / CONFIG_NAME, fields)  # last: without it nothing loads what was cut short
+
+
+def hub_to_sharded(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    revision: str | None = None,
+    max_shard_size: int | str = "1GB",
+    copy_weights: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Make a checkpoint at step 0 of a Hub repository: fp32 masters of every parameter, for a resume on any layout.
+
+    There is no optimizer state: `values["optimizer"]` and `values["scheduler"]` are None, a run starts them afresh.
+
+    Args:
+        source: folder with `config.json` and safetensors, or a Hub id.
+        destination: the checkpoint; new or empty. Called `checkpoint-0` in the `output_dir` of a run, it is the one
+            that `resume_from_checkpoint=True` finds.
+        revision: of a Hub id.
+        max_shard_size: bytes of masters per file of the state, or a string such as `"1GB"`; so much is in memory.
+        copy_weights: the checkpoint gets the repository's own weights as well; without them it looks like one saved
+            with `save_hub_weights="last"`, and lacks buffers and what a run freezes.
+        overwrite: take away an earlier conversion in `destination`.
+
+    Raises:
+        FileNotFoundError: if `source` is neither a folder nor on the Hub, or a file is missing.
+        ValueError: if a file is damaged, a tensor is missing, quantised or of another shape than the config says, or
+            `destination` is in use.
+    """
+    source, destination = _fetch(source, revision), Path(destination)
+    _refuse_same(source, destination)
+    layout = hub_layout(_load_config(source))
+    limit = parse_size(max_shard_size)
+    _check_weights(HubWeights(source), layout)
+    shapes = layout.state_shapes
+    groups = plan_files(shapes, dict.fromkeys(shapes, 0), torch.float32.itemsize, limit).values()
+    folder = destination / DIRECTORY
+    owned = (*WEIGHTS, *TEXTS, DIRECTORY, TRAINER_STATE_NAME, MARKER, WRITTEN)
+    with _writing(destination, owned, MARKER, overwrite):
+        begin(destination)
+        _copy(source, destination, (*WEIGHTS, *TEXTS) if copy_weights else TEXTS)
+        clear(folder)
+        for number, names in enumerate(groups):
+            # Opened anew for each file: what is mapped of the weights counts as our memory until they are closed.
+            weights = HubWeights(source)
+            write_rank(folder, number, [_master_of(name, layout, weights) for name in names])
+        commit_state(folder, len(groups), {"layout": None, "optimizer": None, "scheduler": None, "extra": {}})
+        shutil.copyfile(source / CONFIG_NAME, destination / CONFIG_NAME)
+        _write_json(destination / TRAINER_STATE_NAME, FIRST_STEP)
+        describe(destination, 0)
+        commit_checkpoint(destination, 1, step=0, timeout=0)
+
+
+# ---- sharded -> Hub ----
+
+
+def _state_folder(checkpoint: Path) -> Path:
+    folder = checkpoint / DIRECTORY
+    if folder.is_dir():
+        return folder
+    steps = [path for path in checkpoint.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    newest = max(steps, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    advice = f"name one of its checkpoints, such as {newest}" if newest else "name a checkpoint-N of a run"
+    raise FileNotFoundError(f"{checkpoint} has no {DIRECTORY}/; {advice}.")
+
+
+def _without_master(stored: StoredState, layout: Layout) -> list[Entry]:
+    """The entries of which the state holds nothing.
+
+    Raises:
+        ValueError: if it holds a tensor in another shape, without masters, or of another model.
+    """
+    shapes = stored.shapes()
+    if foreign := sorted(shapes.keys() - {entry.part.name for entry in layout.entries}):
+        raise ValueError(
+            f"{stored.directory} holds {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''} "
+            f"({len(foreign)} tensors), for which the {layout.architecture} of {CONFIG_NAME} has no place: the two are "
+            "not of one model."
+        )
+    for entry in layout.entries:
+        if entry.part.name in shapes:
+            stored.check(entry.part, MASTER)
+    return [entry for entry in layout.entries if entry.part.name not in shapes]
+
+
+def _open_frozen(frozen: list[Entry], folder: Path) -> HubWeights:
+    """The weights of a folder, which must hold what was frozen."""
+    has_weights = any(path.is_file() for pattern in WEIGHTS for path in folder.glob(pattern))
+    weights = HubWeights(folder) if has_weights else None
+    missing = [entry.hub for entry in frozen if weights is None or entry.hub not in weights]
+    if weights is None or missing:
+        raise ValueError(
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} ({len(missing)} tensors) were not trained, "
+            f"so the training state has nothing of them, and {folder} holds no weights of them either. Name a Hub "
+            "repository that does, such as a later checkpoint or what the run began with, as `frozen_from` "
+            "(--frozen-from)."
+        )
+    for entry in frozen:
+        weights.check(entry.hub, entry.shape)
+    return weights
+
+
+def _weights_of(
+    stored: StoredState, layout: Layout, frozen: HubWeights | None, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    known = stored.shapes()
+    for entry in layout.entries:
+        if entry.part.name in known:
+            # Converted chunk by chunk as it is read: the tensor is never there in fp32 as a whole.
+            tensor = torch.empty(entry.part.numel, dtype=dtype)
+            stored.fill(entry.part, MASTER, tensor)
+            tensor = tensor.view(entry.shape)
+        else:
+            assert frozen is not None
+            tensor = frozen.read(ShardSpec(entry.hub, entry.shape)).to(dtype)
+        if dtype == torch.float16 and not tensor.isfinite().all():
+            raise ValueError(
+                f"{entry.hub!r} has values that float16 cannot hold (beyond 65504); convert to bfloat16 or float32."
+            )
+        yield tensor
+        del tensor  # before the next one is made
+
+
+def _write_weights(
+    folder: Path, files: dict[str, list[str]], layout: Layout, tensors: Iterator[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write `tensors`, which come in model order, into the files of `plan_files`, and an index where there are more."""
+    shapes = layout.shapes
+    for file_name, names in files.items():
+        listed = [FileEntry(name, dtype, shapes[name]) for name in names]
+        write_safetensors(folder / file_name, listed, islice(tensors, len(names)))
+    if len(files) > 1:
+        count = sum(prod(shape) for shape in shapes.values())
+        metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}
+        weight_map = {name: file_name for file_name, names in files.items() for name in names}
+        _write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _target_dtype(name: str, config: PreTrainedConfig, source: Path) -> torch.dtype:
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"dtype={name!r} is not one of auto, {', '.join(DTYPES)}.")
+    stated = config.dtype or config.get_text_config().dtype or "float32"  # what transformers assumes
+    stated = str(stated).removeprefix("torch.")
+    if stated not in DTYPES:
+        raise ValueError(f"{source / CONFIG_NAME} states {stated}; choose a dtype out of {', '.join(DTYPES)}.")
+    return DTYPES[stated]
+
+
+# ---- Hub -> sharded ----
+
+
+def _fetch(source: str | Path, revision: str | None) -> Path:
+    """A local folder with the repository."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise FileNotFoundError(f"{source} is not there.")
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", *_downloads()]))
+    except OSError as error:
+        raise FileNotFoundError(f"{source} is neither a folder nor to be had from the Hub: {error}") from error
+
+
+def _downloads() -> list[str]:
+    return [SAFE_WEIGHTS_INDEX_NAME, *TEXTS, "additional_chat_templates/*"]
+
+
+def _check_weights(weights: HubWeights, layout: Layout) -> None:
+    """Refuse weights that the model could not take. Reads headers alone.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, shape in layout.shapes.items():
+        weights.check(name, shape)
+    if unused := [name for name in weights.names() if name not in layout.shapes]:
+        logger.warning(
+            f"{weights.directory}: {layout.architecture} has no place for {', '.join(unused[:5])} ({len(unused)} "
+            "tensors): they are left out."
+        )
+
+
+def _master_of(name: str, layout: Layout, weights: HubWeights) -> StatePiece:
+    """One tensor of the state, whole, put together from the Hub tensors that are parts of it."""
+    whole = Slice.whole(name, layout.state_shapes[name])
+    master = torch.empty(whole.numel)
+    for entry in layout.parts[name]:
+        values = weights.read(ShardSpec(entry.hub, entry.shape)).reshape(-1)
+        for source, target in entry.part.common(whole):
+            target.view(master).copy_(source.view(values))
+    return StatePiece(ShardSpec(name, whole.global_shape), 0, whole.numel, {MASTER: master})
+
+
+# ---- folders ----
+
+
+def _refuse_same(source: Path, destination: Path) -> None:
+    if source.resolve() == destination.resolve():
+        raise ValueError(f"{destination} would be read and written at once; name another folder.")
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    path = folder / CONFIG_NAME
+    read_json(path)  # by itself first: for a missing file, transformers' own message would speak of the Hub
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
+    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything.
+
+    Raises:
+        ValueError: naming the file that is missing or differs.
+    """
+    if not (checkpoint / MARKER).exists():
+        return
+    for name, entry in read_marker(checkpoint)["files"].items():
+        path = checkpoint / name
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            check_length(path, entry["bytes"], f"{MARKER} names it")
+            if entry["crc32"] is not None and checksum_of(path) != entry["crc32"]:
+                raise ValueError(f"{path} is not as it was saved (its checksum differs): damaged, or edited since.")
+
+
+def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in patterns)]
+
+
+def _copy(source: Path, destination: Path, patterns: Iterable[str]) -> None:
+    """Copy what matches, other than `config.json`."""
+    for path in _matches(source, patterns):
+        if path.is_dir():
+            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
+        elif path.name != CONFIG_NAME:
+            shutil.copyfile(path, destination / path.name)
+
+
+@contextmanager
+def _writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> Iterator[None]:
+    """A folder for what is written inside the `with`; if that fails, it is taken away again.
+
+    Args:
+        owned: patterns of what may be in the folder with `overwrite`, and is removed.
+        key: the file that made it usable, which goes first.
+    """
+    existed = folder.exists()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if not overwrite:
+            raise ValueError(
+                f"{folder} is not empty: files of two models would mix. Name a new or empty folder, or set "
+                "`overwrite` (--overwrite) if it holds an earlier conversion."
+            )
+        _remove_conversion(folder, owned, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            _remove(path)
+        if not existed and folder.is_dir():
+            folder.rmdir()
+        raise
+
+
+def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str) -> None:
+    """Empty a folder that holds nothing but what a conversion writes.
+
+    Raises:
+        ValueError: naming what else there is, or if it is a file.
+    """
+    kept = sorted(set(folder.iterdir()) - set(_matches(folder, owned))) if folder.is_dir() else [folder]
+    if kept:
+        raise ValueError(
+            f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "
+            "new or empty folder."
+        )
+    (folder / key).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """As transformers writes its own."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

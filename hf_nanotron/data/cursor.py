@@ -1,0 +1,148 @@
+"""Where a run is in its data, in terms that do not depend on how it is cut into ranks, batches and windows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ANEW = "pass ignore_data_skip=True to start the data anew"
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The samples that the steps of a run have trained on.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epochs begun; it is over only when `samples` is 0 of the next.
+        samples: of this epoch, over all data-parallel ranks.
+        order: what the order of samples depends on, so that another order is not taken for the same.
+        state: `state_dict` of a stream behind these samples.
+        refused: why there is no such state.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    order: dict[str, Any]
+    state: Any = None
+    refused: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "order": dict(self.order), "state": self.state}
+
+    def check(self, order: dict[str, Any]) -> None:
+        """Refuse to go on in another order.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        names = [name for name in self.order if name != "group" and self.order[name] != order.get(name)]
+        if names:
+            before, now = (", ".join(f"{name}={found.get(name)!r}" for name in names) for found in (self.order, order))
+            raise ValueError(
+                f"the checkpoint is in the middle of data with {before}, but this run has {now}: samples would be "
+                f"repeated or left out. Resume with the same data, or {ANEW}."
+            )
+
+
+@dataclass(frozen=True)
+class EpochShape:
+    """How an epoch of `samples` is cut: micro-batches, rounds of one for each rank, windows of rounds."""
+
+    samples: int
+    batch_size: int
+    dp_size: int
+    window: int
+    drop_last: bool
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.dp_size * self.window
+
+    def rounds(self, start: int = 0) -> int:
+        """Micro-batches of each rank from sample `start` to the end; a short last round counts."""
+        left = max(self.samples - start, 0)
+        batches = left // self.batch_size if self.drop_last else math.ceil(left / self.batch_size)
+        return math.ceil(batches / self.dp_size)
+
+    def steps(self, start: int = 0) -> int:
+        """Optimizer steps from sample `start` to the end."""
+        return math.ceil(self.rounds(start) / self.window)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What is left of a run.
+
+    Attributes:
+        epoch, samples: where its data begins.
+        rounds, steps: of the rest of this epoch.
+        num_train_epochs: number of the epoch before which the run ends.
+        max_steps: number of the last step of the run.
+    """
+
+    epoch: int
+    samples: int
+    rounds: int
+    steps: int
+    num_train_epochs: int
+    max_steps: int
+
+
+def resume_at(cursor: Cursor, shape: EpochShape, num_train_epochs: float, max_steps: int) -> Resumption:
+    """The rest of a run over data with a length, with sizes that may be new.
+
+    Windows are counted from the cursor, so any sizes go on with the next sample. With `num_train_epochs` the run ends
+    with the sample that it would have ended with, in as many steps as that takes.
+
+    Args:
+        num_train_epochs: of the whole run; 1.5 ends in the middle of the second.
+        max_steps: of the whole run; used instead if positive.
+    """
+    epoch, samples = cursor.epoch, cursor.samples
+    if shape.rounds(samples) == 0:  # a rest that `drop_last` leaves out
+        epoch, samples = epoch + 1, 0
+    left, full = shape.steps(samples), max(shape.steps(), 1)
+    whole = math.floor(num_train_epochs)
+    part = math.ceil(num_train_epochs * full) - whole * full
+    if max_steps > 0:
+        wanted = max(max_steps - cursor.step, 0)
+    elif epoch < whole:
+        wanted = left + (whole - epoch - 1) * full + part
+    elif epoch == whole:
+        end = min(part * shape.global_batch, shape.samples)
+        wanted = math.ceil(max(end - samples, 0) / shape.global_batch)
+    else:
+        wanted = 0
+    epochs = epoch if wanted == 0 else epoch + 1 + math.ceil(max(wanted - left, 0) / full)
+    return Resumption(epoch, samples, shape.rounds(samples), left, epochs, cursor.step + wanted)
+
+
+def why_not_resumable(stream: Any) -> str | None:
+    """Why a stream cannot go on in the middle of an epoch; None if it can."""
+    if not (callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None))):
+        return (
+            f"the stream ({type(stream).__name__}) has no state_dict and load_state_dict, so all samples before would "
+            "have to be read again. Give it these two methods, or use a datasets.IterableDataset, which has them"
+        )
+    if size := shuffle_buffer(getattr(stream, "_ex_iterable", None)):
+        return (
+            f"the stream has a shuffle buffer (buffer_size={size}), and its state_dict leaves out the samples in it: "
+            "they would never be trained on. Shuffle the rows where they are stored; shuffle(buffer_size=1) shuffles "
+            "the shards and reads several in turn, and can be resumed"
+        )
+    return None
+
+
+def shuffle_buffer(source: Any) -> int:
+    """Samples held back by a shuffle in the pipeline of a `datasets.IterableDataset`; 0 if none are.
+
+    datasets has no public way to ask. A buffer of one holds nothing back.
+    """
+    if source is None:
+        return 0
+    own = source.buffer_size if type(source).__name__ == "BufferShuffledExamplesIterable" else 0
+    inner = [getattr(source, "ex_iterable", None), *getattr(source, "ex_iterables", ())]
+    return max(own if own > 1 else 0, *map(shuffle_buffer, inner))
