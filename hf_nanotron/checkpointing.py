@@ -116,7 +116,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         if not args.save_only_model:
             assert self.optimizer is not None
             save.pieces = state_pieces(self.weights.segments, self.optimizer, mesh)
-            save.values = state_values(mesh, self.optimizer, self.lr_scheduler, {})
+            save.values = state_values(mesh, self.optimizer, self.lr_scheduler, self.extra_state())
             self._save_rng_state(str(directory))
             if mesh.rank == 0:
                 (directory / "training_state").mkdir(exist_ok=True)
@@ -126,13 +126,17 @@ class CheckpointingTrainer(EvaluatingTrainer):
         best = self.state.best_model_checkpoint
         save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
         if args.async_save:
-            save.copy_to_host()
+            save.copy_to_host(self._background.memory)
             together(mesh, what, lambda: None)  # the directory is complete but for what the threads write
             self._background.start(save, mesh)
         else:
             together(mesh, what, lambda: None)
             together(mesh, what, lambda: save.finish(mesh))
             self._on_committed(directory)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What else a training state is to hold, the same on every rank."""
+        return {}
 
     def _is_last_save(self) -> bool:
         return self.control.should_training_stop or self.state.global_step >= self.state.max_steps

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -175,6 +176,8 @@ class DataTrainer(Trainer):
         self._goes_on = resume_from_checkpoint is not None and not self.args.ignore_data_skip
         if resume_from_checkpoint is not None and self._goes_on:
             self._resumed = self._read_cursor(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self._resumed_step = state.global_step
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
@@ -194,6 +197,8 @@ class DataTrainer(Trainer):
             logger.warning(f"A run cannot be resumed in the middle of this data: {refused}.")
         self._cursor = Cursor(0, 0, 0, order)
         if not self._goes_on:
+            return epochs, steps, *others, rounds, max_steps
+        if self._resumed is None and self._resumed_step == 0:  # converted from the Hub: no data was seen
             return epochs, steps, *others, rounds, max_steps
         if self._resumed is None:
             raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")

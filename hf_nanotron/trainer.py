@@ -6,21 +6,18 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .checkpoint.card import write_model_card
 from .checkpointing import CheckpointingTrainer
-from .data.loader import DataParallelLoader, FillerBatch, build_loader
+from .data.loader import FillerBatch
+from .data_trainer import DataTrainer
 from .models.base import ParallelModel
 from .models.parallelize import parallelize
 from .models.sharding import shard_weights
@@ -38,7 +35,7 @@ from .training_args import NanotronTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(CheckpointingTrainer):
+class NanotronTrainer(DataTrainer, CheckpointingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -185,7 +182,8 @@ class NanotronTrainer(CheckpointingTrainer):
     def _sample_length(self) -> int:
         """Tokens of the first sample; of the longest that the model takes if the data does not say."""
         dataset: Any = self.train_dataset
-        sample = dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else None
+        has_rows = hasattr(dataset, "__getitem__") and has_length(dataset) and len(dataset)
+        sample: Any = dataset[0] if has_rows else None
         if isinstance(sample, Mapping) and "input_ids" in sample:
             return len(sample["input_ids"])
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0))
@@ -276,83 +274,10 @@ class NanotronTrainer(CheckpointingTrainer):
         """Ranks that see the same batch: what Trainer divides by wherever it counts batches by the world size."""
         return self.args.parallel.model_parallel_size
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Any], Sampler[int] | None] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataParallelLoader:
-        sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
-        if isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
-            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        else:
-            dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
-        args, mesh = self.args, self.model.mesh
-        loader = build_loader(
-            dataset,
-            sampler,
-            collate,
-            batch_size,
-            mesh.dp_rank,
-            mesh.dp_size,
-            args.dataloader_drop_last,
-            self._data_seed,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-        )
-        if dataloader_key is not None and args.dataloader_persistent_workers:
-            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
-        return loader
-
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor):
             return data.to(self.args.device, non_blocking=self.accelerator.non_blocking)
         return super()._prepare_input(data)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            return None
-        if self.args.train_sampling_strategy == "sequential":
-            return SequentialSampler(dataset)
-        if self.args.train_sampling_strategy == "group_by_length":
-            return self._length_sampler(dataset, self.get_total_train_batch_size(self.args))
-        return SeedableRandomSampler(dataset, data_seed=self._data_seed)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        if isinstance(eval_dataset, torch.utils.data.IterableDataset):
-            return None
-        if self.args.train_sampling_strategy == "group_by_length":
-            return self._length_sampler(eval_dataset, self.args.eval_batch_size)
-        return SequentialSampler(eval_dataset)
-
-    def _length_sampler(self, dataset: Any, batch_size: int) -> LengthGroupedSampler:
-        column = self.args.length_column_name
-        names = getattr(self.processing_class, "model_input_names", [None])
-        return LengthGroupedSampler(
-            batch_size,
-            dataset=dataset,
-            lengths=list(dataset[column]) if column in getattr(dataset, "column_names", ()) else None,
-            model_input_name=names[0],
-            generator=torch.Generator().manual_seed(self._data_seed),
-        )
-
-    def create_model_card(self, language: str | None = None, **fields: Any) -> None:  # type: ignore[override]
-        if self.is_world_process_zero():
-            sizes = {"tp_size": self.mesh.tp_size, "pp_size": self.mesh.pp_size, "dp_size": self.mesh.dp_size}
-            write_model_card(
-                self, sizes, Path(cast(str, self.args.output_dir), "README.md"), language=language, **fields
-            )
 
     # ---- figures ----
 

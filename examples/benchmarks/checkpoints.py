@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 checkpoints.py --shape 1b --row zero_stage=1 --row tp_size=2
 
-For each `--row` (fields of `NanotronTrainingArguments`): load a Hub checkpoint, train three steps with a synchronous and
-three with an asynchronous save, and resume. Prints one JSON line for each row on rank 0, every figure that of the rank
+For each `--row` (fields of `NanotronTrainingArguments`): load a Hub checkpoint, train three steps with synchronous and
+three with asynchronous saves, and resume. Prints one JSON line for each row on rank 0, every figure that of the rank
 where it is largest. Memory is anonymous memory, sampled every 2 ms; pages of mapped files are the system's to drop.
 """
 

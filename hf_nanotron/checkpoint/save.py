@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..parallel.mesh import ParallelMesh
 from .commit import commit, describe, fail, wait_for_ranks
 from .state_file import StatePiece, commit as commit_state, write_rank
@@ -39,14 +41,23 @@ class Save:
     values: dict[str, Any] | None = None
     on_committed: Callable[[Path], None] | None = None
 
-    def copy_to_host(self) -> None:
-        """Make what is left to write independent of the training that goes on."""
-        self.pieces = [
-            replace(
-                piece, tensors={kind: tensor.detach().to("cpu", copy=True) for kind, tensor in piece.tensors.items()}
-            )
-            for piece in self.pieces
-        ]
+    def copy_to_host(self, memory: dict[tuple[str, str], torch.Tensor]) -> None:
+        """Make the training state independent of the training that goes on.
+
+        Args:
+            memory: of the copies, kept from save to save: memory that is new to the process costs more to get than to
+                fill. Pinned for what lies on a GPU.
+        """
+        for index, piece in enumerate(self.pieces):
+            copies = {}
+            for kind, tensor in piece.tensors.items():
+                key = (f"{piece.spec.name}|{piece.start}", kind)
+                if key not in memory or memory[key].shape != tensor.shape:
+                    memory[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                copies[kind] = memory[key].copy_(tensor.detach(), non_blocking=True)
+            self.pieces[index] = replace(piece, tensors=copies)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def finish(self, mesh: ParallelMesh) -> None:
         """Write, and on rank 0 commit when all ranks have written. Communicates through files alone.
@@ -90,6 +101,7 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._directory: Path | None = None
+        self.memory: dict[tuple[str, str], torch.Tensor] = {}  # of the copies of the training state on the host
 
     def start(self, save: Save, mesh: ParallelMesh) -> None:
         """Begin writing `save`, after the one before has ended."""
