@@ -125,6 +125,46 @@ def test_parity_on_gpus(family: str, tmp_path: Path) -> None:
             assert all(error <= bound for error, bound in zip(errors, TOLERANCE.values(), strict=True)), (row, errors)
 
 
+RESUMED_ON: list[dict[str, Any]] = [
+    {"zero_stage": 1},
+    {"zero_stage": 1, "async_save": True},
+    {"zero_stage": 2},
+    {"zero_stage": 3, "async_save": True},
+    {"tp_size": 2},
+    {"pp_size": 2},
+]
+
+
+def save_and_resume(directory: str, rows: list[dict[str, Any]]) -> None:
+    """What torchrun starts: a whole run on the first row, then the second half on every row."""
+    from test_saving import run
+
+    common = {"use_cpu": False, "max_steps": 6, "save_steps": 3, "bf16": True}
+    figures = []
+    for number, row in enumerate([rows[0], *rows]):
+        dp = 2 // (row.get("tp_size", 1) * row.get("pp_size", 1))
+        resume = f"{directory}/0/checkpoint-3" if number else False
+        overrides = {**common, **row, "gradient_accumulation_steps": 4 // dp}
+        figures.append(run(f"{directory}/{number}", overrides, resume)[0])
+    if os.environ["RANK"] == "0":
+        Path(directory, "resumed.json").write_text(json.dumps(figures))
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+def test_resume_on_gpus(tmp_path: Path) -> None:
+    """bf16 through NCCL: bit by bit on the same layout, within bf16's rounding on others."""
+    from test_gradients import stock_model
+
+    stock_model("llama").save_pretrained(tmp_path / "start")
+    launch(2, "resume", str(tmp_path), json.dumps(RESUMED_ON))
+    whole, *resumed = json.loads((tmp_path / "resumed.json").read_text())
+    assert len(whole) == 6
+    for row, losses in zip(RESUMED_ON, resumed, strict=True):
+        print(f"2 GPUs zero1 -> {row}: {losses} after {whole[3:]}")
+        exact = row.get("zero_stage") == 1
+        assert losses == (whole[3:] if exact else pytest.approx(whole[3:], rel=5e-3))
+
+
 @pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 def test_weight_gradients_go_straight_into_fp32() -> None:
     """bf16 operands, fp32 sum: as close to float64 as fp32 allows, and without a bf16 gradient in between."""
@@ -161,4 +201,6 @@ def test_weight_gradients_go_straight_into_fp32() -> None:
 
 
 if __name__ == "__main__":
-    {"train": run_rows, "generate": generate}[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3]))
+    {"train": run_rows, "generate": generate, "resume": save_and_resume}[sys.argv[1]](
+        sys.argv[2], json.loads(sys.argv[3])
+    )
