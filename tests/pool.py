@@ -70,7 +70,7 @@ class WorkerPool:
                 rank = waiting.pop(connection)
                 try:
                     ok, value = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, value = False, ("EOFError", "the process died")
                 (results if ok else failures)[rank] = value
         if failures or waiting:
@@ -100,7 +100,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         try:
             _enter(rank, world_size, store)
