@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from .checkpoint.remote_upload import Uploader
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
+    DIRECTORY,
     has_training_state,
     load_masters,
     load_training_state,
@@ -32,6 +34,7 @@ from .checkpoint.training_state import (
 )
 from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
+from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
 from .signals import StopSignals
 from .training_args import NanotronTrainingArguments
@@ -48,7 +51,8 @@ class CheckpointingTrainer(EvaluatingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._background = BackgroundSave()
-        self._saved: set[Path] = set()  # by this call of `train`
+        self._saved: set[Path] = set()  # by this call of `train`, or taken up by it
+        self._told_to_stop = False
         self._store: RemoteStore | None = None
         self._uploader: Uploader | None = None
         super().__init__(*args, **kwargs)
@@ -92,9 +96,9 @@ class CheckpointingTrainer(EvaluatingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write `checkpoint-N/`, and commit it; with `async_save` the training goes on meanwhile."""
-        self._finish_background_save()
-        self.store_flos()
         mesh, args = self.mesh, self.args
+        together(mesh, "the save before", self._finish_background_save)
+        self.store_flos()
         run = Path(self._get_output_dir(trial=trial))
         directory = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if directory in self._saved:  # at the end of an epoch, say, that is also a step to save at
@@ -103,36 +107,61 @@ class CheckpointingTrainer(EvaluatingTrainer):
         what = f"saving {directory}"
         together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
         save = Save(directory, self.state.global_step, args.ddp_timeout)
-
-        def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
-            if args.async_save:
-                save.writes.append(partial(write_safetensors, path, entries, list(tensors)))
-            else:
-                write_safetensors(path, entries, tensors)
-
         together(mesh, what, lambda: write_hub_config(self.model, directory))
         if args.save_hub_weights == "always" or self._is_last_save():
-            save.files = write_hub_weights(self.model, directory, "5GB", write)
-        if not args.save_only_model:
-            assert self.optimizer is not None
-            save.pieces = state_pieces(self.weights.segments, self.optimizer, mesh)
-            save.values = state_values(mesh, self.optimizer, self.lr_scheduler, self.extra_state())
-            self._save_rng_state(str(directory))
-            if mesh.rank == 0:
-                (directory / "training_state").mkdir(exist_ok=True)
-        if mesh.rank == 0:
-            self._save_companions(directory)
-            self._save_trainer_state(run, directory)
+            self._write_hub_weights(save)
+        self._note_best(run)
+        together(mesh, what, lambda: self._write_own_files(save))
         best = self.state.best_model_checkpoint
         save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
         if args.async_save:
-            save.copy_to_host(self._background.memory)
-            together(mesh, what, lambda: None)  # the directory is complete but for what the threads write
+            save.copy_to_host(self._background.copies)
             self._background.start(save, mesh)
         else:
-            together(mesh, what, lambda: None)
             together(mesh, what, lambda: save.finish(mesh))
             self._on_committed(directory)
+
+    def _write_hub_weights(self, save: Save) -> None:
+        """The Hub's weights, now or, with `async_save`, as copies for later. All ranks together."""
+        errors: list[Exception] = []
+
+        def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
+            if self.args.async_save:
+                copies = [self._background.copies.of(e.name, t) for e, t in zip(entries, tensors, strict=True)]
+                save.writes.append(partial(write_safetensors, path, entries, copies))
+                return
+            try:
+                write_safetensors(path, entries, tensors)
+            except Exception as error:
+                errors.append(error)
+                for _ in tensors:  # which other ranks go on sending
+                    pass
+
+        def raise_error() -> None:
+            if errors:
+                raise errors[0]
+
+        save.files = write_hub_weights(self.model, save.directory, "5GB", write)
+        together(self.mesh, f"saving {save.directory}", raise_error)
+
+    def _write_own_files(self, save: Save) -> None:
+        """What this rank can do alone: the small files, and its part of the training state, still in its place."""
+        if not self.args.save_only_model:
+            assert self.optimizer is not None
+            save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh)
+            save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
+            self._save_rng_state(str(save.directory))
+            (save.directory / DIRECTORY).mkdir(exist_ok=True)
+        if self.mesh.rank == 0:
+            self._save_companions(save.directory)
+            self._save_trainer_state(save.directory)
+
+    def _note_best(self, run: Path) -> None:
+        """The best checkpoint so far, if it is there. On every rank: all of them load it in the end."""
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        exists = bool(self.state.best_global_step) and self.mesh.rank == 0 and best.exists()
+        if all_reduce(torch.tensor(float(exists), device=self.mesh.device), self.mesh.world):
+            self.state.best_model_checkpoint = str(best)
 
     def extra_state(self) -> dict[str, Any]:
         """What else a training state is to hold, the same on every rank."""
@@ -141,12 +170,8 @@ class CheckpointingTrainer(EvaluatingTrainer):
     def _is_last_save(self) -> bool:
         return self.control.should_training_stop or self.state.global_step >= self.state.max_steps
 
-    def _save_trainer_state(self, run: Path, directory: Path) -> None:
+    def _save_trainer_state(self, directory: Path) -> None:
         """Step, log history and the callbacks' states, as Trainer writes them; by rank 0."""
-        if self.state.best_global_step:
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.exists():
-                self.state.best_model_checkpoint = str(best)
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 name, state = type(callback).__name__, callback.state()
@@ -193,7 +218,9 @@ class CheckpointingTrainer(EvaluatingTrainer):
             ValueError: if the named checkpoint is not complete, or there is none at all.
         """
         source: str | None = None
+        together(self.mesh, "the save of the run before", self._finish_background_save)
         self._saved.clear()
+        self._told_to_stop = False
         if resume_from_checkpoint is True:
             if self._store is not None:
                 fetch_newest_together(self.mesh, self._store, cast(str, self.args.output_dir))
@@ -201,18 +228,48 @@ class CheckpointingTrainer(EvaluatingTrainer):
             if chosen is None:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
             source = str(chosen)
+            self._saved.add(chosen)
         elif resume_from_checkpoint:
             source = os.fspath(resume_from_checkpoint)
             check_together(self.mesh, source, deep=False)  # what is read of it is verified then
-        if self._uploader is not None:
-            self._uploader.submit_existing()
+            self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
+        if self._store is not None:
+            together(self.mesh, "listing the remote checkpoints", self._submit_existing)
         with self._signals:
             result = super().train(source, *args, **kwargs)
-            self._finish_background_save()
-            if self._uploader is not None:
-                self._uploader.wait()
+            self._wait_for_uploads()
         self.weights.wait()
         return result
+
+    def _submit_existing(self) -> None:
+        if self._uploader is not None:
+            self._uploader.submit_existing()
+
+    def _wait_for_uploads(self) -> None:
+        """Until all is uploaded. By small collectives, none of which lasts as long as an upload may.
+
+        Raises:
+            RuntimeError: on every rank, if one failed.
+        """
+        while self._store is not None:
+            busy = float(self._uploader is not None and self._uploader.is_busy)
+            if not all_reduce(torch.tensor(busy, device=self.mesh.device), self.mesh.world):
+                break
+            time.sleep(0.2)
+        together(self.mesh, "uploading", self._finish_background_save)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer would delete the last checkpoint here if another is the best; `rotate` has kept to the limit."""
+        together(self.mesh, "the last save", self._finish_background_save)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether to save under `save_strategy="best"`: also when told to stop."""
+        return super()._determine_best_metric(*args, **kwargs) or self._told_to_stop
 
     def _stop_if_told(self, told: torch.Tensor) -> None:
         """Save and stop after this step if any rank has received a signal.
@@ -222,7 +279,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """
         if self.args.save_on_signal and told.item():
             logger.warning(f"{self._signals.received or 'Another rank was told to stop'}: saving, then stopping.")
-            self.control.should_save = self.control.should_training_stop = True
+            self.control.should_save = self.control.should_training_stop = self._told_to_stop = True
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """A checkpoint converted from the Hub leaves logging, evaluation and saving intervals to this run."""
@@ -259,3 +316,4 @@ class CheckpointingTrainer(EvaluatingTrainer):
         if has_training_state(best):
             load_masters(best, self.mesh, self.weights.segments)
             self.weights.publish()
+            self.weights.wait()

@@ -111,7 +111,8 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self.mesh = model.mesh
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
-        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad} if self.optimizer else {}
+        self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
+        self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
         self._step = TrainStep(model, self.weights)
 
@@ -127,12 +128,13 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             adopt_optimizer(self.optimizer, self._names, segments)
             self._names = {}
         if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
-            self._link = OptimizerLink(self.optimizer, self.weights, overlap=not self._callbacks_read_weights())
+            self._link = OptimizerLink(self.optimizer, self.weights)
+        self._link.overlap = not self._callbacks_read_weights()
         return self.optimizer
 
     def _callbacks_read_weights(self) -> bool:
         """Whether a callback of the user's is called between an optimizer step and the next forward."""
-        events = ("on_optimizer_step", "on_step_end", "on_step_begin")
+        events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
         return any(
             getattr(type(callback), event) is not getattr(TrainerCallback, event)
             for callback in self.callback_handler.callbacks
@@ -147,6 +149,14 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self._window = []  # of a run that was broken off
         if self.model is not self._step.model:  # `model_init` made a new one
             self._set_up_training_state()
+        elif self.model.sharded is not self.weights:
+            raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
+        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if changed := sorted(trainable ^ self._trainable):
+            raise ValueError(
+                f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, "
+                "which has divided the trainable ones among the ranks already; change it before."
+            )
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from test_resume import contents
 from tiny import History, pad_batch, random_dataset, training_arguments
 from transformers import TrainerCallback
 
-from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments, checkpointing
 from hf_nanotron.checkpoint import save as save_module
 
 
@@ -73,7 +74,7 @@ def test_an_asynchronous_save_is_the_synchronous_one(
 ) -> None:
     """Bit by bit, though training went on while it was written."""
     plain = pool.run(world, run, str(start / "plain"), sizes)[0]
-    asynchronous = pool.run(world, run, str(start / "async"), {**sizes, "async_save": True})[0]
+    asynchronous = pool.run(world, run_with_a_slow_disk, str(start / "async"), {**sizes, "async_save": True})[0]
     assert asynchronous[0] == plain[0]
     for step in (3, 6):
         one, other = (contents(start / name / f"checkpoint-{step}") for name in ("plain", "async"))
@@ -85,26 +86,101 @@ def test_an_asynchronous_save_is_the_synchronous_one(
     assert resumed[0] == plain[0][3:]
 
 
-def run_with_a_full_disk(output: str, broken_rank: int) -> None:
+def run_with_writer(output: str, overrides: dict[str, Any], before: Callable[[int], None]) -> Any:
+    """`before(rank)` is called when the training state is to be written."""
     write = save_module.write_rank
 
-    def fail(directory: Any, rank: int, pieces: Any) -> None:
-        if rank == broken_rank:
-            raise OSError(28, "No space left on device")
+    def call(directory: Any, rank: int, pieces: Any) -> None:
+        before(rank)
         write(directory, rank, pieces)
 
-    save_module.write_rank = fail
+    save_module.write_rank = call
     try:
-        run(output, {"async_save": True, "max_steps": 40})
+        return run(output, overrides)
     finally:
         save_module.write_rank = write
+
+
+def run_with_a_slow_disk(output: str, overrides: dict[str, Any]) -> Any:
+    """Steps are taken while a save is being written: it must not see them."""
+    return run_with_writer(output, overrides, lambda rank: time.sleep(0.7))
+
+
+def run_with_a_full_disk(output: str, broken_rank: int, asynchronous: bool) -> None:
+    def fail(rank: int) -> None:
+        if rank == broken_rank:
+            raise OSError(28, "No space left on device")
+
+    run_with_writer(output, {"async_save": asynchronous, "max_steps": 40}, fail)
 
 
 @pytest.mark.parametrize("broken_rank", [0, 1])
 def test_a_failed_background_save_ends_the_run(pool: WorkerPool, start: Path, broken_rank: int) -> None:
     with pytest.raises(JobError, match=r"checkpoint-3 in the background failed.*No space left on device"):
-        pool.run(2, run_with_a_full_disk, str(start / "out"), broken_rank)
+        pool.run(2, run_with_a_full_disk, str(start / "out"), broken_rank, True)
     assert not (start / "out" / "checkpoint-3" / "committed.json").exists()
+
+
+def test_a_failed_save_ends_the_run_on_every_rank(pool: WorkerPool, start: Path) -> None:
+    with pytest.raises(JobError, match="No space left on device|failed on 1 other ranks") as error:
+        pool.run(2, run_with_a_full_disk, str(start / "out"), 1, False)
+    assert set(error.value.kinds) == {0, 1}
+
+
+def run_with_unwritable_weights(output: str) -> None:
+    write = checkpointing.write_safetensors
+
+    def fail(path: Any, entries: Any, tensors: Any) -> None:
+        next(iter(tensors))
+        raise OSError(28, "No space left on device")
+
+    checkpointing.write_safetensors = fail
+    try:
+        run(output, {"tp_size": 2})
+    finally:
+        checkpointing.write_safetensors = write
+
+
+def test_weights_that_cannot_be_written_end_the_run_on_every_rank(pool: WorkerPool, start: Path) -> None:
+    """The ranks that send their parts to the one that fails do not wait for it."""
+    with pytest.raises(JobError, match="No space left on device") as error:
+        pool.run(2, run_with_unwritable_weights, str(start / "out"))
+    assert set(error.value.kinds) == {0, 1}
+
+
+# ---- retention ----
+
+
+def run_with_evaluation(output: str, overrides: dict[str, Any]) -> tuple[str | None, list[str], float]:
+    """The best checkpoint, those that are left, and a weight of the model in the end."""
+    values = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
+    values |= {"metric_for_best_model": "loss", "save_total_limit": 1, "learning_rate": 0.3}
+    args = NanotronTrainingArguments(**training_arguments(output_dir=output, **values, **overrides))
+    model = ParallelAuto.from_pretrained(str(Path(output).parent / "start"), parallel=args.parallel)
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(64), eval_dataset=random_dataset(8, seed=1),
+        data_collator=pad_batch,
+    )  # fmt: skip
+    trainer.train()
+    left = sorted(path.name for path in Path(output).glob("checkpoint-*"))
+    weight = float(trainer.model.whole_parameter("model.norm.weight")[0])
+    trainer.mesh.close()
+    return trainer.state.best_model_checkpoint, left, weight
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("loads_best", [False, True], ids=["last", "best"])
+def test_neither_the_best_nor_the_last_checkpoint_goes(
+    pool: WorkerPool, start: Path, asynchronous: bool, loads_best: bool
+) -> None:
+    """Steps too large: the first checkpoint stays the best. Every rank knows it, and loads it if it is to."""
+    overrides = {"async_save": asynchronous, "load_best_model_at_end": loads_best}
+    results = pool.run(2, run_with_evaluation, str(start / "out"), overrides)
+    assert results[0] == results[1]
+    best, left, weight = results[0]
+    assert best is not None and best.endswith("checkpoint-2") and left == ["checkpoint-2", "checkpoint-6"]
+    saved = stock_weights(start / "out" / ("checkpoint-2" if loads_best else "checkpoint-6"))
+    assert weight == pytest.approx(float(saved["model.norm.weight"][0]), rel=1e-6)
 
 
 # ---- which weights ----

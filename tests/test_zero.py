@@ -449,3 +449,49 @@ def test_lion_and_bf16_moments(pool: WorkerPool) -> None:
         assert shared == pytest.approx(alone, rel=2e-5)
     fp32 = pool.run(1, train_with, directory, {"gradient_accumulation_steps": 2})[0]
     assert alone == pytest.approx(fp32, rel=1e-3) and alone != fp32
+
+
+# ---- one owner ----
+
+
+def test_a_trainer_knows_when_its_model_is_not_its_own() -> None:
+    """Two trainers on one model; parameters frozen behind the trainer's back."""
+
+    def trainer(model: Any) -> NanotronTrainer:
+        args = NanotronTrainingArguments(**training_arguments(max_steps=1))
+        return NanotronTrainer(model=model, args=args, train_dataset=random_dataset(8), data_collator=pad_batch)
+
+    first = trainer(stock_model("llama"))
+    first.train()
+    second = trainer(first.model)
+    second.train()
+    with pytest.raises(ValueError, match="another trainer has taken this model"):
+        first.train()
+    second.model.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"requires_grad of lm_head.weight \(1 parameters\) was changed"):
+        second.train()
+    second.model.lm_head.requires_grad_(True)
+    second.model.to("cpu")
+    with pytest.raises(ValueError, match=r"cannot go to torch.bfloat16"):
+        second.model.bfloat16()
+
+
+def test_an_optimizer_with_frozen_parameters_and_mixed_groups() -> None:
+    """Frozen parameters may be in its groups, and one group may not be fused though the others are."""
+    model = stock_model("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.dim() == 1], "fused": False},
+        {"params": [p for p in named.values() if p.dim() > 1]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    before = model.model.embed_tokens.weight.detach().clone()
+    args = NanotronTrainingArguments(**training_arguments(max_steps=2, warmup_steps=0))
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(8), data_collator=pad_batch, optimizers=(optimizer, None)
+    )
+    head = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert torch.equal(trainer.model.model.embed_tokens.weight, before)
+    assert not torch.equal(trainer.model.lm_head.weight, head)

@@ -219,9 +219,9 @@ def write_hub_weights(
 
 
 def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:
-    """The whole tensor on the host of the group's first rank, None on the others."""
+    """The whole tensor on the group's first rank (`part` itself where that is all), None on the others."""
     if spec.dim is None or group.size == 1:
-        return part.to("cpu", copy=True) if group.rank == 0 else None
+        return part if group.rank == 0 else None
     part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == 0 else None
     dist.gather(part, parts, dst=group.ranks[0], group=group.handle)

@@ -140,6 +140,11 @@ class Uploader:
         with self._changed:
             return list(self._waiting)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether checkpoints wait for their upload, which has not failed."""
+        return self._failure is None and bool(self.pending())
+
     def raise_if_failed(self) -> None:
         """Before each step: an upload that has failed for good ends the run.
 

@@ -27,7 +27,7 @@ class Entry:
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:
-    """Write `tensors`, which come in the order of `entries`, each on the CPU. The file survives a power failure.
+    """Write `tensors`, which come in the order of `entries`. The file survives a power failure.
 
     Raises:
         ValueError: if a tensor is not what its entry says, or one is missing.
@@ -49,7 +49,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[to
         for entry, tensor in zip(entries, tensors, strict=True):
             if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
                 raise ValueError(f"{path}: {entry} came as {tensor.dtype}, {tuple(tensor.shape)}.")
-            flat = tensor.contiguous().view(-1)
+            flat = tensor.detach().cpu().contiguous().view(-1)
             file.write(memoryview(flat.view(torch.uint8).numpy().data))
         file.flush()
         os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,23 +42,18 @@ class Save:
     values: dict[str, Any] | None = None
     on_committed: Callable[[Path], None] | None = None
 
-    def copy_to_host(self, memory: dict[tuple[str, str], torch.Tensor]) -> None:
-        """Make the training state independent of the training that goes on.
-
-        Args:
-            memory: of the copies, kept from save to save: memory that is new to the process costs more to get than to
-                fill. Pinned for what lies on a GPU.
-        """
+    def copy_to_host(self, copies: HostCopies) -> None:
+        """Make the training state independent of the training that goes on."""
         for index, piece in enumerate(self.pieces):
-            copies = {}
-            for kind, tensor in piece.tensors.items():
-                key = (f"{piece.spec.name}|{piece.start}", kind)
-                if key not in memory or memory[key].shape != tensor.shape:
-                    memory[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                copies[kind] = memory[key].copy_(tensor.detach(), non_blocking=True)
-            self.pieces[index] = replace(piece, tensors=copies)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            name = f"{piece.spec.name}|{piece.start}"
+            tensors = {kind: copies.of(f"{name}|{kind}", tensor) for kind, tensor in piece.tensors.items()}
+            scalars = {
+                kind: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+                for kind, value in piece.scalars.items()
+            }
+            self.pieces[index] = replace(piece, tensors=tensors, scalars=scalars)
+        self.values = copy.deepcopy(self.values)
+        copies.wait()
 
     def finish(self, mesh: ParallelMesh) -> None:
         """Write, and on rank 0 commit when all ranks have written. Communicates through files alone.
@@ -94,6 +90,28 @@ class Save:
         commit(self.directory, world_size, self.step, self.timeout)
 
 
+class HostCopies:
+    """Copies of tensors on the host, in memory that is kept from save to save.
+
+    Memory that is new to the process costs more to get than to fill; pinned memory, for what lies on a GPU, much more.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of `tensor`, complete after `wait`. The one made before under this name is overwritten."""
+        kept = self._memory.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._memory[name] = kept
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 class BackgroundSave:
     """At most one save at a time, in a thread. Its failure is raised in the thread that trains."""
 
@@ -101,7 +119,7 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._directory: Path | None = None
-        self.memory: dict[tuple[str, str], torch.Tensor] = {}  # of the copies of the training state on the host
+        self.copies = HostCopies()  # of one save at a time
 
     def start(self, save: Save, mesh: ParallelMesh) -> None:
         """Begin writing `save`, after the one before has ended."""

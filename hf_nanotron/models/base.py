@@ -71,6 +71,12 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             self.sharded.wait()
         return super().named_parameters(*args, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in any module. New weights that are still on their way are waited for."""
+        if self.sharded is not None:
+            self.sharded.wait()
+        return super().state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
         """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained.
 

@@ -67,7 +67,8 @@ class Linear(nn.Linear):
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         total = self.weight_gradient
-        if total is None or not torch.is_grad_enabled() or not total.takes_product(input.dtype):
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if total is None or not trains or not total.takes_product(input.dtype):
             return F.linear(input, self.weight, bias)
         return _Linear.apply(input, self.weight, bias, total)
 

@@ -78,7 +78,7 @@ def adopt_optimizer(
     The object stays the same, so that a scheduler made for it goes on working.
 
     Args:
-        names: the model's trainable parameters, as they were when the optimizer was made -> their names.
+        names: the model's parameters, as they were when the optimizer was made -> their names.
 
     Raises:
         ValueError: if it is not element-wise, has state already, holds a parameter that is not the model's, or lacks
@@ -97,7 +97,8 @@ def adopt_optimizer(
             "Cutting a model makes new ones: make the model first (`AutoModelForCausalLM.from_pretrained(..., "
             "parallel=args.parallel)`) and the optimizer over its `named_parameters()`."
         )
-    if missing := [name for parameter, name in names.items() if parameter not in set(held)]:
+    known = set(held)
+    if missing := [name for p, name in names.items() if p.requires_grad and p not in known]:
         raise ValueError(
             f"optimizers: no parameter group has {', '.join(sorted(missing)[:3])} ({len(missing)} parameters), which "
             "require gradients. Add them, or set requires_grad_(False)."

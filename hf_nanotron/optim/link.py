@@ -15,12 +15,15 @@ class OptimizerLink:
     Args:
         optimizer: over the masters of `weights.segments`.
         weights: what it updates.
+
+    Attributes:
         overlap: leave new weights on their way when `step` returns; the forward waits for them.
+        skips_next: the next `step` changes nothing.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights, overlap: bool) -> None:
-        self.optimizer, self.weights, self.overlap = optimizer, weights, overlap
-        self.skips_next = False
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
+        self.optimizer, self.weights = optimizer, weights
+        self.overlap = self.skips_next = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -32,7 +35,9 @@ class OptimizerLink:
         A fused optimizer divides by the inverse while it reads them, which costs no pass of its own.
         """
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        # torch decides for the whole optimizer, but a group may say otherwise.
+        fused = all(group.get("fused", True) for group in self.optimizer.param_groups)
+        if fused and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
         elif gradients := [segment.gradient for segment in self.weights.segments]:
             torch._foreach_mul_(gradients, scale)

@@ -27,7 +27,11 @@ def global_norm(segments: Sequence[Segment], mesh: ParallelMesh) -> torch.Tensor
     """L2 norm over all parameters of the model, a scalar in fp32, the same on every rank."""
     counted = [segment.gradient for segment in segments if is_counted(segment.spec, mesh)]
     norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=mesh.device)]
-    return all_reduce(torch.stack(norms).square().sum(), mesh.state).sqrt()
+    norm = all_reduce(torch.stack(norms).square().sum(), mesh.state).sqrt()
+    if mesh.state.size == mesh.world_size:
+        return norm
+    # Each copy of the state has summed for itself, perhaps in another order; they must not part by a rounding.
+    return all_reduce(norm.nan_to_num(nan=torch.inf, posinf=torch.inf), mesh.world, dist.ReduceOp.MAX)
 
 
 def describe_nonfinite(

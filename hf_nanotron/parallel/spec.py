@@ -60,10 +60,10 @@ class ShardSpec:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
     def assemble(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor, on the host, from the parts of all tensor-parallel ranks in rank order."""
+        """The whole tensor from the parts of all tensor-parallel ranks in rank order."""
         if self.dim is None:
-            return parts[0].cpu()
-        whole = parts[0].new_empty(self.global_shape, device="cpu")
+            return parts[0]
+        whole = parts[0].new_empty(self.global_shape)
         for part, ranges in zip(parts, self.parts, strict=True):
             offset = 0
             for start, stop in ranges:
