@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .checkpoint.training_state import together
 from .checkpointing import CheckpointingTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
@@ -72,12 +73,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         if self.optimizer is not None:
             self.create_optimizer()
         self._open_remote()
-        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
-        if frozen and args.save_hub_weights == "last":
-            raise ValueError(
-                f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): they are in the "
-                "Hub's files alone, so a checkpoint without those could not be resumed; use save_hub_weights='always'."
-            )
+        together(self.mesh, "checking the frozen parameters", self._check_frozen)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self.add_callback(self.throughput)
         logger.info(
@@ -116,6 +112,20 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
         self._step = TrainStep(model, self.weights)
 
+    def _check_frozen(self) -> None:
+        named = dict(self.model.named_parameters())
+        trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+        if changed := sorted(trainable ^ self._trainable):
+            raise ValueError(
+                f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, "
+                "which has divided the trainable ones among the ranks already; change it before."
+            )
+        if self.args.save_hub_weights == "last" and (frozen := sorted(named.keys() - trainable)):
+            raise ValueError(
+                f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): they are in the "
+                "Hub's files alone, so a checkpoint without those could not be resumed; use save_hub_weights='always'."
+            )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         segments = self.weights.segments
         if self.optimizer is None:
@@ -151,12 +161,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             self._set_up_training_state()
         elif self.model.sharded is not self.weights:
             raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
-        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if changed := sorted(trainable ^ self._trainable):
-            raise ValueError(
-                f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, "
-                "which has divided the trainable ones among the ranks already; change it before."
-            )
+        together(self.mesh, "checking the frozen parameters", self._check_frozen)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()

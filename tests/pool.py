@@ -49,6 +49,7 @@ class WorkerPool:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
+            theirs.close()  # so that a worker that dies ends its pipe
             self._workers.append((process, ours))
         with tempfile.TemporaryDirectory() as directory:
             store = os.path.join(directory, "store")

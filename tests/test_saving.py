@@ -287,16 +287,23 @@ def test_a_killed_rank_loses_nothing(start: Path, asynchronous: bool, request: p
 
 
 def kill_while_saving(workers: WorkerPool, output: Path, chance: random.Random) -> None:
-    """Wait for a save to begin, wait a little more, and kill one of the two ranks."""
+    """Wait for saves to begin, wait a little more, and kill one of the two ranks."""
     saves = chance.randint(1, 3)  # so that some progress is made
     seen: set[str] = set()
-    deadline = time.monotonic() + 60
+    began, deadline = time.time(), time.monotonic() + 60
     while len(seen) < saves and time.monotonic() < deadline:
-        seen |= {str(path.parent) for path in output.glob("checkpoint-*/.written")}
+        seen |= {str(path) for path in output.glob("checkpoint-*/.written") if began < changed(path)}
         time.sleep(0.001)
     time.sleep(chance.random() * 0.08)
     process, _ = chance.choice(workers._workers[:2])
     os.kill(process.pid, signal.SIGKILL)
+
+
+def changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # the save has ended
+        return 0.0
 
 
 # ---- damage ----
