@@ -61,25 +61,15 @@ State = dict[str, dict[str, torch.Tensor]]
 
 
 def save_training_state(
-    directory: Path,
+    directory: str | Path,
     mesh: ParallelMesh,
     segments: list[Segment],
     optimizer: Any,
     scheduler: Any,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write `training_state/` into a checkpoint, every rank its own part.
-
-    Args:
-        directory: the checkpoint.
-        segments: all that the optimizer of this rank updates (`ShardedWeights.segments`).
-        extra: what else is the same on every rank and is to be had back from `load_training_state`.
-
-    Raises:
-        ValueError: if something cannot be stored.
-        RuntimeError: if another rank has failed, which says why itself.
-    """
-    folder = directory / DIRECTORY
+    """Write `training_state/` into a checkpoint, every rank its own part."""
+    folder = Path(directory) / DIRECTORY
 
     def write() -> dict[str, Any]:
         values = state_values(mesh, optimizer, scheduler, extra or {})
