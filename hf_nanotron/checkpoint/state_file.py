@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..parallel.spec import ShardSpec
+from .safetensors_file import DTYPE_NAMES, DTYPES
 from .slices import Slice, find_fault
 from .state_values import encode
 
@@ -29,21 +30,6 @@ INDEX = "index.json"
 BLOCK_BYTES = 1 << 20  # of one checksum
 CHUNK_BYTES = 16 << 20  # of one transfer to or from the host's memory
 MASTER = "master"
-DTYPES = {  # as safetensors names them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass

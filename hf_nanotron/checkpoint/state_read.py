@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .safetensors_file import DTYPES
 from .slices import Slice
-from .state_file import CHUNK_BYTES, DTYPES, INDEX, VERSION, check_complete, read_checked, slice_of
+from .state_file import CHUNK_BYTES, INDEX, VERSION, check_complete, read_checked, slice_of
 from .state_values import decode
 
 OPEN_FILES = 64  # the system's limit may be as low as 256

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .state_file import CHUNK_BYTES, DTYPES, INDEX, read_checked
+from .safetensors_file import DTYPES
+from .state_file import CHUNK_BYTES, INDEX, read_checked
 from .training_state import DIRECTORY
 
 StrPath = str | os.PathLike[str]
