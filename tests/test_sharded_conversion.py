@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 from test_cli import command, one_line, tokenizer
 from test_gradients import stock_model
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint import sharded_convert
 from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded, sharded_to_hub
-from hf_nanotron.checkpoint.sharded_mapping import Entry, Layout
 from hf_nanotron.checkpoint.slices import Slice
 from hf_nanotron.checkpoint.state_file import MASTER, StatePiece, clear, commit, write_rank
 from hf_nanotron.checkpoint.state_read import StoredState
@@ -44,6 +43,8 @@ def masters(checkpoint: Path) -> Weights:
     with StoredState(checkpoint / "training_state") as stored:
         tensors = {}
         for name, shape in stored.shapes().items():
+            if MASTER not in stored.kinds(name):
+                continue  # a buffer
             tensors[name] = torch.empty(shape)
             stored.fill(Slice.whole(name, shape), MASTER, tensors[name].view(-1))
         return tensors
@@ -261,24 +262,24 @@ def test_a_hub_id_is_fetched(
             hub_to_sharded(missing, tmp_path / "out")
 
 
-def test_a_mapping_may_cut_and_stack(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine takes any mapping: here the state has gate and up of two experts in one tensor, the Hub has four."""
-    wanted = {f"experts.{e}.{kind}": torch.randn(5, 4) for e in range(2) for kind in ("gate", "up")}
-    shape = (2, 10, 4)
-    entries = tuple(
-        Entry(name, (5, 4), Slice("gate_up", shape, 1, ((first, first + 5),), e * 20, (e + 1) * 20))
-        for e in range(2)
-        for name, first in ((f"experts.{e}.gate", 0), (f"experts.{e}.up", 5))
-    )
-    monkeypatch.setattr(sharded_convert, "hub_layout", lambda config: Layout(entries, "LlamaForCausalLM"))
-    for path in checkpoint.glob("model*"):
-        path.unlink()
-    save_file(wanted, checkpoint / "model.safetensors")
-    hub_to_sharded(checkpoint, tmp_path / "checkpoint-0", max_shard_size=200)
-    halves = [torch.cat([wanted[f"experts.{e}.gate"], wanted[f"experts.{e}.up"]]) for e in range(2)]
-    assert_same(masters(tmp_path / "checkpoint-0"), {"gate_up": torch.stack(halves)})
-    sharded_to_hub(tmp_path / "checkpoint-0", tmp_path / "hub", dtype="float32")
+def test_a_family_that_merges_experts(tmp_path: Path) -> None:
+    """There and back: the state has what the modules hold, the repository the Hub's layout, buffers their own dtype."""
+    families = json.loads((Path(__file__).parent / "families.json").read_text())
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **families["deepseek_v3"]["config"]))
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.normal_()
+    model.save_pretrained(tmp_path / "stock")
+    wanted, state = hub_tensors(tmp_path / "stock"), model.state_dict()
+    hub_to_sharded(tmp_path / "stock", tmp_path / "checkpoint-0", max_shard_size="200KB", copy_weights=False)
+    assert_same(masters(tmp_path / "checkpoint-0"), {name: state[name] for name, _ in model.named_parameters()})
+    sharded_to_hub(tmp_path / "checkpoint-0", tmp_path / "hub", dtype="float32", max_shard_size="200KB")
     assert_same(hub_tensors(tmp_path / "hub"), wanted)
+    sharded_to_hub(tmp_path / "checkpoint-0", tmp_path / "bf16", dtype="bfloat16")
+    rounded = hub_tensors(tmp_path / "bf16")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert rounded.keys() == wanted.keys() and torch.equal(rounded[bias], wanted[bias])
+    assert all(tensor.dtype == torch.bfloat16 for name, tensor in rounded.items() if "correction" not in name)
 
 
 # ---- memory ----
@@ -310,7 +311,7 @@ def write_state(folder: Path, hidden_size: int, layers: int) -> int:
         "llama", hidden_size=hidden_size, intermediate_size=2 * hidden_size + 512, num_hidden_layers=layers
     )
     config.save_pretrained(folder)
-    shapes = sharded_convert.hub_layout(config).shapes
+    shapes = sharded_convert.layout_of(config).shapes
     state = folder / "training_state"
     clear(state)
     for rank, (name, shape) in enumerate(shapes.items()):

@@ -1,13 +1,16 @@
-"""Read and write standard Hub weights, tensor by tensor."""
+"""Read and write standard Hub weights, tensor by tensor, in the layout that transformers gives a family's files."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import reduce
+from itertools import islice
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from ..parallel.mesh import Group
 from ..parallel.spec import ShardSpec
-from .safetensors_file import Entry, write_safetensors
+from .grids import Grid, Side, Sizes
+from .hub_layout import HubLayout, HubSources, Part
+from .safetensors_file import DTYPES, Entry, write_safetensors
 
 if TYPE_CHECKING:
     from ..models.base import ParallelModel
@@ -79,35 +84,85 @@ class HubWeights:
         except SafetensorError as error:
             raise ValueError(f"{path} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so.") from error
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that the model could not take. Reads none of its bytes.
+    def shapes(self) -> dict[str, Sizes]:
+        """Name -> shape of every tensor. Reads headers alone."""
+        return {name: self._shape(name) for name in self._file_of}
+
+    def _shape(self, name: str) -> Sizes:
+        return tuple(self._slice(name).get_shape())
+
+    def sources(self, layout: HubLayout) -> HubSources:
+        """Where the tensors of a model are in this repository.
+
+        Raises:
+            ValueError: if one has another shape than in the model.
+        """
+        return layout.sources(self.shapes(), str(self.directory))
+
+    def check(self, name: str, shape: Sizes, grids: tuple[Grid, ...] | None = None, is_float: bool = True) -> None:
+        """Refuse a tensor of the model that cannot be taken from here. Reads none of its bytes.
+
+        Args:
+            name: of the tensor in the model.
+            grids: what of this repository it is made of; the tensor of its own name if None.
+            is_float: False for a buffer of whole numbers.
 
         Raises:
             ValueError: if it is not there, has another shape than in the model, or is quantised.
         """
-        if name not in self._file_of:
-            raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
-        stored = self._slice(name)
-        if tuple(stored.get_shape()) != shape:
-            raise ValueError(
-                f"{name!r} in {self.directory} has shape {tuple(stored.get_shape())}, but the config makes it {shape}."
-            )
-        if stored.get_dtype() not in FLOATS:
-            raise ValueError(
-                f"{name!r} in {self.directory} is stored as {stored.get_dtype()}, not as one of {', '.join(FLOATS)}: "
-                "a quantised checkpoint cannot be cut; use the one it was made from."
-            )
+        if grids is None:
+            if name not in self._file_of:
+                raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
+            if (stored := self._shape(name)) != shape:
+                raise ValueError(f"{name!r} in {self.directory} has shape {stored}, but the config makes it {shape}.")
+        if not is_float:
+            return
+        for source in {name} if grids is None else {grid.name for grid in grids}:
+            if (dtype := self._slice(source).get_dtype()) not in FLOATS:
+                raise ValueError(
+                    f"{source!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(FLOATS)}: "
+                    "a quantised checkpoint cannot be cut; use the one it was made from."
+                )
 
-    def read(self, spec: ShardSpec) -> torch.Tensor:
-        """This rank's part of a tensor, and no other bytes of it.
+    def read(self, spec: ShardSpec, grids: tuple[Grid, ...] | None = None, is_float: bool = True) -> torch.Tensor:
+        """This rank's part of a tensor of the model, and no other bytes of it.
+
+        Of a tensor whose rows the files interleave with others' (gate and up, in a few families) those are read too.
+
+        Args:
+            grids, is_float: as in `check`.
 
         Raises:
-            ValueError: if it is not there, or has another shape than the model.
+            ValueError: as `check`.
         """
-        self.check(spec.name, spec.global_shape)
-        stored = self._slice(spec.name)
+        self.check(spec.name, spec.global_shape, grids, is_float)
+        grids = grids or (Grid.whole(spec.name, spec.global_shape),)
+        first = grids[0].name
+        if grids == (Grid.whole(first, spec.global_shape),) and self._shape(first) == spec.global_shape:
+            return self._read_plain(spec, first)
+        out = torch.empty(spec.local_shape, dtype=self.dtype(grids))
         if spec.dim is None:
-            part = stored[:] if spec.global_shape else self._file(self._file_of[spec.name]).get_tensor(spec.name)
+            for grid in grids:
+                self._read_grid(grid, grid.own, out)
+            return out
+        offset = 0
+        for start, stop in spec.ranges:
+            for grid in grids:
+                for part in grid.within("own", spec.dim, start, stop):
+                    self._read_grid(part, part.own.shift(spec.dim, offset - start), out)
+            offset += stop - start
+        return out
+
+    def dtype(self, grids: tuple[Grid, ...]) -> torch.dtype:
+        """What the tensors of these grids are stored as: the widest, if there are several dtypes."""
+        names = sorted({grid.name for grid in grids})
+        return reduce(torch.promote_types, (DTYPES[self._slice(name).get_dtype()] for name in names))
+
+    def _read_plain(self, spec: ShardSpec, name: str) -> torch.Tensor:
+        """A part of a tensor that is stored as it is."""
+        stored = self._slice(name)
+        if spec.dim is None:
+            part = stored[:] if spec.global_shape else self._tensor(name)
         else:
             before = (slice(None),) * spec.dim
             pieces = [stored[(*before, slice(start, stop))] for start, stop in spec.ranges]
@@ -115,35 +170,57 @@ class HubWeights:
         self.bytes_read += part.numel() * part.element_size()
         return part
 
+    def _read_grid(self, grid: Grid, target: Side, out: torch.Tensor) -> None:
+        """Copy a grid from the smallest box of its source that holds it."""
+        box = grid.source.box(grid.sizes)
+        data = self._slice(grid.name)[tuple(slice(*bounds) for bounds in box)] if box else self._tensor(grid.name)
+        self.bytes_read += data.numel() * data.element_size()
+        source = grid.source.view(grid.sizes, data.contiguous(), [low for low, _ in box])
+        target.view(grid.sizes, out).copy_(source)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self._file(self._file_of[name]).get_tensor(name)
+
 
 def load_hub_weights(
     model: ParallelModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
 ) -> HubWeights:
     """Fill `model` from a local Hub repository, each rank reading only the bytes of its own part.
 
-    A checkpoint of the bare base model (no head, no prefix) is refused like any other that lacks a tensor.
+    The repository may have any layout that transformers would load: the one it saves, that of older versions, or the
+    model's own names and shapes. One that lacks a parameter, such as the head, is refused. A buffer that is not there
+    keeps its value.
 
     Args:
-        parameters: names of those to fill; all if None.
+        parameters: names of those to fill; all of them, and the persistent buffers, if None.
 
     Raises:
         ValueError: naming the missing or damaged file or the tensors that are missing or of another shape.
     """
-    weights = HubWeights(directory)
-    missing = [name for name in model.hub_shapes if name not in weights]
+    weights, layout = HubWeights(directory), model.hub_layout
+    sources = weights.sources(layout)
+    missing = [name for name in sources.missing if name not in layout.buffers]
     if missing:
         raise ValueError(
             f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
         )
-    if unused := [name for name in weights.names() if name not in model.hub_shapes]:
+    if unused := sources.unused:
         logger.warning(f"{directory}: the model has no place for {', '.join(unused[:5])} ({len(unused)} tensors).")
+    if len(sources.missing) > len(missing):
+        logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
     # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
-    for name, shape in model.hub_shapes.items():
-        weights.check(name, shape)
+    for name, grids in sources.grids.items():
+        weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
     for name, spec in model.shard_specs.items():
         if parameters is None or name in parameters:
-            model.write_parameter(name, weights.read(spec))
+            model.write_parameter(name, weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)]))
+    if parameters is None:
+        for name, buffer in held_buffers(model).items():
+            if name in sources.grids:
+                whole = ShardSpec(name, layout.shapes[name])
+                buffer.copy_(weights.read(whole, sources.grids[name], buffer.is_floating_point()))
+        model.hub_layout = layout.after_loading(sources)
     return weights
 
 
@@ -156,7 +233,8 @@ def save_hub_model(
     """Write config, generation config and weights as a standard Hub repository. All ranks of the job together.
 
     Every pipeline stage writes its own files, at the same time as the others; within a stage one rank writes, and the
-    tensor-parallel ranks send it their parts one tensor at a time, which is the most it holds besides the model.
+    tensor- and expert-parallel ranks send it their parts one tensor of the model at a time, which is the most it holds
+    besides the model (and one tensor of the file, where the two differ).
 
     Args:
         max_shard_size: largest file, bytes or a string such as `"5GB"`. A single larger tensor gets its own file.
@@ -190,32 +268,94 @@ def write_hub_weights(
     write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None],
 ) -> list[Path]:
     """Hand the weights to `write` file by file, on the ranks that write. All ranks together; returns this rank's."""
-    mesh, written = model.mesh, []
-    files = plan_files(model.hub_shapes, model.hub_owners, model.dtype.itemsize, parse_size(max_shard_size))
+    mesh, layout, written = model.mesh, model.hub_layout, []
+    owners = {name: _owner(model, part) for part in layout.parts for name in part.hub}
+    planned = layout.hub_dtypes(_planned_dtypes(model))
+    sizes = {name: dtype.itemsize for name, dtype in planned.items()}
+    files = plan_files(layout.hub_shapes, owners, sizes, parse_size(max_shard_size))
     if mesh.rank == 0 and len(files) > 1:
-        _write_index(directory, files, model)
+        write_index(directory, files, layout, sizes)
         written.append(directory / SAFE_WEIGHTS_INDEX_NAME)
-    held = {spec.name: (spec, name) for name, spec in model.shard_specs.items()}
-
-    def arriving(names: list[str]) -> Iterator[torch.Tensor]:
-        for name in names:
-            spec, key = held[name]
-            part = model.whole_parameter(key)
-            whole = gather_whole(part, spec, mesh.tp) if mesh.dp_rank == 0 else None
-            if whole is not None:
-                yield whole
-
+    tensors = _arriving(model, [part for part in layout.parts if owners[part.hub[0]] == mesh.pp_rank])
+    if not is_writer(model):
+        for _ in tensors:
+            pass
+        return written
+    dtypes = layout.hub_dtypes(_held_dtypes(model))
     for file_name, names in files.items():
-        if model.hub_owners[names[0]] != mesh.pp_rank:
-            continue
-        if mesh.dp_rank == 0 and mesh.tp_rank == 0:
-            entries = [Entry(name, model.dtype, model.hub_shapes[name]) for name in names]
-            write(directory / file_name, entries, arriving(names))
+        if owners[names[0]] == mesh.pp_rank:
+            entries = [Entry(name, dtypes[name], layout.hub_shapes[name]) for name in names]
+            write(directory / file_name, entries, islice(tensors, len(names)))
             written.append(directory / file_name)
-        else:
-            for _ in arriving(names):
-                pass
     return written
+
+
+def held_buffers(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Name -> persistent buffer, for those of this rank; it has them whole."""
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in model.hub_layout.buffers}
+
+
+def is_writer(model: ParallelModel) -> bool:
+    """Whether this rank writes what its pipeline stage holds."""
+    return model.mesh.dp_rank == 0 and model.mesh.tp_rank == 0
+
+
+def _owner(model: ParallelModel, part: Part) -> int:
+    """The pipeline rank that writes the tensors of a part.
+
+    Raises:
+        ValueError: if the tensors of the model are on several: the Hub has in one tensor what the pipeline parts.
+    """
+    owners = {model.hub_owners[name] for name in part.model}
+    if len(owners) > 1:
+        raise ValueError(
+            f"{part.hub[0]!r} in the Hub's files is made of {', '.join(part.model[:3])}, which are on pipeline ranks "
+            f"{sorted(owners)}; use pp_size=1 for a {model.stock_class.__name__}."
+        )
+    return owners.pop()
+
+
+def _planned_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
+    """Name -> dtype of every tensor of the model, as far as a rank knows that may not hold it."""
+    layout = model.hub_layout
+    usual = next((dtype for name, dtype in layout.dtypes.items() if name not in layout.buffers), model.dtype)
+    return {
+        name: model.dtype if dtype == usual and name not in layout.buffers else dtype
+        for name, dtype in layout.dtypes.items()
+    }
+
+
+def _held_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
+    """As `_planned_dtypes`, but those of the tensors that this rank holds are what they are."""
+    held = {name: buffer.dtype for name, buffer in held_buffers(model).items()}
+    for name, spec in model.shard_specs.items():
+        is_fully_sharded = model.sharded is not None and model.parallel.zero_stage == 3
+        held[spec.name] = model.dtype if is_fully_sharded else model.get_parameter(name).dtype
+    return _planned_dtypes(model) | held
+
+
+def _arriving(model: ParallelModel, parts: list[Part]) -> Iterator[torch.Tensor]:
+    """The Hub's tensors of a stage, one after the other, on the rank that writes; nothing on the others.
+
+    All ranks of the stage iterate together. In each part the tensors of the model are gathered when its first Hub
+    tensor is asked for, and let go with the last.
+    """
+    layout, buffers = model.hub_layout, held_buffers(model)
+    held = {layout.tied.get(spec.name, spec.name): name for name, spec in model.shard_specs.items()}
+    for part in parts:
+        whole = {name: buffers[name] if name in buffers else _gathered(model, held[name]) for name in part.model}
+        if is_writer(model):
+            for name in part.hub:
+                yield layout.tensors[name].made_of(cast(dict[str, torch.Tensor], whole))
+        del whole  # before the next ones are made
+
+
+def _gathered(model: ParallelModel, name: str) -> torch.Tensor | None:
+    """A whole parameter on the rank that writes. All ranks of the stage together."""
+    mesh, spec, part = model.mesh, model.shard_specs[name], model.whole_parameter(name)
+    if spec.axis == "ep":
+        return gather_whole(part, spec, mesh.ep) if mesh.coordinates.expert_copy == 0 else None
+    return gather_whole(part, spec, mesh.tp) if mesh.dp_rank == 0 else None
 
 
 def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:
@@ -229,26 +369,36 @@ def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Ten
 
 
 def plan_files(
-    shapes: dict[str, tuple[int, ...]], owners: dict[str, int], item_size: int, max_bytes: int
+    shapes: dict[str, tuple[int, ...]], owners: dict[str, int], item_size: int | Mapping[str, int], max_bytes: int
 ) -> dict[str, list[str]]:
-    """File name -> tensors, in model order; a file holds tensors of one pipeline rank. The same on every rank."""
-    groups: list[tuple[int, int, list[str]]] = []  # owner, bytes, names
+    """File name -> tensors, in the order of `shapes`, each file of one pipeline rank. The same on every rank.
+
+    Args:
+        item_size: bytes of an element, of all tensors or of each.
+    """
+    files: list[list[str]] = []
+    filling: dict[int, tuple[list[str], int]] = {}  # owner -> its last file, and the bytes in it
     for name, shape in shapes.items():
-        size = item_size * int(torch.Size(shape).numel())
-        open_group = next((g for g in reversed(groups) if g[0] == owners[name]), None)
-        if open_group is None or open_group[1] + size > max_bytes:
-            groups.append((owners[name], size, [name]))
-        else:
-            groups[groups.index(open_group)] = (owners[name], open_group[1] + size, [*open_group[2], name])
-    if len(groups) == 1:
-        return {SAFE_WEIGHTS_NAME: groups[0][2]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g[2] for i, g in enumerate(groups, 1)}
+        size = (item_size if isinstance(item_size, int) else item_size[name]) * prod(shape)
+        names, filled = filling.get(owners[name], ([], 0))
+        if not names or filled + size > max_bytes:
+            names, filled = [], 0
+            files.append(names)
+        names.append(name)
+        filling[owners[name]] = names, filled + size
+    if len(files) == 1:
+        return {SAFE_WEIGHTS_NAME: files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
 
 
-def _write_index(directory: Path, files: dict[str, list[str]], model: ParallelModel) -> None:
-    parameters = model.num_parameters()
+def write_index(directory: Path, files: dict[str, list[str]], layout: HubLayout, sizes: dict[str, int]) -> None:
+    """Say which tensor is in which file. `sizes`: bytes of an element of each Hub tensor."""
+    parameters = sum(prod(shape) for name, shape in layout.shapes.items() if name not in layout.buffers)
     index = {
-        "metadata": {"total_parameters": parameters, "total_size": parameters * model.dtype.itemsize},
+        "metadata": {
+            "total_parameters": parameters,
+            "total_size": sum(size * prod(layout.hub_shapes[name]) for name, size in sizes.items()),
+        },
         "weight_map": {name: file_name for file_name, names in files.items() for name in names},
     }
     (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,8 +1,9 @@
 """Two-way converters between our training state and Hub repositories, one tensor at a time.
 
-Both walk the entries of `sharded_mapping`, and check everything that headers and indices say before they write. Then
-they stream, holding one tensor towards the Hub, and the masters of one output file on the way back. What makes the
-result usable (`config.json`; the checkpoint's marker) is written last, and what a failure leaves is taken away.
+Both follow the `HubLayout` of the stock model, and check everything that headers and indices say before they write.
+Then they stream, holding one tensor of the model towards the Hub (or the few that the Hub has in one), and the masters
+of one output file on the way back. What makes the result usable (`config.json`; the checkpoint's marker) is written
+last, and what a failure leaves is taken away.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
 from math import prod
@@ -25,11 +27,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..parallel.spec import ShardSpec
+from .buffers import BUFFER, buffer_piece, read_buffer
 from .commit import begin, commit as commit_checkpoint, describe
-from .hub import HubWeights, parse_size, plan_files
+from .hub import HubWeights, parse_size, plan_files, write_index
+from .hub_layout import HubLayout, HubSources, layout_of
 from .nanotron_format import read_json
 from .safetensors_file import Entry as FileEntry, write_safetensors
-from .sharded_mapping import Entry, Layout, hub_layout
 from .slices import Slice
 from .state_file import MASTER, StatePiece, clear, commit as commit_state, write_rank
 from .state_read import StoredState
@@ -81,15 +84,15 @@ def sharded_to_hub(
     folder = _state_folder(source)
     config = _load_config(source)
     target = _target_dtype(dtype, config, source)
-    layout = hub_layout(config)
+    layout = layout_of(config)
     limit = parse_size(max_shard_size)
     with StoredState(folder) as stored:
-        frozen = _without_master(stored, layout)
-        weights = _open_frozen(frozen, Path(frozen_from or source)) if frozen else None
+        frozen = _not_stored(stored, layout)
+        weights = _open_frozen(frozen, layout, Path(frozen_from or source)) if frozen else None
         _check_unchanged(source, (*TEXTS, *WEIGHTS) if frozen and frozen_from is None else TEXTS)
-        files = plan_files(layout.shapes, dict.fromkeys(layout.shapes, 0), target.itemsize, limit)
+        dtypes = _dtypes(stored, layout, weights, target)
         with _writing(destination, (*WEIGHTS, *TEXTS), CONFIG_NAME, overwrite):
-            _write_weights(destination, files, layout, _weights_of(stored, layout, weights, target), target)
+            _write_weights(destination, layout, _weights_of(stored, layout, weights, dtypes), dtypes, limit)
             _copy(source, destination, TEXTS)
             fields = read_json(source / CONFIG_NAME)
             fields.pop("torch_dtype", None)
@@ -117,7 +120,7 @@ def hub_to_sharded(
         revision: of a Hub id.
         max_shard_size: bytes of masters per file of the state, or a string such as `"1GB"`; so much is in memory.
         copy_weights: the checkpoint gets the repository's own weights as well; without them it looks like one saved
-            with `save_hub_weights="last"`, and lacks buffers and what a run freezes.
+            with `save_hub_weights="last"`, and lacks what a run freezes.
         overwrite: take away an earlier conversion in `destination`.
 
     Raises:
@@ -127,10 +130,10 @@ def hub_to_sharded(
     """
     source, destination = _fetch(source, revision), Path(destination)
     _refuse_same(source, destination)
-    layout = hub_layout(_load_config(source))
+    layout = layout_of(_load_config(source))
     limit = parse_size(max_shard_size)
-    _check_weights(HubWeights(source), layout)
-    shapes = layout.state_shapes
+    sources = _check_weights(HubWeights(source), layout)
+    shapes = {name: shape for name, shape in layout.shapes.items() if name in sources.grids}
     groups = plan_files(shapes, dict.fromkeys(shapes, 0), torch.float32.itemsize, limit).values()
     folder = destination / DIRECTORY
     owned = (*WEIGHTS, *TEXTS, DIRECTORY, TRAINER_STATE_NAME, MARKER, WRITTEN)
@@ -141,7 +144,7 @@ def hub_to_sharded(
         for number, names in enumerate(groups):
             # Opened anew for each file: what is mapped of the weights counts as our memory until they are closed.
             weights = HubWeights(source)
-            write_rank(folder, number, [_master_of(name, layout, weights) for name in names])
+            write_rank(folder, number, [_piece_of(name, layout, weights, sources) for name in names])
         commit_state(folder, len(groups), {"layout": None, "optimizer": None, "scheduler": None, "extra": {}})
         shutil.copyfile(source / CONFIG_NAME, destination / CONFIG_NAME)
         _write_json(destination / TRAINER_STATE_NAME, FIRST_STEP)
@@ -162,76 +165,123 @@ def _state_folder(checkpoint: Path) -> Path:
     raise FileNotFoundError(f"{checkpoint} has no {DIRECTORY}/; {advice}.")
 
 
-def _without_master(stored: StoredState, layout: Layout) -> list[Entry]:
-    """The entries of which the state holds nothing.
+def _not_stored(stored: StoredState, layout: HubLayout) -> list[str]:
+    """The tensors of the model of which the state holds nothing: they were frozen.
 
     Raises:
         ValueError: if it holds a tensor in another shape, without masters, or of another model.
     """
     shapes = stored.shapes()
-    if foreign := sorted(shapes.keys() - {entry.part.name for entry in layout.entries}):
+    if foreign := sorted(shapes.keys() - layout.shapes.keys()):
         raise ValueError(
             f"{stored.directory} holds {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''} "
             f"({len(foreign)} tensors), for which the {layout.architecture} of {CONFIG_NAME} has no place: the two are "
             "not of one model."
         )
-    for entry in layout.entries:
-        if entry.part.name in shapes:
-            stored.check(entry.part, MASTER)
-    return [entry for entry in layout.entries if entry.part.name not in shapes]
+    for name, shape in layout.shapes.items():
+        if name in shapes:
+            stored.check(Slice.whole(name, shape), BUFFER if name in layout.buffers else MASTER)
+    return [name for name in layout.shapes if name not in shapes]
 
 
-def _open_frozen(frozen: list[Entry], folder: Path) -> HubWeights:
+@dataclass(frozen=True)
+class Frozen:
+    """Weights that a training state does not hold: a Hub repository, and where the tensors of the model are there."""
+
+    weights: HubWeights
+    sources: HubSources
+
+    def read(self, name: str, layout: HubLayout) -> torch.Tensor:
+        """A whole tensor of the model, in the dtype of the files."""
+        spec, is_float = ShardSpec(name, layout.shapes[name]), layout.dtypes[name].is_floating_point
+        return self.weights.read(spec, self.sources.grids[name], is_float)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.weights.dtype(self.sources.grids[name])
+
+
+def _open_frozen(frozen: list[str], layout: HubLayout, folder: Path) -> Frozen:
     """The weights of a folder, which must hold what was frozen."""
     has_weights = any(path.is_file() for pattern in WEIGHTS for path in folder.glob(pattern))
     weights = HubWeights(folder) if has_weights else None
-    missing = [entry.hub for entry in frozen if weights is None or entry.hub not in weights]
-    if weights is None or missing:
+    sources = weights.sources(layout) if weights is not None else None
+    missing = [name for name in frozen if sources is None or name not in sources.grids]
+    if weights is None or sources is None or missing:
         raise ValueError(
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} ({len(missing)} tensors) were not trained, "
             f"so the training state has nothing of them, and {folder} holds no weights of them either. Name a Hub "
             "repository that does, such as a later checkpoint or what the run began with, as `frozen_from` "
             "(--frozen-from)."
         )
-    for entry in frozen:
-        weights.check(entry.hub, entry.shape)
-    return weights
+    for name in frozen:
+        weights.check(name, layout.shapes[name], sources.grids[name], layout.dtypes[name].is_floating_point)
+    return Frozen(weights, sources)
+
+
+def _dtypes(
+    stored: StoredState, layout: HubLayout, frozen: Frozen | None, target: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Of every tensor of the model, as it is written: buffers keep their own."""
+    dtypes = dict.fromkeys(layout.shapes, target)
+    for name in layout.buffers:
+        kinds = stored.kinds(name)
+        dtypes[name] = kinds[BUFFER] if kinds or frozen is None else frozen.dtype(name)
+    return dtypes
 
 
 def _weights_of(
-    stored: StoredState, layout: Layout, frozen: HubWeights | None, dtype: torch.dtype
+    stored: StoredState, layout: HubLayout, frozen: Frozen | None, dtypes: dict[str, torch.dtype]
 ) -> Iterator[torch.Tensor]:
-    known = stored.shapes()
-    for entry in layout.entries:
-        if entry.part.name in known:
-            # Converted chunk by chunk as it is read: the tensor is never there in fp32 as a whole.
-            tensor = torch.empty(entry.part.numel, dtype=dtype)
-            stored.fill(entry.part, MASTER, tensor)
-            tensor = tensor.view(entry.shape)
-        else:
-            assert frozen is not None
-            tensor = frozen.read(ShardSpec(entry.hub, entry.shape)).to(dtype)
-        if dtype == torch.float16 and not tensor.isfinite().all():
-            raise ValueError(
-                f"{entry.hub!r} has values that float16 cannot hold (beyond 65504); convert to bfloat16 or float32."
-            )
-        yield tensor
-        del tensor  # before the next one is made
+    """The Hub's tensors, one after the other."""
+    for part in layout.parts:
+        whole = {name: _whole(name, stored, layout, frozen, dtypes[name]) for name in part.model}
+        for name in part.hub:
+            yield layout.tensors[name].made_of(whole)
+        del whole  # before the next ones are made
+
+
+def _whole(
+    name: str, stored: StoredState, layout: HubLayout, frozen: Frozen | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor of the model.
+
+    Raises:
+        ValueError: if it does not fit float16.
+    """
+    shape = layout.shapes[name]
+    if not stored.kinds(name):
+        assert frozen is not None
+        tensor = frozen.read(name, layout).to(dtype)
+    elif name in layout.buffers:
+        tensor = read_buffer(stored, name, shape)
+    else:
+        # Converted chunk by chunk as it is read: the tensor is never there in fp32 as a whole.
+        tensor = torch.empty(prod(shape), dtype=dtype)
+        stored.fill(Slice.whole(name, shape), MASTER, tensor)
+        tensor = tensor.view(shape)
+    if dtype == torch.float16 and not tensor.isfinite().all():
+        raise ValueError(
+            f"{name!r} has values that float16 cannot hold (beyond 65504); convert to bfloat16 or float32."
+        )
+    return tensor
 
 
 def _write_weights(
-    folder: Path, files: dict[str, list[str]], layout: Layout, tensors: Iterator[torch.Tensor], dtype: torch.dtype
+    folder: Path,
+    layout: HubLayout,
+    tensors: Iterator[torch.Tensor],
+    model_dtypes: dict[str, torch.dtype],
+    max_bytes: int,
 ) -> None:
-    """Write `tensors`, which come in model order, into the files of `plan_files`, and an index where there are more."""
-    shapes = layout.shapes
+    """Write the Hub's tensors, which come in the layout's order, into files, and an index where there are more."""
+    shapes, dtypes = layout.hub_shapes, layout.hub_dtypes(model_dtypes)
+    sizes = {name: dtype.itemsize for name, dtype in dtypes.items()}
+    files = plan_files(shapes, dict.fromkeys(shapes, 0), sizes, max_bytes)
     for file_name, names in files.items():
-        listed = [FileEntry(name, dtype, shapes[name]) for name in names]
+        listed = [FileEntry(name, dtypes[name], shapes[name]) for name in names]
         write_safetensors(folder / file_name, listed, islice(tensors, len(names)))
     if len(files) > 1:
-        count = sum(prod(shape) for shape in shapes.values())
-        metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}
-        weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        _write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+        write_index(folder, files, layout, sizes)
 
 
 def _target_dtype(name: str, config: PreTrainedConfig, source: Path) -> torch.dtype:
@@ -265,30 +315,30 @@ def _downloads() -> list[str]:
     return [SAFE_WEIGHTS_INDEX_NAME, *TEXTS, "additional_chat_templates/*"]
 
 
-def _check_weights(weights: HubWeights, layout: Layout) -> None:
+def _check_weights(weights: HubWeights, layout: HubLayout) -> HubSources:
     """Refuse weights that the model could not take. Reads headers alone.
 
     Raises:
         ValueError: naming the tensor.
     """
+    sources = weights.sources(layout)
     for name, shape in layout.shapes.items():
-        weights.check(name, shape)
-    if unused := [name for name in weights.names() if name not in layout.shapes]:
+        if name in sources.grids or name not in layout.buffers:
+            weights.check(name, shape, sources.grids.get(name), layout.dtypes[name].is_floating_point)
+    if unused := sources.unused:
         logger.warning(
             f"{weights.directory}: {layout.architecture} has no place for {', '.join(unused[:5])} ({len(unused)} "
             "tensors): they are left out."
         )
+    return sources
 
 
-def _master_of(name: str, layout: Layout, weights: HubWeights) -> StatePiece:
+def _piece_of(name: str, layout: HubLayout, weights: HubWeights, sources: HubSources) -> StatePiece:
     """One tensor of the state, whole, put together from the Hub tensors that are parts of it."""
-    whole = Slice.whole(name, layout.state_shapes[name])
-    master = torch.empty(whole.numel)
-    for entry in layout.parts[name]:
-        values = weights.read(ShardSpec(entry.hub, entry.shape)).reshape(-1)
-        for source, target in entry.part.common(whole):
-            target.view(master).copy_(source.view(values))
-    return StatePiece(ShardSpec(name, whole.global_shape), 0, whole.numel, {MASTER: master})
+    tensor = Frozen(weights, sources).read(name, layout)
+    if name in layout.buffers:
+        return buffer_piece(name, tensor)
+    return StatePiece(ShardSpec(name, tuple(tensor.shape)), 0, tensor.numel(), {MASTER: tensor.float().reshape(-1)})
 
 
 # ---- folders ----

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..parallel.buckets import is_owner
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import Segment
-from ..parallel.spec import ShardSpec
 from .slices import Slice
 from .state_file import INDEX, MASTER, StatePiece
 from .state_read import StoredState
@@ -26,16 +26,6 @@ DIRECTORY = "training_state"
 OWN_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable")
 
 
-def is_written_here(spec: ShardSpec, mesh: ParallelMesh) -> bool:
-    """Whether this rank writes its segment of a parameter: each value of the model is written by exactly one rank.
-
-    The first of the tensor-parallel ranks with the same part, in the first of the copies of the ZeRO shards; a tied
-    parameter on the first stage alone.
-    """
-    is_tied_copy = spec.tied and mesh.pp_size > 1 and not mesh.is_first_stage
-    return mesh.coordinates.replica == 0 and spec.is_first_replica and not is_tied_copy
-
-
 def state_pieces(segments: Iterable[Segment], optimizer: Any, mesh: ParallelMesh) -> list[StatePiece]:
     """What this rank writes: views of its masters and of the optimizer's tensors, no copies.
 
@@ -44,7 +34,7 @@ def state_pieces(segments: Iterable[Segment], optimizer: Any, mesh: ParallelMesh
     """
     pieces = []
     for segment in segments:
-        if not is_written_here(segment.spec, mesh):
+        if not is_owner(segment.spec, mesh):
             continue
         tensors, scalars = {MASTER: segment.master.detach()}, {}
         for kind, value in optimizer.state.get(segment.master, {}).items():
