@@ -31,7 +31,7 @@ from hf_nanotron.checkpoint.state_read import StoredState
 from hf_nanotron.checkpoint.state_values import decode, encode
 from hf_nanotron.checkpoint.training_state import (
     DIRECTORY,
-    is_written_here,
+    is_owner,
     load_training_state,
     state_pieces,
     state_values,
@@ -550,7 +550,7 @@ def test_each_value_has_one_writer(pp_size: int) -> None:
                 for rank in range(8):
                     mesh = simulated_mesh(layout, rank, pp_size, pp, replica)
                     spec = ShardSpec(**{**vars(spec_of(name, 4, mesh.coordinates.tp)), "tied": True})
-                    if is_written_here(spec, mesh):
+                    if is_owner(spec, mesh):
                         written[(spec.ranges if spec.parts else (), mesh.coordinates.shard)] += 1
         parts = set(spec_of(name, 4, 0).parts) or {()}
         assert written == {(part, shard): 1 for part in parts for shard in range(2)}

@@ -13,14 +13,19 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
+from ..checkpoint.hub_layout import HubLayout
+from ..ops.linear import Linear
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
-from ..parallel.loss import causal_lm_loss
-from ..parallel.mesh import ParallelMesh
+from ..parallel.fully_sharded import FullyShardedWeights
+from ..parallel.loss import causal_lm_loss, linear_causal_lm_loss
+from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.random import LayerStreams
 from ..parallel.segment import ShardedWeights
 from ..parallel.spec import ShardSpec
+from .anatomy import Anatomy
+from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
 from .stage import Stage
 
@@ -29,29 +34,37 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     """What every parallel model has besides its stock class. Made by `parallelize`, never directly.
 
     `forward` keeps the stock signature. In evaluation mode it returns whole logits and the loss on every rank, under
-    tensor and pipeline parallelism alike. While training, `logits` are this rank's slice of the vocabulary, and a model
-    of several pipeline stages is run by `NanotronTrainer` only.
+    tensor and pipeline parallelism alike. While training, `logits` are this rank's slice of the vocabulary, or
+    None if the loss is fused with the head, and a model of several pipeline stages is run by `NanotronTrainer` only.
 
     Attributes:
         mesh: where this rank stands.
+        anatomy: names of the model's parts.
         shard_specs: parameter name -> which part of the Hub tensor it is, for the parameters of this rank.
         hub_shapes: shape of every tensor of the Hub checkpoint, in model order.
         hub_owners: pipeline rank that holds (and writes) each of them.
+        hub_layout: which tensors of the Hub's files they are.
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
         stages: the pipeline stages of this rank, in model order.
         streams: seeds of dropout, or None if the model has none.
         sharded: what owns weights and gradients while the model trains, of the trainer that took it last.
+        fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
+        z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
     """
 
     mesh: ParallelMesh
+    anatomy: Anatomy
     shard_specs: dict[str, ShardSpec]
     hub_shapes: dict[str, tuple[int, ...]]
     hub_owners: dict[str, int]
+    hub_layout: HubLayout
     stage_of: dict[str, int]
     stages: list[Stage]
     streams: LayerStreams | None
     executor: PipelineExecutor
     sharded: ShardedWeights | None = None
+    fuses_loss: bool = True
+    z_loss: float = 0.0
     stock_class: type[PreTrainedModel]
     vocab_start: int
     head_is_cut: bool
@@ -120,20 +133,66 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | Prediction,
         labels: torch.Tensor,
         vocab_size: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        group = self.mesh.tp if self.head_is_cut else self.mesh.alone
-        return causal_lm_loss(logits, labels, self.vocab_start, group, num_items_in_batch, shift_labels)
+        if isinstance(logits, Prediction):
+            return logits.loss
+        z_loss = self.z_loss if self.training else 0.0
+        return causal_lm_loss(
+            logits, labels, self.vocab_start, self._head_group, num_items_in_batch, shift_labels, z_loss
+        )
 
-    @classmethod
-    def stock_forward(cls, view: PreTrainedModel, **inputs: Any) -> CausalLMOutputWithPast:
-        """The forward that transformers wrote, over `view`; logits are this rank's slice."""
-        return cls.stock_class.forward(view, **{**inputs, "return_dict": True})
+    @property
+    def _head_group(self) -> Group:
+        """The ranks that share the vocabulary."""
+        return self.mesh.tp if self.head_is_cut else self.mesh.alone
+
+    @functools.cached_property
+    def linear_head(self) -> LinearHead | None:
+        """The head, if the loss is fused with it while the model trains."""
+        return linear_head(self, self.stock_class)
+
+    def stock_forward(self, view: PreTrainedModel, **inputs: Any) -> CausalLMOutputWithPast:
+        """The forward that transformers wrote, over `view`; logits are this rank's slice, or None where the loss of a
+        training model is fused with the head."""
+        inputs = {**inputs, "return_dict": True}
+        wanted = self.training and self.fuses_loss and inputs.get("labels") is not None
+        fuses = wanted and inputs.get("logits_to_keep", 0) == 0 and self.linear_head is not None
+        if self.training and isinstance(self.sharded, FullyShardedWeights):  # a fused head has its gradients by then
+            self.sharded.gather_in_backward(view.get_output_embeddings(), not fuses)
+        cast(ParallelModel, view).z_loss = self.z_loss  # a change of the model's does not reach into views
+        if not fuses or self.linear_head is None:
+            return self.stock_class.forward(view, **inputs)
+        scale = self.linear_head.scale
+
+        def loss(hidden: torch.Tensor, head: Linear) -> torch.Tensor:
+            return linear_causal_lm_loss(
+                hidden,
+                head.weight,
+                head.bias,
+                inputs["labels"],
+                self.vocab_start,
+                self._head_group,
+                inputs.get("num_items_in_batch"),
+                inputs.get("shift_labels"),
+                self.z_loss,
+                scale=scale,
+                weight_gradient=head.weight_gradient,
+            )
+
+        with self.linear_head.predicting(view, loss):
+            output = self.stock_class.forward(view, **inputs)
+        if output.logits.scale != scale:
+            raise ValueError(
+                f"logits were multiplied by {output.logits.scale}, and by {scale} when the model was tried: its config "
+                "has changed since. Make the model anew."
+            )
+        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
     def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
@@ -166,13 +225,6 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.train(training)
-
-    def boundary(self, inputs: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of what travels between two stages for `inputs`."""
-        batch, length = inputs["input_ids"].shape
-        if self.training and self.parallel.sequence_parallel:
-            length //= self.mesh.tp_size
-        return (batch, length, self.config.get_text_config().hidden_size), self.dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Parameters of the whole model, not of this rank (`only_trainable` needs nothing frozen)."""

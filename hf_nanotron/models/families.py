@@ -1,15 +1,206 @@
-"""What the declared plans of transformers leave unsaid, one table per concern."""
+"""What the declared plans of transformers leave unsaid or get wrong, one table per concern.
+
+Blocks are the modules that a decoder layer consists of; they are named by their class, because some families call
+different blocks (attention and Mamba, say) by the same name. `docs/families.md` lists what each family does with it.
+"""
 
 from __future__ import annotations
 
-# Linears inside an attention module whose cut must fall between heads, and the config attribute that counts the heads.
-HEADS = {
-    "q_proj": "num_attention_heads",
-    "k_proj": "num_key_value_heads",
-    "v_proj": "num_key_value_heads",
-    "o_proj": "num_attention_heads",
+from collections.abc import Mapping
+
+Rows = Mapping[str, str | None]
+
+# ---- names ----
+
+LAYERS = ("layers", "h", "blocks")  # stacks of decoder layers inside a backbone
+# Parts of a backbone outside its layers are used after them, but for the embedding and these.
+FIRST_STAGE = (
+    "embed_tokens_extend",
+    "altup_projections",
+    "wpe",
+    "word_embeddings_layernorm",
+    "embed_positions",
+    "input_hidden_states_scale",
+    "input_hidden_states_bias",
+)
+# What computes an input of its own for every layer from token ids and their embeddings: each stage computes all of it.
+EVERY_STAGE = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
+
+# ---- which weights are cut ----
+
+# What a declared style means here; None: the module stays whole. Gathered outputs and split inputs inside a layer mean
+# that what lies between them is whole on every rank, so both ends stay whole too.
+STYLES: dict[str, str | None] = {
+    "colwise": "colwise",
+    "rowwise": "rowwise",
+    "packed_colwise": "packed_colwise",
+    "packed_rowwise": "packed_rowwise",
+    "colwise_gather_output": None,
+    "rowwise_split_input": None,
+    "replicated_with_grad_allreduce": None,
+    "mla_kv_a_proj": None,
+    "local_params": None,
+    "moe_tp_experts": None,
+    "moe_identity_expert": "identity",
+    "embedding_rowwise": None,
+    "embedding_colwise": None,
+    "all_reduce": None,
+    "replicate": None,
 }
 
-# Attributes of an attention module that its forward reads and that change with the cut: the number of query heads that
-# share one key-value head *on this rank*.
+COLUMN, ROW, PACKED = "colwise", "rowwise", "packed_colwise"
+ATTENTION: Rows = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW}
+LATENT_ATTENTION: Rows = {"q_proj": COLUMN, "q_b_proj": COLUMN, "kv_b_proj": COLUMN, "o_proj": ROW}
+# Norms over the features of all heads: cut with the heads, the mean square summed over the ranks.
+NORMED_ATTENTION: Rows = {**ATTENTION, "q_norm": "norm", "k_norm": "norm"}
+MLP: Rows = {"gate_proj": COLUMN, "up_proj": COLUMN, "down_proj": ROW}
+FUSED_MLP: Rows = {"gate_up_proj": PACKED, "down_proj": ROW}
+FUSED_QKV: Rows = {"qkv_proj": "qkv", "o_proj": ROW}
+WHOLE: Rows = {"": None}
+
+
+def inside(name: str, rows: Rows) -> Rows:
+    """`rows` of a module that a block holds under `name`."""
+    return {f"{name}.{path}": style for path, style in rows.items()}
+
+
+# Class of a block -> rows that are added to the declared ones (None takes one away, "" all of them).
+SHARDING: dict[str, Rows] = {
+    "AfmoeAttention": {**ATTENTION, "gate_proj": COLUMN},
+    "AfmoeMLP": MLP,
+    "AfmoeSparseMoeBlock": inside("shared_experts", MLP),
+    "AXK1Attention": LATENT_ATTENTION,
+    "BailingHybridAttention": {**LATENT_ATTENTION, "g_proj": COLUMN},
+    "Cohere2MoeSparseMoeBlock": inside("shared_experts", MLP),
+    "CohereAttention": {"q_norm": "heads", "k_norm": "heads"},
+    "DeepseekV3Attention": LATENT_ATTENTION,
+    "DeepseekV4SparseMoeBlock": inside("shared_experts", MLP),
+    "DogeAttention": WHOLE,  # a mask over all heads is made inside
+    "ExaoneMoeSparseMoEBlock": inside("shared_experts", MLP),
+    "FlexOlmoAttention": NORMED_ATTENTION,
+    "FlintAttention": {**ATTENTION, "sinks": COLUMN},
+    "Gemma3nTextMLP": WHOLE,  # a mean and a deviation over the gate's whole width
+    "Glm4MLP": FUSED_MLP,
+    "Glm4MoeLiteMoE": inside("shared_experts", MLP),
+    "GlmMLP": FUSED_MLP,
+    "GptOssAttention": {**ATTENTION, "sinks": COLUMN},
+    "GptOssMLP": {
+        "experts.gate_up_proj": ROW,  # [experts, in, out], gates and ups alternate
+        "experts.gate_up_proj_bias": ROW,
+        "experts.down_proj": COLUMN,
+    },
+    "GraniteMoeAttention": ATTENTION,
+    "GraniteMoeHybridAttention": ATTENTION,
+    "GraniteMoeHybridMLP": {"input_linear": PACKED, "output_linear": ROW},
+    "GraniteMoeSWAMLP": {"input_linear": PACKED, "output_linear": ROW},
+    "GraniteMoeSharedAttention": ATTENTION,
+    "GraniteMoeSharedMLP": {"input_linear": PACKED, "output_linear": ROW},
+    "HunYuanMoEV1Attention": ATTENTION,
+    "HunYuanMoEV1Moe": inside("shared_mlp", MLP),
+    "InklingMoE": {"experts.gate_up_proj": PACKED},
+    "Inkling2SparseMoeBlock": {"experts.gate_up_proj": PACKED},
+    "JambaAttention": ATTENTION,
+    "JambaMLP": MLP,
+    "KimiLinearAttention": LATENT_ATTENTION,
+    "Lfm2MoeAttention": {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "out_proj": ROW},
+    "Lfm2MoeMLP": {"w1": COLUMN, "w3": COLUMN, "w2": ROW},
+    "MiniMaxM2Attention": NORMED_ATTENTION,
+    "MiniMaxM3VLAttention": ATTENTION,
+    "MiniMaxM3VLDenseMLP": FUSED_MLP,
+    "MiniMaxM3VLSparseMoeBlock": inside("shared_experts", FUSED_MLP),
+    "NemotronHAttention": ATTENTION,
+    "NemotronHMLP": {"up_proj": COLUMN, "down_proj": ROW},
+    "NemotronHMoE": inside("shared_experts", {"up_proj": COLUMN, "down_proj": ROW}),
+    "Olmo2Attention": NORMED_ATTENTION,
+    "Olmo3Attention": NORMED_ATTENTION,
+    "OlmoHybridAttention": NORMED_ATTENTION,
+    "OlmoeAttention": NORMED_ATTENTION,
+    "Phi3Attention": FUSED_QKV,
+    "Phi3MLP": FUSED_MLP,
+    "Phi4MultimodalAttention": FUSED_QKV,
+    "Phi4MultimodalMLP": FUSED_MLP,
+    "PhimoeAttention": ATTENTION,
+    "Qwen2MoeSparseMoeBlock": inside("shared_expert", MLP),
+    "SolarOpenMoE": inside("shared_experts", MLP),
+    "YoutuAttention": LATENT_ATTENTION,
+    "ZayaSparseMoeBlock": {"experts.gate_up_proj": PACKED, "experts.down_proj": ROW},
+}
+
+# Class of a block -> the module that leaves a block whole which holds it.
+WHOLE_WITH: dict[str, str] = {"MiniMaxM3VLAttention": "indexer"}  # it makes a mask for all key-value heads
+
+# Linears of an attention block that are cut between heads: of queries, or of keys and values.
+QUERY_HEADS = (
+    *("q_proj", "q_b_proj", "q_gate_proj", "kv_b_proj", "query_key_value", "q_norm"),
+    *("g_proj", "gate_proj", "gate_bias", "sinks"),
+    *("o_proj", "out_proj", "dense"),
+)
+KEY_HEADS = ("k_proj", "v_proj", "k_norm")
+
+# Attributes of an attention block that its forward reads and that change with the cut.
+LOCAL_QUERY_HEADS = ("num_heads", "num_attention_heads")
+LOCAL_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 QUERY_GROUPS = "num_key_value_groups"
+
+# Model types whose head is not cut: something between it and the loss needs whole logits.
+WHOLE_HEAD: dict[str, str] = {
+    "inkling_text": "the logits are cut to an unpadded vocabulary",
+    "inkling2_text": "the logits are cut to an unpadded vocabulary",
+}
+
+# ---- sequence parallelism ----
+
+# Blocks without cut weights that mix tokens, by a part of their class's name: tokens are gathered in front of them, and
+# each rank computes all. Every other block without cut weights works on each token alone.
+MIXES_TOKENS = ("Attention", "Mamba", "DeltaNet", "ShortConv", "PLELayer")
+
+# Dimension of the hidden states between layers that is the sequence, where it is not 1.
+SEQUENCE_DIM: dict[str, int] = {"gemma3n_text": 2}
+
+# Class of a decoder layer -> the arguments besides the hidden states that hold something for each token, by position.
+TOKEN_ARGUMENTS: dict[str, tuple[int, ...]] = {"Gemma3nTextDecoderLayer": (2,), "Gemma4TextDecoderLayer": (1,)}
+
+# Class of a block -> the module inside it in front of which its partial outputs are summed, instead of at its end.
+SUMS_BEFORE: dict[str, str] = {"AXK1MoE": "post_mlp_layernorm"}
+
+# ---- pipeline ----
+
+# Class of a decoder layer that returns a tuple -> the name of the argument that takes its second part in the next layer
+# (the first one after the hidden states, where it is given by position).
+CARRIES: dict[str, str] = {
+    "GlmMoeDsaDecoderLayer": "prev_topk_indices",
+    "HYV4DecoderLayer": "prev_topk_indices",
+    "ZayaDecoderLayer": "prev_router_hidden_states",
+}
+
+# ---- what cannot work ----
+
+NO_PIPELINE: dict[str, str] = {
+    "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
+    "hrm_text": "two stacks of layers run in cycles, so there is no place to cut",
+}
+NO_SEQUENCE_PARALLEL: dict[str, str] = {
+    "hrm_text": "two stacks of layers run in cycles around the token embedding",
+    "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
+    "zaya": "its layers hand a second state of every token on",
+}
+
+
+def register_plan(block_class: str, rows: Rows) -> None:
+    """Say how the weights of a block are cut, for a family that transformers declares no plan for, or a wrong one.
+
+    Args:
+        block_class: name of the class of a decoder layer's attention, MLP or mixture-of-experts module.
+        rows: path of a linear layer (or bare parameter) inside the block -> `"colwise"` (output features are cut),
+            `"rowwise"` (input features are cut, outputs summed), `"packed_colwise"` (two layers stored one after the
+            other in one weight), or None to leave what the declared plan cuts whole. `{"": None}` leaves all of it
+            whole.
+
+    Raises:
+        ValueError: for a style that is not one of these.
+    """
+    known = {style for style in STYLES.values() if style} | {"norm", "heads", "qkv"}
+    for path, style in rows.items():
+        if style is not None and style not in known:
+            raise ValueError(f"{block_class}.{path}: {style!r} is not one of {', '.join(sorted(known))}, or None.")
+    SHARDING[block_class] = {**SHARDING.get(block_class, {}), **rows}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..parallel.mesh import ParallelMesh
 from ..parallel.random import GeneratorState, seed_from, seed_generators
 from .base import ParallelModel
+from .stage import ABSENT
 
 
 def materialise(model: ParallelModel, device: torch.device) -> None:
@@ -46,7 +47,7 @@ def initialise(model: ParallelModel, stock: PreTrainedModel, seed: int, paramete
     state = GeneratorState()
     for name, module in model.named_modules():
         own_parameters = dict(module.named_parameters(recurse=False)) if parameters else {}
-        own_buffers = dict(module.named_buffers(recurse=False))
+        own_buffers = {} if isinstance(module, ABSENT) else dict(module.named_buffers(recurse=False))
         if not own_parameters and not own_buffers:
             continue
         specs = {leaf: model.shard_specs[_held_name(model, name, leaf)] for leaf in own_parameters}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,17 +11,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..checkpoint.hub_layout import hub_layout
 from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.pipeline.schedule import rank_of_stage
 from ..parallel.random import LayerStreams, has_dropout
-from ..parallel.region import Region, copy_before, gather_after, split_before
+from ..parallel.region import Region, TokenRegion, WholeRegion, gather_before_head, split_argument, split_before
 from ..parallel.spec import ShardSpec
+from .anatomy import Anatomy, blocks, decoder_layers, dissect
 from .base import ParallelModel, parallel_class
-from .plan import PipelinePlan, backbone_name, decoder_layers, pipeline_plan
-from .shard import module_name, regions, sharded_modules, swap_layers, tensor_specs
-from .stage import Absent, AbsentEmbedding, AbsentLayer, Stage
-from .stages import EMBEDDING_COST, split_layers
+from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS
+from .plan import Plan, is_experts, make_plan
+from .shard import swap_layers, tensor_specs
+from .stage import ABSENT, AbsentLayer, Stage, put_stand_in, stand_in
+from .stages import EMBEDDING_COST, first_shared_layer, split_layers
 
 CAUSAL_LM_NAMES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # GPT2LMHeadModel and its like
 
@@ -48,92 +52,111 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     if not is_causal or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not a causal language model; hf_nanotron trains those.")
 
-    tied = _tied_names(model)
-    plan = sharded_modules(model) if mesh.tp_size > 1 else {}
-    specs = _named_like_the_hub(tensor_specs(model, mesh, plan), tied)
-    pipeline = pipeline_plan(model) if mesh.pp_size > 1 else None
-    layers_of_stage = _cut_layers(model, mesh, pipeline)
-    stage_of = {name: _stage_of(name, model, pipeline, layers_of_stage) for name in specs}
-    hub_shapes = {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied
-    }
-    owners = {
-        name: rank_of_stage(_stage_of(name, model, pipeline, layers_of_stage), mesh.pp_size) for name in hub_shapes
-    }
-    for replicas in sorted({spec.replicas for spec in specs.values()} - {1}):
+    anatomy = dissect(model)
+    _refuse_what_cannot_work(model, mesh)
+    tied = _tied_names(model, anatomy)
+    plan = make_plan(model, anatomy, mesh.tp_size, mesh.ep_size)
+    specs = _named_like_the_hub(tensor_specs(model, anatomy, mesh, plan), tied, anatomy)
+    layers_of_stage = _cut_layers(model, mesh, anatomy)
+    tensors = model.state_dict(keep_vars=True)
+    stage_of = {name: _stage_of(name, anatomy, layers_of_stage) for name in (*specs, *tensors)}
+    hub_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
+    layout = hub_layout(model)
+    owners = {name: rank_of_stage(stage_of[name], mesh.pp_size) for name in hub_shapes}
+    for replicas in sorted({spec.replicas for spec in specs.values() if spec.axis == "tp"} - {1}):
         mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
-    cut_regions = regions(model, plan)
-    head_name = module_name(model, model.get_output_embeddings())
 
     _take_weights_of_rank_0(model, mesh)
-    if pipeline is not None:
-        _leave_out_other_stages(model, mesh, pipeline, layers_of_stage)
-    swap_layers(model, mesh, plan, specs)
+    if mesh.pp_size > 1:
+        _leave_out_other_stages(model, mesh, anatomy, layers_of_stage)
+    swap_layers(model, mesh, plan, specs, ABSENT)
     stock = type(model)
     model.__class__ = parallel_class(stock)  # type: ignore[arg-type]
     model = cast(ParallelModel, model)
-    model.mesh = mesh
-    model.head_is_cut = head_name in plan
-    model.vocab_start = specs[f"{head_name}.weight"].ranges[0][0] if model.head_is_cut else 0
-    model.hub_shapes, model.hub_owners = hub_shapes, owners
+    model.mesh, model.anatomy = mesh, anatomy
+    model.head_is_cut = anatomy.head in plan.styles
+    model.vocab_start = specs[f"{anatomy.head}.weight"].ranges[0][0] if model.head_is_cut else 0
+    model.hub_shapes, model.hub_owners, model.hub_layout = hub_shapes, owners, layout
     held = dict(model.named_parameters())
     model.shard_specs = {name: specs[name] for name in held}
-    model.stage_of = {name: stage_of[name] for name in held}
+    model.stage_of = {name: _held_stage(stage_of[name], specs[name], mesh) for name in held}
     model.streams = _attach_dropout_streams(model, mesh)
-    _attach_communication(model, mesh, cut_regions)
+    _attach_communication(model, mesh, plan)
     stages = [index for index in range(len(layers_of_stage)) if rank_of_stage(index, mesh.pp_size) == mesh.pp_rank]
-    whole = PipelinePlan(backbone_name(model), "", (), ())
-    model.stages = [
-        Stage(model, pipeline or whole, index, layers_of_stage[index], len(layers_of_stage)) for index in stages
-    ]
-    model.executor = PipelineExecutor(mesh.pp, model.boundary, mesh.device)
+    model.stages = [Stage(model, anatomy, index, layers_of_stage[index], len(layers_of_stage)) for index in stages]
+    model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]
     return model
 
 
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Refuse the sizes that a family cannot have.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    kind = model.config.get_text_config().model_type
+    refused = (
+        (mesh.pp_size > 1, NO_PIPELINE, f"pp_size={mesh.pp_size}", "pp_size=1"),
+        (
+            mesh.tp_size > 1 and mesh.parallel.sequence_parallel,
+            NO_SEQUENCE_PARALLEL,
+            "sequence_parallel=True",
+            "sequence_parallel=False",
+        ),
+    )
+    for asked, table, what, works in refused:
+        if asked and kind in table:
+            raise ValueError(f"{what}: {type(model).__name__} ({kind!r}) cannot have it: {table[kind]}; use {works}.")
+
+
+def _tied_names(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, str]:
     """Parameter -> the parameter it shares storage with, for pairs that the config ties."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return {}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is not embedding.weight:
+    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
         return {}
-    return {f"{module_name(model, head)}.weight": f"{module_name(model, embedding)}.weight"}
+    return {f"{anatomy.head}.weight": f"{anatomy.embedding}.weight"}
 
 
-def _named_like_the_hub(specs: dict[str, ShardSpec], tied: dict[str, str]) -> dict[str, ShardSpec]:
-    """Give tied parameters the name under which the Hub stores them."""
+def _named_like_the_hub(specs: dict[str, ShardSpec], tied: dict[str, str], anatomy: Anatomy) -> dict[str, ShardSpec]:
+    """Give tied parameters the name under which the Hub stores them, and say which stages hold a parameter."""
     sources = set(tied.values())
     named = {}
     for name, spec in specs.items():
-        is_tied = name in tied or name in sources
-        named[name] = ShardSpec(
-            tied.get(name, name), spec.global_shape, spec.dim, spec.parts, spec.tp_rank, spec.partial_grad, is_tied
-        )
+        source = tied.get(name, name)
+        everywhere = anatomy.place(source) in anatomy.everywhere
+        stages: Any = "all" if everywhere else "ends" if source in sources else "one"
+        named[name] = replace(spec, name=source, stages=stages)
     return named
 
 
-def _cut_layers(model: PreTrainedModel, mesh: ParallelMesh, plan: PipelinePlan | None) -> tuple[range, ...]:
-    if plan is None:
+def _cut_layers(model: PreTrainedModel, mesh: ParallelMesh, anatomy: Anatomy) -> tuple[range, ...]:
+    if mesh.pp_size == 1:
         return (range(model.config.get_text_config().num_hidden_layers),)
-    _, layers = decoder_layers(model)
-    head = float(cast(nn.Linear, model.get_output_embeddings()).weight.numel())
+    layers = decoder_layers(model, anatomy)
+    costs = [float(sum(p.numel() for p in layer.parameters() if p.dim() > 1)) for layer in layers]
     return split_layers(
-        [float(sum(p.numel() for p in layer.parameters() if p.dim() > 1)) for layer in layers],
+        costs,
         mesh.parallel.num_stages,
         first_cost=EMBEDDING_COST * cast(nn.Embedding, model.get_input_embeddings()).weight.numel(),
-        last_cost=head,
+        last_cost=float(cast(nn.Linear, model.get_output_embeddings()).weight.numel()),
         layers_per_stage=mesh.parallel.pp_layers_per_stage,
+        last_cut=first_shared_layer(layers),
     )
 
 
-def _stage_of(name: str, model: PreTrainedModel, plan: PipelinePlan | None, layers_of_stage: tuple[range, ...]) -> int:
-    if plan is None or any(name.startswith(first + ".") for first in plan.first):
-        return 0
-    if name.startswith(plan.layers + "."):
-        layer = int(name[len(plan.layers) + 1 :].split(".")[0])
+def _stage_of(name: str, anatomy: Anatomy, layers_of_stage: tuple[range, ...]) -> int:
+    if anatomy.layers is not None and name.startswith(anatomy.layers + "."):
+        layer = int(name[len(anatomy.layers) + 1 :].split(".")[0])
         return next(stage for stage, layers in enumerate(layers_of_stage) if layer in layers)
-    return len(layers_of_stage) - 1
+    return len(layers_of_stage) - 1 if anatomy.place(name) in anatomy.last else 0
+
+
+def _held_stage(stage: int, spec: ShardSpec, mesh: ParallelMesh) -> int:
+    """The stage of this rank that a parameter belongs to; one that every stage has goes with the rank's last stage."""
+    if spec.stages == "all":
+        return mesh.pp_rank + (mesh.parallel.num_stages - mesh.pp_size)
+    return stage
 
 
 def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
@@ -148,20 +171,18 @@ def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
 
 
 def _leave_out_other_stages(
-    model: PreTrainedModel, mesh: ParallelMesh, plan: PipelinePlan, layers_of_stage: tuple[range, ...]
+    model: PreTrainedModel, mesh: ParallelMesh, anatomy: Anatomy, layers_of_stage: tuple[range, ...]
 ) -> None:
-    layers = cast(nn.ModuleList, model.get_submodule(plan.layers))
+    layers = decoder_layers(model, anatomy)
     for stage, indices in enumerate(layers_of_stage):
         if rank_of_stage(stage, mesh.pp_size) != mesh.pp_rank:
             for index in indices:
                 layers[index] = AbsentLayer(layers[index], index)
-    if not mesh.is_first_stage:
-        hidden_size = model.config.get_text_config().hidden_size
-        for name in plan.first:
-            model.set_submodule(name, AbsentEmbedding(hidden_size, model.dtype))
-    if not mesh.is_last_stage:
-        for name in plan.last:
-            model.set_submodule(name, Absent())
+    absent = (*(() if mesh.is_first_stage else anatomy.first), *(() if mesh.is_last_stage else anatomy.last))
+    for name in absent:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        put_stand_in(owner, leaf, stand_in(getattr(owner, leaf), model.dtype, mesh.device))
 
 
 def _attach_dropout_streams(model: ParallelModel, mesh: ParallelMesh) -> LayerStreams | None:
@@ -172,40 +193,33 @@ def _attach_dropout_streams(model: ParallelModel, mesh: ParallelMesh) -> LayerSt
     streams = LayerStreams(torch.initial_seed(), mesh.tp_rank if cut_everywhere else 0)
     # A model that is not cut may keep its layers anywhere: the stream of the micro-batch serves all of it.
     is_cut = mesh.tp_size * mesh.pp_size > 1
-    layers = decoder_layers(model)[1] if is_cut or hasattr(model.base_model, "layers") else ()
+    layers = decoder_layers(model, model.anatomy) if is_cut or model.anatomy.layers is not None else ()
     for index, layer in enumerate(layers):
         if not isinstance(layer, AbsentLayer):
             streams.attach(layer, index)
     return streams
 
 
-def _attach_communication(model: ParallelModel, mesh: ParallelMesh, cut_regions: list[str]) -> None:
+def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) -> None:
     if mesh.tp_size == 1:
         return
     sequence_parallel = mesh.parallel.sequence_parallel
-    for name in cut_regions:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            continue  # a layer of another stage
-        Region(mesh.tp, sequence_parallel, own_dropout=model.streams is not None).attach(module)
+    for name, block in blocks(model, model.anatomy):
+        if name in plan.regions:
+            region = Region(mesh.tp, sequence_parallel, model.streams is not None, flat=is_experts(block))
+            before = SUMS_BEFORE.get(type(block).__name__)
+            region.attach(block, None if before is None else block.get_submodule(before))
+        elif name in plan.whole and sequence_parallel:
+            WholeRegion(mesh.tp).attach(block)
+        elif name in plan.spread and not sequence_parallel:
+            TokenRegion(mesh.tp).attach(block)
+    kind = model.config.get_text_config().model_type
+    if sequence_parallel:
+        for layer in decoder_layers(model, model.anatomy):
+            for argument in TOKEN_ARGUMENTS.get(type(layer).__name__, ()):
+                split_argument(layer, argument, mesh.tp)
     if sequence_parallel and mesh.is_first_stage:
-        split_before(decoder_layers(model)[1][0], mesh.tp)
+        split_before(decoder_layers(model, model.anatomy)[0], mesh.tp, SEQUENCE_DIM.get(kind, 1))
     if mesh.is_last_stage:
-        if sequence_parallel:
-            gather_after(_final_norm(model), mesh.tp, model.head_is_cut)
-        if model.head_is_cut:
-            copy_before(model.get_output_embeddings(), mesh.tp, also_when_training=not sequence_parallel)
-
-
-def _final_norm(model: ParallelModel) -> nn.Module:
-    """The one module of the backbone with parameters besides the embedding and the layers."""
-    backbone = model.get_submodule(backbone_name(model))
-    known = (model.get_input_embeddings(), decoder_layers(model)[1])
-    norms = [m for m in backbone.children() if m not in known and any(True for _ in m.parameters())]
-    if len(norms) != 1:
-        raise ValueError(
-            f"{type(model).__name__}: expected one final norm after the layers, found {len(norms)} modules; use "
-            "sequence_parallel=False."
-        )
-    return norms[0]
+        head = model.get_output_embeddings()
+        gather_before_head(head, mesh.tp, sequence_parallel, model.head_is_cut)

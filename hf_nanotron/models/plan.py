@@ -1,7 +1,7 @@
-"""Read the parallel plans that a transformers model declares.
+"""Which weights of a stock model are cut over the tensor-parallel ranks, and how: declared plans and our tables.
 
-Only declarations are used (`config.base_model_tp_plan`, `config.base_model_pp_plan` and the `_tp_plan` and `_pp_plan`
-of the class), never the code in transformers that acts on them.
+Only declarations are used (`config.base_model_tp_plan` and the `_tp_plan` of the class), never the code in transformers
+that acts on them. What is missing or wrong there is in `families.py`.
 """
 
 from __future__ import annotations
@@ -12,105 +12,146 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-SUPPORTED_STYLES = ("colwise", "rowwise", "colwise_gather_output", "replicated_with_grad_allreduce")
+from .anatomy import Anatomy, blocks, join
+from .families import MIXES_TOKENS, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH
+
+# Linears inside a summed block that may stay whole although they write as many features as the block does: they choose
+# experts, make low-rank inputs of cut layers, or are linear in the partial sum.
+FEEDS_CUT_LAYERS = ("gate", "router", "q_a_proj", "kv_a_proj_with_mqa", "fc1_latent_proj", "fc2_latent_proj")
+FEEDING_MODULES = ("indexer", "router", "gate")
 
 
 @dataclass(frozen=True)
-class PipelinePlan:
-    """Names of the modules that a pipeline cut goes between.
+class Plan:
+    """How a model is cut.
 
     Args:
-        backbone: the base model inside the causal LM, `""` if it is the model itself.
-        layers: the stack that is cut.
-        first: modules with parameters that only the first stage holds.
-        last: modules with parameters that only the last stage holds.
+        styles: module or bare parameter -> style (`"colwise"`, `"rowwise"`, `"packed_colwise"`, `"packed_rowwise"`,
+            `"qkv"`, `"heads"`, `"norm"`, `"vocabulary"`, `"experts"`).
+        regions: blocks whose partial outputs are summed.
+        whole: blocks without cut weights that mix tokens.
+        spread: blocks whose experts are spread over the expert-parallel ranks.
+        after_sum: modules inside `regions` that work on the sum already.
     """
 
-    backbone: str
-    layers: str
-    first: tuple[str, ...]
-    last: tuple[str, ...]
+    styles: dict[str, str]
+    regions: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
+    after_sum: tuple[str, ...] = ()
 
 
-def backbone_name(model: PreTrainedModel) -> str:
-    """Name of the base model inside `model`."""
-    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds stacked experts behind transformers' common interface."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
-def join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:
-    """Module name -> sharding style, for every module of `model` that its plan names.
+def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
+    """Decide about every weight of a whole stock model.
 
     Raises:
-        ValueError: if the model declares no plan, or a style this version does not know.
+        ValueError: if nothing says how the model is cut, or a declared style is unknown, or the plan would count a part
+            of a block once for every rank.
     """
-    base = getattr(model.config, "base_model_tp_plan", None)
-    if not base:
+    found = blocks(model, anatomy)
+    spread: dict[str, str] = {}  # block -> its experts
+    if ep_size > 1:
+        for path, block in found:
+            for name, module in block.named_modules():
+                if is_experts(module):
+                    spread[path] = join(path, name)
+        if not spread:
+            raise ValueError(
+                f"ep_size={ep_size}: {type(model).__name__} ({model.config.model_type!r}) has no experts behind "
+                "transformers' common interface to spread over ranks; use ep_size=1."
+            )
+    styles = _cut_styles(model, anatomy, found) if tp_size > 1 else {}
+    for path, experts in spread.items():
+        styles = {name: style for name, style in styles.items() if not name.startswith(path + ".")}
+        module = model.get_submodule(experts)
+        styles |= {join(experts, leaf): "experts" for leaf, _ in module.named_parameters(recurse=False)}
+    regions = [
+        path
+        for path, _ in found
+        if path not in spread and any(name == path or name.startswith(path + ".") for name in styles)
+    ]
+    if tp_size > 1:
+        _check_regions(model, regions, styles)
+    mixes = [
+        path
+        for path, block in found
+        if path not in regions and path not in spread and any(part in type(block).__name__ for part in MIXES_TOKENS)
+    ]
+    classes = {path: type(block).__name__ for path, block in found}
+    after_sum = tuple(join(path, SUMS_BEFORE[classes[path]]) for path in regions if classes[path] in SUMS_BEFORE)
+    return Plan(styles, tuple(regions), tuple(mixes) if tp_size > 1 else (), tuple(spread), after_sum)
+
+
+def _cut_styles(model: PreTrainedModel, anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    declared = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    patterns = {join(anatomy.backbone, name): style for name, style in declared.items()}
+    patterns.update(type(model)._tp_plan or {})
+    regexes = [(re.compile(p.replace(".", r"\.").replace("*", r"[^.]+")), style) for p, style in patterns.items()]
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    styles: dict[str, str] = {}
+    for name in names:
+        for regex, style in regexes:
+            if not regex.fullmatch(name):
+                continue
+            if style not in STYLES:
+                raise ValueError(
+                    f"{type(model).__name__}: the plan cuts {name!r} as {style!r}, which this version does not know "
+                    f"(it knows {', '.join(STYLES)}); use tp_size=1, or say how with register_plan."
+                )
+            if STYLES[style] is not None:
+                styles[name] = str(STYLES[style])
+    overrides = {path: SHARDING[type(block).__name__] for path, block in found if type(block).__name__ in SHARDING}
+    if not any(name.startswith(join(anatomy.backbone, "")) for name in styles) and not overrides:
         raise ValueError(
             f"{type(model).__name__}: its config ({model.config.model_type!r}) declares no tensor-parallel plan "
-            "(`base_model_tp_plan`), so its layers cannot be cut; use tp_size=1."
+            "(`base_model_tp_plan`) and register_plan was told none, so its layers cannot be cut; use tp_size=1."
         )
-    patterns = {join(backbone_name(model), name): style for name, style in base.items()}
-    patterns.update(type(model)._tp_plan or {})
-    regexes = [(re.compile(pattern.replace(".", r"\.").replace("*", r"[^.]+")), s) for pattern, s in patterns.items()]
-    plan = {}
-    for name, _ in model.named_modules():
-        for regex, style in regexes:
-            if regex.fullmatch(name):
-                plan[name] = style
-    for name, style in plan.items():
-        if style not in SUPPORTED_STYLES:
-            raise ValueError(
-                f"{type(model).__name__}: the plan cuts {name!r} as {style!r}, which this version does not support "
-                f"(it knows {', '.join(SUPPORTED_STYLES)}); use tp_size=1."
-            )
-    return plan
+    for path, rows in overrides.items():
+        block = model.get_submodule(path)
+        holds = getattr(block, WHOLE_WITH.get(type(block).__name__, ""), None) is not None
+        if "" in rows or holds:
+            styles = {name: style for name, style in styles.items() if not name.startswith(path + ".")}
+        for name, style in rows.items():
+            if name and not holds and _holds(block, name):
+                styles.pop(join(path, name), None)
+                if style is not None:
+                    styles[join(path, name)] = style
+    styles.pop(anatomy.head, None)
+    if model.config.get_text_config().model_type not in WHOLE_HEAD:
+        styles[anatomy.head] = "colwise"
+        styles[anatomy.embedding] = "vocabulary"
+    return styles
 
 
-def pipeline_plan(model: PreTrainedModel) -> PipelinePlan:
-    """The modules a pipeline cut goes between.
-
-    Raises:
-        ValueError: if the model declares no plan, or has parameters that the plan places nowhere.
-    """
-    base = getattr(model.config, "base_model_pp_plan", None)
-    if not base or "layers" not in base:
-        raise ValueError(
-            f"{type(model).__name__}: its config ({model.config.model_type!r}) declares no pipeline plan "
-            "(`base_model_pp_plan`), so its layers cannot be spread over stages; use pp_size=1."
-        )
-    backbone, names = backbone_name(model), list(base)
-    cut = names.index("layers")
-    plan = PipelinePlan(
-        backbone=backbone,
-        layers=join(backbone, "layers"),
-        first=tuple(join(backbone, name) for name in names[:cut]),
-        last=(*(join(backbone, name) for name in names[cut + 1 :]), *(type(model)._pp_plan or {})),
-    )
-    placed = (*plan.first, plan.layers, *plan.last)
-    for name, _ in model.named_parameters():
-        if not any(name.startswith(place + ".") for place in placed):
-            raise ValueError(
-                f"{type(model).__name__}: the pipeline plan does not say which stage holds {name!r} "
-                f"(it places {', '.join(placed)}); use pp_size=1."
-            )
-    return plan
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers.
-
-    Raises:
-        ValueError: if the model keeps them somewhere unusual.
-    """
-    name = join(backbone_name(model), "layers")
+def _holds(block: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
     try:
-        layers = model.get_submodule(name)
+        return getattr(block.get_submodule(owner), leaf, None) is not None
     except AttributeError:
-        layers = None
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no decoder layers at {name!r}; use tp_size=1 and pp_size=1.")
-    return name, layers
+        return False
+
+
+def _check_regions(model: PreTrainedModel, regions: list[str], styles: dict[str, str]) -> None:
+    """Every path through a summed block must pass a cut layer: what does not would be counted once for every rank.
+
+    Raises:
+        ValueError: naming a linear that writes the block's output and is whole.
+    """
+    width = model.config.get_text_config().hidden_size
+    for region in regions:
+        for name, module in model.get_submodule(region).named_modules():
+            path = join(region, name)
+            *owners, leaf = name.split(".")
+            feeds = leaf in FEEDS_CUT_LAYERS or any(owner in FEEDING_MODULES for owner in owners)
+            writes = isinstance(module, nn.Linear) and module.out_features == width
+            if writes and not feeds and path not in styles:
+                raise ValueError(
+                    f"{type(model).__name__}: the outputs of {region!r} are summed over the tensor-parallel ranks, but "
+                    f"{path!r} is whole on each of them, so it would count tp_size times. Say how it is cut with "
+                    f"register_plan({type(model.get_submodule(region)).__name__!r}, ...), or use tp_size=1."
+                )

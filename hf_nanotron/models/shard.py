@@ -1,163 +1,254 @@
-"""Decide how every parameter is cut over the tensor-parallel ranks, and swap the layers that hold the cuts."""
+"""Which part of every parameter a rank holds, and the layers that hold it."""
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..ops.linear import Linear
+from ..parallel.experts import ParallelExperts, experts_class
 from ..parallel.mesh import ParallelMesh
-from ..parallel.spec import Ranges, ShardSpec, even_parts, head_parts
-from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from .families import HEADS, QUERY_GROUPS
-from .plan import decoder_layers, join, tensor_parallel_plan
+from ..parallel.spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
+from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_norm_class, vocab_parallel_class
+from .anatomy import Anatomy, join
+from .families import KEY_HEADS, LOCAL_KEY_HEADS, LOCAL_QUERY_HEADS, QUERY_GROUPS, QUERY_HEADS
+from .plan import Plan, is_experts
 
-# style -> the dimension of `weight` (and whether the bias follows) that is cut
-CUT_DIM = {"colwise": 0, "colwise_gather_output": 0, "rowwise": 1}
+# Linears that read the hidden states for every head at once: their block is attention.
+READS_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_value")
 
-
-def module_name(model: nn.Module, module: nn.Module) -> str | None:
-    """Name of `module` inside `model`, or None."""
-    return next((name for name, candidate in model.named_modules() if candidate is module), None)
-
-
-def sharded_modules(model: PreTrainedModel) -> dict[str, str]:
-    """Module name -> style, with the token embedding cut like the head (a tied pair must be)."""
-    plan = {name: style for name, style in tensor_parallel_plan(model).items() if style in CUT_DIM}
-    head = module_name(model, model.get_output_embeddings())
-    embedding = module_name(model, model.get_input_embeddings())
-    if head in plan and embedding is not None:
-        plan[embedding] = "vocabulary"
-    return plan
+# Styles whose cuts fall between heads or experts, not anywhere.
+WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "identity")
 
 
-def regions(model: PreTrainedModel, plan: dict[str, str]) -> list[str]:
-    """Modules at whose border tokens are gathered and partial outputs summed: the parents of the cut linears."""
-    if not plan:
-        return []
-    layers, _ = decoder_layers(model)
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in plan if name.startswith(layers + ".")))
-
-
-def tensor_specs(model: PreTrainedModel, mesh: ParallelMesh, plan: dict[str, str]) -> dict[str, ShardSpec]:
-    """A `ShardSpec` for every parameter of the whole `model`, keyed by its Hub name. Changes nothing.
+def tensor_specs(model: PreTrainedModel, anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
+    """A `ShardSpec` for every parameter of the whole `model`, keyed by its name. Changes nothing.
 
     Raises:
-        ValueError: if heads, vocabulary or features cannot be cut over `tp_size` ranks.
+        ValueError: if heads, vocabulary, experts or features cannot be cut over the ranks.
     """
     tp_size = mesh.tp_size
-    inside = tuple(name + "." for name in regions(model, plan))
-    outside = (
-        module_name(model, model.get_input_embeddings()),
-        module_name(model, model.get_output_embeddings()),
-    )
+    summed = tuple(name + "." for name in (*plan.regions, *plan.spread))
+    whole = tuple(name + "." for name in plan.whole)
+    after_sum = tuple(f"{name}." for name in plan.after_sum)
+    before_split = (*anatomy.first, *anatomy.everywhere, anatomy.head)
     specs = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        style, shape = plan.get(owner), tuple(parameter.shape)
-        if style and not (style == "rowwise" and leaf == "bias"):
-            dim = CUT_DIM.get(style, 0)
-            parts = _parts(model, plan, owner, style, shape[dim], tp_size)
+        style, shape = plan.styles.get(name) or plan.styles.get(owner), tuple(parameter.shape)
+        is_bare = name in plan.styles
+        if style == "experts":
+            specs[name] = _experts_spec(model, mesh, name, shape)
+            continue
+        if style and not (style == "rowwise" and leaf == "bias" and not is_bare):
+            dim = _cut_dim(style, is_bare, len(shape))
+            parts = _parts(model, plan, name, style, dim, shape, tp_size)
             specs[name] = ShardSpec(name, shape, dim, parts, mesh.tp_rank)
             continue
         # A replicated parameter inside a region feeds sharded heads or features. Under sequence parallelism everything
-        # between the split at the first layer and the gather after the last norm sees only a part of the tokens.
-        sees_part_of_tokens = mesh.parallel.sequence_parallel and owner not in outside
-        partial = tp_size > 1 and (name.startswith(inside) or sees_part_of_tokens)
-        specs[name] = ShardSpec(name, shape, tp_rank=mesh.tp_rank, partial_grad=partial)
+        # between the split at the first layer and the gather in front of the head sees only a part of the tokens.
+        outside = anatomy.place(name) in before_split
+        sees_part_of_tokens = mesh.parallel.sequence_parallel and not outside and not name.startswith(whole)
+        in_sum = name.startswith(summed) and not name.startswith(after_sum)
+        partial = tp_size > 1 and (in_sum or sees_part_of_tokens)
+        specs[name] = ShardSpec(name, shape, rank=mesh.tp_rank, partial_grad=partial)
     return specs
 
 
+def _experts_spec(model: nn.Module, mesh: ParallelMesh, name: str, shape: tuple[int, ...]) -> ShardSpec:
+    experts = int(cast(Any, model.get_submodule(name.rpartition(".")[0])).num_experts)
+    if experts % mesh.ep_size or shape[0] != experts:
+        works = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise ValueError(
+            f"ep_size={mesh.ep_size} does not divide the {experts} experts of {name!r} (shape {list(shape)}); "
+            f"ep_size works as one of {works}."
+        )
+    return ShardSpec(name, shape, 0, even_parts(experts, mesh.ep_size), mesh.coordinates.ep, axis="ep")
+
+
+def _cut_dim(style: str, is_bare: bool, dims: int) -> int:
+    """The dimension of a parameter that is cut: of a linear's weight or bias, or of a bare (stacked) parameter."""
+    if style in ("rowwise", "packed_rowwise"):
+        return dims - 1
+    return max(0, dims - 2) if is_bare else 0
+
+
 def _parts(
-    model: PreTrainedModel, plan: dict[str, str], owner: str, style: str, size: int, tp_size: int
+    model: PreTrainedModel, plan: Plan, name: str, style: str, dim: int, shape: tuple[int, ...], tp_size: int
 ) -> tuple[Ranges, ...]:
-    heads_attribute = HEADS.get(owner.rpartition(".")[2])
-    if heads_attribute is not None:
-        heads, kv_heads = head_counts(model)
-        if not _heads_fit(heads, kv_heads, tp_size):
+    size = shape[dim]
+    owner = name if name in plan.styles else name.rpartition(".")[0]
+    block, leaf = _block_of(model, plan, owner), owner.rpartition(".")[2]
+    heads = head_counts(model, block) if block is not None else None
+    if heads is not None and (style in ("qkv", "heads", "norm") or leaf in (*QUERY_HEADS, *KEY_HEADS)):
+        query, key = heads
+        if not _heads_fit(query, key, tp_size):
             raise ValueError(
-                f"tp_size={tp_size} cannot cut {heads} attention heads and {kv_heads} key-value heads: it must divide "
-                "the attention heads, and divide the key-value heads or be a multiple of them; "
-                f"{_works(model, plan)}"
+                f"tp_size={tp_size} cannot cut {query} attention heads and {key} key-value heads: it must divide the "
+                f"attention heads, and divide the key-value heads or be a multiple of them; {_works(model, plan)}"
             )
-        count = heads if heads_attribute == "num_attention_heads" else kv_heads
+        if style == "qkv":
+            width = size // (query + 2 * key)
+            sections = [head_parts(count, width, tp_size) for count in (query, key, key)]
+            return joined_parts(sections, [query * width, key * width, key * width])
+        count = key if leaf in KEY_HEADS else query
         return head_parts(count, size // count, tp_size)
-    if size % tp_size:
-        what = "vocabulary" if style in ("vocabulary", "colwise_gather_output") else f"features of {owner!r}"
-        raise ValueError(f"tp_size={tp_size} does not divide the {size} {what}; {_works(model, plan)}")
-    return even_parts(size, tp_size)
+    packed = 2 if style.startswith("packed") else 1
+    if size % (packed * tp_size):
+        what = "vocabulary" if style == "vocabulary" else f"features of {owner!r}"
+        raise ValueError(f"tp_size={tp_size} does not divide the {size // packed} {what}; {_works(model, plan)}")
+    half = size // packed
+    return joined_parts([even_parts(half, tp_size)] * packed, [half] * packed)
 
 
-def head_counts(model: PreTrainedModel) -> tuple[int, int]:
-    """Attention heads and key-value heads of the whole model."""
-    heads = model.config.num_attention_heads
-    return heads, getattr(model.config, "num_key_value_heads", None) or heads
+def _block_of(model: nn.Module, plan: Plan, name: str) -> nn.Module | None:
+    region = next((region for region in plan.regions if name.startswith(region + ".")), None)
+    return None if region is None else model.get_submodule(region)
+
+
+def head_counts(model: PreTrainedModel, block: nn.Module) -> tuple[int, int] | None:
+    """Query heads and key-value heads of a whole attention block; None for another block."""
+    if not any(hasattr(block, name) for name in READS_HEADS):
+        return None
+    config: Any = model.config.get_text_config()
+    attention: Any = block
+    head_dim, groups = getattr(block, "head_dim", None), getattr(block, QUERY_GROUPS, None)
+    query = next((int(getattr(block, n)) for n in LOCAL_QUERY_HEADS if isinstance(getattr(block, n, None), int)), 0)
+    if isinstance(getattr(block, "k_proj", None), nn.Linear) and head_dim:
+        key = attention.k_proj.out_features // head_dim
+        return (key * groups if groups else query or config.num_attention_heads), key
+    query = query or int(config.num_attention_heads)
+    if hasattr(block, "kv_b_proj") or not groups:
+        return query, query
+    return query, query // groups
 
 
 def _heads_fit(heads: int, kv_heads: int, tp_size: int) -> bool:
     return heads % tp_size == 0 and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)
 
 
-def _works(model: PreTrainedModel, plan: dict[str, str]) -> str:
+def _works(model: PreTrainedModel, plan: Plan) -> str:
     """The sizes that everything in the model allows, not only what was in the way."""
-    heads, kv_heads = head_counts(model)
-    cuts = {
-        cast(torch.Tensor, model.get_submodule(name).weight).shape[CUT_DIM.get(style, 0)]
-        for name, style in plan.items()
-        if name.rpartition(".")[2] not in HEADS
-    }
-    works = [n for n in range(1, heads + 1) if _heads_fit(heads, kv_heads, n) and not any(size % n for size in cuts)]
+    counts = {head_counts(model, model.get_submodule(region)) for region in plan.regions} - {None}
+    cuts = set()
+    for name, style in plan.styles.items():
+        leaf = name.rpartition(".")[2]
+        if leaf not in (*QUERY_HEADS, *KEY_HEADS) and style not in WITHOUT_SIZE:
+            module: Any = _get(model, name)
+            weight = module if isinstance(module, torch.Tensor) else module.weight
+            size = weight.shape[_cut_dim(style, weight is module, weight.dim())]
+            cuts.add(size // 2 if style.startswith("packed") else size)
+    most = max((query for query, _ in cast(Iterable[tuple[int, int]], counts)), default=max(cuts))
+    works = [
+        n
+        for n in range(1, most + 1)
+        if all(_heads_fit(*count, n) for count in counts if count) and not any(size % n for size in cuts)
+    ]
     return f"tp_size works as one of {works}."
 
 
-def swap_layers(model: PreTrainedModel, mesh: ParallelMesh, plan: dict[str, str], specs: dict[str, ShardSpec]) -> None:
-    """Replace every module of `plan` that `model` still holds by one with this rank's part of its weights."""
+def _get(model: nn.Module, name: str) -> Any:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def swap_layers(
+    model: PreTrainedModel, mesh: ParallelMesh, plan: Plan, specs: dict[str, ShardSpec], absent: tuple[type, ...]
+) -> None:
+    """Let every module of `plan` that `model` still holds have this rank's part of its weights.
+
+    Args:
+        absent: classes of stand-ins for modules of other stages.
+    """
+    for region in plan.regions:
+        block = _present(model, region, absent)
+        if block is not None:
+            _localise(model, block, mesh.tp_size)
     swapped: dict[nn.Parameter, nn.Parameter] = {}
-    for name, style in plan.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
+    for name, spec in specs.items():
+        if spec.dim is None:
             continue
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter):
-            continue  # a stand-in for a module of another stage
-        new = _sharded(module, style, specs[join(name, "weight")], mesh)
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter not in swapped:
-                part = specs[join(name, leaf)].slice(parameter.detach())
-                swapped[parameter] = nn.Parameter(part.clone(), requires_grad=parameter.requires_grad)
-            setattr(new, leaf, swapped[parameter])
-        new.train(module.training)
-        model.set_submodule(name, new)
-    for name in regions(model, plan):
-        _localise(model, name, mesh.tp_size)
-    for module in model.modules():
-        if type(module) is nn.Linear:  # uncut: the same layer, with our backward
+        owner, _, leaf = name.rpartition(".")
+        module = _present(model, owner, absent)
+        parameter = None if module is None else module._parameters.get(leaf)
+        if module is None or parameter is None:
+            continue
+        if parameter not in swapped:
+            part = spec.slice(parameter.detach()).clone()
+            swapped[parameter] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+        module._parameters[leaf] = swapped[parameter]
+    for name, style in plan.styles.items():
+        module = _present(model, name, absent)
+        if module is not None:
+            _become_parallel(name, module, style, specs, mesh)
+    for name, module in model.named_modules():
+        if is_experts(module):
+            cut = any(path.startswith(name + ".") for path in plan.styles)
+            module.__class__ = experts_class(cast(Any, type(module)))
+            experts = cast(ParallelExperts, module)
+            if any(name.startswith(block + ".") for block in plan.spread):
+                experts.group = mesh.ep
+            else:
+                experts.adds_bias = mesh.tp_rank == 0 or not cut
+        elif type(module) is nn.Linear:  # uncut: the same layer, with our backward
             module.__class__ = Linear
 
 
-def _sharded(module: nn.Module, style: str, spec: ShardSpec, mesh: ParallelMesh) -> nn.Module:
-    """An empty parallel layer in the place of `module`."""
-    with torch.device("meta"):
-        if isinstance(module, nn.Embedding):
-            ((start, stop),) = spec.ranges
-            return VocabParallelEmbedding(start, stop - start, module.embedding_dim, module.padding_idx, mesh.tp)
-        if isinstance(module, nn.Linear):
-            out_features, in_features = spec.local_shape
-            if style == "rowwise":
-                return RowParallelLinear(in_features, out_features, module.bias is not None, mesh.tp)
-            return ColumnParallelLinear(in_features, out_features, module.bias is not None)
-    raise ValueError(f"{spec.name!r} is a {type(module).__name__}, which {style!r} cannot cut; use tp_size=1.")
+def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:
+    """A module that this rank holds; None for a bare parameter and for one of another stage."""
+    module: nn.Module = model
+    for part in name.split("."):
+        following = module._modules.get(part)
+        if following is None or isinstance(following, absent):
+            return None
+        module = following
+    return module
 
 
-def _localise(model: PreTrainedModel, region: str, tp_size: int) -> None:
-    try:
-        module = model.get_submodule(region)
-    except AttributeError:
+def _become_parallel(name: str, module: nn.Module, style: str, specs: dict[str, ShardSpec], mesh: ParallelMesh) -> None:
+    """Make a module whose weights are cut already the layer that knows what they are."""
+    if style == "identity":  # every rank adds the whole token to a sum over the ranks
+        module.register_forward_hook(lambda module, args, output: output / mesh.tp_size)
         return
-    if hasattr(module, QUERY_GROUPS):
-        heads, kv_heads = head_counts(model)
-        setattr(module, QUERY_GROUPS, (heads // tp_size) // max(1, kv_heads // tp_size))
+    spec = specs[join(name, "weight")]
+    if style == "norm":
+        module.__class__ = split_norm_class(cast(Any, type(module)))
+        cast(Any, module).group = mesh.tp
+    elif style == "heads":
+        return
+    elif isinstance(module, nn.Embedding):
+        ((start, stop),) = spec.ranges
+        padding = module.padding_idx
+        module.__class__ = vocab_parallel_class(cast(Any, type(module)))
+        embedding: Any = module
+        embedding.start, embedding.length, embedding.group = start, stop - start, mesh.tp
+        embedding.num_embeddings = stop - start
+        embedding.padding_idx = padding - start if padding is not None and start <= padding < stop else None
+    elif type(module) is nn.Linear:
+        module.out_features, module.in_features = spec.local_shape
+        module.__class__ = RowParallelLinear if style == "rowwise" else ColumnParallelLinear
+        if style == "rowwise":
+            cast(RowParallelLinear, module).adds_bias = mesh.tp_rank == 0
+    else:
+        raise ValueError(f"{name!r} is a {type(module).__name__}, which {style!r} cannot cut; use tp_size=1.")
+
+
+def _localise(model: PreTrainedModel, block: nn.Module, tp_size: int) -> None:
+    """Set the head counts that an attention block's forward reads to this rank's."""
+    heads = head_counts(model, block)
+    if heads is None:
+        return
+    query, key = heads[0] // tp_size, max(1, heads[1] // tp_size)
+    for names, value in ((LOCAL_QUERY_HEADS, query), (LOCAL_KEY_HEADS, key), ((QUERY_GROUPS,), query // key)):
+        for name in names:
+            if isinstance(getattr(block, name, None), int):
+                setattr(block, name, value)
+    if hasattr(block, "qkv_proj"):  # its forward finds the borders of the fused product by the config's head counts
+        config = copy.copy(cast(Any, block).config)
+        config.num_attention_heads, config.num_key_value_heads = query, key
+        cast(Any, block).config = config

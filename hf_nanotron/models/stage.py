@@ -1,26 +1,29 @@
 """Run one pipeline stage through the stock backbone forward, with taps in the place of absent layers.
 
 A stage calls the backbone that transformers wrote, with the batch's real `input_ids`. Layers of other stages are
-stand-ins: the one before the first local layer returns the tensor received from the previous stage, the one after the
+stand-ins: the one before the first local layer returns what was received from the previous stage, the one after the
 last local layer records what is to be sent. Masks, positions and rotary tables therefore come from the stock forward,
 and nothing the backbone does around its layers is applied twice.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .plan import PipelinePlan
+from .anatomy import Anatomy, decoder_layers
+from .families import CARRIES
 
 if TYPE_CHECKING:
     from .base import ParallelModel
 
+Boundary = tuple[torch.Tensor | None, ...]  # hidden states, then what the layers carry along with them
+
 
 class AbsentLayer(nn.Module):
-    """Stands for a decoder layer of another stage: passes hidden states on.
+    """Stands for a decoder layer of another stage: passes on what it gets.
 
     It keeps the plain attributes that backbones read from their layers. It also keeps the length of the layer's
     key-value cache, from which backbones derive positions and masks, unless `layer` is held by another stage of this
@@ -34,55 +37,98 @@ class AbsentLayer(nn.Module):
                 setattr(self, name, value)
         self.index = index
         self.keeps_cache_length = isinstance(layer, AbsentLayer)
+        self.carries: str | None = CARRIES.get(type(layer).__name__)
+        if isinstance(layer, AbsentLayer):
+            self.carries = layer.carries
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def boundary(self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
+        """What a layer here would be handed by the layer before it."""
+        if self.carries is None:
+            return (hidden_states,)
+        return (hidden_states, kwargs[self.carries] if self.carries in kwargs else args[0])
+
+    def result(self, boundary: Boundary) -> Any:
+        """`boundary` in the form in which a layer here returns it."""
+        return boundary[0] if self.carries is None else boundary
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        past_key_values = kwargs.get("past_key_values")
         if past_key_values is not None and self.keeps_cache_length:
             batch, length = hidden_states.shape[:2]
             # One number a token: a cache whose tensors have no elements says that its length is zero.
             filler = hidden_states.new_zeros((batch, 1, length, 1))
             past_key_values.update(filler, filler, self.index)
-        return hidden_states
+        return self.result(self.boundary(hidden_states, args, kwargs))
 
 
 class StageInput(AbsentLayer):
     """The stand-in before the first local layer: returns what was received."""
 
-    received: torch.Tensor
+    received: Boundary
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         super().forward(hidden_states, *args, **kwargs)
-        return self.received
+        return self.result(self.received)
 
 
 class StageOutput(AbsentLayer):
     """The stand-in after the last local layer: records what is to be sent."""
 
-    recorded: torch.Tensor
+    recorded: Boundary
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.recorded = hidden_states
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.recorded = self.boundary(hidden_states, args, kwargs)
         return super().forward(hidden_states, *args, **kwargs)
 
 
 class AbsentEmbedding(nn.Module):
     """Zeros of the embedding's shape, without memory: every stage reads the batch's ids, one looks them up."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.hidden_size, self.dtype = hidden_size, dtype
+        self.width, self.dtype = width, dtype
+        self.register_buffer("weight", torch.zeros((), dtype=dtype, device=device), persistent=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         zero = torch.zeros((), dtype=self.dtype, device=input_ids.device)
-        return zero.expand(*input_ids.shape, self.hidden_size)
+        return zero.expand(*input_ids.shape, self.width)
 
 
 class Absent(nn.Module):
-    """Stands for a module after the layers, whose result nobody reads on this stage."""
+    """Stands for a module around the layers, whose result nobody reads on this stage: returns what it gets."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros((), dtype=dtype, device=device), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+
+def stand_in(part: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """What stands for a module, or a bare parameter, that another stage holds."""
+    if isinstance(part, nn.Embedding):
+        return AbsentEmbedding(part.embedding_dim, dtype, device)
+    if isinstance(part, AbsentEmbedding):
+        return AbsentEmbedding(part.width, dtype, device)
+    if isinstance(part, nn.ModuleList):
+        return nn.ModuleList(Absent(dtype, device) for _ in part)
+    if isinstance(part, torch.Tensor):
+        return torch.zeros(part.shape, dtype=part.dtype, device=device)
+    return Absent(dtype, device)
+
+
+def put_stand_in(owner: nn.Module, leaf: str, part: Any) -> None:
+    """Put what `stand_in` returned in the place of a module or of a bare parameter or buffer."""
+    if isinstance(part, nn.Module):
+        owner._modules[leaf] = part
+    else:
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+        owner.register_buffer(leaf, part, persistent=False)
+
+
+ABSENT = (Absent, AbsentEmbedding, AbsentLayer)
 
 
 class Stage:
@@ -90,30 +136,33 @@ class Stage:
 
     Args:
         model: this rank's part of the model, whose absent layers are `AbsentLayer`s.
-        plan: names of the parts.
+        anatomy: names of the parts.
         index: which stage, in model order.
         layers: the decoder layers of this stage.
         num_stages: stages in the whole model.
     """
 
-    def __init__(self, model: ParallelModel, plan: PipelinePlan, index: int, layers: range, num_stages: int) -> None:
+    def __init__(self, model: ParallelModel, anatomy: Anatomy, index: int, layers: range, num_stages: int) -> None:
         self.index, self.layers = index, layers
         self.is_first, self.is_last = index == 0, index == num_stages - 1
-        self._model, self._view, self._backbone = model, model, model
+        self._model, self._view = model, model
+        self._copied: list[nn.Module] = [model]
         self._input: StageInput | None = None
         self._output: StageOutput | None = None
         if num_stages > 1:
-            self._make_view(plan, layers)
+            self._make_view(anatomy, layers)
 
-    def _make_view(self, plan: PipelinePlan, layers: range) -> None:
-        self._view = view = _shallow_copy(self._model)
-        backbone = _shallow_copy(self._model.get_submodule(plan.backbone)) if plan.backbone else view
-        if plan.backbone:
-            view._modules[plan.backbone] = backbone
-        self._backbone = backbone
-        name = plan.layers.rpartition(".")[2]
+    def _make_view(self, anatomy: Anatomy, layers: range) -> None:
+        """Copy the modules on the way to the parts that differ, and put this stage's parts into the copies."""
+        views = {"": _shallow_copy(self._model)}
+        path = anatomy.backbone.split(".") if anatomy.backbone else []
+        for depth, leaf in enumerate(path):
+            owner = views[".".join(path[:depth])]
+            views[".".join(path[: depth + 1])] = owner._modules[leaf] = _shallow_copy(owner._modules[leaf])
+        self._view, self._copied = views[""], list(views.values())
+        assert anatomy.layers is not None
         chosen: list[nn.Module] = []
-        for index, layer in enumerate(cast(nn.ModuleList, self._model.get_submodule(plan.layers))):
+        for index, layer in enumerate(decoder_layers(self._model, anatomy)):
             if index in layers:
                 chosen.append(layer)
             elif index == layers.start - 1:
@@ -124,34 +173,34 @@ class Stage:
                 chosen.append(self._output)
             else:
                 chosen.append(AbsentLayer(layer, index))
-        backbone._modules[name] = nn.ModuleList(chosen)
-        if not self.is_first:
-            hidden_size = self._model.config.get_text_config().hidden_size
-            for full in plan.first:
-                backbone._modules[full.rpartition(".")[2]] = AbsentEmbedding(hidden_size, self._model.dtype)
-        if not self.is_last:
-            for full in plan.last:
-                owner = backbone if plan.backbone and full.startswith(plan.backbone + ".") else view
-                owner._modules[full.rpartition(".")[2]] = Absent()
+        owner_name, _, leaf = anatomy.layers.rpartition(".")
+        views[owner_name]._modules[leaf] = nn.ModuleList(chosen)
+        absent = (*(() if self.is_first else anatomy.first), *(() if self.is_last else anatomy.last))
+        for name in absent:
+            owner_name, _, leaf = name.rpartition(".")
+            owner = views[owner_name]
+            put_stand_in(owner, leaf, stand_in(getattr(owner, leaf), self._model.dtype, self._model.mesh.device))
 
-    def forward(self, inputs: dict[str, Any], received: torch.Tensor | None) -> Any:
-        """Compute the boundary tensor for the next stage, or the causal LM's output on the last stage.
+    def forward(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
+        """Compute what goes to the next stage, or the causal LM's output on the last stage.
 
         Args:
             inputs: keyword arguments of the stock `forward`; `labels` count on the last stage only.
-            received: the boundary tensor of the previous stage (None on the first).
+            received: what the previous stage sent (None on the first).
         """
-        self._view.training = self._backbone.training = self._model.training
-        for module in self._backbone.children():
-            if isinstance(module, AbsentEmbedding):
-                module.dtype = self._model.dtype  # a change of the model's does not reach into views
+        for copied in self._copied:
+            copied.training = self._model.training
+            for module in copied.children():
+                if isinstance(module, AbsentEmbedding):
+                    module.dtype = self._model.dtype  # a change of the model's does not reach into views
         if self._input is not None:
             assert received is not None
             self._input.received = received
         if self.is_last:
             return self._model.stock_forward(self._view, **inputs)
         ignored = ("labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict")
-        self._backbone(**{name: value for name, value in inputs.items() if name not in ignored})
+        base = self._view if len(self._copied) == 1 else self._copied[1]
+        base(**{name: value for name, value in inputs.items() if name not in ignored})
         assert self._output is not None
         boundary = self._output.recorded
         del self._output.recorded
@@ -164,5 +213,7 @@ def _shallow_copy(module: Any) -> Any:
     """Another module object over the same parameters, buffers, submodules and hooks."""
     copy = module.__class__.__new__(module.__class__)
     copy.__dict__ = module.__dict__.copy()
-    copy._modules = module._modules.copy()
+    for table in ("_modules", "_parameters", "_buffers"):
+        copy.__dict__[table] = module.__dict__[table].copy()
+    copy.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     return copy

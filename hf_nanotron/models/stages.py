@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import nn
 
 # The look-up moves a few rows where the head multiplies the whole matrix; what it costs a step is its gradient and its
 # optimizer update. Counting it like the head would leave the first stage with too few layers.
@@ -15,6 +17,7 @@ def split_layers(
     first_cost: float = 0.0,
     last_cost: float = 0.0,
     layers_per_stage: Sequence[int] | None = None,
+    last_cut: int | None = None,
 ) -> tuple[range, ...]:
     """Contiguous layers for each stage, the costliest stage as cheap as possible.
 
@@ -23,11 +26,28 @@ def split_layers(
         first_cost: what the first stage does besides (embedding), same unit.
         last_cost: what the last stage does besides (head), same unit.
         layers_per_stage: the user's own split instead.
+        last_cut: the layers from this one on share keys and values, and stay on one stage.
 
     Raises:
         ValueError: for more stages than layers, or a split that does not add up.
     """
     num_layers = len(layer_costs)
+    if last_cut is not None:
+        if num_stages > last_cut + 1:
+            raise ValueError(
+                f"{num_stages} pipeline stages (pp_size x pp_virtual_stages): layers {last_cut} to {num_layers - 1} "
+                "use the keys and values of each other and stay on one stage, so at most "
+                f"{last_cut + 1} stages work."
+            )
+        if layers_per_stage is not None and num_layers - layers_per_stage[-1] > last_cut:
+            raise ValueError(
+                f"pp_layers_per_stage={list(layers_per_stage)}: layers {last_cut} to {num_layers - 1} use the keys and "
+                f"values of each other; the last stage needs at least {num_layers - last_cut} layers."
+            )
+        if layers_per_stage is None:
+            joined = [*layer_costs[:last_cut], sum(layer_costs[last_cut:])]
+            *before, last = _balanced(joined, num_stages, first_cost, last_cost)
+            layers_per_stage = [*before, last + num_layers - len(joined)]
     if num_stages > num_layers:
         raise ValueError(
             f"{num_stages} pipeline stages (pp_size x pp_virtual_stages) for a model of {num_layers} decoder layers: "
@@ -45,6 +65,14 @@ def split_layers(
         ranges.append(range(start, start + length))
         start += length
     return tuple(ranges)
+
+
+def first_shared_layer(layers: Iterable[nn.Module]) -> int | None:
+    """The first layer whose keys and values later layers use; None if every layer has its own."""
+    attention = [getattr(layer, "self_attn", None) for layer in layers]
+    if not any(getattr(module, "is_kv_shared_layer", False) for module in attention):
+        return None
+    return next(i for i, module in enumerate(attention) if getattr(module, "store_full_length_kv", False))
 
 
 def _balanced(costs: Sequence[float], num_stages: int, first_cost: float, last_cost: float) -> list[int]:

@@ -7,31 +7,21 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from ..parallel.buckets import is_owner
 from ..parallel.collectives import all_gather, all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import Segment
-from ..parallel.spec import ShardSpec
 
 
 class NonFiniteGradientError(ArithmeticError):
     """The gradient of a step is infinite or not a number."""
 
 
-def is_counted(spec: ShardSpec, mesh: ParallelMesh) -> bool:
-    """Whether this rank's copy of a parameter enters the norm: each value of the model exactly once."""
-    is_tied_copy = spec.tied and mesh.pp_size > 1 and mesh.is_last_stage
-    return spec.is_first_replica and not is_tied_copy
-
-
 def global_norm(segments: Sequence[Segment], mesh: ParallelMesh) -> torch.Tensor:
     """L2 norm over all parameters of the model, a scalar in fp32, the same on every rank."""
-    counted = [segment.gradient for segment in segments if is_counted(segment.spec, mesh)]
+    counted = [segment.gradient for segment in segments if is_owner(segment.spec, mesh)]
     norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=mesh.device)]
-    norm = all_reduce(torch.stack(norms).square().sum(), mesh.state).sqrt()
-    if mesh.state.size == mesh.world_size:
-        return norm
-    # Each copy of the state has summed for itself, perhaps in another order; they must not part by a rounding.
-    return all_reduce(norm.nan_to_num(nan=torch.inf, posinf=torch.inf), mesh.world, dist.ReduceOp.MAX)
+    return all_reduce(torch.stack(norms).square().sum(), mesh.world).sqrt()
 
 
 def describe_nonfinite(

@@ -11,7 +11,7 @@ The pairs are conjugate (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et a
 | `split_sequence`  | take own part  | all-gather     |
 | `join_sequence`   | all-gather     | take own part  |
 
-Sequence functions cut dimension 1 of `[batch, sequence, ...]`. A group of one returns its input.
+Sequence functions cut dimension `dim`, which is 1 in `[batch, sequence, ...]`. A group of one returns its input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from .mesh import Group
 
-Collective = Callable[[torch.Tensor, Group], torch.Tensor]
+Collective = Callable[[torch.Tensor, Group, int], torch.Tensor]
 
 # torch 2.13 renames both; 2.11 has the old names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -80,60 +80,59 @@ class _Conjugate(torch.autograd.Function):
     """One collective in the forward, its conjugate in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, forward: Collective, backward: Collective) -> torch.Tensor:
-        ctx.group, ctx.conjugate = group, backward
-        return forward(x, group)
+    def forward(
+        ctx: Any, x: torch.Tensor, group: Group, dim: int, forward: Collective, backward: Collective
+    ) -> torch.Tensor:
+        ctx.group, ctx.dim, ctx.conjugate = group, dim, backward
+        return forward(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.conjugate(grad, ctx.group), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return ctx.conjugate(grad, ctx.group, ctx.dim), None, None, None, None
 
 
-def _conjugate(x: torch.Tensor, group: Group, forward: Collective, backward: Collective) -> torch.Tensor:
-    return x if group.size == 1 else _Conjugate.apply(x, group, forward, backward)
+def _conjugate(x: torch.Tensor, group: Group, dim: int, forward: Collective, backward: Collective) -> torch.Tensor:
+    return x if group.size == 1 else _Conjugate.apply(x, group, dim, forward, backward)
 
 
-def _nothing(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _nothing(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     return x.view_as(x)
 
 
-def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return all_gather(x, group, 1)
+def _sum(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    return all_reduce(x, group)
 
 
-def _scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return reduce_scatter(x, group, 1)
-
-
-def _own_part(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return x.chunk(group.size, 1)[group.rank].contiguous()
+def own_part(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """Our part of a replicated `x` along `dim`. No gradient."""
+    return x.chunk(group.size, dim)[group.rank].contiguous()
 
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Hand a replicated `x` to sharded layers: their partial input gradients are summed in the backward."""
-    return _conjugate(x, group, _nothing, all_reduce)
+    return _conjugate(x, group, 0, _nothing, _sum)
 
 
 def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum partial outputs of sharded layers; the result is replicated."""
-    return _conjugate(x, group, all_reduce, _nothing)
+    return _conjugate(x, group, 0, _sum, _nothing)
 
 
-def gather_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
+def gather_sequence(x: torch.Tensor, group: Group, dim: int = 1) -> torch.Tensor:
     """`[B, S/n, ...] -> [B, S, ...]` for sharded layers, whose partial input gradients are summed and split."""
-    return _conjugate(x, group, _gather, _scatter)
+    return _conjugate(x, group, dim, all_gather, reduce_scatter)
 
 
-def scatter_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+def scatter_sum(x: torch.Tensor, group: Group, dim: int = 1) -> torch.Tensor:
     """Sum partial outputs `[B, S, ...]` of sharded layers and keep our `[B, S/n, ...]`."""
-    return _conjugate(x, group, _scatter, _gather)
+    return _conjugate(x, group, dim, reduce_scatter, all_gather)
 
 
-def split_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
+def split_sequence(x: torch.Tensor, group: Group, dim: int = 1) -> torch.Tensor:
     """Keep our `[B, S/n, ...]` of a replicated `[B, S, ...]`."""
-    return _conjugate(x, group, _own_part, _gather)
+    return _conjugate(x, group, dim, own_part, all_gather)
 
 
-def join_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
+def join_sequence(x: torch.Tensor, group: Group, dim: int = 1) -> torch.Tensor:
     """`[B, S/n, ...] -> [B, S, ...]` for replicated layers, where every rank computes the whole gradient."""
-    return _conjugate(x, group, _gather, _own_part)
+    return _conjugate(x, group, dim, all_gather, own_part)

@@ -17,7 +17,8 @@ class ParallelConfig:
         tp_size: ranks that share every layer (tensor parallelism).
         pp_size: ranks that share the stack of layers (pipeline parallelism).
         cp_size: ranks that share a sequence. Only 1 so far.
-        ep_size: ranks that share the experts. Only 1 so far.
+        ep_size: ranks that share the experts of a mixture-of-experts model, each holding other ones. They are
+            neighbours among the data- and tensor-parallel ranks of a pipeline stage, whose number it divides.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
             across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size.
         zero_stage: what data-parallel ranks shard (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the fp32
@@ -51,14 +52,10 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        for name, what in (
-            ("cp_size", "context parallelism"),
-            ("ep_size", "expert parallelism"),
-        ):
-            if getattr(self, name) != 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: {what} is not available in this version; use {name}=1."
-                )
+        if self.cp_size != 1:
+            raise ValueError(
+                f"cp_size={self.cp_size}: context parallelism is not available in this version; use cp_size=1."
+            )
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
                 f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (gradients as "
@@ -127,6 +124,22 @@ class ParallelConfig:
     def shard_size(self, world_size: int) -> int:
         """Data-parallel ranks over which one set of ZeRO shards is spread; 1 if nothing is sharded."""
         return self.dp_size(world_size) // self.dp_replicate_size if self.zero_stage else 1
+
+    def expert_copies(self, world_size: int) -> int:
+        """Copies of the experts over which one set of their ZeRO shards is spread; 1 if nothing is sharded.
+
+        Raises:
+            ValueError: if `ep_size` does not divide the ranks that share a set of ZeRO shards.
+        """
+        ranks = self.dp_size(world_size) * self.tp_size
+        block = self.shard_size(world_size) * self.tp_size if self.zero_stage else ranks
+        if block % self.ep_size:
+            works = [n for n in range(1, block + 1) if block % n == 0]
+            what = f"the data-parallel size {ranks // self.tp_size} x tp_size={self.tp_size}"
+            if self.dp_replicate_size > 1:
+                what += f" / dp_replicate_size={self.dp_replicate_size}"
+            raise ValueError(f"ep_size={self.ep_size} does not divide {what} = {block}; it works as one of {works}.")
+        return block // self.ep_size if self.zero_stage else 1
 
     def check_micro_batches(self, gradient_accumulation_steps: int) -> None:
         """Refuse a number of micro-batches that cannot fill the pipeline.

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .buckets import rest_group
+from .buckets import rest_group, shard_group, spans_stages
 from .collectives import all_gather
 from .mesh import Group, ParallelMesh
 from .segment import Segment
@@ -54,10 +54,11 @@ class ShardSum:
 class FullyShardedWeights:
     """The `ShardedWeights` of stage 3.
 
-    Each unit is cut row-wise (dimension 0, in chunks of `ceil(rows / mesh.shard_size)`, so that the last ranks may hold
-    fewer rows or none). It is gathered in the compute dtype right before its forward and its backward, while the unit
-    before it computes, and freed after. After every backward its gradient is reduce-scattered in fp32 and added to our
-    shard's. `finish` then sums the shards over the ranks that hold the same one.
+    Each unit is cut row-wise (dimension 0, in chunks of `ceil(rows / ranks)`, so that the last ranks may hold fewer
+    rows or none); experts over the ranks that hold copies of them. It is gathered in the compute dtype right before its
+    forward and its backward, while the unit before it computes, and freed after. After every backward its gradient is
+    reduce-scattered in fp32 and added to our shard's. `finish` then sums the shards over the ranks that hold the same
+    one.
 
     The fp32 shards are the masters: an optimizer that updates `segments[i].master` in place updates the model, and
     `publish` has nothing to do. They are plain 1-D tensors; no optimizer meets a `DTensor`.
@@ -89,10 +90,14 @@ class FullyShardedWeights:
         if mesh.shard.handle is None:
             raise ValueError("fully sharded weights need several data-parallel ranks to be divided over.")
         units = [unit for unit in units if any(True for module in unit for _ in module.parameters())]
-        stages = _stages_of_units(model, units, stage_of)
-        self.mesh, self.compute_dtype = mesh, compute_dtype
+        owned = _owned_parameters(model, units)
+        stages = _stages_of_units(model, owned, stage_of)
+        self.mesh, self.compute_dtype, self._units = mesh, compute_dtype, units
+        self._specs = specs
         if not all(isinstance(module, FSDPModule) for unit in units for module in unit):
-            self._shard(model, units, mesh.shard.handle)
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            groups = [shard_group(specs[names[parameters[0]]], mesh) for parameters in owned]
+            self._shard(model, units, groups)
         elif _computing_dtype(units[0]) != compute_dtype:
             raise ValueError(
                 f"the model is fully sharded already and computes in {_computing_dtype(units[0])}, not in "
@@ -104,18 +109,20 @@ class FullyShardedWeights:
         self._gradients: dict[str, DTensor] = {}
         self.segments = self._make_segments(specs)
 
-    def _shard(self, model: nn.Module, units: Sequence[Sequence[nn.Module]], group: dist.ProcessGroup) -> None:
-        mesh = DeviceMesh.from_group(group, self.mesh.device.type)
+    def _shard(self, model: nn.Module, units: Sequence[Sequence[nn.Module]], groups: Sequence[Group]) -> None:
+        meshes = {group.ranks: self._device_mesh(group) for group in [self.mesh.shard, *groups]}
         # Inputs are not cast: what a stock model leaves in fp32 inside bf16 layers stays so.
         policy = MixedPrecisionPolicy(
             param_dtype=None if self.compute_dtype == torch.float32 else self.compute_dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        for unit in units:
-            for parameter in {parameter for module in unit for parameter in module.parameters()}:
-                parameter.data = parameter.data.float().contiguous()
-            fully_shard(list(unit), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.float().contiguous()
+        for unit, group in reversed(list(zip(units, groups, strict=True))):  # what lies inside another unit first
+            fully_shard(list(unit), mesh=meshes[group.ranks], mp_policy=policy, reshard_after_forward=True)
             first = cast(FSDPModule, unit[0])
             # The loss is divided by the tokens of all ranks, so gradients are sums. (gloo knows no scaled sum.)
             first.set_gradient_divide_factor(1.0)
@@ -123,8 +130,14 @@ class FullyShardedWeights:
             if all(isinstance(module, nn.Embedding) for module in unit):
                 first.set_unshard_in_backward(False)
         root = _Root(model)
-        fully_shard(root, mesh=mesh, reshard_after_forward=True)
+        fully_shard(root, mesh=meshes[self.mesh.shard.ranks], reshard_after_forward=True)
         root(None)
+
+    def _device_mesh(self, group: Group) -> DeviceMesh:
+        handle = group.handle
+        if handle is None:  # experts of which each rank has others: nothing is divided, but units are alike
+            handle = dist.new_group(list(group.ranks), use_local_synchronization=True)
+        return DeviceMesh.from_group(handle, self.mesh.device.type)
 
     def _make_segments(self, specs: dict[str, ShardSpec]) -> list[Segment]:
         """Our rows of every trainable parameter, in the order of the model, with their place in the gradients."""
@@ -134,12 +147,12 @@ class FullyShardedWeights:
         for name in trainable:
             group = rest_group(specs[name], self.mesh)
             groups[group.ranks] = group
-            members.setdefault((specs[name].tied and self.mesh.pp_size > 1, group.ranks), []).append(name)
+            members.setdefault((spans_stages(specs[name], self.mesh), group.ranks), []).append(name)
         gradients: dict[str, torch.Tensor] = {}
-        for (spans_stages, ranks), names in members.items():
+        for (spans, ranks), names in members.items():
             sizes = [_local(trainable[name]).numel() for name in names]
             total = torch.zeros(sum(sizes), device=self.mesh.device)
-            self._sums.append(ShardSum(groups[ranks], spans_stages, total))
+            self._sums.append(ShardSum(groups[ranks], spans, total))
             gradients.update(zip(names, total.split(sizes), strict=True))
         segments = []
         for name, shard in trainable.items():
@@ -148,7 +161,7 @@ class FullyShardedWeights:
                 gradient.view(rows.shape), shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride()
             )
             if rows.numel():
-                start = self._first_row(shard) * rows[0].numel()
+                start = self._first_row(name) * rows[0].numel()
                 master = nn.Parameter(rows.view(-1))
                 segments.append(Segment(name, specs[name], start, start + rows.numel(), master, gradient))
         return segments
@@ -181,6 +194,15 @@ class FullyShardedWeights:
             assert work is not None
             work.wait()
 
+    def gather_in_backward(self, module: nn.Module | None, needed: bool) -> None:
+        """Say whether the backward of `module` reads its weights, and they are to be gathered again for it.
+
+        No change if other modules of its unit read theirs.
+        """
+        for unit in self._units:
+            if module in unit and all(other is module or isinstance(other, nn.Embedding) for other in unit):
+                cast(FSDPModule, module).set_unshard_in_backward(needed)
+
     def publish(self) -> None:
         """Nothing: the masters are the model's weights."""
 
@@ -193,14 +215,14 @@ class FullyShardedWeights:
         """Gather a parameter of `spec.local_shape`, in the compute dtype. All ranks of the shard group together."""
         shard = self._parameters[name]
         rows = _local(shard)
-        padded = rows.new_zeros((self._chunk(shard), *shard.shape[1:]), dtype=self.compute_dtype)
+        padded = rows.new_zeros((self._chunk(name), *shard.shape[1:]), dtype=self.compute_dtype)
         padded[: len(rows)] = rows
-        return all_gather(padded, self.mesh.shard, 0)[: len(shard)]
+        return all_gather(padded, self._group(name), 0)[: len(shard)]
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Set a parameter, and thereby its master, to `value` of `spec.local_shape`."""
         shard = self._parameters[name]
-        rows, start = _local(shard), self._first_row(shard)
+        rows, start = _local(shard), self._first_row(name)
         with torch.no_grad():
             rows.copy_(value[start : start + len(rows)])
 
@@ -220,12 +242,16 @@ class FullyShardedWeights:
         self._gradients.clear()
         self.segments = []
 
-    def _chunk(self, shard: DTensor) -> int:
-        """Rows of a parameter on every rank but the last."""
-        return -(-len(shard) // self.mesh.shard_size)
+    def _group(self, name: str) -> Group:
+        """The ranks that a parameter is divided over."""
+        return shard_group(self._specs[name], self.mesh)
 
-    def _first_row(self, shard: DTensor) -> int:
-        return min(self.mesh.shard.rank * self._chunk(shard), len(shard))
+    def _chunk(self, name: str) -> int:
+        """Rows of a parameter on every rank but the last."""
+        return -(-len(self._parameters[name]) // self._group(name).size)
+
+    def _first_row(self, name: str) -> int:
+        return min(self._group(name).rank * self._chunk(name), len(self._parameters[name]))
 
 
 def _local(shard: DTensor) -> torch.Tensor:
@@ -234,22 +260,33 @@ def _local(shard: DTensor) -> torch.Tensor:
         return shard.to_local()
 
 
-def _stages_of_units(model: nn.Module, units: Sequence[Sequence[nn.Module]], stage_of: dict[str, int]) -> list[int]:
-    """The pipeline stage of every unit.
+def _owned_parameters(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
+    """The parameters of every unit, without those of units that lie inside it.
 
     Raises:
         ValueError: if a parameter is in no unit, or in two. (torch 2.11 would untie a parameter of two units silently.)
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen: dict[nn.Parameter, int] = {}
-    for index, unit in enumerate(units):
-        for parameter in (parameter for module in unit for parameter in module.parameters()):
-            if seen.setdefault(parameter, index) != index:
+    owned: list[list[nn.Parameter]] = [[] for _ in units]
+    for index, unit in reversed(list(enumerate(units))):
+        inner = {module for top in unit for module in top.modules()}
+        for parameter in dict.fromkeys(parameter for module in unit for parameter in module.parameters()):
+            other = seen.setdefault(parameter, index)
+            if other == index:
+                owned[index].append(parameter)
+            elif not all(module in inner for module in units[other]):
                 raise ValueError(f"parameter {names[parameter]} is in two units; modules that share it are to be one.")
     missing = [name for parameter, name in names.items() if parameter not in seen]
     if missing or any(module is model for unit in units for module in unit):
         raise ValueError(f"{type(model).__name__}: stages would not gather {missing or 'the model as a whole'}.")
-    return [stage_of[names[next(p for module in unit for p in module.parameters())]] for unit in units]
+    return owned
+
+
+def _stages_of_units(model: nn.Module, owned: Sequence[Sequence[nn.Parameter]], stage_of: dict[str, int]) -> list[int]:
+    """The pipeline stage of every unit."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [stage_of[names[parameters[0]]] for parameters in owned]
 
 
 def _computing_dtype(unit: Sequence[nn.Module]) -> torch.dtype:

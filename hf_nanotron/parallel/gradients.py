@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
+from ..ops.grouped_mm import add_grouped_product
 from ..ops.linear import add_product, can_add_product
 from .buckets import Bucket, Member
 from .collectives import reduce_scatter_in_place
-from .mesh import ParallelMesh
 
 IN_FLIGHT = 2  # buckets of sharded gradients that are being reduced while the next one fills
 
@@ -25,16 +25,21 @@ class BucketGradients:
         sharded: keep our shard alone (ZeRO-2); the whole bucket exists only while a backward fills it.
     """
 
-    def __init__(self, bucket: Bucket, mesh: ParallelMesh, sharded: bool, device: torch.device) -> None:
+    def __init__(self, bucket: Bucket, sharded: bool, device: torch.device) -> None:
         self.bucket, self._device = bucket, device
-        length = bucket.size // mesh.shard_size
-        self._own = slice(mesh.shard.rank * length, (mesh.shard.rank + 1) * length)
+        self._own = bucket.own
         self.whole = None if sharded else torch.zeros(bucket.size, device=device)
-        self.shard = torch.zeros(length, device=device) if self.whole is None else self.whole[self._own]
+        self.shard = (
+            torch.zeros(bucket.size // bucket.shard.size, device=device)
+            if self.whole is None
+            else self.whole[self._own]
+        )
         self.holds_sum = False  # of the step's earlier micro-batches, in `shard` of a sharded bucket
         self.members = [MemberGradient(self, member) for member in bucket.members]
         self.missing: set[MemberGradient] = set()
         self.reduced = False
+        self.in_flight = False  # a sharded bucket is being reduced
+        self.takes_early = False  # a step runs, whose every forward is followed by its backward
         self.work: dist.Work | None = None
 
     def fill(self) -> torch.Tensor:
@@ -44,13 +49,15 @@ class BucketGradients:
         return self.whole
 
     def absorb(self) -> None:
-        """Add the reduced micro-batch of a sharded bucket to our shard, and let go of the whole."""
+        """Add the reduced micro-batch of a sharded bucket to our shard, and let go of the whole. Once is enough."""
+        if not self.in_flight:
+            return
         assert self.whole is not None
         if self.work is not None:
             self.work.wait()
         part = self.whole[self._own]
         self.shard.add_(part) if self.holds_sum else self.shard.copy_(part)
-        self.holds_sum, self.work, self.whole = True, None, None
+        self.holds_sum, self.in_flight, self.work, self.whole = True, False, None, None
 
 
 class MemberGradient:
@@ -77,6 +84,20 @@ class MemberGradient:
         add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
         self.is_fresh = False
 
+    def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
+        add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)
+        self.is_fresh = False
+
+    def takes_early(self) -> bool:
+        """Whether a forward may add a product, which nothing can take back. Makes room for it.
+
+        Outside a step nobody may: that forward may have no backward. Inside, the memory is free but for a sharded
+        bucket's, out of which an earlier micro-batch may still be reduced.
+        """
+        if self.owner.takes_early:
+            self.owner.absorb()
+        return self.owner.takes_early
+
     def complete(self) -> None:
         """Zero what no backward has written."""
         if self.is_fresh:
@@ -89,8 +110,8 @@ class GradientBuckets:
 
     Autograd's gradient of a parameter is added to its fp32 memory after each backward and freed; linear layers add
     theirs directly. In the last backward of a stage (in every backward, if `sharded`) a bucket is reduced as soon as
-    its last gradient has arrived: reduce-scattered in place over `mesh.shard`, then summed over `bucket.rest`. Buckets
-    are reduced in one order on all ranks, whichever parameters get no gradient.
+    its last gradient has arrived: reduce-scattered in place over `bucket.shard`, then summed over `bucket.rest`.
+    Buckets are reduced in one order on all ranks, whichever parameters get no gradient.
 
     Args:
         buckets: in the order in which backward completes them.
@@ -98,9 +119,9 @@ class GradientBuckets:
             reduce-scatter for every micro-batch.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], mesh: ParallelMesh, sharded: bool, device: torch.device) -> None:
-        self._mesh, self._sharded = mesh, sharded
-        self.buckets = [BucketGradients(bucket, mesh, sharded, device) for bucket in buckets]
+    def __init__(self, buckets: Sequence[Bucket], sharded: bool, device: torch.device) -> None:
+        self._sharded = sharded
+        self.buckets = [BucketGradients(bucket, sharded, device) for bucket in buckets]
         self.members = {gradient.member.name: gradient for bucket in self.buckets for gradient in bucket.members}
         self._of_stage: dict[int, list[BucketGradients]] = {}
         for bucket in self.buckets:
@@ -131,6 +152,7 @@ class GradientBuckets:
         self._next.clear()
         for bucket in self.buckets:
             bucket.reduced = bucket.holds_sum = False
+            bucket.takes_early = True
             for gradient in bucket.members:
                 gradient.is_fresh = True
 
@@ -152,6 +174,7 @@ class GradientBuckets:
         """Do the sums that had to wait, and wait for all."""
         self._absorb_all()
         for bucket in self.buckets:
+            bucket.takes_early = False
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None
@@ -200,7 +223,7 @@ class GradientBuckets:
         bucket.reduced = True
         for gradient in bucket.members:
             gradient.complete()
-        shard, rest = self._mesh.shard, bucket.bucket.rest
+        shard, rest = bucket.bucket.shard, bucket.bucket.rest
         sums_rest = rest.size > 1 and self._sums_at_once(bucket)
         if shard.size == 1:
             bucket.work = self._sum_over_rest(bucket) if sums_rest else None
@@ -213,6 +236,7 @@ class GradientBuckets:
         if self._sharded:
             for gradient in bucket.members:
                 gradient.is_fresh = True  # in the memory that the next micro-batch takes
+            bucket.in_flight = True
             self._in_flight.append(bucket)
             self._absorb_all(but=IN_FLIGHT)
 

@@ -19,13 +19,19 @@ from .config import ParallelConfig
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Position of one rank on every axis. `shard` and `replica` divide `dp`: which ZeRO shards, of which copy."""
+    """Position of one rank on every axis.
+
+    `shard` and `replica` divide `dp`: which ZeRO shards, of which copy. `ep` and `expert_copy` divide the `dp` and `tp`
+    ranks of a pipeline stage: which experts, in which copy of them.
+    """
 
     pp: int
     dp: int
     tp: int
     shard: int
     replica: int
+    ep: int
+    expert_copy: int
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,10 @@ class ParallelMesh:
 
     Building a mesh is a collective operation: every rank of the job builds the same one. Besides the axes `tp`, `dp`
     and `pp` there are `shard` (data-parallel ranks that share one set of ZeRO shards; neighbours, so that they sit in
-    one node), `replica` (ranks that hold the same shard), `model` (all ranks that together hold one copy of the model)
-    and `state` (all ranks that together hold one copy of the optimizer state).
+    one node), `replica` (ranks that hold the same shard) and `model` (all ranks that together hold one copy of the
+    model). Experts have axes of their own over the `dp` and `tp` ranks of a pipeline stage: `ep` (neighbours that each
+    hold other experts), `expert_shard` and `expert_replica`, which are to them what `shard` and `replica` are to the
+    rest.
 
     Raises:
         ValueError: if the sizes do not divide the world size.
@@ -62,6 +70,9 @@ class ParallelMesh:
         self.device: torch.device = state.device
         self.dp_size = parallel.dp_size(self.world_size)
         self.shard_size = parallel.shard_size(self.world_size)
+        self.ep_size = parallel.ep_size
+        # Copies of the experts among the ranks that together hold one set of ZeRO shards.
+        self._expert_copies = parallel.expert_copies(self.world_size)
         self.tp_size, self.pp_size = parallel.tp_size, parallel.pp_size
         self.coordinates = self.coordinates_of(self.rank)
         self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
@@ -75,12 +86,17 @@ class ParallelMesh:
         self.shard = self.group("shard", lambda c: (c.pp, c.tp, c.replica))
         self.replica = self.group("replica", lambda c: (c.pp, c.tp, c.shard))
         self.model = self.group("model", lambda c: c.dp)
-        self.state = self.group("state", lambda c: c.replica)
         # Ranks that hold the same shard of a weight, where its gradient is a sum over more than the replicas: of parts
         # that the tp ranks have, or of two uses, on the first and on the last stage.
         self.partial = self.group("partial", lambda c: (c.pp, c.shard))
         ends = (0, self.pp_size - 1)
         self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.tp))
+        self.every_stage = self.group("every_stage", lambda c: (c.tp, c.shard))
+        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy))
+        # Which set of ZeRO shards of the experts a rank has a part of, and which part.
+        copies = self._expert_copies
+        self.expert_shard = self.group("expert_shard", lambda c: (c.pp, c.ep, c.expert_copy // copies))
+        self.expert_replica = self.group("expert_replica", lambda c: (c.pp, c.ep, c.expert_copy % copies))
         self.world = self.group("world", lambda c: 0)
         self.alone = Group((self.rank,), 0, None)
 
@@ -88,7 +104,8 @@ class ParallelMesh:
         rest, tp = divmod(rank, self.tp_size)
         pp, dp = divmod(rest, self.dp_size)
         replica, shard = divmod(dp, self.shard_size)
-        return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica)
+        expert_copy, ep = divmod(dp * self.tp_size + tp, self.ep_size)
+        return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
 
     def group(self, name: str, key: Callable[[Coordinates], Hashable]) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,39 +13,42 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one tensor of the Hub checkpoint is cut over the tensor-parallel ranks.
+    """How one tensor of the model is cut over the tensor-parallel or the expert-parallel ranks.
 
     Args:
-        name: the tensor's name in the Hub checkpoint. A tied parameter carries the name of its source.
+        name: the tensor's name in the stock model. A tied parameter carries the name of its source.
         global_shape: its shape there.
         dim: the dimension that is cut, or None if every rank holds the whole tensor.
-        parts: for each tensor-parallel rank, the half-open ranges of `dim` it holds, joined in that order.
-        tp_rank: which part is ours.
+        parts: for each rank of `axis`, the half-open ranges of `dim` it holds, joined in that order.
+        rank: which part is ours.
         partial_grad: every tensor-parallel rank computes only a part of the gradient, which is to be summed.
-        tied: the parameter lives on the first and on the last pipeline stage.
+        stages: which pipeline stages hold the parameter: `"one"`, `"ends"` (a tied embedding and head) or `"all"` (what
+            every stage computes for its own layers).
+        axis: the ranks that `parts` lists, `"tp"` or `"ep"`.
     """
 
     name: str
     global_shape: tuple[int, ...]
     dim: int | None = None
     parts: tuple[Ranges, ...] = ()
-    tp_rank: int = 0
+    rank: int = 0
     partial_grad: bool = False
-    tied: bool = False
+    stages: Literal["one", "ends", "all"] = "one"
+    axis: Literal["tp", "ep"] = "tp"
 
     @property
     def ranges(self) -> Ranges:
-        return self.parts[self.tp_rank]
+        return self.parts[self.rank]
 
     @property
     def replicas(self) -> int:
-        """How many neighbouring tensor-parallel ranks hold the same part as this one."""
+        """How many neighbouring ranks of the axis hold the same part as this one."""
         return 1 if self.dim is None else self.parts.count(self.ranges)
 
     @property
     def is_first_replica(self) -> bool:
         """Whether this rank is the one that counts and writes this part (rank 0 for an uncut tensor)."""
-        return self.tp_rank == 0 if self.dim is None else self.parts.index(self.ranges) == self.tp_rank
+        return self.rank == 0 if self.dim is None else self.parts.index(self.ranges) == self.rank
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -60,7 +65,7 @@ class ShardSpec:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
     def assemble(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor from the parts of all tensor-parallel ranks in rank order."""
+        """The whole tensor from the parts of all ranks of the axis in rank order."""
         if self.dim is None:
             return parts[0]
         whole = parts[0].new_empty(self.global_shape)
@@ -76,6 +81,17 @@ def even_parts(size: int, tp_size: int) -> tuple[Ranges, ...]:
     """Cut `size` into `tp_size` equal ranges, one for each rank (`size` must divide)."""
     length = size // tp_size
     return tuple(((rank * length, (rank + 1) * length),) for rank in range(tp_size))
+
+
+def joined_parts(sections: Sequence[tuple[Ranges, ...]], sizes: Sequence[int]) -> tuple[Ranges, ...]:
+    """The parts of tensors of `sizes` that are stored one after the other, each cut by its own `sections`."""
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return tuple(
+        tuple(
+            (start + low, start + high) for start, ranges in zip(starts, of_rank, strict=True) for low, high in ranges
+        )
+        for of_rank in zip(*sections, strict=True)
+    )
 
 
 def head_parts(num_heads: int, head_size: int, tp_size: int) -> tuple[Ranges, ...]:

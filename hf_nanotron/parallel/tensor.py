@@ -1,16 +1,19 @@
 """The layers that hold a shard: what each computes, and nothing about who calls them.
 
 Column and row layers do not communicate themselves. Stock attention modules reshape by the sequence length they see,
-so the gather and the reduction sit at the border of the whole attention or MLP module (`region.py`).
+so the gather and the reduction sit at the border of the whole attention or MLP module (`region.py`). A stock module
+becomes one of these by a change of its class; what it holds besides its weights stays.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import nn
 
 from ..ops.linear import Linear
-from .collectives import reduce_from
+from .collectives import copy_to, reduce_from
 from .mesh import Group
 
 
@@ -25,9 +28,7 @@ class RowParallelLinear(Linear):
     that rank and zero on the others.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, group: Group, **factory: object) -> None:
-        super().__init__(in_features, out_features, bias=bias, **factory)
-        self.adds_bias = group.rank == 0
+    adds_bias: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.adds_bias or self.bias is None else self.bias * 0
@@ -37,22 +38,49 @@ class RowParallelLinear(Linear):
 class VocabParallelEmbedding(nn.Embedding):
     """A slice of the vocabulary: looks up the ids it holds, zero elsewhere, and sums over the group.
 
-    Args:
+    Attributes:
         start: first id of our slice.
         length: ids in our slice.
-        padding_idx: global id whose row gets no gradient, as in `torch.nn.Embedding`.
+        group: the tensor-parallel ranks.
     """
 
-    def __init__(
-        self, start: int, length: int, embedding_dim: int, padding_idx: int | None, group: Group, **factory: object
-    ) -> None:
-        owned = padding_idx is not None and start <= padding_idx < start + length
-        local_padding = padding_idx - start if owned and padding_idx is not None else None
-        super().__init__(length, embedding_dim, local_padding, **factory)  # type: ignore[arg-type]
-        self.start, self.length, self.group = start, length, group
+    start: int
+    length: int
+    group: Group
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         local = input - self.start
         absent = (local < 0) | (local >= self.length)
         rows = super().forward(local.masked_fill(absent, 0))
         return reduce_from(rows.masked_fill(absent.unsqueeze(-1), 0), self.group)
+
+
+@functools.cache
+def vocab_parallel_class(stock: type[nn.Embedding]) -> type[VocabParallelEmbedding]:
+    """`VocabParallelEmbedding` over what a stock class makes of the rows (some scale them)."""
+    return type(f"Parallel{stock.__name__}", (VocabParallelEmbedding, stock), {})
+
+
+class SplitNorm(nn.Module):
+    """An RMS norm over features that are cut over the ranks (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The stock forward divides by the root mean square of this rank's features; the quotient of that and the root mean
+    square of all features makes it right.
+    """
+
+    group: Group
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        epsilon: float = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps  # type: ignore[assignment]
+        own = hidden_states.float().square().mean(-1, keepdim=True)
+        # Every rank uses the mean over the ranks, and the gradients of all these uses are summed.
+        mean = copy_to(reduce_from(own, self.group), self.group) / self.group.size
+        scale = torch.sqrt((own + epsilon) / (mean + epsilon))
+        normed = super().forward(hidden_states)
+        return (normed * scale).to(normed.dtype)
+
+
+@functools.cache
+def split_norm_class(stock: type[nn.Module]) -> type[SplitNorm]:
+    """`SplitNorm` over a stock RMS norm."""
+    return type(f"Split{stock.__name__}", (SplitNorm, stock), {})

@@ -15,6 +15,7 @@ from torch import nn
 from ..ops.linear import Linear
 from .buckets import Bucket, plan_buckets
 from .collectives import all_gather_in_place
+from .experts import ParallelExperts
 from .gradients import GradientBuckets, MemberGradient
 from .mesh import ParallelMesh
 from .segment import Segment
@@ -69,22 +70,18 @@ class BucketedWeights:
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(compute_dtype)
         self._weights = [self._take(bucket) for bucket in buckets]
-        sharded = mesh.parallel.zero_stage == 2 and mesh.shard_size > 1
-        self.gradients = GradientBuckets(buckets, mesh, sharded, mesh.device)
+        spread = any(bucket.shard.size > 1 for bucket in buckets)
+        sharded = mesh.parallel.zero_stage == 2 and spread
+        self.gradients = GradientBuckets(buckets, sharded, mesh.device)
         self.segments = self._make_segments()
-        self._linears = [module for module in model.modules() if isinstance(module, Linear)]
-        by_parameter: dict[torch.Tensor, MemberGradient] = {
-            m.member.parameter: m for m in self.gradients.members.values()
-        }
-        for linear in self._linears:
-            linear.weight_gradient = by_parameter.get(linear.weight)
-        self._hooks = [hook for unit in units for hook in self._wait_before(unit)] if mesh.shard_size > 1 else []
+        self._give_gradients(model)
+        self._hooks = [hook for unit in units for hook in self._wait_before(unit)] if spread else []
 
     # ---- memory ----
 
     def _take(self, bucket: Bucket) -> BucketWeights:
         """Move the parameters of a bucket into contiguous memory, and keep what this rank owns of them in fp32."""
-        start, stop = self._own_range(bucket)
+        start, stop = bucket.own.start, bucket.own.stop
         whole = torch.zeros(bucket.size, dtype=self.compute_dtype, device=self.mesh.device)
         masters = whole[start:stop]
         if self.compute_dtype != torch.float32:
@@ -99,15 +96,11 @@ class BucketedWeights:
             member.parameter.data = view.view(member.parameter.shape)
         return BucketWeights(bucket, whole, masters)
 
-    def _own_range(self, bucket: Bucket) -> tuple[int, int]:
-        length = bucket.size // self.mesh.shard_size
-        return self.mesh.shard.rank * length, (self.mesh.shard.rank + 1) * length
-
     def _make_segments(self) -> list[Segment]:
         """What each parameter has in our shard of its bucket, in the order of the model."""
         segments = {}
         for weights, gradients in zip(self._weights, self.gradients.buckets, strict=True):
-            start, stop = self._own_range(weights.bucket)
+            start, stop = weights.bucket.own.start, weights.bucket.own.stop
             for member in weights.bucket.members:
                 low, high = max(member.offset, start), min(member.offset + member.numel, stop)
                 if low < high:
@@ -121,6 +114,17 @@ class BucketedWeights:
                         gradients.shard[own],
                     )
         return [segments[name] for name in self._parameters if name in segments]
+
+    def _give_gradients(self, model: nn.Module) -> None:
+        """Tell the layers that add weight gradients themselves where to."""
+        of: dict[torch.Tensor, MemberGradient] = {m.member.parameter: m for m in self.gradients.members.values()}
+        self._linears = [module for module in model.modules() if isinstance(module, Linear)]
+        self._experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
+        for linear in self._linears:
+            linear.weight_gradient = of.get(linear.weight)
+        for experts in self._experts:
+            own = {leaf: of.get(parameter) for leaf, parameter in experts.named_parameters(recurse=False)}
+            experts.weight_gradients = {leaf: member for leaf, member in own.items() if member is not None}
 
     # ---- one step ----
 
@@ -139,11 +143,10 @@ class BucketedWeights:
     def publish(self) -> None:
         """Round the masters into the model's weights, and start gathering what other ranks own."""
         for weights in reversed(self._weights):
-            start, stop = self._own_range(weights.bucket)
             if weights.masters.dtype != weights.whole.dtype:
-                weights.whole[start:stop].copy_(weights.masters)
-            if self.mesh.shard_size > 1:
-                weights.gathering = all_gather_in_place(weights.whole, self.mesh.shard)
+                weights.whole[weights.bucket.own].copy_(weights.masters)
+            if weights.bucket.shard.size > 1:
+                weights.gathering = all_gather_in_place(weights.whole, weights.bucket.shard)
 
     def wait(self) -> None:
         for weights in self._weights:
@@ -174,8 +177,7 @@ class BucketedWeights:
     def read_from_model(self) -> None:
         for weights in self._weights:
             if weights.masters.dtype != weights.whole.dtype:
-                start, stop = self._own_range(weights.bucket)
-                weights.masters.copy_(weights.whole[start:stop])
+                weights.masters.copy_(weights.whole[weights.bucket.own])
 
     def bytes_held(self) -> dict[str, int]:
         frozen = [parameter for parameter in self._parameters.values() if not parameter.requires_grad]
@@ -193,6 +195,8 @@ class BucketedWeights:
             hook.remove()
         for linear in self._linears:
             linear.weight_gradient = None
+        for experts in self._experts:
+            experts.weight_gradients = {}
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

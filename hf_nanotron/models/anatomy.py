@@ -1,0 +1,129 @@
+"""Where the parts of a stock causal LM are: its embedding, its decoder layers, its head, and what else has weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import EVERY_STAGE, FIRST_STAGE, LAYERS
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of modules inside a model, and where the parts outside the decoder layers belong in a pipeline.
+
+    Args:
+        backbone: the module that owns the embedding and the layers, such as `"model"` or `"model.language_model"`.
+        layers: the stack of decoder layers; None if there is no single one.
+        embedding: the token embedding.
+        head: the output embedding.
+        first: modules (or bare parameters) with weights that are used before the layers.
+        last: those that are used after them, the head among them.
+        everywhere: those that every stage uses for its own layers.
+    """
+
+    backbone: str
+    layers: str | None
+    embedding: str
+    head: str
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    everywhere: tuple[str, ...]
+
+    def place(self, name: str) -> str | None:
+        """The entry of `first`, `last` or `everywhere` that a parameter belongs to; None inside the layers."""
+        for place in (*self.first, *self.last, *self.everywhere):
+            if name == place or name.startswith(place + "."):
+                return place
+        return None
+
+
+def join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def module_name(model: nn.Module, module: nn.Module | None) -> str | None:
+    """Name of `module` inside `model`, or None."""
+    return next((name for name, candidate in model.named_modules() if candidate is module), None)
+
+
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a whole stock model."""
+    embedding = module_name(model, model.get_input_embeddings()) or ""
+    head = module_name(model, model.get_output_embeddings()) or ""
+    backbone = embedding.rpartition(".")[0]
+    layers = _find_layers(model, backbone)
+    owners = [join(*backbone.split(".")[:depth]) for depth in range(len(backbone.split(".")), -1, -1)]
+    places = []
+    for name in model.state_dict(keep_vars=True):
+        if layers is not None and name.startswith(layers + "."):
+            continue
+        owner = next(owner for owner in owners if not owner or name.startswith(owner + "."))
+        start = len(owner) + 1 if owner else 0
+        places.append(name[:start] + name[start:].split(".")[0])
+    first, last, everywhere = [], [], []
+    per_layer = any(place.rpartition(".")[2] in EVERY_STAGE for place in places)
+    for place in dict.fromkeys(places):
+        leaf = place.rpartition(".")[2]
+        inside = bool(backbone) and place.startswith(backbone + ".")
+        if per_layer and (leaf in EVERY_STAGE or place == embedding):
+            everywhere.append(place)
+        elif place == head:
+            last.append(place)
+        elif place == embedding or leaf in FIRST_STAGE or (backbone and not inside) or place in owners[:-1]:
+            first.append(place)
+        else:
+            last.append(place)
+    return Anatomy(backbone, layers, embedding, head, tuple(first), tuple(last), tuple(everywhere))
+
+
+def _find_layers(model: PreTrainedModel, backbone: str) -> str | None:
+    owner = model.get_submodule(backbone)
+    for name in LAYERS:
+        if isinstance(getattr(owner, name, None), nn.ModuleList):
+            return join(backbone, name)
+    return None
+
+
+def decoder_layers(model: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
+    """The decoder layers, stand-ins of absent ones among them.
+
+    Raises:
+        ValueError: if the model has no single stack of them.
+    """
+    if anatomy.layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no single stack of decoder layers (one of {', '.join(LAYERS)} in "
+            f"{anatomy.backbone or 'the model'!r}); use tp_size=1 and pp_size=1."
+        )
+    layers = model.get_submodule(anatomy.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def layer_stacks(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.ModuleList]]:
+    """Every stack of decoder layers below the backbone by name: one for nearly all models."""
+    if anatomy.layers is not None:
+        return [(anatomy.layers, decoder_layers(model, anatomy))]
+    owner = model.get_submodule(anatomy.backbone)
+    return [
+        (join(anatomy.backbone, name), module)
+        for name, module in owner.named_modules()
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LAYERS
+    ]
+
+
+def blocks(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
+    """The modules that a decoder layer consists of (attention, MLP, norms), by name, for every layer that is here."""
+    found = []
+    for stack, layers in layer_stacks(model, anatomy):
+        for index, layer in enumerate(layers):
+            for name, child in layer.named_children():
+                path = f"{stack}.{index}.{name}"
+                if isinstance(child, nn.ModuleList):
+                    found += [(f"{path}.{i}", item) for i, item in enumerate(child)]
+                else:
+                    found.append((path, child))
+    return found

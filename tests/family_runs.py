@@ -1,0 +1,132 @@
+"""Two training steps of a tiny model of any family: by stock transformers, and by ranks that compare with it.
+
+The jobs use the parts of the trainer below `Trainer` itself (`TrainStep`, `shard_weights`, `global_norm`), which keeps
+a case down to a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+FAMILIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text())
+STEP_LENGTH, STEPS, MICRO_BATCHES, TOKENS = 0.05, 2, 4, 8
+
+
+def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
+    """A stock model, the same in every process."""
+    config = AutoConfig.for_model(family, **{**FAMILIES[family]["config"], **overrides})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing stays at zero or one, where a wrong gradient could hide
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+def micro_batches(model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1) -> list[list[dict[str, Any]]]:
+    """For each step, this data-parallel rank's of the step's micro-batches."""
+    generator = torch.Generator().manual_seed(2)
+    vocabulary = model.config.get_text_config().vocab_size
+    steps = []
+    for _ in range(STEPS):
+        batches = []
+        for index in range(MICRO_BATCHES):
+            ids = torch.randint(3, min(vocabulary, 100), (1, TOKENS), generator=generator)
+            labels = ids.clone()
+            labels[:, : 3 * index] = -100
+            batches.append({"input_ids": ids, "labels": labels})
+        count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+        for batch in batches:
+            batch["num_items_in_batch"] = torch.tensor(count)
+            if "token_type_ids" in FAMILIES.get(model.config.model_type, {}).get("inputs", ()):
+                batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        steps.append(batches[dp_rank::dp_size])
+    return steps
+
+
+def reference(family: str, **overrides: Any) -> dict[str, Any]:
+    """Losses, gradient norms and gradients of stock transformers in one process."""
+    model = tiny_model(family, **overrides).train()
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
+    for batches in micro_batches(model):
+        model.zero_grad()
+        loss = torch.zeros(())
+        for batch in batches:
+            out = model(**batch, use_cache=False).loss
+            out.backward()
+            loss += out.detach()
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        result["losses"].append(float(loss))
+        result["norms"].append(float(torch.stack([g.norm() for g in gradients.values()]).norm()))
+        result["gradients"].append(gradients)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter -= STEP_LENGTH / result["norms"][-1] * gradients[name]
+    return result
+
+
+def compare(family: str, path: str, layouts: list[dict[str, Any]], overrides: dict[str, Any]) -> list[Any]:
+    """Train under each of `layouts` and return its errors, or the sentence with which it was refused."""
+    expected = torch.load(path)
+    results: list[Any] = []
+    for sizes in layouts:
+        try:
+            results.append(_errors(family, expected, sizes, overrides))
+        except ValueError as error:
+            if os.environ.get("FAMILY_TRACE"):
+                import traceback
+
+                traceback.print_exc()
+            results.append(str(error))
+    return results
+
+
+def _errors(
+    family: str, expected: dict[str, Any], sizes: dict[str, Any], overrides: dict[str, Any]
+) -> dict[str, float]:
+    """Largest relative errors over the steps: of the loss, the gradient norm, and any parameter's gradient."""
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding import shard_weights
+    from hf_nanotron.optim.norm import global_norm
+    from hf_nanotron.parallel.collectives import all_reduce
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.train_step import TrainStep
+
+    mesh = ParallelMesh(ParallelConfig(**sizes))
+    try:
+        model = parallelize(tiny_model(family, **overrides), mesh)
+        weights = shard_weights(model, torch.float32, 1 << 16)
+        step = TrainStep(model, weights)
+        errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
+        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)):
+            loss = step.run(batches, index)
+            loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
+            loss = float(all_reduce(loss.detach().clone(), mesh.world))
+            norm = float(global_norm(weights.segments, mesh))
+            errors["loss"] = max(errors["loss"], abs(loss / expected["losses"][index] - 1))
+            errors["norm"] = max(errors["norm"], abs(norm / expected["norms"][index] - 1))
+            floor = 1e-4 * expected["norms"][index]
+            for segment in weights.segments:
+                whole = expected["gradients"][index][segment.spec.name]
+                wanted = segment.spec.slice(whole).reshape(-1)[segment.start : segment.stop]
+                error = float((segment.gradient - wanted).norm() / (whole.norm() + floor))
+                errors["gradient"] = max(errors["gradient"], error)
+                if os.environ.get("FAMILY_TRACE") and error > 1e-4:
+                    print(mesh.rank, index, segment.name, error, float(segment.gradient.norm()), float(wanted.norm()))
+            with torch.no_grad():
+                for segment in weights.segments:
+                    segment.master -= STEP_LENGTH / norm * segment.gradient
+            weights.publish()
+            weights.wait()
+        weights.close()
+        return errors
+    finally:
+        mesh.close()
