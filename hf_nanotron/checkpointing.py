@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .checkpoint.buffers import buffer_pieces, load_buffers
 from .checkpoint.commit import begin
 from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
 from .checkpoint.manager import check_together, choose_together, rotate
@@ -148,7 +149,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """What this rank can do alone: the small files, and its part of the training state, still in its place."""
         if not self.args.save_only_model:
             assert self.optimizer is not None
-            save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh)
+            save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh) + buffer_pieces(self.model)
             save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
             self._save_rng_state(str(save.directory))
             (save.directory / DIRECTORY).mkdir(exist_ok=True)
@@ -304,6 +305,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
             assert self.optimizer is not None
             self.weights.wait()
             load_training_state(checkpoint, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
+            load_buffers(checkpoint, self.model)
             self.weights.publish()
 
     def _load_best_model(self) -> None:
@@ -315,5 +317,6 @@ class CheckpointingTrainer(EvaluatingTrainer):
         self._load_from_checkpoint(best)
         if has_training_state(best):
             load_masters(best, self.mesh, self.weights.segments)
+            load_buffers(best, self.model)
             self.weights.publish()
             self.weights.wait()

@@ -15,6 +15,8 @@ from .parallel.segment import ShardedWeights
 # What a token gets that only fills a sequence up: it predicts nothing, and comes after every token that does.
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
 
+ROUTER_MASK = "router_mask"  # of a micro-batch: `[B, S]`, 0 for tokens that no loss over routers counts
+
 
 class TrainStep:
     """Runs a window of micro-batches through the stages of this rank, by the schedule of the run.
@@ -43,13 +45,20 @@ class TrainStep:
         model.train()
         self.weights.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
-        inputs = [{**pad_sequence(batch, multiple), "use_cache": False} for batch in micro_batches]
+        masks = [router_mask(batch, multiple) for batch in micro_batches]
+        inputs = [
+            {name: value for name, value in pad_sequence(batch, multiple).items() if name != ROUTER_MASK}
+            | {"use_cache": False}
+            for batch in micro_batches
+        ]
         table = self._table(len(inputs))
         last_backward = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == "B"}
 
         def on_forward(action: Action) -> None:
             if model.streams is not None:
                 model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
+            if model.mixture is not None:
+                model.mixture.mask = masks[action.micro_batch]
 
         def before_backward(action: Action) -> None:
             self.weights.before_backward(action.stage, action == last_backward[action.stage])
@@ -60,6 +69,8 @@ class TrainStep:
         losses = model.executor.run(table, model.stages, inputs, on_forward, before_backward, after_backward)
         if model.streams is not None:
             model.streams.end()
+        if model.mixture is not None:
+            model.mixture.mask = None
         self.weights.finish()
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 
@@ -69,6 +80,16 @@ class TrainStep:
             order = compute_order(parallel.pp_schedule, mesh.pp_size, parallel.pp_virtual_stages, num_micro_batches)
             self._tables[num_micro_batches] = build_table(order, parallel.num_stages)[mesh.pp_rank]
         return self._tables[num_micro_batches]
+
+
+def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:
+    """Which tokens of `batch`, filled up to a multiple of `multiple`, count in losses over routers; None if all do."""
+    mask: torch.Tensor | None = batch.get(ROUTER_MASK)
+    missing = -batch["input_ids"].shape[1] % multiple
+    if mask is None and missing:
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(batch["input_ids"]) if mask is None or mask.dim() != 2 else mask
+    return mask if mask is None or not missing else F.pad(mask, (0, missing))
 
 
 def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
@@ -84,7 +105,7 @@ def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
     padded = dict(batch)
     for name, tensor in batch.items():
         bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
-        if not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
+        if name == ROUTER_MASK or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
             continue
         if name not in PADDING or tensor.dim() != 2:
             raise ValueError(

@@ -30,7 +30,7 @@ from .optim.norm import NonFiniteGradientError, describe_nonfinite, global_norm
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
-from .train_step import TrainStep
+from .train_step import ROUTER_MASK, TrainStep
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -111,6 +111,30 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
         self._step = TrainStep(model, self.weights)
+        model.z_loss = self.args.z_loss_coefficient
+        self._loads: dict[str, torch.Tensor] = {}  # of the experts, in the step that is logged next
+        self._set_up_mixture()
+
+    def _set_up_mixture(self) -> None:
+        """What the arguments say about experts.
+
+        Raises:
+            ValueError: for arguments about experts that the model has none of.
+        """
+        args, mixture = self.args, self.model.mixture
+        if mixture is not None:
+            dtype = self.weights.compute_dtype
+            mixture.configure(self.model, dtype, args.moe_capacity_factor, args.moe_bias_update_rate)
+            return
+        for name, off in (("moe_capacity_factor", None), ("moe_bias_update_rate", 0.0)):
+            if getattr(args, name) != off:
+                raise ValueError(f"{name}={getattr(args, name)}: {type(self.model).__name__} has no experts.")
+
+    def _logs_this_step(self) -> bool:
+        """Whether Trainer's flow of control logs after this optimizer step."""
+        args, step = self.args, self.state.global_step + 1
+        first = step == 1 and args.logging_first_step
+        return first or (args.logging_strategy == "steps" and step % self.state.logging_steps == 0)
 
     def _check_frozen(self) -> None:
         named = dict(self.model.named_parameters())
@@ -223,8 +247,14 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             )
         # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
         micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
+        for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
+            if isinstance(batch, FillerBatch):
+                micro_batch[ROUTER_MASK] = torch.zeros_like(cast(torch.Tensor, micro_batch["input_ids"]))
         batches = [batch for batch, _ in self._window]
         self._window = []
+        mixture = self.model.mixture
+        if mixture is not None:
+            mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
         loss = self._step.run(micro_batches, self.state.global_step)
         self._norm = global_norm(self.weights.segments, self.mesh)
         if not self._norm.isfinite():
@@ -240,6 +270,8 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         told = torch.tensor([0.0, tokens * speaks, signalled], dtype=torch.float64).to(loss.device, non_blocking=True)
         told[0] = loss * speaks
         told = all_reduce(told, self.mesh.world)
+        if mixture is not None and mixture.counts_loads:
+            self._loads = mixture.balance()
         self._stop_if_told(told[2])
         self.throughput.add_tokens(told[1], length)
         return told[0].float()
@@ -300,6 +332,9 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
             logs.update(self.throughput.report())
+            if self._loads and self.model.mixture is not None:
+                logs.update(self.model.mixture.report(self._loads))
+                self._loads = {}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

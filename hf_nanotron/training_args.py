@@ -86,6 +86,23 @@ class NanotronTrainingArguments(TrainingArguments):
     remote_keep_local: int = field(
         default=1, metadata={"help": "Uploaded checkpoints that stay in output_dir, with remote_checkpoints."}
     )
+    moe_capacity_factor: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rows for each expert while training, in multiples of an even load; tokens beyond them are dropped "
+            "for that expert. Unset, none is dropped."
+        },
+    )
+    moe_bias_update_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "How far the routers' correction biases move against the load after each step (loss-free "
+            "balancing); 0 leaves them."
+        },
+    )
+    z_loss_coefficient: float = field(
+        default=0.0, metadata={"help": "Of log(Z)^2 in the loss of each predicted token (z-loss over the vocabulary)."}
+    )
     sequence_parallel: bool = field(
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
@@ -152,7 +169,15 @@ class NanotronTrainingArguments(TrainingArguments):
                 f"optim_state_dtype='bfloat16' with optim={str(getattr(self.optim, 'value', self.optim))!r}: only "
                 "AdamW's moments can be bfloat16; use optim='adamw_torch_fused', or optim_state_dtype='float32'."
             )
-        self.parallel.dp_size(_world_size())
+        if self.moe_capacity_factor is not None and not self.moe_capacity_factor > 0:
+            raise ValueError(
+                f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is room for an even load), or "
+                "None."
+            )
+        for name in ("moe_bias_update_rate", "z_loss_coefficient"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
+        self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
     @property

@@ -318,6 +318,7 @@ def test_bucket_size(build: Any) -> None:
 
 BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
 BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local"}
+BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "z_loss_coefficient"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

@@ -27,6 +27,7 @@ from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy
 from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
+from .mixture import Mixture
 from .stage import Stage
 
 
@@ -47,6 +48,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
         stages: the pipeline stages of this rank, in model order.
         streams: seeds of dropout, or None if the model has none.
+        mixture: losses over the routers and loads of the experts, or None for a dense model.
         sharded: what owns weights and gradients while the model trains, of the trainer that took it last.
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
         z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
@@ -61,6 +63,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     stage_of: dict[str, int]
     stages: list[Stage]
     streams: LayerStreams | None
+    mixture: Mixture | None
     executor: PipelineExecutor
     sharded: ShardedWeights | None = None
     fuses_loss: bool = True
@@ -198,7 +201,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
         as_tuple = inputs.pop("return_dict", True) is False
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
-            output = self.stock_forward(self, **inputs)
+            output = self.stages[0].forward(inputs, None)
         elif self.training:
             raise ValueError(
                 f"pp_size={self.mesh.pp_size}: a pipeline trains through NanotronTrainer, which feeds it micro-batches;"

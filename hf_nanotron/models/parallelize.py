@@ -21,6 +21,7 @@ from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy, blocks, decoder_layers, dissect
 from .base import ParallelModel, parallel_class
 from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS
+from .mixture import make_mixture
 from .plan import Plan, is_experts, make_plan
 from .shard import swap_layers, tensor_specs
 from .stage import ABSENT, AbsentLayer, Stage, put_stand_in, stand_in
@@ -66,6 +67,8 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     for replicas in sorted({spec.replicas for spec in specs.values() if spec.axis == "tp"} - {1}):
         mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
 
+    mixture = make_mixture(model, mesh, plan)
+
     _take_weights_of_rank_0(model, mesh)
     if mesh.pp_size > 1:
         _leave_out_other_stages(model, mesh, anatomy, layers_of_stage)
@@ -73,7 +76,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     stock = type(model)
     model.__class__ = parallel_class(stock)  # type: ignore[arg-type]
     model = cast(ParallelModel, model)
-    model.mesh, model.anatomy = mesh, anatomy
+    model.mesh, model.anatomy, model.mixture = mesh, anatomy, mixture
+    if mixture is not None:
+        mixture.attach(model)
     model.head_is_cut = anatomy.head in plan.styles
     model.vocab_start = specs[f"{anatomy.head}.weight"].ranges[0][0] if model.head_is_cut else 0
     model.hub_shapes, model.hub_owners, model.hub_layout = hub_shapes, owners, layout

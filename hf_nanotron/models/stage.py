@@ -193,6 +193,25 @@ class Stage:
             for module in copied.children():
                 if isinstance(module, AbsentEmbedding):
                     module.dtype = self._model.dtype  # a change of the model's does not reach into views
+        mixture = self._model.mixture
+        if mixture is None:
+            return self._run(inputs, received)
+        travels = mixture.adds_loss(inputs)
+        sums: torch.Tensor | None = None
+        if received is not None and travels:
+            *boundary, sums = received
+            received = tuple(boundary)
+        with mixture.recording() as records:
+            output = self._run(mixture.without_stock_loss(inputs), received)
+        packed = mixture.add(records, sums, inputs)
+        if packed is None:
+            return output
+        if not self.is_last:
+            return (*output, packed)
+        output.loss = output.loss + mixture.loss(packed)
+        return output
+
+    def _run(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         if self._input is not None:
             assert received is not None
             self._input.received = received

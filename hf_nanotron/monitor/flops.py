@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -30,18 +32,67 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence_length: int) -> float:
-    """Forward and backward FLOPs of one token of a dense decoder, causal attention counted once.
+# Names of one thing in the configs of different families.
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
-    `6 * (matmul weights of the layers + vocabulary * hidden) + 6 * layers * heads * head_dim * sequence`. The embedding
-    look-up and the recomputation of activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311).
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a weight of one expert, in files that hold them one by one
+
+
+def first_of(config: Any, names: Sequence[str]) -> int | None:
+    """The first of these numbers that a config has; of a list with one for each layer, the first."""
+    values = (getattr(config, name, None) for name in names)
+    value = next((value for value in values if value), None)
+    value = value[0] if isinstance(value, list | tuple) else value
+    return None if value is None else int(value)
+
+
+def head_dims(config: Any) -> tuple[int, int]:
+    """Features of one attention head: of queries and keys, and of values.
+
+    They differ in latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1), where queries and keys have a part
+    with rotary positions and one without, and `head_dim` means something else.
+    """
+    plain = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    nope, rope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+    queries = plain if nope is None or rope is None else nope + rope
+    return queries, getattr(config, "v_head_dim", None) or queries
+
+
+def active_weights(name: str, shape: tuple[int, ...], config: Any) -> float:
+    """Elements of a decoder layer's tensor that multiply one token; the mean over tokens for routed experts.
+
+    Of E routed experts, of which a token goes to k, k/E counts: of a stack `[E, a, b]` and of the matrix of one expert
+    alike. Routers, shared experts and whatever else is a matrix count whole; biases, norms and convolutions do not.
+
+    Args:
+        config: of the text model.
+    """
+    if ".layers." not in name or name.endswith("bias"):
+        return 0.0
+    experts, top_k = first_of(config, NUM_EXPERTS), first_of(config, TOP_K)
+    if len(shape) == 3 and ("expert" in name or shape[0] == experts):
+        stacked = shape[0]
+        return min(1.0, (top_k or stacked) / stacked) * prod(shape)
+    if len(shape) != 2:
+        return 0.0
+    if SINGLE_EXPERT.search(name) and experts:
+        return min(1.0, (top_k or experts) / experts) * prod(shape)
+    return float(prod(shape))
+
+
+def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence_length: int) -> float:
+    """Forward and backward FLOPs of one token of a decoder, causal attention counted once.
+
+    `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
+    + 3 * layers * heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of activations
+    are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as full causal attention.
 
     Args:
         shapes: name -> shape of every tensor of the model.
         sequence_length: tokens in a sample.
     """
     text = config.get_text_config()
-    layers = sum(shape[0] * shape[1] for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = text.num_hidden_layers * text.num_attention_heads * head_dim * sequence_length
-    return 6.0 * (layers + text.vocab_size * text.hidden_size) + 6.0 * attention
+    layers = sum(active_weights(name, shape, text) for name, shape in shapes.items())
+    attention = text.num_hidden_layers * text.num_attention_heads * sum(head_dims(text)) * sequence_length
+    return 6.0 * (layers + text.vocab_size * text.hidden_size) + 3.0 * attention

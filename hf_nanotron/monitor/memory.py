@@ -9,8 +9,10 @@ import torch
 
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
+from ..parallel.loss import chunk_size
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import ShardedWeights
+from .flops import NUM_EXPERTS, TOP_K, first_of, head_dims
 
 # Tensors of optimizer state for each element, where no argument adds one.
 STATE_TENSORS = {
@@ -70,34 +72,73 @@ def moment_bytes(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> i
 
 
 def activation_bytes(
-    config: Any, tokens: int, parallel: ParallelConfig, pp_rank: int, micro_batches: int, item: int, checkpointed: bool
+    config: Any,
+    tokens: int,
+    parallel: ParallelConfig,
+    pp_rank: int,
+    micro_batches: int,
+    item: int,
+    checkpointed: bool,
+    fused_head: bool = False,
 ) -> int:
-    """Estimate of what one rank keeps for backward, of a dense decoder run layer by layer with fused attention.
+    """Estimate of what one rank keeps for backward, of a decoder run layer by layer with fused attention.
 
     Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
-    values and output (once more as the input of the output projection), the MLP its input and four tensors of its inner
-    size. The last stage adds the final norm, the logits, their fp32 copy and both gradients. With checkpointing, each
-    layer keeps its input and one layer at a time the rest.
+    values and output (once more as the input of the output projection), the MLP its input and what `_mlp_elements` says.
+    The last stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are one, the
+    gradient of the head's input and the logits of one chunk of tokens. With checkpointing, each layer keeps its input
+    and one layer at a time the rest. All layers of a model with experts count as such, and experts as evenly loaded.
 
     Args:
         config: of the model.
         tokens: of one micro-batch.
         micro_batches: of a step.
         item: bytes of an element of the compute dtype.
+        fused_head: whether the head computes the loss itself (`models/head.py`).
     """
     text, tp = config.get_text_config(), parallel.tp_size
-    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    queries = text.num_attention_heads * head
-    keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+    hidden = text.hidden_size
     cut = tp if parallel.sequence_parallel else 1
     between = hidden * item // cut
-    layer = 2 * hidden * (4 + item) // cut + 2 * hidden * item + (3 * queries + 2 * keys + 4 * inner) * item // tp
+    layer = 2 * hidden * (4 + item) // cut + 2 * hidden * item
+    layer += (_attention_elements(text) + _mlp_elements(text)) * item // tp
+    layer += 2 * hidden * (first_of(text, TOP_K) or 0) * item + 8 * (first_of(text, NUM_EXPERTS) or 0)
     layers = -(-text.num_hidden_layers // parallel.num_stages)
     chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
     kept = chunks * layers * (between if checkpointed else layer) + (layer if checkpointed else 0)
-    end = hidden * (4 + item) // cut + text.vocab_size // tp * (2 * item + 8)
-    return tokens * (kept + (end if pp_rank == parallel.pp_size - 1 else 0))
+    if pp_rank != parallel.pp_size - 1:
+        return tokens * kept
+    norm, vocabulary = hidden * (4 + item) // cut, -(-text.vocab_size // tp)
+    if not fused_head:
+        return tokens * (kept + norm + vocabulary * (2 * item + 8))
+    row = vocabulary * item
+    return tokens * (kept + norm + hidden * item) + min(tokens, chunk_size(tokens, row)) * row
+
+
+def _attention_elements(config: Any) -> int:
+    """Queries, keys, values, and twice the output of one token."""
+    query_dim, value_dim = head_dims(config)
+    heads = config.num_attention_heads
+    # Latent attention makes keys and values for every head.
+    grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
+    return heads * (query_dim + 2 * value_dim) + grouped * (query_dim + value_dim)
+
+
+def _mlp_elements(config: Any) -> int:
+    """Elements of the inner size that an MLP keeps of one token.
+
+    Four tensors: gate, up, the activated gate and the product. Of routed experts three for each expert of the token,
+    since the activation is recomputed (`ops/gated.py`). What has the outer size is counted by the caller: the rows that
+    experts read and write.
+    """
+    inner = first_of(config, ("intermediate_size",)) or 4 * config.hidden_size
+    top_k = first_of(config, TOP_K)
+    if first_of(config, NUM_EXPERTS) is None or top_k is None:
+        return 4 * inner
+    routed = first_of(config, ("moe_intermediate_size",)) or inner
+    count = first_of(config, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")) or 0
+    shared = first_of(config, ("shared_expert_intermediate_size",)) or count * routed
+    return 3 * top_k * routed + 4 * shared
 
 
 def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:

@@ -184,11 +184,13 @@ class ParallelExperts(nn.Module):
 
     Attributes:
         group: ranks that share the experts.
-        capacity_factor: rows for each expert, in multiples of what it gets if all get the same; None drops nothing.
+        capacity_factor: rows for each expert while training, in multiples of what it gets if all get the same; None
+            drops nothing.
             With more than one rank it needs the same number of tokens on each.
         adds_bias: whether this rank adds the bias of the down projection: one of those whose outputs are summed.
         weight_gradients: where the gradients of weights are accumulated, by the parameter's name.
         dropped: how many pairs the latest forward dropped (0-dim, on the device); None without a capacity.
+        pairs: how many it had.
     """
 
     group: Group = ALONE
@@ -196,6 +198,7 @@ class ParallelExperts(nn.Module):
     adds_bias: bool = True
     weight_gradients: Mapping[str, GroupedWeightGradient] = MappingProxyType({})
     dropped: torch.Tensor | None = None
+    pairs: int = 0
 
     # Of the stock class.
     num_experts: int
@@ -220,10 +223,10 @@ class ParallelExperts(nn.Module):
         x = hidden_states.flatten(0, -2).to(self.down_proj.dtype)
         index, weights = top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2)
         capacity = None
-        if self.capacity_factor is not None:
+        if self.capacity_factor is not None and self.training:
             capacity = capacity_of(self.capacity_factor, index.numel(), self.num_experts)
         rows, way = dispatch(x, index, self.num_experts, self.group, capacity)
-        self.dropped = None if capacity is None else way.dropped
+        self.dropped, self.pairs = None if capacity is None else way.dropped, index.numel()
         out = combine(self.compute(rows, way.offsets), way, weights)
         return out.view(hidden_states.shape).to(hidden_states.dtype)
 

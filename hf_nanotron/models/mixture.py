@@ -1,0 +1,146 @@
+"""What the routers of a mixture of experts add to a training step: their losses and the loads of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..parallel.collectives import own_part
+from ..parallel.experts import ParallelExperts
+from ..parallel.mesh import ParallelMesh
+from ..parallel.router_loss import RouterSums, empty, pack, sum_over_ranks, unpack
+from .plan import Plan
+from .router_balance import BiasBalancer, RouterLoads, load_report, num_choices
+from .routers import Record, Router, RouterLosses, RouterRecorder, find_routers, fp32_router, router_losses, sum_records
+
+logger = logging.get_logger(__name__)
+
+
+class Mixture:
+    """The routers of a model, of which this rank holds some.
+
+    Made in two halves: from the whole stock model, then `attach`ed to the part that this rank keeps.
+
+    Attributes:
+        losses: which losses are added over the routers, or None.
+        routers: those of this rank.
+        loads: what the routers chose since `report` was last called, while `counts_loads`.
+        mask: `[B, S]`, 0 for the tokens of the next forward that do not count, or None; set before each forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: ParallelMesh, plan: Plan) -> None:
+        whole = find_routers(model)
+        self.mesh = mesh
+        self.losses: RouterLosses | None = router_losses(model)
+        self.loads = RouterLoads([router.name for router in whole], num_choices(model.config), mesh.device)
+        inside = tuple(f"{region}." for region in plan.regions)
+        # Inside a region every tensor-parallel rank sees all tokens, elsewhere perhaps a part of them.
+        parted = mesh.parallel.sequence_parallel or bool(plan.spread)
+        self._sees_part = mesh.tp_size > 1 and parted and not all(r.name.startswith(inside) for r in whole)
+        self._loads_group = mesh.group("loads", lambda c: 0 if self._sees_part else c.tp)
+        self.routers: list[Router] = []
+        self.experts: list[ParallelExperts] = []
+        self.counts_loads = False
+        self._balancer: BiasBalancer | None = None
+        self.mask: torch.Tensor | None = None
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Record what the routers that are left in `model` do."""
+        self.routers = find_routers(model)
+        self.experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
+        self._recorder = RouterRecorder(self.routers)
+
+    def adds_loss(self, inputs: dict[str, Any]) -> bool:
+        """Whether a forward with `inputs` has losses over its routers."""
+        return self.losses is not None and inputs.get("labels") is not None
+
+    def without_stock_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
+        if self.losses is None or not self.losses.num_experts:
+            return inputs
+        return {**inputs, "output_router_logits": False}
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Record]]:
+        """What the routers return inside the block."""
+        with self._recorder.recording() as records:
+            yield records
+
+    def add(self, records: list[Record], received: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """The packed sums over the routers of all stages so far; None without losses. Counts loads while training.
+
+        Args:
+            received: of the previous stage; None on the first.
+        """
+        mask = self._own_mask(self.mask if self.mask is not None else inputs.get("attention_mask"))
+        if self.counts_loads:
+            self.loads.add(records, mask)
+        if not self.adds_loss(inputs):
+            return None
+        assert self.losses is not None
+        count = self.losses.num_experts
+        sums = empty(count, self.mesh.device) if received is None else unpack(received, count)
+        return pack(sum_records(sums, records, self.losses, mask))
+
+    def loss(self, packed: torch.Tensor) -> torch.Tensor:
+        """What the last stage adds to the loss of the micro-batch."""
+        assert self.losses is not None
+        sums = RouterSums(packed)
+        if self._sees_part:
+            return self.losses.total(sum_over_ranks(sums, self.mesh.tp))
+        return self.losses.total(sums, 1 / self.mesh.tp_size)
+
+    def _own_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None or not self._sees_part:
+            return mask
+        missing = -mask.shape[1] % self.mesh.tp_size
+        return own_part(F.pad(mask, (0, missing)), self.mesh.tp, 1)
+
+    def configure(
+        self, model: PreTrainedModel, dtype: torch.dtype, capacity_factor: float | None, update_rate: float
+    ) -> None:
+        """How the experts are trained.
+
+        Args:
+            dtype: what the model computes in; its routers compute in fp32 all the same.
+            capacity_factor: of the experts; None drops nothing.
+            update_rate: of the correction biases (`BiasBalancer`).
+
+        Raises:
+            ValueError: for biases that the model does not have.
+        """
+        for experts in self.experts:
+            experts.capacity_factor = capacity_factor
+        for router in self.routers if dtype != torch.float32 else ():
+            try:
+                fp32_router(router)
+            except ValueError as reason:
+                logger.warning(f"{router.name} computes in {dtype}: {reason}")
+        self._balancer = BiasBalancer(model, self.routers, update_rate)
+
+    def balance(self) -> dict[str, torch.Tensor]:
+        """Counts by router since the last call, over the job; moves the correction biases. All ranks together."""
+        counts = self.loads.take(self._loads_group)
+        if self._balancer is not None:
+            self._balancer.step(counts)
+        return counts
+
+    def report(self, counts: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Figures for a log line."""
+        report = load_report(counts, per_layer=True)
+        dropped = [module.dropped for module in self.experts if module.dropped is not None]
+        if dropped:  # of this rank's latest micro-batch
+            pairs = sum(module.pairs for module in self.experts)
+            report["moe/dropped_fraction"] = float(torch.stack(dropped).sum()) / max(1, pairs)
+        return report
+
+
+def make_mixture(model: PreTrainedModel, mesh: ParallelMesh, plan: Plan) -> Mixture | None:
+    """The `Mixture` of a whole stock model, None for a dense one."""
+    return Mixture(model, mesh, plan) if find_routers(model) else None
