@@ -6,28 +6,52 @@ a case down to a fraction of a second.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text())
+HERE = Path(__file__).parent
+FAMILIES: dict[str, dict[str, Any]] = json.loads((HERE / "families.json").read_text())
+# Types without a declared plan, which the tables of `models/families.py` cut.
+UNPLANNED: dict[str, dict[str, Any]] = json.loads((HERE / "families_unplanned.json").read_text())
+KNOWN = {**FAMILIES, **UNPLANNED}
 STEP_LENGTH, STEPS, MICRO_BATCHES, TOKENS = 0.05, 2, 4, 8
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
-    """A stock model, the same in every process."""
-    config = AutoConfig.for_model(family, **{**FAMILIES[family]["config"], **overrides})
+    """A stock model, the same in every process.
+
+    Args:
+        overrides: fields of its config; `"change"` names a function of this module that sets weights.
+    """
+    overrides = dict(overrides)
+    change = overrides.pop("change", None)
+    config = AutoConfig.for_model(family, **{**KNOWN[family]["config"], **overrides})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # nothing stays at zero or one, where a wrong gradient could hide
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        if change is not None:
+            CHANGES[change](model)
     return model
+
+
+def _tie_routers(model: PreTrainedModel) -> None:
+    """Routers that see no difference between experts: all tokens go to the same ones, and the others stay empty."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.endswith((".gate", ".router")) and isinstance(weight, torch.Tensor):
+            weight.zero_()
+
+
+CHANGES = {"tied routers": _tie_routers}
 
 
 def micro_batches(model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1) -> list[list[dict[str, Any]]]:
@@ -45,7 +69,7 @@ def micro_batches(model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1) ->
         count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
         for batch in batches:
             batch["num_items_in_batch"] = torch.tensor(count)
-            if "token_type_ids" in FAMILIES.get(model.config.model_type, {}).get("inputs", ()):
+            if "token_type_ids" in KNOWN.get(model.config.model_type, {}).get("inputs", ()):
                 batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         steps.append(batches[dp_rank::dp_size])
     return steps
@@ -72,26 +96,29 @@ def reference(family: str, **overrides: Any) -> dict[str, Any]:
     return result
 
 
-def compare(family: str, path: str, layouts: list[dict[str, Any]], overrides: dict[str, Any]) -> list[Any]:
-    """Train under each of `layouts` and return its errors, or the sentence with which it was refused."""
-    expected = torch.load(path)
-    results: list[Any] = []
-    for sizes in layouts:
-        try:
-            results.append(_errors(family, expected, sizes, overrides))
-        except ValueError as error:
-            if os.environ.get("FAMILY_TRACE"):
-                import traceback
+def compare(
+    family: str, path: str, layouts: list[dict[str, Any]], overrides: dict[str, Any], folder: str | None = None
+) -> list[Any]:
+    """Train under each of `layouts` and return its errors, or the sentence with which the model was refused.
 
-                traceback.print_exc()
-            results.append(str(error))
-    return results
+    Args:
+        path: file of the `reference`.
+        layouts: fields of `ParallelConfig`, and `"save"`: the name under which to save the model in `folder` before it
+            trains; `"checkpointing"`: recompute activations; `"wrong"`: leave out the sums over tensor-parallel ranks.
+    """
+    expected = torch.load(path)
+    return [_errors(family, expected, dict(layout), overrides, folder) for layout in layouts]
 
 
 def _errors(
-    family: str, expected: dict[str, Any], sizes: dict[str, Any], overrides: dict[str, Any]
-) -> dict[str, float]:
-    """Largest relative errors over the steps: of the loss, the gradient norm, and any parameter's gradient."""
+    family: str, expected: dict[str, Any], sizes: dict[str, Any], overrides: dict[str, Any], folder: str | None
+) -> dict[str, float] | str:
+    """Largest relative errors over the steps: of the loss, the gradient norm, and any parameter's gradient.
+
+    The error of a gradient is relative to the norm of the whole parameter's gradient, plus a ten
+    thousandth of the global norm: a gradient that is zero but for rounding is compared with that.
+    """
+    from hf_nanotron.checkpoint.hub import save_hub_model
     from hf_nanotron.models.parallelize import parallelize
     from hf_nanotron.models.sharding import shard_weights
     from hf_nanotron.optim.norm import global_norm
@@ -100,9 +127,22 @@ def _errors(
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.train_step import TrainStep
 
+    save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
-        model = parallelize(tiny_model(family, **overrides), mesh)
+        try:
+            model = parallelize(tiny_model(family, **overrides), mesh)
+        except ValueError as error:
+            dist.barrier()  # every rank refuses, and none closes its groups while another still opens them
+            return str(error)
+        if save is not None and folder is not None:
+            save_hub_model(model, Path(folder) / save)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if wrong:
+            model.shard_specs = {
+                name: dataclasses.replace(spec, partial_grad=False) for name, spec in model.shard_specs.items()
+            }
         weights = shard_weights(model, torch.float32, 1 << 16)
         step = TrainStep(model, weights)
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
@@ -119,8 +159,6 @@ def _errors(
                 wanted = segment.spec.slice(whole).reshape(-1)[segment.start : segment.stop]
                 error = float((segment.gradient - wanted).norm() / (whole.norm() + floor))
                 errors["gradient"] = max(errors["gradient"], error)
-                if os.environ.get("FAMILY_TRACE") and error > 1e-4:
-                    print(mesh.rank, index, segment.name, error, float(segment.gradient.norm()), float(wanted.norm()))
             with torch.no_grad():
                 for segment in weights.segments:
                     segment.master -= STEP_LENGTH / norm * segment.gradient

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import FAMILIES
 from pool import JobError, WorkerPool
 from safetensors.torch import load_file, save_file
 from test_gradients import stock_model
@@ -43,6 +44,8 @@ SMOLLM2_135M = {
     "num_attention_heads": 9, "num_key_value_heads": 3,
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 120}
+HRM = {"model_type": "hrm_text", **FAMILIES["hrm_text"]["config"]}
+MOE = {"model_type": "qwen3_moe", **FAMILIES["qwen3_moe"]["config"]}
 
 # sizes, config, what the message says
 MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
@@ -67,7 +70,10 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["6 pipeline stages", "4 decoder layers", "at most 4"],
     ),
     "tp plan": ({"tp_size": 2}, GPT2, ["gpt2", "no tensor-parallel plan", "tp_size=1"]),
-    "pp plan": ({"pp_size": 2}, GPT2, ["gpt2", "no pipeline plan", "pp_size=1"]),
+    "pp plan": ({"pp_size": 2}, HRM, ["pp_size=2", "hrm_text", "no place to cut", "use pp_size=1"]),
+    "experts": ({"ep_size": 2}, {**MOE, "num_experts": 7}, ["ep_size=2", "the 7 experts", "as one of [1, 7]."]),
+    "no experts": ({"ep_size": 2}, {}, ["ep_size=2", "llama", "no experts", "use ep_size=1"]),
+    "expert ranks": ({"ep_size": 4, "tp_size": 2}, MOE, ["ep_size=4", "size 1 x tp_size=2 = 2", "one of [1, 2]."]),
     "quantised": ({"tp_size": 2}, {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "plain"]),
 }
 
@@ -130,7 +136,7 @@ def test_without_a_plan_data_parallel_works(pool: WorkerPool) -> None:
     ("sizes", "parts"),
     [
         ({"cp_size": 2}, ["cp_size=2", "cp_size=1"]),
-        ({"ep_size": 2}, ["ep_size=2", "ep_size=1"]),
+        ({"ep_size": 0}, ["ep_size=0", "at least 1"]),
         ({"zero_stage": 4}, ["zero_stage=4", "0 (shard nothing)"]),
         ({"zero_stage": 0, "dp_replicate_size": 2}, ["dp_replicate_size=2", "zero_stage=0", "dp_replicate_size=1"]),
         ({"tp_size": 0}, ["tp_size=0", "at least 1"]),

@@ -451,7 +451,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def simulated_mesh(layout: Layout, rank: int, pp_size: int = 1, pp: int = 0, replica: int = 0) -> Any:
     shard, tp = divmod(rank, layout.tp_size)
     return SimpleNamespace(
-        coordinates=Coordinates(pp=pp, dp=shard, tp=tp, shard=shard, replica=replica),
+        coordinates=Coordinates(pp=pp, dp=shard, tp=tp, shard=shard, replica=replica, ep=0, expert_copy=rank),
         pp_size=pp_size,
         is_first_stage=pp == 0,
         rank=0,
@@ -540,16 +540,16 @@ def test_one_process_saves_and_loads(tmp_path: Path) -> None:
         save_training_state(tmp_path, rank.mesh, rank.segments, rank.optimizer, rank.scheduler)
 
 
-@pytest.mark.parametrize("pp_size", [1, 2])
-def test_each_value_has_one_writer(pp_size: int) -> None:
+@pytest.mark.parametrize(("pp_size", "stages"), [(1, "ends"), (2, "ends"), (2, "all")])
+def test_each_value_has_one_writer(pp_size: int, stages: str) -> None:
     layout = Layout(4, 2)
     for name in SHAPES:
         written: Counter[tuple[Ranges, int]] = Counter()
-        for pp in range(pp_size):  # a tied tensor: on both stages
+        for pp in range(pp_size):  # a tensor of both stages
             for replica in range(2):
                 for rank in range(8):
                     mesh = simulated_mesh(layout, rank, pp_size, pp, replica)
-                    spec = ShardSpec(**{**vars(spec_of(name, 4, mesh.coordinates.tp)), "tied": True})
+                    spec = ShardSpec(**{**vars(spec_of(name, 4, mesh.coordinates.tp)), "stages": stages})
                     if is_owner(spec, mesh):
                         written[(spec.ranges if spec.parts else (), mesh.coordinates.shard)] += 1
         parts = set(spec_of(name, 4, 0).parts) or {()}

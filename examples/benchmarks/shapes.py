@@ -1,6 +1,8 @@
-"""Model shapes that the benchmarks know, as arguments of `LlamaConfig`."""
+"""Model shapes that the benchmarks know, as arguments of a config; of `LlamaConfig` where no `model_type` is named."""
 
 from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -30,4 +32,40 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+    "moe-tiny": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
+    "moe-3b-a0.8b": {  # as Qwen3-30B-A3B, with eight layers of 64 experts
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
 }
+
+
+def make_config(shape: str, sequence_length: int) -> PreTrainedConfig:
+    """The config of a shape, for samples of `sequence_length` tokens."""
+    values = {"model_type": "llama", "max_position_embeddings": sequence_length, **SHAPES[shape]}
+    return AutoConfig.for_model(values.pop("model_type"), **values)

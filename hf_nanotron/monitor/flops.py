@@ -50,8 +50,8 @@ def first_of(config: Any, names: Sequence[str]) -> int | None:
 def head_dims(config: Any) -> tuple[int, int]:
     """Features of one attention head: of queries and keys, and of values.
 
-    They differ in latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1), where queries and keys have a part
-    with rotary positions and one without, and `head_dim` means something else.
+    They differ in latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1), where queries and keys have a
+    part with rotary positions and one without, and `head_dim` means something else.
     """
     plain = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     nope, rope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
@@ -85,8 +85,9 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     """Forward and backward FLOPs of one token of a decoder, causal attention counted once.
 
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
-    + 3 * layers * heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of activations
-    are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as full causal attention.
+    + 3 * layers * heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of
+    activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as one of full
+    causal attention.
 
     Args:
         shapes: name -> shape of every tensor of the model.

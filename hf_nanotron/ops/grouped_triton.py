@@ -13,7 +13,6 @@ import torch
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     raise ImportError(
         "Experts on a GPU need triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
@@ -21,31 +20,18 @@ except ImportError as error:
 
 
 class Config(NamedTuple):
-    """How a product is cut: tiles `[a, b]` of the result, rows a turn, and how many turns are loaded ahead.
-
-    bulk: load tiles with the tensor memory accelerator, where addresses and widths allow it.
-    """
+    """How a product is cut: tiles `[a, b]` of the result, rows a turn, and how many turns are loaded ahead."""
 
     a: int
     b: int
     rows: int
     warps: int
     stages: int
-    bulk: bool
 
 
-# A block of 128 x 128 leaves room for a second one on the multiprocessor, whose products hide the first one's pass over
-# the fp32 gradient. `examples/benchmarks/experts.py` measures them all.
-CONFIGS = (
-    Config(128, 128, 64, 4, 3, True),
-    Config(128, 128, 64, 4, 3, False),
-    Config(128, 256, 64, 8, 3, True),
-    Config(128, 256, 64, 8, 4, True),
-    Config(128, 256, 64, 8, 3, False),
-    Config(256, 128, 64, 8, 3, True),
-    Config(128, 128, 32, 4, 5, True),
-    Config(128, 128, 64, 8, 3, True),
-)
+# The fastest first, as measured on an H100 by `examples/benchmarks/experts.py`. Loads by the tensor memory accelerator
+# gained 2 % and need a driver context that autograd's threads do not have.
+CONFIGS = (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 3))
 
 
 @triton.jit
@@ -75,13 +61,10 @@ def _product_kernel(
     total,
     left,
     right,
-    left_tiles,
-    right_tiles,
     offsets,
     a,
     b,
     OVERWRITE: tl.constexpr,
-    BULK: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     ROWS: tl.constexpr,
@@ -104,13 +87,9 @@ def _product_kernel(
         whole = (end - start) // ROWS * ROWS
         sums = tl.zeros((A, B), dtype=tl.float32)
         for turn in range(0, whole, ROWS):
-            if BULK:
-                x = left_tiles.load([start + turn, first_a])
-                y = right_tiles.load([start + turn, first_b])
-            else:
-                step = tl.cast(turn, tl.int64)
-                x = tl.load(left_rows + step * a, mask=in_a[None, :], other=0.0)
-                y = tl.load(right_rows + step * b, mask=in_b[None, :], other=0.0)
+            step = tl.cast(turn, tl.int64)
+            x = tl.load(left_rows + step * a, mask=in_a[None, :], other=0.0)
+            y = tl.load(right_rows + step * b, mask=in_b[None, :], other=0.0)
             sums = tl.dot(tl.trans(x), y, sums)
         if start + whole < end:
             step = tl.cast(whole, tl.int64)
@@ -139,10 +118,6 @@ def _zero_tail_kernel(x, last, rows, width, ROWS: tl.constexpr, BLOCK: tl.conste
             tl.store(places, zeros, mask=kept[:, None] & (columns < width)[None, :])
 
 
-def _can_load_in_bulk(x: torch.Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0
-
-
 def add_grouped_product(
     total: torch.Tensor,
     left: torch.Tensor,
@@ -159,21 +134,15 @@ def add_grouped_product(
         offsets: `[experts]`, int32, on the device.
     """
     experts, a, b = total.shape
-    bulk = config.bulk and _can_load_in_bulk(left) and _can_load_in_bulk(right)
-    left_tiles = TensorDescriptor.from_tensor(left, [config.rows, config.a]) if bulk else None
-    right_tiles = TensorDescriptor.from_tensor(right, [config.rows, config.b]) if bulk else None
     with torch.cuda.device_of(total):
         _product_kernel[(triton.cdiv(a, config.a) * triton.cdiv(b, config.b), experts)](
             total,
             left,
             right,
-            left_tiles,
-            right_tiles,
             offsets,
             a,
             b,
             OVERWRITE=overwrite,
-            BULK=bulk,
             A=config.a,
             B=config.b,
             ROWS=config.rows,
