@@ -247,6 +247,9 @@ HONOURED: dict[str, str] = {
     "bf16": "bfloat16 compute, with fp32 master weights, accumulation and optimizer state",
     "activation_checkpointing": "as documented, on the layers that a rank holds",
     "gradient_checkpointing": "the deprecated alias of activation_checkpointing",
+    "torch_compile": "the attention, MLP and norm modules of each layer, one by one, while training",
+    "torch_compile_backend": "as documented",
+    "torch_compile_mode": "as documented",
     "use_cache": "sets config.use_cache, as in Trainer; training steps build no cache either way",
     "torch_empty_cache_steps": "as documented, counted in optimizer steps",
     "include_num_input_tokens_seen": "as documented; ranks that read the same samples count once",
@@ -256,7 +259,6 @@ HONOURED: dict[str, str] = {
 }
 
 _SIZES = "tp_size, pp_size, dp_replicate_size and zero_stage"
-_COMPILE = Refused((None, False), "compiling is not in this version", "the default, torch_compile=False")
 _NO_DDP = "there is no DistributedDataParallel wrapper: gradients are reduced in buckets of our own"
 
 
@@ -289,9 +291,6 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     "fp16_full_eval": Refused((False,), "evaluation already runs in the compute precision", "bf16=True"),
     "activation_checkpointing_kwargs": ACTIVATION_CHECKPOINTING,
     "gradient_checkpointing_kwargs": ACTIVATION_CHECKPOINTING,
-    "torch_compile": _COMPILE,
-    "torch_compile_backend": _COMPILE,
-    "torch_compile_mode": _COMPILE,
     "use_liger_kernel": Refused((False,), "it replaces layers that the shards own", "use_liger_kernel=False"),
     "liger_kernel_config": Refused((None,), "it configures use_liger_kernel, which is refused", "None"),
     "neftune_noise_alpha": Refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -60,14 +62,76 @@ class _Linear(torch.autograd.Function):
         return grad_input, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
+# Operators take tensors and numbers only, so compiled code names the memory of a weight's gradient by a number. It is in
+# a tensor on the host: a constant would have every layer compiled anew.
+_totals: weakref.WeakValueDictionary[int, WeightGradient] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+@torch.library.custom_op(
+    "hf_nanotron::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias, Tensor key) -> Tensor"
+)
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    return F.linear(input, weight, bias)
+
+
+@_linear.register_fake
+def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    return F.linear(input, weight, bias)
+
+
+# It returns the gradient of the input, and adds that of the weight to its memory besides. A compiler may leave out an
+# operator whose result nobody reads: there must be an input that has a gradient.
+@torch.library.custom_op(
+    "hf_nanotron::linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor input, Tensor weight, Tensor key) -> Tensor",
+)
+def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    total = _totals[int(key.item())]
+    total.add_product(grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1]))
+    return grad @ weight
+
+
+@_linear_backward.register_fake
+def _(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(input)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, _, key = inputs
+    ctx.save_for_backward(input, weight, key)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
+    input, weight, key = ctx.saved_tensors
+    grad_input = torch.ops.hf_nanotron.linear_backward(grad, input, weight, key)
+    return grad_input, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+_linear.register_autograd(_gradients, setup_context=_keep)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that adds its weight gradient to `weight_gradient`, if it has one, instead of returning it."""
 
     weight_gradient: WeightGradient | None = None
+    _key: torch.Tensor | None = None  # of `weight_gradient`, for compiled code
+
+    def accumulate_into(self, total: WeightGradient | None) -> None:
+        """Set `weight_gradient`, or unset it."""
+        self.weight_gradient, self._key = total, None
+        if total is not None and total.takes_product(self.weight.dtype):
+            self._key = torch.tensor(next(_keys), device="cpu")
+            _totals[int(self._key)] = total
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        total = self.weight_gradient
         trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if torch.compiler.is_compiling():
+            if self._key is None or not trains or not input.requires_grad:
+                return F.linear(input, self.weight, bias)
+            return torch.ops.hf_nanotron.linear(input, self.weight, bias, self._key)
+        total = self.weight_gradient
         if total is None or not trains or not total.takes_product(input.dtype):
             return F.linear(input, self.weight, bias)
         return _Linear.apply(input, self.weight, bias, total)

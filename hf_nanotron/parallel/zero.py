@@ -121,7 +121,7 @@ class BucketedWeights:
         self._linears = [module for module in model.modules() if isinstance(module, Linear)]
         self._experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
         for linear in self._linears:
-            linear.weight_gradient = of.get(linear.weight)
+            linear.accumulate_into(of.get(linear.weight))
         for experts in self._experts:
             own = {leaf: of.get(parameter) for leaf, parameter in experts.named_parameters(recurse=False)}
             experts.weight_gradients = {leaf: member for leaf, member in own.items() if member is not None}
@@ -194,7 +194,7 @@ class BucketedWeights:
         for hook in self._hooks:
             hook.remove()
         for linear in self._linears:
-            linear.weight_gradient = None
+            linear.accumulate_into(None)
         for experts in self._experts:
             experts.weight_gradients = {}
 

@@ -1,0 +1,94 @@
+"""Blocks compiled one by one: the same gradients as stock transformers, one graph for all layers, nothing anew.
+
+With the backend `aot_eager`, which captures forward and backward as `inductor` does but generates no code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_runs import STEP_LENGTH, micro_batches, reference, tiny_model
+from pool import WorkerPool
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("qwen3_moe", {}), ("gemma2", {}), ("deepseek_v3", {}), ("qwen3", {"tp_size": 2, "zero_stage": 1})],
+)
+def test_gradients_are_those_of_stock(pool: WorkerPool, tmp_path: Path, family: str, sizes: dict[str, Any]) -> None:
+    path = str(tmp_path / "reference")
+    torch.save(reference(family), path)
+    for errors, _, breaks in pool.run(4 if sizes else 1, compiled_steps, family, path, sizes, {}):
+        assert max(errors) < TOLERANCE and breaks == 0
+
+
+def test_layers_share_their_graphs(pool: WorkerPool, tmp_path: Path) -> None:
+    path = str(tmp_path / "reference")
+    torch.save(reference("llama", num_hidden_layers=12), path)
+    ((_, graphs, breaks),) = pool.run(1, compiled_steps, "llama", path, {}, {"num_hidden_layers": 12})
+    assert graphs == 3 and breaks == 0  # a norm, attention, MLP
+
+
+def test_evaluation_is_not_compiled(pool: WorkerPool) -> None:
+    assert pool.run(1, evaluate_after_compiling) == [0]
+
+
+def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    """Errors of the gradients in each step, graphs captured, and breaks in them."""
+    from torch._dynamo.utils import counters
+
+    from hf_nanotron.models.compile import compile_blocks
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding import shard_weights
+    from hf_nanotron.optim.norm import global_norm
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.train_step import TrainStep
+
+    torch._dynamo.reset()
+    counters.clear()
+    expected = torch.load(path)
+    mesh = ParallelMesh(ParallelConfig(**sizes))
+    model = parallelize(tiny_model(family, **overrides), mesh)
+    weights = shard_weights(model, torch.float32, 1 << 16)
+    compile_blocks(model, "aot_eager", None)
+    step, errors, graphs = TrainStep(model, weights), [], 0
+    for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)):
+        step.run(batches, index)
+        norm = float(global_norm(weights.segments, mesh))
+        floor = 1e-4 * expected["norms"][index]
+        for segment in weights.segments:
+            whole = expected["gradients"][index][segment.spec.name]
+            wanted = segment.spec.slice(whole).reshape(-1)[segment.start : segment.stop]
+            errors.append(float((segment.gradient - wanted).norm() / (whole.norm() + floor)))
+            segment.master.data.add_(segment.gradient, alpha=-STEP_LENGTH / norm)
+        weights.publish()
+        if index == 0:
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs, "a later step was compiled anew"
+    breaks = sum(counters["graph_break"].values())
+    mesh.close()
+    return errors, graphs, breaks
+
+
+def evaluate_after_compiling() -> int:
+    from torch._dynamo.utils import counters
+
+    from hf_nanotron.models.compile import compile_blocks
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = parallelize(tiny_model("llama"), ParallelMesh(ParallelConfig()))
+    compile_blocks(model, "aot_eager", None)
+    model.eval()
+    for length in (5, 7, 9):
+        model(torch.arange(length)[None] + 3)
+    return int(counters["stats"].get("unique_graphs", 0))
