@@ -215,6 +215,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             args.gradient_accumulation_steps,
             model.dtype.itemsize,
             bool(args.activation_checkpointing or args.gradient_checkpointing),
+            fused_head=model.linear_head is not None,
         )
         moments = moment_bytes(self.optimizer, self.weights)
         self.memory_report = MemoryReport(**self.weights.bytes_held(), moments=moments, activations=activations)
