@@ -337,7 +337,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         if "loss" in logs:
             logs.update(self.throughput.report())
             if self._loads and self.model.mixture is not None:
-                logs.update(self.model.mixture.report(self._loads))
+                logs.update(self.model.mixture.report(self._loads, self.args.moe_log_loads))
                 self._loads = {}
         super().log(logs, start_time)
 

@@ -100,6 +100,10 @@ class NanotronTrainingArguments(TrainingArguments):
             "balancing); 0 leaves them."
         },
     )
+    moe_log_loads: str = field(
+        default="model",
+        metadata={"help": "Loads of the experts in log lines: of the model as a whole, of its layers, or all experts."},
+    )
     z_loss_coefficient: float = field(
         default=0.0, metadata={"help": "Of log(Z)^2 in the loss of each predicted token (z-loss over the vocabulary)."}
     )
@@ -174,6 +178,8 @@ class NanotronTrainingArguments(TrainingArguments):
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is room for an even load), or "
                 "None."
             )
+        if self.moe_log_loads not in ("model", "layers", "experts"):
+            raise ValueError(f"moe_log_loads={self.moe_log_loads!r} is not one of 'model', 'layers', 'experts'.")
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")

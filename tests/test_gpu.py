@@ -16,6 +16,8 @@ GPUS = torch.cuda.device_count()
 HERE = Path(__file__).resolve().parent
 ROWS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
+    (1, {"torch_compile": True}),
+    (2, {"torch_compile": True, "tp_size": 2}),
     (2, {"tp_size": 2}),
     (2, {"tp_size": 2, "sequence_parallel": False}),
     (2, {"zero_stage": 0}),
@@ -34,6 +36,22 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
     (4, {"dp_replicate_size": 2}),
     (4, {"dp_replicate_size": 2, "zero_stage": 3}),
 ]
+EXPERT_ROWS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {"ep_size": 2}),
+    (2, {"ep_size": 2, "zero_stage": 0}),
+    (2, {"ep_size": 2, "zero_stage": 2}),
+    (2, {"ep_size": 2, "zero_stage": 3}),
+    (2, {"ep_size": 2, "tp_size": 2}),
+    (2, {"ep_size": 2, "tp_size": 2, "sequence_parallel": False}),
+    (2, {"tp_size": 2}),
+    (2, {"pp_size": 2}),
+    (4, {"ep_size": 2, "tp_size": 2}),
+    (4, {"ep_size": 4, "zero_stage": 3}),
+    (4, {"ep_size": 2, "pp_size": 2}),
+]
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+ROUTERS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
 
 def launch(world: int, *arguments: str) -> None:
@@ -96,7 +114,7 @@ def run_rows(directory: str, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_parity_on_gpus(family: str, tmp_path: Path) -> None:
     """fp32 on the GPU against stock Trainer on one GPU, at the tolerances of the CPU table."""
     from test_parity import TOLERANCE, relative
@@ -104,13 +122,14 @@ def test_parity_on_gpus(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = tiny_config(family, tie_word_embeddings=family == "llama")
+    experts = {**EXPERTS, **ROUTERS} if family == "qwen3_moe" else {}
+    config = tiny_config(family, tie_word_embeddings=family == "llama", **experts)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     expected: dict[str, list[float]] = {}
     for world in (1, 2, 4):
         if world > GPUS:
             continue
-        rows = [row for size, row in ROWS if size == world]
+        rows = [row for size, row in (EXPERT_ROWS if experts else ROWS) if size == world]
         if world == 1:
             rows = [{"stock": True}, *rows]
         launch(world, "train", str(tmp_path), json.dumps(rows))

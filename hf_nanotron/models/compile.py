@@ -28,7 +28,7 @@ def compile_blocks(model: ParallelModel, backend: str, mode: str | None) -> None
         for part in _parts(block):
             if "forward" not in part.__dict__ and any(True for _ in part.parameters()):
                 compiled = torch.compile(part.forward, backend=backend, mode=mode)
-                part.forward = functools.partial(_forward, part, compiled, part.forward)  # type: ignore[method-assign]
+                part.forward = functools.partial(_forward, part, compiled, part.forward)
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:

@@ -131,9 +131,9 @@ class Mixture:
             self._balancer.step(counts)
         return counts
 
-    def report(self, counts: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Figures for a log line."""
-        report = load_report(counts, per_layer=True)
+    def report(self, counts: dict[str, torch.Tensor], detail: str) -> dict[str, float]:
+        """Figures for a log line: of the model, or also of each of its `detail`, `"layers"` or `"experts"`."""
+        report = load_report(counts, per_layer=detail != "model", per_expert=detail == "experts")
         dropped = [module.dropped for module in self.experts if module.dropped is not None]
         if dropped:  # of this rank's latest micro-batch
             pairs = sum(module.pairs for module in self.experts)

@@ -228,7 +228,9 @@ class ParallelExperts(nn.Module):
         rows, way = dispatch(x, index, self.num_experts, self.group, capacity)
         self.dropped, self.pairs = None if capacity is None else way.dropped, index.numel()
         out = combine(self.compute(rows, way.offsets), way, weights)
-        return out.view(hidden_states.shape).to(hidden_states.dtype)
+        if out.shape != hidden_states.shape:  # no view without need: stock blocks add to what they get in place
+            out = out.view(hidden_states.shape)
+        return out.to(hidden_states.dtype)
 
     def compute(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """What our experts make of rows that are sorted by expert."""
