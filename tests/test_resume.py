@@ -1,7 +1,8 @@
 """A run saved on one topology goes on with the same losses on any other.
 
 Twelve steps without interruption on topology A; the checkpoint of step 6 goes on on topology B. `--full-matrix` runs
-every A x B; otherwise each A meets itself and another.
+every A x B; otherwise each A meets itself and another. Experts have topologies of their own, and start over from other
+weights, so that all that counts is read from the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import tiny_model
 from pool import WorkerPool
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_gradients import stock_model
 from tiny import History, pad_batch, random_dataset, training_arguments
+from transformers import AutoConfig, AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
@@ -48,9 +52,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "llama": (DROPOUT, WITH_DROPOUT),
     "qwen3": ({"tie_word_embeddings": True}, list(TOPOLOGIES)),
 }
+EXPERT_TOPOLOGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "ep2 dp2": (2, 2, {"ep_size": 2}),
+    "ep2 dp4 zero2": (4, 1, {"ep_size": 2, "zero_stage": 2}),
+    "ep4": (4, 2, {"ep_size": 4, "tp_size": 2, "zero_stage": 0}),
+    "tp2 pp2": (4, 2, {"tp_size": 2, "pp_size": 2}),
+    "one process": TOPOLOGIES["one process"],
+}
+# What the family is saved on -> what it goes on on; the first is the same.
+EXPERTS = {
+    "qwen3_moe": ("ep2 dp4 zero2", "ep2 dp4 zero2", "tp2 pp2"),
+    "deepseek_v3": ("ep2 dp2", "ep2 dp2", "ep4", "tp2 pp2", "one process"),
+}
 TITLE = "resume on another topology: worst relative difference from the losses of the uninterrupted run"
 ROWS: list[str] = []  # conftest.py prints them when all tests have run
-HEADER = f"{'family':8s} {'saved on':22s} resumed on"
+HEADER = f"{'family':11s} {'saved on':22s} resumed on"
 
 
 @functools.cache
@@ -61,8 +77,9 @@ def start(family: str) -> str:
 
 
 def train(family: str, directory: str, output: str, topology: str, resume_from: str | None) -> list[float]:
-    world, micro_batch, sizes = TOPOLOGIES[topology]
-    if FAMILIES[family][0] is DROPOUT:
+    experts = family in EXPERTS
+    world, micro_batch, sizes = (EXPERT_TOPOLOGIES if experts else TOPOLOGIES)[topology]
+    if not experts and FAMILIES[family][0] is DROPOUT:
         micro_batch = 1
     dp = world // sizes.get("tp_size", 1) // sizes.get("pp_size", 1)
     args = NanotronTrainingArguments(
@@ -76,7 +93,10 @@ def train(family: str, directory: str, output: str, topology: str, resume_from: 
             **sizes,
         )
     )
-    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    if experts and resume_from is not None:
+        model = ParallelAuto.from_config(AutoConfig.from_pretrained(directory), args.parallel)
+    else:
+        model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
     history = History()
     trainer = NanotronTrainer(
         model=model, args=args, train_dataset=random_dataset(60), data_collator=pad_batch, callbacks=[history]
@@ -120,8 +140,44 @@ def test_resume_on_other_topologies(
         )
         assert all(result == results[0] for result in results) and len(results[0]) == 6
         error = max(abs(a - b) / b for a, b in zip(results[0], losses[6:], strict=True))
-        ROWS.append(f"{family:8s} {saved_on:22s} {resumed_on:22s} {error:.1e}")
+        ROWS.append(f"{family:11s} {saved_on:22s} {resumed_on:22s} {error:.1e}")
         assert error <= 1e-5, (resumed_on, results[0], losses[6:])
         if resumed_on == saved_on:
             assert results[0] == losses[6:]
             assert contents(again / "checkpoint-12") == contents(first / "checkpoint-12")
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_resume_on_other_topologies(pool: WorkerPool, tmp_path: Path, family: str) -> None:
+    stock = tiny_model(family)
+    with torch.no_grad():
+        for name, buffer in stock.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
+    stock.save_pretrained(tmp_path / "start")
+    (saved_on, *others), first = EXPERTS[family], tmp_path / "first"
+    arguments = (train, family, str(tmp_path / "start"))
+    losses = pool.run(EXPERT_TOPOLOGIES[saved_on][0], *arguments, str(first), saved_on, None)[0]
+    checkpoint = first / "checkpoint-6"
+    for resumed_on in others:
+        again = tmp_path / resumed_on.replace(" ", "-")
+        world = EXPERT_TOPOLOGIES[resumed_on][0]
+        results = pool.run(world, *arguments, str(again), resumed_on, str(checkpoint))
+        assert all(result == results[0] for result in results) and len(results[0]) == 6
+        error = max(abs(a - b) / b for a, b in zip(results[0], losses[6:], strict=True))
+        ROWS.append(f"{family:11s} {saved_on:22s} {resumed_on:22s} {error:.1e}")
+        assert error <= 1e-5, (resumed_on, results[0], losses[6:])
+        if resumed_on == saved_on:
+            assert results[0] == losses[6:]
+            assert contents(again / "checkpoint-12") == contents(first / "checkpoint-12")
+    for name, bias in hub_tensors(tmp_path / "start").items():
+        if name.endswith("e_score_correction_bias"):  # a buffer, which this run leaves alone
+            assert bias.any() and torch.equal(hub_tensors(again / "checkpoint-12")[name], bias)
+    # The Hub's files: the names of stock's own, and stock reads from them what it would write.
+    StockAuto.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
+    assert hub_tensors(tmp_path / "start").keys() == hub_tensors(checkpoint).keys()
+    torch.testing.assert_close(hub_tensors(tmp_path / "again"), hub_tensors(checkpoint), rtol=0, atol=0)
+
+
+def hub_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}

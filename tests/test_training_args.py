@@ -115,6 +115,9 @@ HONOURED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "do_predict": (True, {}),
     "resume_from_checkpoint": ("checkpoint-7", {}),
     "local_rank": (0, {}),
+    "torch_compile": (True, {}),
+    "torch_compile_backend": ("aot_eager", {"torch_compile": True}),
+    "torch_compile_mode": ("max-autotune", {"torch_compile": True}),
 }
 
 # For every field with a rule: values refused, and values other than the default that are taken.
@@ -132,9 +135,6 @@ RULED_VALUES: dict[str, tuple[list[Any], list[Any]]] = {
         [{"use_reentrant": False, "every_n_layers": 2}, '{"every_n_layers": "2"}', {"preserve_rng_state": False}],
     ),
     "gradient_checkpointing_kwargs": ([{"use_reentrant": True}], [{"use_reentrant": False}]),
-    "torch_compile": ([True], []),
-    "torch_compile_backend": (["inductor"], []),
-    "torch_compile_mode": (["max-autotune"], []),
     "use_liger_kernel": ([True], []),
     "liger_kernel_config": ([{"rope": True}], []),
     "neftune_noise_alpha": ([5.0], []),
@@ -318,7 +318,7 @@ def test_bucket_size(build: Any) -> None:
 
 BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
 BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local"}
-BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "z_loss_coefficient"}
+BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

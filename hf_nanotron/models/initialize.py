@@ -169,7 +169,7 @@ def _without_large_tensors(kept: set[tuple[type[nn.Module], str]]) -> Iterator[N
         return None if buffer is None or is_kept(module, name, buffer) else buffer.to("meta")
 
     handles = (
-        register_module_parameter_registration_hook(on_parameter),
+        register_module_parameter_registration_hook(on_parameter),  # type: ignore[arg-type]
         register_module_buffer_registration_hook(on_buffer),  # type: ignore[arg-type]
     )
     try:
