@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models.auto import AutoModelForCausalLM
+    from .models.families import register_plan
     from .parallel.config import ParallelConfig
     from .trainer import NanotronTrainer
     from .training_args import NanotronTrainingArguments
 
 __version__ = "0.1.0"
-__all__ = ["AutoModelForCausalLM", "NanotronTrainer", "NanotronTrainingArguments", "ParallelConfig"]
+__all__ = ["AutoModelForCausalLM", "NanotronTrainer", "NanotronTrainingArguments", "ParallelConfig", "register_plan"]
 
 _HOME = {
     "AutoModelForCausalLM": ".models.auto",
     "NanotronTrainer": ".trainer",
     "NanotronTrainingArguments": ".training_args",
     "ParallelConfig": ".parallel.config",
+    "register_plan": ".models.families",
 }
 
 

@@ -31,9 +31,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(families.TITLE)
         terminalreporter.write_line("\n".join(family_table.counts(families.ROWS)))
         if config.getoption("write_families"):
-            here = Path(__file__).parent
-            page = here.parent / "docs" / "families.md"
-            family_table.write_page(here / "families_results.json", families.ROWS, page, str(date.today()))
+            docs = Path(__file__).parent.parent / "docs"
+            family_table.write_page(docs / "families.json", families.ROWS, docs / "families.md", str(date.today()))
 
 
 @pytest.fixture(scope="session")

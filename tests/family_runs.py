@@ -104,7 +104,8 @@ def compare(
     Args:
         path: file of the `reference`.
         layouts: fields of `ParallelConfig`, and `"save"`: the name under which to save the model in `folder` before it
-            trains; `"checkpointing"`: recompute activations; `"wrong"`: leave out the sums over tensor-parallel ranks.
+            trains; `"steps"`: how many of the reference's to take; `"checkpointing"`: recompute activations; `"wrong"`:
+            leave out the sums over tensor-parallel ranks.
     """
     expected = torch.load(path)
     return [_errors(family, expected, dict(layout), overrides, folder) for layout in layouts]
@@ -128,6 +129,7 @@ def _errors(
     from hf_nanotron.train_step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
+    steps = sizes.pop("steps", STEPS)
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
         try:
@@ -146,7 +148,7 @@ def _errors(
         weights = shard_weights(model, torch.float32, 1 << 16)
         step = TrainStep(model, weights)
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)):
+        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)[:steps]):
             loss = step.run(batches, index)
             loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
             loss = float(all_reduce(loss.detach().clone(), mesh.world))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from pool import WorkerPool
 from tiny import VOCABULARY, pad_batch, random_dataset, tiny_config, training_arguments
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_nanotron.monitor.flops import flops_per_token, peak_flops
 from hf_nanotron.monitor.throughput import Throughput
@@ -21,6 +22,22 @@ STOCK_FIGURES = {"loss", "grad_norm", "learning_rate", "epoch"}
 OUR_FIGURES = {"tokens_per_second", "tokens_per_second_per_device", "step_time", "peak_memory_gib"}
 SAMPLES, LENGTH, GLOBAL_BATCH = 15, 16, 4  # windows of 4, 4, 4 and 3 samples
 STEPS = 8
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {  # queries and keys of 8 + 4 features, values of 6; the first layer is dense, and one expert is shared
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 
 
 class Reporter(TrainerCallback):
@@ -190,24 +207,59 @@ def test_throughput_counts_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         ("llama", {"num_attention_heads": 4, "head_dim": 16}),  # heads x head_dim is not the hidden size
         ("qwen2", {"use_sliding_window": False}),  # biases
         ("qwen3", {}),
+        ("qwen3_moe", {**ROUTED, "num_experts": 8}),
+        ("qwen3_moe", {**ROUTED, "num_experts": 8, "mlp_only_layers": [0]}),
+        ("qwen2_moe", {**ROUTED, "num_experts": 8, "shared_expert_intermediate_size": 20, "use_sliding_window": False}),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # biases of experts, other way round
+        ("deepseek_v3", LATENT),
     ],
 )
 def test_flops_per_token(family: str, overrides: dict[str, Any]) -> None:
     """torch's count of a stock forward and backward, less the half of attention that a causal mask leaves out."""
     config = tiny_config(family, num_hidden_layers=2, **overrides)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    choices = {"experts_implementation": "eager"} if "num_experts_per_tok" in overrides else {}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **choices)
     batch, length = 2, 24
     ids = torch.randint(3, VOCABULARY, (batch, length))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     counts = counter.get_flop_counts()
     rotary = sum(sum(c.values()) for name, c in counts.items() if name.endswith("rotary_emb"))
-    head_dim = model.model.layers[0].self_attn.head_dim
-    one_attention = 2 * length * config.num_attention_heads * head_dim  # scores of one token; values cost the same
-    masked = 3 * 2 * one_attention * config.num_hidden_layers / 2
+    head_dim = model.model.layers[0].self_attn.o_proj.in_features // config.num_attention_heads
+    query_dim = getattr(config, "qk_head_dim", head_dim)
+    one_attention = 2 * length * config.num_attention_heads * (query_dim + head_dim)  # scores and values of one token
+    masked = 3 * one_attention * config.num_hidden_layers / 2
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     counted = (counter.get_total_flops() - rotary) / (batch * length)
     assert flops_per_token(shapes, config, length) == counted - masked
+
+
+def test_flops_of_active_parameters() -> None:
+    """Qwen3-MoE by hand: two layers of hidden size 8, queries of 2 heads of 6, keys of 1, two of five experts of 3."""
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        **{**ROUTED, "moe_intermediate_size": 3, "num_experts": 5},
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        vocab_size=11,
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).named_parameters()}
+    attention = 8 * 12 + 2 * 8 * 6 + 12 * 8
+    layer = attention + 5 * 8 + 2 * 3 * 8 * 3  # the router, then gate, up and down of two experts
+    by_hand = 6 * (2 * layer + 11 * 8) + 6 * 2 * 2 * 6 * 10
+    assert flops_per_token(shapes, config, 10) == pytest.approx(by_hand, rel=1e-12)
+
+    one_by_one = {name: shape for name, shape in shapes.items() if ".experts." not in name}
+    for layer_index, expert in itertools.product(range(2), range(5)):
+        experts = f"model.layers.{layer_index}.mlp.experts.{expert}"
+        one_by_one |= {f"{experts}.{name}_proj.weight": (3, 8) for name in ("gate", "up", "down")}
+    assert flops_per_token(one_by_one, config, 10) == pytest.approx(by_hand, rel=1e-12)
+
+    convolved = {**shapes, "model.layers.0.linear_attn.conv1d.weight": (24, 1, 4)}
+    assert flops_per_token(convolved, config, 10) == pytest.approx(by_hand, rel=1e-12)
 
 
 @pytest.mark.parametrize(

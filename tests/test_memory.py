@@ -9,7 +9,7 @@ import pytest
 import torch
 from pool import WorkerPool
 from tiny import random_dataset, training_arguments
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.monitor.memory import MemoryReport, activation_bytes
@@ -103,6 +103,38 @@ def test_the_estimate_of_activations(checkpointed: bool) -> None:
         estimate -= activation_bytes(one, batch * length, one_stage, 0, 1, 2, False)
         estimate += activation_bytes(none, batch * length, one_stage, 0, 1, 2, False)
     assert estimate == pytest.approx(sum(saved.values()), rel=0.25)
+
+
+EXPERTS = {**SHAPE, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+
+
+def test_the_estimate_of_experts() -> None:
+    """Against what autograd keeps of a stock forward, whose activation keeps a fourth tensor of the inner size."""
+    config = Qwen3MoeConfig(**EXPERTS, head_dim=32, attn_implementation="sdpa", experts_implementation="grouped_mm")
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = 256
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(input_ids=torch.randint(0, 2048, (2, 128)), use_cache=False).last_hidden_state.sum()
+    estimate = activation_bytes(config, tokens, ParallelConfig(zero_stage=0), 0, 1, 2, False)
+    fourth = tokens * 4 * 4 * 128 * 2  # layers, experts of a token, inner size, bytes
+    assert estimate - tokens * config.vocab_size * 12 + fourth == pytest.approx(sum(saved.values()), rel=0.25)
+
+
+def test_a_fused_head_keeps_one_chunk_of_logits() -> None:
+    config, sizes = LlamaConfig(**SHAPE), ParallelConfig(pp_size=2)
+    whole, fused = ([activation_bytes(config, 8192, sizes, r, 2, 2, False, kind) for r in (0, 1)] for kind in (0, 1))
+    assert whole[0] == fused[0]
+    # bf16 logits, an fp32 copy and both gradients of 8,192 tokens, against bf16 logits of 2,048 and a bf16 gradient.
+    assert whole[1] - fused[1] == 8192 * 2048 * 12 - 2048 * 2048 * 2 - 8192 * 256 * 2
 
 
 def test_pipelines_keep_more_on_their_first_stage() -> None:

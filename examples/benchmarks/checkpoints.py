@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from datasets import Dataset
-from shapes import SHAPES
+from shapes import SHAPES, make_config
 from throughput import parse_row
-from transformers import LlamaConfig, TrainerCallback, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 
@@ -177,7 +177,7 @@ def main() -> None:
     source = cli.scratch / "source"
     transformers.set_seed(0)
     model = AutoModelForCausalLM.from_config(
-        LlamaConfig(**SHAPES[cli.shape]), parallel=arguments.parallel, dtype=torch.bfloat16
+        make_config(cli.shape, cli.sequence_length), parallel=arguments.parallel, dtype=torch.bfloat16
     )
     model.save_pretrained(source)
     model.mesh.close()

@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
-        "vocab_size": 512,
+        "vocab_size": 1024,
         "tie_word_embeddings": False,
     },
     "moe-3b-a0.8b": {  # as Qwen3-30B-A3B, with eight layers of 64 experts

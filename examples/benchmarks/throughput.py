@@ -1,6 +1,6 @@
-"""Tokens per second on random tokens, of `NanotronTrainer` and of stock `Trainer`, for any number of layouts in one run.
+"""Tokens per second on random tokens, of `NanotronTrainer` and of stock `Trainer`, any number of layouts in one run.
 
-    python throughput.py --shape moe-3b-a0.8b --row optim_state_dtype=bfloat16 --row trainer=stock,tf32=true --out rows.jsonl
+    python throughput.py --shape moe-3b-a0.8b --row zero_stage=0 --row trainer=stock,tf32=true --out rows.jsonl
     torchrun --nproc-per-node 2 throughput.py --shape 8b-10 --sequence-length 8192 --row zero_stage=0 --row tp_size=2
 
 Each `--row` holds fields of the training arguments, separated by commas, and may hold
@@ -11,9 +11,9 @@ Each `--row` holds fields of the training arguments, separated by commas, and ma
     per_device_train_batch_size=auto    the largest that fits: halved from --largest-batch until it does
 
 A step takes as many samples in every row: `gradient_accumulation_steps` follows from the micro-batch and
-`--samples-per-step` unless the row names it. Without torchrun, each row runs in processes of its own (`--processes`), so
-that one that fails, or runs out of memory, is reported and the next goes on. Prints one JSON line for each row:
-what ran, on what, the median and the range of the intervals between two log lines, MFU (active parameters, causal
+`--samples-per-step` unless the row names it. Without torchrun, each row runs in processes of its own (`--processes`),
+so that one that fails, or runs out of memory, is reported and the next goes on. Prints one JSON line for each row: what
+ran, on what, the median and the range of the intervals between two log lines, MFU (active parameters, causal
 attention counted once), the bytes a parameter takes before an optimizer step, and with `--profile` how much of the
 communication was hidden, and (to a file beside `--out`) a table of the kernels.
 """
@@ -22,6 +22,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.monitor.flops import active_weights, flops_per_token, peak_flops
 
+LEAST_SECONDS = 30.0  # a row that has less of the budget left is not begun
+OUT_OF_MEMORY_SIGNS = ("out of memory", "ALLOC_FAILED")
 OUT_OF_MEMORY = 3  # exit status of a process that has reported its row as such
 MICRO, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -133,8 +136,8 @@ def stock_trainer(row: dict[str, Any], cli: argparse.Namespace, config: Any) -> 
     choices: dict[str, Any] = {"dtype": getattr(torch, row.pop("dtype", "float32")), "attn_implementation": "sdpa"}
     if hasattr(config, "num_experts") or "experts_implementation" in row:
         choices["experts_implementation"] = row.pop("experts_implementation", "grouped_mm")
-    if row.get("gradient_checkpointing"):
-        row["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if row.get("activation_checkpointing"):
+        row["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     args = TrainingArguments(**arguments_of({"optim": "adamw_torch_fused", **row}, cli))
     with args.device:
         model = transformers.AutoModelForCausalLM.from_config(config, **choices)
@@ -236,9 +239,9 @@ def figures(row: dict[str, Any], cli: argparse.Namespace, trainer: Trainer, reco
 def attempts(row: dict[str, Any], cli: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The row with each micro-batch that may be tried, the largest first."""
     wanted = row.get(MICRO, cli.per_device_train_batch_size)
-    size = cli.largest_batch if wanted == "auto" else int(wanted)
+    size = min(cli.largest_batch, cli.samples_per_step or cli.largest_batch) if wanted == "auto" else int(wanted)
+    samples = cli.samples_per_step or size * cli.gradient_accumulation_steps
     while True:
-        samples = cli.samples_per_step or size * cli.gradient_accumulation_steps
         yield {STEPS: max(1, samples // size), **row, MICRO: size}
         if wanted != "auto" or size == 1:
             return
@@ -267,10 +270,13 @@ def run_here(text: str, cli: argparse.Namespace) -> bool:
     row, message = parse_row(text), ""
     for attempt in attempts(row, cli):
         began = time.perf_counter()
+        clear()
         try:
             result = run(attempt, cli)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             message = str(error).partition("\n")[0][:300]
+            if not any(sign in message for sign in OUT_OF_MEMORY_SIGNS):
+                raise
             clear(error)
             if dist.is_initialized() and dist.get_world_size() > 1:
                 break  # the other ranks wait in a collective
@@ -295,10 +301,13 @@ def run_apart(text: str, cli: argparse.Namespace, seconds: float) -> None:
         option = "--" + name.replace("_", "-")
         command += [option] if value is True else [option, str(value)]
     before = cli.out.stat().st_size if cli.out is not None and cli.out.exists() else 0
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        status = subprocess.run(command, timeout=seconds, check=False).returncode
-        problem = f"exit status {status}" if status not in (0, OUT_OF_MEMORY) else ""
+        status = process.wait(seconds)
+        problem = f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+        process.wait()
         problem = f"stopped after {seconds:.0f} s"
     after = cli.out.stat().st_size if cli.out is not None and cli.out.exists() else 0
     if problem and after == before:  # a line of its own would say more
@@ -326,19 +335,25 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="all rows in this process")
     cli = parser.parse_args()
     if cli.warmup is not None and (cli.warmup < cli.log_every or cli.warmup % cli.log_every):
-        parser.error(
-            f"--warmup {cli.warmup} must be a multiple of --log-every {cli.log_every}: log lines are the clock"
-        )
+        parser.error(f"--warmup {cli.warmup} is no multiple of --log-every {cli.log_every}: log lines are the clock")
     began = time.perf_counter()
     for text in cli.row or [""]:
         left = cli.budget - (time.perf_counter() - began)
         if not cli.here and "LOCAL_RANK" not in os.environ:
-            if left < 0:
+            if left < LEAST_SECONDS:
                 write({"row": parse_row(text), "shape": cli.shape, "error": "not begun: the time is over"}, cli)
             else:
                 run_apart(text, cli, min(cli.row_timeout, left))
-        elif not run_here(text, cli) and dist.is_initialized() and dist.get_world_size() > 1:
-            os._exit(OUT_OF_MEMORY)
+        else:
+            try:
+                fits = run_here(text, cli)
+            except Exception as error:
+                if os.environ.get("RANK", "0") == "0":
+                    problem = f"{type(error).__name__}: {error}"[:500]
+                    write({"row": parse_row(text), "shape": cli.shape, "error": problem}, cli)
+                raise
+            if not fits and dist.is_initialized() and dist.get_world_size() > 1:
+                os._exit(OUT_OF_MEMORY)  # the other ranks wait for this one
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -22,6 +22,7 @@ FIRST_STAGE = (
     "embed_positions",
     "input_hidden_states_scale",
     "input_hidden_states_bias",
+    "positions_embed",
 )
 # What computes an input of its own for every layer from token ids and their embeddings: each stage computes all of it.
 EVERY_STAGE = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
@@ -56,6 +57,9 @@ NORMED_ATTENTION: Rows = {**ATTENTION, "q_norm": "norm", "k_norm": "norm"}
 MLP: Rows = {"gate_proj": COLUMN, "up_proj": COLUMN, "down_proj": ROW}
 FUSED_MLP: Rows = {"gate_up_proj": PACKED, "down_proj": ROW}
 FUSED_QKV: Rows = {"qkv_proj": "qkv", "o_proj": ROW}
+BIASED_MLP: Rows = {"dense_h_to_4h": COLUMN, "dense_4h_to_h": ROW}
+OUT_ATTENTION: Rows = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "out_proj": ROW}
+LFM_MLP: Rows = {"w1": COLUMN, "w3": COLUMN, "w2": ROW}
 WHOLE: Rows = {"": None}
 
 
@@ -102,8 +106,8 @@ SHARDING: dict[str, Rows] = {
     "JambaAttention": ATTENTION,
     "JambaMLP": MLP,
     "KimiLinearAttention": LATENT_ATTENTION,
-    "Lfm2MoeAttention": {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "out_proj": ROW},
-    "Lfm2MoeMLP": {"w1": COLUMN, "w3": COLUMN, "w2": ROW},
+    "Lfm2MoeAttention": OUT_ATTENTION,
+    "Lfm2MoeMLP": LFM_MLP,
     "MiniMaxM2Attention": NORMED_ATTENTION,
     "MiniMaxM3VLAttention": ATTENTION,
     "MiniMaxM3VLDenseMLP": FUSED_MLP,
@@ -125,6 +129,39 @@ SHARDING: dict[str, Rows] = {
     "YoutuAttention": LATENT_ATTENTION,
     "ZayaSparseMoeBlock": {"experts.gate_up_proj": PACKED, "experts.down_proj": ROW},
 }
+
+# The same for families that declare no plan at all.
+UNDECLARED: dict[str, Rows] = {
+    "BambaAttention": ATTENTION,
+    "BambaMLP": MLP,
+    "BioGptAttention": OUT_ATTENTION,  # the two layers of its MLP are no block
+    "BitNetAttention": {**ATTENTION, "attn_sub_norm": "norm"},
+    "BitNetMLP": {**MLP, "ffn_sub_norm": "norm"},
+    "DiffLlamaAttention": WHOLE,  # the first and the second half of the heads are subtracted
+    "DiffLlamaMLP": MLP,
+    "Emu3Attention": ATTENTION,
+    "Emu3MLP": MLP,
+    "FalconH1Attention": ATTENTION,
+    "FalconH1MLP": MLP,
+    "FalconMambaMixer": WHOLE,
+    "GPTJAttention": OUT_ATTENTION,
+    "GPTJMLP": {"fc_in": COLUMN, "fc_out": ROW},
+    "HunYuanDenseV1Attention": ATTENTION,
+    "HunYuanDenseV1MLP": MLP,
+    "Lfm2Attention": OUT_ATTENTION,
+    "Lfm2MLP": LFM_MLP,
+    "Lfm3Attention": {**ATTENTION, "g_proj": COLUMN},
+    "Lfm3MLP": LFM_MLP,
+    "Mamba2Mixer": WHOLE,
+    "MambaMixer": WHOLE,
+    "OPTAttention": OUT_ATTENTION,
+    "PersimmonAttention": {"query_key_value": COLUMN, "dense": ROW},
+    "PersimmonMLP": BIASED_MLP,
+    "StableLmAttention": ATTENTION,
+    "StableLmMLP": MLP,
+    "XGLMAttention": WHOLE,  # its output takes the width of the whole model
+}
+SHARDING.update(UNDECLARED)
 
 # Class of a block -> the module that leaves a block whole which holds it.
 WHOLE_WITH: dict[str, str] = {"MiniMaxM3VLAttention": "indexer"}  # it makes a mask for all key-value heads
@@ -152,7 +189,7 @@ WHOLE_HEAD: dict[str, str] = {
 
 # Blocks without cut weights that mix tokens, by a part of their class's name: tokens are gathered in front of them, and
 # each rank computes all. Every other block without cut weights works on each token alone.
-MIXES_TOKENS = ("Attention", "Mamba", "DeltaNet", "ShortConv", "PLELayer")
+MIXES_TOKENS = ("Attention", "Mamba", "Mixer", "DeltaNet", "ShortConv", "PLELayer")
 
 # Dimension of the hidden states between layers that is the sequence, where it is not 1.
 SEQUENCE_DIM: dict[str, int] = {"gemma3n_text": 2}
@@ -178,8 +215,11 @@ CARRIES: dict[str, str] = {
 NO_PIPELINE: dict[str, str] = {
     "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
     "hrm_text": "two stacks of layers run in cycles, so there is no place to cut",
+    **dict.fromkeys(("bamba", "falcon_h1", "gptj"), "its layers return tuples"),
+    **dict.fromkeys(("biogpt", "opt"), "its position embedding is called with more than ids"),
 }
 NO_SEQUENCE_PARALLEL: dict[str, str] = {
+    "gptj": "its backbone views the last hidden states in the shape of the input",
     "hrm_text": "two stacks of layers run in cycles around the token embedding",
     "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
     "zaya": "its layers hand a second state of every token on",

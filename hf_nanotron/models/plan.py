@@ -46,6 +46,12 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
+def mixes_tokens(block: nn.Module) -> bool:
+    """Whether a block computes a token's output from other tokens too."""
+    name = type(block).__name__
+    return any(part in name for part in MIXES_TOKENS) and "Norm" not in name
+
+
 def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
     """Decide about every weight of a whole stock model.
 
@@ -77,11 +83,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: i
     ]
     if tp_size > 1:
         _check_regions(model, regions, styles)
-    mixes = [
-        path
-        for path, block in found
-        if path not in regions and path not in spread and any(part in type(block).__name__ for part in MIXES_TOKENS)
-    ]
+    mixes = [path for path, block in found if path not in regions and path not in spread and mixes_tokens(block)]
     classes = {path: type(block).__name__ for path, block in found}
     after_sum = tuple(join(path, SUMS_BEFORE[classes[path]]) for path in regions if classes[path] in SUMS_BEFORE)
     return Plan(styles, tuple(regions), tuple(mixes) if tp_size > 1 else (), tuple(spread), after_sum)

@@ -89,10 +89,12 @@ def _parts(
     heads = head_counts(model, block) if block is not None else None
     if heads is not None and (style in ("qkv", "heads", "norm") or leaf in (*QUERY_HEADS, *KEY_HEADS)):
         query, key = heads
-        if not _heads_fit(query, key, tp_size):
+        if not _heads_fit(query, key, tp_size, plan):
+            multiple = "" if _is_fused(plan) else " or be a multiple of them"
+            fused = " (queries, keys and values are one weight)" if _is_fused(plan) else ""
             raise ValueError(
-                f"tp_size={tp_size} cannot cut {query} attention heads and {key} key-value heads: it must divide the "
-                f"attention heads, and divide the key-value heads or be a multiple of them; {_works(model, plan)}"
+                f"tp_size={tp_size} cannot cut {query} attention heads and {key} key-value heads{fused}: it must "
+                f"divide the attention heads, and divide the key-value heads{multiple}; {_works(model, plan)}"
             )
         if style == "qkv":
             width = size // (query + 2 * key)
@@ -130,8 +132,14 @@ def head_counts(model: PreTrainedModel, block: nn.Module) -> tuple[int, int] | N
     return query, query // groups
 
 
-def _heads_fit(heads: int, kv_heads: int, tp_size: int) -> bool:
-    return heads % tp_size == 0 and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)
+def _heads_fit(heads: int, kv_heads: int, tp_size: int, plan: Plan) -> bool:
+    # Gradients are summed over the copies of whole parameters. A fused one would be copied in a part of it alone.
+    may_copy = tp_size % kv_heads == 0 and not _is_fused(plan)
+    return heads % tp_size == 0 and (kv_heads % tp_size == 0 or may_copy)
+
+
+def _is_fused(plan: Plan) -> bool:
+    return "qkv" in plan.styles.values()
 
 
 def _works(model: PreTrainedModel, plan: Plan) -> str:
@@ -149,7 +157,7 @@ def _works(model: PreTrainedModel, plan: Plan) -> str:
     works = [
         n
         for n in range(1, most + 1)
-        if all(_heads_fit(*count, n) for count in counts if count) and not any(size % n for size in cuts)
+        if all(_heads_fit(*count, n, plan) for count in counts if count) and not any(size % n for size in cuts)
     ]
     return f"tp_size works as one of {works}."
 

@@ -86,7 +86,7 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
 
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
     + 3 * layers * heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of
-    activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as one of full
+    activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as full
     causal attention.
 
     Args:

@@ -85,9 +85,10 @@ def activation_bytes(
 
     Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
     values and output (once more as the input of the output projection), the MLP its input and what `_mlp_elements`
-    says. The last stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are one, the
-    gradient of the head's input and the logits of one chunk of tokens. With checkpointing, each layer keeps its input
-    and one layer at a time the rest. All layers of a model with experts count as such, and experts as evenly loaded.
+    says. The last stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are
+    one, the gradient of the head's input and the logits of one chunk of tokens. With checkpointing, each layer keeps
+    its input and one layer at a time the rest. All layers of a model with experts count as such, and experts as evenly
+    loaded.
 
     Args:
         config: of the model.

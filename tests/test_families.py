@@ -1,0 +1,165 @@
+"""The table of families: tiny models of every type with a plan, under every layout, against stock transformers.
+
+The types are found by asking transformers, so that a new release of it adds rows. By default each family runs under
+two layouts that ask most of it, and the round trip through the Hub's files. The first is tp 2 x pp 2 with sequence
+parallelism, or ep 2 x tp 2 x pp 2 for families with experts; the second is without sequence parallelism, tp 4 or tp 2
+by turns. `--full-matrix` runs all columns of `family_table.COLUMNS`: what the default leaves out are tp 2 with sequence
+parallelism but without a pipeline, pp 2 alone, tp 2 x pp 2 without sequence parallelism, ep 2 alone, experts cut over
+tensor-parallel ranks in a pipeline, and for each family one of the two layouts that take turns.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_runs import FAMILIES, KNOWN, UNPLANNED, compare, reference, tiny_model
+from family_table import COLUMNS, DENSE, ROUND_TRIP, SPARSE, Cell, as_record, describe, make_row, planned_types
+from pool import WorkerPool
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_nanotron import ParallelConfig, register_plan
+from hf_nanotron.models import families
+from hf_nanotron.models.anatomy import dissect
+from hf_nanotron.models.plan import make_plan
+
+# Relative to stock. A reduction that is left out or done twice misses them by three orders of magnitude.
+TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "gradient": 2e-5}
+# Whose gradients lose digits in the stock model already.
+ILL_CONDITIONED = {name: 1e-4 for name in KNOWN if name.startswith("gemma4")}
+NO_STOCK = {"gemma3n": "timm"}  # what stock transformers needs to build it
+ROWS: dict[str, dict[str, Any]] = {}  # conftest.py prints and writes them when all tests have run
+TITLE = "families: cells of each layout"
+
+# Without rows in the tables: weights that are no linear layers, or one key-value head next to all queries.
+PIPELINE_ONLY = ("gpt2", "gpt_bigcode", "gpt-sw3")
+TENSOR_ONLY = ("bamba", "biogpt", "falcon_h1", "opt")
+FUSED = ("phi3", "phi4_multimodal")
+
+# Family -> columns that are refused, and a part of the sentence.
+PIPELINE = ("pp 2", "tp 2 pp 2", "tp 2 pp 2 sp")
+SEQUENCE = ("tp 2 sp", "tp 2 pp 2 sp")
+REFUSED: dict[str, tuple[set[str], str]] = {
+    "hrm_text": ({*PIPELINE, *SEQUENCE}, "cannot have it: two stacks of layers"),
+    "inkling2_text": ({*PIPELINE, *SEQUENCE, "ep 2 tp 2 pp 2"}, "cannot have it: its layers attend"),
+    "zaya": ({*SEQUENCE, "ep 2 tp 2 pp 2"}, "cannot have it: its layers hand a second state"),
+    **{name: ({*SPARSE}, "has no experts behind") for name in ("llama4", "llama4_text", "longcat_flash")},
+    **{name: ({*DENSE} - {"pp 2"}, "declares no tensor-parallel plan") for name in PIPELINE_ONLY},
+    **{name: ({"tp 4"}, "queries, keys and values are one weight") for name in FUSED},
+    "gptj": ({*PIPELINE, *SEQUENCE}, "cannot have it: its "),
+    **{name: ({*PIPELINE}, "cannot have it: its ") for name in TENSOR_ONLY},
+}
+
+
+def columns_of(family: str, all_of_them: bool) -> list[str]:
+    sparse = [*SPARSE] if describe(family)["experts"] else []
+    if all_of_them:
+        return [*DENSE, *sparse]
+    refused = REFUSED.get(family, (set(), ""))[0]
+    demanding = ("ep 2 tp 2 pp 2", "tp 2 pp 2 sp") if sparse else ("tp 2 pp 2 sp",)
+    first = next((name for name in demanding if name not in refused), demanding[-1])
+    if first in refused:
+        return [first, next(name for name in ("tp 2", "pp 2") if name not in refused)]
+    return [first, "tp 4" if [*KNOWN].index(family) % 2 else "tp 2"]
+
+
+@pytest.mark.parametrize("family", dict.fromkeys([*planned_types(), *UNPLANNED]))
+def test_family(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, family: str) -> None:
+    if family not in KNOWN:
+        pytest.fail(
+            f"transformers declares a plan for {family!r}: add a tiny config of it to tests/families.json, so that "
+            "the table says whether it works."
+        )
+    try:
+        columns = columns_of(family, pytestconfig.getoption("full_matrix"))
+    except ImportError as error:
+        if NO_STOCK.get(family, "nothing") in str(error):
+            pytest.skip(f"stock transformers builds {family} with {NO_STOCK[family]} alone, which is not here")
+        raise
+    row = make_row(pool, family, columns, tmp_path)
+    check_row(family, row)
+    ROWS[family] = as_record(family, row)
+
+
+def check_row(family: str, row: dict[str, Cell]) -> None:
+    refused, sentence = REFUSED.get(family, (set(), ""))
+    tolerance = {**TOLERANCE, "gradient": ILL_CONDITIONED.get(family, TOLERANCE["gradient"])}
+    for name, cell in row.items():
+        assert bool(cell.refused) == (name in refused), f"{name}: {cell}"
+        assert not cell.refused or sentence in cell.refused, cell.refused
+        assert all(getattr(cell, kind) <= most for kind, most in tolerance.items()), f"{name}: {cell}"
+    assert ROUND_TRIP in row
+
+
+def test_every_tiny_config_is_of_a_type_with_a_plan() -> None:
+    assert set(planned_types()) >= FAMILIES.keys() and not set(planned_types()) & UNPLANNED.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mamba2"])
+def test_a_wrong_reduction_cannot_pass(pool: WorkerPool, tmp_path: Path, family: str) -> None:
+    """Gradients that are parts on each tensor-parallel rank, and are not summed."""
+    path = tmp_path / "reference.pt"
+    torch.save(reference(family), path)
+    layouts = [{**COLUMNS[name], "wrong": True} for name in ("tp 2 sp",)]
+    for rank in pool.run(2, compare, family, str(path), layouts, {}):
+        for errors in rank:
+            assert errors["gradient"] > 1000 * TOLERANCE["gradient"] and errors["norm"] > TOLERANCE["norm"]
+
+
+# ---- docs/adding_a_family.md ----
+
+GUIDE = Path(__file__).parent.parent / "docs" / "adding_a_family.md"
+
+
+def test_the_guides_example_is_cut(pool: WorkerPool) -> None:
+    code = GUIDE.read_text().split("```python\n")[1].split("```")[0]
+    for loss, expected, is_cut in pool.run(2, _cut_example, code):
+        assert is_cut and loss == pytest.approx(expected, rel=1e-6)
+
+
+def _cut_example(code: str) -> tuple[float, float, bool]:
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.parallel.mesh import ParallelMesh
+
+    scope: dict[str, Any] = {"__name__": "example"}
+    exec(code, scope)
+    ids = torch.arange(16).view(2, 8)
+    model = scope["model"]
+    with torch.no_grad():
+        expected = float(model(input_ids=ids, labels=ids).loss)
+    mesh = ParallelMesh(ParallelConfig(tp_size=2))
+    try:
+        cut = parallelize(model, mesh).eval()
+        inner = cut.get_submodule("model.layers.1.mlp.narrow")
+        with torch.no_grad():
+            loss = float(cut(input_ids=ids, labels=ids).loss)
+        return loss, expected, inner.weight.shape == (64, 64)
+    finally:
+        mesh.close()
+
+
+def test_a_block_that_would_count_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its row, the shared expert of Qwen2 MoE is whole inside a block whose outputs are summed."""
+    with torch.device("meta"):
+        model = tiny_model("qwen2_moe")
+    anatomy = dissect(model)
+    assert make_plan(model, anatomy, tp_size=2, ep_size=1).regions
+    monkeypatch.delitem(families.SHARDING, "Qwen2MoeSparseMoeBlock")
+    with pytest.raises(ValueError, match="shared_expert.down_proj' is whole on each of them") as refusal:
+        make_plan(model, anatomy, tp_size=2, ep_size=1)
+    assert " ".join(str(refusal.value).split()) in " ".join(GUIDE.read_text().replace("\n> ", " ").split())
+
+
+def test_register_plan_refuses_an_unknown_style() -> None:
+    with pytest.raises(ValueError, match="'sideways' is not one of colwise, heads"):
+        register_plan("LlamaMLP", {"up_proj": "sideways"})
+
+
+def test_the_page_names_every_other_type() -> None:
+    """What neither declares a plan nor has rows is said to train with data parallelism alone."""
+    page = (Path(__file__).parent / "families_notes.md").read_text()
+    named = set(re.findall(r"[\w-]+", page.split("## Data parallelism alone")[1]))
+    assert not MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - KNOWN.keys() - named
