@@ -46,6 +46,7 @@ class TrainStep:
         self.weights.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
         masks = [router_mask(batch, multiple) for batch in micro_batches]
+        tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
         inputs = [
             {name: value for name, value in pad_sequence(batch, multiple).items() if name != ROUTER_MASK}
             | {"use_cache": False}
@@ -58,7 +59,7 @@ class TrainStep:
             if model.streams is not None:
                 model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
             if model.mixture is not None:
-                model.mixture.mask = masks[action.micro_batch]
+                model.mixture.before_forward(masks[action.micro_batch], tokens[action.micro_batch])
 
         def before_backward(action: Action) -> None:
             self.weights.before_backward(action.stage, action == last_backward[action.stage])
@@ -70,7 +71,7 @@ class TrainStep:
         if model.streams is not None:
             model.streams.end()
         if model.mixture is not None:
-            model.mixture.mask = None
+            model.mixture.before_forward(None, None)
         self.weights.finish()
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 

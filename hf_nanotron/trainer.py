@@ -20,7 +20,7 @@ from .checkpointing import CheckpointingTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
 from .models.base import ParallelModel
-from .models.compile import compile_blocks
+from .models.compile import compile_blocks, restore_blocks
 from .models.parallelize import parallelize
 from .models.sharding import shard_weights
 from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
@@ -111,12 +111,13 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
+        restore_blocks(model)  # as an earlier trainer may have left them
         if self.args.torch_compile:
             compile_blocks(model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode)
         self._step = TrainStep(model, self.weights)
         model.z_loss = self.args.z_loss_coefficient
         self._loads: dict[str, torch.Tensor] = {}  # of the experts, in the step that is logged next
-        self._set_up_mixture()
+        together(self.mesh, "setting up the experts", self._set_up_mixture)
 
     def _set_up_mixture(self) -> None:
         """What the arguments say about experts.
@@ -137,7 +138,9 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         """Whether Trainer's flow of control logs after this optimizer step."""
         args, step = self.args, self.state.global_step + 1
         first = step == 1 and args.logging_first_step
-        return first or (args.logging_strategy == "steps" and step % self.state.logging_steps == 0)
+        if args.logging_strategy == "steps":
+            return first or step % self.state.logging_steps == 0
+        return first or args.logging_strategy == "epoch"  # whichever step will be its last
 
     def _check_frozen(self) -> None:
         named = dict(self.model.named_parameters())
@@ -275,7 +278,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         told[0] = loss * speaks
         told = all_reduce(told, self.mesh.world)
         if mixture is not None and mixture.counts_loads:
-            self._loads = mixture.balance()
+            self._loads = mixture.balance(bool(self._norm.isfinite()))
         self._stop_if_told(told[2])
         self.throughput.add_tokens(told[1], length)
         return told[0].float()

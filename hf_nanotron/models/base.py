@@ -100,6 +100,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             ValueError: while the weights belong to a trainer, for another device or dtype than theirs.
         """
         if self.sharded is None:
+            self.executor.forget_layouts()
             return super()._apply(fn, recurse)
         have = torch.empty(0, dtype=self.dtype, device=self.mesh.device)
         want = fn(have)
@@ -109,6 +110,18 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
                 f"{want.dtype} on {want.device.type}. Save the model and load it where you want it."
             )
         return self
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As in any module. A module's attribute of that name may be something else (a router's weight, in fp32).
+
+        Raises:
+            AttributeError: if there is no such parameter.
+        """
+        owner, _, leaf = target.rpartition(".")
+        parameter = self.get_submodule(owner)._parameters.get(leaf)
+        if parameter is None:
+            raise AttributeError(f"{type(self).__name__} has no parameter {target!r}.")
+        return parameter
 
     def whole_parameter(self, name: str) -> torch.Tensor:
         """This rank's tensor-parallel part of a parameter. All ranks together: ZeRO stage 3 gathers it."""
@@ -201,6 +214,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
         as_tuple = inputs.pop("return_dict", True) is False
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
+            if self.mixture is not None:
+                self.mixture.refresh(self)
             output = self.stages[0].forward(inputs, None)
         elif self.training:
             raise ValueError(
@@ -208,6 +223,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
                 " call model.eval() to evaluate or generate with it directly."
             )
         else:
+            if self.mixture is not None:
+                self.mixture.refresh(self)
             output = pipelined_forward(self, inputs, gather_logits)
         if not self.training and gather_logits and self.head_is_cut and self.mesh.pp_size == 1:
             output.logits = all_gather(cast(torch.Tensor, output.logits), self.mesh.tp, 2)
@@ -217,10 +234,13 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         """`transformers` generation on every rank of the model at once; all ranks return the same tokens.
 
         Call it on every rank with the same inputs (a `streamer` may be given to one rank alone). Sampling draws from
-        the random generators of the model's first rank, which the generators of its other ranks then follow.
+        the random generators of the model's first rank, which the generators of its other ranks then follow. With
+        `ep_size` above 1 all data-parallel ranks take part, each with prompts of its own.
         """
         if self.mesh.model.size > 1:
             kwargs["disable_compile"] = True  # a static cache would compile the forward, collectives included
+        if self.mesh.ep.size > 1 and not set(self.mesh.ep.ranks) <= set(self.mesh.model.ranks):
+            kwargs["synced_gpus"] = True  # experts of other data-parallel ranks: all go on until the last has finished
         training = self.training
         self.eval()
         share_generators(self.mesh)

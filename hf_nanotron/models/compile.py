@@ -26,9 +26,18 @@ def compile_blocks(model: ParallelModel, backend: str, mode: str | None) -> None
     """
     for _, block in blocks(model, model.anatomy):
         for part in _parts(block):
-            if "forward" not in part.__dict__ and any(True for _ in part.parameters()):
+            if any(True for _ in part.parameters()):
                 compiled = torch.compile(part.forward, backend=backend, mode=mode)
                 part.forward = functools.partial(_forward, part, compiled, part.forward)
+
+
+def restore_blocks(model: ParallelModel) -> None:
+    """Take back what `compile_blocks` has done."""
+    for _, block in blocks(model, model.anatomy):
+        for part in _parts(block):
+            forward = part.__dict__.get("forward")
+            if isinstance(forward, functools.partial) and forward.func is _forward:
+                del part.__dict__["forward"]
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..parallel.collectives import own_part
+from ..parallel.collectives import all_reduce, own_part
 from ..parallel.experts import ParallelExperts
 from ..parallel.mesh import ParallelMesh
 from ..parallel.router_loss import RouterSums, empty, pack, sum_over_ranks, unpack
@@ -44,6 +45,7 @@ class Mixture:
         parted = mesh.parallel.sequence_parallel or bool(plan.spread)
         self._sees_part = mesh.tp_size > 1 and parted and not all(r.name.startswith(inside) for r in whole)
         self._loads_group = mesh.group("loads", lambda c: 0 if self._sees_part else c.tp)
+        self._has_stock_loss = hasattr(model, "router_aux_loss_coef")
         self.routers: list[Router] = []
         self.experts: list[ParallelExperts] = []
         self.counts_loads = False
@@ -56,15 +58,17 @@ class Mixture:
         self.experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
         self._recorder = RouterRecorder(self.routers)
 
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Take over what the config says about losses now."""
+        self.losses = router_losses(model)
+
     def adds_loss(self, inputs: dict[str, Any]) -> bool:
         """Whether a forward with `inputs` has losses over its routers."""
         return self.losses is not None and inputs.get("labels") is not None
 
     def without_stock_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
-        if self.losses is None or not self.losses.num_experts:
-            return inputs
-        return {**inputs, "output_router_logits": False}
+        return {**inputs, "output_router_logits": False} if self._has_stock_loss else inputs
 
     @contextmanager
     def recording(self) -> Iterator[list[Record]]:
@@ -72,14 +76,22 @@ class Mixture:
         with self._recorder.recording() as records:
             yield records
 
-    def add(self, records: list[Record], received: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def add(
+        self, records: list[Record], received: torch.Tensor | None, inputs: dict[str, Any], training: bool
+    ) -> torch.Tensor | None:
         """The packed sums over the routers of all stages so far; None without losses. Counts loads while training.
 
         Args:
             received: of the previous stage; None on the first.
         """
-        mask = self._own_mask(self.mask if self.mask is not None else inputs.get("attention_mask"))
-        if self.counts_loads:
+        mask = self.mask if self.mask is not None else inputs.get("attention_mask")
+        if self._is_parted(training):
+            missing = -inputs["input_ids"].shape[1] % self.mesh.tp_size
+            if mask is None and missing:
+                mask = torch.ones_like(inputs["input_ids"])
+            if mask is not None:
+                mask = own_part(F.pad(mask, (0, missing)), self.mesh.tp, 1)
+        if self.counts_loads and training:
             self.loads.add(records, mask)
         if not self.adds_loss(inputs):
             return None
@@ -88,19 +100,17 @@ class Mixture:
         sums = empty(count, self.mesh.device) if received is None else unpack(received, count)
         return pack(sum_records(sums, records, self.losses, mask))
 
-    def loss(self, packed: torch.Tensor) -> torch.Tensor:
+    def loss(self, packed: torch.Tensor, training: bool) -> torch.Tensor:
         """What the last stage adds to the loss of the micro-batch."""
         assert self.losses is not None
         sums = RouterSums(packed)
-        if self._sees_part:
+        if self._is_parted(training):
             return self.losses.total(sum_over_ranks(sums, self.mesh.tp))
         return self.losses.total(sums, 1 / self.mesh.tp_size)
 
-    def _own_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if mask is None or not self._sees_part:
-            return mask
-        missing = -mask.shape[1] % self.mesh.tp_size
-        return own_part(F.pad(mask, (0, missing)), self.mesh.tp, 1)
+    def _is_parted(self, training: bool) -> bool:
+        """Whether the routers of this rank see a part of the tokens. Evaluation keeps sequences whole."""
+        return self._sees_part and (training or not self.mesh.parallel.sequence_parallel)
 
     def configure(
         self, model: PreTrainedModel, dtype: torch.dtype, capacity_factor: float | None, update_rate: float
@@ -115,6 +125,7 @@ class Mixture:
         Raises:
             ValueError: for biases that the model does not have.
         """
+        self.refresh(model)
         for experts in self.experts:
             experts.capacity_factor = capacity_factor
         for router in self.routers if dtype != torch.float32 else ():
@@ -124,10 +135,32 @@ class Mixture:
                 logger.warning(f"{router.name} computes in {dtype}: {reason}")
         self._balancer = BiasBalancer(model, self.routers, update_rate)
 
-    def balance(self) -> dict[str, torch.Tensor]:
-        """Counts by router since the last call, over the job; moves the correction biases. All ranks together."""
+    def agree_on_tokens(self, micro_batches: Sequence[dict[str, Any]]) -> list[int | None]:
+        """The most tokens that a router of any rank gets of each micro-batch, from which capacities follow.
+
+        The host waits for it once a step, if there is a capacity and more than one rank to agree with.
+        """
+        if not self.experts or self.experts[0].capacity_factor is None or self.mesh.ep.size == 1:
+            return [None] * len(micro_batches)
+        shapes = [batch["input_ids"].shape for batch in micro_batches]
+        tokens = [rows * -(-length // self.mesh.tp_size) for rows, length in shapes]
+        most = all_reduce(torch.tensor(tokens, device=self.mesh.device), self.mesh.ep, dist.ReduceOp.MAX)
+        return list(most.tolist())
+
+    def before_forward(self, mask: torch.Tensor | None, tokens: int | None) -> None:
+        """What is known of the next micro-batch: see `mask` and `agree_on_tokens`."""
+        self.mask = mask
+        for experts in self.experts:
+            experts.capacity_tokens = tokens
+
+    def balance(self, is_finite: bool) -> dict[str, torch.Tensor]:
+        """Counts by router of the step, over the job; moves the correction biases, unless the step is left out.
+
+        Nothing is counted until it is asked for again. All ranks together.
+        """
         counts = self.loads.take(self._loads_group)
-        if self._balancer is not None:
+        self.counts_loads = False
+        if self._balancer is not None and is_finite:
             self._balancer.step(counts)
         return counts
 

@@ -57,6 +57,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     _refuse_what_cannot_work(model, mesh)
     tied = _tied_names(model, anatomy)
     plan = make_plan(model, anatomy, mesh.tp_size, mesh.ep_size)
+    _refuse_what_ranks_would_draw_differently(model, mesh, plan)
     specs = _named_like_the_hub(tensor_specs(model, anatomy, mesh, plan), tied, anatomy)
     layers_of_stage = _cut_layers(model, mesh, anatomy)
     tensors = model.state_dict(keep_vars=True)
@@ -113,6 +114,28 @@ def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None
     for asked, table, what, works in refused:
         if asked and kind in table:
             raise ValueError(f"{what}: {type(model).__name__} ({kind!r}) cannot have it: {table[kind]}; use {works}.")
+
+
+def _refuse_what_ranks_would_draw_differently(model: PreTrainedModel, mesh: ParallelMesh, plan: Plan) -> None:
+    """Refuse random numbers in what tensor-parallel ranks compute alike: each has a stream of its own.
+
+    Raises:
+        ValueError: naming the field of the config.
+    """
+    if mesh.tp_size == 1:
+        return
+    for name, value in model.config.get_text_config().to_dict().items():
+        is_on = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if is_on and "jitter" in name:
+            raise ValueError(
+                f"tp_size={mesh.tp_size} with {name}={value}: the tensor-parallel ranks would send a token to "
+                f"different experts; set {name}=0, or use tp_size=1."
+            )
+        if is_on and "drop" in name and plan.whole and mesh.parallel.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel=True with {name}={value}: every rank computes all of {plan.whole[0]!r} "
+                f"({len(plan.whole)} blocks), with dropout of its own; set {name}=0, or use sequence_parallel=False."
+            )
 
 
 def _tied_names(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, str]:
@@ -217,7 +240,7 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
         elif name in plan.whole and sequence_parallel:
             WholeRegion(mesh.tp).attach(block)
         elif name in plan.spread and not sequence_parallel:
-            TokenRegion(mesh.tp).attach(block)
+            TokenRegion(mesh.tp, flat=is_experts(block)).attach(block)
     kind = model.config.get_text_config().model_type
     if sequence_parallel:
         for layer in decoder_layers(model, model.anatomy):

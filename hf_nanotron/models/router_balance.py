@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..parallel.collectives import all_reduce
@@ -171,6 +172,11 @@ class BiasBalancer:
             if bias is None:
                 raise ValueError(
                     f"{router.name} of {name} has no correction bias; balance it by output_router_logits=True."
+                )
+            if isinstance(bias, nn.Parameter):
+                raise ValueError(
+                    f"moe_bias_update_rate={update_rate}: the correction bias of {router.name} is a parameter of "
+                    f"{name}, which bf16 rounds and ZeRO may divide; balance it by output_router_logits=True."
                 )
             if bias.dtype != torch.float32:
                 raise ValueError(

@@ -21,6 +21,7 @@ def shard_weights(model: ParallelModel, compute_dtype: torch.dtype, bucket_bytes
     """
     if model.sharded is not None:
         model.sharded.close()
+    model.executor.forget_layouts()
     mesh, units = model.mesh, gather_units(model)
     if mesh.parallel.zero_stage == 3 and mesh.shard_size > 1:
         model.sharded = FullyShardedWeights(model, units, model.shard_specs, model.stage_of, mesh, compute_dtype)

@@ -203,12 +203,12 @@ class Stage:
             received = tuple(boundary)
         with mixture.recording() as records:
             output = self._run(mixture.without_stock_loss(inputs), received)
-        packed = mixture.add(records, sums, inputs)
+        packed = mixture.add(records, sums, inputs, self._model.training)
         if packed is None:
             return output
         if not self.is_last:
             return (*output, packed)
-        output.loss = output.loss + mixture.loss(packed)
+        output.loss = output.loss + mixture.loss(packed, self._model.training)
         return output
 
     def _run(self, inputs: dict[str, Any], received: Boundary | None) -> Any:

@@ -36,6 +36,7 @@ def peak_flops(device: torch.device) -> float | None:
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
+IN_LAYERS = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a weight of one expert, in files that hold them one by one
 
 
@@ -68,7 +69,7 @@ def active_weights(name: str, shape: tuple[int, ...], config: Any) -> float:
     Args:
         config: of the text model.
     """
-    if ".layers." not in name or name.endswith("bias"):
+    if not IN_LAYERS.search(name) or name.endswith("bias"):
         return 0.0
     experts, top_k = first_of(config, NUM_EXPERTS), first_of(config, TOP_K)
     if len(shape) == 3 and ("expert" in name or shape[0] == experts):

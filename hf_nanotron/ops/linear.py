@@ -62,8 +62,8 @@ class _Linear(torch.autograd.Function):
         return grad_input, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-# Operators take tensors and numbers only, so compiled code names the memory of a weight's gradient by a number. It is in
-# a tensor on the host: a constant would have every layer compiled anew.
+# Operators take tensors and numbers only, so compiled code names the memory of a weight's gradient by a number. It is
+# in a tensor on the host: a constant would have every layer compiled anew.
 _totals: weakref.WeakValueDictionary[int, WeightGradient] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 

@@ -35,7 +35,7 @@ def all_gather(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """Join the `x` of all ranks along `dim`. No gradient."""
     if group.size == 1:
         return x
-    x = x.contiguous()
+    x = x.detach().contiguous()
     parts = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
     _all_gather(parts, x, group=group.handle)
     if dim == 0:

@@ -186,7 +186,8 @@ class ParallelExperts(nn.Module):
         group: ranks that share the experts.
         capacity_factor: rows for each expert while training, in multiples of what it gets if all get the same; None
             drops nothing.
-            With more than one rank it needs the same number of tokens on each.
+            With more than one rank it needs the same `capacity_tokens` on each.
+        capacity_tokens: from how many tokens the capacity follows; this rank's own if None.
         adds_bias: whether this rank adds the bias of the down projection: one of those whose outputs are summed.
         weight_gradients: where the gradients of weights are accumulated, by the parameter's name.
         dropped: how many pairs the latest forward dropped (0-dim, on the device); None without a capacity.
@@ -199,6 +200,7 @@ class ParallelExperts(nn.Module):
     weight_gradients: Mapping[str, GroupedWeightGradient] = MappingProxyType({})
     dropped: torch.Tensor | None = None
     pairs: int = 0
+    capacity_tokens: int | None = None
 
     # Of the stock class.
     num_experts: int
@@ -224,7 +226,8 @@ class ParallelExperts(nn.Module):
         index, weights = top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2)
         capacity = None
         if self.capacity_factor is not None and self.training:
-            capacity = capacity_of(self.capacity_factor, index.numel(), self.num_experts)
+            tokens = self.capacity_tokens or len(index)
+            capacity = capacity_of(self.capacity_factor, tokens * index.shape[1], self.num_experts)
         rows, way = dispatch(x, index, self.num_experts, self.group, capacity)
         self.dropped, self.pairs = None if capacity is None else way.dropped, index.numel()
         out = combine(self.compute(rows, way.offsets), way, weights)

@@ -87,8 +87,10 @@ class LayerStreams:
 
 
 def has_dropout(config: Any) -> bool:
-    """Whether any dropout probability of a transformers config is above zero."""
-    return any(
-        "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    """Whether any dropout probability, or jitter of routers, of a transformers config is above zero."""
+    numbers = {
+        name: value
         for name, value in config.to_dict().items()
-    )
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return any(value > 0 for name, value in numbers.items() if "drop" in name or "jitter" in name)

@@ -113,10 +113,14 @@ class TokenRegion:
     """Gives each tensor-parallel rank its own tokens of a replicated sequence: a block whose experts are spread.
 
     Sequences are filled up to a multiple of the group's size inside.
+
+    Args:
+        group: the tensor-parallel ranks.
+        flat: every argument is a tensor `[tokens, ...]` without a batch dimension.
     """
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, flat: bool = False) -> None:
+        self.group, self.dim = group, 0 if flat else 1
         self._length = 0
 
     def attach(self, module: nn.Module) -> None:
@@ -124,19 +128,19 @@ class TokenRegion:
         module.register_forward_hook(self.leave)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        self._length = hidden_of(args, kwargs).shape[1]
+        self._length = hidden_of(args, kwargs).shape[self.dim]
         missing = -self._length % self.group.size
 
         def split(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[1] != self._length:
+            if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[self.dim] != self._length:
                 return x
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
-            return split_sequence(x, self.group) if x.is_floating_point() else own_part(x, self.group, 1)
+            x = F.pad(x, (0, 0) * (x.dim() - 1 - self.dim) + (0, missing)) if missing else x
+            return (split_sequence if x.is_floating_point() else own_part)(x, self.group, self.dim)
 
         return tuple(map(split, args)), {name: split(value) for name, value in kwargs.items()}
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return replace_first(output, lambda x: join_sequence(x, self.group)[:, : self._length])
+        return replace_first(output, lambda x: join_sequence(x, self.group, self.dim).narrow(self.dim, 0, self._length))
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -121,7 +121,8 @@ class BucketedWeights:
         self._linears = [module for module in model.modules() if isinstance(module, Linear)]
         self._experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
         for linear in self._linears:
-            linear.accumulate_into(of.get(linear.weight))
+            weight = linear._parameters["weight"]  # `linear.weight` may be a copy in another dtype
+            linear.accumulate_into(None if weight is None else of.get(weight))
         for experts in self._experts:
             own = {leaf: of.get(parameter) for leaf, parameter in experts.named_parameters(recurse=False)}
             experts.weight_gradients = {leaf: member for leaf, member in own.items() if member is not None}

@@ -172,7 +172,12 @@ class PipelineExecutor:
         """What the layout of a boundary depends on. A backward's goes the way of the forward before it."""
         action = transfer.action
         stage = action.stage if action.kind == "F" else action.stage - 1
-        return (stage, trains, tuple(micro_batches[action.micro_batch]["input_ids"].shape))
+        inputs = micro_batches[action.micro_batch]
+        return (stage, trains, inputs.get("labels") is not None, tuple(inputs["input_ids"].shape))
+
+    def forget_layouts(self) -> None:
+        """The model has changed its dtype, or what is trained. All ranks together."""
+        self._layouts.clear()
 
     def _tell_layouts(
         self,
