@@ -117,7 +117,6 @@ HONOURED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "local_rank": (0, {}),
     "torch_compile": (True, {}),
     "torch_compile_backend": ("aot_eager", {"torch_compile": True}),
-    "torch_compile_mode": ("max-autotune", {"torch_compile": True}),
 }
 
 # For every field with a rule: values refused, and values other than the default that are taken.
@@ -130,6 +129,7 @@ RULED_VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "fp16": ([True], []),
     "bf16_full_eval": ([True], []),
     "fp16_full_eval": ([True], []),
+    "torch_compile_mode": (["reduce-overhead", "max-autotune"], ["default", "max-autotune-no-cudagraphs"]),
     "activation_checkpointing_kwargs": (
         [{"use_reentrant": True}, {"every_n_layers": 0}, {"offload": True}, {"unheard_of": 1}, '{"offload": "true"}'],
         [{"use_reentrant": False, "every_n_layers": 2}, '{"every_n_layers": "2"}', {"preserve_rng_state": False}],
