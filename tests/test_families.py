@@ -35,8 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {}  # conftest.py prints and writes them when 
 TITLE = "families: cells of each layout"
 
 # Without rows in the tables: weights that are no linear layers, or one key-value head next to all queries.
-PIPELINE_ONLY = ("gpt2", "gpt_bigcode", "gpt-sw3")
-TENSOR_ONLY = ("bamba", "biogpt", "falcon_h1", "opt")
+PIPELINE_ONLY = ("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt-sw3", "gpt_neo", "mpt")
 FUSED = ("phi3", "phi4_multimodal")
 
 # Family -> columns that are refused, and a part of the sentence.
@@ -49,8 +48,7 @@ REFUSED: dict[str, tuple[set[str], str]] = {
     **{name: ({*SPARSE}, "has no experts behind") for name in ("llama4", "llama4_text", "longcat_flash")},
     **{name: ({*DENSE} - {"pp 2"}, "declares no tensor-parallel plan") for name in PIPELINE_ONLY},
     **{name: ({"tp 4"}, "queries, keys and values are one weight") for name in FUSED},
-    "gptj": ({*PIPELINE, *SEQUENCE}, "cannot have it: its "),
-    **{name: ({*PIPELINE}, "cannot have it: its ") for name in TENSOR_ONLY},
+    "gptj": ({*SEQUENCE}, "cannot have it: its "),
 }
 
 

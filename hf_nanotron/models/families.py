@@ -210,13 +210,17 @@ CARRIES: dict[str, str] = {
     "ZayaDecoderLayer": "prev_router_hidden_states",
 }
 
+# Classes of decoder layers that return a tuple whose second part nobody takes.
+RETURNS_TUPLE = (
+    *("BambaDecoderLayer", "BloomBlock", "CodeGenBlock", "FalconDecoderLayer", "FalconH1DecoderLayer", "GPTJBlock"),
+    *("GPTNeoBlock", "MptBlock"),
+)
+
 # ---- what cannot work ----
 
 NO_PIPELINE: dict[str, str] = {
     "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
     "hrm_text": "two stacks of layers run in cycles, so there is no place to cut",
-    **dict.fromkeys(("bamba", "falcon_h1", "gptj"), "its layers return tuples"),
-    **dict.fromkeys(("biogpt", "opt"), "its position embedding is called with more than ids"),
 }
 NO_SEQUENCE_PARALLEL: dict[str, str] = {
     "gptj": "its backbone views the last hidden states in the shape of the input",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .anatomy import Anatomy, decoder_layers
-from .families import CARRIES
+from .families import CARRIES, RETURNS_TUPLE
 
 if TYPE_CHECKING:
     from .base import ParallelModel
@@ -38,8 +38,9 @@ class AbsentLayer(nn.Module):
         self.index = index
         self.keeps_cache_length = isinstance(layer, AbsentLayer)
         self.carries: str | None = CARRIES.get(type(layer).__name__)
+        self.returns_tuple = self.carries is not None or type(layer).__name__ in RETURNS_TUPLE
         if isinstance(layer, AbsentLayer):
-            self.carries = layer.carries
+            self.carries, self.returns_tuple = layer.carries, layer.returns_tuple
 
     def boundary(self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
         """What a layer here would be handed by the layer before it."""
@@ -49,7 +50,9 @@ class AbsentLayer(nn.Module):
 
     def result(self, boundary: Boundary) -> Any:
         """`boundary` in the form in which a layer here returns it."""
-        return boundary[0] if self.carries is None else boundary
+        if self.carries is not None:
+            return boundary
+        return (boundary[0], None) if self.returns_tuple else boundary[0]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         past_key_values = kwargs.get("past_key_values")
@@ -89,7 +92,7 @@ class AbsentEmbedding(nn.Module):
         self.width, self.dtype = width, dtype
         self.register_buffer("weight", torch.zeros((), dtype=dtype, device=device), persistent=False)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         zero = torch.zeros((), dtype=self.dtype, device=input_ids.device)
         return zero.expand(*input_ids.shape, self.width)
 
