@@ -16,7 +16,15 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.pipeline.schedule import rank_of_stage
 from ..parallel.random import LayerStreams, has_dropout
-from ..parallel.region import Region, TokenRegion, WholeRegion, gather_before_head, split_argument, split_before
+from ..parallel.region import (
+    Region,
+    TokenRegion,
+    WholeRegion,
+    gather_before_head,
+    own_ids_before,
+    split_argument,
+    split_before,
+)
 from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy, blocks, decoder_layers, dissect
 from .base import ParallelModel, parallel_class
@@ -239,7 +247,9 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
             region.attach(block, None if before is None else block.get_submodule(before))
         elif name in plan.whole and sequence_parallel:
             WholeRegion(mesh.tp).attach(block)
-        elif name in plan.spread and not sequence_parallel:
+        elif name in plan.spread and sequence_parallel:
+            own_ids_before(block, mesh.tp)
+        elif name in plan.spread:
             TokenRegion(mesh.tp, flat=is_experts(block)).attach(block)
     kind = model.config.get_text_config().model_type
     if sequence_parallel:

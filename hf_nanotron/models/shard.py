@@ -11,10 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..ops.linear import Linear
-from ..parallel.collectives import own_part
 from ..parallel.experts import ParallelExperts, experts_class
-from ..parallel.mesh import Group, ParallelMesh
-from ..parallel.region import hidden_of
+from ..parallel.mesh import ParallelMesh
 from ..parallel.spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
 from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_norm_class, vocab_parallel_class
 from .anatomy import Anatomy, join
@@ -207,28 +205,6 @@ def swap_layers(
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward
             module.__class__ = Linear
-    if mesh.tp_size > 1 and mesh.parallel.sequence_parallel:
-        for name in plan.spread:
-            block = _present(model, name, absent)
-            if block is not None:
-                block.register_forward_pre_hook(_own_tokens_hook(mesh.tp), with_kwargs=True)
-
-
-def _own_tokens_hook(group: Group) -> Any:
-    """A hook for a block that works on this rank's tokens: what else it is handed for every token (ids) is cut too."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        length = hidden_of(args, kwargs).shape[1] * group.size
-
-        def own(x: Any) -> Any:
-            per_token = isinstance(x, torch.Tensor) and not x.is_floating_point() and x.dim() > 1
-            return own_part(x, group, 1) if per_token and x.shape[1] == length else x
-
-        if not module.training:
-            return None
-        return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
-
-    return hook
 
 
 def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:

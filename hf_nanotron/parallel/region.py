@@ -179,6 +179,23 @@ def split_before(module: nn.Module, group: Group, dim: int = 1) -> None:
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def own_ids_before(module: nn.Module, group: Group) -> None:
+    """Cut what a block that works on this rank's tokens is handed for every token besides (ids), while training."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not module.training:
+            return None
+        length = hidden_of(args, kwargs).shape[1] * group.size
+
+        def own(x: Any) -> Any:
+            per_token = isinstance(x, torch.Tensor) and not x.is_floating_point() and x.dim() > 1
+            return own_part(x, group, 1) if per_token and x.shape[1] == length else x
+
+        return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def split_argument(module: nn.Module, position: int, group: Group) -> None:
     """Cut what the argument at `position` of a decoder layer holds for each token, while training."""
 
