@@ -80,3 +80,11 @@ def test_zero_and_recomputed_activations(pool: WorkerPool, zero_stage: int) -> N
     if zero_stage < 3:
         layouts.append({**plain, "tp_size": 2, "checkpointing": True, **ONCE})
     check(pool, "qwen3_moe", layouts, {})
+
+
+def test_experts_that_are_a_block_themselves(pool: WorkerPool) -> None:
+    """Gemma 4 hands its experts flat tokens. (It is ill-conditioned: gradients to 1e-4.)"""
+    layouts = [{"ep_size": 2, "tp_size": 2, "sequence_parallel": False, **ONCE}]
+    for (errors,) in pool.run(RANKS, compare, "gemma4_text", stock("gemma4_text"), layouts, {}):
+        assert not isinstance(errors, str), errors
+        assert errors["loss"] <= 1e-6 and errors["gradient"] <= 1e-4, errors

@@ -59,9 +59,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initialize, "SMALL", 64)
 
 
+ONCE_WRONG = {"apertus", "gemma3", "gemma3n_text", "gpt2", "phi4_multimodal", "qwen3_5_moe", "qwen3_next", "qwen4_exp"}
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_every_tensor_is_initialised_as_stock_does(family: str, poisoned: None) -> None:
-    """Constants are equal; random values have the same mean and spread, within what chance allows."""
+def test_every_tensor_is_initialised_as_stock_does(family: str, poisoned: None, pytestconfig: pytest.Config) -> None:
+    """Constants are equal; random values have the same mean and spread, within what chance allows.
+
+    A third of the families, and those that once failed; all with `--full-matrix`.
+    """
+    chosen = [*FAMILIES, *OTHERS].index(family) % 3 == 0 or family in ONCE_WRONG
+    if not chosen and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     try:
         torch.manual_seed(0)
         stock = StockAuto.from_config(config_of(family), dtype=torch.float32)
