@@ -264,7 +264,8 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
         loss = self._step.run(micro_batches, self.state.global_step)
         self._norm = global_norm(self.weights.segments, self.mesh)
-        if not self._norm.isfinite():
+        is_finite = bool(self._norm.isfinite())
+        if not is_finite:
             self._on_nonfinite_gradient(loss)
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
         length = max(batch["input_ids"].shape[1] for batch in batches)
@@ -278,7 +279,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         told[0] = loss * speaks
         told = all_reduce(told, self.mesh.world)
         if mixture is not None and mixture.counts_loads:
-            self._loads = mixture.balance(bool(self._norm.isfinite()))
+            self._loads = mixture.balance(is_finite)
         self._stop_if_told(told[2])
         self.throughput.add_tokens(told[1], length)
         return told[0].float()

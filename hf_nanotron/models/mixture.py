@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -70,11 +70,9 @@ class Mixture:
         """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
         return {**inputs, "output_router_logits": False} if self._has_stock_loss else inputs
 
-    @contextmanager
-    def recording(self) -> Iterator[list[Record]]:
+    def recording(self) -> AbstractContextManager[list[Record]]:
         """What the routers return inside the block."""
-        with self._recorder.recording() as records:
-            yield records
+        return self._recorder.recording()
 
     def add(
         self, records: list[Record], received: torch.Tensor | None, inputs: dict[str, Any], training: bool

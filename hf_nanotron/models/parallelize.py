@@ -15,7 +15,7 @@ from ..checkpoint.hub_layout import hub_layout
 from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.pipeline.schedule import rank_of_stage
-from ..parallel.random import LayerStreams, has_dropout
+from ..parallel.random import LayerStreams, fields_of_chance, has_dropout
 from ..parallel.region import (
     Region,
     TokenRegion,
@@ -132,14 +132,13 @@ def _refuse_what_ranks_would_draw_differently(model: PreTrainedModel, mesh: Para
     """
     if mesh.tp_size == 1:
         return
-    for name, value in model.config.get_text_config().to_dict().items():
-        is_on = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if is_on and "jitter" in name:
+    for name, value in fields_of_chance(model.config.get_text_config()).items():
+        if "jitter" in name:
             raise ValueError(
                 f"tp_size={mesh.tp_size} with {name}={value}: the tensor-parallel ranks would send a token to "
                 f"different experts; set {name}=0, or use tp_size=1."
             )
-        if is_on and "drop" in name and plan.whole and mesh.parallel.sequence_parallel:
+        if "drop" in name and plan.whole and mesh.parallel.sequence_parallel:
             raise ValueError(
                 f"sequence_parallel=True with {name}={value}: every rank computes all of {plan.whole[0]!r} "
                 f"({len(plan.whole)} blocks), with dropout of its own; set {name}=0, or use sequence_parallel=False."

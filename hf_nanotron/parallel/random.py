@@ -88,9 +88,16 @@ class LayerStreams:
 
 def has_dropout(config: Any) -> bool:
     """Whether any dropout probability, or jitter of routers, of a transformers config is above zero."""
-    numbers = {
+    return bool(fields_of_chance(config))
+
+
+def fields_of_chance(config: Any) -> dict[str, float]:
+    """The dropout probabilities and jitters of routers of a transformers config that are above zero, by name."""
+    return {
         name: value
         for name, value in config.to_dict().items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if ("drop" in name or "jitter" in name)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value > 0
     }
-    return any(value > 0 for name, value in numbers.items() if "drop" in name or "jitter" in name)
