@@ -20,7 +20,7 @@ from .checkpointing import CheckpointingTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
 from .models.base import ParallelModel
-from .models.compile import compile_blocks, restore_blocks
+from .models.compile import compile_layers, restore_layers
 from .models.parallelize import parallelize
 from .models.sharding import shard_weights
 from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
@@ -111,9 +111,9 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
-        restore_blocks(model)  # as an earlier trainer may have left them
+        restore_layers(model)  # as an earlier trainer may have left them
         if self.args.torch_compile:
-            compile_blocks(model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode)
+            compile_layers(model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode)
         self._step = TrainStep(model, self.weights)
         model.z_loss = self.args.z_loss_coefficient
         self._loads: dict[str, torch.Tensor] = {}  # of the experts, in the step that is logged next

@@ -31,7 +31,7 @@ def test_layers_share_their_graphs(pool: WorkerPool, tmp_path: Path) -> None:
     path = str(tmp_path / "reference")
     torch.save(reference("llama", num_hidden_layers=12), path)
     ((_, graphs, breaks),) = pool.run(1, compiled_steps, "llama", path, {}, {"num_hidden_layers": 12})
-    assert graphs == 3 and breaks == 0  # a norm, attention, MLP
+    assert graphs == 1 and breaks == 0
 
 
 def test_evaluation_is_not_compiled(pool: WorkerPool) -> None:
@@ -42,7 +42,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
     """Errors of the gradients in each step, graphs captured, and breaks in them."""
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.compile import compile_blocks
+    from hf_nanotron.models.compile import compile_layers
     from hf_nanotron.models.parallelize import parallelize
     from hf_nanotron.models.sharding import shard_weights
     from hf_nanotron.optim.norm import global_norm
@@ -56,7 +56,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
     mesh = ParallelMesh(ParallelConfig(**sizes))
     model = parallelize(tiny_model(family, **overrides), mesh)
     weights = shard_weights(model, torch.float32, 1 << 16)
-    compile_blocks(model, "aot_eager", None)
+    compile_layers(model, "aot_eager", None)
     step, errors, graphs = TrainStep(model, weights), [], 0
     for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)):
         step.run(batches, index)
@@ -79,7 +79,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
 def evaluate_after_compiling() -> int:
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.compile import compile_blocks
+    from hf_nanotron.models.compile import compile_layers
     from hf_nanotron.models.parallelize import parallelize
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
@@ -87,7 +87,7 @@ def evaluate_after_compiling() -> int:
     torch._dynamo.reset()
     counters.clear()
     model = parallelize(tiny_model("llama"), ParallelMesh(ParallelConfig()))
-    compile_blocks(model, "aot_eager", None)
+    compile_layers(model, "aot_eager", None)
     model.eval()
     for length in (5, 7, 9):
         model(torch.arange(length)[None] + 3)

@@ -117,13 +117,20 @@ def layer_stacks(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Modul
 
 def blocks(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
     """The modules that a decoder layer consists of (attention, MLP, norms), by name, for every layer that is here."""
-    found = []
-    for stack, layers in layer_stacks(model, anatomy):
-        for index, layer in enumerate(layers):
-            for name, child in layer.named_children():
-                path = f"{stack}.{index}.{name}"
-                if isinstance(child, nn.ModuleList):
-                    found += [(f"{path}.{i}", item) for i, item in enumerate(child)]
-                else:
-                    found.append((path, child))
+    return [
+        (f"{stack}.{index}.{name}", block)
+        for stack, layers in layer_stacks(model, anatomy)
+        for index, layer in enumerate(layers)
+        for name, block in blocks_of(layer).items()
+    ]
+
+
+def blocks_of(layer: nn.Module) -> dict[str, nn.Module]:
+    """The modules that one decoder layer consists of, by their names in it."""
+    found: dict[str, nn.Module] = {}
+    for name, child in layer.named_children():
+        if isinstance(child, nn.ModuleList):
+            found.update({f"{name}.{index}": item for index, item in enumerate(child)})
+        else:
+            found[name] = child
     return found

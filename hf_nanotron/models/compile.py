@@ -1,4 +1,4 @@
-"""Compile the blocks of a model one by one."""
+"""Compile a model part by part: whole decoder layers, or the blocks of one."""
 
 from __future__ import annotations
 
@@ -8,39 +8,66 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import lookup_backend
+from torch._inductor import list_mode_options
 
 from ..parallel.experts import ParallelExperts
-from .anatomy import blocks
+from .anatomy import blocks_of, layer_stacks
 from .base import ParallelModel
+from .graph import Backend, rewriting
+from .stage import AbsentLayer
 
 
-def compile_blocks(model: ParallelModel, backend: str, mode: str | None) -> None:
-    """Compile the forward of every attention, MLP and norm module, for training.
+def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None:
+    """Compile the forward of every decoder layer, for training.
 
-    Layers of one kind share one compiled graph. The hooks at the border of a block (communication, dropout streams,
-    waiting for weights) stay outside of it. Evaluation and generation, whose shapes change, run the stock forward. A
-    mixture of experts is not compiled itself, but its shared experts are.
+    A layer is compiled whole where nothing happens between its blocks; else its attention, MLP and norm modules are,
+    one by one, and the hooks at their borders (communication, records of routers) stay outside. Layers of one kind
+    share their compiled graphs. Evaluation and generation, whose shapes change, run the stock forward. A mixture of
+    experts is not compiled itself, but its shared experts are.
 
     Args:
         backend, mode: as `torch.compile` takes them.
     """
-    for _, block in blocks(model, model.anatomy):
-        for part in _parts(block):
-            if any(True for _ in part.parameters()):
-                compiled = torch.compile(part.forward, backend=backend, mode=mode)
-                part.forward = functools.partial(_forward, part, compiled, part.forward)
+    chosen = backend_of(backend, mode)
+    for part in compiled_parts(model):
+        compiled = torch.compile(part.forward, backend=chosen)
+        part.forward = functools.partial(_forward, part, compiled, part.forward)
 
 
-def restore_blocks(model: ParallelModel) -> None:
-    """Take back what `compile_blocks` has done."""
-    for _, block in blocks(model, model.anatomy):
-        for part in _parts(block):
-            forward = part.__dict__.get("forward")
-            if isinstance(forward, functools.partial) and forward.func is _forward:
-                del part.__dict__["forward"]
+def restore_layers(model: ParallelModel) -> None:
+    """Take back what `compile_layers` has done."""
+    for part in compiled_parts(model):
+        forward = part.__dict__.get("forward")
+        if isinstance(forward, functools.partial) and forward.func is _forward:
+            del part.__dict__["forward"]
 
 
-def _parts(block: nn.Module) -> list[nn.Module]:
+def backend_of(name: str, mode: str | None) -> Backend:
+    """The backend `name` of `torch.compile`, behind the changes that we make to graphs."""
+    backend: Any = lookup_backend(name)
+    if name == "inductor" and mode is not None:
+        backend = functools.partial(backend, config_patches=list_mode_options(mode))
+    return rewriting(backend)
+
+
+def compiled_parts(model: ParallelModel) -> list[nn.Module]:
+    """The modules that are compiled: decoder layers without a hook or a mixture inside, else what they consist of."""
+    parts: list[nn.Module] = []
+    layers = [layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack]
+    for layer in layers:
+        if isinstance(layer, AbsentLayer):
+            continue
+        inside = [module for module in layer.modules() if module is not layer]
+        if any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
+            for block in blocks_of(layer).values():
+                parts += _around_experts(block)
+        else:
+            parts.append(layer)
+    return [part for part in parts if any(True for _ in part.parameters())]
+
+
+def _around_experts(block: nn.Module) -> list[nn.Module]:
     """`block`, or what lies beside the experts in it."""
     if not any(isinstance(module, ParallelExperts) for module in block.modules()):
         return [block]
@@ -49,6 +76,10 @@ def _parts(block: nn.Module) -> list[nn.Module]:
         for child in block.children()
         if not isinstance(child, ParallelExperts) and any(isinstance(module, nn.Linear) for module in child.children())
     ]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _forward(module: nn.Module, compiled: Callable[..., Any], stock: Callable[..., Any], *args: Any, **kw: Any) -> Any:

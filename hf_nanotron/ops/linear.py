@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,18 @@ class WeightGradient(Protocol):
 
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         """Add `grad_output.T @ input`, of `[tokens, out]` and `[tokens, in]`."""
+
+    def add_joint_product(
+        self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
+    ) -> bool:
+        """`add_product` for this weight and `others` at once, if their memory follows this one's; else do nothing.
+
+        Args:
+            grad_output: `[tokens, sum of out]`, in the order of the weights.
+
+        Returns:
+            Whether it was added.
+        """
 
 
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
@@ -68,6 +81,11 @@ _totals: weakref.WeakValueDictionary[int, WeightGradient] = weakref.WeakValueDic
 _keys = itertools.count()
 
 
+def weight_gradient_of(key: torch.Tensor) -> WeightGradient:
+    """Where the gradient of the weight that compiled code calls `key` is accumulated."""
+    return _totals[int(key.item())]
+
+
 @torch.library.custom_op(
     "hf_nanotron::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias, Tensor key) -> Tensor"
 )
@@ -88,8 +106,8 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key:
     schema="(Tensor grad, Tensor input, Tensor weight, Tensor key) -> Tensor",
 )
 def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    total = _totals[int(key.item())]
-    total.add_product(grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1]))
+    rows, columns = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+    weight_gradient_of(key).add_product(rows, columns)
     return grad @ weight
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
 from ..ops.grouped_mm import add_grouped_product
-from ..ops.linear import add_product, can_add_product
+from ..ops.linear import WeightGradient, add_product, can_add_product
 from .buckets import Bucket, Member
 from .collectives import reduce_scatter_in_place
 
@@ -83,6 +83,22 @@ class MemberGradient:
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
         self.is_fresh = False
+
+    def add_joint_product(
+        self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
+    ) -> bool:
+        place = self.member.offset + self.member.numel
+        for other in others:
+            if not isinstance(other, MemberGradient) or other.owner is not self.owner:
+                return False
+            if other.member.offset != place or other.is_fresh != self.is_fresh:
+                return False
+            place += other.member.numel
+        view = self.owner.fill()[self.member.offset : place].view(-1, input.shape[-1])
+        add_product(view, grad_output, input, overwrite=self.is_fresh)
+        for each in (self, *others):
+            each.is_fresh = False  # type: ignore[attr-defined]
+        return True
 
     def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
         add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)
