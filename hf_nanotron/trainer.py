@@ -6,6 +6,7 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -23,9 +24,11 @@ from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
 from .models.parallelize import parallelize
 from .models.sharding import shard_weights
+from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
 from .monitor.throughput import Throughput
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
+from .optim.finite import FiniteCheck
 from .optim.link import OptimizerLink
 from .optim.norm import NonFiniteGradientError, describe_nonfinite, global_norm
 from .parallel.collectives import all_reduce
@@ -69,6 +72,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             model = self._parallel_model(model, args)
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._link: OptimizerLink | None = None
+        self._unchecked: FiniteCheck | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._set_up_training_state()
         if self.optimizer is not None:
@@ -77,6 +81,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self.add_callback(self.throughput)
+        self.add_callback(FreezeGarbage())
         logger.info(
             f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
@@ -259,14 +264,20 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
                 micro_batch[ROUTER_MASK] = torch.zeros_like(cast(torch.Tensor, micro_batch["input_ids"]))
         batches = [batch for batch, _ in self._window]
         self._window = []
+        self._check_gradient()  # of the step before
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
         loss = self._step.run(micro_batches, self.state.global_step)
         self._norm = global_norm(self.weights.segments, self.mesh)
-        is_finite = bool(self._norm.isfinite())
-        if not is_finite:
-            self._on_nonfinite_gradient(loss)
+        assert self._link is not None
+        self._unchecked = FiniteCheck(self.state.global_step + 1, self._norm, loss)
+        if self._link.skips_on_device and not self.args.moe_bias_update_rate:
+            self._link.skip_unless_finite(self._norm)
+            is_finite = True  # as far as the host knows
+        else:
+            is_finite = self._check_gradient()
+            self._link.skips_next = not is_finite
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
         length = max(batch["input_ids"].shape[1] for batch in batches)
         every = self.args.torch_empty_cache_steps
@@ -275,14 +286,18 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         speaks = self.mesh.is_last_stage and self.mesh.tp_rank == 0
         # One sum over the job: the loss lives on the last stage, and every rank reports it.
         signalled = float(self._signals.received is not None)
-        told = torch.tensor([0.0, tokens * speaks, signalled], dtype=torch.float64).to(loss.device, non_blocking=True)
+        told = to_device(torch.tensor([0.0, tokens * speaks, signalled], dtype=torch.float64), loss.device)
         told[0] = loss * speaks
         told = all_reduce(told, self.mesh.world)
         if mixture is not None and mixture.counts_loads:
             self._loads = mixture.balance(is_finite)
         self._stop_if_told(told[2])
         self.throughput.add_tokens(told[1], length)
-        return told[0].float()
+        loss = told[0].float()
+        if self._filters_losses:
+            steps = 1 + self.state.global_step - self._globalstep_last_logged
+            loss = torch.where(loss.isfinite(), loss, self._tr_loss / steps)
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Predicted tokens of a window over all data-parallel ranks.
@@ -292,28 +307,46 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         labels = [b["shift_labels"] if "shift_labels" in b else b["labels"][..., 1:] for b in batch_samples]
-        count = torch.as_tensor(sum(int(x.ne(IGNORE_INDEX).sum()) for x in labels), device=device)
+        count = to_device(torch.tensor(sum(int(x.ne(IGNORE_INDEX).sum()) for x in labels)), device)
         if self.args.average_tokens_across_devices:
             return all_reduce(count, self.mesh.dp)
         return count.clamp(min=1) * self.mesh.dp_size
 
-    def _on_nonfinite_gradient(self, loss: torch.Tensor) -> None:
-        """Report the step, and leave it out or end the run.
+    def _check_gradient(self) -> bool:
+        """Whether the last step's gradient was finite. Reports one that was not, once; the step is left out.
 
         Raises:
             NonFiniteGradientError: unless `skip_nonfinite_steps`. Weights, optimizer and checkpoints are untouched.
         """
+        check, self._unchecked = self._unchecked, None
+        if check is None or check.is_finite():
+            return True
         order = list(self.model.hub_shapes)
-        what = describe_nonfinite(self.weights.segments, order, loss, self._norm, self.mesh)
-        what = f"step {self.state.global_step + 1}: {what}"
+        what = describe_nonfinite(self.weights.segments, order, check.loss, check.norm, self.mesh)
+        what = f"step {check.step}: {what}"
         if not self.args.skip_nonfinite_steps:
             raise NonFiniteGradientError(
                 f"{what} The weights are those of the step before, and no checkpoint was touched. Lower the learning "
                 "rate, look at this step's data, or leave such steps out with skip_nonfinite_steps=True."
             )
         logger.warning(f"{what} The step is left out (skip_nonfinite_steps=True).")
-        assert self._link is not None
-        self._link.skips_next = True
+        return False
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self._check_gradient()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer's own test of the loss makes the host wait in each micro-batch; `training_step` does it on the device.
+        filters, self._unchecked = self.args.logging_nan_inf_filter, None
+        self._filters_losses, self.args.logging_nan_inf_filter = filters, False
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = filters
+            gc.unfreeze()
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self._link is not None
@@ -331,7 +364,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor):
-            return data.to(self.args.device, non_blocking=self.accelerator.non_blocking)
+            return to_device(data, self.args.device)
         return super()._prepare_input(data)
 
     # ---- figures ----
@@ -366,6 +399,13 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
             "one job per trial."
         )
+
+
+def to_device(data: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`data` on `device`, without waiting for what the device still does: out of pinned memory."""
+    if device.type == "cuda" and not data.is_cuda and not data.is_pinned():
+        data = data.pin_memory()
+    return data.to(device, non_blocking=True)
 
 
 REFUSED_ARGUMENTS = {

@@ -115,6 +115,10 @@ class NanotronTrainingArguments(TrainingArguments):
     pp_virtual_stages: int = field(
         default=1, metadata={"help": "Stages per pipeline rank; more than one needs interleaved_1f1b."}
     )
+    torch_compile: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Compile decoder layers for training. Unset: on CUDA with bf16, where it is faster."},
+    )
     # HfArgumentParser takes `str` out of this union; with nargs the shell can say "3 5" as well as "3,5".
     pp_layers_per_stage: list[int] | str | None = field(
         default=None,
@@ -140,6 +144,8 @@ class NanotronTrainingArguments(TrainingArguments):
 
         super().__post_init__()
 
+        if self.torch_compile is None:  # set here, or it would switch TF32 on too, as torch_compile=True does
+            self.torch_compile = self.bf16 and self.device.type == "cuda"
         # The trainer casts by itself; accelerate must not autocast, nor convert outputs to fp32.
         self.mixed_precision = "no"
         if self.world_size != expected_world_size:

@@ -247,7 +247,7 @@ HONOURED: dict[str, str] = {
     "bf16": "bfloat16 compute, with fp32 master weights, accumulation and optimizer state",
     "activation_checkpointing": "as documented, on the layers that a rank holds",
     "gradient_checkpointing": "the deprecated alias of activation_checkpointing",
-    "torch_compile": "the attention, MLP and norm modules of each layer, one by one, while training",
+    "torch_compile": "decoder layers one by one (or their blocks, where ranks communicate between them), for training",
     "torch_compile_backend": "as documented",
     "use_cache": "sets config.use_cache, as in Trainer; training steps build no cache either way",
     "torch_empty_cache_steps": "as documented, counted in optimizer steps",

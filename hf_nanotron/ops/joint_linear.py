@@ -7,12 +7,29 @@ stay separate parameters: where they lie one behind the other in memory, as in a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional as F
 
-from .linear import weight_gradient_of
+from .linear import WeightGradient, weight_gradient_of
+
+
+@runtime_checkable
+class JointWeightGradient(WeightGradient, Protocol):
+    """A gradient whose memory others may follow."""
+
+    def add_joint_product(
+        self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
+    ) -> bool:
+        """`add_product` for this weight and `others` at once, if their memory follows this one's; else do nothing.
+
+        Args:
+            grad_output: `[tokens, sum of out]`, in the order of the weights.
+
+        Returns:
+            Whether it was added.
+        """
 
 
 def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -65,7 +82,8 @@ def _backward(
     rows, columns = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
     parts = rows.split([len(weight) for weight in weights], dim=1)
     totals = [weight_gradient_of(key) for key in keys]
-    if not totals[0].add_joint_product(totals[1:], rows, columns):
+    first, *others = totals
+    if not (isinstance(first, JointWeightGradient) and first.add_joint_product(others, rows, columns)):
         for total, part in zip(totals, parts, strict=True):
             total.add_product(part, columns)
     whole = joined(weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,18 +20,6 @@ class WeightGradient(Protocol):
 
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         """Add `grad_output.T @ input`, of `[tokens, out]` and `[tokens, in]`."""
-
-    def add_joint_product(
-        self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
-    ) -> bool:
-        """`add_product` for this weight and `others` at once, if their memory follows this one's; else do nothing.
-
-        Args:
-            grad_output: `[tokens, sum of out]`, in the order of the weights.
-
-        Returns:
-            Whether it was added.
-        """
 
 
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:

@@ -35,12 +35,25 @@ class OptimizerLink:
         A fused optimizer divides by the inverse while it reads them, which costs no pass of its own.
         """
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        # torch decides for the whole optimizer, but a group may say otherwise.
-        fused = all(group.get("fused", True) for group in self.optimizer.param_groups)
-        if fused and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        if self._is_fused:
             self.optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
         elif gradients := [segment.gradient for segment in self.weights.segments]:
             torch._foreach_mul_(gradients, scale)
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether the optimizer can leave out a step by what only the device knows."""
+        return self._is_fused
+
+    def skip_unless_finite(self, norm: torch.Tensor) -> None:
+        """Have the next `step` change nothing if `norm` is not finite. Needs `skips_on_device`."""
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+
+    @property
+    def _is_fused(self) -> bool:
+        # torch decides for the whole optimizer, but a group may say otherwise.
+        fused = all(group.get("fused", True) for group in self.optimizer.param_groups)
+        return fused and getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -51,7 +64,7 @@ class OptimizerLink:
             segment.master.grad = None if self.skips_next else segment.gradient
 
     def _after(self, *_: Any) -> None:
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
         for segment in self.weights.segments:
             segment.master.grad = None
         if not self.skips_next:
