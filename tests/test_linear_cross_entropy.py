@@ -201,8 +201,9 @@ def test_what_a_sink_took_cannot_be_scaled() -> None:
 def test_chunk_size() -> None:
     """Whole tiles within the limits, or, where a tile is too large, what fits."""
     wide, narrow = 2 * 151936, 2 * 16032
-    assert chunk_size(8192, wide) == chunk_size(8192, narrow) == 2048
-    assert chunk_size(2100, wide) == 1280  # two, instead of one of 2048 and a rest
+    assert chunk_size(8192, narrow) == 4096
+    assert chunk_size(8192, wide) == 2816  # three
+    assert chunk_size(4200, narrow) == 2304  # two, instead of one of 4096 and a rest
     assert chunk_size(8192, 4 * 262144) == 1024
     assert chunk_size(100, wide) == 256
     assert chunk_size(100, 2**26) == 15 and chunk_size(100, 2**31) == 1 and chunk_size(0, 2) >= 1
