@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import lookup_backend
-from torch._inductor import list_mode_options
+from torch._inductor import config as inductor_config, list_mode_options
 
 from ..parallel.experts import ParallelExperts
 from .anatomy import blocks_of, layer_stacks
 from .base import ParallelModel
 from .graph import Backend, rewriting
 from .stage import AbsentLayer
+
+# A kernel that puts the gradients of three products side by side in one pass computes each of them three times.
+OPTIONS = {"max_pointwise_cat_inputs": 2, "max_complex_pointwise_cat_inputs": 2}
 
 
 def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None:
@@ -46,8 +49,9 @@ def restore_layers(model: ParallelModel) -> None:
 def backend_of(name: str, mode: str | None) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs."""
     backend: Any = lookup_backend(name)
-    if name == "inductor" and mode is not None:
-        backend = functools.partial(backend, config_patches=list_mode_options(mode))
+    if name == "inductor":
+        options = {option: value for option, value in OPTIONS.items() if hasattr(inductor_config, option)}
+        backend = functools.partial(backend, config_patches={**options, **list_mode_options(mode or "default")})
     return rewriting(backend)
 
 

@@ -10,6 +10,10 @@ from torch import fx
 
 from ..ops.joint_linear import joint_linear
 
+# Rows of the narrowest weight up to which linears are joined: wide products gain nothing from it, and lose the pass
+# that puts the gradients of their outputs side by side.
+NARROW = 2048
+
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -39,6 +43,8 @@ def join_linears(graph_module: fx.GraphModule) -> None:
         if len(nodes) < 2 or not all(_is_given(node) for node in nodes):
             continue
         _, weights, biases, keys = zip(*(node.args for node in reversed(nodes)), strict=True)
+        if min(map(_out_features, weights)) > NARROW:
+            continue
         with graph.inserting_before(nodes[0]):
             joint = graph.call_function(joint_linear._opoverload, (input, list(weights), list(keys)))
             sizes = [_out_features(weight) for weight in weights]
@@ -47,6 +53,8 @@ def join_linears(graph_module: fx.GraphModule) -> None:
                 part = graph.call_function(_item, (parts, index))
                 if bias is not None:
                     part = graph.call_function(torch.add, (part, bias))
+                elif any(_is_in_place(user) for user in node.users):
+                    part = graph.call_function(torch.clone, (part,))
                 node.replace_all_uses_with(part)
         for node in nodes:
             graph.erase_node(node)
@@ -61,6 +69,10 @@ def _item(parts: Sequence[torch.Tensor], index: int) -> torch.Tensor:
 def _is_linear(node: fx.Node) -> bool:
     operator = torch.ops.hf_nanotron.linear
     return node.op == "call_function" and node.target in (operator, operator.default)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return node.op == "call_method" and str(node.target).endswith("_")
 
 
 def _is_given(node: fx.Node) -> bool:

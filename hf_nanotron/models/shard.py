@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..ops.embedding import Embedding
 from ..ops.linear import Linear
 from ..parallel.experts import ParallelExperts, experts_class
 from ..parallel.mesh import ParallelMesh
@@ -205,6 +206,8 @@ def swap_layers(
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward
             module.__class__ = Linear
+        elif type(module) is nn.Embedding:
+            module.__class__ = Embedding
 
 
 def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:

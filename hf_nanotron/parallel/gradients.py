@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
+from ..ops.embedding import add_rows
 from ..ops.grouped_mm import add_grouped_product
 from ..ops.linear import WeightGradient, add_product, can_add_product
 from .buckets import Bucket, Member
@@ -102,6 +103,13 @@ class MemberGradient:
 
     def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
         add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)
+        self.is_fresh = False
+
+    def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        view = self.view()
+        if self.is_fresh:
+            view.zero_()
+        add_rows(view, ids, rows)
         self.is_fresh = False
 
     def takes_early(self) -> bool:

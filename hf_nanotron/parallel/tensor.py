@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import nn
 
+from ..ops.embedding import Embedding
 from ..ops.linear import Linear
 from .collectives import copy_to, reduce_from
 from .mesh import Group
@@ -58,7 +59,8 @@ class VocabParallelEmbedding(nn.Embedding):
 @functools.cache
 def vocab_parallel_class(stock: type[nn.Embedding]) -> type[VocabParallelEmbedding]:
     """`VocabParallelEmbedding` over what a stock class makes of the rows (some scale them)."""
-    return type(f"Parallel{stock.__name__}", (VocabParallelEmbedding, stock), {})
+    base = Embedding if stock is nn.Embedding else stock
+    return type(f"Parallel{stock.__name__}", (VocabParallelEmbedding, base), {})
 
 
 class SplitNorm(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..ops.embedding import Embedding
 from ..ops.linear import Linear
 from .buckets import Bucket, plan_buckets
 from .collectives import all_gather_in_place
@@ -119,10 +120,13 @@ class BucketedWeights:
         """Tell the layers that add weight gradients themselves where to."""
         of: dict[torch.Tensor, MemberGradient] = {m.member.parameter: m for m in self.gradients.members.values()}
         self._linears = [module for module in model.modules() if isinstance(module, Linear)]
+        self._embeddings = [module for module in model.modules() if isinstance(module, Embedding)]
         self._experts = [module for module in model.modules() if isinstance(module, ParallelExperts)]
         for linear in self._linears:
             weight = linear._parameters["weight"]  # `linear.weight` may be a copy in another dtype
             linear.accumulate_into(None if weight is None else of.get(weight))
+        for embedding in self._embeddings:
+            embedding.row_gradient = of.get(embedding.weight)
         for experts in self._experts:
             own = {leaf: of.get(parameter) for leaf, parameter in experts.named_parameters(recurse=False)}
             experts.weight_gradients = {leaf: member for leaf, member in own.items() if member is not None}
@@ -196,6 +200,8 @@ class BucketedWeights:
             hook.remove()
         for linear in self._linears:
             linear.accumulate_into(None)
+        for embedding in self._embeddings:
+            embedding.row_gradient = None
         for experts in self._experts:
             experts.weight_gradients = {}
 
