@@ -53,7 +53,9 @@ class TrainStep:
             for batch in micro_batches
         ]
         table = self._table(len(inputs))
-        last_backward = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == "B"}
+        splits = model.parallel.splits_backward
+        ends = "W" if splits else "B"  # what computes the weight gradients of a micro-batch
+        last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
 
         def on_forward(action: Action) -> None:
             if model.streams is not None:
@@ -62,12 +64,23 @@ class TrainStep:
                 model.mixture.before_forward(masks[action.micro_batch], tokens[action.micro_batch])
 
         def before_backward(action: Action) -> None:
-            self.weights.before_backward(action.stage, action == last_backward[action.stage])
+            if splits:
+                self.weights.start_deferring(action.stage, action.micro_batch)
+            else:
+                self.weights.before_backward(action.stage, action == last[action.stage])
 
         def after_backward(action: Action) -> None:
-            self.weights.after_backward(action.stage, action == last_backward[action.stage])
+            if splits:
+                self.weights.stop_deferring()
+            else:
+                self.weights.after_backward(action.stage, action == last[action.stage])
 
-        losses = model.executor.run(table, model.stages, inputs, on_forward, before_backward, after_backward)
+        def weight_gradients(action: Action) -> None:
+            self.weights.run_deferred(action.stage, action.micro_batch, action == last[action.stage])
+
+        losses = model.executor.run(
+            table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
+        )
         if model.streams is not None:
             model.streams.end()
         if model.mixture is not None:

@@ -111,9 +111,11 @@ class NanotronTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
     )
-    pp_schedule: str = field(default="1f1b", metadata={"help": "Pipeline schedule: afab, 1f1b or interleaved_1f1b."})
+    pp_schedule: str = field(
+        default="1f1b", metadata={"help": "Pipeline schedule: afab, 1f1b, interleaved_1f1b or zb (zero bubble)."}
+    )
     pp_virtual_stages: int = field(
-        default=1, metadata={"help": "Stages per pipeline rank; more than one needs interleaved_1f1b."}
+        default=1, metadata={"help": "Stages per pipeline rank; more than one needs interleaved_1f1b or zb."}
     )
     torch_compile: bool | None = field(  # type: ignore[assignment]
         default=None,

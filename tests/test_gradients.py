@@ -137,6 +137,7 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
 LOWER_HALF = ("embed_tokens", "layers.0.", "layers.1.")
 INTERLEAVED = {"pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
+ZERO_BUBBLE = {"pp_schedule": "zb", "pp_size": 2}
 CASES = {
     "tp2": Case({"tp_size": 2}, batches="padded"),
     # Row-parallel biases get a gradient on one tensor-parallel rank alone: buckets must still be reduced in one order.
@@ -157,6 +158,13 @@ CASES = {
     "pp2-frozen-stage": Case({"pp_size": 2}, frozen=LOWER_HALF),
     "pp2-frozen-last": Case({"pp_size": 2}, frozen=("layers.2.", "layers.3.", "model.norm", "lm_head")),
     "tp2-pp2-frozen": Case({"tp_size": 2, "pp_size": 2}, overrides={"num_key_value_heads": 1}, frozen=LOWER_HALF),
+    "pp2-zb-biases": Case(ZERO_BUBBLE, overrides=BIASES, batches="padded"),
+    "pp2-zb-tied-dp2": Case(ZERO_BUBBLE, "smollm3", TIED, dp=2),
+    "pp2-zb-tied-dp2-zero2": Case({**ZERO_BUBBLE, "zero_stage": 2}, "smollm3", TIED, dp=2),
+    "pp2-zb-interleaved-dp2-zero2": Case({**ZERO_BUBBLE, "pp_virtual_stages": 2, "zero_stage": 2}, dp=2),
+    "tp2-pp2-zb-checkpointed": Case({"tp_size": 2, **ZERO_BUBBLE}, "qwen3", batches="padded", checkpoint_every=1),
+    "pp4-zb": Case({"pp_schedule": "zb", "pp_size": 4}, overrides=TIED),
+    "pp2-zb-frozen-stage": Case(ZERO_BUBBLE, frozen=LOWER_HALF),
     # The stage that trains no key-value head takes part in making their groups.
     "tp4-pp2-frozen": Case({"tp_size": 4, "pp_size": 2}, frozen=LOWER_HALF),
 }

@@ -20,6 +20,9 @@ from .stage import AbsentLayer
 # A kernel that puts the gradients of three products side by side in one pass computes each of them three times.
 OPTIONS = {"max_pointwise_cat_inputs": 2, "max_complex_pointwise_cat_inputs": 2}
 
+# What is handed to an operator stays as it is, for as long as somebody holds it.
+KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
+
 
 def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None:
     """Compile the forward of every decoder layer, for training.
@@ -31,8 +34,11 @@ def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None
 
     Args:
         backend, mode: as `torch.compile` takes them.
+
+    Raises:
+        ValueError: for a backend that is not known to leave operands alone, where weight gradients are put off.
     """
-    chosen = backend_of(backend, mode)
+    chosen = backend_of(backend, mode, keeps_operands=model.parallel.splits_backward)
     for part in compiled_parts(model):
         compiled = torch.compile(part.forward, backend=chosen)
         part.forward = functools.partial(_forward, part, compiled, part.forward)
@@ -46,12 +52,27 @@ def restore_layers(model: ParallelModel) -> None:
             del part.__dict__["forward"]
 
 
-def backend_of(name: str, mode: str | None) -> Backend:
-    """The backend `name` of `torch.compile`, behind the changes that we make to graphs."""
+def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
+    """The backend `name` of `torch.compile`, behind the changes that we make to graphs.
+
+    Args:
+        keeps_operands: an operator may hold on to its inputs after it returns, for a weight gradient that is put off.
+            Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
+            inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
+
+    Raises:
+        ValueError: for a backend of which nothing is known, with `keeps_operands`.
+    """
     backend: Any = lookup_backend(name)
     if name == "inductor":
-        options = {option: value for option, value in OPTIONS.items() if hasattr(inductor_config, option)}
-        backend = functools.partial(backend, config_patches={**options, **list_mode_options(mode or "default")})
+        options = OPTIONS | (KEEPING if keeps_operands else {})
+        known = {option: value for option, value in options.items() if hasattr(inductor_config, option)}
+        backend = functools.partial(backend, config_patches={**known, **list_mode_options(mode or "default")})
+    elif keeps_operands and name not in ("eager", "aot_eager"):  # these two run one operator after the other
+        raise ValueError(
+            f"torch_compile_backend={name!r} with pp_schedule='zb': it may write to the operands of weight "
+            "gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b'."
+        )
     return rewriting(backend)
 
 

@@ -87,8 +87,8 @@ def activation_bytes(
     values and output (once more as the input of the output projection), the MLP its input and what `_mlp_elements`
     says. The last stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are
     one, the gradient of the head's input and the logits of one chunk of tokens. With checkpointing, each layer keeps
-    its input and one layer at a time the rest. All layers of a model with experts count as such, and experts as evenly
-    loaded.
+    its input and one layer at a time the rest; a weight gradient that is put off keeps what was computed anew for it.
+    All layers of a model with experts count as such, and experts as evenly loaded.
 
     Args:
         config: of the model.
@@ -107,6 +107,9 @@ def activation_bytes(
     layers = -(-text.num_hidden_layers // parallel.num_stages)
     chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
     kept = chunks * layers * (between if checkpointed else layer) + (layer if checkpointed else 0)
+    if checkpointed and parallel.splits_backward:
+        behind = (parallel.pp_size - pp_rank - 1) * (1 if parallel.pp_virtual_stages == 1 else 2)
+        kept += max(1, chunks - behind) * layers * layer
     if pp_rank != parallel.pp_size - 1:
         return tokens * kept
     norm, vocabulary = hidden * (4 + item) // cut, -(-text.vocab_size // tp)
@@ -143,8 +146,9 @@ def _mlp_elements(config: Any) -> int:
 
 
 def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
-    """Forwards of one stage that wait for their backward at the most."""
+    """Forwards of one stage that wait for their backward, or for the weight gradients after it, at the most."""
     stages = parallel.pp_virtual_stages
+    pp_rank = 0 if parallel.splits_backward else pp_rank
     if parallel.pp_schedule == "afab":
         return micro_batches * stages
     behind = parallel.pp_size - pp_rank - 1

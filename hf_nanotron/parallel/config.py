@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEDULES = ("afab", "1f1b", "interleaved_1f1b")
+SCHEDULES = ("afab", "1f1b", "interleaved_1f1b", "zb")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class ParallelConfig:
             tensor-parallel ranks (Korthikanti et al. 2022, arXiv:2205.05198) instead of replicated.
             Means nothing at `tp_size=1`.
         pp_schedule: `"afab"` (all forwards, then all backwards), `"1f1b"` or `"interleaved_1f1b"`
-            (Narayanan et al. 2021, arXiv:2104.04473).
-        pp_virtual_stages: stages per pipeline rank; more than one needs `"interleaved_1f1b"`.
+            (Narayanan et al. 2021, arXiv:2104.04473), or `"zb"`: one of the latter two with the products of weight
+            gradients put where a rank would wait (zero bubble; Qi et al. 2023, arXiv:2401.10241).
+        pp_virtual_stages: stages per pipeline rank; more than one needs `"interleaved_1f1b"` or `"zb"`.
         pp_layers_per_stage: decoder layers of each of the `pp_size * pp_virtual_stages` stages, in model order;
             `None` balances the stages by cost.
 
@@ -69,10 +70,20 @@ class ParallelConfig:
         if self.pp_schedule not in SCHEDULES:
             raise ValueError(f"pp_schedule={self.pp_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
         interleaved = self.pp_schedule == "interleaved_1f1b"
-        if self.pp_virtual_stages > 1 and not interleaved:
+        if self.pp_virtual_stages > 1 and not (interleaved or self.splits_backward):
             raise ValueError(
-                f"pp_virtual_stages={self.pp_virtual_stages} needs pp_schedule='interleaved_1f1b', "
+                f"pp_virtual_stages={self.pp_virtual_stages} needs pp_schedule='interleaved_1f1b' or 'zb', "
                 f"not {self.pp_schedule!r}."
+            )
+        if self.splits_backward and self.pp_size < 2:
+            raise ValueError(
+                f"pp_schedule={self.pp_schedule!r} with pp_size={self.pp_size}: one rank waits for nobody, so there is "
+                "nothing to fill; use pp_schedule='1f1b'."
+            )
+        if self.splits_backward and self.zero_stage == 3:
+            raise ValueError(
+                f"pp_schedule={self.pp_schedule!r} with zero_stage=3: weight gradients are reduced with each layer's "
+                "backward there and cannot be put off; use zero_stage=0, 1 or 2, or pp_schedule='1f1b'."
             )
         if interleaved and (self.pp_virtual_stages < 2 or self.pp_size < 2):
             raise ValueError(
@@ -93,6 +104,11 @@ class ParallelConfig:
     def num_stages(self) -> int:
         """Pipeline stages in the whole model."""
         return self.pp_size * self.pp_virtual_stages
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether backwards leave the products of weight gradients to actions of their own."""
+        return self.pp_schedule == "zb"
 
     @property
     def model_parallel_size(self) -> int:

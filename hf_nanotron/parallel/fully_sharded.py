@@ -181,6 +181,16 @@ class FullyShardedWeights:
     def after_backward(self, stage: int, is_last: bool) -> None:
         """Nothing."""
 
+    def start_deferring(self, stage: int, micro_batch: int) -> None:
+        """`ParallelConfig` refuses schedules that split backwards: every backward reduces here."""
+        raise NotImplementedError("stage 3 cannot put weight gradients off")
+
+    def stop_deferring(self) -> None:
+        """Never started."""
+
+    def run_deferred(self, stage: int, micro_batch: int, is_last: bool) -> None:
+        """Nothing was deferred."""
+
     def finish(self) -> None:
         """Sum over the ranks that hold the same shards; over stages at last, when every backward is done."""
         for name in self._gradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..ops.grouped_mm import add_grouped_product
 from ..ops.linear import WeightGradient, add_product, can_add_product
 from .buckets import Bucket, Member
 from .collectives import reduce_scatter_in_place
+from .deferred import DeferredWork
 
 IN_FLIGHT = 2  # buckets of sharded gradients that are being reduced while the next one fills
 
@@ -24,10 +26,11 @@ class BucketGradients:
 
     Args:
         sharded: keep our shard alone (ZeRO-2); the whole bucket exists only while a backward fills it.
+        deferred: takes products in backwards that put them off.
     """
 
-    def __init__(self, bucket: Bucket, sharded: bool, device: torch.device) -> None:
-        self.bucket, self._device = bucket, device
+    def __init__(self, bucket: Bucket, sharded: bool, device: torch.device, deferred: DeferredWork) -> None:
+        self.bucket, self.deferred, self._device = bucket, deferred, device
         self._own = bucket.own
         self.whole = None if sharded else torch.zeros(bucket.size, device=device)
         self.shard = (
@@ -82,30 +85,49 @@ class MemberGradient:
         return can_add_product(self.owner.shard, dtype)
 
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-        add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
-        self.is_fresh = False
+        self.owner.deferred.do(self._add_product, grad_output, input)
+
+    def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
+        self.owner.deferred.do(self._add_grouped_product, left, right, offsets)
 
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
     ) -> bool:
         place = self.member.offset + self.member.numel
         for other in others:
-            if not isinstance(other, MemberGradient) or other.owner is not self.owner:
-                return False
-            if other.member.offset != place or other.is_fresh != self.is_fresh:
+            if not isinstance(other, MemberGradient) or other.owner is not self.owner or other.member.offset != place:
                 return False
             place += other.member.numel
-        view = self.owner.fill()[self.member.offset : place].view(-1, input.shape[-1])
-        add_product(view, grad_output, input, overwrite=self.is_fresh)
-        for each in (self, *others):
-            each.is_fresh = False  # type: ignore[attr-defined]
+        self.owner.deferred.do(self._add_joint_product, others, grad_output, input)
         return True
 
-    def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
+    def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        self.owner.deferred.do(self._add_rows, ids, rows)
+
+    def _add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+        add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
+        self.is_fresh = False
+
+    def _add_joint_product(
+        self, others: Sequence[MemberGradient], grad_output: torch.Tensor, input: torch.Tensor
+    ) -> None:
+        members = (self, *others)
+        if len({each.is_fresh for each in members}) > 1:  # one of them has another use, which came before
+            parts = grad_output.split([len(each.member.parameter) for each in members], dim=1)
+            for each, part in zip(members, parts, strict=True):
+                each._add_product(part, input)
+            return
+        start, stop = self.member.offset, members[-1].member.offset + members[-1].member.numel
+        view = self.owner.fill()[start:stop].view(-1, input.shape[-1])
+        add_product(view, grad_output, input, overwrite=self.is_fresh)
+        for each in members:
+            each.is_fresh = False
+
+    def _add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
         add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)
         self.is_fresh = False
 
-    def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    def _add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         view = self.view()
         if self.is_fresh:
             view.zero_()
@@ -137,6 +159,10 @@ class GradientBuckets:
     its last gradient has arrived: reduce-scattered in place over `bucket.shard`, then summed over `bucket.rest`.
     Buckets are reduced in one order on all ranks, whichever parameters get no gradient.
 
+    A backward may be split (`start_deferring`): the products, and the reductions that follow them, then run in
+    `run_deferred`, as if that were the backward. What autograd returns for other parameters is added at once, but to a
+    sharded bucket, which would then be whole for longer: there it waits too.
+
     Args:
         buckets: in the order in which backward completes them.
         sharded: keep only this rank's shard of the sums between micro-batches (ZeRO-2), at the price of a
@@ -145,7 +171,8 @@ class GradientBuckets:
 
     def __init__(self, buckets: Sequence[Bucket], sharded: bool, device: torch.device) -> None:
         self._sharded = sharded
-        self.buckets = [BucketGradients(bucket, sharded, device) for bucket in buckets]
+        self._deferred = DeferredWork()
+        self.buckets = [BucketGradients(bucket, sharded, device, self._deferred) for bucket in buckets]
         self.members = {gradient.member.name: gradient for bucket in self.buckets for gradient in bucket.members}
         self._of_stage: dict[int, list[BucketGradients]] = {}
         for bucket in self.buckets:
@@ -174,6 +201,7 @@ class GradientBuckets:
     def begin(self) -> None:
         """Start a new optimizer step. Nothing is zeroed: the first gradient of each parameter overwrites."""
         self._next.clear()
+        self._deferred.clear()
         for bucket in self.buckets:
             bucket.reduced = bucket.holds_sum = False
             bucket.takes_early = True
@@ -194,8 +222,23 @@ class GradientBuckets:
             for bucket in self._of_stage.get(stage, ()):
                 self._reduce(bucket)
 
+    def start_deferring(self, stage: int, micro_batch: int) -> None:
+        """A backward comes next, without `before_backward`, that leaves its products to `run_deferred`."""
+        self._deferred.start(stage, micro_batch)
+
+    def stop_deferring(self) -> None:
+        """That backward has been issued."""
+        self._deferred.stop()
+
+    def run_deferred(self, stage: int, micro_batch: int, is_last: bool) -> None:
+        """Compute what that backward left; `is_last`: the last one of `stage`, so that buckets are to be reduced."""
+        self.before_backward(stage, is_last)
+        self._deferred.run(stage, micro_batch)
+        self.after_backward(stage)
+
     def finish(self) -> None:
         """Do the sums that had to wait, and wait for all."""
+        assert not self._deferred, "a backward's weight gradients were never computed"
         self._absorb_all()
         for bucket in self.buckets:
             bucket.takes_early = False
@@ -218,10 +261,19 @@ class GradientBuckets:
         self._hooks.clear()
 
     def _collect(self, gradient: MemberGradient) -> None:
-        parameter, bucket = gradient.member.parameter, gradient.owner
+        """A backward has done all that it does for this parameter."""
+        parameter = gradient.member.parameter
         if parameter.grad is not None:
-            gradient.add(parameter.grad)
+            if self._sharded:
+                self._deferred.do(gradient.add, parameter.grad)
+            else:
+                gradient.add(parameter.grad)
             parameter.grad = None
+        self._deferred.do(partial(self._complete, gradient))
+
+    def _complete(self, gradient: MemberGradient) -> None:
+        """Reduce the buckets whose turn it is, now that this gradient has arrived."""
+        bucket = gradient.owner
         stage = bucket.bucket.stage
         if stage not in self._next:
             return

@@ -36,7 +36,8 @@ class ShardedWeights(Protocol):
 
     Built over a model whose parameters are whole (not yet divided over data-parallel ranks). One optimizer step calls
     `begin`, then for every backward of a stage `before_backward` and `after_backward`, then `finish`; the optimizer
-    updates the masters of `segments` from their gradients; `publish` brings the new weights to the model.
+    updates the masters of `segments` from their gradients; `publish` brings the new weights to the model. A schedule
+    that splits its backwards calls `start_deferring` and `stop_deferring` instead, and later `run_deferred`.
     """
 
     segments: list[Segment]
@@ -50,6 +51,15 @@ class ShardedWeights(Protocol):
 
     def after_backward(self, stage: int, is_last: bool) -> None:
         """That backward has been issued."""
+
+    def start_deferring(self, stage: int, micro_batch: int) -> None:
+        """A backward of `stage` comes next that leaves products of weight gradients to `run_deferred`."""
+
+    def stop_deferring(self) -> None:
+        """That backward has been issued."""
+
+    def run_deferred(self, stage: int, micro_batch: int, is_last: bool) -> None:
+        """Compute what that backward left; `is_last`: the last one of `stage` in this optimizer step."""
 
     def finish(self) -> None:
         """Make `gradient` of every segment the sum over all ranks."""

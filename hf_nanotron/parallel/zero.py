@@ -142,6 +142,15 @@ class BucketedWeights:
     def after_backward(self, stage: int, is_last: bool) -> None:
         self.gradients.after_backward(stage)
 
+    def start_deferring(self, stage: int, micro_batch: int) -> None:
+        self.gradients.start_deferring(stage, micro_batch)
+
+    def stop_deferring(self) -> None:
+        self.gradients.stop_deferring()
+
+    def run_deferred(self, stage: int, micro_batch: int, is_last: bool) -> None:
+        self.gradients.run_deferred(stage, micro_batch, is_last)
+
     def finish(self) -> None:
         self.gradients.finish()
 

@@ -72,6 +72,7 @@ class PipelineExecutor:
         before_forward: Callable[[Action], None] | None = None,
         before_backward: Callable[[Action], None] | None = None,
         after_backward: Callable[[Action], None] | None = None,
+        weight_gradients: Callable[[Action], None] | None = None,
     ) -> dict[int, Any]:
         """Run every tick and return the last stage's outputs by micro-batch (empty on other ranks).
 
@@ -79,6 +80,7 @@ class PipelineExecutor:
 
         Args:
             before_forward, before_backward, after_backward: called with each action.
+            weight_gradients: what runs the weight gradients that have an action of their own.
         """
         by_index = {stage.index: stage for stage in stages}
         trains = any(tick.action is not None and tick.action.kind == "B" for tick in table)
@@ -100,6 +102,9 @@ class PipelineExecutor:
                     produced[action] = output
                 if trains:
                     held[action.stage, action.micro_batch] = (received, (output.loss,) if stage.is_last else output)
+            elif action is not None and action.kind == "W":
+                if weight_gradients is not None:
+                    weight_gradients(action)
             elif action is not None:
                 if before_backward is not None:
                     before_backward(action)

@@ -1,23 +1,27 @@
 """Pipeline schedules as tables: pure functions of the sizes, checked before anything runs.
 
-A schedule has two halves. `compute_order` says in which order each rank runs forwards and backwards; `build_table`
-plays that order tick by tick, proves that it ends, and says after which tick each boundary tensor travels. A tensor
-travels in the same tick for its sender and its receiver, so both issue their transfers in one global order: no rank
-can wait for a peer that waits for it.
+A schedule has two halves. `compute_order` says in which order each rank runs forwards and backwards (which may leave
+weight gradients to an action of their own); `build_table` plays that order tick by tick, proves that it ends, and says
+after which tick each boundary tensor travels. A tensor travels in the same tick for its sender and its receiver, so
+both issue their transfers in one global order: no rank can wait for a peer that waits for it.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["F", "B"]
+Kind = Literal["F", "B", "W"]
 
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """One forward (`F`) or backward (`B`) of one micro-batch through one stage (global index, model order)."""
+    """One forward (`F`) or backward (`B`) of one micro-batch through one stage (global index, model order).
+
+    In an order with weight gradients (`W`) of their own, `B` goes on to the stage before without them.
+    """
 
     kind: Kind
     stage: int
@@ -51,8 +55,13 @@ def compute_order(
     """The actions of each rank, in order.
 
     `afab`: GPipe (Huang et al. 2019, arXiv:1811.06965). `1f1b` and `interleaved_1f1b`: Narayanan et al. 2021
-    (arXiv:2104.04473). Any number of micro-batches works, also one that `pp_size` does not divide.
+    (arXiv:2104.04473). `zb`: one of the latter two, with every backward split (`split_backwards`). Any
+    number of micro-batches works, also one that `pp_size` does not divide.
     """
+    if schedule == "zb":
+        unsplit = "1f1b" if virtual_stages == 1 else "interleaved_1f1b"
+        whole = compute_order(unsplit, pp_size, virtual_stages, num_micro_batches)
+        return split_backwards(whole, pp_size * virtual_stages)
     groups = _micro_batch_groups(pp_size, virtual_stages, num_micro_batches)
     orders = []
     for rank in range(pp_size):
@@ -124,6 +133,8 @@ def _inputs(action: Action, num_stages: int) -> set[Action]:
     """What must have run in an earlier tick."""
     if action.kind == "F":
         return {Action("F", action.stage - 1, action.micro_batch)} if action.stage else set()
+    if action.kind == "W":
+        return {Action("B", action.stage, action.micro_batch)}
     needed = {Action("F", action.stage, action.micro_batch)}
     if action.stage + 1 < num_stages:
         needed.add(Action("B", action.stage + 1, action.micro_batch))
@@ -132,7 +143,49 @@ def _inputs(action: Action, num_stages: int) -> set[Action]:
 
 def _transfer(action: Action, pp_size: int, num_stages: int) -> Transfer | None:
     """Where the result of `action` goes: forwards to the next stage, backwards to the one before."""
+    if action.kind == "W":
+        return None
     to = action.stage + (1 if action.kind == "F" else -1)
     if not 0 <= to < num_stages or pp_size == 1:
         return None
     return Transfer(action, rank_of_stage(action.stage, pp_size), rank_of_stage(to, pp_size))
+
+
+def split_backwards(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> tuple[tuple[Action, ...], ...]:
+    """Give every backward's weight gradients an action of their own, where the rank would wait: ZB-H1.
+
+    Qi et al. 2023 (arXiv:2401.10241). Forwards and backwards keep their order; each of the three kinds takes one tick.
+    A rank runs its oldest weight gradient when its next forward or backward has no input yet, or when one more forward
+    would have more micro-batches hold memory than on the fullest rank of `orders` (each does from its forward to its
+    weight gradient). So the peak over the ranks does not rise, and a rank idles for `pp_size - 1` ticks. In `orders`,
+    with backwards of two ticks, it idles for three times as many.
+    """
+    most = max(_most_held(order) for order in orders)
+    position, held = [0] * len(orders), [0] * len(orders)
+    waiting: list[deque[Action]] = [deque() for _ in orders]
+    split: list[list[Action]] = [[] for _ in orders]
+    done: set[Action] = set()
+    while any(position[rank] < len(order) or waiting[rank] for rank, order in enumerate(orders)):
+        now: list[Action] = []
+        for rank, order in enumerate(orders):
+            action = order[position[rank]] if position[rank] < len(order) else None
+            if action is None or not _inputs(action, num_stages) <= done or (action.kind == "F" and held[rank] == most):
+                if not waiting[rank]:
+                    continue
+                action = waiting[rank].popleft()
+            else:
+                position[rank] += 1
+                if action.kind == "B":
+                    waiting[rank].append(Action("W", action.stage, action.micro_batch))
+            held[rank] += {"F": 1, "B": 0, "W": -1}[action.kind]
+            split[rank].append(action)
+            now.append(action)
+        if not now:
+            raise RuntimeError(f"the schedule stops: {[o[position[r] :][:1] for r, o in enumerate(orders)]}")
+        done.update(now)
+    return tuple(tuple(actions) for actions in split)
+
+
+def _most_held(order: tuple[Action, ...]) -> int:
+    """Micro-batches between their forward and their backward at the most."""
+    return max(itertools.accumulate(1 if action.kind == "F" else -1 for action in order), default=0)
