@@ -143,6 +143,8 @@ def test_without_a_plan_data_parallel_works(pool: WorkerPool) -> None:
         ({"pp_size": 2, "pp_layers_per_stage": (1, 2, 1)}, ["[1, 2, 1]", "2 stages"]),
         ({"pp_virtual_stages": 2}, ["pp_virtual_stages=2", "interleaved_1f1b", "'1f1b'"]),
         ({"pp_schedule": "gpipe"}, ["gpipe", "afab"]),
+        ({"pp_schedule": "zb"}, ["pp_schedule='zb'", "pp_size=1", "'1f1b'"]),
+        ({"pp_schedule": "zb", "pp_size": 2, "zero_stage": 3}, ["pp_schedule='zb'", "zero_stage=3", "0, 1 or 2"]),
     ],
 )
 def test_sizes_that_no_run_could_use(sizes: dict[str, Any], parts: list[str]) -> None:

@@ -138,6 +138,29 @@ def test_families(pool: WorkerPool, family: str, tied: bool) -> None:
         compare(pool, label, directory, dp, 2, **sizes)
 
 
+ZB = {"pp_schedule": "zb"}
+ZERO_BUBBLE: dict[str, tuple[int, int, dict[str, Any]]] = {  # data-parallel ranks, micro-batches, arguments
+    "pp 2": (1, 3, {"pp_size": 2}),
+    "pp 4": (1, 6, {"pp_size": 4}),
+    "pp 2 virtual 2": (1, 4, {"pp_size": 2, "pp_virtual_stages": 2}),
+    "pp 2 tp 2": (1, 2, {"pp_size": 2, "tp_size": 2}),
+    "pp 2 dp 2 zero 1": (2, 2, {"pp_size": 2, "zero_stage": 1}),
+    "pp 2 dp 2 zero 2": (2, 3, {"pp_size": 2, "zero_stage": 2}),
+    "pp 2 checkpointed": (1, 2, {"pp_size": 2, "gradient_checkpointing": True}),
+    "pp 2 compiled": (1, 2, {"pp_size": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    "pp 2 dp 2 tp 2 zero 2": (2, 4, {"pp_size": 2, "tp_size": 2, "zero_stage": 2}),
+}
+
+
+@pytest.mark.parametrize("row", ZERO_BUBBLE)
+def test_zero_bubble(pool: WorkerPool, request: pytest.FixtureRequest, row: str) -> None:
+    if row not in ("pp 4", "pp 2 dp 2 zero 2") and not request.config.getoption("--full-matrix"):
+        pytest.skip("runs with --full-matrix")
+    dp, accumulation, sizes = ZERO_BUBBLE[row]
+    directory = checkpoint("llama", tie_word_embeddings="zero" in row)
+    compare(pool, f"llama {row} zb", directory, dp, accumulation, **sizes, **ZB)
+
+
 def test_a_wrong_reduction_cannot_pass(pool: WorkerPool) -> None:
     """Norm gradients that are not summed over tensor-parallel ranks miss the tolerance by far."""
     directory = checkpoint("llama")

@@ -9,11 +9,13 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hf_nanotron.models.stages import split_layers
-from hf_nanotron.parallel.pipeline.schedule import Action, Tick, build_table, compute_order, forward_order
+from hf_nanotron.parallel.pipeline.schedule import Action, Kind, Tick, build_table, compute_order, forward_order
 
 SIZES = [("afab", pp, 1) for pp in (1, 2, 3, 4, 8)]
 SIZES += [("1f1b", pp, 1) for pp in (1, 2, 3, 4, 8)]
 SIZES += [("interleaved_1f1b", pp, v) for pp in (2, 3, 4, 8) for v in (2, 3, 4)]
+
+SIZES += [("zb", pp, v) for pp in (2, 3, 4, 8) for v in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("schedule", "pp_size", "virtual_stages"), SIZES)
@@ -23,7 +25,8 @@ def test_every_action_runs_once_and_the_table_ends(schedule: str, pp_size: int, 
         orders = compute_order(schedule, pp_size, virtual_stages, micro_batches)
         table = build_table(orders, stages)
         ran = [tick.action for ticks in table for tick in ticks if tick.action]
-        expected = {Action(kind, s, m) for kind in ("F", "B") for s in range(stages) for m in range(micro_batches)}
+        kinds: tuple[Kind, ...] = ("F", "B", "W") if schedule == "zb" else ("F", "B")
+        expected = {Action(kind, s, m) for kind in kinds for s in range(stages) for m in range(micro_batches)}
         assert len(ran) == len(expected) and set(ran) == expected
         for rank, ticks in enumerate(table):
             assert [tick.action for tick in ticks if tick.action] == list(orders[rank])
@@ -55,6 +58,61 @@ def test_1f1b_holds_no_more_micro_batches_than_its_depth() -> None:
                 held += 1 if action.kind == "F" else -1
                 most = max(most, held)
             assert most == pp_size - rank
+
+
+def busy_ticks(table: tuple[tuple[Tick, ...], ...], pp_size: int, virtual_stages: int) -> list[tuple[int, int]]:
+    """First and last tick + 1 of each rank's work, where each action starts as early as it can: F and W take one tick,
+    B one if the table has W, else two."""
+    stages = pp_size * virtual_stages
+    orders = [[tick.action for tick in ticks if tick.action] for ticks in table]
+    whole = 2 if all(action.kind != "W" for order in orders for action in order) else 1
+    end: dict[Action, int] = {}
+    clock, position, spans = [0] * pp_size, [0] * pp_size, [(10**9, 0)] * pp_size
+    while any(position[rank] < len(order) for rank, order in enumerate(orders)):
+        for rank, order in enumerate(orders):
+            while position[rank] < len(order):
+                action = order[position[rank]]
+                kind, stage, m = action.kind, action.stage, action.micro_batch
+                needed = [Action("F", stage - 1, m)] * (stage > 0) if kind == "F" else [Action("F", stage, m)]
+                needed += [Action("B", stage + 1, m)] * (kind == "B" and stage + 1 < stages)
+                needed += [Action("B", stage, m)] * (kind == "W")
+                if not all(other in end for other in needed):
+                    break
+                start = max([clock[rank], *(end[other] for other in needed)])
+                end[action] = clock[rank] = start + (whole if kind == "B" else 1)
+                spans[rank] = (min(spans[rank][0], start), clock[rank])
+                position[rank] += 1
+    return spans
+
+
+@pytest.mark.parametrize(("pp_size", "virtual_stages"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2)])
+def test_zero_bubble_idles_for_a_third_of_the_time(pp_size: int, virtual_stages: int) -> None:
+    """Of a rank's step; and the fullest rank holds no more micro-batches."""
+    plain = "1f1b" if virtual_stages == 1 else "interleaved_1f1b"
+    for micro_batches in (pp_size, 2 * pp_size, 3 * pp_size + 1):
+        idle, held = {}, {}
+        for schedule in (plain, "zb"):
+            orders = compute_order(schedule, pp_size, virtual_stages, micro_batches)
+            spans = busy_ticks(build_table(orders, pp_size * virtual_stages), pp_size, virtual_stages)
+            idle[schedule] = max(stop for _, stop in spans) - 3 * micro_batches * virtual_stages
+            frees = "W" if schedule == "zb" else "B"
+            held[schedule] = max(
+                sum((action.kind == "F") - (action.kind == frees) for action in order[:count])
+                for order in orders
+                for count in range(len(order) + 1)
+            )
+        assert held["zb"] == held[plain]
+        if micro_batches % pp_size == 0:
+            assert 3 * idle["zb"] == 3 * (pp_size - 1) <= idle[plain]
+        assert idle["zb"] < idle[plain]
+
+
+def test_weight_gradients_follow_their_backwards() -> None:
+    for order in compute_order("zb", 4, 2, 9):
+        backwards = [(a.stage, a.micro_batch) for a in order if a.kind == "B"]
+        assert [(a.stage, a.micro_batch) for a in order if a.kind == "W"] == backwards
+        for stage, micro_batch in backwards:
+            assert order.index(Action("W", stage, micro_batch)) > order.index(Action("B", stage, micro_batch))
 
 
 def test_an_order_that_cannot_end_is_refused() -> None:

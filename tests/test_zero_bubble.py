@@ -1,0 +1,131 @@
+"""Backwards split in two: where the products run, how often, and that nobody overwrites what they wait for."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from pool import WorkerPool
+from test_gradients import ACCUMULATION, TOLERANCE, Case, gradient_errors
+from torch import nn
+
+from hf_nanotron.models.compile import compile_options
+from hf_nanotron.ops.linear import Linear
+from hf_nanotron.parallel.gradients import GradientBuckets
+
+PP2: dict[str, Any] = {"pp_size": 2}
+SPLIT = {**PP2, "pp_schedule": "zb"}
+LINEARS = 7  # of a layer; two layers on each of two ranks
+
+
+def products(case: Case) -> tuple[Counter[str], dict[str, float]]:
+    """On one rank: products of weight gradients, by where they were computed, and the errors of the gradients."""
+    counts: Counter[str] = Counter()
+    where = ["elsewhere"]
+    addmm = torch.addmm
+    start, stop = GradientBuckets.start_deferring, GradientBuckets.stop_deferring
+    run = GradientBuckets.run_deferred
+
+    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        counts[where[-1]] += 1
+        return addmm(*args, **kwargs)
+
+    def starting(self: GradientBuckets, stage: int, micro_batch: int) -> None:
+        where.append("B")
+        start(self, stage, micro_batch)
+
+    def stopping(self: GradientBuckets) -> None:
+        stop(self)
+        where.pop()
+
+    def running(self: GradientBuckets, stage: int, micro_batch: int, is_last: bool) -> None:
+        where.append("W")
+        run(self, stage, micro_batch, is_last)
+        where.pop()
+
+    with (
+        mock.patch.object(torch, "addmm", counting),
+        mock.patch.object(GradientBuckets, "start_deferring", starting),
+        mock.patch.object(GradientBuckets, "stop_deferring", stopping),
+        mock.patch.object(GradientBuckets, "run_deferred", running),
+    ):
+        errors, _, _ = gradient_errors(case)
+    return counts, errors
+
+
+def test_each_product_is_computed_once_and_not_in_the_backward(pool: WorkerPool) -> None:
+    whole, split, compiled = (
+        pool.run(2, products, case) for case in (Case(PP2), Case(SPLIT), Case(SPLIT, compiled=True))
+    )
+    for before, *after in zip(whole, split, compiled, strict=True):
+        for counts, errors in after:
+            assert counts["W"] == 2 * LINEARS * ACCUMULATION and counts["B"] == 0
+            assert counts.total() == before[0].total()  # the rest is the head's, in the forward
+            assert max(errors.values()) <= TOLERANCE
+
+
+class KeepingGradient:
+    """Holds on to the operands of every product, and to copies of what they were."""
+
+    def __init__(self) -> None:
+        self.products: list[tuple[torch.Tensor, ...]] = []
+
+    def takes_product(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+        self.products.append((grad_output.detach(), grad_output.clone(), input.detach(), input.clone()))
+
+
+class Branched(nn.Module):
+    """The gradient of `wide`'s output is read once more after its product, and may be written to in the same kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = Linear(32, 16, bias=False), Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.exp()
+        return self.last(self.wide(torch.cat((x, x), -1)) + x)
+
+
+class Chained(nn.Module):
+    """The operands of the first product are as large as what the backward makes next, far from its peak memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = Linear(256, 16, bias=False), Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.wide(x.exp()).sin()).sin()
+
+
+def overwritten(block: nn.Module, width: int, options: dict[str, Any]) -> int:
+    """Operands that a compiled backward has written to after their product was handed over."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    gradient = KeepingGradient()
+    for linear in block.children():
+        assert isinstance(linear, Linear)
+        linear.accumulate_into(gradient)
+    x = torch.randn(8, width, requires_grad=True)
+    with torch._inductor.config.patch(compile_threads=1):  # starting processes takes longer than compiling
+        torch.compile(block, backend="inductor", options=options)(x).sum().backward()
+    assert len(gradient.products) == 2
+    pairs = [pair for g, g_then, i, i_then in gradient.products for pair in ((g, g_then), (i, i_then))]
+    return sum(not torch.equal(now, then) for now, then in pairs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize(
+    ("block", "width", "option"), [(Branched, 16, "inplace_buffers"), (Chained, 256, "allow_buffer_reuse")]
+)
+def test_compiled_code_leaves_operands_alone(block: type[nn.Module], width: int, option: str) -> None:
+    """Each of the options is needed: without it, inductor overwrites what a weight gradient waits for."""
+    options = compile_options("inductor", None, keeps_operands=True)["options"]
+    assert overwritten(block(), width, options) == 0
+    assert overwritten(block(), width, {**options, option: True}) > 0
