@@ -144,3 +144,8 @@ def test_pipelines_keep_more_on_their_first_stage() -> None:
     assert kept[0] > kept[1] > kept[2]
     everything = ParallelConfig(pp_size=4, pp_schedule="afab")
     assert activation_bytes(config, 64, everything, 0, 8, 2, False) == 2 * kept[0]
+    # A micro-batch holds memory until its weight gradients: on every rank as many as on the first.
+    split = ParallelConfig(pp_size=4, pp_schedule="zb")
+    assert [activation_bytes(config, 64, split, rank, 8, 2, False) for rank in (0, 2)] == [kept[0], kept[0]]
+    recomputed = [activation_bytes(config, 64, split, rank, 8, 2, True) for rank in (0, 2)]
+    assert activation_bytes(config, 64, sizes, 0, 8, 2, True) < recomputed[0] < recomputed[1]

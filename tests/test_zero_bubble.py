@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from torch import nn
 
 from hf_nanotron.models.compile import compile_options
 from hf_nanotron.ops.linear import Linear
+from hf_nanotron.parallel.deferred import DeferredWork
 from hf_nanotron.parallel.gradients import GradientBuckets
 
 PP2: dict[str, Any] = {"pp_size": 2}
@@ -104,7 +106,7 @@ class Chained(nn.Module):
         return self.last(self.wide(x.exp()).sin()).sin()
 
 
-def overwritten(block: nn.Module, width: int, options: dict[str, Any]) -> int:
+def overwritten(block: nn.Module, width: int, options: dict[str, Any], device: str = "cpu") -> int:
     """Operands that a compiled backward has written to after their product was handed over."""
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -112,7 +114,8 @@ def overwritten(block: nn.Module, width: int, options: dict[str, Any]) -> int:
     for linear in block.children():
         assert isinstance(linear, Linear)
         linear.accumulate_into(gradient)
-    x = torch.randn(8, width, requires_grad=True)
+    block.to(device)
+    x = torch.randn(8, width, device=device, requires_grad=True)
     with torch._inductor.config.patch(compile_threads=1):  # starting processes takes longer than compiling
         torch.compile(block, backend="inductor", options=options)(x).sum().backward()
     assert len(gradient.products) == 2
@@ -129,3 +132,50 @@ def test_compiled_code_leaves_operands_alone(block: type[nn.Module], width: int,
     options = compile_options("inductor", None, keeps_operands=True)["options"]
     assert overwritten(block(), width, options) == 0
     assert overwritten(block(), width, {**options, option: True}) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("block", "width"), [(Branched, 16), (Chained, 256)])
+def test_compiled_kernels_leave_operands_alone(block: type[nn.Module], width: int) -> None:
+    options = compile_options("inductor", "max-autotune-no-cudagraphs", keeps_operands=True)["options"]
+    assert overwritten(block(), width, options, "cuda") == 0
+
+
+def test_what_a_backend_is_told() -> None:
+    assert compile_options("inductor", "default", keeps_operands=False) == {"mode": "default"}
+    assert compile_options("aot_eager", None, keeps_operands=True) == {"mode": None}
+    assert compile_options("inductor", "max-autotune-no-cudagraphs", keeps_operands=True)["options"]["max_autotune"]
+    with pytest.raises(ValueError, match="torch_compile_backend='cudagraphs'.*'inductor' or 'aot_eager'"):
+        compile_options("cudagraphs", None, keeps_operands=True)
+
+
+def test_work_is_done_in_order_and_frees_its_operands() -> None:
+    work, seen = DeferredWork(), []
+    operands = [torch.full((1,), float(index)) for index in range(3)]
+    alive = [weakref.ref(operand.untyped_storage()) for operand in operands]
+
+    def see(operand: torch.Tensor) -> None:
+        seen.append((float(operand), sum(reference() is not None for reference in alive)))
+
+    work.start(0, 1)
+    for operand in operands:
+        work.do(see, operand)
+    work.stop()
+    del operands, operand
+    assert not seen and len(work) == 1
+    work.run(0, 1)
+    assert [value for value, _ in seen] == [0.0, 1.0, 2.0] and len(work) == 0
+    # The one at hand may still be held by its caller.
+    assert all(held <= 3 - index for index, (_, held) in enumerate(seen))
+    work.do(see, torch.ones(1))
+    assert len(seen) == 4, "outside of a split backward, work is done at once"
+
+
+def test_an_operand_that_was_written_to_is_seen() -> None:
+    work, operand = DeferredWork(), torch.ones(2)
+    work.start(0, 0)
+    work.do(torch.neg, operand)
+    work.stop()
+    operand.view(2, 1).add_(1)
+    with pytest.raises(RuntimeError, match="stage 0 was changed in place"):
+        work.run(0, 0)
