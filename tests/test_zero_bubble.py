@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import weakref
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -13,6 +12,7 @@ import torch
 from pool import WorkerPool
 from test_gradients import ACCUMULATION, TOLERANCE, Case, gradient_errors
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_nanotron.models.compile import compile_options
 from hf_nanotron.ops.linear import Linear
@@ -152,10 +152,10 @@ def test_what_a_backend_is_told() -> None:
 def test_work_is_done_in_order_and_frees_its_operands() -> None:
     work, seen = DeferredWork(), []
     operands = [torch.full((1,), float(index)) for index in range(3)]
-    alive = [weakref.ref(operand.untyped_storage()) for operand in operands]
+    alive = [StorageWeakRef(operand.untyped_storage()) for operand in operands]
 
     def see(operand: torch.Tensor) -> None:
-        seen.append((float(operand), sum(reference() is not None for reference in alive)))
+        seen.append((float(operand), sum(not reference.expired() for reference in alive)))
 
     work.start(0, 1)
     for operand in operands:
@@ -164,9 +164,7 @@ def test_work_is_done_in_order_and_frees_its_operands() -> None:
     del operands, operand
     assert not seen and len(work) == 1
     work.run(0, 1)
-    assert [value for value, _ in seen] == [0.0, 1.0, 2.0] and len(work) == 0
-    # The one at hand may still be held by its caller.
-    assert all(held <= 3 - index for index, (_, held) in enumerate(seen))
+    assert seen == [(0.0, 3), (1.0, 2), (2.0, 1)] and len(work) == 0
     work.do(see, torch.ones(1))
     assert len(seen) == 4, "outside of a split backward, work is done at once"
 
