@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_nanotron import ParallelConfig
-from hf_nanotron.models.compile import compile_blocks
+from hf_nanotron.models.compile import compile_layers
 from hf_nanotron.models.parallelize import parallelize
 from hf_nanotron.models.sharding import shard_weights
 from hf_nanotron.parallel.collectives import all_reduce
@@ -123,7 +123,7 @@ def gradient_errors(case: Case) -> tuple[dict[str, float], list[str], float]:
     weights = shard_weights(model, torch.float32, SMALL_BUCKETS)
     if case.compiled:
         torch._dynamo.reset()
-        compile_blocks(model, "aot_eager", None)
+        compile_layers(model, "aot_eager", None)
     own = [{**batch, "num_items_in_batch": items} for batch in window[mesh.dp_rank :: mesh.dp_size]]
     share = TrainStep(model, weights).run(own, step=0)
     loss = all_reduce(share * (mesh.is_last_stage and mesh.tp_rank == 0), mesh.world)

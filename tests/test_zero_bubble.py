@@ -14,7 +14,7 @@ from test_gradients import ACCUMULATION, TOLERANCE, Case, gradient_errors
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hf_nanotron.models.compile import compile_options
+from hf_nanotron.models.compile import backend_of, inductor_options
 from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel.deferred import DeferredWork
 from hf_nanotron.parallel.gradients import GradientBuckets
@@ -129,7 +129,7 @@ def overwritten(block: nn.Module, width: int, options: dict[str, Any], device: s
 )
 def test_compiled_code_leaves_operands_alone(block: type[nn.Module], width: int, option: str) -> None:
     """Each of the options is needed: without it, inductor overwrites what a weight gradient waits for."""
-    options = compile_options("inductor", None, keeps_operands=True)["options"]
+    options = inductor_options(None, keeps_operands=True)
     assert overwritten(block(), width, options) == 0
     assert overwritten(block(), width, {**options, option: True}) > 0
 
@@ -137,16 +137,16 @@ def test_compiled_code_leaves_operands_alone(block: type[nn.Module], width: int,
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("block", "width"), [(Branched, 16), (Chained, 256)])
 def test_compiled_kernels_leave_operands_alone(block: type[nn.Module], width: int) -> None:
-    options = compile_options("inductor", "max-autotune-no-cudagraphs", keeps_operands=True)["options"]
+    options = inductor_options("max-autotune-no-cudagraphs", keeps_operands=True)
     assert overwritten(block(), width, options, "cuda") == 0
 
 
 def test_what_a_backend_is_told() -> None:
-    assert compile_options("inductor", "default", keeps_operands=False) == {"mode": "default"}
-    assert compile_options("aot_eager", None, keeps_operands=True) == {"mode": None}
-    assert compile_options("inductor", "max-autotune-no-cudagraphs", keeps_operands=True)["options"]["max_autotune"]
+    assert "inplace_buffers" not in inductor_options("default", keeps_operands=False)
+    assert inductor_options("max-autotune-no-cudagraphs", keeps_operands=True)["max_autotune"]
+    backend_of("aot_eager", None, keeps_operands=True)
     with pytest.raises(ValueError, match="torch_compile_backend='cudagraphs'.*'inductor' or 'aot_eager'"):
-        compile_options("cudagraphs", None, keeps_operands=True)
+        backend_of("cudagraphs", None, keeps_operands=True)
 
 
 def test_work_is_done_in_order_and_frees_its_operands() -> None:

@@ -56,24 +56,34 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs.
 
     Args:
-        keeps_operands: an operator may hold on to its inputs after it returns, for a weight gradient that is put off.
-            Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
-            inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
+        keeps_operands: see `inductor_options`.
 
     Raises:
         ValueError: for a backend of which nothing is known, with `keeps_operands`.
     """
     backend: Any = lookup_backend(name)
     if name == "inductor":
-        options = OPTIONS | (KEEPING if keeps_operands else {})
-        known = {option: value for option, value in options.items() if hasattr(inductor_config, option)}
-        backend = functools.partial(backend, config_patches={**known, **list_mode_options(mode or "default")})
+        backend = functools.partial(backend, config_patches=inductor_options(mode, keeps_operands))
     elif keeps_operands and name not in ("eager", "aot_eager"):  # these two run one operator after the other
         raise ValueError(
             f"torch_compile_backend={name!r} with pp_schedule='zb': it may write to the operands of weight "
             "gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b'."
         )
     return rewriting(backend)
+
+
+def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
+    """What inductor is told.
+
+    Args:
+        mode: of `torch.compile`.
+        keeps_operands: an operator may hold on to its inputs after it returns, for a weight gradient that is put off.
+            Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
+            inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
+    """
+    options = OPTIONS | (KEEPING if keeps_operands else {})
+    known = {option: value for option, value in options.items() if hasattr(inductor_config, option)}
+    return {**known, **list_mode_options(mode or "default")}
 
 
 def compiled_parts(model: ParallelModel) -> list[nn.Module]:

@@ -93,12 +93,15 @@ class MemberGradient:
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
     ) -> bool:
+        members = [other for other in others if isinstance(other, MemberGradient) and other.owner is self.owner]
         place = self.member.offset + self.member.numel
-        for other in others:
-            if not isinstance(other, MemberGradient) or other.owner is not self.owner or other.member.offset != place:
+        for member in members:
+            if member.member.offset != place:
                 return False
-            place += other.member.numel
-        self.owner.deferred.do(self._add_joint_product, others, grad_output, input)
+            place += member.member.numel
+        if len(members) < len(others):
+            return False
+        self.owner.deferred.do(partial(self._add_joint_product, members), grad_output, input)
         return True
 
     def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
