@@ -15,26 +15,26 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_nanotron.models.compile import backend_of, inductor_options
-from hf_nanotron.ops.linear import Linear
+from hf_nanotron.ops.linear import Linear, add_product
+from hf_nanotron.parallel import gradients
 from hf_nanotron.parallel.deferred import DeferredWork
 from hf_nanotron.parallel.gradients import GradientBuckets
 
 PP2: dict[str, Any] = {"pp_size": 2}
 SPLIT = {**PP2, "pp_schedule": "zb"}
-LINEARS = 7  # of the layer that each of two ranks has
+LINEARS = 32 * (2 * 32 + 2 * 16 + 3 * 48)  # elements of the weights of the layer that each of two ranks has
 
 
 def products(case: Case) -> tuple[Counter[str], dict[str, float]]:
-    """On one rank: products of weight gradients, by where they were computed, and the errors of the gradients."""
+    """On one rank: elements of weight gradients that products were added to, by where, and the gradients' errors."""
     counts: Counter[str] = Counter()
     where = ["elsewhere"]
-    addmm = torch.addmm
     start, stop = GradientBuckets.start_deferring, GradientBuckets.stop_deferring
     run = GradientBuckets.run_deferred
 
-    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
-        counts[where[-1]] += 1
-        return addmm(*args, **kwargs)
+    def counting(total: torch.Tensor, *operands: Any, **kwargs: Any) -> None:
+        counts[where[-1]] += total.numel()
+        add_product(total, *operands, **kwargs)
 
     def starting(self: GradientBuckets, stage: int, micro_batch: int) -> None:
         where.append("B")
@@ -50,7 +50,7 @@ def products(case: Case) -> tuple[Counter[str], dict[str, float]]:
         where.pop()
 
     with (
-        mock.patch.object(torch, "addmm", counting),
+        mock.patch.object(gradients, "add_product", counting),
         mock.patch.object(GradientBuckets, "start_deferring", starting),
         mock.patch.object(GradientBuckets, "stop_deferring", stopping),
         mock.patch.object(GradientBuckets, "run_deferred", running),
