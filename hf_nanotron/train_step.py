@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
 from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
@@ -16,6 +18,8 @@ from .parallel.segment import ShardedWeights
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
 
 ROUTER_MASK = "router_mask"  # of a micro-batch: `[B, S]`, 0 for tokens that no loss over routers counts
+DOCUMENTS = "documents"  # of a micro-batch: what `documents_of` found on the host
+OURS = (ROUTER_MASK, DOCUMENTS)  # what the model is not called with
 
 
 class TrainStep:
@@ -47,10 +51,12 @@ class TrainStep:
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
         masks = [router_mask(batch, multiple) for batch in micro_batches]
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
+        attention, documents = self._attention(micro_batches, multiple)
         inputs = [
-            {name: value for name, value in pad_sequence(batch, multiple).items() if name != ROUTER_MASK}
+            {name: value for name, value in pad_sequence(batch, multiple).items() if name not in OURS}
             | {"use_cache": False}
-            for batch in micro_batches
+            | told
+            for batch, told in zip(micro_batches, documents, strict=True)
         ]
         table = self._table(len(inputs))
         splits = model.parallel.splits_backward
@@ -78,15 +84,40 @@ class TrainStep:
         def weight_gradients(action: Action) -> None:
             self.weights.run_deferred(action.stage, action.micro_batch, action == last[action.stage])
 
-        losses = model.executor.run(
-            table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
-        )
+        with attention:
+            losses = model.executor.run(
+                table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
+            )
         if model.streams is not None:
             model.streams.end()
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
         self.weights.finish()
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
+
+    def _attention(
+        self, micro_batches: list[dict[str, Any]], multiple: int
+    ) -> tuple[contextlib.AbstractContextManager[None], list[dict[str, torch.Tensor]]]:
+        """Under which attention to run the window, and what each micro-batch tells it.
+
+        It is one for the whole window: a checkpointed layer is computed again in the backward.
+        """
+        model, found = self.model, list[Documents]()
+        nothing: list[dict[str, torch.Tensor]] = [{} for _ in micro_batches]
+        stock = contextlib.nullcontext(), nothing
+        if model.attention is None:
+            return stock
+        for batch in micro_batches:
+            plain = {name: value for name, value in batch.items() if name not in OURS}
+            documents = batch[DOCUMENTS] if DOCUMENTS in batch else documents_of(plain, multiple)
+            if documents is None:
+                return stock
+            found.append(documents)
+        packed = any(documents.packed for documents in found)
+        if packed and not model.attention.takes_documents:
+            return stock
+        told = [document_inputs(documents, model.mesh.device) if packed else {} for documents in found]
+        return model.attention.training(model.config, packed), told
 
     def _table(self, num_micro_batches: int) -> tuple[Tick, ...]:
         if num_micro_batches not in self._tables:
@@ -119,7 +150,7 @@ def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
     padded = dict(batch)
     for name, tensor in batch.items():
         bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
-        if name == ROUTER_MASK or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
+        if name in OURS or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
             continue
         if name not in PADDING or tensor.dim() != 2:
             raise ValueError(

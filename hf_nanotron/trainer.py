@@ -20,6 +20,7 @@ from .checkpoint.training_state import together
 from .checkpointing import CheckpointingTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
+from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
 from .models.parallelize import parallelize
@@ -34,7 +35,7 @@ from .optim.norm import NonFiniteGradientError, describe_nonfinite, global_norm
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
-from .train_step import ROUTER_MASK, TrainStep
+from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -119,6 +120,10 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         restore_layers(model)  # as an earlier trainer may have left them
         if self.args.torch_compile:
             compile_layers(model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode)
+        model.attention, chosen = choose_attention(
+            model, model.anatomy, compute_dtype, self.mesh.device, self.args.attention
+        )
+        logger.info(chosen)
         self._step = TrainStep(model, self.weights)
         model.z_loss = self.args.z_loss_coefficient
         self._loads: dict[str, torch.Tensor] = {}  # of the experts, in the step that is logged next
@@ -259,7 +264,10 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             )
         # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
         micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
+        multiple = self.mesh.tp_size if self.mesh.parallel.sequence_parallel else 1
         for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
+            if self.model.attention is not None:
+                micro_batch[DOCUMENTS] = documents_of(batch, multiple)
             if isinstance(batch, FillerBatch):
                 micro_batch[ROUTER_MASK] = torch.zeros_like(cast(torch.Tensor, micro_batch["input_ids"]))
         batches = [batch for batch, _ in self._window]

@@ -107,6 +107,10 @@ class NanotronTrainingArguments(TrainingArguments):
     z_loss_coefficient: float = field(
         default=0.0, metadata={"help": "Of log(Z)^2 in the loss of each predicted token (z-loss over the vocabulary)."}
     )
+    attention: str = field(
+        default="auto",
+        metadata={"help": "While training: the fastest kernel that fits (auto), or the model's own attention (stock)."},
+    )
     sequence_parallel: bool = field(
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
@@ -188,6 +192,8 @@ class NanotronTrainingArguments(TrainingArguments):
             )
         if self.moe_log_loads not in ("model", "layers", "experts"):
             raise ValueError(f"moe_log_loads={self.moe_log_loads!r} is not one of 'model', 'layers', 'experts'.")
+        if self.attention not in ("auto", "stock"):
+            raise ValueError(f"attention={self.attention!r} is not one of 'auto', 'stock'.")
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")

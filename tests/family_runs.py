@@ -30,10 +30,10 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
         overrides: fields of its config; `"change"` names a function of this module that sets weights.
     """
     overrides = dict(overrides)
-    change = overrides.pop("change", None)
+    change, attention = overrides.pop("change", None), overrides.pop("attn_implementation", "eager")
     config = AutoConfig.for_model(family, **{**KNOWN[family]["config"], **overrides})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # nothing stays at zero or one, where a wrong gradient could hide

@@ -129,4 +129,6 @@ def _build(
     with torch.device("meta"):
         stock = StockAutoModelForCausalLM.from_config(config, **kwargs)
         model = StockAutoModelForCausalLM.from_config(config, **kwargs)
-    return parallelize(model, mesh), stock
+    parallel = parallelize(model, mesh)
+    parallel.names_attention = kwargs.get("attn_implementation") is not None
+    return parallel, stock

@@ -25,6 +25,7 @@ from ..parallel.random import LayerStreams
 from ..parallel.segment import ShardedWeights
 from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy
+from .attention import Attention
 from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
 from .mixture import Mixture
@@ -51,6 +52,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         mixture: losses over the routers and loads of the experts, or None for a dense model.
         sharded: what owns weights and gradients while the model trains, of the trainer that took it last.
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
+        names_attention: whether the user named its attention, which is kept then.
+        attention: what stands for the stock attention while it trains, or None.
         z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
     """
 
@@ -67,6 +70,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     executor: PipelineExecutor
     sharded: ShardedWeights | None = None
     fuses_loss: bool = True
+    names_attention: bool = False
+    attention: Attention | None = None
     z_loss: float = 0.0
     stock_class: type[PreTrainedModel]
     vocab_start: int

@@ -229,6 +229,27 @@ NO_SEQUENCE_PARALLEL: dict[str, str] = {
     "zaya": "its layers hand a second state of every token on",
 }
 
+# ---- attention ----
+
+# Model types whose layers say all about their attention in keyword arguments, as transformers' flash attention wants
+# it: compared with eager attention by `tests/test_attention.py --full-matrix`, with windows, padding and documents.
+# Not "qwen2_moe" and "phimoe", whose masks have a window that the keyword arguments lack.
+FAST_ATTENTION = (
+    *("afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "cohere2_moe"),
+    *("cohere_compass_text", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model"),
+    *("ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma3n_text"),
+    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode"),
+    *("gpt_neox", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "lfm2"),
+    *("lfm2_moe", "lfm3", "llama", "longcat_flash", "mellum", "minicpm3", "minimax", "minimax_m2", "ministral"),
+    *("ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
+    *("persimmon", "phi", "phi3", "phi4_multimodal", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+    *("solar_open", "starcoder2", "youtu", "zaya"),
+)
+
+# Those of them whose own masks do not know packed documents, or that do not hand keyword arguments on.
+NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
+
 
 def register_plan(block_class: str, rows: Rows) -> None:
     """Say how the weights of a block are cut, for a family that transformers declares no plan for, or a wrong one.

@@ -1,0 +1,401 @@
+"""Attention that is one operator, and packed documents: the losses and gradients of stock eager attention.
+
+Here the kernel is the one that runs anywhere (`by_document`); `test_gpu_attention.py` has the others. All go through
+the same operator, the same registration with transformers and the same training step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_runs import KNOWN, tiny_model
+from pool import WorkerPool
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from hf_nanotron.models.anatomy import dissect
+from hf_nanotron.models.attention import (
+    Attention,
+    Documents,
+    choose_attention,
+    document_inputs,
+    documents_of,
+    why_stock,
+)
+from hf_nanotron.models.families import FAST_ATTENTION, NO_DOCUMENTS
+from hf_nanotron.ops.attention import Case, attention, pick
+
+LOSS, GRADIENT = 1e-6, 1e-5
+CPU = torch.device("cpu")
+LENGTH = 12
+ROWS = [[5, 7], [9, 3]]  # documents of the rows of a batch
+DEFAULT = ("llama", "qwen2", "mistral", "gemma3_text", "gpt2", "deepseek_v3", "mixtral", "opt")
+
+
+def bounds_of(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([0, *(length for row in rows for length in row)]).cumsum(0).to(torch.int32)
+
+
+def positions_of(rows: list[list[int]]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+
+
+def ids_of(rows: int, seed: int = 3, vocabulary: int = 100) -> torch.Tensor:
+    return torch.randint(3, vocabulary, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the operator ----
+
+
+def masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None, window: int | None, scale: float
+) -> torch.Tensor:
+    """torch's operator with a whole mask."""
+    batch, length = q.shape[:2]
+    place = torch.arange(length)
+    distance = place[:, None] - place[None, :]
+    seen = ((distance >= 0) & (distance < (window or length))).expand(batch, 1, length, length)
+    if bounds is not None:
+        document = torch.bucketize(torch.arange(batch * length), bounds[1:].long(), right=True).view(batch, length)
+        seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("value_dim", [8, 6])
+def test_operator(packed: bool, window: int | None, value_dim: int) -> None:
+    """Output and gradients, with fewer key-value heads than heads, from views that are not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, 8), (2, 8), (2, value_dim))
+    leaves = [torch.randn(2, h, LENGTH, d, generator=generator, requires_grad=True) for h, d in sizes]
+    inputs = [x.transpose(1, 2) for x in leaves]
+    bounds = bounds_of(ROWS) if packed else None
+    weight = torch.randn(2, LENGTH, 4, value_dim, generator=generator)
+    expected = masked(*inputs, bounds, window, 0.3)
+    gradients = torch.autograd.grad((expected * weight).sum(), leaves)
+    longest = torch.tensor(9) if packed else None
+    found = attention(*inputs, "by_document", 0.3, window, bounds, longest)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad((found * weight).sum(), leaves), gradients, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < GRADIENT
+
+
+def test_operator_is_what_it_says_to_a_compiler() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, LENGTH, h, 8, generator=generator, requires_grad=True) for h in (4, 2, 2))
+    for bounds, longest in ((None, None), (bounds_of(ROWS), torch.tensor(9))):
+        arguments = (q, k, v, bounds, longest, 0.3, None, "by_document")
+        torch.library.opcheck(torch.ops.hf_nanotron.attention.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [
+        (Case(True, torch.bfloat16, 128, False, None), "fa4"),
+        (Case(True, torch.bfloat16, 192, False, None), None),  # torch's own operator
+        (Case(True, torch.bfloat16, 192, True, None), "flash"),
+        (Case(True, torch.bfloat16, 192, False, 8), "flash"),
+        (Case(True, torch.bfloat16, 36, True, None), "by_document"),
+        (Case(True, torch.float32, 64, True, None), "by_document"),
+        (Case(True, torch.float32, 64, False, None), None),
+        (Case(False, torch.bfloat16, 64, True, None), "by_document"),
+    ],
+)
+def test_kernels(case: Case, kernel: str | None) -> None:
+    assert pick(("fa4", "flash"), case) == kernel
+    assert pick(("flash",), case) == (kernel if case.head_dim != 128 else None)
+
+
+# ---- what a batch needs ----
+
+
+def batch_of(**more: Any) -> dict[str, Any]:
+    ids = ids_of(2)
+    return {"input_ids": ids, "labels": ids.clone(), **more}
+
+
+def padded_on_the_right() -> dict[str, Any]:
+    batch = batch_of(attention_mask=torch.ones(2, LENGTH, dtype=torch.long))
+    batch["attention_mask"][0, 9:] = 0
+    batch["labels"][0, 9:] = -100
+    return batch
+
+
+def test_documents() -> None:
+    plain = documents_of(batch_of())
+    assert plain is not None and not plain.packed and plain.longest == LENGTH
+    assert documents_of(batch_of(position_ids=torch.arange(LENGTH)[None])) is not None  # one row of positions for all
+    found = documents_of(batch_of(position_ids=positions_of(ROWS)))
+    assert found is not None and found.packed and found.longest == 9
+    assert found.bounds.dtype == torch.int32 and torch.equal(found.bounds, bounds_of(ROWS))
+    filled = documents_of(batch_of(position_ids=positions_of(ROWS)), multiple=8)
+    assert filled is not None and torch.equal(filled.bounds, bounds_of([[5, 7, 4], [9, 3, 4]]))
+    whole = documents_of(batch_of(), multiple=8)
+    assert whole is not None and torch.equal(whole.bounds, bounds_of([[16], [16]]))
+    # As in transformers: an attention mask, also one of ones, says that positions mean no documents.
+    masked = documents_of(batch_of(position_ids=positions_of(ROWS), attention_mask=torch.ones(2, LENGTH)))
+    assert masked is not None and not masked.packed
+    right = documents_of(padded_on_the_right())
+    assert right is not None and not right.packed
+
+
+def test_batches_that_need_a_mask() -> None:
+    left, hole, predicted = padded_on_the_right(), padded_on_the_right(), padded_on_the_right()
+    left["attention_mask"] = left["attention_mask"].flip(1)
+    hole["attention_mask"][0, 3] = 0
+    predicted["labels"][0, 10] = 5
+    others = (
+        batch_of(attention_mask=torch.ones(2, 1, LENGTH, LENGTH)),
+        batch_of(token_type_ids=torch.zeros(2, LENGTH)),  # may let images see themselves
+        batch_of(cu_seq_lens_q=bounds_of(ROWS)),  # without positions: stock's own attention leaves it alone
+        batch_of(position_ids=positions_of(ROWS)[None].expand(3, 2, LENGTH)),
+    )
+    for batch in (left, hole, predicted, *others):
+        assert documents_of(batch) is None
+
+
+# ---- families ----
+
+
+def batches_of(family: str) -> dict[str, dict[str, Any]]:
+    batches = {
+        "plain": batch_of(),
+        "padded": padded_on_the_right(),
+        "packed": batch_of(position_ids=positions_of(ROWS)),
+    }
+    for batch in batches.values():
+        vocabulary = AutoConfig.for_model(family, **KNOWN[family]["config"]).get_text_config().vocab_size
+        batch["input_ids"] = batch["input_ids"] % min(vocabulary, 100)
+        batch["labels"] = torch.where(batch["labels"] < 0, batch["labels"], batch["input_ids"])
+    return batches
+
+
+def with_window(family: str) -> dict[str, Any]:
+    """Fields of a config that give some layers a window of 4 tokens; none if the family knows no windows."""
+    config = AutoConfig.for_model(family, **KNOWN[family]["config"]).get_text_config()
+    if not hasattr(config, "sliding_window"):
+        return {}
+    fields: dict[str, Any] = {"sliding_window": 4}
+    fields |= {"use_sliding_window": True} if hasattr(config, "use_sliding_window") else {}
+    fields |= {"max_window_layers": 1} if hasattr(config, "max_window_layers") else {}
+    kinds = getattr(config, "layer_types", None)
+    if kinds and set(kinds) <= {"sliding_attention", "full_attention"}:
+        fields["layer_types"] = (["sliding_attention", "full_attention"] * len(kinds))[: len(kinds)]
+    return fields
+
+
+def run(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    zero = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    return float(loss), {name: zero[name] if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def fast_families() -> list[str]:
+    kinds = {
+        family: AutoConfig.for_model(family, **case["config"]).get_text_config().model_type
+        for family, case in KNOWN.items()
+    }
+    return [family for family, kind in kinds.items() if kind in FAST_ATTENTION and not KNOWN[family].get("inputs")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "any_family" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--full-matrix")
+        metafunc.parametrize("any_family", fast_families() if everything else DEFAULT)
+
+
+def test_families(any_family: str) -> None:
+    """Without any mask made by transformers, in rows that are whole, padded and packed."""
+    window = with_window(any_family)
+    for overrides in [{}] + [window] * bool(window):
+        ours = tiny_model(any_family, attn_implementation=None, **overrides).train()
+        assert why_stock(ours, dissect(ours)) is None
+        for name, batch in batches_of(any_family).items():
+            documents = documents_of(batch)
+            assert documents is not None and documents.packed == (name == "packed")
+            if documents.packed and ours.config.get_text_config().model_type in NO_DOCUMENTS:
+                continue
+            loss, gradients = run(tiny_model(any_family, **overrides).train(), batch)
+            ours.zero_grad()
+            told = document_inputs(documents, CPU) if documents.packed else {}
+            with Attention("torch", True).training(ours.config, documents.packed):
+                our_loss, our_gradients = run(ours, {**batch, **told})
+            assert abs(our_loss / loss - 1) < LOSS
+            norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+            for parameter, gradient in gradients.items():
+                error = float((our_gradients[parameter] - gradient).norm() / (gradient.norm() + 1e-4 * norm))
+                # Gemma 4 scales its heads by one, and its gradients by rounding errors of large scores.
+                assert error < GRADIENT * (5 if any_family.startswith("gemma4") else 1), (name, parameter)
+        assert ours.config.get_text_config()._attn_implementation == "sdpa"
+        assert "hf_nanotron" not in ours.config.to_json_string()
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """A packed row is as good as its documents alone."""
+    model = tiny_model("llama", attn_implementation=None).train()
+    ids = ids_of(1)
+    parts = [ids[:, :5], ids[:, 5:]]
+    alone = sum(model(input_ids=part, labels=part, num_items_in_batch=1).loss for part in parts)
+    labels = ids.clone()
+    labels[:, 5] = -100
+    documents = Documents(bounds_of([[5, 7]]), 7, True)
+    with Attention("torch", True).training(model.config, True):
+        inputs = {"input_ids": ids, "labels": labels, "position_ids": positions_of([[5, 7]])}
+        packed = model(**inputs, num_items_in_batch=1, use_cache=False, **document_inputs(documents, CPU)).loss
+    assert abs(float(packed / alone) - 1) < LOSS
+
+
+# ---- the choice ----
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_nanotron.models import attention as module
+
+    def choose(family: str, asked: str = "auto", dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
+        model = tiny_model(family, attn_implementation=overrides.pop("attn_implementation", None), **overrides)
+        return choose_attention(model, dissect(model), dtype, torch.device("cuda"), asked)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(module, "flash_attention_4", lambda: (None, "no module"))
+    found, sentence = choose("llama")
+    assert found == Attention("torch", True) and "pip install hf-nanotron[flash]" in sentence
+    monkeypatch.setattr(module, "flash_attention_4", lambda: (object(), ""))
+    assert choose("llama")[0] == Attention("fa4", True)
+    assert choose("nemotron")[0] == Attention("fa4", False)
+    refused = (
+        (choose("llama", "stock"), ""),
+        (choose("llama", dtype=torch.float32), "float32"),
+        (choose("llama", attention_dropout=0.1), "attention_dropout"),
+        (choose("llama", attn_implementation="eager"), "sdpa"),
+        (choose("gemma2"), "sdpa"),  # soft-caps: stock attends eagerly
+        (choose("qwen3_next"), "not proven"),
+    )
+    for (found, sentence), reason in refused:
+        assert found is None and sentence.startswith("attention: the model's own") and reason in sentence
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert choose("llama")[0] == Attention("torch", True)
+
+
+def test_peculiar_attention_is_refused() -> None:
+    model = tiny_model("llama", attn_implementation=None, attention_dropout=0.5).train()
+    with Attention("torch", True).training(model.config, False), pytest.raises(ValueError, match="dropout"):
+        model(**batch_of())
+    model = tiny_model("llama", attn_implementation=None).train()
+    with Attention("torch", True).training(model.config, True), pytest.raises(ValueError, match="documents begin"):
+        model(**batch_of())
+
+
+# ---- a training step on ranks ----
+
+PACKINGS = ([[5, 7]], [[12]], [[1, 1, 4, 6]], [[3, 9]], [[2, 2, 2, 2, 4]], [[11, 1]])
+
+
+def steps(kind: str, dp_rank: int = 0, dp_size: int = 1) -> list[list[dict[str, Any]]]:
+    """Micro-batches of three steps of two."""
+    batches = []
+    for index, rows in enumerate(PACKINGS):
+        ids = ids_of(1, seed=index)
+        batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
+        if kind == "packed":
+            batch["position_ids"] = positions_of(rows)
+        elif kind != "plain":
+            batch["attention_mask"] = torch.ones_like(ids)
+            batch["attention_mask"][:, 12 - index :] = 0
+            batch["labels"][:, 12 - index :] = -100
+            if kind == "padded left":
+                batch = {name: x.flip(1) for name, x in batch.items()}
+        if index % 2:
+            batch = {name: x[:, :11] for name, x in batch.items()} if kind == "ragged" else batch
+        batches.append(batch)
+    pairs = [batches[i : i + 2] for i in range(0, len(batches), 2)]
+    for pair in pairs:
+        count = torch.tensor(sum(int((b["labels"][:, 1:] != -100).sum()) for b in pair))
+        for batch in pair:
+            batch["num_items_in_batch"] = count
+    return pairs
+
+
+def expected_steps(family: str, kind: str) -> list[Any]:
+    model, found = tiny_model(family).train(), []
+    for pair in steps(kind):
+        model.zero_grad()
+        loss = sum(run(model, batch)[0] for batch in pair)
+        found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "sizes", "more"),
+    [
+        ("llama", "packed", {"tp_size": 2, "pp_size": 2}, {"checkpointing": True}),
+        ("llama", "packed", {}, {"compiled": "inductor"}),
+        ("mistral", "packed", {"tp_size": 2, "zero_stage": 1}, {"compiled": "aot_eager"}),
+        ("qwen3", "padded", {"pp_size": 2}, {}),
+        ("qwen3", "padded left", {}, {}),
+        ("qwen3", "plain", {}, {"compiled": "aot_eager", "checkpointing": True}),
+        ("qwen3_moe", "padded", {"tp_size": 2, "ep_size": 2}, {}),
+    ],
+)
+def test_steps(
+    pool: WorkerPool, tmp_path: Path, family: str, kind: str, sizes: dict[str, Any], more: dict[str, Any]
+) -> None:
+    path = str(tmp_path / "expected")
+    torch.save(expected_steps(family, kind), path)
+    world = sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
+    names = {"packed": "hf_nanotron_torch_packed", "padded left": "sdpa"}
+    for loss, gradient, anew, used in pool.run(world, take_steps, family, kind, path, sizes, more):
+        assert loss < LOSS and gradient < GRADIENT and anew == 0
+        assert used == names.get(kind, "hf_nanotron_torch")
+
+
+def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: dict[str, Any]) -> Any:
+    """Errors of losses and gradients, graphs captured after the first step, and the attention in the last."""
+    from torch._dynamo.utils import counters
+
+    from hf_nanotron.models.compile import compile_blocks
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding import shard_weights
+    from hf_nanotron.parallel.collectives import all_reduce
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.train_step import TrainStep
+
+    torch._dynamo.reset()
+    counters.clear()
+    mesh = ParallelMesh(ParallelConfig(**sizes))
+    model = parallelize(tiny_model(family, attn_implementation=None), mesh)
+    model.attention = Attention("torch", True)
+    if more.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = shard_weights(model, torch.float32, 1 << 16)
+    if more.get("compiled"):
+        compile_blocks(model, more["compiled"], None)
+    used: list[str] = []
+    config = model.config.get_text_config()
+    model.register_forward_pre_hook(lambda *_: used.append(config._attn_implementation))
+    for stage in model.stages:
+        stage._copied[-1].register_forward_pre_hook(lambda *_: used.append(config._attn_implementation))
+    step, losses, gradients, graphs = TrainStep(model, weights), [0.0], [0.0], 0
+    for index, (batches, (expected_loss, expected)) in enumerate(zip(steps(kind), torch.load(path), strict=True)):
+        loss = step.run(batches, index)
+        loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
+        losses.append(abs(float(all_reduce(loss.detach().clone(), mesh.world)) / expected_loss - 1))
+        norm = torch.stack([g.norm() for g in expected.values()]).norm()
+        for segment in weights.segments:
+            whole = expected[segment.spec.name]
+            wanted = segment.spec.slice(whole).reshape(-1)[segment.start : segment.stop]
+            gradients.append(float((segment.gradient - wanted).norm() / (whole.norm() + 1e-4 * norm)))
+        if index == 0:
+            graphs = counters["stats"]["unique_graphs"]
+    anew = counters["stats"]["unique_graphs"] - graphs + sum(counters["graph_break"].values())
+    assert config._attn_implementation == "sdpa"
+    mesh.close()
+    return max(losses), max(gradients), anew, used[-1] if used else ""
