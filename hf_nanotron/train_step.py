@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
 from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
+
+logger = logging.get_logger(__name__)
 
 # What a token gets that only fills a sequence up: it predicts nothing, and comes after every token that does.
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
@@ -111,6 +114,10 @@ class TrainStep:
             plain = {name: value for name, value in batch.items() if name not in OURS}
             documents = batch[DOCUMENTS] if DOCUMENTS in batch else documents_of(plain, multiple)
             if documents is None:
+                logger.warning_once(
+                    f"A batch of {sorted(plain)} needs an attention mask (padding on the right would not, nor documents by "
+                    "position_ids): its step runs the model's own, slower attention."
+                )
                 return stock
             found.append(documents)
         packed = any(documents.packed for documents in found)

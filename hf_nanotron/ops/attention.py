@@ -86,12 +86,12 @@ def pick(kernels: tuple[str, ...], case: Case) -> str | None:
     for heads of 64 and 128, cuDNN (what torch's operator runs) 384 and 525; documents of 1,024 tokens, 292 and 195 for
     FlashAttention-4 and for torch's variable-length kernel, heads of 128.
     """
-    fits = case.on_cuda and case.dtype in HALF and case.head_dim % 8 == 0
-    if "fa4" in kernels and fits and case.head_dim <= 128:
+    halves = case.on_cuda and case.dtype in HALF
+    if "fa4" in kernels and halves and case.head_dim in (64, 96, 128):
         return "fa4"
     if not case.packed and case.window is None:
         return None
-    if "flash" in kernels and fits and case.head_dim <= 256:
+    if "flash" in kernels and halves and case.head_dim % 8 == 0 and case.head_dim <= 256:
         return "flash"
     return "by_document"
 
