@@ -115,8 +115,8 @@ class TrainStep:
             documents = batch[DOCUMENTS] if DOCUMENTS in batch else documents_of(plain, multiple)
             if documents is None:
                 logger.warning_once(
-                    f"A batch of {sorted(plain)} needs an attention mask (padding on the right would not, nor documents "
-                    "by position_ids): its step runs the model's own, slower attention."
+                    f"A batch of {sorted(plain)} needs an attention mask: its step runs the model's own attention. "
+                    "Padding on the right would need none, nor documents by position_ids."
                 )
                 return stock
             found.append(documents)

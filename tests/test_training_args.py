@@ -308,6 +308,12 @@ def test_one_gpu_per_process(build: Any) -> None:
     assert args.parallel_mode.value == "not_parallel"
 
 
+def test_attention_is_chosen_or_stock(build: Any) -> None:
+    assert build().attention == "auto"
+    with pytest.raises(ValueError, match="attention='flash' is not one of 'auto', 'stock'"):
+        build(attention="flash")
+
+
 def test_bucket_size(build: Any) -> None:
     assert build().gradient_bucket_bytes == 25 * 2**20
     assert build(ddp_bucket_cap_mb=1).gradient_bucket_bytes == 2**20
@@ -319,6 +325,7 @@ def test_bucket_size(build: Any) -> None:
 BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
 BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local"}
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
+BEYOND_SIZES |= {"attention"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:
