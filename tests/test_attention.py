@@ -26,8 +26,9 @@ from hf_nanotron.models.attention import (
     why_stock,
 )
 from hf_nanotron.models.families import FAST_ATTENTION, NO_DOCUMENTS
-from hf_nanotron.ops import attention as operators
-from hf_nanotron.ops.attention import KERNELS, Case, Problem, attention, pick
+from hf_nanotron.ops import attention_kernels
+from hf_nanotron.ops.attention import Case, attention, pick
+from hf_nanotron.ops.attention_kernels import KERNELS, Problem
 
 LOSS, GRADIENT = 1e-6, 1e-5
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ class FakeFlashAttention4:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_attention_4_is_called_right(monkeypatch: pytest.MonkeyPatch, packed: bool, window: int | None) -> None:
-    monkeypatch.setattr(operators, "flash_attention_4", lambda: (FakeFlashAttention4(), ""))
+    monkeypatch.setattr(attention_kernels, "flash_attention_4", lambda: (FakeFlashAttention4(), ""))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, LENGTH, h, 8, generator=generator, requires_grad=True) for h in (4, 2, 2)]
     rest = (0.3, window, bounds_of(ROWS), torch.tensor(9)) if packed else (0.3, window)

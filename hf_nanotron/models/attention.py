@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..ops.attention import HALF, Case, attention, flash_attention_4, pick
+from ..ops.attention import HALF, Case, attention, pick
+from ..ops.attention_kernels import flash_attention_4
 from ..parallel.loss import IGNORE_INDEX
 from ..parallel.random import fields_of_chance
 from .anatomy import Anatomy, blocks

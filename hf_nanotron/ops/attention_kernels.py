@@ -1,0 +1,226 @@
+"""The kernels of causal attention: FlashAttention-4, torch's flash attention, and one document after another.
+
+Layouts are those of `ops.attention`, whose operator calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Problem(NamedTuple):
+    """The arguments of a kernel besides its tensors, `[B, S, heads, D]`.
+
+    Attributes:
+        bounds: `[documents + 1]`, int32, on the device; None if each row is a document.
+        longest: tokens of the longest document.
+        scale: of the scores.
+        window: tokens that a token sees, itself included; None for all before it.
+    """
+
+    bounds: torch.Tensor | None
+    longest: int
+    scale: float
+    window: int | None
+
+    def row_bounds(self, like: torch.Tensor) -> torch.Tensor:
+        """`bounds`, or those of the rows of `like`."""
+        if self.bounds is not None:
+            return self.bounds
+        batch, length = like.shape[:2]
+        return torch.arange(0, (batch + 1) * length, length, device=like.device, dtype=torch.int32)
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Problem], tuple[torch.Tensor, torch.Tensor]]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Kernel(NamedTuple):
+    """One way to compute attention.
+
+    Attributes:
+        forward: `(q, k, v, problem)` -> the output `[B, S, heads, D]` and the logarithms of the sums of exponentials.
+        backward: `(grad, q, k, v, output, logarithms, problem)` -> gradients of q, k and v.
+        dense: whether the logarithms of whole rows are `[B, heads, S]`; they are `[heads, B * S]` else.
+    """
+
+    forward: Forward
+    backward: Callable[..., Gradients]
+    dense: bool = False
+
+
+# ---- FlashAttention-4 ----
+
+
+@functools.cache
+def flash_attention_4() -> tuple[ModuleType | None, str]:
+    """The module with its kernels, or None and why there is none."""
+    try:
+        module = importlib.import_module("flash_attn.cute.interface")
+        return (module, "") if hasattr(module, "_flash_attn_bwd") else (None, "it has no _flash_attn_bwd")
+    except Exception as error:  # its compiler's packages raise errors of their own where they do not fit
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _fa4_arguments(problem: Problem) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"softmax_scale": problem.scale, "causal": True}
+    if problem.window is not None:
+        arguments |= {"window_size_left": problem.window - 1, "window_size_right": 0}
+    if problem.bounds is not None:
+        arguments |= {"cu_seqlens_q": problem.bounds, "cu_seqlens_k": problem.bounds}
+        arguments |= {"max_seqlen_q": problem.longest, "max_seqlen_k": problem.longest}
+    return arguments
+
+
+def _fa4_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    module, why = flash_attention_4()
+    if module is None:
+        raise ValueError(f"FlashAttention-4 cannot run: {why}.")
+    shape = (*q.shape[:3], v.shape[-1])
+    if problem.bounds is not None:
+        q, k, v = _flat(q, k, v)
+    output, sums = module._flash_attn_fwd(q, k, v, return_lse=True, **_fa4_arguments(problem))[:2]
+    return output.view(shape), sums
+
+
+def _fa4_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    problem: Problem,
+) -> Gradients:
+    module, why = flash_attention_4()
+    if module is None:
+        raise ValueError(f"FlashAttention-4 cannot run: {why}.")
+    shapes = [x.shape for x in (q, k, v)]
+    if problem.bounds is not None:
+        grad, q, k, v, output = _flat(grad, q, k, v, output)
+    fresh = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    found = module._flash_attn_bwd(
+        q, k, v, output, grad, sums, deterministic=deterministic,
+        dq=fresh[0], dk=fresh[1], dv=fresh[2], **_fa4_arguments(problem),
+    )  # fmt: skip
+    dq, dk, dv = (x.view(shape) for x, shape in zip(found, shapes, strict=True))
+    return dq, dk, dv
+
+
+# ---- torch's flash attention: documents, and windows ----
+
+
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bounds, shape = problem.row_bounds(q), (*q.shape[:3], v.shape[-1])
+    output, sums, *_ = torch.ops.aten._flash_attention_forward(
+        *_flat(q, k, v), bounds, bounds, problem.longest, problem.longest, 0.0, True, False, scale=problem.scale,
+        **_flash_window(problem),
+    )  # fmt: skip
+    return output.view(shape), sums
+
+
+def _flash_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    problem: Problem,
+) -> Gradients:
+    bounds, shapes = problem.row_bounds(q), [x.shape for x in (q, k, v)]
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    grad, q, k, v, output = _flat(grad, q, k, v, output)
+    found = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, output, sums, bounds, bounds, problem.longest, problem.longest, 0.0, True, state,
+        torch.empty(0, device=q.device), scale=problem.scale, **_flash_window(problem),
+    )  # fmt: skip
+    dq, dk, dv = (x.reshape(shape).contiguous() for x, shape in zip(found, shapes, strict=True))
+    return dq, dk, dv
+
+
+def _flash_window(problem: Problem) -> dict[str, int]:
+    return {} if problem.window is None else {"window_size_left": problem.window - 1, "window_size_right": 0}
+
+
+# ---- one document after another: for any device and dtype. On a GPU the host waits for the bounds ----
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    """Of one document, `[heads, S, D]` in fp32 or better -> `[heads, S, S]`, -inf for what a token does not see."""
+    place = torch.arange(q.shape[1], device=q.device)
+    distance = place[:, None] - place[None, :]
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return (scale * (q @ k.transpose(1, 2))).masked_fill(hidden, -torch.inf)
+
+
+def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """`[S, kv_heads, D]` -> `[heads, S, D]` in fp32 or better, repeated for the queries that share it."""
+    exact = x.transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32))
+    return exact.repeat_interleave(heads // exact.shape[0], 0)
+
+
+def _by_document_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, rows, heads = (*q.shape[:3], v.shape[-1]), _flat(q, k, v), q.shape[2]
+    bounds, outputs, sums = problem.row_bounds(q).tolist(), [], []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        one_q, one_k, one_v = (_heads_first(x[start:end], heads) for x in rows)
+        scores = _scores(one_q, one_k, problem.scale, problem.window)
+        sums.append(scores.logsumexp(-1))
+        outputs.append(((scores - sums[-1][..., None]).exp() @ one_v).transpose(0, 1))
+    return torch.cat(outputs).to(q.dtype).view(shape), torch.cat(sums, 1).float()
+
+
+def _by_document_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    problem: Problem,
+) -> Gradients:
+    bounds, rows, heads = problem.row_bounds(q).tolist(), _flat(q, k, v, grad, output), q.shape[2]
+    parts = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        one_q, one_k, one_v, one_grad, one_output = (_heads_first(x[start:end], heads) for x in rows)
+        scores = _scores(one_q, one_k, problem.scale, problem.window)
+        chances = (scores - sums[:, start:end, None]).exp()
+        slopes = one_grad @ one_v.transpose(1, 2) - (one_grad * one_output).sum(-1, keepdim=True)
+        slopes = problem.scale * chances * slopes
+        found = slopes @ one_k, slopes.transpose(1, 2) @ one_q, chances.transpose(1, 2) @ one_grad
+        parts.append([_heads_last(x, like) for x, like in zip(found, (q, k, v), strict=True)])
+    dq, dk, dv = (
+        torch.cat(part).to(x.dtype).view(x.shape) for part, x in zip(zip(*parts, strict=True), (q, k, v), strict=True)
+    )
+    return dq, dk, dv
+
+
+def _heads_last(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`[heads, S, D]` -> `[S, kv_heads, D]`, summed over the queries that share a head of `like`."""
+    return x.unflatten(0, (like.shape[2], -1)).sum(1).transpose(0, 1)
+
+
+KERNELS = {
+    "fa4": Kernel(_fa4_forward, _fa4_backward, dense=True),
+    "flash": Kernel(_flash_forward, _flash_backward),
+    "by_document": Kernel(_by_document_forward, _by_document_backward),
+}
+
+
+def _flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """`[B, S, heads, D]` -> `[B * S, heads, D]`, without a copy for what a projection wrote."""
+    return [x.flatten(0, 1) for x in tensors]
