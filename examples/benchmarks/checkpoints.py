@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from datasets import Dataset
+from rows import parse_row
 from shapes import SHAPES, make_config
-from throughput import parse_row
 from transformers import TrainerCallback, default_data_collator
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
