@@ -82,7 +82,8 @@ def parse_row(text: str) -> dict[str, Any]:
 
 def label(row: dict[str, Any]) -> str:
     """The row's `name`, or what it was made of."""
-    return row.get("name") or ",".join(f"{name}={value}" for name, value in row.items()) or "default"
+    made_of = (f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in row.items())
+    return row.get("name") or ",".join(made_of) or "default"
 
 
 def arguments_of(row: dict[str, Any], task: Task) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""Losses of one small Llama on real text, from one seed, under several training arguments: what does precision cost?
+
+    python real_text_loss.py --row name=bf16 --row fp8=tensorwise --row fp8=rowwise --row name=again --out losses.json
+
+Every row begins from the same weights and reads the same samples in the same order; the first row is the one that the
+others are compared with. Each `--row` holds fields of `NanotronTrainingArguments` and may have a `name`. Prints the
+mean loss of each ten steps, the mean of the last twenty, and its relative difference; a row beyond `--limit` makes the
+exit status 1. A row with the arguments of the first shows the noise. Works under torchrun.
+
+The model has 110 M parameters (12 layers of 768, 32,768 byte pairs, tied); 200 steps of 32 samples of 1,024 tokens
+read about 20 MB, once.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from datasets import Dataset
+from real_text import blocks, byte_pairs, documents
+from rows import label, parse_row
+from transformers import LlamaConfig, TrainerCallback, default_data_collator
+
+from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+
+WINDOW, LAST = 10, 20  # steps of a mean that is printed, and of the one that counts
+
+
+class Losses(TrainerCallback):
+    """The loss of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def means(losses: Sequence[float], window: int = WINDOW) -> list[float]:
+    """The mean of each `window` steps; a rest at the end is left out."""
+    return [statistics.fmean(losses[at : at + window]) for at in range(0, len(losses) - window + 1, window)]
+
+
+def differences(rows: Mapping[str, Sequence[float]], last: int = LAST) -> dict[str, dict[str, Any]]:
+    """Of each row: mean of the last steps, its relative difference from the first row's, and the largest of any window.
+
+    Raises:
+        ValueError: a row has fewer steps than `last`, or than the first row.
+    """
+    base = next(iter(rows.values()))
+    table = {}
+    for name, losses in rows.items():
+        if len(losses) < last or len(losses) != len(base):
+            raise ValueError(
+                f"row {name!r} has {len(losses)} losses; {last} at least, and as many as the first, count."
+            )
+        final, reference = statistics.fmean(losses[-last:]), statistics.fmean(base[-last:])
+        largest = max((abs(a - b) / b for a, b in zip(means(losses), means(base), strict=True)), default=0.0)
+        table[name] = {
+            "means": [round(mean, 4) for mean in means(losses)],
+            "last": final,
+            "relative": (final - reference) / reference,
+            "largest_of_a_window": largest,
+        }
+    return table
+
+
+def make_config(cli: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=cli.vocabulary,
+        hidden_size=cli.hidden_size,
+        intermediate_size=cli.hidden_size * 8 // 3,
+        num_hidden_layers=cli.layers,
+        num_attention_heads=cli.hidden_size // 64,
+        num_key_value_heads=cli.hidden_size // 64,
+        max_position_embeddings=cli.sequence_length,
+        tie_word_embeddings=True,
+    )
+
+
+def train(row: dict[str, Any], samples: Dataset, cli: argparse.Namespace) -> list[float]:
+    """The loss of each step of one row."""
+    gpu = torch.cuda.is_available()
+    fields = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": cli.steps,
+        "per_device_train_batch_size": cli.per_device_train_batch_size,
+        "learning_rate": 6e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, cli.steps // 10),
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": cli.seed,
+        "bf16": gpu,
+        "use_cpu": not gpu,
+    }
+    args = NanotronTrainingArguments(**{**fields, **{key: row[key] for key in row if key != "name"}})
+    transformers.set_seed(cli.seed)
+    model = AutoModelForCausalLM.from_config(make_config(cli), parallel=args.parallel)
+    record = Losses()
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=samples, data_collator=default_data_collator, callbacks=[record]
+    )
+    trainer.callback_handler.pop_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train()
+    trainer.mesh.close()
+    return record.values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", action="append", help="fields of the training arguments, such as fp8=rowwise")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--per-device-train-batch-size", type=int, default=32)
+    parser.add_argument("--hidden-size", type=int, default=768, help="a multiple of 64")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--megabytes", type=float, default=24.0, help="of text, 10 at least for a figure")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=0.005, help="relative difference that is still good")
+    parser.add_argument("--out", type=Path)
+    cli = parser.parse_args()
+    if cli.steps < LAST:
+        parser.error(f"--steps {cli.steps}: the last {LAST} count")
+
+    rows = [parse_row(text) for text in cli.row or [""]]
+    names = [label(row) for row in rows]
+    if len(set(names)) < len(names):
+        parser.error(f"two rows have one name: {', '.join(names)}; give them name=...")
+    texts = documents(cli.megabytes)
+    tokenizer = byte_pairs(texts, cli.vocabulary)
+    found = blocks(texts, tokenizer, cli.sequence_length)
+    samples = Dataset.from_dict({"input_ids": found, "labels": found}).with_format("torch")
+    print(f"{len(texts)} documents, {len(samples)} samples of {cli.sequence_length} tokens", flush=True)
+
+    losses = {}
+    for name, row in zip(names, rows, strict=True):
+        losses[name] = train(row, samples, cli)
+        print(json.dumps({"row": name, "losses": losses[name][WINDOW - 1 :: WINDOW]}), flush=True)
+        gc.collect()
+    table = differences(losses)
+    if int(dist.get_rank() if dist.is_initialized() else 0) == 0:
+        for name, line in table.items():
+            print(f"{name}: last {LAST} steps {line['last']:.4f} ({line['relative']:+.3%}), means {line['means']}")
+        if cli.out is not None:
+            setup = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+            setup.update(torch=torch.__version__, steps=cli.steps, samples=len(samples), limit=cli.limit)
+            cli.out.write_text(json.dumps({"setup": setup, "rows": table, "losses": losses}, indent=1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(any(abs(line["relative"]) > cli.limit for line in table.values()))
+
+
+if __name__ == "__main__":
+    main()

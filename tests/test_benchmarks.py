@@ -1,0 +1,200 @@
+"""The benchmarks' own arithmetic: FLOPs, floor, ratios and losses against figures worked out by hand, and one run."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
+MODULES = (
+    "clock",
+    "figures",
+    "floor",
+    "peer_torchtitan",
+    "plot",
+    "real_text",
+    "real_text_loss",
+    "rows",
+    "shapes",
+    "throughput",
+)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[argparse.Namespace]:
+    """The scripts beside each other, as modules."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in MODULES}
+    yield argparse.Namespace(**modules)
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:  # so short a name may be another's
+        if getattr(sys.modules[name], "__file__", None) and str(FOLDER) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def test_flops_are_what_torch_counts(bench: argparse.Namespace) -> None:
+    """Full attention's formula is what torch's own counter sees of a stock model, to the last FLOP."""
+    config, length = bench.shapes.make_config("tiny", 64), 64
+    config.tie_word_embeddings = False
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.zeros(1, length, dtype=torch.long)
+        model(input_ids=ids).logits.sum().backward()
+    shapes = bench.figures.shapes_of(config)
+    formulas = bench.figures.flops_formulas(shapes, config, length)
+    assert counter.get_total_flops() == formulas["full_attention"] * length
+    assert formulas["parameters"] == 6 * model.num_parameters()
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    assert formulas["full_attention"] - formulas["causal"] == attention
+    assert formulas["causal"] == 6 * bench.figures.matmul_weights(shapes, config) + attention
+
+
+def test_parameters_of_experts(bench: argparse.Namespace) -> None:
+    """Of experts, six times the parameters counts those that a token meets: two of eight here."""
+    config = bench.shapes.make_config("moe-tiny", 64)
+    shapes = bench.figures.shapes_of(config)
+    config.num_experts_per_tok = 2
+    experts = sum(torch.Size(shape).numel() for shape in shapes.values() if len(shape) == 3)
+    everything = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert experts == 2 * 8 * 3 * 64 * 32
+    assert bench.figures.flops_formulas(shapes, config, 64)["parameters"] == 6 * (everything - experts * 6 / 8)
+
+
+def test_speed(bench: argparse.Namespace) -> None:
+    figures = bench.figures.speed([2.0, 1.0, 4.0], 100.0, {"causal": 10.0, "full_attention": 20.0}, 5000.0)
+    assert figures["step_ms"] == 2000 and figures["step_ms_range"] == [1000, 4000]
+    assert figures["tokens_per_second_per_device"] == 50 and figures["spread"] == [25, 100]
+    assert figures["mean_tokens_per_second_per_device"] == round(300 / 7)
+    assert (figures["mfu"], figures["mfu_full_attention"]) == (0.1, 0.2)
+    assert bench.figures.speed([1.0], 1.0, {"causal": 1.0}, None)["mfu"] is None
+
+
+def test_floor(bench: argparse.Namespace) -> None:
+    """Seconds of the work, one thing after the other, and a mean rate that slow products weigh down."""
+    floor, config = bench.floor, bench.shapes.make_config("tiny", 64)
+    shapes = bench.figures.shapes_of(config)
+    work = floor.work_of(shapes, config, 64, tokens=1000, optimizer_bytes=30, shards=2)
+    assert work.matmul_flops + work.attention_flops == 1000 * bench.figures.flops_formulas(shapes, config, 64)["causal"]
+    assert work.optimizer_bytes == 15 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    rates = floor.Rates(matmul=2.0, attention=4.0, bandwidth=5.0)
+    assert floor.floor_seconds(floor.Work(10.0, 20.0, 30.0), rates) == 5 + 5 + 6
+    assert floor.mean_rate({"a": (30.0, 10.0), "b": (10.0, 1.0)}) == pytest.approx(40 / 13)
+    with pytest.raises(ValueError, match="no product"):
+        floor.mean_rate({})
+    products = floor.linears(shapes, config)
+    assert 3 * 2 * sum(out * size * count for (out, size), count in products.items()) * 1000 == work.matmul_flops
+
+
+def row(name: str, speed: int, spread: list[int], memory: float) -> dict[str, Any]:
+    figures = {"tokens_per_second_per_device": speed, "spread": spread, "mfu": None, "peak_memory_gib": memory}
+    return {"name": name, "row": {}, **figures}
+
+
+def test_ratios(bench: argparse.Namespace) -> None:
+    rows = [row("a", 100, [80, 120], 10.0), row("b", 150, [120, 160], 5.0), {"name": "c", "out_of_memory": "x"}]
+    first, second, third = bench.figures.ratios(rows, "a")
+    assert first == {"name": "a", "ratio": 1.0, "range": (80 / 120, 120 / 80), "memory": 1.0}
+    assert second == {"name": "b", "ratio": 1.5, "range": (1.0, 2.0), "memory": 0.5}
+    assert third == {"name": "c"}
+    table = bench.figures.comparison(rows, "a").splitlines()
+    assert len(table) == 5 and "| 1.500 | 1.000 – 2.000 | 0.500 |" in table[3] and "out of memory" in table[4]
+    for base in ("c", "d"):
+        with pytest.raises(ValueError, match=f"no row named '{base}'.*a, b"):
+            bench.figures.ratios(rows, base)
+
+
+def test_differences_of_losses(bench: argparse.Namespace) -> None:
+    """The last twenty steps count, and a bump before them shows in the largest difference of a window."""
+    base = [4.0] * 20 + [2.0] * 20
+    table = bench.real_text_loss.differences({"a": base, "b": [4.0] * 10 + [5.0] * 10 + [2.01] * 20})
+    assert table["a"]["relative"] == table["a"]["largest_of_a_window"] == 0
+    assert table["b"]["relative"] == pytest.approx(0.005) and table["b"]["largest_of_a_window"] == 0.25
+    assert table["b"]["means"] == [4.0, 5.0, 2.01, 2.01]
+    with pytest.raises(ValueError, match="'b' has 39 losses"):
+        bench.real_text_loss.differences({"a": base, "b": base[1:]})
+
+
+def test_real_text(bench: argparse.Namespace) -> None:
+    """Text comes back from its tokens, and blocks hold every token once but for the rest."""
+    texts = bench.real_text.documents(0.1)
+    assert sum(map(len, texts)) > 2**16
+    texts = [text[:500] for text in texts[:40]]
+    tokenizer = bench.real_text.byte_pairs(texts, 400)
+    assert tokenizer.decode(tokenizer.encode(texts[0]).ids) == texts[0]
+    found = bench.real_text.blocks(texts, tokenizer, 32)
+    count = sum(len(tokenizer.encode(text).ids) + 1 for text in texts)
+    assert len(found) == count // 32 and {len(block) for block in found} == {32}
+
+
+@pytest.mark.parametrize("shape", ["tiny", "1b", "8b-10"])
+def test_torchtitan_shapes(bench: argparse.Namespace, shape: str) -> None:
+    """Its rule for the inner size of an MLP gives ours."""
+    config = bench.shapes.make_config(shape, 4096)
+    fields = bench.peer_torchtitan.model_fields(config, 4096)
+    inner = int(fields["ffn_dim_multiplier"] * int(2 * 4 * fields["dim"] / 3))
+    multiple = fields["multiple_of"]
+    assert multiple * -(-inner // multiple) == config.intermediate_size
+
+
+def test_torchtitan_refuses_other_families(bench: argparse.Namespace) -> None:
+    with pytest.raises(ValueError, match="'qwen3_moe'.*only Llama shapes"):
+        bench.peer_torchtitan.model_fields(bench.shapes.make_config("moe-tiny", 64), 64)
+
+
+def test_plot(bench: argparse.Namespace, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("a", 100, [80, 120], 10.0), {"name": "b", "row": {}, "out_of_memory": "x"}]
+    rows[0]["floor"] = {"tokens_per_second_per_device": 200, "mfu": 0.6}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    bench.plot.draw(bench.plot.read(tmp_path / "rows.jsonl"), "title").savefig(tmp_path / "rows.svg")
+    assert (tmp_path / "rows.svg").stat().st_size > 1000
+    (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match="no row with figures"):
+        bench.plot.read(tmp_path / "none.jsonl")
+
+
+def test_one_run(bench: argparse.Namespace, tmp_path: Path) -> None:
+    """Ours and stock: as many marks as steps, each timed step once, first and last loss of the same data."""
+    cli = argparse.Namespace(shape="tiny", sequence_length=16, warmup_steps=2, timed_steps=3, bf16=False, profile=False)
+    cli.per_device_train_batch_size, cli.samples_per_step, cli.largest_batch, cli.floor = "auto", 2, 8, True
+    cli.out = tmp_path / "rows.jsonl"
+    assert bench.throughput.run_here("name=ours", cli) and bench.throughput.run_here("trainer=stock", cli)
+    ours, stock = map(json.loads, cli.out.read_text().splitlines())
+    assert (ours["name"], stock["name"]) == ("ours", "trainer=stock")
+    for result in (ours, stock):
+        assert (result["micro_batch"], result["micro_batches"], result["timed_steps"]) == (2, 1, 3)
+        assert result["tokens_per_second_per_device"] == pytest.approx(32e3 / result["step_ms"], rel=0.01)
+        assert 8.0 < result["last_loss"] < 9.0 and 8.0 < result["first_loss"] < 9.0  # log(4096) is 8.3
+        low, high = result["step_ms_range"]
+        assert low <= result["step_ms"] <= high
+    assert ours["parameters"] == stock["parameters"] == 4458752
+
+
+def test_marks_do_not_make_our_trainer_wait(bench: argparse.Namespace) -> None:
+    """The clock uses none of the events at which weights that are on their way must have arrived."""
+    from transformers import TrainerCallback
+
+    events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
+    for event in events:
+        assert getattr(bench.rows.Record, event) is getattr(TrainerCallback, event)
+
+
+def test_watch_counts_steps(bench: argparse.Namespace, tmp_path: Path) -> None:
+    """Warm-up, timed steps, two that are traced, one that logs; the trace is there after them."""
+    watch = bench.clock.Watch(warmup=2, timed=3, trace=tmp_path / "trace.json")
+    assert watch.steps == 8 and bench.clock.Watch(warmup=2, timed=3).steps == 6
+    for _ in range(watch.steps):
+        watch.mark()
+    assert len(watch.seconds()) == 3 and watch.trace.exists()
+    with pytest.raises(ValueError, match="9 intervals from mark 0 on, but there are 8 marks"):
+        watch.clock.seconds(0, 9)
