@@ -9,6 +9,7 @@ if not named), `tp_size`, `activation_checkpointing` (`none`, `selective` or `fu
 """
 
 import dataclasses
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def job_config(row: dict[str, Any], sequence_length: int, steps: int, directory:
     micro_batch, micro_batches = row.get(FIELDS[0], 1), row.get(FIELDS[1], 1)
     job = JobConfig()
     job.job.dump_folder = str(directory)
-    job.model.name, job.model.flavor = "benchmark", "shape"
+    job.model.flavor = "shape"
     job.training.local_batch_size, job.training.seq_len, job.training.steps = micro_batch, sequence_length, steps
     job.training.global_batch_size = micro_batch * micro_batches * (world // tp)
     job.optimizer.lr, job.lr_scheduler.warmup_steps = 3e-4, 0
@@ -110,13 +111,8 @@ def job_config(row: dict[str, Any], sequence_length: int, steps: int, directory:
     return job
 
 
-def train(
-    row: dict[str, Any], config: Any, sequence_length: int, watch: Watch, directory: Path, trainer_base: Any = None
-) -> dict[str, Any]:
+def train(row: dict[str, Any], config: Any, sequence_length: int, watch: Watch, directory: Path) -> dict[str, Any]:
     """Train `watch.steps` steps; the fields of an `Outcome`.
-
-    Args:
-        trainer_base: torchtitan's Trainer if not given; a subclass of it.
 
     Raises:
         ValueError: torchtitan is missing, or a process group exists already: its Trainer makes its own.
@@ -151,7 +147,7 @@ def train(
             watch.losses.append(float(global_avg_loss))
             super().log(step, global_avg_loss, *args, **kwargs)
 
-    class Watched(trainer_base or Trainer):  # type: ignore[misc]
+    class Watched(Trainer):
         def train_step(self, data_iterator: Any) -> None:
             super().train_step(data_iterator)
             watch.mark(profile=dist.get_rank() == 0)
@@ -169,19 +165,29 @@ def train(
         build_metrics_processor_fn=Metrics,
         state_dict_adapter=None,
     )
-    register_train_spec("benchmark", spec)
     job = job_config(row, sequence_length, watch.steps, directory)
-    trainer = Watched(job)
-    built = sum(weight.numel() for weight in trainer.model_parts[0].parameters())
-    trainer.train()
-    outcome = {
-        "world_size": dist.get_world_size(),
-        "sizes": {"tp": job.parallelism.tensor_parallel_degree, "pp": 1, "ep": 1},
-        "micro_batch": job.training.local_batch_size,
-        "micro_batches": trainer.gradient_accumulation_steps,
-        "main": dist.get_rank() == 0,
-        "shards": dist.get_world_size(),
-        "notes": {"tied": tied, "parameters": built},
-    }
-    trainer.close()
+    job.model.name = f"benchmark-{directory.name}"  # a name is taken for good
+    register_train_spec(job.model.name, spec)
+    try:
+        trainer = Watched(job)
+        trainer.train()
+        outcome = {
+            "world_size": dist.get_world_size(),
+            "sizes": {"tp": job.parallelism.tensor_parallel_degree, "pp": 1, "ep": 1},
+            "micro_batch": job.training.local_batch_size,
+            "micro_batches": trainer.gradient_accumulation_steps,
+            "main": dist.get_rank() == 0,
+            "shards": dist.get_world_size(),
+            "notes": {"tied": tied, "built_parameters": built_parameters(trainer.model_parts[0])},
+        }
+        trainer.close()
+    finally:  # also for a smaller micro-batch after one that was out of memory
+        gc.enable()  # its Trainer collects by its own clock
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return outcome
+
+
+def built_parameters(model: torch.nn.Module) -> int:
+    """Elements of all parameters, whole ones if they are sharded."""
+    return sum(weight.numel() for weight in model.parameters())

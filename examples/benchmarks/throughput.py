@@ -167,6 +167,10 @@ def attempts(row: dict[str, Any], cli: argparse.Namespace) -> Iterator[dict[str,
         size //= 2
 
 
+def several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # a trainer may have taken its process group down
+
+
 def clear(error: BaseException | None = None) -> None:
     """Free what a row, also one that failed, has left."""
     if error is not None:
@@ -198,7 +202,7 @@ def run_here(text: str, cli: argparse.Namespace) -> bool:
             if not any(sign in message for sign in OUT_OF_MEMORY_SIGNS):
                 raise
             clear(error)
-            if dist.is_initialized() and dist.get_world_size() > 1:
+            if several_processes():
                 break  # the other ranks wait in a collective
             continue
         clear()
@@ -296,7 +300,7 @@ def main() -> None:
                         cli,
                     )
                 raise
-            if not fits and dist.is_initialized() and dist.get_world_size() > 1:
+            if not fits and several_processes():
                 os._exit(OUT_OF_MEMORY)  # the other ranks wait for this one
     if cli.compare is not None:
         with cli.out.open() as file:
