@@ -51,6 +51,8 @@ class TrainStep:
         model, mesh = self.model, self.model.mesh
         model.train()
         self.weights.begin()
+        if model.fp8 is not None:
+            model.fp8.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
         masks = [router_mask(batch, multiple) for batch in micro_batches]
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
@@ -95,6 +97,8 @@ class TrainStep:
             model.streams.end()
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
+        if model.fp8 is not None:
+            model.fp8.end()
         self.weights.finish()
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 

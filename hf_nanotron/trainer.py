@@ -23,6 +23,7 @@ from .data_trainer import DataTrainer
 from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
+from .models.fp8 import fp8_bytes, use_fp8
 from .models.parallelize import parallelize
 from .models.sharding import shard_weights
 from .monitor.garbage import FreezeGarbage
@@ -116,6 +117,8 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        recipe, skipped = self.args.fp8, self.args.fp8_skip_layers
+        together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
         restore_layers(model)  # as an earlier trainer may have left them
         if self.args.torch_compile:
@@ -231,7 +234,9 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             fused_head=model.linear_head is not None,
         )
         moments = moment_bytes(self.optimizer, self.weights)
-        self.memory_report = MemoryReport(**self.weights.bytes_held(), moments=moments, activations=activations)
+        held = self.weights.bytes_held()
+        held["parameters"] += fp8_bytes(model)
+        self.memory_report = MemoryReport(**held, moments=moments, activations=activations)
         rank, report = fullest(self.memory_report, self.mesh)
         logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {report}")
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
 
+from hf_nanotron.ops.fp8 import RECIPES
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.training_args_policy import as_mapping, check_policy
 
@@ -111,6 +112,18 @@ class NanotronTrainingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "While training: the fastest kernel that fits (auto), or the model's own attention (stock)."},
     )
+    fp8: str | None = field(
+        default=None,
+        metadata={
+            "help": "FP8 products in the linear layers of decoder layers while training, with a scale of each tensor "
+            "(tensorwise, the faster) or of each row and column (rowwise); needs bf16=True, and 2 bytes more for each "
+            "of their weights. Unset, none."
+        },
+    )
+    fp8_skip_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Decoder layers that stay in bf16 under fp8, such as 0 -1.", "nargs": "+"},
+    )
     sequence_parallel: bool = field(
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
@@ -197,8 +210,31 @@ class NanotronTrainingArguments(TrainingArguments):
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
+        self._check_fp8()
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
+
+    def _check_fp8(self) -> None:
+        """
+        Raises:
+            ValueError: for a recipe that does not exist, or that the other arguments rule out.
+        """
+        if self.fp8 not in (None, *RECIPES):
+            raise ValueError(f"fp8={self.fp8!r} is not one of {', '.join(map(repr, RECIPES))}, None.")
+        if self.fp8 is not None and not self.bf16:
+            raise ValueError(f"fp8={self.fp8!r} without bf16: what is not FP8 computes in bfloat16; add bf16=True.")
+        if self.fp8 is not None and self.zero_stage == 3:
+            raise ValueError(
+                f"fp8={self.fp8!r} with zero_stage=3: weights are gathered twice for every micro-batch there, and "
+                "would be turned into FP8 each time; use zero_stage=2."
+            )
+        if self.fp8_skip_layers is not None:
+            if self.fp8 is None:
+                raise ValueError("fp8_skip_layers without fp8: all layers are in bf16; set fp8='tensorwise'.")
+            if not isinstance(self.fp8_skip_layers, list) or any(type(i) is not int for i in self.fp8_skip_layers):
+                raise ValueError(
+                    f"fp8_skip_layers={self.fp8_skip_layers!r} must be a list of integers, such as [0, -1]."
+                )
 
     @property
     def parallel(self) -> ParallelConfig:

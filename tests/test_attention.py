@@ -420,7 +420,7 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
     """Errors of losses and gradients, graphs captured after the first step, and the attention in the last."""
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.compile import compile_blocks
+    from hf_nanotron.models.compile import compile_layers
     from hf_nanotron.models.parallelize import parallelize
     from hf_nanotron.models.sharding import shard_weights
     from hf_nanotron.parallel.collectives import all_reduce
@@ -437,7 +437,7 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
         model.gradient_checkpointing_enable({"use_reentrant": False})
     weights = shard_weights(model, torch.float32, 1 << 16)
     if more.get("compiled"):
-        compile_blocks(model, more["compiled"], None)
+        compile_layers(model, more["compiled"], None)
     used: list[str] = []
     config = model.config.get_text_config()
     for _, block in blocks(model, model.anatomy):

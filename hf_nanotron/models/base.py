@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
 from ..checkpoint.hub_layout import HubLayout
+from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
@@ -54,6 +55,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
         names_attention: whether the user named its attention, which is kept then.
         attention: what stands for the stock attention while it trains, or None.
+        fp8: the FP8 copies of its weights, or None if it computes without.
         z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
     """
 
@@ -72,6 +74,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     fuses_loss: bool = True
     names_attention: bool = False
     attention: Attention | None = None
+    fp8: WeightCopies | None = None
     z_loss: float = 0.0
     stock_class: type[PreTrainedModel]
     vocab_start: int

@@ -21,6 +21,11 @@ class WeightGradient(Protocol):
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         """Add `grad_output.T @ input`, of `[tokens, out]` and `[tokens, in]`."""
 
+    def add_scaled_product(
+        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
+    ) -> None:
+        """Add `grad_output @ input.T`, of `[out, tokens]` and `[in, tokens]` FP8 numbers: see `fp8`."""
+
 
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
     """`total += grad_output.T @ input` in one kernel, without rounding the product to the operands' dtype.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
 from ..ops.embedding import add_rows
+from ..ops.fp8 import add_scaled_product
 from ..ops.grouped_mm import add_grouped_product
 from ..ops.linear import WeightGradient, add_product, can_add_product
 from .buckets import Bucket, Member
@@ -90,6 +91,11 @@ class MemberGradient:
     def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
         self.owner.deferred.do(self._add_grouped_product, left, right, offsets)
 
+    def add_scaled_product(
+        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
+    ) -> None:
+        self.owner.deferred.do(self._add_scaled_product, grad_output, input, grad_scale, input_scale)
+
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
     ) -> bool:
@@ -125,6 +131,12 @@ class MemberGradient:
         add_product(view, grad_output, input, overwrite=self.is_fresh)
         for each in members:
             each.is_fresh = False
+
+    def _add_scaled_product(
+        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
+    ) -> None:
+        add_scaled_product(self.view(), grad_output, input, grad_scale, input_scale, overwrite=self.is_fresh)
+        self.is_fresh = False
 
     def _add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
         add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)

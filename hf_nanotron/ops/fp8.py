@@ -1,0 +1,179 @@
+"""FP8 numbers: scales, operands in both orders, and products of them (Micikevicius et al. 2022, arXiv:2209.05433).
+
+A matrix becomes e4m3 numbers times a scale: one of the whole matrix ("tensorwise"), or one of each row and, in the
+transposed copy, one of each column ("rowwise"). Scales are those of the numbers at hand, so nothing is remembered from
+step to step. Gradients are e4m3 too: with a scale of their own it reaches 15 bits below the largest of them at its full
+precision, and rounds half as coarsely as e5m2.
+
+The products of Hopper's tensor cores read both operands along the summed dimension, so what is a factor of two products
+is needed in both orders. One kernel makes them in one pass. On other devices than CUDA the same numbers are multiplied
+in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Recipe = Literal["tensorwise", "rowwise"]
+RECIPES: tuple[Recipe, ...] = ("tensorwise", "rowwise")
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+ALIGNMENT = 16  # bytes, of the rows that tensor cores read
+# No scale is smaller, so that its inverse is finite: zeros stay zeros.
+SMALLEST_SCALE = 2.0**-100
+
+
+class Operands(NamedTuple):
+    """A matrix `[tokens, width]` in FP8, in both orders.
+
+    Args:
+        rows: `[tokens, width]`.
+        columns: `[width, tokens]`, the tokens filled up with zeros to a multiple of `ALIGNMENT`.
+        row_scale: fp32, of the whole matrix (`[]`) or of each row (`[tokens]`): what `rows` is to be multiplied by.
+        column_scale: `[]` or `[width]`, for `columns`.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    row_scale: torch.Tensor
+    column_scale: torch.Tensor
+
+
+def aligned(size: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def scales(x: torch.Tensor, recipe: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of the rows and of the columns of `x` (`[tokens, width]`), twice the same one if tensorwise.
+
+    Plain operations, so that a compiler computes the largest number of a row where it computes the row. What is not
+    finite makes a scale that is not, and by it every product.
+    """
+    sizes = x.detach().abs()
+    of_rows = sizes.amax(-1)
+    if recipe == "tensorwise":
+        scale = _scale(of_rows.amax())
+        return scale, scale
+    return _scale(of_rows), _scale(sizes.amax(0))
+
+
+def weight_scales(weight: torch.Tensor, recipe: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a weight, outside of compiled code: each largest number in one pass."""
+    if recipe == "tensorwise":
+        scale = _scale(_largest(weight))
+        return scale, scale
+    return _scale(_largest(weight, 1)), _scale(_largest(weight, 0))
+
+
+def _largest(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.detach(), float("inf"), dim=dim)
+
+
+def _scale(largest: torch.Tensor) -> torch.Tensor:
+    return (largest.float() / LARGEST).clamp(min=SMALLEST_SCALE)
+
+
+def quantize(
+    x: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows` and `columns` of `Operands`, from one reading of `x`.
+
+    Args:
+        x: `[tokens, width]`.
+        row_scale, column_scale: as `scales` returns them.
+        out: memory for the result.
+    """
+    tokens, width = x.shape
+    rows, columns = out or (
+        x.new_empty(tokens, width, dtype=DTYPE),
+        x.new_empty(width, aligned(tokens), dtype=DTYPE),
+    )
+    if x.is_cuda:
+        from .fp8_triton import quantize as kernel
+
+        kernel(x.contiguous(), row_scale, column_scale, rows, columns)
+    else:
+        rows.copy_(_round(x, row_scale.view(-1, 1)))
+        columns.zero_()
+        columns[:, :tokens].copy_(_round(x, column_scale.view(1, -1)).t())
+    return rows, columns
+
+
+def _round(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.float() * scale.reciprocal()).to(DTYPE)  # what exceeds LARGEST by rounding becomes LARGEST
+
+
+def product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    left_scale: torch.Tensor,
+    right_scale: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`left @ right.T + bias`, of `[a, n]` and `[b, n]` FP8 numbers and their scales, in `dtype` (bf16 on CUDA).
+
+    Tensor cores add up with fewer bits than fp32 has; rounding to bf16 hides it in sums as short as a layer is wide.
+    """
+    if left.is_cuda:
+        left_scale, right_scale = _as_columns(left_scale, right_scale)
+        return torch._scaled_mm(
+            left, right.t(), left_scale, right_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    out = (left.float() @ right.float().t()) * left_scale.view(-1, 1) * right_scale.view(1, -1)
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def _as_columns(left_scale: torch.Tensor, right_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of rows as `_scaled_mm` takes them; it wants both of one kind."""
+    if left_scale.dim() == 0:
+        return left_scale, right_scale
+    return left_scale.view(-1, 1), right_scale.view(1, -1)
+
+
+def add_scaled_product(
+    total: torch.Tensor,
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    grad_scale: torch.Tensor,
+    input_scale: torch.Tensor,
+    overwrite: bool,
+) -> None:
+    """`total += grad_output @ input.T`, of FP8 numbers and their scales, summed up in fp32.
+
+    Args:
+        total: `[out, in]`, fp32.
+        grad_output: `[out, tokens]`: `columns` of the `Operands` of the output's gradient.
+        input: `[in, tokens]`: `columns` of those of the input.
+        grad_scale: `[]` or `[out]`.
+        input_scale: `[]` or `[in]`.
+        overwrite: `total` is taken as zero, whatever it holds.
+    """
+    by_row = grad_scale.dim() > 0
+    if not total.is_cuda:
+        left = grad_output.float() * grad_scale.view(-1, 1)
+        right = input.float() * input_scale.view(-1, 1)
+        torch.addmm(total, left, right.t(), beta=0.0 if overwrite else 1.0, out=total)
+        return
+    # Sums over thousands of tokens: here the tensor cores' own precision would show, so partial sums go to fp32.
+    # torch's products with a scale of each row round to bf16, so those scales come after.
+    one = torch.ones((), device=total.device) if by_row else None
+    scaled: Any = (one, one) if by_row else (grad_scale, input_scale)
+    options: dict[str, Any] = {"out_dtype": torch.float32, "use_fast_accum": False}
+    if overwrite and total.dtype == torch.float32:
+        torch._scaled_mm(grad_output, input.t(), *scaled, **options, out=total)
+        if by_row:
+            total.mul_(grad_scale.view(-1, 1)).mul_(input_scale)
+        return
+    part = torch._scaled_mm(grad_output, input.t(), *scaled, **options)
+    if by_row:
+        total.addcmul_(part.mul_(grad_scale.view(-1, 1)), input_scale)
+    else:
+        total.add_(part)
