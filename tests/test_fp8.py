@@ -334,7 +334,7 @@ def test_training(pool: WorkerPool) -> None:
     ((plain_run, *runs),) = pool.run(1, losses, [None, *RECIPES])
     for run in runs:
         assert run[-1] < 0.9 * run[0] and run != plain_run
-        assert max(abs(a - b) / b for a, b in zip(run, plain_run, strict=True)) < 0.02
+        assert max(abs(a - b) / b for a, b in zip(run, plain_run, strict=True)) < 0.05
 
 
 def losses(recipes: list[str | None]) -> list[list[float]]:
