@@ -12,6 +12,9 @@ import pytest
 import torch
 from family_runs import STEP_LENGTH, micro_batches, reference, tiny_model
 from pool import WorkerPool
+from torch._dynamo import lookup_backend
+
+from hf_nanotron.models.graph import rewriting
 
 TOLERANCE = 1e-5
 
@@ -32,6 +35,27 @@ def test_layers_share_their_graphs(pool: WorkerPool, tmp_path: Path) -> None:
     torch.save(reference("llama", num_hidden_layers=12), path)
     ((_, graphs, breaks),) = pool.run(1, compiled_steps, "llama", path, {}, {"num_hidden_layers": 12})
     assert graphs == 1 and breaks == 0
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_rotary_embeddings_are_rolled(partial: bool) -> None:
+    """Values and gradients to the last bit; a cut that is not in the middle is left alone."""
+    rolled: list[int] = []
+
+    def count(graph_module: Any, inputs: Any) -> Any:
+        rolled.append(sum(node.target is torch.roll for node in graph_module.graph.nodes))
+        return lookup_backend("aot_eager")(graph_module, inputs)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        cut = 4 if partial else x.shape[-1] // 2
+        return torch.cat((-x[..., cut:], x[..., :cut]), dim=-1).sin()
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    results = [function(x) for function in (rotate, torch.compile(rotate, backend=rewriting(count)))]
+    gradients = [torch.autograd.grad((y * y.detach().cos()).sum(), x)[0] for y in results]
+    assert rolled == [0 if partial else 1]
+    assert torch.equal(*results) and torch.equal(*gradients)
 
 
 def test_evaluation_is_not_compiled(pool: WorkerPool) -> None:

@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import lookup_backend
-from torch._inductor import config as inductor_config, list_mode_options
+from torch._inductor import list_mode_options
 
 from ..parallel.experts import ParallelExperts
 from .anatomy import blocks_of, layer_stacks
 from .base import ParallelModel
 from .graph import Backend, rewriting
 from .stage import AbsentLayer
-
-# A kernel that puts the gradients of three products side by side in one pass computes each of them three times.
-OPTIONS = {"max_pointwise_cat_inputs": 2, "max_complex_pointwise_cat_inputs": 2}
 
 # What is handed to an operator stays as it is, for as long as somebody holds it.
 KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
@@ -81,9 +78,7 @@ def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
             Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
             inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
     """
-    options = OPTIONS | (KEEPING if keeps_operands else {})
-    known = {option: value for option, value in options.items() if hasattr(inductor_config, option)}
-    return {**known, **list_mode_options(mode or "default")}
+    return {**(KEEPING if keeps_operands else {}), **list_mode_options(mode or "default")}
 
 
 def compiled_parts(model: ParallelModel) -> list[nn.Module]:
