@@ -25,6 +25,7 @@ from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
 from .models.fp8 import fp8_bytes, use_fp8
 from .models.parallelize import parallelize
+from .models.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
 from .models.sharding import shard_weights
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
@@ -38,6 +39,8 @@ from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
 from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep
 from .training_args import NanotronTrainingArguments
+from .training_args_policy import as_mapping
+from .training_args_recompute import layer_numbers, recomputes
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +124,8 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
         restore_layers(model)  # as an earlier trainer may have left them
+        restore_recomputed(model)
+        self._set_up_recomputation()
         if self.args.torch_compile:
             compile_layers(model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode)
         model.attention, chosen = choose_attention(
@@ -131,6 +136,16 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         model.z_loss = self.args.z_loss_coefficient
         self._loads: dict[str, torch.Tensor] = {}  # of the experts, in the step that is logged next
         together(self.mesh, "setting up the experts", self._set_up_mixture)
+
+    def _set_up_recomputation(self) -> None:
+        """Which layers recompute their activations; selectively, here. transformers' own switch is thrown later."""
+        args, options = self.args, dict(as_mapping(self.args.activation_checkpointing_kwargs or {}))
+        every = options.pop("every_n_layers", 1)
+        options.pop("offload", None)
+        chosen = layer_numbers(args.activation_checkpointing_layers)
+        self._recomputed = chosen_layers(self.model, chosen, every) if recomputes(args) else frozenset()
+        if args.activation_checkpointing_policy == "selective":
+            recompute_selectively(self.model, self._recomputed, options)
 
     def _set_up_mixture(self) -> None:
         """What the arguments say about experts.
@@ -204,6 +219,10 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             self._set_up_training_state()
         elif self.model.sharded is not self.weights:
             raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
+        if self.args.activation_checkpointing_policy == "selective":
+            self.model.activation_checkpointing_disable()  # Trainer has switched the stock one on
+        elif self.args.activation_checkpointing_layers is not None:
+            recompute_wholly(self.model, self._recomputed)
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
@@ -230,8 +249,10 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             self.mesh.pp_rank,
             args.gradient_accumulation_steps,
             model.dtype.itemsize,
-            bool(args.activation_checkpointing or args.gradient_checkpointing),
+            len(self._recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
             fused_head=model.linear_head is not None,
+            selective=args.activation_checkpointing_policy == "selective",
+            compiled=bool(args.torch_compile),
         )
         moments = moment_bytes(self.optimizer, self.weights)
         held = self.weights.bytes_held()

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from hf_nanotron.ops.fp8 import RECIPES
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.training_args_policy import as_mapping, check_policy
+from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,21 @@ class NanotronTrainingArguments(TrainingArguments):
     pp_virtual_stages: int = field(
         default=1, metadata={"help": "Stages per pipeline rank; more than one needs interleaved_1f1b or zb."}
     )
+    activation_checkpointing_policy: str = field(
+        default="full",
+        metadata={
+            "help": "What activation_checkpointing recomputes in the backward: full (all of a layer), or selective "
+            "(all but matrix products and attention, whose outputs are kept)."
+        },
+    )
+    activation_checkpointing_layers: list[int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Decoder layers that activation_checkpointing applies to, by their numbers in the whole model from "
+            "0 on, as a list or as 0,2,4; all if unset.",
+            "nargs": "+",
+        },
+    )
     torch_compile: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Compile decoder layers for training. Unset: on CUDA with bf16, where it is faster."},
@@ -149,6 +165,7 @@ class NanotronTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.pp_layers_per_stage = _layer_counts(self.pp_layers_per_stage)
+        self.activation_checkpointing_layers = layer_numbers(self.activation_checkpointing_layers)
         self.check()
         expected_world_size = _world_size()
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
@@ -180,6 +197,7 @@ class NanotronTrainingArguments(TrainingArguments):
             ValueError: as at construction.
         """
         check_policy(self)
+        check_recomputation(self)
         if self.save_hub_weights not in ("always", "last"):
             raise ValueError(f"save_hub_weights={self.save_hub_weights!r} is not one of 'always', 'last'.")
         if self.save_hub_weights == "last" and self.save_only_model:

@@ -82,18 +82,17 @@ def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
 
 
 def compiled_parts(model: ParallelModel) -> list[nn.Module]:
-    """The modules that are compiled: decoder layers without a hook or a mixture inside, else what they consist of."""
-    parts: list[nn.Module] = []
+    """The modules that are compiled, of all layers; see `parts_of`."""
     layers = [layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack]
-    for layer in layers:
-        if isinstance(layer, AbsentLayer):
-            continue
-        inside = [module for module in layer.modules() if module is not layer]
-        if any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
-            for block in blocks_of(layer).values():
-                parts += _around_experts(block)
-        else:
-            parts.append(layer)
+    return [part for layer in layers if not isinstance(layer, AbsentLayer) for part in parts_of(layer)]
+
+
+def parts_of(layer: nn.Module) -> list[nn.Module]:
+    """A decoder layer without a hook or a mixture inside is one part, else what it consists of."""
+    parts = [layer]
+    inside = [module for module in layer.modules() if module is not layer]
+    if any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
+        parts = [part for block in blocks_of(layer).values() for part in _around_experts(block)]
     return [part for part in parts if any(True for _ in part.parameters())]
 
 
