@@ -138,12 +138,17 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         together(self.mesh, "setting up the experts", self._set_up_mixture)
 
     def _set_up_recomputation(self) -> None:
-        """Which layers recompute their activations; selectively, here. transformers' own switch is thrown later."""
-        args, options = self.args, dict(as_mapping(self.args.activation_checkpointing_kwargs or {}))
-        every = options.pop("every_n_layers", 1)
+        """Which layers recompute their activations, and how.
+
+        Raises:
+            ValueError: for layers that the model does not have.
+        """
+        args, options = self.args, dict(as_mapping(self.args.activation_checkpointing_kwargs))
+        every = options.pop("every_n_layers", None) or 1
         options.pop("offload", None)
         chosen = layer_numbers(args.activation_checkpointing_layers)
         self._recomputed = chosen_layers(self.model, chosen, every) if recomputes(args) else frozenset()
+        self._recompute_options = options
         if args.activation_checkpointing_policy == "selective":
             recompute_selectively(self.model, self._recomputed, options)
 
@@ -220,9 +225,9 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
         elif self.model.sharded is not self.weights:
             raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
         if self.args.activation_checkpointing_policy == "selective":
-            self.model.activation_checkpointing_disable()  # Trainer has switched the stock one on
-        elif self.args.activation_checkpointing_layers is not None:
-            recompute_wholly(self.model, self._recomputed)
+            self.model.activation_checkpointing_disable()  # which Trainer has switched on
+        elif self._recomputed:
+            recompute_wholly(self.model, self._recomputed, self._recompute_options)
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
@@ -252,7 +257,6 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             len(self._recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
             fused_head=model.linear_head is not None,
             selective=args.activation_checkpointing_policy == "selective",
-            compiled=bool(args.torch_compile),
         )
         moments = moment_bytes(self.optimizer, self.weights)
         held = self.weights.bytes_held()

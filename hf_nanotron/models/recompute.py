@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..ops.keep import keeping_contexts
 from ..parallel.experts import ParallelExperts
 from .anatomy import layer_stacks
 from .base import ParallelModel
@@ -59,8 +61,14 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """A `context_fn` of `torch.utils.checkpoint.checkpoint`, eager or inside `torch.compile`."""
-    return create_selective_checkpoint_contexts(_policy)
+    """A `context_fn` of `torch.utils.checkpoint.checkpoint`, eager or inside `torch.compile`.
+
+    A compiler traces torch's own contexts, which mark what is to be kept in its graph. Code that it gave up on runs
+    with ours.
+    """
+    if TracingContext.try_get() is not None:
+        return create_selective_checkpoint_contexts(_policy)
+    return keeping_contexts(keeps)
 
 
 def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: int = 1) -> frozenset[int]:
@@ -80,21 +88,27 @@ def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: i
     return frozenset(layers)
 
 
-def recompute_wholly(model: ParallelModel, layers: Collection[int]) -> None:
-    """Let exactly `layers` recompute everything; transformers has switched all on, and knows how.
+def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
+    """Let exactly `layers` recompute everything, each by the switch that transformers has given it.
+
+    Args:
+        options: as in `recompute_selectively`.
 
     Raises:
         ValueError: if some layers were chosen of a model whose layers have no switch of their own.
     """
-    for index, layer in _layers(model).items():
-        if isinstance(layer, AbsentLayer):
-            continue
-        if not isinstance(layer, GradientCheckpointingLayer) and layers:
-            raise ValueError(
-                f"{type(layer).__name__} of {type(model).__name__} has no switch of its own (it is no "
-                "GradientCheckpointingLayer): use activation_checkpointing_policy='selective', or all layers."
-            )
-        layer.gradient_checkpointing = index in layers  # type: ignore[assignment]
+    every = _layers(model)
+    own = {i: layer for i, layer in every.items() if isinstance(layer, GradientCheckpointingLayer)}
+    odd = {type(x).__name__ for x in every.values() if not isinstance(x, GradientCheckpointingLayer | AbsentLayer)}
+    if odd and len(layers) < len(every):
+        raise ValueError(
+            f"{odd.pop()} of {type(model).__name__} has no switch of its own (it is no GradientCheckpointingLayer): "
+            "use activation_checkpointing_policy='selective', or all layers."
+        )
+    function = functools.partial(checkpoint, **_with_defaults(options, model))
+    for index, layer in own.items():
+        layer.gradient_checkpointing = index in layers
+        layer._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
 def recompute_selectively(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
@@ -108,13 +122,13 @@ def recompute_selectively(model: ParallelModel, layers: Collection[int], options
         options: of `torch.utils.checkpoint.checkpoint`. Unless they say otherwise, the state of random generators is
             kept only if the model has dropout.
     """
-    options = {"preserve_rng_state": model.streams is not None, **options, "use_reentrant": False}
+    options = _with_defaults(options, model)
     forward, compute = _recomputing("forward", options), _recomputing("compute", options)
     for index, layer in _layers(model).items():
         if index not in layers or isinstance(layer, AbsentLayer):
             continue
         for part in parts_of(layer):
-            part.forward = MethodType(forward, part)  # type: ignore[method-assign]
+            part.forward = MethodType(forward, part)
         for module in layer.modules():
             if isinstance(module, ParallelExperts):
                 module.compute = MethodType(compute, module)  # type: ignore[method-assign]
@@ -127,6 +141,10 @@ def restore_recomputed(model: ParallelModel) -> None:
             method = module.__dict__.get(name)
             if isinstance(method, MethodType) and method.__func__.__module__ == __name__:
                 del module.__dict__[name]
+
+
+def _with_defaults(options: Mapping[str, Any], model: ParallelModel) -> dict[str, Any]:
+    return {"preserve_rng_state": model.streams is not None, **options, "use_reentrant": False}
 
 
 def _layers(model: ParallelModel) -> dict[int, nn.Module]:

@@ -78,23 +78,27 @@ def activation_bytes(
     pp_rank: int,
     micro_batches: int,
     item: int,
-    checkpointed: bool,
+    recomputed: float,
     fused_head: bool = False,
+    selective: bool = False,
 ) -> int:
     """Estimate of what one rank keeps for backward, of a decoder run layer by layer with fused attention.
 
     Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
     values and output (once more as the input of the output projection), the MLP its input and what `_mlp_elements`
     says. The last stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are
-    one, the gradient of the head's input and the logits of one chunk of tokens. With checkpointing, each layer keeps
-    its input and one layer at a time the rest; a weight gradient that is put off keeps what was computed anew for it.
-    All layers of a model with experts count as such, and experts as evenly loaded.
+    one, the gradient of the head's input and the logits of one chunk of tokens. A layer that recomputes keeps its
+    input, and one layer at a time the rest; with `selective`, what `_selective_bytes` says. A weight gradient that is
+    put off keeps what was computed anew for it. All layers of a model with experts count as such, and experts as
+    evenly loaded.
 
     Args:
         config: of the model.
         tokens: of one micro-batch.
         micro_batches: of a step.
         item: bytes of an element of the compute dtype.
+        recomputed: the share of the layers that recompute their activations, from 0 to 1.
+        selective: they keep products and attention (`models/recompute.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
     """
     text, tp = config.get_text_config(), parallel.tp_size
@@ -106,10 +110,13 @@ def activation_bytes(
     layer += 2 * hidden * (first_of(text, TOP_K) or 0) * item + 8 * (first_of(text, NUM_EXPERTS) or 0)
     layers = -(-text.num_hidden_layers // parallel.num_stages)
     chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
-    kept = chunks * layers * (between if checkpointed else layer) + (layer if checkpointed else 0)
-    if checkpointed and parallel.splits_backward:
-        behind = (parallel.pp_size - pp_rank - 1) * (1 if parallel.pp_virtual_stages == 1 else 2)
-        kept += max(1, chunks - behind) * layers * layer
+    less = _selective_bytes(text, parallel, item) if selective else between
+    kept = round(chunks * layers * (recomputed * less + (1 - recomputed) * layer))
+    if recomputed:
+        kept += layer - less if selective else layer
+        if parallel.splits_backward:
+            behind = (parallel.pp_size - pp_rank - 1) * (1 if parallel.pp_virtual_stages == 1 else 2)
+            kept += round(max(1, chunks - behind) * layers * layer * recomputed)
     if pp_rank != parallel.pp_size - 1:
         return tokens * kept
     norm, vocabulary = hidden * (4 + item) // cut, -(-text.vocab_size // tp)
@@ -117,6 +124,24 @@ def activation_bytes(
         return tokens * (kept + norm + vocabulary * (2 * item + 8))
     row = vocabulary * item
     return tokens * (kept + norm + hidden * item) + min(tokens, chunk_size(tokens, row)) * row
+
+
+def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
+    """Of one token in one layer that keeps products and attention.
+
+    Queries, keys, values and the output of the attention once, gate and up. A layer that recomputes whole keeps its
+    input and the outputs of its two blocks besides (the last of them only where it is not compiled); one that
+    recomputes block by block (with tensor parallelism or experts) the inputs of norms and blocks, and their outputs.
+    """
+    tp, hidden, top_k = parallel.tp_size, config.hidden_size, first_of(config, TOP_K) or 0
+    _, value_dim = head_dims(config)
+    products = _attention_elements(config) - config.num_attention_heads * value_dim
+    products += _mlp_elements(config, selective=True)
+    if tp == 1 and not top_k:
+        return (3 * hidden + products) * item
+    cut = tp if parallel.sequence_parallel else 1
+    between = 2 * hidden // cut + 4 * hidden + 2 * hidden * top_k
+    return (between + products // tp) * item + 8 * (first_of(config, NUM_EXPERTS) or 0)
 
 
 def _attention_elements(config: Any) -> int:
@@ -128,21 +153,21 @@ def _attention_elements(config: Any) -> int:
     return heads * (query_dim + 2 * value_dim) + grouped * (query_dim + value_dim)
 
 
-def _mlp_elements(config: Any) -> int:
+def _mlp_elements(config: Any, selective: bool = False) -> int:
     """Elements of the inner size that an MLP keeps of one token.
 
-    Four tensors: gate, up, the activated gate and the product. Of routed experts three for each expert of the token,
-    since the activation is recomputed (`ops/gated.py`). What has the outer size is counted by the caller: the rows that
-    experts read and write.
+    Four tensors: gate, up, the activated gate and the product; the first two if the others are recomputed. Of routed
+    experts three for each expert of the token, since the activation is recomputed (`ops/gated.py`), or two. What has
+    the outer size is counted by the caller: the rows that experts read and write.
     """
     inner = first_of(config, ("intermediate_size",)) or 4 * config.hidden_size
     top_k = first_of(config, TOP_K)
     if first_of(config, NUM_EXPERTS) is None or top_k is None:
-        return 4 * inner
+        return (2 if selective else 4) * inner
     routed = first_of(config, ("moe_intermediate_size",)) or inner
     count = first_of(config, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")) or 0
     shared = first_of(config, ("shared_expert_intermediate_size",)) or count * routed
-    return 3 * top_k * routed + 4 * shared
+    return (2 if selective else 3) * top_k * routed + (2 if selective else 4) * shared
 
 
 def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
