@@ -155,8 +155,9 @@ PRODUCTS = {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"}
 class Ledger(TorchDispatchMode):
     """Counts operators by name, and knows which of the tensors that they made are alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
+        self._given = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         self.calls: Counter[str] = Counter()
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -166,7 +167,8 @@ class Ledger(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self._given:  # views of weights are no activations
+                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
 
     @property
@@ -198,7 +200,7 @@ def eager_costs() -> dict[str, tuple[int, int, int]]:
         weights = shard_weights(model, torch.float32, 1 << 20)
         weights.begin()
         set_up(model, policy, layers)
-        ledger = Ledger()
+        ledger = Ledger(model)
         costs[name] = (backbone_step(model, ledger), ledger.products, ledger.calls["rsqrt"])
         mesh.close()
     return costs
@@ -234,7 +236,7 @@ def test_the_estimate_of_what_is_kept(costs: dict[str, tuple[int, int, int]], ki
     if share:  # what one layer computes again comes with its backward
         wanted -= estimate(1, 0.0, False) - estimate(0, 0.0, False)
         wanted += estimate(1, 1.0, True) - estimate(0, 1.0, True) if selective else 0
-    assert costs[kind][0] == pytest.approx(wanted, rel=0.3)
+    assert costs[kind][0] == pytest.approx(wanted, rel=0.1)
 
 
 def compiled_costs() -> dict[str, tuple[int, Counter[str]]]:

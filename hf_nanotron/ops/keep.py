@@ -1,8 +1,8 @@
 """Selective checkpointing without compilation: outputs of some operators are kept, the others run again.
 
-As `torch.utils.checkpoint.create_selective_checkpoint_contexts`, which hands out what was kept even if it was written to
-since through a view of its own version (stock models add to the outputs of linear layers in place). Here such a write
-finds a copy made.
+As `torch.utils.checkpoint.create_selective_checkpoint_contexts`. But that one hands out what was kept even if it was
+written to since, through a view with a version of its own: stock models add to outputs of linear layers in place. Here
+a copy is made before such a write.
 """
 
 from __future__ import annotations
