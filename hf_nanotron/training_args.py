@@ -129,6 +129,13 @@ class NanotronTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
     )
+    tp_overlap: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let tensor-parallel communication travel beside matrix products (needs sequence_parallel); unset, "
+            "on GPUs."
+        },
+    )
     pp_schedule: str = field(
         default="1f1b", metadata={"help": "Pipeline schedule: afab, 1f1b, interleaved_1f1b or zb (zero bubble)."}
     )

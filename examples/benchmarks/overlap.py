@@ -16,6 +16,8 @@ def kernels(trace: Path) -> tuple[list[Interval], dict[str, list[Interval]]]:
             continue
         interval = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
         name = event["name"]
+        if "signal_kernel" in name:
+            continue  # waits for another GPU, or tells it something
         if "nccl" in name.lower():
             kind = name.removeprefix("ncclDevKernel_").split("_")[0].split("(")[0]
             collectives.setdefault(kind, []).append(interval)

@@ -19,6 +19,7 @@ from .stage import AbsentLayer
 
 # What is handed to an operator stays as it is, for as long as somebody holds it.
 KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
+WITHOUT_CODE = ("eager", "aot_eager")  # backends that run a graph's operators one by one
 
 
 def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None:
@@ -35,7 +36,8 @@ def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None
     Raises:
         ValueError: for a backend that is not known to leave operands alone, where weight gradients are put off.
     """
-    chosen = backend_of(backend, mode, keeps_operands=model.parallel.splits_backward)
+    overlaps = model.parallel.overlaps_tp(model.mesh.device)  # linears one by one
+    chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
     for part in compiled_parts(model):
         compiled = torch.compile(part.forward, backend=chosen)
         part.forward = functools.partial(_forward, part, compiled, part.forward)
@@ -49,11 +51,12 @@ def restore_layers(model: ParallelModel) -> None:
             del part.__dict__["forward"]
 
 
-def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
+def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = True) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs.
 
     Args:
         keeps_operands: see `inductor_options`.
+        joins: see `rewriting`.
 
     Raises:
         ValueError: for a backend of which nothing is known, with `keeps_operands`.
@@ -61,12 +64,13 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
     backend: Any = lookup_backend(name)
     if name == "inductor":
         backend = functools.partial(backend, config_patches=inductor_options(mode, keeps_operands))
-    elif keeps_operands and name not in ("eager", "aot_eager"):  # these two run one operator after the other
+    elif keeps_operands and name not in WITHOUT_CODE:
         raise ValueError(
-            f"torch_compile_backend={name!r} with pp_schedule='zb': it may write to the operands of weight "
-            "gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b'."
+            f"torch_compile_backend={name!r} with pp_schedule='zb' or tp_overlap: it may write to the operands of "
+            "weight gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
+            "tp_overlap=False."
         )
-    return rewriting(backend)
+    return rewriting(backend, joins)
 
 
 def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:

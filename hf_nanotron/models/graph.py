@@ -18,13 +18,18 @@ NARROW = 256
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def rewriting(backend: Backend) -> Backend:
-    """A backend of `torch.compile` that hands rewritten graphs to `backend`."""
+def rewriting(backend: Backend, joins: bool = True) -> Backend:
+    """A backend of `torch.compile` that hands rewritten graphs to `backend`.
+
+    Args:
+        joins: compute narrow linears together.
+    """
 
     def compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         for module in graph_module.modules():  # what is recomputed has a graph of its own
             if isinstance(module, fx.GraphModule):
-                join_linears(module)
+                if joins:
+                    join_linears(module)
                 roll_halves(module)
         return backend(graph_module, inputs)
 

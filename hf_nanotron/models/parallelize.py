@@ -13,6 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..checkpoint.hub_layout import hub_layout
 from ..parallel.mesh import ParallelMesh
+from ..parallel.overlap import BlockOverlap, Overlap
+from ..parallel.peer import make_transport
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.pipeline.schedule import rank_of_stage
 from ..parallel.random import LayerStreams, fields_of_chance, has_dropout
@@ -239,9 +241,15 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
     if mesh.tp_size == 1:
         return
     sequence_parallel = mesh.parallel.sequence_parallel
+    shared: Overlap | None = None
+    if mesh.parallel.overlaps_tp(mesh.device):
+        shared = Overlap(mesh.tp, make_transport(mesh.tp, mesh.device))
+        mesh.at_close(shared.close)
     for name, block in blocks(model, model.anatomy):
         if name in plan.regions:
-            region = Region(mesh.tp, sequence_parallel, model.streams is not None, flat=is_experts(block))
+            flat = is_experts(block)
+            overlap = None if shared is None or flat else BlockOverlap(shared, block)
+            region = Region(mesh.tp, sequence_parallel, model.streams is not None, flat, overlap)
             before = SUMS_BEFORE.get(type(block).__name__)
             region.attach(block, None if before is None else block.get_submodule(before))
         elif name in plan.whole and sequence_parallel:

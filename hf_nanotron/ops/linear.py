@@ -27,6 +27,16 @@ class WeightGradient(Protocol):
         """Add `grad_output @ input.T`, of `[out, tokens]` and `[in, tokens]` FP8 numbers: see `fp8`."""
 
 
+class Products(Protocol):
+    """Who computes the products of one layer where they overlap with communication: other work, the same values."""
+
+    def multiply(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`input @ weight.T + bias`, in a new tensor."""
+
+    def add_product(self, total: WeightGradient, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+        """Let `total.add_product(grad_output, input)` happen, before the end of this backward."""
+
+
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
     """`total += grad_output.T @ input` in one kernel, without rounding the product to the operands' dtype.
 
@@ -51,25 +61,41 @@ def can_add_product(total: torch.Tensor, dtype: torch.dtype) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, total: WeightGradient
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        total: WeightGradient,
+        products: Products | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.total = total
-        return F.linear(input, weight, bias)
+        ctx.total, ctx.products = total, products
+        return _multiply(input, weight, bias, products)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, None, None]:
         input, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        ctx.total.add_product(rows, input.reshape(-1, input.shape[-1]))
-        grad_input = grad @ weight if ctx.needs_input_grad[0] else None
-        return grad_input, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        _add_product(ctx.total, grad, input, ctx.products)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, grad_bias, None, None
+
+
+def _multiply(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products | None
+) -> torch.Tensor:
+    return F.linear(input, weight, bias) if products is None else products.multiply(input, weight, bias)
+
+
+def _add_product(total: WeightGradient, grad: torch.Tensor, input: torch.Tensor, products: Products | None) -> None:
+    rows, input = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+    total.add_product(rows, input) if products is None else products.add_product(total, rows, input)
 
 
 # Operators take tensors and numbers only, so compiled code names the memory of a weight's gradient by a number. It is
 # in a tensor on the host: a constant would have every layer compiled anew.
 _totals: weakref.WeakValueDictionary[int, WeightGradient] = weakref.WeakValueDictionary()
+_products: weakref.WeakValueDictionary[int, Products] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
@@ -82,7 +108,7 @@ def weight_gradient_of(key: torch.Tensor) -> WeightGradient:
     "hf_nanotron::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias, Tensor key) -> Tensor"
 )
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-    return F.linear(input, weight, bias)
+    return _multiply(input, weight, bias, _products.get(int(key.item())))
 
 
 @_linear.register_fake
@@ -98,8 +124,8 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key:
     schema="(Tensor grad, Tensor input, Tensor weight, Tensor key) -> Tensor",
 )
 def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    rows, columns = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-    weight_gradient_of(key).add_product(rows, columns)
+    number = int(key.item())
+    _add_product(_totals[number], grad, input, _products.get(number))
     return grad @ weight
 
 
@@ -126,6 +152,7 @@ class Linear(nn.Linear):
     """`nn.Linear` that adds its weight gradient to `weight_gradient`, if it has one, instead of returning it."""
 
     weight_gradient: WeightGradient | None = None
+    products: Products | None = None  # set before `accumulate_into`
     _key: torch.Tensor | None = None  # of `weight_gradient`, for compiled code
 
     def accumulate_into(self, total: WeightGradient | None) -> None:
@@ -134,6 +161,8 @@ class Linear(nn.Linear):
         if total is not None and total.takes_product(self.weight.dtype):
             self._key = torch.tensor(next(_keys), device="cpu")
             _totals[int(self._key)] = total
+            if self.products is not None:
+                _products[int(self._key)] = self.products
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad
@@ -144,7 +173,7 @@ class Linear(nn.Linear):
         total = self.weight_gradient
         if total is None or not trains or not total.takes_product(input.dtype):
             return F.linear(input, self.weight, bias)
-        return _Linear.apply(input, self.weight, bias, total)
+        return _Linear.apply(input, self.weight, bias, total, self.products)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.linear(input, self.bias)

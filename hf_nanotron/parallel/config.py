@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 SCHEDULES = ("afab", "1f1b", "interleaved_1f1b", "zb")
 
 
@@ -26,6 +28,8 @@ class ParallelConfig:
         sequence_parallel: between attention and MLP, keep activations split along the sequence over the
             tensor-parallel ranks (Korthikanti et al. 2022, arXiv:2205.05198) instead of replicated.
             Means nothing at `tp_size=1`.
+        tp_overlap: let the communication of tensor parallelism travel beside matrix products. Needs
+            `sequence_parallel`; `None` means on GPUs, where it can be.
         pp_schedule: `"afab"` (all forwards, then all backwards), `"1f1b"` or `"interleaved_1f1b"`
             (Narayanan et al. 2021, arXiv:2104.04473), or `"zb"`: one of the latter two with the products of weight
             gradients put where a rank would wait (zero bubble; Qi et al. 2023, arXiv:2401.10241).
@@ -44,6 +48,7 @@ class ParallelConfig:
     dp_replicate_size: int = 1
     zero_stage: int = 1
     sequence_parallel: bool = True
+    tp_overlap: bool | None = None
     pp_schedule: str = "1f1b"
     pp_virtual_stages: int = 1
     pp_layers_per_stage: tuple[int, ...] | None = None
@@ -66,6 +71,12 @@ class ParallelConfig:
             raise ValueError(
                 f"dp_replicate_size={self.dp_replicate_size} with zero_stage=0: nothing is sharded, so every "
                 "data-parallel rank is a replica already; use dp_replicate_size=1, or zero_stage=1 to 3."
+            )
+        if self.tp_overlap and not (self.sequence_parallel and self.tp_size > 1):
+            raise ValueError(
+                f"tp_overlap=True with tp_size={self.tp_size} and sequence_parallel={self.sequence_parallel}: there is "
+                "no gathering and scattering of tokens to overlap with products; use sequence_parallel=True and a "
+                "tp_size of at least 2, or leave tp_overlap unset."
             )
         if self.pp_schedule not in SCHEDULES:
             raise ValueError(f"pp_schedule={self.pp_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
@@ -114,6 +125,12 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks that together hold one copy of the model and read the same samples."""
         return self.tp_size * self.pp_size * self.cp_size
+
+    def overlaps_tp(self, device: torch.device) -> bool:
+        """Whether tensor-parallel communication travels beside products on `device`."""
+        if self.tp_overlap is None:
+            return device.type == "cuda" and self.sequence_parallel and self.tp_size > 1
+        return self.tp_overlap
 
     def dp_size(self, world_size: int) -> int:
         """Data-parallel size that follows from `world_size`.

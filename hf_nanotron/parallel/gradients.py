@@ -71,6 +71,8 @@ class MemberGradient:
     def __init__(self, owner: BucketGradients, member: Member) -> None:
         self.owner, self.member = owner, member
         self.is_fresh = True  # what the memory holds is of an earlier step
+        self.held = 0  # products of this backward that are still to be added
+        self.when_added: Callable[[], None] | None = None  # what waits for the last of them
 
     def view(self) -> torch.Tensor:
         member = self.member
@@ -116,6 +118,17 @@ class MemberGradient:
     def _add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
         self.is_fresh = False
+
+    def hold(self) -> None:
+        """Announce a product that is added later in this backward, by `add_held_product`."""
+        self.held += 1
+
+    def add_held_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+        self.add_product(grad_output, input)
+        self.held -= 1
+        if self.held == 0 and self.when_added is not None:
+            then, self.when_added = self.when_added, None
+            then()
 
     def _add_joint_product(
         self, others: Sequence[MemberGradient], grad_output: torch.Tensor, input: torch.Tensor
@@ -222,6 +235,7 @@ class GradientBuckets:
             bucket.takes_early = True
             for gradient in bucket.members:
                 gradient.is_fresh = True
+                gradient.held, gradient.when_added = 0, None  # as a backward that was broken off may have left them
 
     def before_backward(self, stage: int, is_last: bool) -> None:
         if not (is_last or self._sharded):
@@ -276,7 +290,10 @@ class GradientBuckets:
         self._hooks.clear()
 
     def _collect(self, gradient: MemberGradient) -> None:
-        """A backward has done all that it does for this parameter."""
+        """A backward has done all that it does for this parameter, but for products that are held back."""
+        if gradient.held:
+            gradient.when_added = lambda: self._collect(gradient)
+            return
         parameter = gradient.member.parameter
         if parameter.grad is not None:
             if self._sharded:

@@ -79,6 +79,7 @@ class ParallelMesh:
         self._timeout = timeout
         self._groups: dict[str, Group] = {}
         self._handles: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        self._at_close: list[Callable[[], None]] = []
 
         self.tp = self.group("tp", lambda c: (c.pp, c.dp))
         self.pp = self.group("pp", lambda c: (c.dp, c.tp))
@@ -155,8 +156,14 @@ class ParallelMesh:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    def at_close(self, release: Callable[[], None]) -> None:
+        """Call `release` in `close`, before the process groups go."""
+        self._at_close.append(release)
+
     def close(self) -> None:
         """Destroy the process groups of this mesh (not the default one). The mesh is of no use afterwards."""
+        while self._at_close:
+            self._at_close.pop()()
         for handle in self._handles.values():
             if handle is not None:
                 dist.destroy_process_group(handle)

@@ -24,6 +24,7 @@ from .collectives import (
     split_sequence,
 )
 from .mesh import Group
+from .overlap import BlockOverlap
 from .random import dropout_stream
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,10 +39,18 @@ class Region:
         own_dropout: draw dropout inside from a stream of this rank's own (heads are cut), and leave the stream outside
             as it is on every rank.
         flat: every argument is a tensor `[tokens, ...]` without a batch dimension.
+        overlap: gathers and sums while training, beside the products of the module.
     """
 
-    def __init__(self, group: Group, sequence_parallel: bool, own_dropout: bool, flat: bool = False) -> None:
-        self.group, self.sequence_parallel = group, sequence_parallel
+    def __init__(
+        self,
+        group: Group,
+        sequence_parallel: bool,
+        own_dropout: bool,
+        flat: bool = False,
+        overlap: BlockOverlap | None = None,
+    ) -> None:
+        self.group, self.sequence_parallel, self.overlap = group, sequence_parallel, overlap
         self.own_dropout = own_dropout and not sequence_parallel
         self.flat = flat
         self._stream: dropout_stream | None = None
@@ -60,6 +69,8 @@ class Region:
         dim = 0 if self.flat else 1
 
         def gather(x: torch.Tensor) -> torch.Tensor:
+            if splits and self.overlap is not None:
+                return self.overlap.enter(x)
             return gather_sequence(x, self.group, dim) if splits else copy_to(x, self.group)
 
         if self.flat:
@@ -87,7 +98,8 @@ class Region:
             if self.flat:
                 return scatter_sum(x, self.group, 0)
             assert self._shape is not None
-            return scatter_sum(x.view(self._shape[:-1] + x.shape[-1:]), self.group)  # some return [tokens, H]
+            x = x.view(self._shape[:-1] + x.shape[-1:])  # some return [tokens, H]
+            return scatter_sum(x, self.group) if self.overlap is None else self.overlap.leave(x)
 
         return replace_first(output, reduce)
 
