@@ -38,6 +38,23 @@ def test_gradient_is_that_of_stock(dtype: torch.dtype, padding: int | None) -> N
     torch.testing.assert_close(rows.total, exact.weight.grad, rtol=1e-6, atol=1e-6)  # also of bf16: nothing is rounded
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary"), [(1, 8, 4), (500, 700, 7), (4000, 2048, 40000), (999, 96, 1)]
+)
+def test_rows_on_a_gpu(tokens: int, width: int, vocabulary: int) -> None:
+    """Also of one id thousands of times, and the same to the last bit in each run."""
+    torch.manual_seed(0)
+    ids, rows = torch.randint(0, vocabulary, (tokens,)), torch.randn(tokens, width).bfloat16()
+    start = torch.randn(vocabulary, width)
+    expected = start.double().index_put_((ids,), rows.double(), accumulate=True)
+    totals = [start.cuda() for _ in range(2)]
+    for total in totals:
+        add_rows(total, ids.cuda(), rows.cuda())
+    torch.testing.assert_close(totals[0].cpu().double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(*totals)
+
+
 def test_without_memory_it_is_stock() -> None:
     embedding = nn.Embedding(5, 4)
     embedding.__class__ = Embedding

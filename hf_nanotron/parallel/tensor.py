@@ -52,7 +52,8 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         local = input - self.start
         absent = (local < 0) | (local >= self.length)
-        rows = super().forward(local.masked_fill(absent, 0))
+        # Any row does for an absent id. Many different ones: gradients of one row are added one after the other.
+        rows = super().forward(torch.where(absent, input.remainder(self.length), local))
         return reduce_from(rows.masked_fill(absent.unsqueeze(-1), 0), self.group)
 
 
