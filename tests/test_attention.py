@@ -16,7 +16,7 @@ from pool import WorkerPool
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from hf_nanotron.models.anatomy import blocks, dissect
+from hf_nanotron.models.anatomy import blocks, decoder_layers, dissect
 from hf_nanotron.models.attention import (
     Attention,
     Documents,
@@ -440,8 +440,8 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
         compile_layers(model, more["compiled"], None)
     used: list[str] = []
     config = model.config.get_text_config()
-    for _, block in blocks(model, model.anatomy):
-        block.register_forward_pre_hook(lambda *_: used.append(config._attn_implementation))
+    for layer in decoder_layers(model, model.anatomy):  # outside of what is compiled
+        layer.register_forward_pre_hook(lambda *_: used.append(config._attn_implementation))
     step, losses, gradients, graphs = TrainStep(model, weights), [0.0], [0.0], 0
     for index, (batches, (expected_loss, expected)) in enumerate(zip(steps(kind), torch.load(path), strict=True)):
         loss = step.run(batches, index)
