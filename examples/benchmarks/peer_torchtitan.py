@@ -147,9 +147,13 @@ def train(row: dict[str, Any], config: Any, sequence_length: int, watch: Watch, 
             watch.losses.append(float(global_avg_loss))
             super().log(step, global_avg_loss, *args, **kwargs)
 
+    peaks = [0]  # its log lines begin to count anew
+
     class Watched(Trainer):
         def train_step(self, data_iterator: Any) -> None:
             super().train_step(data_iterator)
+            if torch.cuda.is_available():
+                peaks.append(torch.cuda.max_memory_allocated())
             watch.mark(profile=dist.get_rank() == 0)
 
     def loader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> RandomTokens:
@@ -178,7 +182,11 @@ def train(row: dict[str, Any], config: Any, sequence_length: int, watch: Watch, 
             "micro_batches": trainer.gradient_accumulation_steps,
             "main": dist.get_rank() == 0,
             "shards": dist.get_world_size(),
-            "notes": {"tied": tied, "built_parameters": built_parameters(trainer.model_parts[0])},
+            "notes": {
+                "tied": tied,
+                "built_parameters": built_parameters(trainer.model_parts[0]),
+                "peak_memory_gib": round(max(peaks) / 2**30, 2),
+            },
         }
         trainer.close()
     finally:  # also for a smaller micro-batch after one that was out of memory
