@@ -44,14 +44,6 @@ def tiles() -> list[Any]:
     return list(TILES)
 
 
-def configs() -> list[Any]:
-    if not HAS_FP8:
-        return []
-    from hf_nanotron.ops.fp8_triton import CONFIGS
-
-    return list(CONFIGS)
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("tile", tiles(), ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(256, 384), (203, 80), (1, 16), (130, 1000)])
@@ -113,21 +105,6 @@ def test_products(recipe: str, tokens: int, wide: int, out: int) -> None:
     for times in (1, 2):
         add_scaled_product(total, g.columns, a.columns, g.column_scale, a.column_scale, overwrite=times == 1)
         assert error(total, times * expected) < SUMMED
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("config", configs(), ids=str)
-@pytest.mark.parametrize(("tokens", "wide", "out"), [(512, 256, 384), (203, 48, 80), (16, 16, 16)])
-def test_weight_gradient_kernel(recipe: str, config: Any, tokens: int, wide: int, out: int) -> None:
-    from hf_nanotron.ops.fp8_triton import add_scaled_product as kernel
-
-    x, grad = random(tokens, wide), random(tokens, out, seed=1)
-    a, g = operands(x, recipe), operands(grad, recipe)
-    expected = rounded(grad.double(), recipe, 0).t() @ rounded(x.double(), recipe, 0)
-    total = torch.full((out, wide), math.nan, device="cuda")
-    for times in (1, 2):
-        kernel(total, g.columns, a.columns, g.column_scale, a.column_scale, times == 1, config)
-        assert error(total.cpu(), times * expected) < SUMMED
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

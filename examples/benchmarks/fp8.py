@@ -22,13 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_nanotron.ops.fp8 import Operands, add_scaled_product, product, quantize, scales
-from hf_nanotron.ops.fp8_triton import (
-    CONFIGS,
-    TILES,
-    Config,
-    add_scaled_product as product_kernel,
-    quantize as quantize_kernel,
-)
+from hf_nanotron.ops.fp8_triton import TILES, quantize as quantize_kernel
 from hf_nanotron.ops.linear import add_product
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -169,24 +163,6 @@ def variants(
         run()
         return {"error": float((total[:corner, :corner].double() - exact).norm() / exact.norm())}
 
-    for config in (*CONFIGS, *(config._replace(exact=None) for config in CONFIGS[:2])):
-        for overwrite in (True, False):
-
-            def run(overwrite: bool = overwrite, config: Config = config) -> None:
-                product_kernel(
-                    total,
-                    g.columns,
-                    a.columns,
-                    g.column_scale,
-                    a.column_scale,
-                    overwrite,
-                    config,  # type: ignore[arg-type]
-                )
-
-            more = error(config, run) if overwrite else {}
-            bench(
-                f"{label} own weight gradient, {'first' if overwrite else 'added'}, {tuple(config)}", run, flops, **more
-            )
     if by_row:
         return
     for fast in (False, True):

@@ -41,27 +41,6 @@ TILES = (
 )
 
 
-class Config(NamedTuple):
-    """How the weight gradient is cut: tiles `[a, b]`, tokens a turn, turns loaded ahead.
-
-    Args:
-        group: tiles of `a` that neighbours in time share a column of.
-        exact: tokens after which the tensor cores' sum, of fewer bits than fp32 has, is added to one in fp32; None for
-            never.
-    """
-
-    a: int
-    b: int
-    tokens: int
-    warps: int
-    stages: int
-    group: int = 8
-    exact: int | None = 128
-
-
-CONFIGS = (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(128, 128, 128, 8, 4))
-
-
 @triton.jit
 def _quantize_kernel(
     x,
@@ -98,58 +77,6 @@ def _quantize_kernel(
     tl.store(columns + places, tl.trans(turned), mask=in_columns[:, None] & (row < padded)[None, :])
 
 
-@triton.jit
-def _product_kernel(
-    total,
-    left,
-    right,
-    left_scale,
-    right_scale,
-    a,
-    b,
-    tokens,
-    OVERWRITE: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    EVEN: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    tiles_a, tiles_b = tl.cdiv(a, A), tl.cdiv(b, B)
-    group = tl.program_id(0) // (GROUP * tiles_b)
-    height = tl.minimum(tiles_a - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_b)
-    row = (group * GROUP + within % height) * A + tl.arange(0, A)
-    column = (within // height) * B + tl.arange(0, B)
-    in_a, in_b = row < a, column < b
-    token = tl.arange(0, TOKENS)
-    # Past the end the last rows are read again: their products are not written.
-    left_rows = left + tl.minimum(row, a - 1).to(tl.int64)[:, None] * tokens + token[None, :]
-    right_rows = right + tl.minimum(column, b - 1).to(tl.int64)[:, None] * tokens + token[None, :]
-    sums = tl.zeros((A, B), dtype=tl.float32)
-    for turn in range(0, tokens, TOKENS):
-        if EVEN:
-            x = tl.load(left_rows + turn)
-            y = tl.load(right_rows + turn)
-        else:
-            left_over = (token < tokens - turn)[None, :]
-            x = tl.load(left_rows + turn, mask=left_over, other=0.0)
-            y = tl.load(right_rows + turn, mask=left_over, other=0.0)
-        sums = tl.dot(x, tl.trans(y), sums, max_num_imprecise_acc=EXACT)
-    if BY_ROW:
-        sums *= tl.load(left_scale + row, mask=in_a, other=0.0)[:, None]
-        sums *= tl.load(right_scale + column, mask=in_b, other=0.0)[None, :]
-    else:
-        sums *= tl.load(left_scale) * tl.load(right_scale)
-    places = total + row.to(tl.int64)[:, None] * b + column[None, :]
-    inside = in_a[:, None] & in_b[None, :]
-    if not OVERWRITE:
-        sums += tl.load(places, mask=inside, other=0.0)
-    tl.store(places, sums, mask=inside)
-
-
 def quantize(
     x: torch.Tensor,
     row_scale: torch.Tensor,
@@ -184,44 +111,4 @@ def quantize(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             num_warps=tile.warps,
-        )
-
-
-def add_scaled_product(
-    total: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    left_scale: torch.Tensor,
-    right_scale: torch.Tensor,
-    overwrite: bool,
-    config: Config = CONFIGS[0],
-) -> None:
-    """`total (+)= left @ right.T` with their scales; see `fp8.add_scaled_product`.
-
-    Args:
-        total: `[a, b]`, fp32, contiguous.
-        left, right: `[a, tokens]` and `[b, tokens]`, FP8, contiguous, not empty.
-        left_scale, right_scale: `[]` both, or `[a]` and `[b]`.
-    """
-    (a, tokens), b = left.shape, right.shape[0]
-    with torch.cuda.device_of(total):
-        _product_kernel[(triton.cdiv(a, config.a) * triton.cdiv(b, config.b),)](
-            total,
-            left,
-            right,
-            left_scale,
-            right_scale,
-            a,
-            b,
-            tokens,
-            OVERWRITE=overwrite,
-            BY_ROW=left_scale.dim() > 0,
-            EVEN=tokens % config.tokens == 0,
-            A=config.a,
-            B=config.b,
-            TOKENS=config.tokens,
-            GROUP=config.group,
-            EXACT=config.exact,
-            num_warps=config.warps,
-            num_stages=config.stages,
         )
