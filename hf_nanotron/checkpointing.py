@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
     args: NanotronTrainingArguments
     model: ParallelModel
     weights: ShardedWeights
+    _filters_losses: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._background = BackgroundSave()
@@ -93,7 +95,9 @@ class CheckpointingTrainer(EvaluatingTrainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        torch.save(self.args, directory / "training_args.bin")
+        args = copy.copy(self.args)
+        args.logging_nan_inf_filter |= self._filters_losses  # what stands for it while a run is going on
+        torch.save(args, directory / "training_args.bin")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write `checkpoint-N/`, and commit it; with `async_save` the training goes on meanwhile."""

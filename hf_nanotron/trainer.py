@@ -30,10 +30,10 @@ from .models.sharding import shard_weights
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
 from .monitor.throughput import Throughput
+from .nonfinite import FiniteTrainer
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
-from .optim.finite import FiniteCheck
 from .optim.link import OptimizerLink
-from .optim.norm import NonFiniteGradientError, describe_nonfinite, global_norm
+from .optim.norm import global_norm
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
@@ -45,7 +45,7 @@ from .training_args_recompute import layer_numbers, recomputes
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(DataTrainer, CheckpointingTrainer):
+class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -77,7 +77,6 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             model = self._parallel_model(model, args)
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._link: OptimizerLink | None = None
-        self._unchecked: FiniteCheck | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._set_up_training_state()
         if self.optimizer is not None:
@@ -308,14 +307,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
         loss = self._step.run(micro_batches, self.state.global_step)
         self._norm = global_norm(self.weights.segments, self.mesh)
-        assert self._link is not None
-        self._unchecked = FiniteCheck(self.state.global_step + 1, self._norm, loss)
-        if self._link.skips_on_device and not self.args.moe_bias_update_rate:
-            self._link.skip_unless_finite(self._norm)
-            is_finite = True  # as far as the host knows
-        else:
-            is_finite = self._check_gradient()
-            self._link.skips_next = not is_finite
+        is_finite = self._judge(self._norm, loss)
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
         length = max(batch["input_ids"].shape[1] for batch in batches)
         every = self.args.torch_empty_cache_steps
@@ -331,11 +323,7 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             self._loads = mixture.balance(is_finite)
         self._stop_if_told(told[2])
         self.throughput.add_tokens(told[1], length)
-        loss = told[0].float()
-        if self._filters_losses:
-            steps = 1 + self.state.global_step - self._globalstep_last_logged
-            loss = torch.where(loss.isfinite(), loss, self._tr_loss / steps)
-        return loss
+        return self._filtered(told[0].float())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Predicted tokens of a window over all data-parallel ranks.
@@ -350,40 +338,10 @@ class NanotronTrainer(DataTrainer, CheckpointingTrainer):
             return all_reduce(count, self.mesh.dp)
         return count.clamp(min=1) * self.mesh.dp_size
 
-    def _check_gradient(self) -> bool:
-        """Whether the last step's gradient was finite. Reports one that was not, once; the step is left out.
-
-        Raises:
-            NonFiniteGradientError: unless `skip_nonfinite_steps`. Weights, optimizer and checkpoints are untouched.
-        """
-        check, self._unchecked = self._unchecked, None
-        if check is None or check.is_finite():
-            return True
-        order = list(self.model.hub_shapes)
-        what = describe_nonfinite(self.weights.segments, order, check.loss, check.norm, self.mesh)
-        what = f"step {check.step}: {what}"
-        if not self.args.skip_nonfinite_steps:
-            raise NonFiniteGradientError(
-                f"{what} The weights are those of the step before, and no checkpoint was touched. Lower the learning "
-                "rate, look at this step's data, or leave such steps out with skip_nonfinite_steps=True."
-            )
-        logger.warning(f"{what} The step is left out (skip_nonfinite_steps=True).")
-        return False
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        control = self.control
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            self._check_gradient()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        # Trainer's own test of the loss makes the host wait in each micro-batch; `training_step` does it on the device.
-        filters, self._unchecked = self.args.logging_nan_inf_filter, None
-        self._filters_losses, self.args.logging_nan_inf_filter = filters, False
         try:
             return super().train(*args, **kwargs)
         finally:
-            self.args.logging_nan_inf_filter = filters
             gc.unfreeze()
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:

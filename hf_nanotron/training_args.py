@@ -133,7 +133,9 @@ class NanotronTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Let tensor-parallel communication travel beside matrix products (needs sequence_parallel); unset, "
-            "on GPUs."
+            "on GPUs.",
+            "nargs": "?",
+            "const": True,
         },
     )
     pp_schedule: str = field(
@@ -159,7 +161,11 @@ class NanotronTrainingArguments(TrainingArguments):
     )
     torch_compile: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Compile decoder layers for training. Unset: on CUDA with bf16, where it is faster."},
+        metadata={
+            "help": "Compile decoder layers for training. Unset: on CUDA with bf16, where it is faster.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     # HfArgumentParser takes `str` out of this union; with nargs the shell can say "3 5" as well as "3,5".
     pp_layers_per_stage: list[int] | str | None = field(

@@ -354,7 +354,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
 # Variables that `accelerate launch` sets from its own configuration, and what to use instead of them.
 ENVIRONMENT: dict[str, str] = {
     "ACCELERATE_MIXED_PRECISION": "bf16=True",
-    "ACCELERATE_DYNAMO_BACKEND": "no compilation in this version",
+    "ACCELERATE_DYNAMO_BACKEND": "torch_compile=True",
     "ACCELERATE_USE_DEEPSPEED": _SIZES,
     "ACCELERATE_USE_FSDP": _SIZES,
     "ACCELERATE_USE_MEGATRON_LM": _SIZES,

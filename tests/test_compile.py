@@ -14,6 +14,7 @@ from family_runs import STEP_LENGTH, micro_batches, reference, tiny_model
 from pool import WorkerPool
 from torch._dynamo import lookup_backend
 
+from hf_nanotron.models.compile import backend_of
 from hf_nanotron.models.graph import rewriting
 
 TOLERANCE = 1e-5
@@ -56,6 +57,29 @@ def test_rotary_embeddings_are_rolled(partial: bool) -> None:
     gradients = [torch.autograd.grad((y * y.detach().cos()).sum(), x)[0] for y in results]
     assert rolled == [0 if partial else 1]
     assert torch.equal(*results) and torch.equal(*gradients)
+
+
+def test_trainers_share_compiled_code() -> None:
+    """Which torch keeps by its backend."""
+    assert backend_of("aot_eager", None, False) is backend_of("aot_eager", None, False)
+    assert backend_of("aot_eager", None, False) is not backend_of("inductor", None, False)
+
+
+def test_restoring_finds_layers_with_new_hooks(pool: WorkerPool) -> None:
+    assert pool.run(1, restore_after_a_hook) == [0]
+
+
+def restore_after_a_hook() -> int:
+    from hf_nanotron.models.compile import compile_layers, restore_layers
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+
+    model = parallelize(tiny_model("llama"), ParallelMesh(ParallelConfig()))
+    compile_layers(model, "aot_eager", None)
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    restore_layers(model)
+    return sum("forward" in vars(module) for module in model.modules())
 
 
 def test_evaluation_is_not_compiled(pool: WorkerPool) -> None:

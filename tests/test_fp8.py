@@ -296,6 +296,34 @@ def fp8_errors(sizes: dict[str, Any], recipe: str, how: dict[str, Any], expected
     return max(errors), loss * speaks, count
 
 
+def products_by_policy() -> dict[str | None, int]:
+    """FP8 products of one step, forwards and input gradients, by what recomputes."""
+    from unittest import mock
+
+    from hf_nanotron.models.recompute import recompute_selectively, recompute_wholly
+    from hf_nanotron.ops import fp8_linear
+
+    counts: dict[str | None, int] = {}
+    for policy, recompute in ((None, None), ("selective", recompute_selectively), ("full", recompute_wholly)):
+        mesh = ParallelMesh(ParallelConfig())
+        model = parallelize(copy.deepcopy(stock_model("llama", **SIZES)), mesh)
+        use_fp8(model, "tensorwise")
+        weights = shard_weights(model, torch.float32, 1000)
+        if recompute is not None:
+            recompute(model, range(model.config.num_hidden_layers), {})
+        batches, items = window()
+        with mock.patch.object(fp8_linear, "product", wraps=fp8_linear.product) as product:
+            TrainStep(model, weights).run([{**batch, "num_items_in_batch": items} for batch in batches], step=0)
+        counts[policy] = product.call_count
+        mesh.close()
+    return counts
+
+
+def test_selective_recomputation_keeps_products(pool: WorkerPool) -> None:
+    (counts,) = pool.run(1, products_by_policy)
+    assert 0 < counts[None] == counts["selective"] < counts["full"]
+
+
 # Of an FP8 number, where each rank has scales of its own; and of fp32 where all have the same.
 LOCAL, SAME = 0.3, 1e-5
 

@@ -426,6 +426,15 @@ def test_command_line(layers: list[str], expected: tuple[int, ...], build: Any, 
     assert args.max_grad_norm == 0.5
 
 
+def test_bare_switches(tmp_path: Path) -> None:
+    """As stock TrainingArguments take them."""
+    argv = [f"--output_dir={tmp_path}", "--use_cpu", "--torch_compile"]
+    (args,) = HfArgumentParser(ARGUMENTS).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    assert args.torch_compile is True
+    (args,) = HfArgumentParser(ARGUMENTS).parse_args_into_dataclasses(argv[:2], look_for_args_file=False)
+    assert args.torch_compile is False  # no GPU, no default
+
+
 def test_command_line_and_dict(tmp_path: Path) -> None:
     parser = HfArgumentParser(ARGUMENTS)
     argv = [f"--output_dir={tmp_path}", "--use_cpu", "--accelerator_config", '{"non_blocking": "true"}']

@@ -7,15 +7,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from pool import JobError, WorkerPool
 from test_gradients import stock_model
 from tiny import History, local_gradients, pad_batch, random_dataset, training_arguments
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.optim.link import OptimizerLink
 from hf_nanotron.parallel import gradients as gradients_module, zero as zero_module
 from hf_nanotron.parallel.collectives import all_reduce
 
@@ -495,3 +498,53 @@ def test_an_optimizer_with_frozen_parameters_and_mixed_groups() -> None:
     trainer.train()
     assert torch.equal(trainer.model.model.embed_tokens.weight, before)
     assert not torch.equal(trainer.model.lm_head.weight, head)
+
+
+class StopAtTheEnd(TrainerCallback):
+    """Ends the epoch with its last step, at which nothing is logged or saved."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = state.global_step == 3
+        control.should_training_stop = False
+
+
+def train_to_a_broken_end(directory: str) -> None:
+    fields = training_arguments(num_train_epochs=1, optim="adamw_torch_fused", logging_steps=100)
+    args = NanotronTrainingArguments(**{**fields, "max_steps": -1, "num_train_epochs": 1})
+    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    trainer = NanotronTrainer(
+        model=model,
+        args=args,
+        train_dataset=random_dataset(3 * size),
+        data_collator=pad_batch,
+        callbacks=[StopAtTheEnd()],
+    )
+    finish = trainer.weights.finish
+
+    def finish_and_break() -> None:
+        finish()
+        if trainer.state.global_step == 2:
+            trainer.weights.segments[0].gradient[-1] = float("inf")
+
+    trainer.weights.finish = finish_and_break  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        trainer.mesh.close()
+
+
+def test_a_broken_last_step_is_reported(pool: WorkerPool) -> None:
+    with pytest.raises(JobError) as error:
+        pool.run(1, train_to_a_broken_end, checkpoint(False))
+    assert set(error.value.kinds.values()) == {"NonFiniteGradientError"} and "step 3" in str(error.value)
+
+
+def test_a_fused_optimizer_is_not_told_on_the_device_before_it_has_state() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    weights = mock.Mock(segments=[mock.Mock(master=weight, gradient=torch.ones(4))])
+    link = OptimizerLink(optimizer, weights)
+    assert not link.skips_on_device
+    optimizer.step()
+    assert link.skips_on_device

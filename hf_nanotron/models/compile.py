@@ -45,12 +45,13 @@ def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None
 
 def restore_layers(model: ParallelModel) -> None:
     """Take back what `compile_layers` has done."""
-    for part in compiled_parts(model):
+    for part in model.modules():  # also those that would not be compiled now, because somebody has put hooks inside
         forward = part.__dict__.get("forward")
         if isinstance(forward, functools.partial) and forward.func is _forward:
             del part.__dict__["forward"]
 
 
+@functools.cache  # compiled code is kept by its backend: another object would have everything compiled anew
 def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = True) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs.
 

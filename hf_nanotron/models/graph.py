@@ -47,7 +47,7 @@ def join_linears(graph_module: fx.GraphModule) -> None:
         if _is_linear(node):
             by_input.setdefault(node.args[0], []).append(node)
     for input, nodes in by_input.items():
-        if len(nodes) < 2 or not all(_is_given(node) for node in nodes):
+        if len(nodes) < 2 or not all(map(_is_given, nodes)) or any(map(_is_in_place, input.users)):
             continue
         _, weights, biases, keys = zip(*(node.args for node in reversed(nodes)), strict=True)
         if min(map(_out_features, weights)) > NARROW:

@@ -166,7 +166,8 @@ class Linear(nn.Linear):
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if torch.compiler.is_compiling():
+        # The operator also where products overlap with communication: it is one to whoever keeps outputs for later.
+        if torch.compiler.is_compiling() or self.products is not None:
             if self._key is None or not trains or not input.requires_grad:
                 return F.linear(input, self.weight, bias)
             return torch.ops.hf_nanotron.linear(input, self.weight, bias, self._key)

@@ -42,8 +42,11 @@ class OptimizerLink:
 
     @property
     def skips_on_device(self) -> bool:
-        """Whether the optimizer can leave out a step by what only the device knows."""
-        return self._is_fused
+        """Whether the optimizer can leave out a step by what only the device knows.
+
+        Not its first: torch's fused SGD would take memory that it has not written yet for its momentum.
+        """
+        return self._is_fused and bool(self.optimizer.state)
 
     def skip_unless_finite(self, norm: torch.Tensor) -> None:
         """Have the next `step` change nothing if `norm` is not finite. Needs `skips_on_device`."""

@@ -58,6 +58,9 @@ class ProductQueue:
 
     def cover(self, arriving: int) -> None:
         """Run as many products as hide the arrival of so many bytes, and those that have waited long enough."""
+        if torch._C._current_graph_task_id() != self._backward:
+            self._held.clear()  # of a backward that was broken off
+            return
         flops = 0
         while self._held and (flops < arriving * FLOPS_PER_BYTE or len(self._held) > HELD_AFTER):
             flops += self._run()
