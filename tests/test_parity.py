@@ -129,7 +129,9 @@ SPREAD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # test_families.py has all, below the trainer
-def test_families(pool: WorkerPool, family: str, tied: bool) -> None:
+def test_families(pool: WorkerPool, pytestconfig: pytest.Config, family: str, tied: bool) -> None:
+    if tied != (family == "llama") and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     directory = checkpoint(family, tie_word_embeddings=tied)
     for row in SPREAD:
         sizes = dict(row)

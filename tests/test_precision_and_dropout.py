@@ -170,10 +170,11 @@ def test_gradients_accumulate_in_fp32() -> None:
     for name, gradient in together.items():
         assert gradient.dtype == torch.float32
         expected = torch.zeros_like(gradient)
+        by_row = "embed" in name  # each token's gradient is added on its own, and in fp32 from the start
         for single in one_by_one:
-            assert torch.equal(single[name], single[name].bfloat16().float())
+            assert by_row or torch.equal(single[name], single[name].bfloat16().float())
             expected += single[name]
-        assert torch.equal(gradient, expected)
+        torch.testing.assert_close(gradient, expected, rtol=1e-6 * by_row, atol=1e-8 * by_row)
     assert any(not torch.equal(g, g.bfloat16().float()) for g in together.values())
 
 

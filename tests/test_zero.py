@@ -160,6 +160,14 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
     "dp4 pp2 ga4 tied": (8, {"pp_size": 2, "gradient_accumulation_steps": 4}, True),
     "dp2 tp2 pp2 ga4 tied": (8, {"tp_size": 2, "pp_size": 2, "gradient_accumulation_steps": 4}, True),
 }
+BY_DEFAULT = (
+    "dp2 ga4 tied",
+    "dp4 replicas2 ga4",
+    "dp2 tp2 ga4 tied",
+    "dp2 pp2 interleaved ga4 tied",
+    "dp4 tp2 ga1",
+    "dp2 tp2 pp2 ga4 tied",
+)
 SUMS_OF_TWO = ("dp2 ga1", "dp2 ga4 tied", "dp2 pp2 ga4")
 TITLE = "ZeRO: relative errors over five steps in fp32, against stage 0 and against stock Trainer in one process"
 ROWS: list[str] = []  # conftest.py prints them when all tests have run
@@ -168,8 +176,10 @@ HEADER = f"{'case':30s} stage " + " ".join(f"{column:>13s}" for column in COLUMN
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_stage_is_plain_data_parallelism(pool: WorkerPool, name: str) -> None:
+def test_every_stage_is_plain_data_parallelism(pool: WorkerPool, pytestconfig: pytest.Config, name: str) -> None:
     """Stages 1 to 3 against stage 0 on the same ranks, and all of them against stock Trainer in one process."""
+    if name not in BY_DEFAULT and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     world, sizes, tied = CASES[name]
     dp = world // sizes.get("tp_size", 1) // sizes.get("pp_size", 1)
     directory = checkpoint(tied)

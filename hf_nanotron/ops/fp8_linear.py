@@ -10,12 +10,22 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from .fp8 import Operands, aligned, product, quantize, scales, weight_scales
 from .linear import Linear, WeightGradient
+
+
+@runtime_checkable
+class ScaledWeightGradient(WeightGradient, Protocol):
+    """A gradient that takes products of FP8 numbers."""
+
+    def add_scaled_product(
+        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
+    ) -> None:
+        """Add `grad_output @ input.T`, of `[out, tokens]` and `[in, tokens]` FP8 numbers: see `fp8`."""
 
 
 class WeightCopies:
@@ -44,7 +54,7 @@ class WeightCopies:
 class Fp8Weight:
     """The FP8 copy of one weight in both orders, and where its gradient goes."""
 
-    def __init__(self, copies: WeightCopies, total: WeightGradient) -> None:
+    def __init__(self, copies: WeightCopies, total: ScaledWeightGradient) -> None:
         self.copies, self.total = copies, total
         self._operands: Operands | None = None
         self._made_in = 0
@@ -200,7 +210,7 @@ class Fp8Linear(Linear):
     def accumulate_into(self, total: WeightGradient | None) -> None:
         super().accumulate_into(total)
         self.fp8_weight = self._fp8_key = None
-        if total is not None:
+        if isinstance(total, ScaledWeightGradient):
             self.fp8_weight, self._fp8_key = Fp8Weight(self.copies, total), torch.tensor(next(_keys), device="cpu")
             _weights[int(self._fp8_key)] = self.fp8_weight
 

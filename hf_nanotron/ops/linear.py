@@ -21,11 +21,6 @@ class WeightGradient(Protocol):
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         """Add `grad_output.T @ input`, of `[tokens, out]` and `[tokens, in]`."""
 
-    def add_scaled_product(
-        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
-    ) -> None:
-        """Add `grad_output @ input.T`, of `[out, tokens]` and `[in, tokens]` FP8 numbers: see `fp8`."""
-
 
 class Products(Protocol):
     """Who computes the products of one layer where they overlap with communication: other work, the same values."""
