@@ -79,7 +79,7 @@ def llama_for(tp: int, stages: int) -> str:
 
 
 TOPOLOGIES = [(pp, dp, tp) for pp in range(1, 9) for dp in range(1, 9) for tp in range(1, 9) if pp * dp * tp <= 8]
-LARGE = {(2, 2, 2), (1, 2, 4), (2, 1, 4), (4, 2, 1), (1, 1, 8), (8, 1, 1), (1, 8, 1), (1, 2, 3), (3, 1, 2), (1, 1, 7)}
+LARGE = {(2, 2, 2), (1, 2, 4), (2, 1, 4), (4, 2, 1), (1, 1, 8), (8, 1, 1), (1, 8, 1), (3, 1, 2)}
 SCHEDULES = {"afab": 1, "1f1b": 1, "interleaved_1f1b": 2}
 
 
