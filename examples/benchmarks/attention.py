@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from timing import measure as timed
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,18 +30,7 @@ def measure(function: Callable[[], object], repeats: int) -> tuple[float, float,
     function()
     torch.cuda.synchronize()
     first = time.perf_counter() - begin
-    for _ in range(2):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), (quarters[2] - quarters[0]) / 2, first
+    return *timed(function, repeats), first
 
 
 def report(name: str, shape: tuple[int, ...], call: Callable[[], torch.Tensor], flops: float, repeats: int) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 
 import torch
+from timing import measure
 from torch.nn import functional as F
 
 from hf_nanotron.ops.gated import silu_and_multiply
@@ -22,22 +22,6 @@ from hf_nanotron.ops.grouped_triton import CONFIGS, add_grouped_product
 from hf_nanotron.ops.permute import gather_rows, permute, sort_by_expert, sum_rows, unpermute, unpermute_gradients
 
 BF16 = torch.bfloat16
-
-
-def measure(function: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and spread (half of the range between the quartiles) in ms."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), (quarters[2] - quarters[0]) / 2
 
 
 def report(name: str, function: Callable[[], object], repeats: int, flops: float = 0.0, moved: float = 0.0) -> None:
