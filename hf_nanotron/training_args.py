@@ -191,10 +191,14 @@ class NanotronTrainingArguments(TrainingArguments):
             logger.info("No accelerator is available: running on the CPU (use_cpu=True).")
             self.use_cpu = True
 
+        # Not for transformers to see, which would switch TF32 on, nor for accelerate, which does so whatever `tf32` says.
+        chosen, backend, mode = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
-
-        if self.torch_compile is None:  # set here, or it would switch TF32 on too, as torch_compile=True does
-            self.torch_compile = self.bf16 and self.device.type == "cuda"
+        if chosen is None:
+            chosen = self.bf16 and self.device.type == "cuda"
+        self.torch_compile = chosen or backend is not None or mode is not None
+        self.torch_compile_backend, self.torch_compile_mode = backend, mode
         # The trainer casts by itself; accelerate must not autocast, nor convert outputs to fp32.
         self.mixed_precision = "no"
         if self.world_size != expected_world_size:

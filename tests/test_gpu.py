@@ -16,8 +16,8 @@ GPUS = torch.cuda.device_count()
 HERE = Path(__file__).resolve().parent
 ROWS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
-    (1, {"torch_compile": True, "tf32": False}),
-    (2, {"torch_compile": True, "tf32": False, "tp_size": 2}),
+    (1, {"torch_compile": True}),
+    (2, {"torch_compile": True, "tp_size": 2}),
     (2, {"tp_size": 2}),
     (2, {"tp_size": 2, "sequence_parallel": False}),
     (2, {"zero_stage": 0}),
@@ -28,7 +28,7 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
     (2, {"pp_size": 2}),
     (2, {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}),
     (2, {"pp_size": 2, "pp_schedule": "zb"}),
-    (2, {"pp_size": 2, "pp_schedule": "zb", "torch_compile": True, "tf32": False}),
+    (2, {"pp_size": 2, "pp_schedule": "zb", "torch_compile": True}),
     (2, {"pp_size": 2, "pp_schedule": "zb", "pp_virtual_stages": 2, "gradient_checkpointing": True}),
     (4, {"pp_size": 2, "pp_schedule": "zb", "zero_stage": 2}),
     (4, {"tp_size": 2, "pp_size": 2}),

@@ -24,7 +24,8 @@ def run(device: str, count: int, **arguments: Any) -> tuple[torch.Tensor, dict[s
     parameters = [nn.Parameter(weight.to(device)) for weight in weights]
     groups = [{"params": parameters[1:], "weight_decay": 0.0}, {"params": parameters[:1], "weight_decay": 0.1}]
     streams = {parameters[0]: (5, (1 << 32) - 500)}  # across the border of 32 bits
-    optimizer = AdamW(groups, lr=1e-2, seed=3, streams=streams, **arguments)
+    rounded = {parameters[0]: torch.zeros(count, dtype=torch.bfloat16, device=device)}
+    optimizer = AdamW(groups, lr=1e-2, seed=3, streams=streams, rounded=rounded, **arguments)
     for step in range(STEPS + 1):
         for parameter in parameters:
             # Away from zero, so that relative errors mean something.
@@ -33,6 +34,7 @@ def run(device: str, count: int, **arguments: Any) -> tuple[torch.Tensor, dict[s
         optimizer.grad_scale = torch.tensor(1000.0, device=device)
         optimizer.found_inf = torch.tensor(float(step == STEPS), device=device)
         optimizer.step()
+    assert torch.equal(rounded[parameters[0]], parameters[0].bfloat16())
     state = {name: value.cpu() for name, value in optimizer.state[parameters[0]].items()}
     return parameters[0].detach().cpu(), state
 

@@ -22,12 +22,12 @@ ROUNDS = 60
 ROWS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tp_size": 2}),
     (2, {"tp_size": 2, "tp_overlap": False}),
-    (2, {"tp_size": 2, "torch_compile": True, "tf32": False}),
+    (2, {"tp_size": 2, "torch_compile": True}),
     (2, {"tp_size": 2, "activation_checkpointing": True}),
-    (2, {"tp_size": 2, "activation_checkpointing": True, "torch_compile": True, "tf32": False}),
+    (2, {"tp_size": 2, "activation_checkpointing": True, "torch_compile": True}),
     (4, {"tp_size": 4}),
     (4, {"tp_size": 2, "pp_size": 2}),
-    (4, {"tp_size": 2, "zero_stage": 2, "torch_compile": True, "tf32": False}),
+    (4, {"tp_size": 2, "zero_stage": 2, "torch_compile": True}),
 ]
 
 

@@ -86,6 +86,25 @@ def test_found_inf_skips_the_step() -> None:
     assert optimizer.state[parameters[0]]["step"] == 2
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_rounded_values_are_written_with_the_step(state_dtype: torch.dtype) -> None:
+    parameters = random_parameters()
+    rounded = {p: torch.full_like(p, 9.0, dtype=torch.bfloat16) for p in parameters[:2]}
+    optimizer = AdamW(parameters, lr=1e-2, state_dtype=state_dtype, rounded=rounded)
+    set_gradients(parameters, 0)
+    parameters[1].grad = None
+    optimizer.step()
+    assert torch.equal(rounded[parameters[0]], parameters[0].bfloat16())
+    assert (rounded[parameters[1]] == 9.0).all()  # not updated, so not written
+    with torch.no_grad():
+        parameters[0] += 1.0
+    before = rounded[parameters[0]].clone()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(rounded[parameters[0]], before)
+    assert not copy.deepcopy(optimizer).rounded  # a copy of the optimizer is not that of this model
+
+
 def test_grad_scaler_uses_both() -> None:
     """torch's own gradient scaler sets the two attributes, and deletes them after the step."""
     parameters = random_parameters((5,))

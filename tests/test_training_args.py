@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -433,6 +434,15 @@ def test_bare_switches(tmp_path: Path) -> None:
     assert args.torch_compile is True
     (args,) = HfArgumentParser(ARGUMENTS).parse_args_into_dataclasses(argv[:2], look_for_args_file=False)
     assert args.torch_compile is False  # no GPU, no default
+
+
+@pytest.mark.parametrize("choice", [{"torch_compile": True}, {"torch_compile_backend": "aot_eager"}])
+def test_compiling_does_not_change_precision(choice: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """transformers switches TF32 on for whoever compiles, and accelerate does by this variable whatever `tf32` says."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    args = NanotronTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **choice)
+    assert args.torch_compile is True and args.torch_compile_backend == choice.get("torch_compile_backend")
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
 
 
 def test_command_line_and_dict(tmp_path: Path) -> None:

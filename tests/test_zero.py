@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -462,6 +462,46 @@ def test_lion_and_bf16_moments(pool: WorkerPool) -> None:
         assert shared == pytest.approx(alone, rel=2e-5)
     fp32 = pool.run(1, train_with, directory, {"gradient_accumulation_steps": 2})[0]
     assert alone == pytest.approx(fp32, rel=1e-3) and alone != fp32
+
+
+class OnesWritten(TrainerCallback):
+    """After every step: whether the model computes with the rounded masters. `publishes`: by a pass of its own."""
+
+    def __init__(self, publishes: bool) -> None:
+        self.publishes, self.trainer, self.equal = publishes, cast(Any, None), []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert len(self.trainer.optimizer.rounded) == len(self.trainer.weights.segments)
+        if self.publishes:
+            self.trainer.optimizer.rounded.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        segments = self.trainer.weights.segments
+        self.equal.append(all(torch.equal(s.weight, s.master.bfloat16()) for s in segments))
+
+
+def train_in_bf16(directory: str, zero_stage: int, publishes: bool) -> list[float]:
+    args = NanotronTrainingArguments(
+        **training_arguments(bf16=True, optim_state_dtype="bfloat16", zero_stage=zero_stage, max_steps=4)
+    )
+    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    history, written = History(), OnesWritten(publishes)
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch,
+        callbacks=[history, written],
+    )  # fmt: skip
+    written.trainer = trainer
+    trainer.train()
+    assert written.equal == [True] * 4
+    return history.losses
+
+
+def test_weights_are_rounded_by_the_optimizer(pool: WorkerPool) -> None:
+    """Our AdamW writes the bf16 weights itself; every loss is that of weights rounded afterwards, to the last bit."""
+    directory = checkpoint(True)
+    for zero_stage in (0, 1, 2):
+        once, twice = (pool.run(2, train_in_bf16, directory, zero_stage, publishes) for publishes in (False, True))
+        assert once == twice
 
 
 # ---- one owner ----

@@ -44,6 +44,7 @@ def _adamw_kernel(
     gradient,
     exp_avg,
     exp_avg_sq,
+    rounded,
     factors,
     grad_scale,
     found_inf,
@@ -82,6 +83,8 @@ def _adamw_kernel(
     p = p * decay - step_size * tl.div_rn(m, denominator)
 
     tl.store(master + offsets, p, mask=mask)
+    if rounded is not None:
+        tl.store(rounded + offsets, p.to(rounded.dtype.element_ty), mask=mask)
     if STOCHASTIC:
         elements = offsets + first
         key = _mix(step.to(tl.int32).to(tl.uint32, bitcast=True) ^ key0.to(tl.uint32, bitcast=True))
@@ -102,6 +105,7 @@ def adamw(
     factors: torch.Tensor,
     row: int,
     *,
+    rounded: torch.Tensor | None,
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     keys: tuple[int, int],
@@ -116,6 +120,7 @@ def adamw(
         master, gradient: fp32, of one shape.
         exp_avg, exp_avg_sq: of that shape, both fp32, or both bfloat16 and then rounded stochastically.
         factors: `[n, 3]`, fp32; row `row` is lr / (1 - beta1^t), sqrt(1 - beta2^t) and the step t.
+        rounded: of that shape, of any floating type; the new `master` is written there too.
         grad_scale: 0-dim, fp32; the gradient is divided by it. None: it is not.
         found_inf: 0-dim; nothing is written if it is not zero.
         keys: of the random bits, two signed 32-bit integers.
@@ -131,6 +136,7 @@ def adamw(
             gradient,
             exp_avg,
             exp_avg_sq,
+            rounded,
             factors,
             grad_scale,
             found_inf,

@@ -1,4 +1,4 @@
-"""AdamW whose moments may be bfloat16, half the memory and traffic of fp32 ones."""
+"""AdamW in one pass over memory, whose moments may be bfloat16, half the memory and traffic of fp32 ones."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ class AdamW(torch.optim.Optimizer):
         streams: parameter -> (number, first element): its element `i` draws the bits of element `first + i` of stream
             `number`. The default is (index in the optimizer, 0). Copies of one weight on several ranks part unless
             they draw the same bits: give them the same.
+        rounded: parameter -> a tensor of its shape that gets its new values too, rounded to nearest: what a model
+            computes with. It costs no reading of the parameter.
 
     Raises:
         ValueError: for a parameter or value that is none of these.
@@ -91,10 +93,12 @@ class AdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         streams: Mapping[nn.Parameter, tuple[int, int]] | None = None,
+        rounded: Mapping[nn.Parameter, torch.Tensor] | None = None,
     ) -> None:
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype={state_dtype} is not torch.float32 or torch.bfloat16.")
         self.state_dtype, self.seed, self.streams = state_dtype, seed, dict(streams or {})
+        self.rounded = dict(rounded or {})
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,6 +162,8 @@ class AdamW(torch.optim.Optimizer):
             v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
             parameter.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+            if parameter in self.rounded:
+                self.rounded[parameter].copy_(parameter)
             if self.state_dtype == torch.bfloat16:
                 keys, first = self._stream(parameter, number)
                 bits = random_bits(keys, state["step"], first, parameter.numel()).view_as(parameter)
@@ -181,7 +187,7 @@ class AdamW(torch.optim.Optimizer):
         for row, (parameter, number) in enumerate(numbers.items()):
             assert parameter.grad is not None
             state = self.state[parameter]
-            keys, first = self._stream(parameter, number)
+            keys, first = self._stream(parameter, number) if self.state_dtype == torch.bfloat16 else ((0, 0), 0)
             adamw(
                 parameter,
                 parameter.grad.contiguous(),
@@ -189,6 +195,7 @@ class AdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"],
                 factors,
                 row,
+                rounded=self.rounded.get(parameter),
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 keys=keys,
@@ -211,5 +218,5 @@ class AdamW(torch.optim.Optimizer):
                 state[name] = state[name].to(self.state_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"state_dtype": self.state_dtype, "seed": self.seed, "streams": self.streams}
+        own = {"state_dtype": self.state_dtype, "seed": self.seed, "streams": self.streams, "rounded": {}}
         return {**super().__getstate__(), **own}

@@ -71,7 +71,7 @@ class OptimizerLink:
         for segment in self.weights.segments:
             segment.master.grad = None
         if not self.skips_next:
-            self.weights.publish()
+            self.weights.publish(rounded=bool(getattr(self.optimizer, "rounded", None)))
             if not self.overlap:
                 self.weights.wait()
         self.skips_next = False

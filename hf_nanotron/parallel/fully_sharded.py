@@ -213,7 +213,7 @@ class FullyShardedWeights:
             if module in unit and all(other is module or isinstance(other, nn.Embedding) for other in unit):
                 cast(FSDPModule, module).set_unshard_in_backward(needed)
 
-    def publish(self) -> None:
+    def publish(self, rounded: bool = False) -> None:
         """Nothing: the masters are the model's weights."""
 
     def wait(self) -> None:

@@ -21,6 +21,7 @@ class Segment:
         start, stop: half-open range, in elements.
         master: the fp32 weights, `[stop - start]`. The optimizer's parameter.
         gradient: the fp32 gradient, `[stop - start]`; valid after `ShardedWeights.finish`.
+        weight: these elements of what the model computes with, where that is not the master itself.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Segment:
     stop: int
     master: nn.Parameter
     gradient: torch.Tensor
+    weight: torch.Tensor | None = None
 
 
 class ShardedWeights(Protocol):
@@ -64,8 +66,12 @@ class ShardedWeights(Protocol):
     def finish(self) -> None:
         """Make `gradient` of every segment the sum over all ranks."""
 
-    def publish(self) -> None:
-        """Bring the masters, which the optimizer has updated, into the model's parameters."""
+    def publish(self, rounded: bool = False) -> None:
+        """Bring the masters, which the optimizer has updated, into the model's parameters.
+
+        Args:
+            rounded: the optimizer has written `weight` of every segment too.
+        """
 
     def wait(self) -> None:
         """Wait for weights on their way, so that the model's parameters can be read."""

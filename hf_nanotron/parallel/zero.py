@@ -32,6 +32,11 @@ class BucketWeights:
     masters: torch.Tensor
     gathering: dist.Work | None = None
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether the masters are memory of their own."""
+        return self.masters.dtype != self.whole.dtype
+
     def wait(self) -> None:
         if self.gathering is not None:
             self.gathering.wait()
@@ -102,6 +107,7 @@ class BucketedWeights:
         segments = {}
         for weights, gradients in zip(self._weights, self.gradients.buckets, strict=True):
             start, stop = weights.bucket.own.start, weights.bucket.own.stop
+            rounded = weights.whole[start:stop] if weights.has_masters else None
             for member in weights.bucket.members:
                 low, high = max(member.offset, start), min(member.offset + member.numel, stop)
                 if low < high:
@@ -113,6 +119,7 @@ class BucketedWeights:
                         high - member.offset,
                         nn.Parameter(weights.masters[own]),
                         gradients.shard[own],
+                        None if rounded is None else rounded[own],
                     )
         return [segments[name] for name in self._parameters if name in segments]
 
@@ -154,10 +161,10 @@ class BucketedWeights:
     def finish(self) -> None:
         self.gradients.finish()
 
-    def publish(self) -> None:
+    def publish(self, rounded: bool = False) -> None:
         """Round the masters into the model's weights, and start gathering what other ranks own."""
         for weights in reversed(self._weights):
-            if weights.masters.dtype != weights.whole.dtype:
+            if weights.has_masters and not rounded:
                 weights.whole[weights.bucket.own].copy_(weights.masters)
             if weights.bucket.shard.size > 1:
                 weights.gathering = all_gather_in_place(weights.whole, weights.bucket.shard)
@@ -190,12 +197,12 @@ class BucketedWeights:
 
     def read_from_model(self) -> None:
         for weights in self._weights:
-            if weights.masters.dtype != weights.whole.dtype:
+            if weights.has_masters:
                 weights.masters.copy_(weights.whole[weights.bucket.own])
 
     def bytes_held(self) -> dict[str, int]:
         frozen = [parameter for parameter in self._parameters.values() if not parameter.requires_grad]
-        masters = [w.masters for w in self._weights if w.masters.dtype != w.whole.dtype]
+        masters = [w.masters for w in self._weights if w.has_masters]
         return {
             "parameters": _bytes([*(w.whole for w in self._weights), *frozen]),
             "gradients": _bytes([b.shard if b.whole is None else b.whole for b in self.gradients.buckets]),
