@@ -19,8 +19,6 @@ from .stage import AbsentLayer
 
 # What is handed to an operator stays as it is, for as long as somebody holds it.
 KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
-# Kernels beside products are few, of one graph for all layers, and chosen by measurement: seconds, once.
-TUNING = {"max_autotune_pointwise": True}
 WITHOUT_CODE = ("eager", "aot_eager")  # backends that run a graph's operators one by one
 
 
@@ -85,7 +83,7 @@ def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
             Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
             inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
     """
-    return {**TUNING, **(KEEPING if keeps_operands else {}), **list_mode_options(mode or "default")}
+    return {**(KEEPING if keeps_operands else {}), **list_mode_options(mode or "default")}
 
 
 def compiled_parts(model: ParallelModel) -> list[nn.Module]:
