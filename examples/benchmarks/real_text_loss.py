@@ -147,19 +147,22 @@ def main() -> None:
     samples = Dataset.from_dict({"input_ids": found, "labels": found}).with_format("torch")
     print(f"{len(texts)} documents, {len(samples)} samples of {cli.sequence_length} tokens", flush=True)
 
-    losses = {}
+    setup = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    setup.update(torch=torch.__version__, steps=cli.steps, samples=len(samples), limit=cli.limit)
+    losses: dict[str, list[float]] = {}
+    table: dict[str, dict[str, Any]] = {}
     for name, row in zip(names, rows, strict=True):
         losses[name] = train(row, samples, cli)
-        print(json.dumps({"row": name, "losses": losses[name][WINDOW - 1 :: WINDOW]}), flush=True)
         gc.collect()
-    table = differences(losses)
-    if int(dist.get_rank() if dist.is_initialized() else 0) == 0:
-        for name, line in table.items():
-            print(f"{name}: last {LAST} steps {line['last']:.4f} ({line['relative']:+.3%}), means {line['means']}")
-        if cli.out is not None:
-            setup = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-            setup.update(torch=torch.__version__, steps=cli.steps, samples=len(samples), limit=cli.limit)
-            cli.out.write_text(json.dumps({"setup": setup, "rows": table, "losses": losses}, indent=1))
+        table = differences(losses)
+        if int(dist.get_rank() if dist.is_initialized() else 0) == 0:
+            line = table[name]
+            print(
+                f"{name}: last {LAST} steps {line['last']:.4f} ({line['relative']:+.3%}), means {line['means']}",
+                flush=True,
+            )
+            if cli.out is not None:  # after each row: a later one may fail
+                cli.out.write_text(json.dumps({"setup": setup, "rows": table, "losses": losses}, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(any(abs(line["relative"]) > cli.limit for line in table.values()))
