@@ -191,7 +191,7 @@ class NanotronTrainingArguments(TrainingArguments):
             logger.info("No accelerator is available: running on the CPU (use_cpu=True).")
             self.use_cpu = True
 
-        # Not for transformers to see, which would switch TF32 on, nor for accelerate, which does so whatever `tf32` says.
+        # Hidden from transformers, which would switch TF32 on, and accelerate, which would whatever `tf32` says.
         chosen, backend, mode = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
