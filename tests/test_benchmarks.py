@@ -25,6 +25,7 @@ MODULES = (
     "real_text_loss",
     "rows",
     "shapes",
+    "sustained",
     "throughput",
 )
 
@@ -40,6 +41,19 @@ def bench() -> Iterator[argparse.Namespace]:
     for name in set(sys.modules) - before:  # so short a name may be another's
         if getattr(sys.modules[name], "__file__", None) and str(FOLDER) in str(sys.modules[name].__file__):
             del sys.modules[name]
+
+
+def test_sustained_products(bench: argparse.Namespace) -> None:
+    assert bench.sustained.parse_product("16384x14336x4096") == (16384, 14336, 4096)
+    for text in ("16384x4096", "0x2x3", "ax2x3"):
+        with pytest.raises(ValueError, match=f"--product {text}: say tokens x out x in"):
+            bench.sustained.parse_product(text)
+    assert bench.sustained.summary([750e12, 700e12, 690e12, 691e12, 689e12, 690e12]) == {
+        "first": 750.0,
+        "sustained": 690.0,
+    }
+    with pytest.raises(ValueError, match="4 windows"):
+        bench.sustained.summary([750e12] * 4)
 
 
 def test_flops_are_what_torch_counts(bench: argparse.Namespace) -> None:
