@@ -82,9 +82,11 @@ def test_gradients_and_memory(mesh: Any, experts: bool, backend: str | None, dro
     full, least = run(mesh, experts, "full", backend, dropout)
     per_token = [round(size / TOKENS / SHAPE["num_hidden_layers"]) for size in (all_of_it, less, least)]
     print(f"bytes a token and layer: none {per_token[0]}, selective {per_token[1]}, full {per_token[2]}")
-    # Compiled, bf16 values that another kernel computes again may be rounded otherwise.
-    limit = max(4 * noise, 2e-2 if backend else 1e-3)
+    # Compiled, bf16 values that another kernel computes again may be rounded otherwise; and where a last bit changes
+    # (attention's backward adds in any order), a token between two experts may go to the other. Other masks are 0.1.
+    limit = max(4 * noise, 2e-2 if backend or experts else 1e-3)
+    errors = [float((gradients - plain).norm() / plain.norm()) for gradients in (selective, full)]
+    print(f"gradients: noise {noise:.1e}, selective {errors[0]:.1e}, full {errors[1]:.1e}, limit {limit:.1e}")
     if backend is None or not dropout:  # compiled code draws other masks for each graph
-        assert float((selective - plain).norm() / plain.norm()) < limit
-        assert float((full - plain).norm() / plain.norm()) < limit
+        assert max(errors) < limit
     assert least < less < all_of_it
