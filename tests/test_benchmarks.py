@@ -1,20 +1,17 @@
 """The benchmarks' own arithmetic: FLOPs, floor, ratios and losses against figures worked out by hand, and one run."""
 
 import argparse
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from benchmark_scripts import scripts
 from torch.utils.flop_counter import FlopCounterMode
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 MODULES = (
     "clock",
     "figures",
@@ -32,15 +29,8 @@ MODULES = (
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[argparse.Namespace]:
-    """The scripts beside each other, as modules."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in MODULES}
-    yield argparse.Namespace(**modules)
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:  # so short a name may be another's
-        if getattr(sys.modules[name], "__file__", None) and str(FOLDER) in str(sys.modules[name].__file__):
-            del sys.modules[name]
+    with scripts(MODULES) as modules:
+        yield modules
 
 
 def test_sustained_products(bench: argparse.Namespace) -> None:
@@ -180,6 +170,7 @@ def test_plot(bench: argparse.Namespace, tmp_path: Path) -> None:
 def test_one_run(bench: argparse.Namespace, tmp_path: Path) -> None:
     """Ours and stock: as many marks as steps, each timed step once, first and last loss of the same data."""
     cli = argparse.Namespace(shape="tiny", sequence_length=16, warmup_steps=2, timed_steps=3, bf16=False, profile=False)
+    cli.profiled_steps = 2
     cli.per_device_train_batch_size, cli.samples_per_step, cli.largest_batch, cli.floor = "auto", 2, 8, True
     cli.out = tmp_path / "rows.jsonl"
     assert bench.throughput.run_here("name=ours", cli) and bench.throughput.run_here("trainer=stock", cli)

@@ -44,11 +44,11 @@ class Watch:
     Args:
         warmup: steps before the first timed one.
         timed: steps that are timed.
-        trace: where rank 0 writes a trace of `PROFILED_STEPS` more steps; none is made without it.
+        trace: where rank 0 writes a trace of `profiled` more steps; none is made without it.
     """
 
-    def __init__(self, warmup: int, timed: int, trace: Path | None = None) -> None:
-        self.warmup, self.timed, self.trace = warmup, timed, trace
+    def __init__(self, warmup: int, timed: int, trace: Path | None = None, profiled: int = PROFILED_STEPS) -> None:
+        self.warmup, self.timed, self.trace, self.profiled = warmup, timed, trace, profiled
         self.clock = Clock()
         self.losses: list[float] = []
         self.state_bytes = 0
@@ -57,7 +57,7 @@ class Watch:
     @property
     def steps(self) -> int:
         """Steps of the whole run: the last one is never timed, so that it may log its loss."""
-        return self.warmup + self.timed + (PROFILED_STEPS if self.trace is not None else 0) + 1
+        return self.warmup + self.timed + (self.profiled if self.trace is not None else 0) + 1
 
     def mark(self, profile: bool = True) -> None:
         """Note the time, and between timed and last step begin and end the trace (if this rank is to `profile`)."""
@@ -71,7 +71,7 @@ class Watch:
             self._profiler = torch.profiler.profile(activities=[kind.CUDA if torch.cuda.is_available() else kind.CPU])
             self._synchronize()
             self._profiler.__enter__()
-        elif len(self.clock) == self.warmup + self.timed + PROFILED_STEPS:
+        elif len(self.clock) == self.warmup + self.timed + self.profiled:
             self._synchronize()
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self.trace))

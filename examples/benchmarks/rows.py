@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from transformers.utils import is_liger_kernel_available
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.parallel.collectives import all_gather
 
 MICRO, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 OF_THE_ROW = ("trainer", "name")  # fields that are no arguments of a trainer
@@ -137,9 +138,22 @@ def nanotron(row: dict[str, Any], task: Task) -> Outcome:
         "zero_stage": args.zero_stage,
         "estimated_state_bytes_per_parameter": round(report.state * cut / trainer.model.num_parameters(), 3),
         "estimated_total_gib": round(report.total / 2**30, 2),
+        "by_rank": by_rank(trainer),
     }
+    if torch.cuda.is_available():
+        outcome.notes["peak_memory_gib"] = max(outcome.notes["by_rank"]["peak_gib"])
     trainer.mesh.close()
     return outcome
+
+
+def by_rank(trainer: NanotronTrainer) -> dict[str, list[float]]:
+    """Of each rank: the estimates of its memory, in bytes, and its peak in GiB. All ranks together."""
+    report, gpu = trainer.memory_report, torch.cuda.is_available()
+    own = [report.state, report.activations, torch.cuda.max_memory_allocated() if gpu else 0]
+    every = all_gather(torch.tensor([own], dtype=torch.int64, device=trainer.mesh.device), trainer.mesh.world, 0)
+    state, activations, peak = every.t().tolist()
+    peaks = {"peak_gib": [round(bytes_ / 2**30, 2) for bytes_ in peak]} if gpu else {}
+    return {"estimated_state": state, "estimated_activations": activations, **peaks}
 
 
 def stock(row: dict[str, Any], task: Task) -> Outcome:

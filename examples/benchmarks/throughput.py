@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from shapes import SHAPES, make_config
 from hf_nanotron.monitor.flops import peak_flops
 
 LEAST_SECONDS = 30.0  # a row that has less of the budget left is not begun
+STOP_SECONDS = 40.0  # torchrun gives its workers 30 before it kills them
 OUT_OF_MEMORY_SIGNS = ("out of memory", "ALLOC_FAILED")
 OUT_OF_MEMORY = 3  # exit status of a process that has reported its row as such
 
@@ -72,9 +73,11 @@ def run(row: dict[str, Any], cli: argparse.Namespace) -> dict[str, Any] | None:
     config = make_config(cli.shape, cli.sequence_length)
     transformers.set_seed(0)
     if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # or each rank would open the first
         torch.cuda.reset_peak_memory_stats()
     directory = Path(tempfile.mkdtemp())
-    watch = Watch(cli.warmup_steps, cli.timed_steps, directory / "trace.json" if cli.profile else None)
+    trace = directory / "trace.json" if cli.profile else None
+    watch = Watch(cli.warmup_steps, cli.timed_steps, trace, cli.profiled_steps)
     task = Task(cli.shape, config, cli.sequence_length, watch, cli.bf16, directory)
     outcome = TRAINERS[name]({key: value for key, value in row.items() if key not in OF_THE_ROW}, task)
     if not outcome.main:
@@ -84,7 +87,7 @@ def run(row: dict[str, Any], cli: argparse.Namespace) -> dict[str, Any] | None:
         result["overlap"] = overlap_table(watch.trace)
         if cli.out is not None:
             with cli.out.with_suffix(".kernels.txt").open("a") as file:
-                file.write(f"== {json.dumps(row)}\n{kernel_table(watch.trace, PROFILED_STEPS)}\n")
+                file.write(f"== {json.dumps(row)}\n{kernel_table(watch.trace, watch.profiled)}\n")
     return result
 
 
@@ -109,6 +112,7 @@ def figures(row: dict[str, Any], outcome: Outcome, task: Task) -> dict[str, Any]
         "dp": dp,
         "shards": outcome.shards,
         "warmup_steps": watch.warmup,
+        "steps": watch.steps,
         **speed(watch.seconds(), tokens, formulas, peak_flops(torch.device("cuda" if gpu else "cpu"))),
         "first_loss": watch.losses[0],
         "last_loss": watch.losses[-1],
@@ -215,14 +219,24 @@ def run_here(text: str, cli: argparse.Namespace) -> bool:
     return False
 
 
-def run_apart(text: str, cli: argparse.Namespace, seconds: float) -> None:
-    """One row in processes of its own. A row that fails otherwise than for memory is reported here."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a launched row. torchrun's workers are in sessions of their own: it has to be asked, and ends them itself."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_apart(texts: Sequence[str], cli: argparse.Namespace, seconds: float) -> None:
+    """Rows, as a rule one, in processes of their own. If they write nothing, the first one is reported as failed."""
     launch = [sys.executable]
     if cli.processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cli.processes)]
     skipped = {"row", "processes", "row_timeout", "budget", "compare"}
     options = {name: value for name, value in vars(cli).items() if name not in skipped and value not in (None, False)}
-    command = [*launch, __file__, "--here", "--row", text]
+    command = [*launch, __file__, "--here", *(part for text in texts for part in ("--row", text))]
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
         command += [option] if value is True else [option, str(value)]
@@ -232,15 +246,19 @@ def run_apart(text: str, cli: argparse.Namespace, seconds: float) -> None:
         status = process.wait(seconds)
         problem = f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-        process.wait()
+        stop(process)
         problem = f"stopped after {seconds:.0f} s"
     after = cli.out.stat().st_size if cli.out is not None and cli.out.exists() else 0
     if problem and after == before:  # a line of its own would say more
-        write({"name": label(parse_row(text)), "row": parse_row(text), "shape": cli.shape, "error": problem}, cli)
+        write_problem(texts[0], problem, cli)
 
 
-def main() -> None:
+def write_problem(text: str, problem: str, cli: argparse.Namespace) -> None:
+    row = parse_row(text)
+    write({"name": label(row), "row": row, "shape": cli.shape, "error": problem}, cli)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--sequence-length", type=int, default=4096)
@@ -253,6 +271,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", help="fields of the training arguments, such as tp_size=2")
     parser.add_argument("--bf16", action="store_true", help="also without a GPU")
     parser.add_argument("--profile", action="store_true", help="trace two more steps: kernels, and what is hidden")
+    parser.add_argument("--profiled-steps", type=int, default=PROFILED_STEPS, help="steps that --profile traces")
     parser.add_argument("--floor", action="store_true", help="measure beside each row what the device would allow")
     parser.add_argument("--compare", metavar="NAME", help="end with a table of ratios over the row of this name")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
@@ -260,9 +279,14 @@ def main() -> None:
     parser.add_argument("--row-timeout", type=float, default=600.0, help="seconds after which a row is stopped")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no row begins")
     parser.add_argument("--here", action="store_true", help="all rows in this process")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     cli = parser.parse_args()
-    if cli.warmup_steps < 1 or cli.timed_steps < 1:
-        parser.error("--warmup-steps and --timed-steps are 1 at least: the first step compiles")
+    if min(cli.warmup_steps, cli.timed_steps, cli.profiled_steps) < 1:
+        parser.error("--warmup-steps, --timed-steps and --profiled-steps are 1 at least: the first step compiles")
     apart = not cli.here and "LOCAL_RANK" not in os.environ
     if cli.compare is not None:
         names = [label(parse_row(text)) for text in cli.row or [""]]
@@ -278,27 +302,15 @@ def main() -> None:
         left = cli.budget - (time.perf_counter() - began)
         if apart:
             if left < LEAST_SECONDS:
-                write(
-                    {
-                        "name": label(parse_row(text)),
-                        "row": parse_row(text),
-                        "shape": cli.shape,
-                        "error": "not begun: the time is over",
-                    },
-                    cli,
-                )
+                write_problem(text, "not begun: the time is over", cli)
             else:
-                run_apart(text, cli, min(cli.row_timeout, left))
+                run_apart([text], cli, min(cli.row_timeout, left))
         else:
             try:
                 fits = run_here(text, cli)
             except Exception as error:
                 if os.environ.get("RANK", "0") == "0":
-                    problem = f"{type(error).__name__}: {error}"[:500]
-                    write(
-                        {"name": label(parse_row(text)), "row": parse_row(text), "shape": cli.shape, "error": problem},
-                        cli,
-                    )
+                    write_problem(text, f"{type(error).__name__}: {error}"[:500], cli)
                 raise
             if not fits and several_processes():
                 os._exit(OUT_OF_MEMORY)  # the other ranks wait for this one
