@@ -41,6 +41,13 @@ class NanotronTrainingArguments(TrainingArguments):
     pp_size: int = field(default=1, metadata={"help": "Ranks that share the stack of layers (pipeline parallelism)."})
     cp_size: int = field(default=1, metadata={"help": "Ranks that share a sequence (context parallelism)."})
     ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts (expert parallelism)."})
+    ep_parts: int | None = field(
+        default=1,
+        metadata={
+            "help": "Parts into which the experts of a rank are cut, so that tokens travel to and from some while "
+            "others are computed; with 1 all tokens are waited for, with None it goes by their number."
+        },
+    )
     dp_replicate_size: int = field(
         default=1, metadata={"help": "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding)."}
     )

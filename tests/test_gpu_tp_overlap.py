@@ -31,10 +31,10 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def launch(world: int, *arguments: str) -> None:
-    """Run this file on `world` GPUs."""
+def launch(world: int, *arguments: str, file: str = __file__) -> None:
+    """Run a file, this one unless another is named, on `world` GPUs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += [str(Path(__file__).resolve()), *arguments]
+    command += [str(Path(file).resolve()), *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
     subprocess.run(command, check=True, timeout=300, env=environment)
 

@@ -7,7 +7,8 @@ function here waits for the device. Elsewhere the experts are a loop on the host
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -75,7 +76,22 @@ def _is_aligned(x: torch.Tensor) -> bool:
     return x.data_ptr() % ALIGNMENT == 0 and step % ALIGNMENT == 0 and min(x.stride()[-2:]) == 1
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def _spare(multiprocessors: int) -> Iterator[None]:
+    """Let torch's kernel leave some to others. It has one thread block on each, and those that find theirs taken, by
+    a communication, run after all the others: in twice the time."""
+    if not multiprocessors:
+        yield
+        return
+    before = torch._C._get_sm_carveout_experimental()
+    torch._C._set_sm_carveout_experimental(multiprocessors)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(before)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, spared: int) -> torch.Tensor:
     """`[rows, a] @ [experts, a, b] -> [rows, b]`, zeros in rows of no expert."""
     x = x.contiguous()
     rows, width = x.shape[0], weight.shape[2]
@@ -86,7 +102,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> to
         if _is_aligned(x) and _is_aligned(weight) and width * x.element_size() % ALIGNMENT == 0:
             from .grouped_triton import zero_tail
 
-            out = _grouped_mm(x, weight, offs=offsets)
+            with _spare(spared):
+                out = _grouped_mm(x, weight, offs=offsets)
             zero_tail(out, offsets)
             return out
     out = x.new_zeros(rows, width)
@@ -104,14 +121,15 @@ class _GroupedLinear(torch.autograd.Function):
         offsets: torch.Tensor,
         transposed: bool,
         sink: GroupedWeightGradient | None,
+        spared: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, offsets)
-        ctx.transposed, ctx.sink = transposed, sink
-        return _product(x, weight if transposed else weight.transpose(1, 2), offsets)
+        ctx.transposed, ctx.sink, ctx.spared = transposed, sink, spared
+        return _product(x, weight if transposed else weight.transpose(1, 2), offsets, spared)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -123,8 +141,8 @@ class _GroupedLinear(torch.autograd.Function):
                 add_grouped_product(grad_weight, left, right, offsets, overwrite=True)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, weight.transpose(1, 2) if ctx.transposed else weight, offsets)
-        return grad_x, grad_weight, None, None, None
+            grad_x = _product(grad, weight.transpose(1, 2) if ctx.transposed else weight, offsets, ctx.spared)
+        return grad_x, grad_weight, None, None, None, None
 
 
 def grouped_linear(
@@ -133,6 +151,7 @@ def grouped_linear(
     offsets: torch.Tensor,
     transposed: bool = False,
     gradient_sink: GroupedWeightGradient | None = None,
+    spared: int = 0,
 ) -> torch.Tensor:
     """Each row times the weight of its expert.
 
@@ -141,6 +160,7 @@ def grouped_linear(
         weight: `[experts, out, in]`, or `[experts, in, out]` if `transposed`.
         offsets: `[experts]`, int32, on the device of `x`: where each expert's rows end.
         gradient_sink: gets the weight's gradient as a product, if it takes it; else autograd gets the gradient.
+        spared: multiprocessors left to what runs beside the product, on CUDA.
 
     Returns:
         `[rows, out]`; zeros in rows from `offsets[-1]` on.
@@ -159,7 +179,7 @@ def grouped_linear(
     sink = gradient_sink
     if sink is not None and not sink.takes_product(x.dtype):
         sink = None
-    return _GroupedLinear.apply(x, weight, offsets, transposed, sink)
+    return _GroupedLinear.apply(x, weight, offsets, transposed, sink, spared)
 
 
 class _AddExpertBias(torch.autograd.Function):

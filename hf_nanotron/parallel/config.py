@@ -21,6 +21,8 @@ class ParallelConfig:
         cp_size: ranks that share a sequence. Only 1 so far.
         ep_size: ranks that share the experts of a mixture-of-experts model, each holding other ones. They are
             neighbours among the data- and tensor-parallel ranks of a pipeline stage, whose number it divides.
+        ep_parts: into which the experts of a rank are cut, so that tokens travel to and from some while others are
+            computed; 1 does not cut, `None` goes by the number of tokens. Results are the same.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
             across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size.
         zero_stage: what data-parallel ranks shard (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the fp32
@@ -45,6 +47,7 @@ class ParallelConfig:
     pp_size: int = 1
     cp_size: int = 1
     ep_size: int = 1
+    ep_parts: int | None = 1
     dp_replicate_size: int = 1
     zero_stage: int = 1
     sequence_parallel: bool = True
@@ -58,6 +61,14 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        parts = self.ep_parts
+        if parts is not None and (not isinstance(parts, int) or isinstance(parts, bool) or parts < 1):
+            raise ValueError(f"ep_parts={parts!r} must be an integer of at least 1, or None.")
+        if parts is not None and parts > 1 and self.ep_size == 1:
+            raise ValueError(
+                f"ep_parts={parts} with ep_size=1: no tokens travel between ranks that products could hide; use an "
+                "ep_size of at least 2, or ep_parts=1."
+            )
         if self.cp_size != 1:
             raise ValueError(
                 f"cp_size={self.cp_size}: context parallelism is not available in this version; use cp_size=1."

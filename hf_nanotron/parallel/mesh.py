@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 from .config import ParallelConfig
+
+# Of a GPU, that a communicator whose collectives run beside products may take: as many as 132 can miss.
+MULTIPROCESSORS_BESIDE_PRODUCTS = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class ParallelMesh:
         self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
         self._timeout = timeout
         self._groups: dict[str, Group] = {}
-        self._handles: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        self._handles: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
         self._at_close: list[Callable[[], None]] = []
 
         self.tp = self.group("tp", lambda c: (c.pp, c.dp))
@@ -93,7 +97,7 @@ class ParallelMesh:
         ends = (0, self.pp_size - 1)
         self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.tp))
         self.every_stage = self.group("every_stage", lambda c: (c.tp, c.shard))
-        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy))
+        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy), beside_products=parallel.ep_parts != 1)
         # Which set of ZeRO shards of the experts a rank has a part of, and which part.
         copies = self._expert_copies
         self.expert_shard = self.group("expert_shard", lambda c: (c.pp, c.ep, c.expert_copy // copies))
@@ -108,10 +112,12 @@ class ParallelMesh:
         expert_copy, ep = divmod(dp * self.tp_size + tp, self.ep_size)
         return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
 
-    def group(self, name: str, key: Callable[[Coordinates], Hashable]) -> Group:
+    def group(self, name: str, key: Callable[[Coordinates], Hashable], beside_products: bool = False) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`.
 
-        A collective operation: every rank asks for the same groups in the same order.
+        A collective operation: every rank asks for the same groups in the same order. Groups of the same ranks share a
+        communicator, which executes in order. One that works `beside_products` has its own: it is not to wait for
+        others', nor for the thread blocks of products, of whose multiprocessors it takes few.
         """
         if name in self._groups:
             return self._groups[name]
@@ -119,22 +125,27 @@ class ParallelMesh:
         for rank in range(self.world_size):
             classes.setdefault(key(self.coordinates_of(rank)), []).append(rank)
         partition = tuple(tuple(ranks) for ranks in classes.values())
-        if partition not in self._handles:
-            self._handles[partition] = self._new_handle(partition)
+        handle = (name if beside_products else "", partition)
+        if handle not in self._handles:
+            self._handles[handle] = self._new_handle(partition, beside_products)
         mine = tuple(classes[key(self.coordinates)])
-        self._groups[name] = Group(mine, mine.index(self.rank), self._handles[partition])
+        self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle])
         return self._groups[name]
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""
         return self.group(f"kv_replicas_{replicas}", lambda c: (c.pp, c.tp // replicas, c.shard))
 
-    def _new_handle(self, partition: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
+    def _new_handle(self, partition: tuple[tuple[int, ...], ...], beside_products: bool) -> dist.ProcessGroup | None:
         handle = None
         for ranks in partition:
             if len(ranks) == 1:
                 continue
-            new = dist.new_group(list(ranks), timeout=self._timeout)
+            options: Any = None
+            if beside_products and self.device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                options.config.max_ctas = MULTIPROCESSORS_BESIDE_PRODUCTS
+            new = dist.new_group(list(ranks), timeout=self._timeout, pg_options=options)
             if self.rank in ranks:
                 handle = new
         if handle is not None and self.device.type == "cuda":
