@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup-venv
 demo: venv ## train a small Llama in parallel on this machine, then generate with plain transformers
 	@PYTHON=$(BIN)/python examples/stdlib_llama/run.sh
 
+# Two files at a time: while ranks of one wait for each other, the other computes.
 test: venv ## run the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: venv ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

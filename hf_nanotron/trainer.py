@@ -7,28 +7,27 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .checkpoint.training_state import together
 from .checkpointing import CheckpointingTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
+from .figures import FiguresTrainer
 from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
-from .models.fp8 import fp8_bytes, use_fp8
+from .models.fp8 import use_fp8
 from .models.parallelize import parallelize
 from .models.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
 from .models.sharding import shard_weights
+from .models.switches import Switches
 from .monitor.garbage import FreezeGarbage
-from .monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
 from .monitor.throughput import Throughput
 from .nonfinite import FiniteTrainer
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
@@ -45,7 +44,7 @@ from .training_args_recompute import layer_numbers, recomputes
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
+class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -109,7 +108,9 @@ class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
         return model
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
-        return self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
+        model = self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
+        model.switches = Switches.read(model)
+        return model
 
     def _set_up_training_state(self) -> None:
         """Weights, gradients and the step, for the model at hand."""
@@ -126,14 +127,15 @@ class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
         restore_recomputed(model)
         self._set_up_recomputation()
         if self.args.torch_compile:
-            compile_layers(model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode)
+            backend = self.args.torch_compile_backend or "inductor"
+            compile_layers(model, backend, self.args.torch_compile_mode, self._recomputed)
         model.attention, chosen = choose_attention(
             model, model.anatomy, compute_dtype, self.mesh.device, self.args.attention
         )
         logger.info(chosen)
         self._step = TrainStep(model, self.weights)
         model.z_loss = self.args.z_loss_coefficient
-        self._loads: dict[str, torch.Tensor] = {}  # of the experts, in the step that is logged next
+        self._loads = {}
         together(self.mesh, "setting up the experts", self._set_up_mixture)
 
     def _set_up_recomputation(self) -> None:
@@ -165,14 +167,6 @@ class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
         for name, off in (("moe_capacity_factor", None), ("moe_bias_update_rate", 0.0)):
             if getattr(args, name) != off:
                 raise ValueError(f"{name}={getattr(args, name)}: {type(self.model).__name__} has no experts.")
-
-    def _logs_this_step(self) -> bool:
-        """Whether Trainer's flow of control logs after this optimizer step."""
-        args, step = self.args, self.state.global_step + 1
-        first = step == 1 and args.logging_first_step
-        if args.logging_strategy == "steps":
-            return first or step % self.state.logging_steps == 0
-        return first or args.logging_strategy == "epoch"  # whichever step will be its last
 
     def _check_frozen(self) -> None:
         named = dict(self.model.named_parameters())
@@ -241,38 +235,6 @@ class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
         self._report_memory()
         return self.model, train_dataloader
 
-    def _report_memory(self) -> None:
-        """Say what the fullest rank will take, before the first step takes it."""
-        assert self.optimizer is not None
-        args, model = self.args, self.model
-        length = self._sample_length()
-        activations = activation_bytes(
-            model.config,
-            args.per_device_train_batch_size * length,
-            args.parallel,
-            self.mesh.pp_rank,
-            args.gradient_accumulation_steps,
-            model.dtype.itemsize,
-            len(self._recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
-            fused_head=model.linear_head is not None,
-            selective=args.activation_checkpointing_policy == "selective",
-        )
-        moments = moment_bytes(self.optimizer, self.weights)
-        held = self.weights.bytes_held()
-        held["parameters"] += fp8_bytes(model)
-        self.memory_report = MemoryReport(**held, moments=moments, activations=activations)
-        rank, report = fullest(self.memory_report, self.mesh)
-        logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {report}")
-
-    def _sample_length(self) -> int:
-        """Tokens of the first sample; of the longest that the model takes if the data does not say."""
-        dataset: Any = self.train_dataset
-        has_rows = hasattr(dataset, "__getitem__") and has_length(dataset) and len(dataset)
-        sample: Any = dataset[0] if has_rows else None
-        if isinstance(sample, Mapping) and "input_ids" in sample:
-            return len(sample["input_ids"])
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0))
-
     # ---- one step ----
 
     def training_step(
@@ -339,10 +301,14 @@ class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
         return count.clamp(min=1) * self.mesh.dp_size
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.model.switches = Switches.read(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
             gc.unfreeze()
+            if self.model.switches is not None:
+                self.model.switches.restore(self.model)
+                self.model.switches = None
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self._link is not None
@@ -362,33 +328,6 @@ class NanotronTrainer(FiniteTrainer, DataTrainer, CheckpointingTrainer):
         if isinstance(data, torch.Tensor):
             return to_device(data, self.args.device)
         return super()._prepare_input(data)
-
-    # ---- figures ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.weights.wait()  # callbacks that look at the weights find the new ones
-        if "loss" in logs:
-            logs.update(self.throughput.report())
-            if self._loads and self.model.mixture is not None:
-                logs.update(self.model.mixture.report(self._loads, self.args.moe_log_loads))
-                self._loads = {}
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Trainer sums this over all ranks, so each rank that sees a batch reports its share of it."""
-        if isinstance(inputs, FillerBatch):
-            return 0
-        return super().floating_point_ops(inputs) // self.get_tp_size()
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if self.args.include_num_input_tokens_seen == "no":
-            return
-        before = self.state.num_input_tokens_seen
-        if isinstance(inputs, FillerBatch):
-            inputs = {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        super()._track_num_input_tokens(inputs)
-        counted = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

@@ -12,10 +12,10 @@ import torch
 from family_runs import micro_batches, reference, tiny_model
 from pool import JobError, WorkerPool
 from test_gradients import plain, stock_model
-from tiny import History, pad_batch, random_dataset, tiny_config, train_stock, training_arguments
+from tiny import History, pad_batch, random_dataset, tiny_config, train_parallel, train_stock, training_arguments
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.models.compile import compile_layers, compiled_parts
@@ -42,12 +42,13 @@ class Case:
     backend: str | None = None
 
 
-def set_up(model: Any, policy: str | None, layers: tuple[int, ...] | None = None) -> None:
-    chosen = chosen_layers(model, layers)
+def set_up(model: Any, policy: str | None, layers: tuple[int, ...] | None = None) -> frozenset[int]:
+    chosen = frozenset() if policy is None else chosen_layers(model, layers)
     if policy == "selective":
         recompute_selectively(model, chosen, {})
     elif policy == "full":
         recompute_wholly(model, chosen, {})
+    return chosen
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------
@@ -60,6 +61,8 @@ ONE = [
     Case("falcon"),  # adds to the output of a linear layer in place
     Case("llama4_text"),
     Case("llama", backend="aot_eager"),
+    Case("gemma3n_text", backend="aot_eager"),  # clips weights in place
+    Case("gemma3n_text", policy="full", layers=(0, 2), backend="aot_eager"),
 ]
 TWO = [
     Case("llama", {"tp_size": 2}),
@@ -95,9 +98,9 @@ def gradient_errors(cases: list[Case], folder: str) -> list[tuple[float, int]]:
         mesh = ParallelMesh(ParallelConfig(**case.sizes))
         model = parallelize(tiny_model(case.family), mesh)
         weights = shard_weights(model, torch.float32, 1 << 16)
-        set_up(model, case.policy, case.layers)
+        recomputed = set_up(model, case.policy, case.layers)
         if case.backend is not None:
-            compile_layers(model, case.backend, None)
+            compile_layers(model, case.backend, None, recomputed)
         TrainStep(model, weights).run(micro_batches(model, mesh.dp_rank, mesh.dp_size)[0], 0)
         floor, errors = 1e-4 * expected["norms"][0], [0.0]
         for segment in weights.segments:
@@ -353,6 +356,75 @@ def train_twice(checkpoint: str) -> tuple[History, History, list[list[str]]]:
         overridden.append(overrides())
     model.mesh.close()
     return histories[0], histories[1], overridden
+
+
+FULL = {"activation_checkpointing": True}
+KEEPING = {**FULL, "activation_checkpointing_policy": "selective"}
+ONE_LAYER = {"activation_checkpointing_layers": [1]}
+RUNS: list[tuple[dict[str, Any], list[int]]] = [  # arguments of one trainer after the other, and what they mean
+    (FULL, [2, 2, 2, 2]),
+    ({"activation_checkpointing": False}, [1, 1, 1, 1]),
+    (KEEPING, [2, 2, 2, 2]),
+    (FULL, [2, 2, 2, 2]),
+    (KEEPING | ONE_LAYER, [1, 2, 1, 1]),
+    (FULL | ONE_LAYER, [1, 2, 1, 1]),
+    ({}, [1, 1, 1, 1]),
+]
+OF_THE_USER: list[tuple[dict[str, Any], list[int]]] = [
+    ({}, [2, 2, 2, 2]),
+    (FULL | ONE_LAYER, [1, 2, 1, 1]),
+    (KEEPING | ONE_LAYER, [1, 2, 1, 1]),
+    ({"activation_checkpointing": False}, [2, 2, 2, 2]),
+]
+
+
+def test_each_trainer_sets_what_its_arguments_say(pool: WorkerPool, tmp_path: Path) -> None:
+    model = stock_model("llama")
+    model.save_pretrained(tmp_path)
+    model.activation_checkpointing_enable()
+    data, arguments = random_dataset(4), training_arguments(max_steps=1)
+    for _ in range(2):  # stock leaves on what its user has switched on
+        Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=data, data_collator=pad_batch).train()
+        assert model.is_activation_checkpointing
+    for calls, switched, hooks in pool.run(1, run_trainers, str(tmp_path)):
+        assert calls == [wanted for _, wanted in (*RUNS, *OF_THE_USER, RUNS[-1])]
+        assert switched == [False] * len(RUNS) + [True] * len(OF_THE_USER) + [False]
+        assert hooks == [0] * len(RUNS) + [1] * (len(OF_THE_USER) + 1)  # stock's, of whoever switched it on
+
+
+def run_trainers(checkpoint: str) -> tuple[list[list[int]], list[bool], list[int]]:
+    """One trainer after the other over a model: activations of each layer's MLP in a step, and what it leaves on."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, parallel=ParallelConfig())
+    calls = [0] * len(model.model.layers)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn.register_forward_hook(lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
+    counted, switched, hooks = [], [], []
+    for number, (values, _) in enumerate((*RUNS, *OF_THE_USER, RUNS[-1])):
+        if number == len(RUNS):
+            model.activation_checkpointing_enable()
+        if number == len(RUNS) + len(OF_THE_USER):
+            model.activation_checkpointing_disable()
+        calls[:] = [0] * len(calls)
+        args = NanotronTrainingArguments(**training_arguments(max_steps=1, **values))
+        NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch).train()
+        counted.append(list(calls))
+        switched.append(model.is_activation_checkpointing)
+        hooks.append(len(model.get_input_embeddings()._forward_hooks))
+    return counted, switched, hooks
+
+
+def test_compiled_layers_that_write_to_their_weights(pool: WorkerPool, tmp_path: Path) -> None:
+    tiny_model("gemma3n_text").save_pretrained(tmp_path)
+    expected = train_stock(str(tmp_path), random_dataset(4), max_steps=1)
+    for histories in pool.run(1, train_compiled, str(tmp_path)):
+        for history in histories:
+            assert history.losses == pytest.approx(expected.losses, rel=1e-6)
+            assert history.norms == pytest.approx(expected.norms, rel=1e-5)
+
+
+def train_compiled(checkpoint: str) -> list[History]:
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
+    return [train_parallel(checkpoint, random_dataset(4), **compiled, **values) for values in (FULL, KEEPING)]
 
 
 def test_layers_that_are_not_there(pool: WorkerPool) -> None:

@@ -118,7 +118,7 @@ def compiled_with(backend: str, path: str) -> Any:
     from hf_nanotron.models import compile as module
 
     blocks = module.compile_layers
-    with mock.patch.object(module, "compile_layers", lambda model, _, mode: blocks(model, backend, mode)):
+    with mock.patch.object(module, "compile_layers", lambda model, _, *rest: blocks(model, backend, *rest)):
         return compiled_steps("qwen3", path, {"tp_size": 2, **ON}, {})
 
 

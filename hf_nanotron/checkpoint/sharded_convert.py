@@ -8,45 +8,46 @@ last, and what a failure leaves is taken away.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..parallel.spec import ShardSpec
 from .buffers import BUFFER, buffer_piece, read_buffer
 from .commit import begin, commit as commit_checkpoint, describe
-from .hub import HubWeights, parse_size, plan_files, write_index
+from .conversion_folder import (
+    TEXTS,
+    WEIGHTS,
+    check_unchanged,
+    copy_files,
+    load_config,
+    refuse_same,
+    write_json,
+    writing,
+)
+from .hub import parse_size, plan_files, write_index
 from .hub_layout import HubLayout, HubSources, layout_of
+from .hub_weights import HubWeights
 from .nanotron_format import read_json
 from .safetensors_file import Entry as FileEntry, write_safetensors
 from .slices import Slice
 from .state_file import MASTER, StatePiece, clear, commit as commit_state, write_rank
 from .state_read import StoredState
 from .training_state import DIRECTORY
-from .verify import MARKER, WRITTEN, check_length, checksum_of, read_marker
+from .verify import MARKER, WRITTEN
 
 logger = logging.get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
-TEXTS = (  # what else a Hub repository may hold; everything besides belongs to the run
-    CONFIG_NAME, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*", "additional_chat_templates",
-    "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 # Of a run that has not begun. Trainer compares the intervals with its own and warns where they differ, hence null; for
 # the batch size it needs a number, and warns of any that is not the run's.
 FIRST_STEP = {"global_step": 0, "epoch": 0.0, "logging_steps": None, "eval_steps": None, "save_steps": None}
@@ -80,24 +81,24 @@ def sharded_to_hub(
             nowhere, a value does not fit float16, or `destination` is in use.
     """
     source, destination = Path(source), Path(destination)
-    _refuse_same(source, destination)
+    refuse_same(source, destination)
     folder = _state_folder(source)
-    config = _load_config(source)
+    config = load_config(source)
     target = _target_dtype(dtype, config, source)
     layout = layout_of(config)
     limit = parse_size(max_shard_size)
     with StoredState(folder) as stored:
         frozen = _not_stored(stored, layout)
         weights = _open_frozen(frozen, layout, Path(frozen_from or source)) if frozen else None
-        _check_unchanged(source, (*TEXTS, *WEIGHTS) if frozen and frozen_from is None else TEXTS)
+        check_unchanged(source, (*TEXTS, *WEIGHTS) if frozen and frozen_from is None else TEXTS)
         dtypes = _dtypes(stored, layout, weights, target)
-        with _writing(destination, (*WEIGHTS, *TEXTS), CONFIG_NAME, overwrite):
+        with writing(destination, (*WEIGHTS, *TEXTS), CONFIG_NAME, overwrite):
             _write_weights(destination, layout, _weights_of(stored, layout, weights, dtypes), dtypes, limit)
-            _copy(source, destination, TEXTS)
+            copy_files(source, destination, TEXTS)
             fields = read_json(source / CONFIG_NAME)
             fields.pop("torch_dtype", None)
             fields |= {"architectures": [layout.architecture], "dtype": str(target).removeprefix("torch.")}
-            _write_json(destination / CONFIG_NAME, fields)  # last: without it nothing loads what was cut short
+            write_json(destination / CONFIG_NAME, fields)  # last: without it nothing loads what was cut short
 
 
 def hub_to_sharded(
@@ -129,17 +130,17 @@ def hub_to_sharded(
             `destination` is in use.
     """
     source, destination = _fetch(source, revision), Path(destination)
-    _refuse_same(source, destination)
-    layout = layout_of(_load_config(source))
+    refuse_same(source, destination)
+    layout = layout_of(load_config(source))
     limit = parse_size(max_shard_size)
     sources = _check_weights(HubWeights(source), layout)
     shapes = {name: shape for name, shape in layout.shapes.items() if name in sources.grids}
     groups = plan_files(shapes, dict.fromkeys(shapes, 0), torch.float32.itemsize, limit).values()
     folder = destination / DIRECTORY
     owned = (*WEIGHTS, *TEXTS, DIRECTORY, TRAINER_STATE_NAME, MARKER, WRITTEN)
-    with _writing(destination, owned, MARKER, overwrite):
+    with writing(destination, owned, MARKER, overwrite):
         begin(destination)
-        _copy(source, destination, (*WEIGHTS, *TEXTS) if copy_weights else TEXTS)
+        copy_files(source, destination, (*WEIGHTS, *TEXTS) if copy_weights else TEXTS)
         clear(folder)
         for number, names in enumerate(groups):
             # Opened anew for each file: what is mapped of the weights counts as our memory until they are closed.
@@ -147,7 +148,7 @@ def hub_to_sharded(
             write_rank(folder, number, [_piece_of(name, layout, weights, sources) for name in names])
         commit_state(folder, len(groups), {"layout": None, "optimizer": None, "scheduler": None, "extra": {}})
         shutil.copyfile(source / CONFIG_NAME, destination / CONFIG_NAME)
-        _write_json(destination / TRAINER_STATE_NAME, FIRST_STEP)
+        write_json(destination / TRAINER_STATE_NAME, FIRST_STEP)
         describe(destination, 0)
         commit_checkpoint(destination, 1, step=0, timeout=0)
 
@@ -339,105 +340,3 @@ def _piece_of(name: str, layout: HubLayout, weights: HubWeights, sources: HubSou
     if name in layout.buffers:
         return buffer_piece(name, tensor)
     return StatePiece(ShardSpec(name, tuple(tensor.shape)), 0, tensor.numel(), {MASTER: tensor.float().reshape(-1)})
-
-
-# ---- folders ----
-
-
-def _refuse_same(source: Path, destination: Path) -> None:
-    if source.resolve() == destination.resolve():
-        raise ValueError(f"{destination} would be read and written at once; name another folder.")
-
-
-def _load_config(folder: Path) -> PreTrainedConfig:
-    path = folder / CONFIG_NAME
-    read_json(path)  # by itself first: for a missing file, transformers' own message would speak of the Hub
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
-    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything.
-
-    Raises:
-        ValueError: naming the file that is missing or differs.
-    """
-    if not (checkpoint / MARKER).exists():
-        return
-    for name, entry in read_marker(checkpoint)["files"].items():
-        path = checkpoint / name
-        if any(fnmatch(name, pattern) for pattern in patterns):
-            check_length(path, entry["bytes"], f"{MARKER} names it")
-            if entry["crc32"] is not None and checksum_of(path) != entry["crc32"]:
-                raise ValueError(f"{path} is not as it was saved (its checksum differs): damaged, or edited since.")
-
-
-def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in patterns)]
-
-
-def _copy(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copy what matches, other than `config.json`."""
-    for path in _matches(source, patterns):
-        if path.is_dir():
-            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
-        elif path.name != CONFIG_NAME:
-            shutil.copyfile(path, destination / path.name)
-
-
-@contextmanager
-def _writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> Iterator[None]:
-    """A folder for what is written inside the `with`; if that fails, it is taken away again.
-
-    Args:
-        owned: patterns of what may be in the folder with `overwrite`, and is removed.
-        key: the file that made it usable, which goes first.
-    """
-    existed = folder.exists()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        if not overwrite:
-            raise ValueError(
-                f"{folder} is not empty: files of two models would mix. Name a new or empty folder, or set "
-                "`overwrite` (--overwrite) if it holds an earlier conversion."
-            )
-        _remove_conversion(folder, owned, key)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            _remove(path)
-        if not existed and folder.is_dir():
-            folder.rmdir()
-        raise
-
-
-def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str) -> None:
-    """Empty a folder that holds nothing but what a conversion writes.
-
-    Raises:
-        ValueError: naming what else there is, or if it is a file.
-    """
-    kept = sorted(set(folder.iterdir()) - set(_matches(folder, owned))) if folder.is_dir() else [folder]
-    if kept:
-        raise ValueError(
-            f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "
-            "new or empty folder."
-        )
-    (folder / key).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """As transformers writes its own."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -31,6 +31,7 @@ from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
 from .mixture import Mixture
 from .stage import Stage
+from .switches import Switches
 
 
 class ParallelModel(PreTrainedModel, GenerationMixin):
@@ -56,6 +57,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         names_attention: whether the user named its attention, which is kept then.
         attention: what stands for the stock attention while it trains, or None.
         fp8: the FP8 copies of its weights, or None if it computes without.
+        switches: what the user has said about recomputation, while a training run goes by its arguments.
         z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
     """
 
@@ -75,6 +77,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     names_attention: bool = False
     attention: Attention | None = None
     fp8: WeightCopies | None = None
+    switches: Switches | None = None
     z_loss: float = 0.0
     stock_class: type[PreTrainedModel]
     vocab_start: int
@@ -100,6 +103,12 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         if self.sharded is not None:
             self.sharded.wait()
         return super().state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
+        """See `copying.copy_model`."""
+        from .copying import copy_model  # which takes off what modules above this one have put on
+
+        return copy_model(self, memo)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
         """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,15 +14,19 @@ from torch._inductor import list_mode_options
 from ..parallel.experts import ParallelExperts
 from .anatomy import blocks_of, layer_stacks
 from .base import ParallelModel
+from .families import WRITES_WEIGHTS
 from .graph import Backend, rewriting
 from .stage import AbsentLayer
+from .switches import SWITCH
 
 # What is handed to an operator stays as it is, for as long as somebody holds it.
 KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
 WITHOUT_CODE = ("eager", "aot_eager")  # backends that run a graph's operators one by one
 
 
-def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None:
+def compile_layers(
+    model: ParallelModel, backend: str, mode: str | None, recomputed: Collection[int] = frozenset()
+) -> None:
     """Compile the forward of every decoder layer, for training.
 
     A layer is compiled whole where nothing happens between its blocks; else its attention, MLP and norm modules are,
@@ -32,13 +36,14 @@ def compile_layers(model: ParallelModel, backend: str, mode: str | None) -> None
 
     Args:
         backend, mode: as `torch.compile` takes them.
+        recomputed: numbers of the layers that will recompute activations, wholly or selectively.
 
     Raises:
         ValueError: for a backend that is not known to leave operands alone, where weight gradients are put off.
     """
     overlaps = model.parallel.overlaps_tp(model.mesh.device)  # linears one by one
     chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
-    for part in compiled_parts(model):
+    for part in compiled_parts(model, recomputed):
         compiled = torch.compile(part.forward, backend=chosen)
         part.forward = functools.partial(_forward, part, compiled, part.forward)
 
@@ -86,17 +91,27 @@ def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
     return {**(KEEPING if keeps_operands else {}), **list_mode_options(mode or "default")}
 
 
-def compiled_parts(model: ParallelModel) -> list[nn.Module]:
+def compiled_parts(model: ParallelModel, recomputed: Collection[int] = frozenset()) -> list[nn.Module]:
     """The modules that are compiled, of all layers; see `parts_of`."""
-    layers = [layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack]
-    return [part for layer in layers if not isinstance(layer, AbsentLayer) for part in parts_of(layer)]
+    layers = enumerate(layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack)
+    return [
+        part
+        for index, layer in layers
+        if not isinstance(layer, AbsentLayer)
+        for part in parts_of(layer, index in recomputed or getattr(layer, SWITCH, False))
+    ]
 
 
-def parts_of(layer: nn.Module) -> list[nn.Module]:
-    """A decoder layer without a hook or a mixture inside is one part, else what it consists of."""
+def parts_of(layer: nn.Module, recomputes: bool) -> list[nn.Module]:
+    """A decoder layer without a hook or a mixture inside is one part, else what it consists of.
+
+    Args:
+        recomputes: whether it recomputes activations. If it writes to its weights, it is then no single part either.
+    """
     parts = [layer]
     inside = [module for module in layer.modules() if module is not layer]
-    if any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
+    writes = recomputes and any(type(module).__name__ in WRITES_WEIGHTS for module in inside)
+    if writes or any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
         parts = [part for block in blocks_of(layer).values() for part in _around_experts(block)]
     return [part for part in parts if any(True for _ in part.parameters())]
 

@@ -216,6 +216,12 @@ RETURNS_TUPLE = (
     *("GPTNeoBlock", "MptBlock"),
 )
 
+# ---- recomputation ----
+
+# Classes of modules that write to a weight of their own while they train (Gemma 3n clips coefficients). Compiled inside
+# of what is recomputed, such a write counts as a change of what the backward needs.
+WRITES_WEIGHTS = ("Gemma3nTextAltUp",)
+
 # ---- what cannot work ----
 
 NO_PIPELINE: dict[str, str] = {

@@ -115,8 +115,9 @@ def recompute_selectively(model: ParallelModel, layers: Collection[int], options
     """Let `layers` keep products and attention, and compute the rest again in the backward of a training step.
 
     A layer recomputes whole where nothing happens between its blocks; else each block does, inside the hooks at its
-    border: what they send is not sent again, and what routers return is not recorded again. Experts recompute between
-    their two products. To be called before `compile_layers`, which compiles what this leaves.
+    border: what they send is not sent again, and what routers return is not recorded again; so it is in a layer that
+    writes to its weights. Experts recompute between their two products. To be called before `compile_layers`, which
+    compiles what this leaves.
 
     Args:
         options: of `torch.utils.checkpoint.checkpoint`. Unless they say otherwise, the state of random generators is
@@ -127,7 +128,7 @@ def recompute_selectively(model: ParallelModel, layers: Collection[int], options
     for index, layer in _layers(model).items():
         if index not in layers or isinstance(layer, AbsentLayer):
             continue
-        for part in parts_of(layer):
+        for part in parts_of(layer, recomputes=True):
             part.forward = MethodType(forward, part)
         for module in layer.modules():
             if isinstance(module, ParallelExperts):

@@ -50,6 +50,10 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """A copy of a model communicates in the same groups."""
+        return self
+
 
 class ParallelMesh:
     """The ranks of a job arranged by `ParallelConfig`, with one `Group` per way of communicating.
@@ -158,6 +162,10 @@ class ParallelMesh:
         for handle in self._handles.values():
             if handle is not None:
                 dist.distributed_c10d._set_pg_timeout(timeout, handle)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelMesh:
+        """A copy of a model stands where the model stands."""
+        return self
 
     @property
     def is_first_stage(self) -> bool:

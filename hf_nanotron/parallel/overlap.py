@@ -16,6 +16,7 @@ and forgotten when it does something else.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any, cast
 
@@ -112,6 +113,10 @@ class Overlap:
         if self._sent is not None:
             self._sent[0].exchange.close()
             self._sent = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Overlap:
+        """A copy of a model, which never runs at the same time, sends through the same memory."""
+        return self
 
     def close(self) -> None:
         self._sent = None
@@ -227,6 +232,13 @@ class BlockOverlap:
             self._output = (caller, _Mark(output))
         return output
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockOverlap:
+        """For a copy of the block, which has yet to learn."""
+        twin = copy.copy(self)
+        twin._first, twin._last = {}, None
+        twin._forget_call()
+        return twin
+
     def _forget_call(self) -> None:
         # A recomputation stops inside the block and never leaves it, so this is done at the next entry as well.
         self._hidden = self._shape = self._output = None
@@ -239,6 +251,9 @@ class LayerProducts:
     def __init__(self, block: BlockOverlap, layer: Linear) -> None:
         self._block, self._layer = block, weakref.ref(layer)
         self.is_row = isinstance(layer, RowParallelLinear)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerProducts:
+        return LayerProducts(copy.deepcopy(self._block, memo), copy.deepcopy(self.layer, memo))
 
     @property
     def layer(self) -> Linear:

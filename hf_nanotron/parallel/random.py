@@ -8,6 +8,7 @@ each rank draws from a stream of its own. Activation recomputation replays the s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -68,11 +69,11 @@ class LayerStreams:
         self._before: GeneratorState | None = None
 
     def attach(self, layer: nn.Module, index: int) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module.training and self._position is not None:
-                seed_generators(seed_from(self.seed, *self._position, index, self.tp_rank))
+        layer.register_forward_pre_hook(functools.partial(self._seed, index))
 
-        layer.register_forward_pre_hook(hook)
+    def _seed(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.training and self._position is not None:
+            seed_generators(seed_from(self.seed, *self._position, index, self.tp_rank))
 
     def begin(self, step: int, micro_batch: int) -> None:
         self._position = (step, micro_batch)

@@ -62,7 +62,7 @@ class Region:
         if sums_before is None:
             module.register_forward_hook(self.leave)
         else:
-            sums_before.register_forward_pre_hook(lambda inner, args: (self.leave(inner, args, args[0]), *args[1:]))
+            sums_before.register_forward_pre_hook(self.leave_before)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         splits = self.sequence_parallel and module.training
@@ -102,6 +102,10 @@ class Region:
             return scatter_sum(x, self.group) if self.overlap is None else self.overlap.leave(x)
 
         return replace_first(output, reduce)
+
+    def leave_before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`leave` in front of `module`. A method, as all hooks with a state: `copy.deepcopy` copies no closures."""
+        return (self.leave(module, args, args[0]), *args[1:])
 
 
 class WholeRegion:

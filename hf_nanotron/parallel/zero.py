@@ -5,12 +5,16 @@ Rajbhandari et al. 2020, arXiv:1910.02054.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..ops.embedding import Embedding
 from ..ops.linear import Linear
@@ -173,7 +177,7 @@ class BucketedWeights:
         for weights in self._weights:
             weights.wait()
 
-    def _wait_before(self, unit: Sequence[nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
+    def _wait_before(self, unit: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Hooks that wait for the weights of `unit` when the forward comes to any of its modules."""
         held = {parameter for module in unit for parameter in module.parameters()}
         own = [w for w in self._weights if any(member.parameter in held for member in w.bucket.members)]
@@ -212,14 +216,36 @@ class BucketedWeights:
     def close(self) -> None:
         self.wait()
         self.gradients.close()
-        for hook in self._hooks:
-            hook.remove()
-        for linear in self._linears:
-            linear.accumulate_into(None)
-        for embedding in self._embeddings:
-            embedding.row_gradient = None
-        for experts in self._experts:
-            experts.weight_gradients = {}
+        _detach(*self._attached)
+
+    @contextlib.contextmanager
+    def copying(self, memo: dict[int, Any]) -> Iterator[None]:
+        """While `copy.deepcopy` copies the model with `memo`: the copy has no part in these weights and gradients."""
+        self.wait()
+        memo.update((id(gradient), gradient) for gradient in self.gradients.members.values())
+        yield
+        _detach(*copy.deepcopy(self._attached, memo))  # the copies that there are already
+
+    @property
+    def _attached(self) -> tuple[list[RemovableHandle], list[Linear], list[Embedding], list[ParallelExperts]]:
+        """What knows of us in the model."""
+        return self._hooks, self._linears, self._embeddings, self._experts
+
+
+def _detach(
+    hooks: Sequence[RemovableHandle],
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    experts: Sequence[ParallelExperts],
+) -> None:
+    for hook in hooks:
+        hook.remove()
+    for linear in linears:
+        linear.accumulate_into(None)
+    for embedding in embeddings:
+        embedding.row_gradient = None
+    for module in experts:
+        module.weight_gradients = {}
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

@@ -1,0 +1,48 @@
+"""transformers' own switches of recomputation, as the user of a model has set them.
+
+A training run turns them on and off by its arguments. What it leaves behind would be taken for the user's word by
+whoever trains the model next, so it puts them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+SWITCH, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+HOOKS = "_require_grads_hooks"  # of transformers, which make what the embedding returns require a gradient
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The switches of a model at one time.
+
+    Attributes:
+        of: module -> what its instance holds under `SWITCH` and `FUNCTION`; the class says the rest.
+        hooks: those of `HOOKS`.
+    """
+
+    of: dict[nn.Module, dict[str, Any]]
+    hooks: list[Any]
+
+    @classmethod
+    def read(cls, model: nn.Module) -> Switches:
+        of = {
+            module: {name: vars(module)[name] for name in (SWITCH, FUNCTION) if name in vars(module)}
+            for module in model.modules()
+            if hasattr(module, SWITCH)
+        }
+        return cls(of, list(getattr(model, HOOKS, ())))
+
+    def restore(self, model: nn.Module) -> None:
+        """Set the switches of `model` to what they were."""
+        for module, values in self.of.items():
+            for name in (SWITCH, FUNCTION):
+                module.__dict__.pop(name, None)
+            module.__dict__.update(values)
+        for hook in getattr(model, HOOKS, ()):
+            if hook not in self.hooks:
+                hook.remove()
+        setattr(model, HOOKS, self.hooks)
