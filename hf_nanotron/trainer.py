@@ -10,6 +10,7 @@ import gc
 from typing import Any, cast
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
@@ -89,6 +90,10 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
             f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
         )
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without `torch_compile_backend`: accelerate compiles nothing here, but would switch TF32 on for it."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     # ---- model and optimizer ----
 

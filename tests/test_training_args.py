@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DynamoBackend
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from hf_nanotron import NanotronTrainer
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.training_args import NanotronTrainingArguments
 from hf_nanotron.training_args_policy import (
@@ -438,11 +440,16 @@ def test_bare_switches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", [{"torch_compile": True}, {"torch_compile_backend": "aot_eager"}])
 def test_compiling_does_not_change_precision(choice: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
-    """transformers switches TF32 on for whoever compiles, and accelerate does by this variable whatever `tf32` says."""
+    """transformers switches TF32 on for whoever compiles, and accelerate does whatever `tf32` says, by this variable or
+    for the backend that transformers' Trainer tells it."""
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     args = NanotronTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **choice)
     assert args.torch_compile is True and args.torch_compile_backend == choice.get("torch_compile_backend")
     assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+    trainer = NanotronTrainer.__new__(NanotronTrainer)
+    trainer.args, trainer.model = args, None
+    plugin = trainer._build_accelerator_args()["dynamo_plugin"]
+    assert plugin.backend == DynamoBackend.NO  # or its state sets torch.backends.cuda.matmul.allow_tf32
 
 
 def test_command_line_and_dict(tmp_path: Path) -> None:
