@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.optim.adamw import AdamW
 from hf_nanotron.optim.link import OptimizerLink
 from hf_nanotron.parallel import gradients as gradients_module, zero as zero_module
 from hf_nanotron.parallel.collectives import all_reduce
@@ -502,6 +503,33 @@ def test_weights_are_rounded_by_the_optimizer(pool: WorkerPool) -> None:
     for zero_stage in (0, 1, 2):
         once, twice = (pool.run(2, train_in_bf16, directory, zero_stage, publishes) for publishes in (False, True))
         assert once == twice
+
+
+class HasRounded(torch.optim.SGD):
+    """Of somebody else, with an attribute that is called so by chance."""
+
+    elementwise = rounded = True
+
+
+def test_weights_are_rounded_where_the_users_optimizer_does_not() -> None:
+    """One of ours keeps what its user has it write: that is not the weights of the model, nor all of them."""
+
+    def adamw(parameters: list[nn.Parameter]) -> AdamW:
+        return AdamW(parameters, lr=1e-2, rounded={p: torch.zeros_like(p, dtype=torch.float16) for p in parameters})
+
+    args = NanotronTrainingArguments(**training_arguments(max_steps=2, warmup_steps=0, bf16=True))
+    makers: list[Any] = [adamw, lambda parameters: HasRounded(parameters, lr=0.1)]
+    for make in makers:
+        model = stock_model("llama")
+        trainer = NanotronTrainer(
+            model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch,
+            optimizers=(make(list(model.parameters())), None),
+        )  # fmt: skip
+        before = trainer.model.lm_head.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(trainer.model.lm_head.weight, before)
+        for segment in trainer.weights.segments:
+            assert segment.weight is not None and torch.equal(segment.weight, segment.master.bfloat16())
 
 
 # ---- one owner ----

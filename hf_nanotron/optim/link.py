@@ -58,6 +58,12 @@ class OptimizerLink:
         fused = all(group.get("fused", True) for group in self.optimizer.param_groups)
         return fused and getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
+    @property
+    def _writes_weights(self) -> bool:
+        # One that the user has made may write something else.
+        written = getattr(self.optimizer, "rounded", None)
+        return isinstance(written, dict) and all(written.get(s.master) is s.weight for s in self.weights.segments)
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -71,7 +77,7 @@ class OptimizerLink:
         for segment in self.weights.segments:
             segment.master.grad = None
         if not self.skips_next:
-            self.weights.publish(rounded=bool(getattr(self.optimizer, "rounded", None)))
+            self.weights.publish(rounded=self._writes_weights)
             if not self.overlap:
                 self.weights.wait()
         self.skips_next = False
