@@ -312,6 +312,17 @@ def test_state_of_torch_is_taken() -> None:
 # ---- Lion ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_state_of_another_computation_is_refused(option: str) -> None:
+    """A resumed run would take it over without a word: both are called AdamW."""
+    parameters = random_parameters((4,))
+    theirs = torch.optim.AdamW(parameters, **{option: True})
+    set_gradients(parameters, 0)
+    theirs.step()
+    with pytest.raises(ValueError, match=f"{option}=True, which this one does not compute"):
+        AdamW(parameters).load_state_dict(theirs.state_dict())
+
+
 def test_lion_is_that_of_the_paper() -> None:
     """Algorithm 2 of arXiv:2302.06675, in float64, element by element."""
     lr, beta1, beta2, decay = 1e-2, 0.9, 0.99, 0.1

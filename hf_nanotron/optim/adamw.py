@@ -210,7 +210,17 @@ class AdamW(torch.optim.Optimizer):
         return stream_keys(self.seed, number), first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which makes everything fp32; the moments get their type back, exactly."""
+        """As torch's, which makes everything fp32; the moments get their type back, exactly.
+
+        Raises:
+            ValueError: if it is of a torch.optim.AdamW that computes something else.
+        """
+        for option in ("amsgrad", "maximize"):
+            if any(group.get(option) for group in state_dict["param_groups"]):
+                raise ValueError(
+                    f"the state is of an AdamW with {option}=True, which this one does not compute; load it with "
+                    f"torch.optim.AdamW, such as optimizer_cls_and_kwargs=(torch.optim.AdamW, {{'{option}': True}})."
+                )
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             state["step"] = state["step"].to(parameter.device, torch.float32)
