@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import family_table
 import pytest
@@ -18,21 +20,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the kill test kills a rank")
 
 
+TABLES = ("test_parity", "test_zero", "test_resume", "test_families")
+FROM_WORKERS: dict[str, dict[str, Any]] = {}  # where pytest-xdist runs the tests in processes of its own
+
+
+def own_tables() -> dict[str, dict[str, Any]]:
+    """What the tests of this process have to tell, by module."""
+    names = ("TITLE", "HEADER", "ROWS")
+    tables = {name: {each: getattr(sys.modules.get(name), each, None) for each in names} for name in TABLES}
+    return {name: table for name, table in tables.items() if table["ROWS"]}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tables"] = json.dumps(own_tables())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    FROM_WORKERS.update(json.loads(getattr(node, "workeroutput", {}).get("tables", "{}")))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the tables of relative errors, and the table of families."""
-    for name in ("test_parity", "test_zero", "test_resume"):
-        module = sys.modules.get(name)
-        if module is not None and module.ROWS:
-            terminalreporter.section(module.TITLE)
-            terminalreporter.write_line(module.HEADER)
-            terminalreporter.write_line("\n".join(module.ROWS))
-    families = sys.modules.get("test_families")
-    if families is not None and families.ROWS:
-        terminalreporter.section(families.TITLE)
-        terminalreporter.write_line("\n".join(family_table.counts(families.ROWS)))
+    for name, table in (own_tables() | FROM_WORKERS).items():
+        rows = table["ROWS"]
+        terminalreporter.section(table["TITLE"])
+        if name != "test_families":
+            terminalreporter.write_line("\n".join([table["HEADER"], *rows]))
+            continue
+        terminalreporter.write_line("\n".join(family_table.counts(rows)))
         if config.getoption("write_families"):
             docs = Path(__file__).parent.parent / "docs"
-            family_table.write_page(docs / "families.json", families.ROWS, docs / "families.md", str(date.today()))
+            family_table.write_page(docs / "families.json", rows, docs / "families.md", str(date.today()))
 
 
 @pytest.fixture(scope="session")
