@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from hf_nanotron.ops.linear import add_product
 
+PRODUCTS = ("16384x14336x4096", "16384x4096x14336", "32768x8192x2048")  # of 8B and 1B, in docs/performance.md
 WINDOW = 0.1  # seconds, about
 READ_IN, LAST = 9, 4  # the window in which the clock is read; those that count as sustained
 QUERY = {"power_w": "power.draw", "clock_mhz": "clocks.sm", "limited_by_power": "clocks_throttle_reasons.sw_power_cap"}
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     cli = parser.parse_args()
     try:
-        products = [parse_product(text) for text in cli.product or ["16384x14336x4096", "32768x8192x2048"]]
+        products = [parse_product(text) for text in cli.product or PRODUCTS]
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
