@@ -190,6 +190,26 @@ def test_order_without_a_gradient_for_the_tokens(pool: WorkerPool) -> None:
         assert back == "send send" + 2 * " wait weights gradient weights"
 
 
+def write_journal_of_frozen_experts() -> tuple[str, torch.Tensor]:
+    journal = Journal()
+    ours = experts_of(QWEN, 2, exchange=journal.exchange).requires_grad_(False)
+    x, index, weights = own_tokens([6, 9], "random")
+    out = ours(x, index, weights.requires_grad_())
+    journal.take()
+    out.square().sum().backward()
+    assert weights.grad is not None
+    return journal.take(), weights.grad
+
+
+def test_nothing_leaves_for_frozen_experts(pool: WorkerPool) -> None:
+    """Where the tokens have no gradient either, only the routing weights do, and those are at home."""
+    x, index, weights = batch(15)
+    build(*QWEN).requires_grad_(False)(x, index, weights.requires_grad_()).square().sum().backward()
+    ranks = pool.run(2, write_journal_of_frozen_experts)
+    assert [back for back, _ in ranks] == ["", ""]
+    torch.testing.assert_close(torch.cat([grad for _, grad in ranks]), weights.grad, rtol=1e-11, atol=1e-12)
+
+
 PARITY: list[dict[str, Any]] = [
     {"ep_size": 2, "ep_parts": 2},
     {"ep_size": 4, "ep_parts": 2, **ONCE},

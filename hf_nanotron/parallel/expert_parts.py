@@ -332,7 +332,8 @@ class _Sum(torch.autograd.Function):
         total = torch.zeros_like(weights)
         for part in reversed(route.parts):  # as autograd will ask for them
             grad_y, grad_weights = sum_gradients(grad, y[part.at_home], order[part.at_home], weights)
-            part.leave(route, grad_y)
+            if any(ctx.needs_input_grad[4:]):  # else nobody would wait for them: experts and tokens without gradients
+                part.leave(route, grad_y)
             total += grad_weights  # of other pairs than those before
         return total, None, None, None, *(grad.new_empty(0) for _ in route.parts)
 
