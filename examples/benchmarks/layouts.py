@@ -64,7 +64,7 @@ class Layout:
 
 ONE_SAMPLE = "8,192 tokens fill the products; two samples do not fit"
 TWO_IF = "larger products, if compiled layers keep the 2/3 of the estimate that one GPU showed; else one sample"
-MANY = "{} of them leave a bubble of {}; two samples each would double it"
+MANY = "{} of them leave a bubble of {} of the work; two samples each would double it"
 INTERLEAVED = {"pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
 PEER = {"trainer": "torchtitan"}
 
@@ -76,9 +76,9 @@ LAYOUTS = (
     Layout("MoE dp 8 ep 8", 8, (2, 1), "4,096 tokens to each 16 experts, or half", {"ep_size": 8}, moe=True),
     Layout("tp 8", 8, (4,), "32,768 rows to a rank's 1,792 columns", {"tp_size": 8}),
     Layout("tp 2 x dp 4", 8, (2,), "16,384 tokens fill the products", {"tp_size": 2}),
-    Layout("tp 4 x pp 2", 8, (4,), "32 micro-batches for a bubble of 1/33", {"tp_size": 4, "pp_size": 2}),
+    Layout("tp 4 x pp 2", 8, (4,), "32 micro-batches for a bubble of 1/32", {"tp_size": 4, "pp_size": 2}),
     Layout("pp 4 x dp 2 zero bubble", 8, (1,), MANY.format(64, "1/64"), {"pp_size": 4, "pp_schedule": "zb"}),
-    Layout("pp 4 x dp 2 1F1B", 8, (1,), MANY.format(64, "3/67"), {"pp_size": 4}),
+    Layout("pp 4 x dp 2 1F1B", 8, (1,), MANY.format(64, "3/64"), {"pp_size": 4}),
     Layout("dp 8 ZeRO-3", 8, (2, 1), "weights travel once a micro-batch: the fewer the better", {"zero_stage": 3}),
     Layout("dp 4 ZeRO-1", 4, (1,), ONE_SAMPLE, {"zero_stage": 1}),
     Layout("torchtitan FSDP 4", 4, (2, 1), "as it fits", PEER),
@@ -93,9 +93,9 @@ LAYOUTS = (
     ),
     Layout("tp 4", 4, (4,), "32,768 rows to a rank's 3,584 columns", {"tp_size": 4}),
     Layout("tp 2 x dp 2", 4, (2,), "16,384 tokens fill the products", {"tp_size": 2}),
-    Layout("tp 2 x pp 2", 4, (2,), "32 micro-batches for a bubble of 1/33", {"tp_size": 2, "pp_size": 2}),
+    Layout("tp 2 x pp 2", 4, (2,), "32 micro-batches for a bubble of 1/32", {"tp_size": 2, "pp_size": 2}),
     Layout("pp 4 zero bubble", 4, (1,), MANY.format(64, "1/64"), {"pp_size": 4, "pp_schedule": "zb"}),
-    Layout("pp 4 1F1B", 4, (1,), MANY.format(64, "3/67"), {"pp_size": 4}),
+    Layout("pp 4 1F1B", 4, (1,), MANY.format(64, "3/64"), {"pp_size": 4}),
     Layout("dp 4 ZeRO-3", 4, (2, 1), "weights travel once a micro-batch: the fewer the better", {"zero_stage": 3}),
     Layout("dp 2 ZeRO-1", 2, (2, 1), "two fit a smaller model alone", {"zero_stage": 1}),
     Layout("torchtitan FSDP 2", 2, (2, 1), "as it fits", PEER),
