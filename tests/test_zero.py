@@ -53,15 +53,8 @@ class Trained:
 
 
 def train(directory: str, **overrides: Any) -> tuple[NanotronTrainer, Trained]:
-    args = NanotronTrainingArguments(**training_arguments(ddp_bucket_cap_mb=1, **overrides))
-    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
-    history, gradients = History(), Gradients()
-    trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch,
-        callbacks=[history, gradients],
-    )  # fmt: skip
-    gradients.trainer = trainer
-    trainer.train()
+    gradients = Gradients()
+    trainer, history = train_plain(directory, gradients, ddp_bucket_cap_mb=1, **overrides)
     return trainer, Trained(history.losses, history.norms, gradients.first, gradients.last, whole_moments(trainer))
 
 
@@ -427,13 +420,17 @@ def train_with(directory: str, overrides: dict[str, Any]) -> list[float]:
     return run.losses
 
 
-def train_plain(directory: str, **overrides: Any) -> tuple[NanotronTrainer, History]:
+def train_plain(directory: str, watch: Any = None, **overrides: Any) -> tuple[NanotronTrainer, History]:
+    """`watch`: one more callback, which is told its trainer."""
     args = NanotronTrainingArguments(**training_arguments(**overrides))
     model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
     history = History()
     trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch, callbacks=[history]
-    )
+        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch,
+        callbacks=[history] if watch is None else [history, watch],
+    )  # fmt: skip
+    if watch is not None:
+        watch.trainer = trainer
     trainer.train()
     return trainer, history
 
@@ -482,17 +479,9 @@ class OnesWritten(TrainerCallback):
 
 
 def train_in_bf16(directory: str, zero_stage: int, publishes: bool) -> list[float]:
-    args = NanotronTrainingArguments(
-        **training_arguments(bf16=True, optim_state_dtype="bfloat16", zero_stage=zero_stage, max_steps=4)
-    )
-    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
-    history, written = History(), OnesWritten(publishes)
-    trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch,
-        callbacks=[history, written],
-    )  # fmt: skip
-    written.trainer = trainer
-    trainer.train()
+    written = OnesWritten(publishes)
+    sizes: dict[str, Any] = {"zero_stage": zero_stage, "max_steps": 4}
+    _, history = train_plain(directory, written, bf16=True, optim_state_dtype="bfloat16", **sizes)
     assert written.equal == [True] * 4
     return history.losses
 
