@@ -124,7 +124,7 @@ class NanotronTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "FP8 products in the linear layers of decoder layers while training, with a scale of each tensor "
-            "(tensorwise, the faster) or of each row and column (rowwise); needs bf16=True, and 2 bytes more for each "
+            "(tensorwise, the faster) or of each row and column (rowwise); needs bf16=True, and 1 byte more for each "
             "of their weights. Unset, none."
         },
     )

@@ -20,7 +20,7 @@ from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.models.fp8 import fp8_bytes, use_fp8
 from hf_nanotron.models.parallelize import parallelize
 from hf_nanotron.models.sharding import shard_weights
-from hf_nanotron.ops.fp8 import RECIPES, add_scaled_product, product, quantize, scales
+from hf_nanotron.ops.fp8 import RECIPES, add_scaled_product, product, quantize, quantize_columns, quantize_rows, scales
 from hf_nanotron.ops.fp8_linear import Fp8Linear, WeightCopies, fp8_class
 from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel.config import ParallelConfig
@@ -114,6 +114,21 @@ def test_operands(recipe: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_one_order_alone(recipe: str) -> None:
+    """Each copy by itself has the bits of the two together, and so has the transposed one of a step's weight copy."""
+    weight = torch.randn(21, 48) * torch.logspace(-3, 3, 48)
+    row_scale, column_scale = scales(weight, recipe)
+    rows, columns = quantize(weight, row_scale, column_scale)
+    memory = torch.full_like(rows.float(), 7).to(E4M3)
+    assert quantize_rows(weight, row_scale, memory) is memory and torch.equal(memory.float(), rows.float())
+    assert torch.equal(quantize_columns(weight, column_scale).float(), columns.float())
+    module = layer(48, 21, recipe)
+    module.weight.data.copy_(weight)
+    turned, scale = module.fp8_weight.columns(module.weight)
+    assert torch.equal(turned.float(), columns.float()) and torch.equal(scale, column_scale)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_products(recipe: str) -> None:
     """The three products of a layer, exact in float64 on the same FP8 numbers; weight gradients add up."""
     module = layer(64, 48, recipe, bias=True)
@@ -186,12 +201,12 @@ def test_weight_copies_last_one_step() -> None:
     assert change(1.0) and change(2.0)  # outside of a step always
     copies.begin()
     assert change(3.0) and not change(4.0)
-    held = module.fp8_weight.operands(module.weight)
+    held = module.fp8_weight.copy(module.weight)
     copies.end()
     assert change(5.0) and torch.equal(held.rows.float() * held.row_scale, torch.full((16, 32), 3.0))
     copies.begin()
     assert change(6.0)
-    again = module.fp8_weight.operands(module.weight)
+    again = module.fp8_weight.copy(module.weight)
     assert again.rows.data_ptr() == held.rows.data_ptr()  # no new memory
 
 
@@ -400,7 +415,7 @@ def choices() -> None:
     use_fp8(odd, "tensorwise")
     names = {name.rpartition(".")[2] for name, module in odd.named_modules() if isinstance(module, Fp8Linear)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert fp8_bytes(odd) == 2 * 4 * (2 * 32 * 32 + 2 * 16 * 32)
+    assert fp8_bytes(odd) == 4 * (2 * 32 * 32 + 2 * 16 * 32)
     for skip in ([4], [-5]):
         with pytest.raises(ValueError, match=rf"fp8_skip_layers: there is no layer {skip[0]}; the model has 4"):
             use_fp8(odd, "tensorwise", skip)

@@ -58,6 +58,17 @@ def test_quantize(recipe: str, tile: Any, tokens: int, width: int) -> None:
     kernel(x.cuda(), expected.row_scale.cuda(), expected.column_scale.cuda(), rows, columns, tile)
     assert torch.equal(rows.cpu().float(), expected.rows.float())
     assert torch.equal(columns.cpu().float(), expected.columns.float())
+    # One order alone, and FP8 numbers that are only turned over.
+    for given, out in (((expected.row_scale, None), rows), ((None, expected.column_scale), columns)):
+        before = out.clone()
+        out.view(torch.uint8).fill_(0x7F)
+        pair = (out, None) if out is rows else (None, out)
+        kernel(x.cuda(), *(None if scale is None else scale.cuda() for scale in given), *pair, tile)
+        assert torch.equal(out.float(), before.float())
+    if recipe == "tensorwise":
+        columns.view(torch.uint8).fill_(0x7F)
+        kernel(rows, None, None, None, columns, tile)
+        assert torch.equal(columns.cpu().float(), expected.columns.float())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

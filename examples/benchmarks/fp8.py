@@ -201,6 +201,9 @@ def quantization(bench: Bench, tokens: int, width: int) -> None:
     for tile in TILES[:3]:
         name = f"{tokens}x{width} quantize rowwise {tuple(tile)}"
         bench(name, lambda tile=tile: quantize_kernel(x, *by_row, rows, columns, tile), moved=moved)
+    for tile in TILES:  # a weight's copy, turned over in each backward
+        name = f"{tokens}x{width} transpose {tuple(tile)}"
+        bench(name, lambda tile=tile: quantize_kernel(rows, None, None, None, columns, tile), moved=moved / 2)
     bench(f"{tokens}x{width} copy", lambda: x.clone(), moved=moved)
     gate, up = torch.randn_like(x), torch.randn_like(x)
     activation = torch.compile(lambda g, u: F.silu(g) * u)

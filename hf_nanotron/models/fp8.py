@@ -73,7 +73,7 @@ def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int]
 
 def fp8_bytes(model: ParallelModel) -> int:
     """What the FP8 copies of the weights will take on this rank."""
-    return sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, Fp8Linear))
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, Fp8Linear))
 
 
 def check_device(device: torch.device) -> None:

@@ -77,33 +77,46 @@ def _scale(largest: torch.Tensor) -> torch.Tensor:
     return (largest.float() / LARGEST).clamp(min=SMALLEST_SCALE)
 
 
-def quantize(
-    x: torch.Tensor,
-    row_scale: torch.Tensor,
-    column_scale: torch.Tensor,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`rows` and `columns` of `Operands`, from one reading of `x`.
 
     Args:
         x: `[tokens, width]`.
         row_scale, column_scale: as `scales` returns them.
-        out: memory for the result.
     """
     tokens, width = x.shape
-    rows, columns = out or (
-        x.new_empty(tokens, width, dtype=DTYPE),
-        x.new_empty(width, aligned(tokens), dtype=DTYPE),
-    )
+    if not x.is_cuda:
+        return quantize_rows(x, row_scale), quantize_columns(x, column_scale)
+    from .fp8_triton import quantize as kernel
+
+    rows, columns = x.new_empty(x.shape, dtype=DTYPE), x.new_empty(width, aligned(tokens), dtype=DTYPE)
+    kernel(x.contiguous(), row_scale, column_scale, rows, columns)
+    return rows, columns
+
+
+def quantize_rows(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows` of `Operands` alone, in `out` if there is one."""
+    rows = x.new_empty(x.shape, dtype=DTYPE) if out is None else out
     if x.is_cuda:
         from .fp8_triton import quantize as kernel
 
-        kernel(x.contiguous(), row_scale, column_scale, rows, columns)
-    else:
-        rows.copy_(_round(x, row_scale.view(-1, 1)))
-        columns.zero_()
-        columns[:, :tokens].copy_(_round(x, column_scale.view(1, -1)).t())
-    return rows, columns
+        kernel(x.contiguous(), scale, None, rows, None)
+        return rows
+    return rows.copy_(_round(x, scale.view(-1, 1)))
+
+
+def quantize_columns(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """`columns` of `Operands` alone. Without a scale `x` holds FP8 numbers already, and is transposed."""
+    tokens, width = x.shape
+    columns = x.new_empty(width, aligned(tokens), dtype=DTYPE)
+    if x.is_cuda:
+        from .fp8_triton import quantize as kernel
+
+        kernel(x.contiguous(), None, scale, None, columns)
+        return columns
+    columns.zero_()
+    columns[:, :tokens].copy_((x if scale is None else _round(x, scale.view(1, -1))).t())
+    return columns
 
 
 def _round(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from .fp8 import Operands, aligned, product, quantize, scales, weight_scales
+from .fp8 import aligned, product, quantize, quantize_columns, quantize_rows, scales, weight_scales
 from .linear import Linear, WeightGradient
 
 
@@ -32,8 +32,8 @@ class WeightCopies:
     """How long FP8 copies of weights are good for: one object for all layers of a model.
 
     Weights change between optimizer steps alone. Within one, a copy is made when it is needed first (by then weights on
-    their way from other ranks have come) and serves all micro-batches, forwards and backwards. Outside of one, copies
-    are made anew each time. 2 bytes a weight stay allocated.
+    their way from other ranks have come) and serves all micro-batches. Outside of one, copies are made anew each time.
+    1 byte a weight stays allocated: the transposed copy, which only a backward needs, is made by each.
     """
 
     def __init__(self, recipe: str) -> None:
@@ -51,26 +51,41 @@ class WeightCopies:
         self.is_open = False
 
 
+class WeightCopy(NamedTuple):
+    """`rows` and the scales of the `Operands` that a weight (`[out, in]`) is."""
+
+    rows: torch.Tensor
+    row_scale: torch.Tensor
+    column_scale: torch.Tensor
+
+
 class Fp8Weight:
-    """The FP8 copy of one weight in both orders, and where its gradient goes."""
+    """The FP8 copy of one weight, and where its gradient goes."""
 
     def __init__(self, copies: WeightCopies, total: ScaledWeightGradient) -> None:
         self.copies, self.total = copies, total
-        self._operands: Operands | None = None
+        self._copy: WeightCopy | None = None
         self._made_in = 0
 
-    def operands(self, weight: torch.Tensor) -> Operands:
-        """Of `weight` (`[out, in]`), which is that of the layer as it is now."""
-        copies, held = self.copies, self._operands
+    def copy(self, weight: torch.Tensor) -> WeightCopy:
+        """Of `weight`, which is that of the layer as it is now."""
+        copies, held = self.copies, self._copy
         if held is not None and copies.is_open and self._made_in == copies.step:
             return held
         row_scale, column_scale = weight_scales(weight, copies.recipe)
         # The memory is used again, but for a step's copy no other may be written over.
-        memory = None if held is None or not copies.is_open else (held.rows, held.columns)
-        made = Operands(*quantize(weight.detach(), row_scale, column_scale, memory), row_scale, column_scale)
+        memory = None if held is None or not copies.is_open else held.rows
+        made = WeightCopy(quantize_rows(weight.detach(), row_scale, memory), row_scale, column_scale)
         if copies.is_open:
-            self._operands, self._made_in = made, copies.step
+            self._copy, self._made_in = made, copies.step
         return made
+
+    def columns(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transposed copy and its scale. Each column's own scale makes other numbers than each row's."""
+        made = self.copy(weight)
+        if self.copies.recipe == "tensorwise":
+            return quantize_columns(made.rows, None), made.column_scale
+        return quantize_columns(weight.detach(), made.column_scale), made.column_scale
 
 
 # As in `linear.py`: compiled code names a weight by a number in a tensor on the host.
@@ -117,7 +132,7 @@ def _linear(
     bias: torch.Tensor | None,
     key: torch.Tensor,
 ) -> torch.Tensor:
-    copy = _weight(key).operands(weight)
+    copy = _weight(key).copy(weight)
     return product(rows, copy.rows, row_scale, copy.row_scale, input.dtype, bias)
 
 
@@ -154,8 +169,8 @@ def _linear_backward(
 ) -> torch.Tensor:
     owner = _weight(key)
     owner.total.add_scaled_product(grad_columns, columns, grad_column_scale, column_scale)
-    copy = owner.operands(weight)
-    return product(grad_rows, copy.columns, grad_row_scale, copy.column_scale, weight.dtype)
+    turned, scale = owner.columns(weight)
+    return product(grad_rows, turned, grad_row_scale, scale, weight.dtype)
 
 
 @_linear_backward.register_fake

@@ -62,39 +62,43 @@ def _quantize_kernel(
     in_rows, in_columns = row < tokens, column < width
     places = row.to(tl.int64)[:, None] * width + column[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
-    values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    if BY_ROW:
-        by_row = tl.load(row_scale + row, mask=in_rows, other=1.0)
-        by_column = tl.load(column_scale + column, mask=in_columns, other=1.0)
-        straight = (values * tl.math.div_rn(1.0, by_row)[:, None]).to(rows.dtype.element_ty)
-        turned = (values * tl.math.div_rn(1.0, by_column)[None, :]).to(rows.dtype.element_ty)
-    else:
-        straight = (values * tl.math.div_rn(1.0, tl.load(row_scale))).to(rows.dtype.element_ty)
-        turned = straight
-    tl.store(rows + places, straight, mask=inside)
-    # Rows past the last token are zeros that fill up `columns`.
-    places = column.to(tl.int64)[:, None] * padded + row[None, :]
-    tl.store(columns + places, tl.trans(turned), mask=in_columns[:, None] & (row < padded)[None, :])
+    values = tl.load(x + places, mask=inside, other=0.0)
+    # What is not asked for is None, and then a branch of the compiler's.
+    if rows is not None:
+        by_row = tl.load(row_scale + row, mask=in_rows, other=1.0)[:, None] if BY_ROW else tl.load(row_scale)
+        straight = (values.to(tl.float32) * tl.math.div_rn(1.0, by_row)).to(tl.float8e4nv)
+        tl.store(rows + places, straight, mask=inside)
+    if columns is not None:
+        turned = values
+        if column_scale is not None:
+            by_column = (
+                tl.load(column_scale + column, mask=in_columns, other=1.0)[None, :] if BY_ROW else tl.load(column_scale)
+            )
+            turned = (values.to(tl.float32) * tl.math.div_rn(1.0, by_column)).to(tl.float8e4nv)
+        # Rows past the last token are zeros that fill up `columns`.
+        places = column.to(tl.int64)[:, None] * padded + row[None, :]
+        tl.store(columns + places, tl.trans(turned), mask=in_columns[:, None] & (row < padded)[None, :])
 
 
 def quantize(
     x: torch.Tensor,
-    row_scale: torch.Tensor,
-    column_scale: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
     tile: Tile = TILES[0],
 ) -> None:
-    """Write `rows` and `columns` of `fp8.Operands`.
+    """Write `rows` and `columns` of `fp8.Operands`, or one of them.
 
     Args:
-        x: `[tokens, width]`, contiguous.
-        row_scale, column_scale: `[]` both (they are one), or `[tokens]` and `[width]`.
-        rows: `[tokens, width]`, contiguous.
-        columns: `[width, tokens]`, contiguous, the tokens filled up to some multiple.
+        x: `[tokens, width]`, contiguous; FP8 numbers already if there is no scale.
+        row_scale: `[]`, or `[tokens]`; None without `rows`.
+        column_scale: `[]`, or `[width]`; None to transpose `x` as it is.
+        rows: `[tokens, width]`, contiguous, or None.
+        columns: `[width, tokens]`, contiguous, the tokens filled up to some multiple, or None.
     """
     tokens, width = x.shape
-    padded = columns.shape[1]
+    padded = tokens if columns is None else columns.shape[1]
     if x.numel() == 0:
         return
     with torch.cuda.device_of(x):
@@ -107,7 +111,7 @@ def quantize(
             tokens,
             width,
             padded,
-            BY_ROW=row_scale.dim() > 0,
+            BY_ROW=any(scale is not None and scale.dim() > 0 for scale in (row_scale, column_scale)),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             num_warps=tile.warps,
