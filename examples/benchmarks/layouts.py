@@ -37,6 +37,7 @@ class Layout:
         micro_batches: samples of a micro-batch, the best first; the next is taken when one is out of memory.
         why: this micro-batch.
         fields: of the training arguments (or of the peer).
+        recomputed: the share of the layers, evenly spread, that recompute their activations.
         moe: whether it trains the mixture of experts.
     """
 
@@ -45,6 +46,7 @@ class Layout:
     micro_batches: tuple[int, ...]
     why: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    recomputed: float = 0.0
     moe: bool = False
 
     @cached_property
@@ -67,6 +69,7 @@ TWO_IF = "larger products, if compiled layers keep the 2/3 of the estimate that 
 MANY = "{} of them leave a bubble of {} of the work; two samples each would double it"
 INTERLEAVED = {"pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
 PEER = {"trainer": "torchtitan"}
+SELECTIVE = {"activation_checkpointing_policy": "selective"}
 
 # By importance: a budget that ends early leaves out the last.
 LAYOUTS = (
@@ -80,30 +83,34 @@ LAYOUTS = (
     Layout("pp 4 x dp 2 zero bubble", 8, (1,), MANY.format(64, "1/64"), {"pp_size": 4, "pp_schedule": "zb"}),
     Layout("pp 4 x dp 2 1F1B", 8, (1,), MANY.format(64, "3/64"), {"pp_size": 4}),
     Layout("dp 8 ZeRO-3", 8, (2, 1), "weights travel once a micro-batch: the fewer the better", {"zero_stage": 3}),
+    Layout("dp 4 ZeRO-1 partly recomputed", 4, (2, 1), "two samples fit so", {"zero_stage": 1, **SELECTIVE}, 3 / 8),
     Layout("dp 4 ZeRO-1", 4, (1,), ONE_SAMPLE, {"zero_stage": 1}),
     Layout("torchtitan FSDP 4", 4, (2, 1), "as it fits", PEER),
     Layout("pp 4 interleaved", 4, (1,), MANY.format(64, "3/128"), {"pp_size": 4, **INTERLEAVED}),
     Layout(
-        "MoE dp 4 ep 4 bf16 moments recomputed",
+        "MoE dp 4 ep 4 bf16 moments partly recomputed",
         4,
-        (2, 1),
+        (1,),
         "with fp32 moments the state alone is 134 GiB",
-        {"ep_size": 4, "optim_state_dtype": "bfloat16", "activation_checkpointing": True},
+        {"ep_size": 4, "optim_state_dtype": "bfloat16"},
+        recomputed=1 / 2,
         moe=True,
     ),
     Layout("tp 4", 4, (4,), "32,768 rows to a rank's 3,584 columns", {"tp_size": 4}),
     Layout("tp 2 x dp 2", 4, (2,), "16,384 tokens fill the products", {"tp_size": 2}),
     Layout("tp 2 x pp 2", 4, (2,), "32 micro-batches for a bubble of 1/32", {"tp_size": 2, "pp_size": 2}),
-    Layout("pp 4 zero bubble", 4, (1,), MANY.format(64, "1/64"), {"pp_size": 4, "pp_schedule": "zb"}),
+    Layout("pp 4 zero bubble", 4, (2, 1), "16,384 tokens fill the products; 1/32", {"pp_size": 4, "pp_schedule": "zb"}),
     Layout("pp 4 1F1B", 4, (1,), MANY.format(64, "3/64"), {"pp_size": 4}),
     Layout("dp 4 ZeRO-3", 4, (2, 1), "weights travel once a micro-batch: the fewer the better", {"zero_stage": 3}),
     Layout("dp 2 ZeRO-1", 2, (2, 1), "two fit a smaller model alone", {"zero_stage": 1}),
     Layout("torchtitan FSDP 2", 2, (2, 1), "as it fits", PEER),
-    Layout("pp 2 interleaved", 2, (1,), MANY.format(32, "1/64"), {"pp_size": 2, **INTERLEAVED}),
+    Layout(
+        "pp 2 interleaved", 2, (2, 1), "16 of them leave a bubble of 1/32 of the work", {"pp_size": 2, **INTERLEAVED}
+    ),
     Layout("MoE dp 2 ep 2", 2, (4, 1), "a smaller model alone fits", {"ep_size": 2}, moe=True),
     Layout("tp 2", 2, (2, 1), "as it fits", {"tp_size": 2}),
-    Layout("pp 2 zero bubble", 2, (1,), "as interleaved", {"pp_size": 2, "pp_schedule": "zb"}),
-    Layout("pp 2 1F1B", 2, (1,), "as interleaved", {"pp_size": 2}),
+    Layout("pp 2 zero bubble", 2, (2, 1), "as interleaved", {"pp_size": 2, "pp_schedule": "zb"}),
+    Layout("pp 2 1F1B", 2, (2, 1), "as interleaved", {"pp_size": 2}),
     Layout("dp 2 ZeRO-3", 2, (2, 1), TWO_IF, {"zero_stage": 3}),
 )
 
@@ -127,6 +134,20 @@ class Model:
     def flops(self) -> float:
         """Of a token, causal attention counted once."""
         return flops_formulas(self.shapes, self.config, self.sequence_length)["causal"]
+
+
+def recomputed_layers(layout: Layout, model: Model) -> list[int]:
+    """The decoder layers that recompute."""
+    layers = model.config.num_hidden_layers
+    count = round(layout.recomputed * layers)
+    return [index * layers // count for index in range(count)]
+
+
+def fields_of(layout: Layout, model: Model) -> dict[str, Any]:
+    """What a row says of a layout besides its micro-batch."""
+    layers = " ".join(map(str, recomputed_layers(layout, model)))  # a comma would end the field
+    chosen = {"activation_checkpointing": True, "activation_checkpointing_layers": layers} if layers else {}
+    return {**layout.fields, **chosen}
 
 
 def micro_batch_count(layout: Layout, micro_batch: int, samples: int) -> int:
@@ -202,12 +223,21 @@ def estimate(layout: Layout, model: Model, micro_batch: int, micro_batches: int)
     seen = (
         Layout(layout.name, layout.gpus, layout.micro_batches, layout.why, {"zero_stage": 3}) if layout.peer else layout
     )
-    recomputed = 1.0 if layout.fields.get("activation_checkpointing") else 0.0
+    recomputed = len(recomputed_layers(layout, model)) / model.config.num_hidden_layers
+    selective = layout.fields.get("activation_checkpointing_policy") == "selective"
     tokens = micro_batch * model.sequence_length
     totals = []
     for rank in range(parallel.pp_size):
         kept = activation_bytes(
-            model.config, tokens, parallel, rank, micro_batches, BF16, recomputed, fused_head=not layout.peer
+            model.config,
+            tokens,
+            parallel,
+            rank,
+            micro_batches,
+            BF16,
+            recomputed,
+            fused_head=not layout.peer,
+            selective=selective,
         )
         totals.append((state_bytes(seen, model, rank), kept))
     return max(totals, key=sum)

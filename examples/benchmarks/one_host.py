@@ -36,7 +36,17 @@ import plot
 import throughput
 import torch
 from host_table import TOO_FAR, latest, loss_differences, ran, samples_per_step, table
-from layouts import LAYOUTS, USABLE_GIB, Layout, Model, estimate, micro_batch_count, obstacle, reckoned_seconds
+from layouts import (
+    LAYOUTS,
+    USABLE_GIB,
+    Layout,
+    Model,
+    estimate,
+    fields_of,
+    micro_batch_count,
+    obstacle,
+    reckoned_seconds,
+)
 from rows import MICRO, STEPS
 from shapes import SHAPES
 
@@ -64,7 +74,7 @@ class Planned:
 
     def row(self, micro_batch: int) -> str:
         """As `throughput.py` takes it."""
-        fields = {**self.layout.fields, MICRO: micro_batch, STEPS: self.count(micro_batch)}
+        fields = {**fields_of(self.layout, self.model), MICRO: micro_batch, STEPS: self.count(micro_batch)}
         values = (
             f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in fields.items()
         )
