@@ -180,7 +180,8 @@ class AdamW(torch.optim.Optimizer):
         )
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         steps = [self.state[parameter]["step"] for parameter in numbers]
-        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float())
+        # One tensor for all steps would be read by the host.
+        torch._foreach_add_(steps, 1.0 if found_inf is None else [(found_inf == 0).float()] * len(steps))
         # Steps stay on the GPU, since only it knows which were skipped; 1 - 0.999 in fp32 would lose four digits.
         t = torch.stack(steps).double()
         factors = torch.stack((lr / (1 - beta1**t), (1 - beta2**t).sqrt(), t), dim=1).float()
