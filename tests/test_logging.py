@@ -234,6 +234,24 @@ def test_flops_per_token(family: str, overrides: dict[str, Any]) -> None:
     assert flops_per_token(shapes, config, length) == counted - masked
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("mamba", {"state_size": 8}), ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8})],
+)
+def test_flops_without_attention(family: str, overrides: dict[str, Any]) -> None:
+    """Linear layers and head, as torch counts their products; neither the scan nor its decay rates, a matrix too."""
+    config = AutoConfig.for_model(family, hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, **overrides)
+    assert not hasattr(config, "num_attention_heads")
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(3, VOCABULARY, (2, 12))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)  # of scans: bmm
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert flops_per_token(shapes, config, 12) == flops_per_token(shapes, config, 24) == products / ids.numel()
+
+
 def test_flops_of_active_parameters() -> None:
     """Qwen3-MoE by hand: two layers of hidden size 8, queries of 2 heads of 6, keys of 1, two of five experts of 3."""
     config = AutoConfig.for_model(

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import torch
 from pool import WorkerPool
-from tiny import random_dataset, training_arguments
+from tiny import VOCABULARY, random_dataset, training_arguments
 from torch._subclasses import FakeTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.monitor.memory import MemoryReport, activation_bytes
@@ -137,6 +144,27 @@ def test_a_fused_head_keeps_one_chunk_of_logits() -> None:
     assert whole[0] == fused[0]
     # bf16 logits, an fp32 copy and both gradients of 8,192 tokens, against bf16 logits of 4,096 and a bf16 gradient.
     assert whole[1] - fused[1] == 8192 * 2048 * 12 - 4096 * 2048 * 2 - 8192 * 256 * 2
+
+
+def test_a_model_without_attention_heads_trains_and_reports(pool: WorkerPool) -> None:
+    """The report comes before the first step. Keys and queries do not count, where selective layers keep them too."""
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=8)
+    (activations,) = pool.run(1, reported_activations, config)
+    tokens, inner, item = 16, 64, 4
+    layer = 2 * 32 * (4 + item) + 2 * 32 * item + 4 * inner * item
+    assert activations > 2 * tokens * layer
+    plain = activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 0.0)
+    assert activations <= plain
+    assert 0 < activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 1.0, selective=True) < plain
+
+
+def reported_activations(config: MambaConfig) -> int:
+    args = NanotronTrainingArguments(**training_arguments(max_steps=1))
+    model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4))
+    trainer.train()
+    model.mesh.close()
+    return trainer.memory_report.activations
 
 
 def test_pipelines_keep_more_on_their_first_stage() -> None:

@@ -37,6 +37,7 @@ NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 IN_LAYERS = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+NOT_MULTIPLIED = ("bias", "A_log")  # the latter of Mamba: a matrix, but of decay rates
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a weight of one expert, in files that hold them one by one
 
 
@@ -48,13 +49,21 @@ def first_of(config: Any, names: Sequence[str]) -> int | None:
     return None if value is None else int(value)
 
 
+def attention_heads(config: Any) -> int:
+    """Query heads of a layer: 0 for a model without attention, such as Mamba, whose config has no such number."""
+    return getattr(config, "num_attention_heads", None) or 0
+
+
 def head_dims(config: Any) -> tuple[int, int]:
-    """Features of one attention head: of queries and keys, and of values.
+    """Features of one attention head: of queries and keys, and of values; 0 for a model without attention.
 
     They differ in latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1), where queries and keys have a
     part with rotary positions and one without, and `head_dim` means something else.
     """
-    plain = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = attention_heads(config)
+    if not heads:  # Mamba 2 has a head_dim, but of its recurrence
+        return 0, 0
+    plain = getattr(config, "head_dim", None) or config.hidden_size // heads
     nope, rope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
     queries = plain if nope is None or rope is None else nope + rope
     return queries, getattr(config, "v_head_dim", None) or queries
@@ -64,12 +73,13 @@ def active_weights(name: str, shape: tuple[int, ...], config: Any) -> float:
     """Elements of a decoder layer's tensor that multiply one token; the mean over tokens for routed experts.
 
     Of E routed experts, of which a token goes to k, k/E counts: of a stack `[E, a, b]` and of the matrix of one expert
-    alike. Routers, shared experts and whatever else is a matrix count whole; biases, norms and convolutions do not.
+    alike. Routers, shared experts and whatever else is a matrix count whole; biases, norms, convolutions and the decay
+    rates of a recurrence do not.
 
     Args:
         config: of the text model.
     """
-    if not IN_LAYERS.search(name) or name.endswith("bias"):
+    if not IN_LAYERS.search(name) or name.endswith(NOT_MULTIPLIED):
         return 0.0
     experts, top_k = first_of(config, NUM_EXPERTS), first_of(config, TOP_K)
     if len(shape) == 3 and ("expert" in name or shape[0] == experts):
@@ -88,7 +98,8 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
     + 3 * layers * heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of
     activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as full
-    causal attention.
+    causal attention, and none does if the config has no attention heads. Of recurrences (Mamba) the projections are
+    counted, and the scan is not.
 
     Args:
         shapes: name -> shape of every tensor of the model.
@@ -96,5 +107,5 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     """
     text = config.get_text_config()
     layers = sum(active_weights(name, shape, text) for name, shape in shapes.items())
-    attention = text.num_hidden_layers * text.num_attention_heads * sum(head_dims(text)) * sequence_length
+    attention = text.num_hidden_layers * attention_heads(text) * sum(head_dims(text)) * sequence_length
     return 6.0 * (layers + text.vocab_size * text.hidden_size) + 3.0 * attention

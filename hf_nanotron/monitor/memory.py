@@ -12,7 +12,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.loss import chunk_size
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import ShardedWeights
-from .flops import NUM_EXPERTS, TOP_K, first_of, head_dims
+from .flops import NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims
 
 # Tensors of optimizer state for each element, where no argument adds one.
 STATE_TENSORS = {
@@ -90,7 +90,7 @@ def activation_bytes(
     one, the gradient of the head's input and the logits of one chunk of tokens. A layer that recomputes keeps its
     input, and one layer at a time the rest; with `selective`, what `_selective_bytes` says. A weight gradient that is
     put off keeps what was computed anew for it. All layers of a model with experts count as such, and experts as
-    evenly loaded.
+    evenly loaded. A recurrence (Mamba) counts as an MLP; what its scan keeps is not counted.
 
     Args:
         config: of the model.
@@ -135,7 +135,7 @@ def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
     """
     tp, hidden, top_k = parallel.tp_size, config.hidden_size, first_of(config, TOP_K) or 0
     _, value_dim = head_dims(config)
-    products = _attention_elements(config) - config.num_attention_heads * value_dim
+    products = _attention_elements(config) - attention_heads(config) * value_dim
     products += _mlp_elements(config, selective=True)
     if tp == 1 and not top_k:
         return (3 * hidden + products) * item
@@ -145,9 +145,9 @@ def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
 
 
 def _attention_elements(config: Any) -> int:
-    """Queries, keys, values, and twice the output of one token."""
+    """Queries, keys, values, and twice the output of one token; none without attention heads."""
     query_dim, value_dim = head_dims(config)
-    heads = config.num_attention_heads
+    heads = attention_heads(config)
     # Latent attention makes keys and values for every head.
     grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
     return heads * (query_dim + 2 * value_dim) + grouped * (query_dim + value_dim)
