@@ -41,11 +41,12 @@ class NanotronTrainingArguments(TrainingArguments):
     pp_size: int = field(default=1, metadata={"help": "Ranks that share the stack of layers (pipeline parallelism)."})
     cp_size: int = field(default=1, metadata={"help": "Ranks that share a sequence (context parallelism)."})
     ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts (expert parallelism)."})
-    ep_parts: int | None = field(
+    # HfArgumentParser takes `str` out of this union, and __post_init__ a number out of that.
+    ep_parts: int | str | None = field(
         default=1,
         metadata={
             "help": "Parts into which the experts of a rank are cut, so that tokens travel to and from some while "
-            "others are computed; with 1 all tokens are waited for, with None it goes by their number."
+            "others are computed; with 1 all tokens are waited for, with auto (None in Python) it goes by their number."
         },
     )
     dp_replicate_size: int = field(
@@ -184,6 +185,7 @@ class NanotronTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.ep_parts = _part_count(self.ep_parts)
         self.pp_layers_per_stage = _layer_counts(self.pp_layers_per_stage)
         self.activation_checkpointing_layers = layer_numbers(self.activation_checkpointing_layers)
         self.check()
@@ -283,7 +285,11 @@ class NanotronTrainingArguments(TrainingArguments):
         """The sizes of the run, as models and meshes take them."""
         sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
         layers = _layer_counts(self.pp_layers_per_stage)
-        return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
+        chosen = {
+            "ep_parts": _part_count(self.ep_parts),
+            "pp_layers_per_stage": None if layers is None else tuple(layers),
+        }
+        return ParallelConfig(**{**sizes, **chosen})
 
     @property
     def dp_size(self) -> int:
@@ -320,6 +326,23 @@ class NanotronTrainingArguments(TrainingArguments):
 def _world_size() -> int:
     """Processes of this job, known before its process group is."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _part_count(value: Any) -> Any:
+    """`ep_parts` out of text: a number, or "auto" for None. `ParallelConfig` judges the number.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return None if value == "auto" else int(value)
+    except ValueError:
+        raise ValueError(
+            f"ep_parts={value!r} must be an integer of at least 1, the parts into which a rank's experts are cut, or "
+            "'auto' (None in Python, null in YAML), which goes by the number of tokens that travel."
+        ) from None
 
 
 def _layer_counts(value: Any) -> list[int] | None:

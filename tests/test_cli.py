@@ -23,7 +23,7 @@ from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_nanotron import cli, cli_train
+from hf_nanotron import NanotronTrainingArguments, cli, cli_train
 
 DATA = Path(__file__).parent / "data" / "nanotron"
 PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
@@ -387,6 +387,15 @@ def test_settings(tmp_path: Path) -> None:
         "optim_args": "a=1,b=2",
     }
     assert "NanotronTrainingArguments" in command("train", path, "--help")[1]
+
+
+@pytest.mark.parametrize("value", ["auto", "null"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_parts_of_experts_by_the_tokens(tmp_path: Path, value: str, in_file: bool) -> None:
+    text = f"training: {{output_dir: {tmp_path}, use_cpu: true, ep_parts: {value if in_file else 1}}}\n"
+    overrides = [] if in_file else ["--ep_parts", value]
+    sections, _ = cli_train.read_settings(Path(write_settings(tmp_path, text)), overrides)
+    assert NanotronTrainingArguments(**sections["training"]).parallel.ep_parts is None
 
 
 def test_packing_keeps_every_token() -> None:

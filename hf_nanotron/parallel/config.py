@@ -63,7 +63,10 @@ class ParallelConfig:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
         parts = self.ep_parts
         if parts is not None and (not isinstance(parts, int) or isinstance(parts, bool) or parts < 1):
-            raise ValueError(f"ep_parts={parts!r} must be an integer of at least 1, or None.")
+            raise ValueError(
+                f"ep_parts={parts!r} must be an integer of at least 1, the parts into which a rank's experts are cut, "
+                "or None ('auto' in training arguments), which goes by the number of tokens that travel."
+            )
         if parts is not None and parts > 1 and self.ep_size == 1:
             raise ValueError(
                 f"ep_parts={parts} with ep_size=1: no tokens travel between ranks that products could hide; use an "
