@@ -188,15 +188,14 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        segments = self.weights.segments
+        segments, order = self.weights.segments, list(self.model.hub_shapes)
         if self.optimizer is None:
             state_dtype = getattr(torch, self.args.optim_state_dtype)
             choice = self.optimizer_cls_and_kwargs or optimizer_choice(self.args, state_dtype)
             decayed = set(self.get_decay_parameter_names(self.model))
-            order = list(self.model.hub_shapes)
             self.optimizer = build_optimizer(segments, order, decayed, self.args.weight_decay, *choice)
         elif self._names:
-            adopt_optimizer(self.optimizer, self._names, segments)
+            adopt_optimizer(self.optimizer, self._names, segments, order)
             self._names = {}
         if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
             self._link = OptimizerLink(self.optimizer, self.weights)

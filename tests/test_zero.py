@@ -462,6 +462,72 @@ def test_lion_and_bf16_moments(pool: WorkerPool) -> None:
     assert alone == pytest.approx(fp32, rel=1e-3) and alone != fp32
 
 
+def bf16_moments_of_both(directory: str, cases: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """Of each case, losses and this rank's masters and moments: with the trainer's own AdamW, and the user's."""
+    return [(bf16_moments(directory, False, sizes), bf16_moments(directory, True, sizes)) for sizes in cases]
+
+
+def bf16_moments(directory: str, adopted: bool, sizes: dict[str, Any]) -> tuple[list[float], Tensors]:
+    args = NanotronTrainingArguments(**training_arguments(optim_state_dtype="bfloat16", max_steps=3, **sizes))
+    model, history = ParallelAuto.from_pretrained(directory, parallel=args.parallel), History()
+    named = dict(model.named_parameters())
+    groups = [  # in another order than the trainer's
+        {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in reversed(named.values()) if p.dim() > 1], "weight_decay": args.weight_decay},
+    ]
+    optimizer = AdamW(groups, lr=args.learning_rate, state_dtype=torch.bfloat16) if adopted else None
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch, callbacks=[history],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.train()
+    found: Tensors = {}
+    for segment in trainer.weights.segments:
+        state = trainer.optimizer.state[segment.master]
+        found |= {f"{segment.name} {kind}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        found[segment.name] = segment.master.detach()
+    trainer.mesh.close()
+    return history.losses, found
+
+
+def test_an_adopted_adamw_rounds_as_the_trainers_own(pool: WorkerPool) -> None:
+    """To the last bit. Over stages, copies of a tied embedding have other places in the optimizers of their ranks."""
+    cases: list[dict[str, Any]] = [{"zero_stage": 1}, {"pp_size": 2, "gradient_accumulation_steps": 2}]
+    directory = checkpoint(True)
+    ranks = pool.run(2, bf16_moments_of_both, directory, cases)
+    for rank in ranks:
+        for sizes, ((losses, own), (found, adopted)) in zip(cases, rank, strict=True):
+            assert found == losses, sizes
+            assert adopted.keys() == own.keys() and all(torch.equal(adopted[name], own[name]) for name in own), sizes
+    (_, first), (_, last) = (rank[1][1] for rank in ranks)
+    assert torch.equal(first["model.embed_tokens.weight"], last["lm_head.weight"])
+
+
+def adopted_streams(directory: str) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Of each segment of this rank: where it starts in its parameter, and the stream of the user's AdamW."""
+    args = NanotronTrainingArguments(**training_arguments(max_steps=1))
+    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    given = {parameter: (70, 300) for parameter in model.parameters() if parameter.dim() > 1}
+    optimizer = AdamW(model.parameters(), state_dtype=torch.bfloat16, streams=given)
+    trainer = NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(8), data_collator=pad_batch, optimizers=(optimizer, None)
+    )
+    trainer.create_optimizer()
+    assert len(optimizer.streams) == len(trainer.weights.segments)  # none of parameters that are gone
+    trainer.mesh.close()
+    return {segment.name: (segment.start, optimizer.streams[segment.master]) for segment in trainer.weights.segments}
+
+
+def test_an_adopted_adamw_keeps_streams_that_its_user_gave(pool: WorkerPool) -> None:
+    """A rank's part of such a parameter draws its part of them. Norms have none here."""
+    order, starts = list(stock_model("llama").state_dict()), set()
+    for found in pool.run(2, adopted_streams, checkpoint(True)):
+        for name, (start, stream) in found.items():
+            assert stream == ((order.index(name), start) if "norm" in name else (70, 300 + start))
+            starts.add(start)
+    assert len(starts) > 1  # some parameter is divided
+
+
 class OnesWritten(TrainerCallback):
     """After every step: whether the model computes with the rounded masters. `publishes`: by a pass of its own."""
 

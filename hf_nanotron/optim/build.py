@@ -61,11 +61,10 @@ def build_optimizer(
     Args:
         order: names of the Hub's tensors in model order, the same on every rank.
     """
-    if optimizer_class is AdamW:  # copies of a weight on several ranks must round alike
-        number = {name: index for index, name in enumerate(order)}
-        streams = {segment.master: (number[segment.spec.name], segment.start) for segment in segments}
+    if optimizer_class is AdamW:
         rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
-        optimizer_arguments = {**optimizer_arguments, "streams": streams, "rounded": rounded}
+        own = {"streams": rounding_streams(segments, order), "rounded": rounded}
+        optimizer_arguments = {**optimizer_arguments, **own}
     groups = [
         {"params": [s.master for s in segments if s.name in decayed], "weight_decay": weight_decay},
         {"params": [s.master for s in segments if s.name not in decayed], "weight_decay": 0.0},
@@ -73,15 +72,30 @@ def build_optimizer(
     return optimizer_class(groups, **optimizer_arguments)
 
 
+def rounding_streams(segments: Sequence[Segment], order: Sequence[str]) -> dict[nn.Parameter, tuple[int, int]]:
+    """Which random bits our AdamW rounds each segment with, so that copies of a weight on several ranks round alike.
+
+    Args:
+        order: names of the Hub's tensors in model order, the same on every rank.
+    """
+    number = {name: index for index, name in enumerate(order)}
+    return {segment.master: (number[segment.spec.name], segment.start) for segment in segments}
+
+
 def adopt_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], segments: Sequence[Segment]
+    optimizer: torch.optim.Optimizer,
+    names: dict[nn.Parameter, str],
+    segments: Sequence[Segment],
+    order: Sequence[str],
 ) -> None:
     """Give an optimizer that was made over the model's parameters our segments of them instead, group by group.
 
-    The object stays the same, so that a scheduler made for it goes on working.
+    The object stays the same, so that a scheduler made for it goes on working. Our AdamW rounds as one that
+    `build_optimizer` makes, but where the user has given a parameter a stream: its segment draws its own part of it.
 
     Args:
         names: the model's parameters, as they were when the optimizer was made -> their names.
+        order: names of the Hub's tensors in model order, the same on every rank.
 
     Raises:
         ValueError: if it is not element-wise, has state already, holds a parameter that is not the model's, or lacks
@@ -109,3 +123,10 @@ def adopt_optimizer(
     masters = {segment.name: segment.master for segment in segments}
     for group in optimizer.param_groups:
         group["params"] = [masters[names[p]] for p in group["params"] if names[p] in masters]
+    if isinstance(optimizer, AdamW):
+        given = {names[p]: stream for p, stream in optimizer.streams.items() if p in names}
+        optimizer.streams = rounding_streams(segments, order)
+        for segment in segments:
+            if segment.name in given:
+                number, first = given[segment.name]
+                optimizer.streams[segment.master] = number, first + segment.start
