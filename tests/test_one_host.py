@@ -183,12 +183,16 @@ def test_rows_of_a_host_by_budget(bench: argparse.Namespace, tmp_path: Path, mon
     assert done["moe-30b-a3b", "MoE dp 8 ep 8"]["error"].startswith("not begun: it takes about ")
 
 
-def test_a_stopped_row_leaves_no_worker(bench: argparse.Namespace, tmp_path: Path) -> None:
+IGNORE = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize("ignoring", ["", IGNORE], ids=["heeding", "ignoring"])
+def test_a_stopped_row_leaves_no_worker(bench: argparse.Namespace, tmp_path: Path, ignoring: str) -> None:
     """torchrun gives each worker a session of its own: killing its group would leave them on the GPUs."""
     script = tmp_path / "sleeps.py"
     script.write_text(
-        "import os, sys, time\nopen(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid()))\n"
-        "time.sleep(300)\n"
+        f"{ignoring}import os, sys, time\nopen(os.path.join(sys.argv[1], os.environ['RANK']), 'w')"
+        ".write(str(os.getpid()))\ntime.sleep(300)\n"
     )
     pids = tmp_path / "pids"
     pids.mkdir()
@@ -199,11 +203,27 @@ def test_a_stopped_row_leaves_no_worker(bench: argparse.Namespace, tmp_path: Pat
         time.sleep(0.1)
     workers = [int(path.read_text()) for path in pids.iterdir()]
     assert len(workers) == 2
+    began = time.monotonic()
     bench.throughput.stop(process)
+    assert time.monotonic() - began < 15  # torchrun alone would wait 30 for one that ignores SIGTERM
     assert process.poll() is not None
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
+
+
+def test_stopping_a_row_is_within_its_time(
+    bench: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, out = tmp_path / "sleeps.py", tmp_path / "rows.jsonl"
+    script.write_text(f"{IGNORE}import time\ntime.sleep(300)\n")
+    monkeypatch.setattr(bench.throughput, "__file__", str(script))
+    cli = bench.throughput.make_parser().parse_args(["--out", str(out)])
+    began, seconds = time.monotonic(), bench.throughput.STOP_SECONDS + 3
+    bench.throughput.run_apart(["name=a"], cli, seconds)
+    assert time.monotonic() - began < seconds
+    (result,) = bench.one_host.read(out)
+    assert (result["name"], result["error"]) == ("a", "stopped after 3 s")
 
 
 SHORT = ("--warmup-steps", "1", "--timed-steps", "1", "--budget", "1500")

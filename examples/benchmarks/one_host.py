@@ -154,7 +154,7 @@ def run_apart(plans: Sequence[Planned], cli: argparse.Namespace, left: Callable[
     for item in plans:
         for size in item.sizes:
             text, options, began, seen = item.row(size), options_of(item, cli), left(), len(read(cli.out))
-            need = item.seconds * max(paces, default=1.0) + FINISH_SECONDS
+            need = item.seconds * max(paces, default=1.0) + throughput.STOP_SECONDS + FINISH_SECONDS
             if began < need:
                 problem = f"not begun: it takes about {need:.0f} s, and {max(0.0, began):.0f} s were left"
                 throughput.write_problem(text, problem, options)
@@ -173,7 +173,7 @@ def run_together(plans: Sequence[Planned], cli: argparse.Namespace, left: Callab
         pending = {item.layout.name: item for item in plans if item.model.shape == shape}
         while pending:
             first = next(iter(pending.values()))
-            if left() < FINISH_SECONDS:
+            if left() < throughput.STOP_SECONDS + FINISH_SECONDS:
                 for item in pending.values():
                     throughput.write_problem(
                         item.row(item.sizes[0]), "not begun: the time is over", options_of(item, cli)

@@ -27,6 +27,7 @@ beside `--out`) a table of the kernels. `--compare NAME` ends with a table of ra
 """
 
 import argparse
+import contextlib
 import datetime
 import gc
 import json
@@ -43,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import floor
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -56,7 +58,7 @@ from shapes import SHAPES, make_config
 from hf_nanotron.monitor.flops import peak_flops
 
 LEAST_SECONDS = 30.0  # a row that has less of the budget left is not begun
-STOP_SECONDS = 40.0  # torchrun gives its workers 30 before it kills them
+STOP_SECONDS = 10.0  # for a row that is stopped; half of it to end by itself
 OUT_OF_MEMORY_SIGNS = ("out of memory", "ALLOC_FAILED")
 OUT_OF_MEMORY = 3  # exit status of a process that has reported its row as such
 
@@ -220,17 +222,37 @@ def run_here(text: str, cli: argparse.Namespace) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a launched row. torchrun's workers are in sessions of their own: it has to be asked, and ends them itself."""
-    process.terminate()
+    """End a launched row within `STOP_SECONDS`.
+
+    torchrun's workers are in sessions of their own: it has to be asked, and ends them itself. But it waits 30 seconds
+    for one that ignores SIGTERM, so what is left of them by then is killed one by one.
+    """
+    end = time.monotonic() + STOP_SECONDS
     try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
+        workers = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        workers = []
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS / 2)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # torchrun sees that its workers are gone
+        process.wait(STOP_SECONDS / 4 if workers else 0.0)
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # nothing ends one that hangs in a driver
+        process.wait(max(0.0, end - time.monotonic()))
+    psutil.wait_procs(workers, max(0.0, end - time.monotonic()))
 
 
 def run_apart(texts: Sequence[str], cli: argparse.Namespace, seconds: float) -> None:
-    """Rows, as a rule one, in processes of their own. If they write nothing, the first one is reported as failed."""
+    """Rows, as a rule one, in processes of their own. If they write nothing, the first one is reported as failed.
+
+    Args:
+        seconds: after which it returns at the latest: a row that takes longer is stopped `STOP_SECONDS` before.
+    """
     launch = [sys.executable]
     if cli.processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cli.processes)]
@@ -241,13 +263,14 @@ def run_apart(texts: Sequence[str], cli: argparse.Namespace, seconds: float) -> 
         option = "--" + name.replace("_", "-")
         command += [option] if value is True else [option, str(value)]
     before = cli.out.stat().st_size if cli.out is not None and cli.out.exists() else 0
+    began, limit = time.monotonic(), max(0.0, seconds - STOP_SECONDS)
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        status = process.wait(seconds)
+        status = process.wait(limit)
         problem = f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
+        problem = f"stopped after {time.monotonic() - began:.0f} s"
         stop(process)
-        problem = f"stopped after {seconds:.0f} s"
     after = cli.out.stat().st_size if cli.out is not None and cli.out.exists() else 0
     if problem and after == before:  # a line of its own would say more
         write_problem(texts[0], problem, cli)
@@ -276,7 +299,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", metavar="NAME", help="end with a table of ratios over the row of this name")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--processes", type=int, default=1, help="of each row, without torchrun")
-    parser.add_argument("--row-timeout", type=float, default=600.0, help="seconds after which a row is stopped")
+    parser.add_argument("--row-timeout", type=float, default=600.0, help="seconds of a row, and of stopping it")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no row begins")
     parser.add_argument("--here", action="store_true", help="all rows in this process")
     return parser
