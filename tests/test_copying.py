@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ from tiny import History, pad_batch, random_dataset, train_stock, training_argum
 from transformers import AutoModelForCausalLM as StockAuto, TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
+from hf_nanotron.models.compile import CompiledForward
+from hf_nanotron.ops.fp8_linear import Fp8Weight
+from hf_nanotron.parallel.gradients import BucketGradients, MemberGradient
+from hf_nanotron.parallel.mesh import ParallelMesh
+from hf_nanotron.parallel.zero import BucketWeights
 
 STEPS = 2
 FULL = {"activation_checkpointing": True}
@@ -119,6 +126,92 @@ def copied_gradients() -> dict[str, torch.Tensor]:
     twin(**plain(0)).loss.backward()
     assert not any(segment.gradient.any() for segment in trainer.weights.segments)
     return {name: parameter.grad for name, parameter in twin.named_parameters()}
+
+
+PARTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {}, {"zero_stage": 1}),
+    ("llama", {"hidden_size": 32}, {"zero_stage": 2, "bf16": True, "fp8": "tensorwise", **COMPILED, **SELECTIVE}),
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, {"ep_size": 2}),
+]
+
+
+def test_a_copy_of_a_part_is_independent(pool: WorkerPool) -> None:
+    for rank in pool.run(2, copy_parts, PARTS):
+        for (family, _, case), broken in zip(PARTS, rank, strict=True):
+            assert not broken, (family, case)
+
+
+def copy_parts(cases: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[list[str]]:
+    """Of each case: what is wrong with copies of a layer, of the embedding and of the head after training."""
+    results = []
+    for family, shape, case in cases:
+        sizes = NanotronTrainingArguments(**training_arguments(**case)).parallel
+        model = AutoModelForCausalLM.from_config(stock_model(family, **shape).config, parallel=sizes)
+        trainer = make_trainer(model, 1, **case)
+        trainer.train()
+        wrong = []
+        parts = {"layer": model.model.layers[0], "embedding": model.model.embed_tokens, "head": model.lm_head}
+        for name, part in parts.items():
+            twin = copy.deepcopy(part).train()
+            weights = dict(part.named_parameters())
+            if any(not torch.equal(p, weights[n]) for n, p in twin.named_parameters()):
+                wrong.append(f"{name}: weights")
+            found = objects_in(twin)
+            if any(isinstance(thing, BucketWeights | BucketGradients | MemberGradient | Fp8Weight) for thing in found):
+                wrong.append(f"{name}: trainer state")
+            if any(isinstance(thing, CompiledForward) for thing in found):
+                wrong.append(f"{name}: compiled code")
+            own = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+            if own & {p.untyped_storage().data_ptr() for p in twin.parameters()}:
+                wrong.append(f"{name}: memory")
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.zero_()  # what it computes from now on is nought, if it computes with its own
+            width = model.config.hidden_size
+            hidden = torch.randn(1, 4, width, dtype=model.dtype, requires_grad=True)
+            rotary = model.model.rotary_emb(hidden, torch.arange(4)[None])
+            before = [segment.gradient.clone() for segment in trainer.weights.segments]
+            model.sharded.begin()  # so that compiled code would add what it computes
+            if name == "layer" and family == "llama":
+                out = twin(hidden, position_embeddings=rotary)
+                out = out[0] if isinstance(out, tuple) else out
+                if not torch.equal(out, hidden):
+                    wrong.append(f"{name}: output")
+            elif name != "layer":
+                out = twin(hidden if name == "head" else torch.tensor([[3, 4]]))
+            if name != "layer" or family == "llama":
+                out.sum().backward()
+                if any(p.grad is None for p in twin.parameters()):
+                    wrong.append(f"{name}: gradients")
+            if any(not torch.equal(s.gradient, old) for s, old in zip(trainer.weights.segments, before, strict=True)):
+                wrong.append(f"{name}: the model's gradients")
+        results.append(wrong)
+        model.mesh.close()
+    return results
+
+
+def objects_in(module: torch.nn.Module) -> list[Any]:
+    """What hangs on a module, as deep as attributes, containers and the cells of closures go."""
+    found: dict[int, Any] = {}
+    pending: list[Any] = [module]
+    while pending:
+        thing = pending.pop()
+        if id(thing) in found or isinstance(thing, type | ModuleType | torch.Tensor | ParallelMesh | str | int | float):
+            continue
+        found[id(thing)] = thing
+        if isinstance(thing, FunctionType):
+            pending.extend(cell.cell_contents for cell in thing.__closure__ or ())
+        elif isinstance(thing, MethodType):
+            pending.extend((thing.__self__, thing.__func__))
+        elif isinstance(thing, partial):
+            pending.extend((thing.func, *thing.args, *thing.keywords.values()))
+        elif isinstance(thing, dict):
+            pending.extend(thing.values())
+        elif isinstance(thing, list | tuple | set):
+            pending.extend(thing)
+        else:
+            pending.extend(getattr(thing, "__dict__", {}).values())
+    return list(found.values())
 
 
 DROPOUT: list[dict[str, Any]] = [{}, {"bf16": True, "fp8": "tensorwise"}]

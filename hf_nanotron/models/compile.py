@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Collection
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +24,23 @@ from .switches import SWITCH
 # What is handed to an operator stays as it is, for as long as somebody holds it.
 KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
 WITHOUT_CODE = ("eager", "aot_eager")  # backends that run a graph's operators one by one
+
+
+class CompiledForward:
+    """The forward of a compiled module: compiled while it trains, and stock otherwise.
+
+    Compiled code computes with the weights of the module that it was made for, so a copy of the module gets the stock
+    forward.
+    """
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any], stock: Callable[..., Any]) -> None:
+        self.module, self.compiled, self.stock = module, compiled, stock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled if self.module.training else self.stock)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.stock, memo)  # a method, of the module's copy
 
 
 def compile_layers(
@@ -45,14 +64,15 @@ def compile_layers(
     chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
     for part in compiled_parts(model, recomputed):
         compiled = torch.compile(part.forward, backend=chosen)
-        part.forward = functools.partial(_forward, part, compiled, part.forward)
+        part.forward = CompiledForward(part, compiled, part.forward)
 
 
 def restore_layers(model: ParallelModel) -> None:
     """Take back what `compile_layers` has done."""
     for part in model.modules():  # also those that would not be compiled now, because somebody has put hooks inside
         forward = part.__dict__.get("forward")
-        if isinstance(forward, functools.partial) and forward.func is _forward:
+        is_stock = isinstance(forward, MethodType) and forward.__func__ is type(part).forward  # as copies have it
+        if isinstance(forward, CompiledForward) or is_stock:
             del part.__dict__["forward"]
 
 
@@ -129,7 +149,3 @@ def _around_experts(block: nn.Module) -> list[nn.Module]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _forward(module: nn.Module, compiled: Callable[..., Any], stock: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-    return (compiled if module.training else stock)(*args, **kw)

@@ -59,6 +59,10 @@ class Embedding(nn.Embedding):
 
     row_gradient: RowGradient | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies get: their gradients are their own."""
+        return {name: value for name, value in vars(self).items() if name != "row_gradient"}
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         total = self.row_gradient
         plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse

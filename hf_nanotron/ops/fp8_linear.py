@@ -229,6 +229,12 @@ class Fp8Linear(Linear):
             self.fp8_weight, self._fp8_key = Fp8Weight(self.copies, total), torch.tensor(next(_keys), device="cpu")
             _weights[int(self._fp8_key)] = self.fp8_weight
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy has no trainer, which says when FP8 copies of weights are stale: it computes without."""
+        own = ("copies", "recipe", "fp8_weight", "_fp8_key")
+        state = {name: value for name, value in self.__getstate__().items() if name not in own}
+        return self.stock_class.__new__, (self.stock_class,), state
+
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         key = self._fp8_key
         trains = torch.is_grad_enabled() and self.weight.requires_grad and input.requires_grad

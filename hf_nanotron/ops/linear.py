@@ -159,6 +159,10 @@ class Linear(nn.Linear):
             if self.products is not None:
                 _products[int(self._key)] = self.products
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies get: their gradients are their own."""
+        return {name: value for name, value in vars(self).items() if name not in ("weight_gradient", "_key")}
+
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         # The operator also where products overlap with communication: it is one to whoever keeps outputs for later.

@@ -216,6 +216,10 @@ class ParallelExperts(nn.Module):
     post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies get: their gradients are their own."""
+        return {name: value for name, value in vars(self).items() if name != "weight_gradients"}
+
     @property
     def num_local_experts(self) -> int:
         return self.num_experts // self.group.size

@@ -47,6 +47,21 @@ class BucketWeights:
             self.gathering = None
 
 
+class _Wait:
+    """A hook of a module that waits for its weights. In a copy of the module there is nothing to wait for."""
+
+    def __init__(self, awaited: Sequence[BucketWeights]) -> None:
+        self._awaited = awaited
+
+    def __call__(self, *_: object) -> None:
+        for weights in self._awaited:
+            weights.wait()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Wait:
+        self()  # what is copied next must have arrived
+        return _Wait(())
+
+
 class BucketedWeights:
     """The `ShardedWeights` of stages 0, 1 and 2.
 
@@ -182,11 +197,7 @@ class BucketedWeights:
         held = {parameter for module in unit for parameter in module.parameters()}
         own = [w for w in self._weights if any(member.parameter in held for member in w.bucket.members)]
 
-        def wait(*_: object) -> None:
-            for weights in own:
-                weights.wait()
-
-        return [module.register_forward_pre_hook(wait) for module in unit]
+        return [module.register_forward_pre_hook(_Wait(own)) for module in unit]
 
     # ---- reading and writing whole parameters ----
 
