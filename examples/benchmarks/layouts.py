@@ -146,7 +146,7 @@ def recomputed_layers(layout: Layout, model: Model) -> list[int]:
 def fields_of(layout: Layout, model: Model) -> dict[str, Any]:
     """What a row says of a layout besides its micro-batch."""
     layers = " ".join(map(str, recomputed_layers(layout, model)))  # a comma would end the field
-    chosen = {"activation_checkpointing": True, "activation_checkpointing_layers": layers} if layers else {}
+    chosen = {"activation_checkpointing": True, "activation_checkpointing_layers": f"[{layers}]"} if layers else {}
     return {**layout.fields, **chosen}
 
 
