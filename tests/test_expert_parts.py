@@ -34,6 +34,7 @@ from test_mixture import start, train
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.expert_parts import (
     BYTES_PER_SECOND,
+    MOST_PARTS,
     SECONDS_PER_PART,
     Route,
     run_in_parts,
@@ -273,11 +274,11 @@ def test_suitable_parts() -> None:
     for ranks in (2, 4, 8):
         for megabytes in (0, 1, 30, 90, 200, 400, 600, 2000):
             nbytes = megabytes * 1e6
-            best = min(range(1, 5), key=lambda parts: cost(parts, nbytes, ranks))  # noqa: B023
+            best = min(range(1, MOST_PARTS + 1), key=lambda parts: cost(parts, nbytes, ranks))  # noqa: B023
             found = suitable_parts(nbytes, ranks)
             assert found <= best <= found + 1
     assert suitable_parts(79e6, 2) == 1 and suitable_parts(161e6, 2) == 2
-    assert suitable_parts(16384 * 8 * 2048 * 2, 2) == 4
+    assert suitable_parts(16384 * 8 * 2048 * 2, 2) == MOST_PARTS
 
 
 @pytest.mark.parametrize("parts", [0, -1, True, 1.5])

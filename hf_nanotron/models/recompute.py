@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.keep import keeping_contexts
 from ..parallel.experts import ParallelExperts
-from ..parallel.region import hidden_of
 from .anatomy import layer_stacks
 from .base import ParallelModel
 from .compile import parts_of
@@ -162,13 +161,13 @@ def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         # A key-value cache would be written a second time.
         if not self.training or not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
             return stock(*args)
-        hidden = hidden_of(args, kwargs)
-        return checkpoint(_beside, hidden, stock, *args, context_fn=selective_contexts, **options)
+        first = next(iter((*args, *kwargs.values())), None)
+        return checkpoint(_beside, first, stock, *args, context_fn=selective_contexts, **options)
 
     return method
 
 
-def _beside(hidden: torch.Tensor, stock: Callable[..., Any], *args: Any) -> Any:
+def _beside(first: Any, stock: Callable[..., Any], *args: Any) -> Any:
     """`stock(*args)`. `checkpoint` keeps the random state of the devices of its positional tensors, and of no others:
-    without `hidden` among them, a block that is called with keywords would draw other masks when it recomputes."""
+    without `first` among them, a block that is called with keywords would draw other masks when it recomputes."""
     return stock(*args)

@@ -40,7 +40,7 @@ from ..ops.permute import (
 )
 from .mesh import MULTIPROCESSORS_BESIDE_PRODUCTS, Group
 
-MOST_PARTS = 4  # what is not hidden is one part's way; the fifth part would hide a twentieth more
+MOST_PARTS = 2  # four took as long as one on two H200: their products are smaller, and the host launches twice as much
 # What one rank sends, as measured on two H200 with NVLink, waiting for the other one included.
 BYTES_PER_SECOND = 200e9
 # What a part more costs a layer's forward: the start of two collectives, and the launches of some twenty kernels.

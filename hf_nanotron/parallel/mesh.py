@@ -17,8 +17,9 @@ from accelerate import PartialState
 
 from .config import ParallelConfig
 
-# Of a GPU, that a communicator whose collectives run beside products may take: as many as 132 can miss.
-MULTIPROCESSORS_BESIDE_PRODUCTS = 16
+# Of a GPU, that a communicator whose collectives run beside products may take. With 16 of 132 its exchanges take nearly
+# twice as long on NVLink, and nothing is won (measured on two H200: docs/performance.md).
+MULTIPROCESSORS_BESIDE_PRODUCTS = 32
 
 
 @dataclass(frozen=True)
