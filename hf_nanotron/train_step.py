@@ -51,8 +51,6 @@ class TrainStep:
         model, mesh = self.model, self.model.mesh
         model.train()
         self.weights.begin()
-        if model.fp8 is not None:
-            model.fp8.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
         masks = [router_mask(batch, multiple) for batch in micro_batches]
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
@@ -89,16 +87,20 @@ class TrainStep:
         def weight_gradients(action: Action) -> None:
             self.weights.run_deferred(action.stage, action.micro_batch, action == last[action.stage])
 
-        with attention:
-            losses = model.executor.run(
-                table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
-            )
-        if model.streams is not None:
-            model.streams.end()
-        if model.mixture is not None:
-            model.mixture.before_forward(None, None)
         if model.fp8 is not None:
-            model.fp8.end()
+            model.fp8.begin()
+        try:
+            with attention:
+                losses = model.executor.run(
+                    table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
+                )
+        finally:  # what a step says of itself must not outlive it, also one that fails
+            if model.streams is not None:
+                model.streams.end()
+            if model.mixture is not None:
+                model.mixture.before_forward(None, None)
+            if model.fp8 is not None:
+                model.fp8.end()
         self.weights.finish()
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 

@@ -442,11 +442,21 @@ def evaluate() -> None:
     mesh = ParallelMesh(ParallelConfig())
     model = parallelize(copy.deepcopy(stock), mesh)
     use_fp8(model, "tensorwise")
-    shard_weights(model, torch.float32, 1000)
+    weights = shard_weights(model, torch.float32, 1000)
     model.eval()
-    with torch.no_grad():
-        assert error(model(**plain(0)).logits, stock(**plain(0)).logits) < 1e-6
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert error(model(**plain(0)).logits, stock(**plain(0)).logits) < 1e-6
+    hook = model.model.norm.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle of a step"):
+        TrainStep(model, weights).run([{**plain(0), "num_items_in_batch": torch.tensor(8)}], step=0)
+    hook.remove()
+    assert model.fp8 is not None and not model.fp8.is_open  # nobody after it gets the copies of that step
     mesh.close()
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("in the middle of a step")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import tiny_model
 from pool import WorkerPool
 from tiny import VOCABULARY, random_dataset, training_arguments
 from torch._subclasses import FakeTensor
@@ -14,12 +15,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
+    PreTrainedConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     TrainerCallback,
 )
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
+from hf_nanotron.monitor.flops import flops_per_token
 from hf_nanotron.monitor.memory import MemoryReport, activation_bytes
 
 SHAPE = {
@@ -158,7 +161,18 @@ def test_a_model_without_attention_heads_trains_and_reports(pool: WorkerPool) ->
     assert 0 < activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 1.0, selective=True) < plain
 
 
-def reported_activations(config: MambaConfig) -> int:
+def test_a_model_whose_layers_differ_trains_and_reports(pool: WorkerPool) -> None:
+    """Every other layer of Gemma 4 has heads twice as wide, and its config refuses to tell one size."""
+    config = tiny_model("gemma4_text").config
+    (activations,) = pool.run(1, reported_activations, config)
+    layers = [(4, 16, 2), (4, 32, 2)] * 3  # heads, their features, key-value heads
+    assert [(c.num_attention_heads, c.head_dim, c.num_key_value_heads) for c in config.per_layer_config] == layers
+    with_none, with_some = (flops_per_token({}, config, length) for length in (0, 64))
+    assert with_some - with_none == 3 * 64 * sum(heads * 2 * dim for heads, dim, _ in layers)
+    assert activations > 6 * 16 * (4 * 3 * 32 + 2 * 2 * 32) * 4 > 0  # 16 tokens, as wide as the widest
+
+
+def reported_activations(config: PreTrainedConfig) -> int:
     args = NanotronTrainingArguments(**training_arguments(max_steps=1))
     model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
     trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4))

@@ -49,6 +49,13 @@ def first_of(config: Any, names: Sequence[str]) -> int | None:
     return None if value is None else int(value)
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of each decoder layer. Where layers differ (Gemma 4), the model's own refuses to tell their sizes."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
 def attention_heads(config: Any) -> int:
     """Query heads of a layer: 0 for a model without attention, such as Mamba, whose config has no such number."""
     return getattr(config, "num_attention_heads", None) or 0
@@ -96,7 +103,7 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     """Forward and backward FLOPs of one token of a decoder, causal attention counted once.
 
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
-    + 3 * layers * heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of
+    + 3 * sum over layers of heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of
     activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as full
     causal attention, and none does if the config has no attention heads. Of recurrences (Mamba) the projections are
     counted, and the scan is not.
@@ -107,5 +114,5 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     """
     text = config.get_text_config()
     layers = sum(active_weights(name, shape, text) for name, shape in shapes.items())
-    attention = text.num_hidden_layers * attention_heads(text) * sum(head_dims(text)) * sequence_length
-    return 6.0 * (layers + text.vocab_size * text.hidden_size) + 3.0 * attention
+    attention = sum(attention_heads(layer) * sum(head_dims(layer)) for layer in layer_configs(text))
+    return 6.0 * (layers + text.vocab_size * text.hidden_size) + 3.0 * attention * sequence_length

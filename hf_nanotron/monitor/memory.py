@@ -12,7 +12,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.loss import chunk_size
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import ShardedWeights
-from .flops import NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims
+from .flops import NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims, layer_configs
 
 # Tensors of optimizer state for each element, where no argument adds one.
 STATE_TENSORS = {
@@ -90,7 +90,8 @@ def activation_bytes(
     one, the gradient of the head's input and the logits of one chunk of tokens. A layer that recomputes keeps its
     input, and one layer at a time the rest; with `selective`, what `_selective_bytes` says. A weight gradient that is
     put off keeps what was computed anew for it. All layers of a model with experts count as such, and experts as
-    evenly loaded. A recurrence (Mamba) counts as an MLP; what its scan keeps is not counted.
+    evenly loaded; all layers count as the one with the widest attention. A recurrence (Mamba) counts as an MLP;
+    what its scan keeps is not counted.
 
     Args:
         config: of the model.
@@ -101,7 +102,7 @@ def activation_bytes(
         selective: they keep products and attention (`models/recompute.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
     """
-    text, tp = config.get_text_config(), parallel.tp_size
+    text, tp = max(layer_configs(config.get_text_config()), key=_attention_elements), parallel.tp_size
     hidden = text.hidden_size
     cut = tp if parallel.sequence_parallel else 1
     between = hidden * item // cut

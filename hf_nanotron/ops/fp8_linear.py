@@ -237,7 +237,7 @@ class Fp8Linear(Linear):
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         key = self._fp8_key
-        trains = torch.is_grad_enabled() and self.weight.requires_grad and input.requires_grad
+        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad and input.requires_grad
         if key is None or not trains or input.dtype != self.weight.dtype or not input.numel():
             return super().linear(input, bias)
         x = input.flatten(0, -2)

@@ -48,7 +48,11 @@ class BucketWeights:
 
 
 class _Wait:
-    """A hook of a module that waits for its weights. In a copy of the module there is nothing to wait for."""
+    """A hook of a module that waits for its weights. In a copy of the module there is nothing to wait for.
+
+    A decoder layer that is copied waits before its blocks are. A smaller part, and the embedding or the head, are
+    copied as they stand: between an optimizer's step and the next forward, `BucketedWeights.wait` comes first.
+    """
 
     def __init__(self, awaited: Sequence[BucketWeights]) -> None:
         self._awaited = awaited
@@ -58,7 +62,7 @@ class _Wait:
             weights.wait()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Wait:
-        self()  # what is copied next must have arrived
+        self()
         return _Wait(())
 
 
