@@ -102,7 +102,8 @@ def activation_bytes(
         selective: they keep products and attention (`models/recompute.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
     """
-    text, tp = max(layer_configs(config.get_text_config()), key=_attention_elements), parallel.tp_size
+    text, tp = config.get_text_config(), parallel.tp_size
+    text = max(layer_configs(text), key=_attention_elements, default=text)
     hidden = text.hidden_size
     cut = tp if parallel.sequence_parallel else 1
     between = hidden * item // cut
