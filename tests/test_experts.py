@@ -19,15 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_nanotron.ops.grouped_mm import add_expert_bias, add_grouped_product, grouped_linear
 from hf_nanotron.ops.permute import permute, sort_by_expert, sort_into_slots, unpermute
-from hf_nanotron.parallel.experts import (
-    ALONE,
-    ParallelExperts,
-    all_to_all,
-    capacity_of,
-    combine,
-    dispatch,
-    experts_class,
-)
+from hf_nanotron.parallel.expert_exchange import all_to_all, dispatch
+from hf_nanotron.parallel.experts import ALONE, ParallelExperts, capacity_of, experts_class
 from hf_nanotron.parallel.mesh import Group
 
 MODELS = Path(transformers.__file__).parent / "models"
@@ -201,10 +194,11 @@ def test_bad_shapes() -> None:
         grouped_linear(torch.zeros(4, 3, dtype=torch.float64), torch.zeros(2, 5, 3), offsets)
     with pytest.raises(ValueError, match="is the product of"):
         add_grouped_product(torch.zeros(2, 5, 3), torch.zeros(4, 3), torch.zeros(4, 5), offsets, True)
-    with pytest.raises(ValueError, match="need weights"):
-        unpermute(torch.zeros(4, 3), sort_by_expert(torch.zeros(2, 2, dtype=torch.int64), 2))
+    with pytest.raises(ValueError, match=r"Weights of \(2, 2\) pairs have that shape, not \(2, 1\)"):
+        unpermute(torch.zeros(4, 3), sort_by_expert(torch.zeros(2, 2, dtype=torch.int64), 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="8 experts cannot be divided over 3"):
-        dispatch(torch.zeros(4, 3), torch.zeros(4, 1, dtype=torch.int64), 8, Group((0, 1, 2), 0, None))
+        index, weights = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+        dispatch(torch.zeros(4, 3), index, weights, 8, Group((0, 1, 2), 0, None))
 
 
 def test_sorting() -> None:
@@ -229,8 +223,8 @@ def check_gradients(group: Group, tokens: int, capacity: int | None) -> None:
     x, index, weights = batch(tokens, kind="sentinels")
 
     def apply(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows, way = dispatch(x, index, EXPERTS, group, capacity)
-        return combine(rows.tanh() * 2, way, weights)
+        rows, way = dispatch(x, index, weights, EXPERTS, group, capacity)
+        return way.combine(rows.tanh() * 2)
 
     assert torch.autograd.gradcheck(apply, (x.requires_grad_(), weights.requires_grad_()))
 
@@ -243,6 +237,7 @@ def test_permute_gradcheck() -> None:
         assert torch.autograd.gradcheck(
             lambda y, weights, sorting=sorting: unpermute(y, sorting, weights), (y, weights.requires_grad_())
         )
+        assert torch.autograd.gradcheck(lambda y, sorting=sorting: unpermute(y, sorting), y)
 
 
 class Sink:

@@ -164,6 +164,19 @@ class _Unpermute(torch.autograd.Function):
         return grad_y, None, None, grad_weights
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.pairs_per_token = inverse.shape[1]
+        return sum_rows(y, inverse, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gather_rows(grad, ctx.saved_tensors[0], ctx.pairs_per_token), None, None
+
+
 def permute(x: torch.Tensor, sorting: Sorting) -> torch.Tensor:
     """`[N, H] -> [rows, H]`: a copy of each token for each of its pairs; zeros in rows that are no pair."""
     return _Permute.apply(x, sorting.order, sorting.inverse)
@@ -173,16 +186,14 @@ def unpermute(y: torch.Tensor, sorting: Sorting, weights: torch.Tensor | None = 
     """`[rows, H] -> [N, H]`: the sum of each token's rows, times `weights`; pairs without a row add nothing.
 
     Args:
-        weights: `[N, K]`, of any floating dtype. None is allowed for one pair a token, and means ones.
+        weights: `[N, K]`, of any floating dtype; None means ones.
 
     Raises:
-        ValueError: if `weights` are missing or of another shape.
+        ValueError: if `weights` are of another shape.
     """
     shape = sorting.inverse.shape
     if weights is None:
-        if shape[1] != 1:
-            raise ValueError(f"Tokens with {shape[1]} experts each need weights to be summed with.")
-        return _Permute.apply(y, sorting.inverse.view(-1), sorting.order[:, None])
+        return _Sum.apply(y, sorting.order, sorting.inverse)
     if weights.shape != shape:
         raise ValueError(f"Weights of {tuple(shape)} pairs have that shape, not {tuple(weights.shape)}.")
     return _Unpermute.apply(y, sorting.order, sorting.inverse, weights.contiguous())
