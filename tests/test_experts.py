@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_nanotron.ops.grouped_mm import add_expert_bias, add_grouped_product, grouped_linear
 from hf_nanotron.ops.permute import permute, sort_by_expert, sort_into_slots, unpermute
-from hf_nanotron.parallel.expert_exchange import all_to_all, dispatch
+from hf_nanotron.parallel.expert_exchange import TokensTravel, all_to_all, dispatch
 from hf_nanotron.parallel.experts import ALONE, ParallelExperts, capacity_of, experts_class
 from hf_nanotron.parallel.mesh import Group
 
@@ -435,10 +435,28 @@ def test_all_to_all(pool: WorkerPool, dtype: torch.dtype) -> None:
 
 
 def test_all_to_all_of_bad_sizes() -> None:
-    with pytest.raises(ValueError, match=r"\[2\] rows to and \[3\] from 1 ranks do not fit a tensor of 3"):
-        all_to_all(torch.zeros(3, 2), [2], [3], ALONE)
+    with pytest.raises(ValueError, match=r"\[4\] rows to and \[3\] from 1 ranks do not fit a tensor of 3"):
+        all_to_all(torch.zeros(3, 2), [4], [3], ALONE)
     x = torch.zeros(3, 2)
-    assert all_to_all(x, [3], [3], ALONE) is x
+    assert all_to_all(x, [2], [2], ALONE).shape == (2, 2)
+
+
+def travel_rank() -> tuple[list[int], list[list[int]]]:
+    """Three tokens on each rank, experts 0 to 3 on rank 0: how many rows leave, and the pairs of those that came."""
+    rank, size = rank_and_size()
+    index = torch.tensor([[[0, 3, 1], [2, 5, 6], [7, -1, 4]], [[EXPERTS, -1, EXPERTS], [1, 4, 2], [6, 5, 6]]])[rank]
+    x, weights = torch.zeros(3, HIDDEN), torch.ones(3, 3)
+    rows, way = dispatch(x, index, weights, EXPERTS, whole_group(rank, size))
+    assert isinstance(way, TokensTravel) and len(rows) == int(way.offsets[-1]) == int((way.here.inverse >= 0).sum())
+    return way.sent, (way.here.inverse >= 0).int().tolist()
+
+
+def test_a_token_travels_once_to_a_rank(pool: WorkerPool) -> None:
+    """However many of its experts are there; nowhere if it has none."""
+    (first, here), (second, there) = pool.run(2, travel_rank)
+    assert first == [2, 2] and second == [1, 2]
+    assert here == [[1, 1, 1], [1, 0, 0], [1, 0, 1]]  # two of its own, and one of rank 1
+    assert there == [[0, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 1]]
 
 
 def test_capacity_of() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops.host_copy import HostCopy
+
 
 @dataclass
 class FiniteCheck:
@@ -25,14 +27,8 @@ class FiniteCheck:
     loss: torch.Tensor
 
     def __post_init__(self) -> None:
-        self._verdict, self._arrived = self.norm.isfinite(), None
-        if self.norm.is_cuda:
-            self._verdict = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self._verdict, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._verdict = HostCopy(self.norm.isfinite())
 
     def is_finite(self) -> bool:
         """The verdict. Waits for the norm alone, not for what was launched after it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return bool(self._verdict)
+        return bool(self._verdict.read())

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ..ops.host_copy import HostCopy
 from ..ops.permute import Sorting, permute, sort_by_expert, sort_into_slots, unpermute
 from .mesh import Group
 
@@ -36,27 +37,32 @@ def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return exchange_rows(x, sent, received, group)
+        ctx.sent, ctx.received, ctx.group, ctx.rows = sent, received, group, x.shape[0]
+        return exchange_rows(x[: sum(sent)], sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return exchange_rows(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        out = grad.new_empty(ctx.rows, *grad.shape[1:])
+        leaving = sum(ctx.sent)
+        dist.all_to_all_single(out[:leaving], grad.contiguous(), ctx.sent, ctx.received, group=ctx.group.handle)
+        out[leaving:].zero_()
+        return out, None, None, None
 
 
 def all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-    """`[sum(sent), ...] -> [sum(received), ...]`: rows go to the ranks of `group` in order; gradients go back.
+    """`[rows, ...] -> [sum(received), ...]`: rows go to the ranks of `group` in order; gradients go back.
 
     Args:
+        x: whose rows from `sum(sent)` on go nowhere.
         sent: how many rows each rank gets from us; what the others have of us in their `received`. May be 0.
         received: how many we get from each.
 
     Raises:
         ValueError: if the numbers do not fit the rows or the group.
     """
-    if len(sent) != group.size or len(received) != group.size or sum(sent) != x.shape[0]:
+    if len(sent) != group.size or len(received) != group.size or sum(sent) > x.shape[0]:
         raise ValueError(f"{sent} rows to and {received} from {group.size} ranks do not fit a tensor of {x.shape[0]}.")
-    return x if group.size == 1 else _AllToAll.apply(x, sent, received, group)
+    return x[: sum(sent)] if group.size == 1 else _AllToAll.apply(x, sent, received, group)
 
 
 class Way(Protocol):
@@ -212,14 +218,20 @@ def _dispatch_tokens(
         pairs = (owner.reshape(-1) == ranks[:, None]).sum(1, dtype=home.counts.dtype)
         mine = torch.stack((home.counts, pairs), 1)
         ones = [1] * group.size
-        to, of = torch.stack((mine, exchange_rows(mine, ones, ones, group))).tolist()
-    sent, received = [tokens for tokens, _ in to], [tokens for tokens, _ in of]
-    home = home._replace(order=home.order[: sum(sent)])
-    rows = all_to_all(permute(x, home), sent, received, group)
+        told = HostCopy(torch.stack((mine, exchange_rows(mine, ones, ones, group))))
+    # The numbers are on their way to the host; until they are there and it has launched more, the device sorts as many
+    # rows as there can be.
+    most = len(x) * min(top_k_index.shape[1], group.size)
+    home = home._replace(order=home.order[:most])
+    rows = permute(x, home)
     # One exchange for both: numbers of experts are exact in fp32.
     exact = torch.promote_types(weights.dtype, torch.float32)
-    choice = torch.cat((weights.to(exact), top_k_index.to(exact)), 1)
-    weights, index = all_to_all(permute(choice, home), sent, received, group).chunk(2, 1)
+    choice = permute(torch.cat((weights.to(exact), top_k_index.to(exact)), 1), home)
+    to, of = told.read().tolist()
+    sent, received = [tokens for tokens, _ in to], [tokens for tokens, _ in of]
+    home = home._replace(order=home.order[: sum(sent)])
+    rows = all_to_all(rows, sent, received, group)
+    weights, index = all_to_all(choice, sent, received, group).chunk(2, 1)
     here = sort_by_expert(index.detach().long() - group.rank * local, local)
     here = here._replace(order=here.order[: sum(pairs for _, pairs in of)])
     return permute(rows, here), TokensTravel(home, here, weights, sent, received, group)

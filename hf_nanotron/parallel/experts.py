@@ -1,6 +1,6 @@
 """Experts over a group of ranks: each token goes to the ranks that own its experts, and their outputs come back.
 
-How tokens travel is in `expert_exchange.py` (and `expert_parts.py`), the products of sorted rows in `ops/grouped_mm.py`.
+How tokens travel is in `expert_exchange.py` and `expert_parts.py`, the products of sorted rows in `ops/grouped_mm.py`.
 The stock router and the stock block around stay.
 """
 
