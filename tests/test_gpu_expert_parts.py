@@ -1,4 +1,4 @@
-"""Experts in parts on two GPUs: the same numbers for any number of parts, and those of experts that wait for all tokens.
+"""Experts in parts on two GPUs: the same numbers for any number of parts, close to those of experts that wait for all.
 
 Skips without two GPUs.
 """
