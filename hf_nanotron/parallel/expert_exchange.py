@@ -80,7 +80,7 @@ class Way(Protocol):
     def counts(self) -> torch.Tensor | None: ...
 
     def combine(self, y: torch.Tensor) -> torch.Tensor:
-        """Outputs `[rows, H]` to `[N, H]`, their sums for our tokens; what was dropped or had no expert adds nothing."""
+        """Outputs `[rows, H]` to `[N, H]`, summed for our tokens; what was dropped or had no expert adds nothing."""
 
 
 @dataclass(frozen=True)
