@@ -6,8 +6,11 @@ idea of Hwang et al. 2022, arXiv:2206.03382, who cut tokens instead). The backwa
 outputs leave all at once, and while a part's backward runs, the next ones arrive and those of the part before go home;
 weight gradients, for which nobody waits, run when their part's gradients have left.
 
-Cut by experts, every expert computes the same rows in the same order as without parts, and each token sums its experts'
-outputs at home in one go. So the result is the same to the last bit, and the products of an expert are no smaller. A
+The pairs of a token and an expert travel, each for itself, where `expert_exchange.py` sends a token once to a rank. On
+two GPUs that is four times as much, and more than what is hidden.
+
+Cut by experts, every expert computes the same rows in the same order for any number of parts, and each token sums its
+experts' outputs at home in one go. So results are the same to the last bit, and an expert's products are no smaller. A
 part hands all local experts to a product, of which those of other parts have no rows: such cost next to nothing, and
 parameters and their gradients stay whole.
 
