@@ -56,7 +56,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
         ["tp_size=2", "6 attention heads", "3 key-value heads", "[1, 3, 6]"],
     ),
-    "vocabulary": ({"tp_size": 2}, {"vocab_size": 121}, ["tp_size=2", "121 vocabulary", "as one of [1]."]),
+    "vocabulary": ({"tp_size": 2}, {"vocab_size": 1}, ["tp_size=2", "more than the vocabulary of 1", "as one of [1]."]),
     "intermediate": ({"tp_size": 2}, {"intermediate_size": 49}, ["tp_size=2", "49 features", "mlp", "as one of [1]."]),
     "stages": ({"pp_size": 2}, {"num_hidden_layers": 1}, ["2 pipeline stages", "1 decoder layers", "at most 1"]),
     "split": (

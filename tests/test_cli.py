@@ -319,7 +319,7 @@ def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None
     ("world", "overrides", "says"),
     [
         (2, ["--tp_size", "3"], "does not divide the world size 2"),
-        (2, ["--tp_size", "2", "--model.config.vocab_size", "121"], "does not divide the 121 vocabulary"),
+        (2, ["--tp_size", "2", "--model.config.intermediate_size", "49"], "does not divide the 49 features"),
         (1, ["--model.config.num_attention_heads", "5"], "not a multiple of the number of attention heads"),
         (1, ["--model.config.hidden_size", "wide"], "'hidden_size' expected int"),
         (1, ["--fp16"], "fp16=True"),

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from pool import WorkerPool
 from tiny import History, random_dataset, tiny_config, train_parallel, train_stock
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 TOLERANCE = {"first loss": 1e-6, "loss": 2e-5, "norm": 1e-4}
 SAMPLES = 96
@@ -33,13 +34,18 @@ def checkpoint(family: str, **overrides: Any) -> str:
     return directory
 
 
+def samples_for(directory: str) -> Dataset:
+    """Tokens out of all of the vocabulary."""
+    return random_dataset(SAMPLES, vocabulary=AutoConfig.from_pretrained(directory).vocab_size)
+
+
 @functools.cache
 def reference(directory: str, global_batch: int, **overrides: Any) -> History:
-    return train_stock(directory, random_dataset(SAMPLES), gradient_accumulation_steps=global_batch, **overrides)
+    return train_stock(directory, samples_for(directory), gradient_accumulation_steps=global_batch, **overrides)
 
 
 def train(directory: str, sizes: dict[str, Any], accumulation: int) -> History:
-    return train_parallel(directory, random_dataset(SAMPLES), gradient_accumulation_steps=accumulation, **sizes)
+    return train_parallel(directory, samples_for(directory), gradient_accumulation_steps=accumulation, **sizes)
 
 
 def compare(pool: WorkerPool, label: str, directory: str, dp: int, accumulation: int, **sizes: Any) -> None:
@@ -62,20 +68,20 @@ def relative(got: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
 
 
-def llama_for(tp: int, stages: int) -> str:
+def llama_for(tp: int, stages: int, **overrides: Any) -> str:
     """Heads that `tp` divides; key-value heads that it divides, or, at tp 4 and 8, that it must replicate."""
     heads = {1: 4, 2: 4, 4: 4, 8: 8, 3: 6, 6: 6, 5: 5, 7: 7}[tp]
     kv_heads = {1: 2, 2: 2, 4: 2, 8: 2, 3: 3, 6: 3, 5: 5, 7: 7}[tp]
-    return checkpoint(
-        "llama",
-        num_hidden_layers=max(2, stages),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        hidden_size=8 * heads,
-        vocab_size=840 if tp == 7 else 120,
-        intermediate_size=56 if tp == 7 else 60 if tp in (3, 5, 6) else 48,
-        tie_word_embeddings=stages % 2 == 0,
-    )
+    fields = {
+        "num_hidden_layers": max(2, stages),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": 8 * heads,
+        "vocab_size": 840 if tp == 7 else 120,
+        "intermediate_size": 56 if tp == 7 else 60 if tp in (3, 5, 6) else 48,
+        "tie_word_embeddings": stages % 2 == 0,
+    }
+    return checkpoint("llama", **{**fields, **overrides})
 
 
 TOPOLOGIES = [(pp, dp, tp) for pp in range(1, 9) for dp in range(1, 9) for tp in range(1, 9) if pp * dp * tp <= 8]
@@ -114,6 +120,38 @@ def test_llama_on_every_topology(pool: WorkerPool, request: pytest.FixtureReques
             label = f"llama pp {pp} dp {dp} tp {tp} {schedule}" + (" sp" if tp > 1 and sequence_parallel else "")
             label += f" zero {zero}" if dp > 1 else ""
             compare(pool, label, directory, dp, accumulation, **sizes)
+
+
+UNEVEN: list[tuple[int, bool, dict[str, Any]]] = [  # vocabulary, tied, sizes
+    (121, False, {"tp_size": 2}),
+    (131, True, {"tp_size": 2, "sequence_parallel": False}),
+    (131, True, {"tp_size": 3}),
+    (17, False, {"tp_size": 3, "sequence_parallel": False}),  # too few for whole tiles
+    (121, True, {"tp_size": 4}),
+    (131, False, {"tp_size": 8}),
+    (131, False, {"dp": 2, "tp_size": 2, "zero_stage": 0}),
+    (121, True, {"dp": 2, "tp_size": 2, "zero_stage": 1, "sequence_parallel": False}),
+    (131, True, {"dp": 2, "tp_size": 2, "zero_stage": 2}),
+    (121, False, {"dp": 2, "tp_size": 2, "zero_stage": 3}),
+    (131, True, {"dp": 2, "tp_size": 2, "zero_stage": 3, "sequence_parallel": False}),
+    (131, True, {"pp_size": 2, "tp_size": 2}),
+    (121, False, {"pp_size": 2, "tp_size": 2, "pp_schedule": "afab", "sequence_parallel": False}),
+    (121, True, {"pp_size": 2, "tp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}),
+    (131, False, {"pp_size": 2, "tp_size": 2, "pp_schedule": "zb"}),
+    (131, True, {"pp_size": 2, "dp": 2, "tp_size": 2, "zero_stage": 2}),
+]
+
+
+@pytest.mark.parametrize("row", UNEVEN, ids=str)
+def test_vocabularies_that_tp_does_not_divide(pool: WorkerPool, row: tuple[int, bool, dict[str, Any]]) -> None:
+    vocabulary, tied, sizes = row
+    pp, dp, tp = (sizes.get(axis, 1) for axis in ("pp_size", "dp", "tp_size"))
+    directory = llama_for(tp, pp * sizes.get("pp_virtual_stages", 1), vocab_size=vocabulary, tie_word_embeddings=tied)
+    label = f"vocabulary {vocabulary} {'tied' if tied else 'untied'} pp {pp} dp {dp} tp {tp}"
+    label += f" {sizes['pp_schedule']}" if "pp_schedule" in sizes else ""
+    label += " sp" if sizes.get("sequence_parallel", True) else ""
+    label += f" zero {sizes['zero_stage']}" if dp > 1 else ""
+    compare(pool, label, directory, dp, max(pp, 3 - dp), **{k: v for k, v in sizes.items() if k != "dp"})
 
 
 SPREAD: list[dict[str, Any]] = [

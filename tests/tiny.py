@@ -47,13 +47,15 @@ def tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **values)
 
 
-def random_dataset(samples: int, length: int = 16, seed: int = 0, ragged: bool = False) -> Dataset:
+def random_dataset(
+    samples: int, length: int = 16, seed: int = 0, ragged: bool = False, vocabulary: int = VOCABULARY
+) -> Dataset:
     """Random tokens; some labels are ignored, so that samples weigh differently. `ragged` varies the lengths."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index in range(samples):
         size = length - (index % 5 if ragged else 0)
-        ids = torch.randint(3, VOCABULARY, (size,), generator=generator)
+        ids = torch.randint(3, vocabulary, (size,), generator=generator)
         labels = ids.clone()
         labels[: index % 4] = -100
         rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
