@@ -28,10 +28,10 @@ Result = dict[str, Any]
 
 
 def checkpoint(layers: int = 2) -> str:
-    """A Hub checkpoint of random weights, made in the process of the tests only."""
+    """A Hub checkpoint of random weights, whose vocabulary two ranks do not divide."""
     directory = tempfile.mkdtemp()
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=layers)).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=layers, vocab_size=131)).save_pretrained(directory)
     return directory
 
 

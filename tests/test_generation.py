@@ -53,9 +53,19 @@ Model = Any
 
 @functools.cache
 def checkpoint(family: str = "llama", layers: int = 2, tied: bool = False) -> str:
-    """A Hub checkpoint of random weights, made in the process of the tests only."""
+    """A Hub checkpoint of random weights, made in the process of the tests only. Two ranks do not divide its vocabulary.
+
+    Logits of rows that a vocabulary does not have would be zero, where those of its own are often below it.
+    """
     overrides = {"max_window_layers": layers // 2} if family == "qwen2" else {}
-    config = tiny_config(family, num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.3, **overrides)
+    config = tiny_config(
+        family,
+        num_hidden_layers=layers,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        vocab_size=VOCABULARY + 11,
+        **overrides,
+    )
     directory = tempfile.mkdtemp()
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)

@@ -15,7 +15,7 @@ from hf_nanotron.parallel.mesh import Group
 
 DEVICE = "cuda"
 ALONE = Group((0,), 0, None)
-COLUMNS = (1, 5, 120, 4096, 4097, 128256, 151936)
+COLUMNS = (1, 5, 120, 4096, 4097, 50257, 128256, 151936)
 ROWS = 9
 # Relative to 1 for statistics, to the factor for gradients: fp32 mathematics, then one rounding to the logits' dtype.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -24,14 +24,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def rows(columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, some of them far from zero, and targets: first and last column, absent and ignored ones."""
+    """Logits, some of them far from zero, with rows as far apart as `ops/columns.py` puts them, and targets: first and
+    last column, absent and ignored ones."""
     generator = torch.Generator().manual_seed(columns)
     logits = 4 * torch.randn(ROWS, columns, generator=generator)
     logits[1] += 300
     logits[2] -= 300
     target = torch.randint(0, columns, (ROWS,), generator=generator)
     target[3], target[4], target[5], target[6] = 0, columns - 1, ABSENT, IGNORED
-    return logits.to(dtype).to(DEVICE), target.to(DEVICE)
+    return F.pad(logits, (0, -columns % 8)).to(dtype).to(DEVICE)[:, :columns], target.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -85,7 +86,7 @@ def plain_loss(tensors: list[torch.Tensor], labels: torch.Tensor, z_loss: float)
     return (F.cross_entropy(logits, target, reduction="sum") + z_loss * z) / 100
 
 
-@pytest.mark.parametrize("columns", [120, 151936])
+@pytest.mark.parametrize("columns", [120, 50257, 151936])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_and_gradients(columns: int, bias: bool, dtype: torch.dtype) -> None:
@@ -121,8 +122,9 @@ class Sink:
         self.is_fresh = False
 
 
-def test_a_sink() -> None:
-    tensors, labels = problem(torch.bfloat16, 120, False)
+@pytest.mark.parametrize("columns", [120, 123])
+def test_a_sink(columns: int) -> None:
+    tensors, labels = problem(torch.bfloat16, columns, False)
     arguments: dict[str, Any] = {"num_items_in_batch": 100, "chunk": 37}
     linear_causal_lm_loss(*tensors, None, labels, 0, ALONE, **arguments).backward()
     sink = Sink(tensors[1])

@@ -26,10 +26,12 @@ from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel import loss as loss_module
 from hf_nanotron.parallel.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss
 from hf_nanotron.parallel.mesh import Group, ParallelMesh
+from hf_nanotron.parallel.vocabulary import vocabulary_parts
 from hf_nanotron.train_step import TrainStep
 
 ALONE = Group((0,), 0, None)
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 13, 16, 120
+COLUMNS = 123  # of the loss alone: no multiple of 16 bytes, and not of two ranks
 TOKENS = BATCH * LENGTH
 FAMILIES = Path(__file__).with_name("families.json")
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative to the largest value
@@ -40,15 +42,15 @@ Tensors = dict[str, torch.Tensor]
 def problem(dtype: torch.dtype, bias: bool = True) -> tuple[Tensors, torch.Tensor]:
     """Hidden states, weight and bias that want gradients, and labels of which some are ignored."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"hidden": (BATCH, LENGTH, HIDDEN), "weight": (VOCABULARY, HIDDEN), "bias": (VOCABULARY,)}
+    shapes = {"hidden": (BATCH, LENGTH, HIDDEN), "weight": (COLUMNS, HIDDEN), "bias": (COLUMNS,)}
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         for name, shape in shapes.items()
         if bias or name != "bias"
     }
-    labels = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    labels = torch.randint(0, COLUMNS, (BATCH, LENGTH), generator=generator)
     labels[0, :4] = labels[1, -2:] = labels[1, 5] = -100
-    labels[0, 6], labels[0, 7] = 0, VOCABULARY - 1
+    labels[0, 6], labels[0, 7] = 0, COLUMNS - 1
     return tensors, labels
 
 
@@ -160,7 +162,7 @@ class Sink:
     """A weight gradient that may be refused to a forward."""
 
     def __init__(self, early: bool) -> None:
-        self.early, self.total = early, torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float64)
+        self.early, self.total = early, torch.zeros(COLUMNS, HIDDEN, dtype=torch.float64)
 
     def takes_product(self, dtype: torch.dtype) -> bool:
         return dtype == torch.float64
@@ -227,8 +229,8 @@ def test_errors() -> None:
 def cut_errors(world: int) -> dict[str, float]:
     """On one rank: relative errors of the loss and of our part of each gradient, chunks of five tokens."""
     mesh = ParallelMesh(ParallelConfig(tp_size=world))
-    length = VOCABULARY // world
-    start = mesh.tp_rank * length
+    ((start, stop),) = vocabulary_parts(COLUMNS, world)[mesh.tp_rank]
+    length = stop - start
     whole, labels = problem(torch.float32)
     own = {
         name: (tensor if name == "hidden" else tensor[start : start + length]).detach().clone().requires_grad_()

@@ -26,7 +26,7 @@ def token_statistics(
     """What the loss of each token needs of `scale * logits`. One read.
 
     Args:
-        logits: `[T, V]`, rows contiguous.
+        logits: `[T, V]`, each row contiguous.
         target: `[T]` int64, a column of `logits`, `ABSENT` or `IGNORED`.
 
     Returns:
@@ -38,7 +38,7 @@ def token_statistics(
         if logits.numel():
             with torch.cuda.device_of(logits):
                 _statistics_kernel[(len(logits),)](
-                    logits, target, maximum, total, chosen, logits.shape[1], scale, BLOCK=BLOCK, num_warps=WARPS
+                    logits, target, maximum, total, chosen, *_layout(logits), scale, BLOCK=BLOCK, num_warps=WARPS
                 )
         return maximum, total, chosen
     values = _exact(logits) * scale
@@ -62,7 +62,7 @@ def write_gradient(
     One read, one write.
 
     Args:
-        logits: `[T, V]`, rows contiguous.
+        logits: `[T, V]`, each row contiguous.
         target: as in `token_statistics`; the rows of ignored tokens become zero.
         maximum, factor, weight: `[T]` in fp32 (fp64).
     """
@@ -70,7 +70,7 @@ def write_gradient(
         if logits.numel():
             with torch.cuda.device_of(logits):
                 _gradient_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
-                    logits, target, maximum, factor, weight, logits.shape[1], scale, BLOCK=BLOCK, num_warps=WARPS
+                    logits, target, maximum, factor, weight, *_layout(logits), scale, BLOCK=BLOCK, num_warps=WARPS
                 )
         return
     gradient = (_exact(logits) * scale).sub_(maximum.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1))
@@ -84,6 +84,11 @@ def _exact(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _layout(logits: torch.Tensor) -> tuple[int, int]:
+    """Columns, and the distance of rows."""
+    return logits.shape[1], logits.stride(0)
+
+
 def _has_kernel(logits: torch.Tensor) -> bool:
     return triton is not None and logits.is_cuda and logits.dtype != torch.float64
 
@@ -91,7 +96,7 @@ def _has_kernel(logits: torch.Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _statistics_kernel(logits, target, maximum, total, chosen, columns, scale, BLOCK: tl.constexpr):
+    def _statistics_kernel(logits, target, maximum, total, chosen, columns, distance, scale, BLOCK: tl.constexpr):
         """One program a token."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.load(target + row)
@@ -100,7 +105,7 @@ if triton is not None:
             tl.store(total + row, 1.0)
             tl.store(chosen + row, 0.0)
         else:
-            start = logits + row * columns
+            start = logits + row * distance
             # A maximum and a sum for each lane; joined once, at the end.
             highest = tl.full((BLOCK,), float("-inf"), tl.float32)
             summed = tl.zeros((BLOCK,), tl.float32)
@@ -120,12 +125,12 @@ if triton is not None:
             tl.store(chosen + row, tl.where(column >= 0, value, 0.0))
 
     @triton.jit
-    def _gradient_kernel(logits, target, maximum, factor, weight, columns, scale, BLOCK: tl.constexpr):
+    def _gradient_kernel(logits, target, maximum, factor, weight, columns, distance, scale, BLOCK: tl.constexpr):
         """One program a block of a token's logits."""
         row = tl.program_id(0).to(tl.int64)
         offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < columns
-        place = logits + row * columns + offsets
+        place = logits + row * distance + offsets
         column = tl.load(target + row)
         if column == -100:
             tl.store(place, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=mask)

@@ -11,6 +11,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .columns import product_parts
+
 
 class WeightGradient(Protocol):
     """Where the gradient of one weight is accumulated."""
@@ -33,7 +35,7 @@ class Products(Protocol):
 
 
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
-    """`total += grad_output.T @ input` in one kernel, without rounding the product to the operands' dtype.
+    """`total += grad_output.T @ input` in the kernel of the product, which is not rounded to the operands' dtype.
 
     Args:
         total: `[out, in]`, fp32.
@@ -42,10 +44,12 @@ def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Ten
         overwrite: `total` is taken as zero, whatever it holds: the first product of a step spares a pass that zeroes.
     """
     beta = 0.0 if overwrite else 1.0
-    if input.dtype == total.dtype:
-        torch.addmm(total, grad_output.t(), input, beta=beta, out=total)
-    else:
-        torch.addmm(total, grad_output.t(), input, out_dtype=total.dtype, beta=beta, out=total)
+    for part in product_parts(grad_output):
+        rows, columns = total[part], grad_output[:, part].t()
+        if input.dtype == total.dtype:
+            torch.addmm(rows, columns, input, beta=beta, out=rows)
+        else:
+            torch.addmm(rows, columns, input, out_dtype=total.dtype, beta=beta, out=rows)
 
 
 def can_add_product(total: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..ops.columns import multiply, multiply_back
 from ..ops.cross_entropy import ABSENT, IGNORED, token_statistics, write_gradient
 from ..ops.linear import WeightGradient, add_product, can_add_product
 from .collectives import all_reduce
@@ -158,7 +159,7 @@ class _LinearLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if wants[2] and bias is not None else None
         for first in range(0, len(hidden), head.chunk):
             part = slice(first, first + head.chunk)
-            logits = F.linear(hidden[part], weight, bias)
+            logits = multiply(hidden[part], weight, bias)
             maximum, total, chosen = _over_group(token_statistics(logits, column[part], head.scale), head.group)
             log_total = total.log()
             log_z = log_total + maximum
@@ -170,7 +171,7 @@ class _LinearLoss(torch.autograd.Function):
             factor = weights * (1 + 2 * head.z_loss * log_z) / total
             write_gradient(logits, column[part], maximum, factor, weights, head.scale)
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[part])
+                multiply_back(logits, weight, grad_hidden[part])
             if wants[1]:
                 _add_weight_product(head.sink, grad_weight, logits, hidden[part])
             if grad_bias is not None:
