@@ -34,6 +34,8 @@ from transformers import (
     set_seed,
 )
 
+from hf_nanotron.models.releases import OUTPUT_NAME, cache_in
+
 PROMPTS = torch.tensor(
     [
         [5, 6, 7, 8, 9, 10, 11, 12],
@@ -119,8 +121,8 @@ def generate_and_look(model: Model) -> dict[str, Any]:
     return {
         "tokens": output.sequences.tolist(),
         "fed": fed,
-        "cache": [tuple(layer.keys.shape) for layer in output.past_key_values.layers],
-        "sliding": [layer.is_sliding for layer in output.past_key_values.layers],
+        "cache": [tuple(layer.keys.shape) for layer in cache_in(output).layers],
+        "sliding": [layer.is_sliding for layer in cache_in(output).layers],
         "local": [index for stage in model.stages for index in stage.layers],
         "heads": max(1, heads // model.mesh.tp_size),
     }
@@ -215,10 +217,10 @@ def forwards(model: Model) -> tuple[torch.Tensor, list[int]]:
     model.eval()
     with torch.no_grad():
         first = model(PROMPTS[:1, :5])
-        second = model(PROMPTS[:1, 5:6], past_key_values=first.past_key_values)
+        second = model(PROMPTS[:1, 5:6], **{OUTPUT_NAME: cache_in(first)})
         own = DynamicCache()  # of the caller's, which grows layer by layer
-        model(PROMPTS[:1, :6], past_key_values=own)
-        third = model(PROMPTS[:1, 6:], past_key_values=own)
+        model(PROMPTS[:1, :6], past_key_values=own)  # a name that 5.24 still takes
+        third = model(PROMPTS[:1, 6:], **{OUTPUT_NAME: own})
     return torch.cat((first.logits, second.logits, third.logits), 1), [layer.get_seq_length() for layer in own.layers]
 
 
@@ -304,7 +306,7 @@ def test_bf16(pool: WorkerPool) -> None:
 
 def generate_bf16(model: Model) -> tuple[list[list[int]], str]:
     output = generate(model.to(torch.bfloat16), return_dict_in_generate=True)
-    return output.sequences.tolist(), str(output.past_key_values.layers[0].keys.dtype)
+    return output.sequences.tolist(), str(cache_in(output).layers[0].keys.dtype)
 
 
 # ---- around generate ----

@@ -15,6 +15,7 @@ from torch import nn
 
 from .anatomy import Anatomy, decoder_layers
 from .families import CARRIES, RETURNS_TUPLE
+from .releases import cache_in
 
 if TYPE_CHECKING:
     from .base import ParallelModel
@@ -55,12 +56,12 @@ class AbsentLayer(nn.Module):
         return (boundary[0], None) if self.returns_tuple else boundary[0]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        past_key_values = kwargs.get("past_key_values")
-        if past_key_values is not None and self.keeps_cache_length:
+        cache = cache_in(kwargs)
+        if cache is not None and self.keeps_cache_length:
             batch, length = hidden_states.shape[:2]
             # One number a token: a cache whose tensors have no elements says that its length is zero.
             filler = hidden_states.new_zeros((batch, 1, length, 1))
-            past_key_values.update(filler, filler, self.index)
+            cache.update(filler, filler, self.index)
         return self.result(self.boundary(hidden_states, args, kwargs))
 
 
