@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import tiny_model
 from pool import WorkerPool
 from tiny import (
     FAMILIES,
@@ -222,6 +223,32 @@ def forwards(model: Model) -> tuple[torch.Tensor, list[int]]:
         model(PROMPTS[:1, :6], past_key_values=own)  # a name that 5.24 still takes
         third = model(PROMPTS[:1, 6:], **{OUTPUT_NAME: own})
     return torch.cat((first.logits, second.logits, third.logits), 1), [layer.get_seq_length() for layer in own.layers]
+
+
+RECURRENT = ("mamba", "qwen3_next", "bamba")
+
+
+@pytest.mark.parametrize("sizes", [{"pp_size": 2}, INTERLEAVED], ids=["pp2", "interleaved"])
+def test_layers_with_a_state_instead_of_keys(pool: WorkerPool, sizes: Sizes) -> None:
+    """State-space models and hybrids: layers of a cache without a length stay on the rank that holds the layer."""
+    expected = [tiny_model(family).eval().generate(PROMPTS[:1], **LENGTH).tolist() for family in RECURRENT]
+    assert pool.run(2, generate_families, sizes) == [expected] * 2
+
+
+LENGTH = {"max_new_tokens": NEW, "do_sample": False}
+
+
+def generate_families(sizes: Sizes) -> list[Any]:
+    from hf_nanotron import ParallelConfig
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.parallel.mesh import ParallelMesh
+
+    mesh = ParallelMesh(ParallelConfig(**sizes))
+    try:
+        models = [parallelize(tiny_model(family), mesh) for family in RECURRENT]
+        return [model.generate(PROMPTS[:1], **LENGTH).tolist() for model in models]
+    finally:
+        mesh.close()
 
 
 def test_static_cache(pool: WorkerPool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..parallel.collectives import all_gather
@@ -77,7 +78,7 @@ def _stage_caches(model: ParallelModel, cache: Cache) -> dict[int, Cache]:
         ValueError: for a cache that cannot be copied without its contents.
     """
     first, *later = model.stages
-    if later and cache.is_compileable:
+    if later and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
             "a static key-value cache cannot serve an interleaved pipeline, whose stages on one rank all need it as it "
             "was before the pass; use the dynamic cache (the default)."
