@@ -15,10 +15,22 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_nanotron.models.releases import RELEASE
+
 HERE = Path(__file__).parent
-FAMILIES: dict[str, dict[str, Any]] = json.loads((HERE / "families.json").read_text())
-# Types without a declared plan, which the tables of `models/families.py` cut.
-UNPLANNED: dict[str, dict[str, Any]] = json.loads((HERE / "families_unplanned.json").read_text())
+ALL_FAMILIES: dict[str, dict[str, Any]] = json.loads((HERE / "families.json").read_text())
+
+
+def is_known_here(entry: dict[str, Any]) -> bool:
+    """Whether the installed transformers has the type (`"since"`: the first release that has it)."""
+    return tuple(map(int, entry.get("since", "0.0").split("."))) <= RELEASE
+
+
+FAMILIES = {name: entry for name, entry in ALL_FAMILIES.items() if is_known_here(entry)}
+# Types without a declared plan, which the tables of `models/families.py` cut. ("since": the release with a plan.)
+ALL_UNPLANNED: dict[str, dict[str, Any]] = json.loads((HERE / "families_unplanned.json").read_text())
+UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since" in entry and is_known_here(entry))}
+FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
 KNOWN = {**FAMILIES, **UNPLANNED}
 STEP_LENGTH, STEPS, MICRO_BATCHES, TOKENS = 0.05, 2, 4, 8
 

@@ -138,12 +138,11 @@ def _check_round_trip(family: str, folder: Path) -> None:
 
 HEADER = """# Families
 
-Every causal-LM type of transformers {transformers} for which a tensor-, pipeline- or expert-parallel plan is
+Every causal-LM type of transformers {release} for which a tensor-, pipeline- or expert-parallel plan is
 declared, and those that the tables of `models/families.py` add. A tiny model of each trains under each layout, and
 its loss, its gradient norm and every gradient are compared with stock transformers in one process.
 
-Made on {date} with torch {torch}, transformers {transformers}, Python {python}, gloo on two CPU cores, in fp32. To
-make it anew:
+Made with Python {python}, gloo on two CPU cores, in fp32. To make it anew:
 
 ```
 pytest tests/test_families.py --full-matrix --write-families
@@ -184,21 +183,34 @@ def as_record(family: str, row: dict[str, Cell]) -> dict[str, Any]:
 
 def write_page(results: Path, rows: dict[str, dict[str, Any]], page: Path, date: str) -> None:
     """Add `rows` to those of earlier runs in `results`, and write `page` from all."""
+    versions = f"on {date} with torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    for row in rows.values():
+        row["made"] = versions
     merged = json.loads(results.read_text()) if results.exists() else {}
     merged |= rows
     results.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-    page.write_text(render({name: merged[name] for name in KNOWN if name in merged}, date))
+    page.write_text(render({name: merged[name] for name in KNOWN if name in merged}))
 
 
-def render(rows: dict[str, dict[str, Any]], date: str) -> str:
+def _made_with(rows: dict[str, dict[str, Any]]) -> str:
+    """When, and with which versions, the rows were made: the largest group first, the others by name."""
+    groups: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        groups.setdefault(row["made"], []).append(name)
+    first, *others = sorted(groups, key=lambda made: -len(groups[made]))
+    lines = [f"Rows were made {first}" + ("; those of other runs:" if others else "."), ""]
+    lines += [f"- {made}: {', '.join(f'`{name}`' for name in groups[made])}" for made in others]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render(rows: dict[str, dict[str, Any]]) -> str:
     reasons: dict[str, int] = {}
     parts = [
         HEADER.format(
-            transformers=transformers.__version__,
-            torch=torch.__version__.split("+")[0],
+            release=transformers.__version__,
             python=platform.python_version(),
-            date=date,
         ),
+        _made_with(rows),
         "\n## Counts\n",
         "Families with a declared plan:\n",
         "```\n" + "\n".join(counts({k: v for k, v in rows.items() if k in FAMILIES})) + "\n```\n",

@@ -29,7 +29,7 @@ DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTIL
 EXPERTS, HIDDEN, INNER, TOP_K = 8, 6, 4, 2
 TOLERANCE = 1e-11
 # These compute something in fp32 whatever the dtype.
-IN_FP32 = ("BeamExperts", "Inkling2Experts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts")
+IN_FP32 = ("BeamExperts", "Inkling2Experts", "Inkling2LoopExperts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts")
 
 
 def stock_classes() -> list[tuple[str, str]]:

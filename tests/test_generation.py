@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import tiny_model
 from pool import WorkerPool
 from tiny import (
     FAMILIES,
@@ -33,6 +34,8 @@ from transformers import (
     pipeline,
     set_seed,
 )
+
+from hf_nanotron.models.releases import OUTPUT_NAME, cache_in
 
 PROMPTS = torch.tensor(
     [
@@ -129,8 +132,8 @@ def generate_and_look(model: Model) -> dict[str, Any]:
     return {
         "tokens": output.sequences.tolist(),
         "fed": fed,
-        "cache": [tuple(layer.keys.shape) for layer in output.past_key_values.layers],
-        "sliding": [layer.is_sliding for layer in output.past_key_values.layers],
+        "cache": [tuple(layer.keys.shape) for layer in cache_in(output).layers],
+        "sliding": [layer.is_sliding for layer in cache_in(output).layers],
         "local": [index for stage in model.stages for index in stage.layers],
         "heads": max(1, heads // model.mesh.tp_size),
     }
@@ -225,11 +228,37 @@ def forwards(model: Model) -> tuple[torch.Tensor, list[int]]:
     model.eval()
     with torch.no_grad():
         first = model(PROMPTS[:1, :5])
-        second = model(PROMPTS[:1, 5:6], past_key_values=first.past_key_values)
+        second = model(PROMPTS[:1, 5:6], **{OUTPUT_NAME: cache_in(first)})
         own = DynamicCache()  # of the caller's, which grows layer by layer
-        model(PROMPTS[:1, :6], past_key_values=own)
-        third = model(PROMPTS[:1, 6:], past_key_values=own)
+        model(PROMPTS[:1, :6], past_key_values=own)  # a name that 5.24 still takes
+        third = model(PROMPTS[:1, 6:], **{OUTPUT_NAME: own})
     return torch.cat((first.logits, second.logits, third.logits), 1), [layer.get_seq_length() for layer in own.layers]
+
+
+RECURRENT = ("mamba", "qwen3_next", "bamba")
+
+
+@pytest.mark.parametrize("sizes", [{"pp_size": 2}, INTERLEAVED], ids=["pp2", "interleaved"])
+def test_layers_with_a_state_instead_of_keys(pool: WorkerPool, sizes: Sizes) -> None:
+    """State-space models and hybrids: layers of a cache without a length stay on the rank that holds the layer."""
+    expected = [tiny_model(family).eval().generate(PROMPTS[:1], **LENGTH).tolist() for family in RECURRENT]
+    assert pool.run(2, generate_families, sizes) == [expected] * 2
+
+
+LENGTH = {"max_new_tokens": NEW, "do_sample": False}
+
+
+def generate_families(sizes: Sizes) -> list[Any]:
+    from hf_nanotron import ParallelConfig
+    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.parallel.mesh import ParallelMesh
+
+    mesh = ParallelMesh(ParallelConfig(**sizes))
+    try:
+        models = [parallelize(tiny_model(family), mesh) for family in RECURRENT]
+        return [model.generate(PROMPTS[:1], **LENGTH).tolist() for model in models]
+    finally:
+        mesh.close()
 
 
 def test_static_cache(pool: WorkerPool) -> None:
@@ -314,7 +343,7 @@ def test_bf16(pool: WorkerPool) -> None:
 
 def generate_bf16(model: Model) -> tuple[list[list[int]], str]:
     output = generate(model.to(torch.bfloat16), return_dict_in_generate=True)
-    return output.sequences.tolist(), str(output.past_key_values.layers[0].keys.dtype)
+    return output.sequences.tolist(), str(cache_in(output).layers[0].keys.dtype)
 
 
 # ---- around generate ----

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import FAMILIES
 from pool import WorkerPool
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -21,7 +22,6 @@ from hf_nanotron.checkpoint.hub_weights import HubWeights
 from hf_nanotron.checkpoint.state_file import clear, commit, write_rank
 from hf_nanotron.parallel.spec import ShardSpec
 
-FAMILIES: dict[str, Any] = json.loads((Path(__file__).parent / "families.json").read_text())
 Weights = dict[str, torch.Tensor]
 
 
@@ -80,6 +80,8 @@ def assert_same(actual: Weights, expected: Weights) -> None:
         lambda x, y: list(x.reshape(4, 2, 3, 5).transpose(1, 2).reshape(4, 6, 5).split([1, 4, 1], 1)),
         lambda x, y: list(torch.cat([x.reshape(4, 3, 2, 5).transpose(1, 2).reshape(4, 6, 5), y], 1).chunk(5, 1)),
         lambda x, y: [x.view(2, 2, 2, 3, 5).transpose(1, 2).reshape(8, 15), *torch.stack([x, y], -1).unbind(2)],
+        lambda x, y: [x[:, [0, 3]].flatten(0, 1), y[1:, 2], x[-1], y[:, -3:-1].contiguous(), x.unflatten(0, (-1, 2))],
+        lambda x, y: [torch.cat([x[:, :2], x.new_zeros(4, 3, 5), y[1:].new_zeros(4, 1, 5).to(y.dtype)], 1)[..., 0]],
     ],
 )
 def test_traced_operations_are_those_on_values(operation: Callable[..., list[torch.Tensor]]) -> None:
@@ -95,6 +97,9 @@ def test_an_operation_that_is_no_rearrangement_is_refused() -> None:
     tensor = Traced.of("x", (4, 6))
     with pytest.raises(ValueError, match="'mul'"):
         _ = tensor * 2
+    for index in (slice(0, 4, 2), ([0, 1], [0, 1]), None, torch.tensor([0])):
+        with pytest.raises(ValueError, match="the index"):
+            _ = tensor[index]
     with pytest.raises(ValueError, match="no grid"):
         torch.cat([tensor[0], tensor[1].split([2, 4])[0]]).reshape(2, 4)
 

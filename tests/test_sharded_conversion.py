@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family_runs import FAMILIES
 from pool import WorkerPool
 from safetensors.torch import load_file, save_file
 from test_cli import command, one_line, tokenizer
@@ -264,8 +265,7 @@ def test_a_hub_id_is_fetched(
 
 def test_a_family_that_merges_experts(tmp_path: Path) -> None:
     """There and back: the state has what the modules hold, the repository the Hub's layout, buffers their own dtype."""
-    families = json.loads((Path(__file__).parent / "families.json").read_text())
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **families["deepseek_v3"]["config"]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **FAMILIES["deepseek_v3"]["config"]))
     for name, buffer in model.named_buffers():
         if "e_score_correction_bias" in name:
             buffer.normal_()

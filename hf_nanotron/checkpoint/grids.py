@@ -18,6 +18,8 @@ import torch
 Sizes = tuple[int, ...]
 End = Literal["own", "source"]
 
+ZEROS = ""  # stands for the source of elements that are zero, such as the rows that pad a vocabulary
+
 
 @dataclass(frozen=True)
 class Side:
@@ -61,7 +63,7 @@ class Grid:
     Args:
         sizes: extent of each axis, at least two. Axes run along dimensions of either tensor in any order; several may
             run along one dimension.
-        name: of the source.
+        name: of the source, or `ZEROS`.
     """
 
     sizes: Sizes
@@ -130,7 +132,11 @@ def row_strides(shape: Sizes) -> Sizes:
 def copy_grids(out: torch.Tensor, grids: Iterable[Grid], sources: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Fill `out` (contiguous, of the shape of the grids' own tensor) from whole, contiguous tensors. Returns it."""
     for grid in grids:
-        grid.own.view(grid.sizes, out).copy_(grid.source.view(grid.sizes, sources(grid.name)))
+        own = grid.own.view(grid.sizes, out)
+        if grid.name == ZEROS:
+            own.zero_()
+        else:
+            own.copy_(grid.source.view(grid.sizes, sources(grid.name)))
     return out
 
 
@@ -221,13 +227,17 @@ def _transpose(plain: torch.Tensor, traced: Traced, dim0: int, dim1: int) -> Tra
     return Traced.made(tuple(plain.shape), _map_own(traced, permuted))
 
 
-def _cat(plain: torch.Tensor, parts: Sequence[Traced], dim: int = 0) -> Traced:
-    dim %= plain.dim()
-    offsets = accumulate((part.shape[dim] for part in parts[:-1]), initial=0)
+def _joined(parts: Sequence[Traced], dim: int) -> Traced:
+    ends = list(accumulate((part.shape[dim] for part in parts), initial=0))
     grids: list[Grid] = []
-    for part, offset in zip(parts, offsets, strict=True):
+    for part, offset in zip(parts, ends[:-1], strict=True):
         grids += (replace(grid, own=grid.own.shift(dim, offset)) for grid in part.grids)
-    return Traced.made(tuple(plain.shape), grids)
+    first = parts[0].shape
+    return Traced.made((*first[:dim], ends[-1], *first[dim + 1 :]), grids)
+
+
+def _cat(plain: torch.Tensor, parts: Sequence[Traced], dim: int = 0) -> Traced:
+    return _joined(parts, dim % plain.dim())
 
 
 def _stack(plain: torch.Tensor, parts: Sequence[Traced], dim: int = 0) -> Traced:
@@ -250,11 +260,32 @@ def _squeeze(plain: torch.Tensor, traced: Traced, dim: int) -> Traced:
 
 
 def _getitem(plain: torch.Tensor, traced: Traced, index: Any) -> Traced:
-    if index is Ellipsis:
-        return traced
-    if not isinstance(index, int):
-        raise ValueError(f"the index {index!r} of a traced tensor is not known.")
-    return _select(traced, 0, index % traced.shape[0])
+    """Integers, slices without a step, and one list of integers."""
+    dim = lists = 0
+    entries = index if isinstance(index, tuple) else (index,)
+    for entry in entries:
+        if entry is Ellipsis:
+            dim = traced.dim() - (len(entries) - 1 - entries.index(Ellipsis))
+            continue
+        size = traced.shape[dim] if dim < traced.dim() else 0
+        if isinstance(entry, int) and not isinstance(entry, bool):
+            traced = _select(traced, dim, entry % size)
+            continue
+        if isinstance(entry, slice) and entry.step in (None, 1):
+            start, stop, _ = entry.indices(size)
+            traced = _narrow(traced, dim, start, max(start, stop))
+        elif isinstance(entry, list) and entry and all(type(at) is int for at in entry) and not lists:
+            traced = _joined([_narrow(traced, dim, at % size, at % size + 1) for at in entry], dim)
+            lists += 1
+        else:
+            raise ValueError(f"the index {index!r} of a traced tensor is not known.")
+        dim += 1
+    return traced
+
+
+def _zeros(plain: torch.Tensor, *_: Any, **__: Any) -> Traced:
+    shape = tuple(plain.shape)
+    return Traced.made(shape, (Grid.whole(ZEROS, shape),))
 
 
 def _reshape(plain: torch.Tensor, traced: Traced, *_: Any, **__: Any) -> Traced:
@@ -308,6 +339,7 @@ OPERATIONS = cast(
     {
         "cat": _cat, "stack": _stack, "chunk": _pieces, "split": _pieces, "unbind": _unbind, "squeeze": _squeeze,
         "transpose": _transpose, "reshape": _reshape, "view": _reshape, "__getitem__": _getitem,
-        "contiguous": _same, "clone": _same, "detach": _same,
+        "flatten": _reshape, "unflatten": _reshape, "new_zeros": _zeros,
+        "contiguous": _same, "clone": _same, "detach": _same, "to": _same,
     },
 )  # fmt: skip

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from .grids import Grid, Sizes, Traced, copy_grids
+from .grids import ZEROS, Grid, Sizes, Traced, copy_grids
 
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files of many families
 
@@ -39,7 +39,7 @@ class HubTensor:
 
     Args:
         shape: its shape there.
-        grids: which elements of which tensors of the model it is made of.
+        grids: which elements of which tensors of the model it is made of, and which are zero.
     """
 
     name: str
@@ -49,7 +49,7 @@ class HubTensor:
     @cached_property
     def sources(self) -> tuple[str, ...]:
         """The tensors of the model that it is made of."""
-        return tuple(dict.fromkeys(grid.name for grid in self.grids))
+        return tuple(dict.fromkeys(grid.name for grid in self.grids if grid.name != ZEROS))
 
     def made_of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor itself, from whole tensors of the model. No copy if it is one of them."""
@@ -139,7 +139,8 @@ class HubLayout:
         counts = dict.fromkeys(self.shapes, 0)
         for tensor in found:
             for grid in tensor.grids:
-                counts[grid.name] += grid.numel
+                if grid.name != ZEROS:
+                    counts[grid.name] += grid.numel
             self._check_whole(tensor.name, tensor.shape, tensor.grids)
         if lost := [name for name, count in counts.items() if count != torch.Size(self.shapes[name]).numel()]:
             raise ValueError(
@@ -250,7 +251,7 @@ class HubLayout:
                         f"{name!r} in {where}{origin} has shape {tuple(tensor.shape)}, but the config makes it "
                         f"{known[name]}."
                     )
-                self._check_whole(name, known[name], tensor.grids)
+                self._check_whole(name, known[name], [grid for grid in tensor.grids if grid.name != ZEROS])
                 grids[name] = tensor.grids
         return grids
 

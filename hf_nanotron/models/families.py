@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .releases import FORMER_TUPLES
+
 Rows = Mapping[str, str | None]
 
 # ---- names ----
@@ -79,6 +81,8 @@ SHARDING: dict[str, Rows] = {
     "CohereAttention": {"q_norm": "heads", "k_norm": "heads"},
     "DeepseekV3Attention": LATENT_ATTENTION,
     "DeepseekV4SparseMoeBlock": inside("shared_experts", MLP),
+    "DoryAttention": {**ATTENTION, "gate_proj": COLUMN, "sqk": COLUMN, "s_gate": COLUMN, "attn_sub_norm": "unit_norm"},
+    "DoryMLP": {**MLP, "suv_gate": COLUMN, "suv_up": COLUMN, "ffn_sub_norm": "unit_norm"},
     "DogeAttention": WHOLE,  # a mask over all heads is made inside
     "ExaoneMoeSparseMoEBlock": inside("shared_experts", MLP),
     "FlexOlmoAttention": NORMED_ATTENTION,
@@ -102,6 +106,7 @@ SHARDING: dict[str, Rows] = {
     "HunYuanMoEV1Attention": ATTENTION,
     "HunYuanMoEV1Moe": inside("shared_mlp", MLP),
     "InklingMoE": {"experts.gate_up_proj": PACKED},
+    "Inkling2LoopSparseMoeBlock": {"experts.gate_up_proj": PACKED},
     "Inkling2SparseMoeBlock": {"experts.gate_up_proj": PACKED},
     "JambaAttention": ATTENTION,
     "JambaMLP": MLP,
@@ -169,10 +174,14 @@ WHOLE_WITH: dict[str, str] = {"MiniMaxM3VLAttention": "indexer"}  # it makes a m
 # Linears of an attention block that are cut between heads: of queries, or of keys and values.
 QUERY_HEADS = (
     *("q_proj", "q_b_proj", "q_gate_proj", "kv_b_proj", "query_key_value", "q_norm"),
-    *("g_proj", "gate_proj", "gate_bias", "sinks"),
+    *("g_proj", "gate_proj", "gate_bias", "sinks", "sqk", "s_gate"),
     *("o_proj", "out_proj", "dense"),
 )
 KEY_HEADS = ("k_proj", "v_proj", "k_norm")
+
+# Class of an attention block whose fused projection comes in parts, each with queries, keys and values of its own ->
+# the attribute that says how many. They are what is cut.
+FUSED_PARTS: dict[str, str] = {"CodeGenAttention": "mp_num"}
 
 # Attributes of an attention block that its forward reads and that change with the cut.
 LOCAL_QUERY_HEADS = ("num_heads", "num_attention_heads")
@@ -181,9 +190,15 @@ QUERY_GROUPS = "num_key_value_groups"
 
 # Model types whose head is not cut: something between it and the loss needs whole logits.
 WHOLE_HEAD: dict[str, str] = {
+    "dory": "the logits of each token have a scale of their own",
+    "inkling2_loop_text": "the logits are cut to an unpadded vocabulary",
     "inkling_text": "the logits are cut to an unpadded vocabulary",
     "inkling2_text": "the logits are cut to an unpadded vocabulary",
 }
+
+# Class of a module -> linear layers inside it that stock models keep in fp32 and hand fp32 to. In 16 bits, a model here
+# has all its weights in them (with fp32 masters), so their input takes the dtype of the weight.
+TAKES_FP32: dict[str, tuple[str, ...]] = {"Inkling2LoopMessageGate": ("forget_gate_proj", "message_gate_proj")}
 
 # ---- sequence parallelism ----
 
@@ -212,8 +227,8 @@ CARRIES: dict[str, str] = {
 
 # Classes of decoder layers that return a tuple whose second part nobody takes.
 RETURNS_TUPLE = (
-    *("BambaDecoderLayer", "BloomBlock", "CodeGenBlock", "FalconDecoderLayer", "FalconH1DecoderLayer", "GPTJBlock"),
-    *("GPTNeoBlock", "MptBlock"),
+    *("BambaDecoderLayer", "BloomBlock", "FalconDecoderLayer", "FalconH1DecoderLayer", "GPTJBlock", "GPTNeoBlock"),
+    *("MptBlock", *FORMER_TUPLES),
 )
 
 # ---- recomputation ----
@@ -225,12 +240,16 @@ WRITES_WEIGHTS = ("Gemma3nTextAltUp",)
 # ---- what cannot work ----
 
 NO_PIPELINE: dict[str, str] = {
-    "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
+    "dory": "its middle layers run in loops, so there is no place to cut",
     "hrm_text": "two stacks of layers run in cycles, so there is no place to cut",
+    "inkling2_loop_text": "its layers run in loops and attend to the states of all earlier blocks of layers",
+    "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
 }
 NO_SEQUENCE_PARALLEL: dict[str, str] = {
+    "dory": "its middle layers run in loops, each of which starts at the states in front of the first",
     "gptj": "its backbone views the last hidden states in the shape of the input",
     "hrm_text": "two stacks of layers run in cycles around the token embedding",
+    "inkling2_loop_text": "its layers run in loops and attend to the states of all earlier blocks of layers",
     "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
     "zaya": "its layers hand a second state of every token on",
 }
@@ -241,15 +260,16 @@ NO_SEQUENCE_PARALLEL: dict[str, str] = {
 # it: compared with eager attention by `tests/test_attention.py --full-matrix`, with windows, padding and documents.
 # Not "qwen2_moe" and "phimoe", whose masks have a window that the keyword arguments lack.
 FAST_ATTENTION = (
-    *("afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "cohere2_moe"),
-    *("cohere_compass_text", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model"),
-    *("ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma3n_text"),
-    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode"),
-    *("gpt_neox", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense"),
-    *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "lfm2"),
-    *("lfm2_moe", "lfm3", "llama", "longcat_flash", "mellum", "minicpm3", "minimax", "minimax_m2", "ministral"),
-    *("ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
-    *("persimmon", "phi", "phi3", "phi4_multimodal", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+    *("afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2"),
+    *("cohere2_moe", "cohere_compass_text", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dory", "dots1"),
+    *("emu3_text_model", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma"),
+    *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe"),
+    *("glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "granitemoehybrid"),
+    *("granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "kolibri1", "laguna", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "llama"),
+    *("longcat_flash", "mellum", "minicpm3", "minimax", "minimax_m2", "ministral", "ministral3", "mistral"),
+    *("mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3"),
+    *("phi4_multimodal", "qwen2", "qwen3", "qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3"),
     *("solar_open", "starcoder2", "youtu", "zaya"),
 )
 
@@ -270,7 +290,7 @@ def register_plan(block_class: str, rows: Rows) -> None:
     Raises:
         ValueError: for a style that is not one of these.
     """
-    known = {style for style in STYLES.values() if style} | {"norm", "heads", "qkv"}
+    known = {style for style in STYLES.values() if style} | {"norm", "unit_norm", "heads", "qkv"}
     for path, style in rows.items():
         if style is not None and style not in known:
             raise ValueError(f"{block_class}.{path}: {style!r} is not one of {', '.join(sorted(known))}, or None.")

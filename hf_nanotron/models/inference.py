@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.schedule import Action, build_table, forward_order
+from .releases import OUTPUT_NAME, argument_name, cache_in, without_cache
 
 if TYPE_CHECKING:
     from .base import ParallelModel
@@ -35,17 +37,17 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     for name in ("output_hidden_states", "output_attentions"):
         if inputs.get(name):
             raise ValueError(f"{name}=True is not available with pp_size={mesh.pp_size}; use pp_size=1.")
-    cache = inputs.get("past_key_values")
+    cache, cache_argument = cache_in(inputs), argument_name(model.stock_class.forward)
     use_cache = inputs.get("use_cache")
     if cache is None and gather_logits and (model.config.use_cache if use_cache is None else use_cache):
         # Made here rather than by the backbones, whose outputs only the last stage hands on.
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     caches = _stage_caches(model, cache) if cache is not None else {}
-    inputs = {**inputs, "use_cache": cache is not None}
+    inputs = {**without_cache(inputs), "use_cache": cache is not None}
 
     def on_forward(action: Action) -> None:
         if caches:
-            inputs["past_key_values"] = caches[action.stage]
+            inputs[cache_argument] = caches[action.stage]
 
     table = build_table(forward_order(mesh.pp_size, parallel.pp_virtual_stages, 1), parallel.num_stages)
     with torch.no_grad():
@@ -62,7 +64,7 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
         if logits is not None:
             logits = model.whole_logits(logits)
         logits = _broadcast(logits, mesh.pp, last, mesh.device, model.dtype)
-    return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+    return CausalLMOutputWithPast(loss=loss, logits=logits, **{OUTPUT_NAME: cache})
 
 
 def _stage_caches(model: ParallelModel, cache: Cache) -> dict[int, Cache]:
@@ -75,7 +77,7 @@ def _stage_caches(model: ParallelModel, cache: Cache) -> dict[int, Cache]:
         ValueError: for a cache that cannot be copied without its contents.
     """
     first, *later = model.stages
-    if later and cache.is_compileable:
+    if later and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
             "a static key-value cache cannot serve an interleaved pipeline, whose stages on one rank all need it as it "
             "was before the pass; use the dynamic cache (the default)."

@@ -27,7 +27,7 @@ class Plan:
 
     Args:
         styles: module or bare parameter -> style (`"colwise"`, `"rowwise"`, `"packed_colwise"`, `"packed_rowwise"`,
-            `"qkv"`, `"heads"`, `"norm"`, `"vocabulary"`, `"experts"`).
+            `"qkv"`, `"heads"`, `"norm"`, `"unit_norm"`, `"vocabulary"`, `"experts"`).
         regions: blocks whose partial outputs are summed.
         whole: blocks without cut weights that mix tokens.
         spread: blocks whose experts are spread over the expert-parallel ranks.

@@ -24,6 +24,7 @@ from ..parallel.experts import ParallelExperts
 from .anatomy import layer_stacks
 from .base import ParallelModel
 from .compile import parts_of
+from .releases import cache_in
 from .stage import AbsentLayer
 
 # Operators whose outputs are kept, by the beginning of their names. Gradients of ours are never run in a forward.
@@ -159,7 +160,7 @@ def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stock = functools.partial(getattr(type(self), name), self, **kwargs)
         # A key-value cache would be written a second time.
-        if not self.training or not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+        if not self.training or not torch.is_grad_enabled() or cache_in(kwargs) is not None:
             return stock(*args)
         first = next(iter((*args, *kwargs.values())), None)
         return checkpoint(_beside, first, stock, *args, context_fn=selective_contexts, **options)

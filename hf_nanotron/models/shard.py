@@ -19,14 +19,22 @@ from ..parallel.spec import Ranges, ShardSpec, even_parts, head_parts, joined_pa
 from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_norm_class, vocab_parallel_class
 from ..parallel.vocabulary import vocabulary_parts
 from .anatomy import Anatomy, join
-from .families import KEY_HEADS, LOCAL_KEY_HEADS, LOCAL_QUERY_HEADS, QUERY_GROUPS, QUERY_HEADS
+from .families import (
+    FUSED_PARTS,
+    KEY_HEADS,
+    LOCAL_KEY_HEADS,
+    LOCAL_QUERY_HEADS,
+    QUERY_GROUPS,
+    QUERY_HEADS,
+    TAKES_FP32,
+)
 from .plan import Plan, is_experts
 
 # Linears that read the hidden states for every head at once: their block is attention.
 READS_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_value")
 
 # Styles whose cuts fall between heads or experts, not anywhere.
-WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "identity")
+WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "unit_norm", "identity")
 
 
 def tensor_specs(model: PreTrainedModel, anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
@@ -88,6 +96,12 @@ def _parts(
     owner = name if name in plan.styles else name.rpartition(".")[0]
     block, leaf = _block_of(model, plan, owner), owner.rpartition(".")[2]
     heads = head_counts(model, block) if block is not None else None
+    stored = fused_parts(block)
+    if stored is not None and stored % tp_size:
+        raise ValueError(
+            f"tp_size={tp_size} does not divide the {stored} parts in which {type(block).__name__} stores queries, "
+            f"keys and values; {_works(model, plan)}"
+        )
     if heads is not None and (style in ("qkv", "heads", "norm") or leaf in (*QUERY_HEADS, *KEY_HEADS)):
         query, key = heads
         if not _heads_fit(query, key, tp_size, plan):
@@ -138,6 +152,11 @@ def head_counts(model: PreTrainedModel, block: nn.Module) -> tuple[int, int] | N
     return query, query // groups
 
 
+def fused_parts(block: nn.Module | None) -> int | None:
+    """In how many parts an attention block stores queries, keys and values together; None for any other block."""
+    return getattr(block, FUSED_PARTS.get(type(block).__name__, ""), None)
+
+
 def _heads_fit(heads: int, kv_heads: int, tp_size: int, plan: Plan) -> bool:
     # Gradients are summed over the copies of whole parameters. A fused one would be copied in a part of it alone.
     may_copy = tp_size % kv_heads == 0 and not _is_fused(plan)
@@ -151,7 +170,8 @@ def _is_fused(plan: Plan) -> bool:
 def _works(model: PreTrainedModel, plan: Plan) -> str:
     """The sizes that everything in the model allows, not only what was in the way."""
     counts = {head_counts(model, model.get_submodule(region)) for region in plan.regions} - {None}
-    cuts, vocabulary = set(), sys.maxsize
+    cuts = {parts for region in plan.regions if (parts := fused_parts(model.get_submodule(region)))}
+    vocabulary = sys.maxsize
     for name, style in plan.styles.items():
         leaf = name.rpartition(".")[2]
         if leaf not in (*QUERY_HEADS, *KEY_HEADS) and style not in WITHOUT_SIZE:
@@ -206,6 +226,8 @@ def swap_layers(
         if module is not None:
             _become_parallel(name, module, style, specs, mesh)
     for name, module in model.named_modules():
+        for leaf in TAKES_FP32.get(type(module).__name__, ()):
+            module.get_submodule(leaf).register_forward_pre_hook(_in_dtype_of_weight)
         if is_experts(module):
             cut = any(path.startswith(name + ".") for path in plan.styles)
             module.__class__ = experts_class(cast(Any, type(module)))
@@ -220,6 +242,10 @@ def swap_layers(
             module.__class__ = Linear
         elif type(module) is nn.Embedding:
             module.__class__ = Embedding
+
+
+def _in_dtype_of_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].to(cast(torch.Tensor, module.weight).dtype), *args[1:])
 
 
 def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:
@@ -238,13 +264,14 @@ def _become_parallel(name: str, module: nn.Module, style: str, specs: dict[str, 
     if style == "identity":  # every rank adds the whole token to a sum over the ranks
         module.register_forward_hook(lambda module, args, output: output / mesh.tp_size)
         return
-    spec = specs[join(name, "weight")]
-    if style == "norm":
-        module.__class__ = split_norm_class(cast(Any, type(module)))
+    if style in ("norm", "unit_norm"):
+        module.__class__ = split_norm_class(cast(Any, type(module)), style == "unit_norm")
         cast(Any, module).group = mesh.tp
-    elif style == "heads":
         return
-    elif isinstance(module, nn.Embedding):
+    if style == "heads":
+        return
+    spec = specs[join(name, "weight")]
+    if isinstance(module, nn.Embedding):
         ((start, stop),) = spec.ranges
         padding = module.padding_idx
         module.__class__ = vocab_parallel_class(cast(Any, type(module)))

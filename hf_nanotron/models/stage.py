@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from .anatomy import Anatomy, decoder_layers
 from .families import CARRIES, RETURNS_TUPLE
+from .releases import cache_in
 
 if TYPE_CHECKING:
     from .base import ParallelModel
@@ -55,13 +58,23 @@ class AbsentLayer(nn.Module):
         return (boundary[0], None) if self.returns_tuple else boundary[0]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        past_key_values = kwargs.get("past_key_values")
-        if past_key_values is not None and self.keeps_cache_length:
-            batch, length = hidden_states.shape[:2]
-            # One number a token: a cache whose tensors have no elements says that its length is zero.
-            filler = hidden_states.new_zeros((batch, 1, length, 1))
-            past_key_values.update(filler, filler, self.index)
+        cache = cache_in(kwargs)
+        if cache is not None and self.keeps_cache_length:
+            lengthen(cache, self.index, hidden_states)
         return self.result(self.boundary(hidden_states, args, kwargs))
+
+
+def lengthen(cache: Cache, index: int, hidden_states: torch.Tensor) -> None:
+    """Let layer `index` of a cache be longer by the tokens of `hidden_states`, `[batch, tokens, ...]`.
+
+    A layer with a recurrent state alone has no length, and only the decoder layer itself looks at its state.
+    """
+    if index < len(cache.layers) and not isinstance(cache.layers[index], CacheLayerMixin):
+        return
+    batch, length = hidden_states.shape[:2]
+    # One number a token: a cache whose tensors have no elements says that its length is zero.
+    filler = hidden_states.new_zeros((batch, 1, length, 1))
+    cache.update(filler, filler, index)
 
 
 class StageInput(AbsentLayer):

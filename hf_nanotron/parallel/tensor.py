@@ -69,21 +69,29 @@ class SplitNorm(nn.Module):
 
     The stock forward divides by the root mean square of this rank's features; the quotient of that and the root mean
     square of all features makes it right.
+
+    Attributes:
+        group: the ranks that hold a part of the features each.
+        to_unit: the stock norm divides by the root of the sum of squares, not of their mean.
     """
 
     group: Group
+    to_unit: bool
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         epsilon: float = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps  # type: ignore[assignment]
-        own = hidden_states.float().square().mean(-1, keepdim=True)
-        # Every rank uses the mean over the ranks, and the gradients of all these uses are summed.
-        mean = copy_to(reduce_from(own, self.group), self.group) / self.group.size
-        scale = torch.sqrt((own + epsilon) / (mean + epsilon))
+        squares = hidden_states.float().square()
+        own = squares.sum(-1, keepdim=True) if self.to_unit else squares.mean(-1, keepdim=True)
+        # Every rank uses what is summed over the ranks, and the gradients of all these uses are summed.
+        whole = copy_to(reduce_from(own, self.group), self.group)
+        if not self.to_unit:
+            whole = whole / self.group.size
+        scale = torch.sqrt((own + epsilon) / (whole + epsilon))
         normed = super().forward(hidden_states)
         return (normed * scale).to(normed.dtype)
 
 
 @functools.cache
-def split_norm_class(stock: type[nn.Module]) -> type[SplitNorm]:
-    """`SplitNorm` over a stock RMS norm."""
-    return type(f"Split{stock.__name__}", (SplitNorm, stock), {})
+def split_norm_class(stock: type[nn.Module], to_unit: bool) -> type[SplitNorm]:
+    """`SplitNorm` over a stock RMS norm, or over one that makes vectors of length one (`to_unit`)."""
+    return type(f"Split{stock.__name__}", (SplitNorm, stock), {"to_unit": to_unit})
