@@ -321,6 +321,8 @@ class NanotronTrainingArguments(TrainingArguments):
             return super()._setup_devices
         finally:
             self.ddp_backend = backend
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                attend()  # so that the end of this process is noticed
 
 
 def _world_size() -> int:
