@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from hf_nanotron.ops.fp8 import RECIPES
 from hf_nanotron.parallel.config import ParallelConfig
+from hf_nanotron.parallel.roll_call import attend
 from hf_nanotron.training_args_policy import as_mapping, check_policy
 from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
 
