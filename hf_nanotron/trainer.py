@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from .checkpoint.training_state import together
 from .checkpointing import CheckpointingTrainer
+from .collective_calls import CollectiveTrainer
+from .control_flow import FlowTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
 from .figures import FiguresTrainer
@@ -45,7 +47,7 @@ from .training_args_recompute import layer_numbers, recomputes
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingTrainer):
+class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from hf_nanotron.ops.fp8 import RECIPES
 from hf_nanotron.parallel.config import ParallelConfig
+from hf_nanotron.parallel.roll_call import attend
 from hf_nanotron.training_args_policy import as_mapping, check_policy
 from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
 
@@ -321,6 +322,8 @@ class NanotronTrainingArguments(TrainingArguments):
             return super()._setup_devices
         finally:
             self.ddp_backend = backend
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                attend()  # so that the end of this process is noticed
 
 
 def _world_size() -> int:

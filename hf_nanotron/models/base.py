@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -264,9 +265,11 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         the random generators of the model's first rank, which the generators of its other ranks then follow. With
         `ep_size` above 1 all data-parallel ranks take part, each with prompts of its own.
         """
+        spans_experts = self.mesh.ep.size > 1 and not set(self.mesh.ep.ranks) <= set(self.mesh.model.ranks)
+        self.mesh.assemble("generate", group=None if spans_experts else self.mesh.model)
         if self.mesh.model.size > 1:
             kwargs["disable_compile"] = True  # a static cache would compile the forward, collectives included
-        if self.mesh.ep.size > 1 and not set(self.mesh.ep.ranks) <= set(self.mesh.model.ranks):
+        if spans_experts:
             kwargs["synced_gpus"] = True  # experts of other data-parallel ranks: all go on until the last has finished
         training = self.training
         self.eval()
@@ -295,6 +298,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"save_pretrained of a parallel model does not know {sorted(unknown)}.")
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained(push_to_hub=True): use NanotronTrainer.push_to_hub() instead.")
+        self.mesh.assemble("save_pretrained", f" to {os.fspath(save_directory)}")
         save_hub_model(self, save_directory, kwargs.get("max_shard_size") or "5GB")
 
 

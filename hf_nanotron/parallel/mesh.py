@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from .config import ParallelConfig
+from .roll_call import attend
 
 # Of a GPU, that a communicator whose collectives run beside products may take. With 16 of 132 its exchanges take nearly
 # twice as long on NVLink, and nothing is won (measured on two H200: docs/performance.md).
@@ -86,6 +87,7 @@ class ParallelMesh:
         self.coordinates = self.coordinates_of(self.rank)
         self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
         self._timeout = timeout
+        self.assemble("making a parallel model or a NanotronTrainer")
         self._groups: dict[str, Group] = {}
         self._handles: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
         self._at_close: list[Callable[[], None]] = []
@@ -158,8 +160,19 @@ class ParallelMesh:
             dist.all_reduce(torch.zeros(1, device=self.device), group=handle)
         return handle
 
+    def assemble(self, call: str, detail: str = "", group: Group | None = None) -> None:
+        """Wait until every rank (of `group`, if given) has come to the same `call` with the same `detail`.
+
+        Raises:
+            ValueError: if some rank makes another call, or can never come.
+        """
+        ranks = range(self.world_size) if group is None else group.ranks
+        if len(ranks) > 1:
+            attend().call(call, detail, ranks, self._timeout or dist.default_pg_timeout)
+
     def set_timeout(self, timeout: timedelta) -> None:
         """How long a collective of this mesh may take before the job is taken down."""
+        self._timeout = timeout
         for handle in self._handles.values():
             if handle is not None:
                 dist.distributed_c10d._set_pg_timeout(timeout, handle)

@@ -1,0 +1,251 @@
+"""Calls that every rank must make: ranks that do something else are noticed within seconds, not at a timeout.
+
+Before such a call communicates, each rank announces it in the rendezvous store of the job and waits for the others. A
+rank that announces another call ends both at once. A rank that does not come is asked where it is: a thread of each
+process answers once a second. Ranks that have ended, or that wait for the others themselves, never come, and the call
+ends with their names. Ranks that are at work (they download, read data, write a file) are waited for.
+
+The store holds one set of keys for the call at hand and one number for each rank. Training steps are not announced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+ASK_AFTER = 2.0  # seconds until the first rank that waits asks for the others; each of the next waits longer by as much
+WARN_AFTER = 10.0
+# A rank that stands at one place of these kinds for so many seconds waits for ranks that do not come. Outside of
+# torch's collectives it may wait for its GPU, which waits for a collective.
+STUCK_AFTER = {"collective": 1.5, "library": 8.0}
+LIBRARIES = ("hf_nanotron", "accelerate", "transformers")
+
+
+class RollCall:
+    """This process as the others of its job see it.
+
+    Args:
+        store: of the process group; keys get a prefix of their own.
+        rank: of this process.
+    """
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.job = store
+        self.rank = rank
+        self._store = dist.PrefixStore("roll_call", store)
+        self._waits_for: str | None = None
+        self._caller = threading.get_ident()
+        self._stamp, self._since = 0, 0.0
+        self._stop = threading.Event()
+        # A connection of its own: the other may be held by a rendezvous that waits for ever.
+        self._answering = threading.Thread(target=self._answer, args=(self._store.clone(),), daemon=True)
+        self._answering.start()
+        atexit.register(self._leave)
+
+    # ---- the call ----
+
+    def call(self, name: str, detail: str, ranks: Sequence[int], timeout: timedelta) -> None:
+        """Wait until all `ranks` have announced `name` with `detail` as their next call among them.
+
+        Raises:
+            ValueError: if one announces another call, or can never come. On every rank that waits.
+            RuntimeError: after `timeout`, or if the process that holds the store has ended.
+        """
+        scope = f"{ranks[0]}-{ranks[-1]}-{len(ranks)}"
+        self._caller, self._waits_for = threading.get_ident(), name
+        try:
+            self._call(name, detail, scope, ranks, timeout)
+        except dist.DistNetworkError as error:
+            raise RuntimeError(
+                f"{name} must be called on every rank, but the process that holds the rendezvous store has ended: "
+                f"{error}"
+            ) from error
+        finally:
+            self._waits_for = None
+
+    def _call(self, name: str, detail: str, scope: str, ranks: Sequence[int], timeout: timedelta) -> None:
+        store, number = self._store, self._store.add(f"{scope}/at/{self.rank}", 1)
+        key = f"{scope}/{number}"
+        ours = f"{name}{detail}"
+        first, _, theirs = store.compare_set(f"{key}/name", "", f"{self.rank}|{ours}").decode().partition("|")
+        if theirs != ours:
+            self._end(
+                key,
+                f"ranks make different calls: rank {first} calls {theirs}, rank {self.rank} calls {ours}. Each must "
+                "be made on every rank, in the same order and with the same arguments.",
+            )
+        arrived = store.add(f"{key}/arrived", 1)
+        if arrived == len(ranks):
+            store.set(f"{key}/done", "1")
+            for leaf in ("name", "arrived", "done"):  # nobody reads those of the call before any more
+                store.delete_key(f"{scope}/{number - 1}/{leaf}")
+        began, warned, ask_at = time.monotonic(), False, ASK_AFTER * arrived
+        while not self._is_there(f"{key}/done"):
+            waited = time.monotonic() - began
+            if waited < ask_at:
+                continue
+            hopeless, working = self._ask(scope, number, ranks)
+            missing = {**hopeless, **working}
+            what = "; ".join(f"rank {rank} {where}" for rank, where in list(sorted(missing.items()))[:8])
+            came = ", ".join(str(rank) for rank in ranks if rank not in missing)
+            if missing and (not working or any(where == ENDED for where in hopeless.values())):
+                self._end(key, f"{name} must be called on every rank; only rank {came} came: {what}.")
+            if waited > timeout.total_seconds():
+                raise RuntimeError(f"{name} must be called on every rank; after {waited:.0f} s {what}.")
+            if waited > WARN_AFTER and not warned:
+                logger.warning(f"{name} waits for other ranks: {what}.")
+                warned = True
+            ask_at = time.monotonic() - began + ASK_AFTER
+        if store.check([f"{key}/trouble"]):
+            raise ValueError(store.get(f"{key}/trouble").decode())
+
+    def _is_there(self, key: str) -> bool:
+        """Whether `key` is set, within about a second."""
+        if self._store.check([key]):
+            return True
+        try:
+            self._store.wait([key], timedelta(seconds=1))
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # the store's word for "not yet"
+            return False
+        return True
+
+    def _end(self, key: str, message: str) -> None:
+        """Fail, here and on all ranks that wait at `key` or come later."""
+        self._store.set(f"{key}/trouble", message)
+        self._store.set(f"{key}/done", "1")
+        raise ValueError(message)
+
+    # ---- where the others are ----
+
+    def _ask(self, scope: str, number: int, ranks: Sequence[int]) -> tuple[dict[int, str], dict[int, str]]:
+        """Ranks that have not come: those that never will, and those that are at work, with where they are."""
+        store, question = self._store, self._store.add("asked", 1)
+        absent = [rank for rank in ranks if store.add(f"{scope}/at/{rank}", 0) < number]
+        until = time.monotonic() + 1.5  # a little more than the time between two looks of those who answer
+        while time.monotonic() < until and any(self._answered(rank, question) is None for rank in absent):
+            time.sleep(0.1)
+        hopeless, working = dict[int, str](), dict[int, str]()
+        for rank in absent:
+            if store.add(f"{scope}/at/{rank}", 0) >= number:
+                continue  # it has come meanwhile
+            if store.check([f"left/{rank}"]):
+                hopeless[rank] = ENDED
+            elif (answer := self._answered(rank, question)) is None:
+                working[rank] = "does not answer"
+            elif answer["waits_for"] is not None:
+                hopeless[rank] = f"waits in {answer['waits_for']}"
+            else:
+                stuck = answer["seconds"] >= STUCK_AFTER.get(answer["kind"], float("inf"))
+                (hopeless if stuck else working)[rank] = f"is in {answer['place']}"
+        return hopeless, working
+
+    def _answered(self, rank: int, question: int) -> dict[str, Any] | None:
+        """The answer of `rank` to this question or a later one."""
+        if self._store.check([f"left/{rank}"]):
+            return {"waits_for": ENDED}
+        if not self._store.check([f"answer/{rank}"]):
+            return None
+        answer = json.loads(self._store.get(f"answer/{rank}"))
+        return answer if answer["question"] >= question else None
+
+    # ---- where this one is ----
+
+    def _answer(self, store: Any) -> None:
+        """The thread that answers."""
+        with contextlib.suppress(RuntimeError):  # the job is over, and its store gone
+            answered = store.add("asked", 0)
+            while not self._stop.wait(1.0) and _job_store() is self.job:
+                question = store.add("asked", 0)
+                if question != answered:
+                    store.set(f"answer/{self.rank}", json.dumps({"question": question, **self._where()}))
+                    answered = question
+
+    def _where(self) -> dict[str, Any]:
+        """What the thread that calls us is doing, and for how many seconds it has been at that place."""
+        frame = sys._current_frames().get(self._caller)
+        kind, place, stamp = locate(frame)
+        now = time.monotonic()
+        if stamp != self._stamp:
+            self._stamp, self._since = stamp, now
+        return {"waits_for": self._waits_for, "kind": kind, "place": place, "seconds": now - self._since}
+
+    def _leave(self) -> None:
+        """At the end of the process."""
+        self._stop.set()
+        self._answering.join(2.0)
+        with contextlib.suppress(RuntimeError):
+            if _job_store() is self.job:
+                self._store.set(f"left/{self.rank}", "1")
+
+    def close(self) -> None:
+        """For a process that goes on to another job."""
+        self._stop.set()
+        atexit.unregister(self._leave)
+
+
+ENDED = "has ended"
+
+
+def locate(frame: FrameType | None) -> tuple[str, str, int]:
+    """Whether a thread is in a `collective` of torch, in a `library` that may wait for one, or in `other` code.
+
+    Args:
+        frame: the innermost.
+
+    Returns:
+        kind, the place for people, and a number that is the same as long as the thread has not moved.
+    """
+    kind: str | None = None
+    place, position = "", []
+    while frame is not None:
+        module, code = str(frame.f_globals.get("__name__")), frame.f_code
+        root = module.partition(".")[0]
+        position.append((code.co_filename, code.co_name, frame.f_lasti))
+        named = f"{code.co_name} ({code.co_filename.rpartition('/')[2]}:{frame.f_lineno})"
+        if module.startswith("torch.distributed") and kind is None:
+            kind, place = "collective", named
+        elif module.startswith("torch.utils.data") and kind is None:
+            kind, place = "other", named  # the process may wait for workers that read
+        elif root != "torch" and root not in sys.stdlib_module_names or root == "__main__":
+            if kind is None:
+                kind, place = ("library" if root in LIBRARIES else "other"), named
+            if root not in LIBRARIES:
+                place = named if place == named else f"{place}, called by {named}"
+                break
+        frame = frame.f_back
+    while frame is not None:
+        position.append((frame.f_code.co_filename, frame.f_code.co_name, frame.f_lasti))
+        frame = frame.f_back
+    return kind or "other", place, hash(tuple(position))
+
+
+def _job_store() -> Any:
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+
+_present: RollCall | None = None  # of a process, whose end the others notice whatever objects it still holds
+
+
+def attend() -> RollCall:
+    """Be there for the others of the job, from the first call until the process ends. Needs a process group."""
+    global _present
+    if _present is None or _present.job is not _job_store():
+        if _present is not None:
+            _present.close()
+        _present = RollCall(_job_store(), dist.get_rank())
+    return _present
