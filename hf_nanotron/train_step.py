@@ -13,6 +13,7 @@ from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
 from .models.stage import LOSS_WEIGHT
 from .parallel.batch import EMBEDDINGS, batch_shape, ones_like_tokens
+from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
@@ -145,20 +146,34 @@ class TrainStep:
         return self._tables[num_micro_batches]
 
 
-def weighed(batch: dict[str, Any], count: torch.Tensor, accepts_count: bool, is_nothing: bool) -> dict[str, Any]:
-    """`batch`, and what its loss counts in the loss of the step.
+def weigh(
+    micro_batches: list[dict[str, Any]], fillers: list[bool], model: ParallelModel, accepts_count: bool
+) -> list[dict[str, Any]]:
+    """`micro_batches` of a step, with what their losses are multiplied by, where the model does not see to it itself.
+
+    A model that does not take `num_items_in_batch` returns the mean over a micro-batch: each weighs equally, over all
+    data-parallel ranks, as in Trainer. Ranks of one replica do the same, and all data-parallel ranks take part.
 
     Args:
-        count: predicted tokens of the step, which the model divides by, if it `accepts_count`; else micro-batches of the
-            step, and the mean over the batch's own tokens is divided by it, as in Trainer.
-        is_nothing: a batch without labels, whose mean over no tokens may be nan: it gets some, and weighs nothing.
+        fillers: which of them only keep this rank in step. A mean over no tokens may be nan, which no factor mends, so
+            they get labels, and weigh nothing.
+        accepts_count: Trainer's `model_accepts_loss_kwargs`.
     """
-    if is_nothing:
-        zeros = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
-        batch = {**batch, **zeros, LOSS_WEIGHT: torch.zeros((), device=count.device)}
-    if accepts_count:
-        return {**batch, "num_items_in_batch": count}
-    return {LOSS_WEIGHT: 1 / count, **batch}
+    if accepts_count and (model.linear_head is not None or not any(fillers)):
+        return micro_batches
+    device = model.mesh.device
+    weight = torch.ones((), device=device)
+    if not accepts_count:
+        own = torch.full((), float(len(fillers) - sum(fillers)), device=device)
+        weight = 1 / all_reduce(own, model.mesh.dp)
+    weighed: list[dict[str, Any]] = []
+    for batch, is_filler in zip(micro_batches, fillers, strict=True):
+        if is_filler:
+            zeros = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
+            weighed.append({**batch, **zeros, LOSS_WEIGHT: torch.zeros_like(weight)})
+        else:
+            weighed.append({**batch, LOSS_WEIGHT: weight})
+    return weighed
 
 
 def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:

@@ -40,7 +40,7 @@ from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
-from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep, weighed
+from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
 from .training_args import NanotronTrainingArguments
 from .training_args_policy import as_mapping
 from .training_args_recompute import layer_numbers, recomputes
@@ -266,11 +266,9 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
             )
         # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
-        accepts, fuses = self.model_accepts_loss_kwargs, self.model.linear_head is not None
-        micro_batches = [
-            weighed(self._prepare_inputs(batch), count, accepts, isinstance(batch, FillerBatch) and not (accepts and fuses))
-            for batch, count in self._window
-        ]
+        micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
+        fillers = [isinstance(batch, FillerBatch) for batch, _ in self._window]
+        micro_batches = weigh(micro_batches, fillers, self.model, self.model_accepts_loss_kwargs)
         multiple = self.mesh.tp_size if self.mesh.parallel.sequence_parallel else 1
         for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
             if self.model.attention is not None:
@@ -304,16 +302,12 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
         return self._filtered(told[0].float())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        """Predicted tokens of a window over all data-parallel ranks, by which their summed losses are divided.
+        """Predicted tokens of a window over all data-parallel ranks.
 
-        With `average_tokens_across_devices=False` each rank weighs its own mean equally, as Trainer under DDP. For a
-        model whose `forward` does not take that number, the micro-batches instead: each weighs its own mean equally.
+        With `average_tokens_across_devices=False` each rank weighs its own mean equally, as Trainer under DDP.
         """
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        if not self.model_accepts_loss_kwargs:
-            own = sum(not isinstance(batch, FillerBatch) for batch in batch_samples)
-            return all_reduce(to_device(torch.tensor(own), device), self.mesh.dp)
         labels = [b["shift_labels"] if "shift_labels" in b else b["labels"][..., 1:] for b in batch_samples]
         count = to_device(torch.tensor(sum(int(x.ne(IGNORE_INDEX).sum()) for x in labels)), device)
         if self.args.average_tokens_across_devices:

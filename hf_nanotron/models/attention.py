@@ -39,7 +39,16 @@ PECULIAR = ("softcap", "s_aux", "position_bias", "cache")
 
 # What a batch may hold: nothing in it makes a mask that `documents_of` does not know.
 KNOWN_INPUTS = frozenset(
-    ("input_ids", "inputs_embeds", "labels", "shift_labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache")
+    (
+        "input_ids",
+        "inputs_embeds",
+        "labels",
+        "shift_labels",
+        "attention_mask",
+        "position_ids",
+        "num_items_in_batch",
+        "use_cache",
+    )
 )
 BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
 

@@ -15,9 +15,7 @@ from .attention import BOUNDS, LONGEST
 ADDED = ("use_cache", "return_dict", "num_items_in_batch", "output_router_logits", BOUNDS, LONGEST)
 
 
-def accepted(
-    forward: Callable[..., Any], inputs: Mapping[str, Any], added: Collection[str] = ADDED
-) -> dict[str, Any]:
+def accepted(forward: Callable[..., Any], inputs: Mapping[str, Any], added: Collection[str] = ADDED) -> dict[str, Any]:
     """`inputs` without what was `added` to the batch and `forward` does not take."""
     parameters = inspect.signature(forward).parameters
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -31,7 +31,11 @@ def is_foreign_class(cls: type[nn.Module]) -> bool:
 
 
 def _is_foreign(forward: Any) -> bool:
-    return (getattr(forward, "__module__", None) or "").partition(".")[0] not in ("transformers", "torch", "hf_nanotron")
+    return (getattr(forward, "__module__", None) or "").partition(".")[0] not in (
+        "transformers",
+        "torch",
+        "hf_nanotron",
+    )
 
 
 def why_not_causal(model: Any) -> str | None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.finite_weights import warn_nonfinite
 from ..checkpoint.hub_layout import hub_layout
 from ..parallel.mesh import ParallelMesh
 from ..parallel.overlap import BlockOverlap, Overlap
@@ -75,6 +76,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     mixture = make_mixture(model, mesh, plan)
 
     _take_weights_of_rank_0(model, mesh)
+    if mesh.rank == 0:
+        for name, parameter in model.named_parameters():
+            warn_nonfinite(name, parameter, f"the {stock.__name__} that was handed over")
     if mesh.pp_size > 1:
         _leave_out_other_stages(model, mesh, anatomy, layers_of_stage)
     swap_layers(model, mesh, plan, specs, ABSENT)

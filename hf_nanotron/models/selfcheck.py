@@ -17,7 +17,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.random import has_dropout
 from .base import ParallelModel
 from .calling import accepted, as_output
-from .foreign import is_foreign
+from .foreign import is_foreign, why_not_causal
 from .inference import pipelined_forward
 
 ROWS, TOKENS = 2, 8  # tokens a row, for each tensor-parallel rank
@@ -48,7 +48,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
     Raises:
         ValueError: if the model returns no loss. Whatever its own code raises.
     """
-    if mesh.tp_size * mesh.pp_size == 1:
+    if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
         return None
     classes = tuple(sorted({type(module).__name__ for module in model.modules() if is_foreign(module)}))
     if not classes:

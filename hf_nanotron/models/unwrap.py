@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
+from .base import ParallelModel
+
 Wrapped = (DataParallel, DistributedDataParallel)
 MERGE = "merge the adapters (model = model.merge_and_unload()) and set model.requires_grad_(True)"
 PLAIN = "hand over the plain model, loaded in 32 or 16 bits (without quantization_config)"
@@ -38,7 +40,7 @@ def unwrap(model: Any) -> Any:
         for quirk, advice in QUIRKS.items():
             if getattr(owner, quirk, None) is not None:
                 raise ValueError(f"a model with {quirk} cannot be cut: {advice}.")
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, ParallelModel) or not isinstance(model, PreTrainedModel):
         return model
     if _has_hooks_of_accelerate(model):
         remove_hook_from_module(model, recurse=True)
@@ -82,7 +84,9 @@ def _innermost(module: Any) -> Any:
 
 
 def _divided(name: str, by: str) -> str:
-    return f"{name or 'the model'!r} is divided already, as {by}: hand over the plain model; NanotronTrainer divides it."
+    return (
+        f"{name or 'the model'!r} is divided already, as {by}: hand over the plain model; NanotronTrainer divides it."
+    )
 
 
 def _has_hooks_of_accelerate(model: nn.Module) -> bool:
@@ -113,7 +117,9 @@ def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     stock, forward = type(model), model.__dict__.pop("forward", None)
     if forward is None:
         return stock
-    if not (isinstance(forward, MethodType) and forward.__self__ is model and isinstance(forward.__func__, FunctionType)):
+    if not (
+        isinstance(forward, MethodType) and forward.__self__ is model and isinstance(forward.__func__, FunctionType)
+    ):
         raise ValueError(
             f"model.forward was replaced by {forward!r}: a stage of the model cannot be called with it. Define "
             f"`forward` in a subclass of {stock.__name__}, or bind it: model.forward = types.MethodType(forward, model)."
