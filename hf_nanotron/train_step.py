@@ -11,6 +11,9 @@ from transformers.utils import logging
 
 from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
+from .models.stage import LOSS_WEIGHT
+from .parallel.batch import EMBEDDINGS, batch_shape, ones_like_tokens
+from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
@@ -41,8 +44,9 @@ class TrainStep:
         """Accumulate and reduce the gradients of one step.
 
         Args:
-            micro_batches: this data-parallel rank's, each with `input_ids` and `labels` `[B, S]` on the device, and
-                `num_items_in_batch`, the predicted tokens over all micro-batches and data-parallel ranks.
+            micro_batches: this data-parallel rank's, each with `input_ids` `[B, S]` (or `inputs_embeds` `[B, S, H]`) and
+                `labels` `[B, S]` on the device, and `num_items_in_batch`, the predicted tokens over all micro-batches
+                and data-parallel ranks, or `LOSS_WEIGHT`.
             step: optimizer step, for the dropout streams.
 
         Returns:
@@ -52,6 +56,8 @@ class TrainStep:
         model.train()
         self.weights.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
+        if model.anatomy.is_foreign and model.linear_head is None:
+            refuse_filling(micro_batches, multiple, type(model).__name__)
         masks = [router_mask(batch, multiple) for batch in micro_batches]
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
         attention, documents = self._attention(micro_batches, multiple)
@@ -117,7 +123,7 @@ class TrainStep:
         if model.attention is None:
             return stock
         for batch in micro_batches:
-            plain = {name: value for name, value in batch.items() if name not in OURS}
+            plain = {name: value for name, value in batch.items() if name not in (*OURS, LOSS_WEIGHT)}
             documents = batch[DOCUMENTS] if DOCUMENTS in batch else documents_of(plain, multiple)
             if documents is None:
                 logger.warning_once(
@@ -140,14 +146,59 @@ class TrainStep:
         return self._tables[num_micro_batches]
 
 
+def weigh(
+    micro_batches: list[dict[str, Any]], fillers: list[bool], model: ParallelModel, accepts_count: bool
+) -> list[dict[str, Any]]:
+    """`micro_batches` of a step, with what their losses are multiplied by, where the model does not see to it itself.
+
+    A model that does not take `num_items_in_batch` returns the mean over a micro-batch: each weighs equally, over all
+    data-parallel ranks, as in Trainer. Ranks of one replica do the same, and all data-parallel ranks take part.
+
+    Args:
+        fillers: which of them only keep this rank in step. A mean over no tokens may be nan, which no factor mends, so
+            they get labels, and weigh nothing.
+        accepts_count: Trainer's `model_accepts_loss_kwargs`.
+    """
+    if accepts_count and (model.linear_head is not None or not any(fillers)):
+        return micro_batches
+    device = model.mesh.device
+    weight = torch.ones((), device=device)
+    if not accepts_count:
+        own = torch.full((), float(len(fillers) - sum(fillers)), device=device)
+        weight = 1 / all_reduce(own, model.mesh.dp)
+    weighed: list[dict[str, Any]] = []
+    for batch, is_filler in zip(micro_batches, fillers, strict=True):
+        if is_filler:
+            zeros = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
+            weighed.append({**batch, **zeros, LOSS_WEIGHT: torch.zeros_like(weight)})
+        else:
+            weighed.append({**batch, LOSS_WEIGHT: weight})
+    return weighed
+
+
 def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:
     """Which tokens of `batch`, filled up to a multiple of `multiple`, count in losses over routers; None if all do."""
     mask: torch.Tensor | None = batch.get(ROUTER_MASK)
-    missing = -batch["input_ids"].shape[1] % multiple
+    missing = -batch_shape(batch)[1] % multiple
     if mask is None and missing:
         mask = batch.get("attention_mask")
-        mask = torch.ones_like(batch["input_ids"]) if mask is None or mask.dim() != 2 else mask
+        mask = ones_like_tokens(batch) if mask is None or mask.dim() != 2 else mask
     return mask if mask is None or not missing else F.pad(mask, (0, missing))
+
+
+def refuse_filling(micro_batches: list[dict[str, Any]], multiple: int, name: str) -> None:
+    """Refuse to fill sequences up for a model that may do more with its tokens than predict labels.
+
+    Raises:
+        ValueError: with the lengths.
+    """
+    lengths = [length for batch in micro_batches if (length := batch_shape(batch)[1]) % multiple]
+    if lengths:
+        raise ValueError(
+            f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {lengths[0]}, and the "
+            f"code of {name} may count tokens that only fill it up. Pad in the collator "
+            f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
+        )
 
 
 def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
@@ -156,7 +207,7 @@ def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
     Raises:
         ValueError: if the batch holds a `[B, S, ...]` tensor that it does not know how to fill.
     """
-    length = batch["input_ids"].shape[1]
+    length = batch_shape(batch)[1]
     missing = -length % multiple
     if not missing:
         return batch
@@ -164,6 +215,9 @@ def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
     for name, tensor in batch.items():
         bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
         if name in OURS or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
+            continue
+        if name == EMBEDDINGS and tensor.dim() == 3:
+            padded[name] = F.pad(tensor, (0, 0, 0, missing))
             continue
         if name not in PADDING or tensor.dim() != 2:
             raise ValueError(

@@ -28,18 +28,21 @@ from .models.compile import compile_layers, restore_layers
 from .models.fp8 import use_fp8
 from .models.parallelize import parallelize
 from .models.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
-from .models.sharding import shard_weights
+from .models.selfcheck import compare, try_whole
+from .models.sharding import refuse_frozen, shard_weights
 from .models.switches import Switches
+from .models.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.throughput import Throughput
 from .nonfinite import FiniteTrainer
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
 from .optim.link import OptimizerLink
 from .optim.norm import global_norm
+from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
-from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep
+from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
 from .training_args import NanotronTrainingArguments
 from .training_args_policy import as_mapping
 from .training_args_recompute import layer_numbers, recomputes
@@ -100,6 +103,7 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
     # ---- model and optimizer ----
 
     def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
+        model = unwrap(model)
         if isinstance(model, ParallelModel):
             if model.parallel != args.parallel:
                 raise ValueError(
@@ -107,9 +111,12 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
                     "`parallel=args.parallel` when you make the model."
                 )
         else:
+            refuse_meta(model)
             self._mesh = self._mesh or ParallelMesh(args.parallel, args.ddp_timeout_delta)
+            trial = try_whole(model, self._mesh)
             model = parallelize(model, self._mesh)
             model.to(self._mesh.device)  # type: ignore[arg-type]
+            compare(model, trial)
         if model.streams is not None:
             model.streams.seed = args.seed
         return model
@@ -127,6 +134,7 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        refuse_frozen(model, self._trainable)
         recipe, skipped = self.args.fp8, self.args.fp8_skip_layers
         together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
@@ -261,12 +269,14 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
             )
         # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
         micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
+        fillers = [isinstance(batch, FillerBatch) for batch, _ in self._window]
+        micro_batches = weigh(micro_batches, fillers, self.model, self.model_accepts_loss_kwargs)
         multiple = self.mesh.tp_size if self.mesh.parallel.sequence_parallel else 1
         for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
             if self.model.attention is not None:
                 micro_batch[DOCUMENTS] = documents_of(batch, multiple)
             if isinstance(batch, FillerBatch):
-                micro_batch[ROUTER_MASK] = torch.zeros_like(cast(torch.Tensor, micro_batch["input_ids"]))
+                micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
         batches = [batch for batch, _ in self._window]
         self._window = []
         self._check_gradient()  # of the step before
@@ -276,8 +286,8 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         loss = self._step.run(micro_batches, self.state.global_step)
         self._norm = global_norm(self.weights.segments, self.mesh)
         is_finite = self._judge(self._norm, loss)
-        tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
-        length = max(batch["input_ids"].shape[1] for batch in batches)
+        tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)
+        length = max(batch_shape(batch)[1] for batch in batches)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from ..parallel.mesh import Group
 from ..parallel.spec import ShardSpec
+from .finite_weights import warn_nonfinite
 from .hub_layout import HubLayout, Part
 from .hub_weights import HubWeights
 from .safetensors_file import Entry, write_safetensors
@@ -59,7 +60,8 @@ def load_hub_weights(
         weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
     for name, spec in model.shard_specs.items():
         if parameters is None or name in parameters:
-            model.write_parameter(name, weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)]))
+            part = weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)])
+            model.write_parameter(name, warn_nonfinite(name, part, str(directory)))
     if parameters is None:
         for name, buffer in held_buffers(model).items():
             if name in sources.grids:

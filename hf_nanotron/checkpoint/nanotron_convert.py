@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
 from . import nanotron_config
+from .finite_weights import warn_nonfinite
 from .hub import parse_size, plan_files
 from .nanotron_format import (
     Shard,
@@ -119,7 +120,10 @@ def hub_to_nanotron(source: str | Path, destination: str | Path, *, tp: int = 1,
 
     folder = _fresh_folder(destination) / str(step)
     for parameter in wanted:
-        whole = stack(load_tensor(stored[part.name].path, part.name) for part in parameter.parts)
+        whole = stack(
+            warn_nonfinite(part.name, load_tensor(stored[part.name].path, part.name), str(source))
+            for part in parameter.parts
+        )
         write_parameter(folder, parameter, whole, tp=tp, pp_rank=stages[parameter.block], pp=pp)
     write_run_files(folder, model_config, dtype, tp=tp, pp=pp, step=step)
     (destination / "latest.txt").write_text(str(step))  # last: it is what makes the folder a checkpoint
@@ -136,7 +140,7 @@ def _hub_tensors(
         whole = merge_shards(parameter, shards[parameter.name], load, dtype)
         for index, part in enumerate(parameter.parts):
             # Nothing here keeps a part that was handed over: its file may be written and gone by the next one.
-            yield part.name, unstack(whole, parameter, index, architecture)
+            yield part.name, warn_nonfinite(part.name, unstack(whole, parameter, index, architecture), "the checkpoint")
         del whole  # before the next parameter is merged
 
 

@@ -35,6 +35,7 @@ from .conversion_folder import (
     write_json,
     writing,
 )
+from .finite_weights import warn_nonfinite
 from .hub import parse_size, plan_files, write_index
 from .hub_layout import HubLayout, HubSources, layout_of
 from .hub_weights import HubWeights
@@ -195,7 +196,8 @@ class Frozen:
     def read(self, name: str, layout: HubLayout) -> torch.Tensor:
         """A whole tensor of the model, in the dtype of the files."""
         spec, is_float = ShardSpec(name, layout.shapes[name]), layout.dtypes[name].is_floating_point
-        return self.weights.read(spec, self.sources.grids[name], is_float)
+        tensor = self.weights.read(spec, self.sources.grids[name], is_float)
+        return tensor if name in layout.buffers else warn_nonfinite(name, tensor, str(self.weights.directory))
 
     def dtype(self, name: str) -> torch.dtype:
         return self.weights.dtype(self.sources.grids[name])
@@ -259,7 +261,7 @@ def _whole(
         # Converted chunk by chunk as it is read: the tensor is never there in fp32 as a whole.
         tensor = torch.empty(prod(shape), dtype=dtype)
         stored.fill(Slice.whole(name, shape), MASTER, tensor)
-        tensor = tensor.view(shape)
+        tensor = warn_nonfinite(name, tensor.view(shape), str(stored.directory))
     if dtype == torch.float16 and not tensor.isfinite().all():
         raise ValueError(
             f"{name!r} has values that float16 cannot hold (beyond 65504); convert to bfloat16 or float32."

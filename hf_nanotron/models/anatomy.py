@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import EVERY_STAGE, FIRST_STAGE, LAYERS
+from .foreign import is_foreign
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Anatomy:
         head: the output embedding.
         first: modules (or bare parameters) with weights that are used before the layers.
         last: those that are used after them, the head among them.
-        everywhere: those that every stage uses for its own layers.
+        everywhere: those that every stage uses for its own layers, or whose use is not known.
+        is_foreign: whether the code around the decoder layers is not transformers' own: everything there then sees all
+            tokens, whatever it does with them.
     """
 
     backbone: str
@@ -31,6 +34,7 @@ class Anatomy:
     first: tuple[str, ...]
     last: tuple[str, ...]
     everywhere: tuple[str, ...]
+    is_foreign: bool = False
 
     def place(self, name: str) -> str | None:
         """The entry of `first`, `last` or `everywhere` that a parameter belongs to; None inside the layers."""
@@ -64,6 +68,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         start = len(owner) + 1 if owner else 0
         places.append(name[:start] + name[start:].split(".")[0])
     first, last, everywhere = [], [], []
+    foreign = [owner for owner in owners if is_foreign(model.get_submodule(owner))]
     per_layer = any(place.rpartition(".")[2] in EVERY_STAGE for place in places)
     for place in dict.fromkeys(places):
         leaf = place.rpartition(".")[2]
@@ -72,11 +77,13 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             everywhere.append(place)
         elif place == head:
             last.append(place)
+        elif place != embedding and place not in owners and place.rpartition(".")[0] in foreign:
+            everywhere.append(place)  # used before the layers, after them, or both
         elif place == embedding or leaf in FIRST_STAGE or (backbone and not inside) or place in owners[:-1]:
             first.append(place)
         else:
             last.append(place)
-    return Anatomy(backbone, layers, embedding, head, tuple(first), tuple(last), tuple(everywhere))
+    return Anatomy(backbone, layers, embedding, head, tuple(first), tuple(last), tuple(everywhere), bool(foreign))
 
 
 def _find_layers(model: PreTrainedModel, backbone: str) -> str | None:

@@ -22,10 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..ops.attention import HALF, Case, attention, pick
 from ..ops.attention_kernels import flash_attention_4
+from ..parallel.batch import batch_shape
 from ..parallel.loss import IGNORE_INDEX
 from ..parallel.random import fields_of_chance
 from .anatomy import Anatomy, blocks
 from .families import FAST_ATTENTION, NO_DOCUMENTS
+from .foreign import is_foreign
 
 BOUNDS, LONGEST = "document_bounds", "longest_document"  # keyword arguments on the way to the attention of a layer
 
@@ -37,7 +39,16 @@ PECULIAR = ("softcap", "s_aux", "position_bias", "cache")
 
 # What a batch may hold: nothing in it makes a mask that `documents_of` does not know.
 KNOWN_INPUTS = frozenset(
-    ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache")
+    (
+        "input_ids",
+        "inputs_embeds",
+        "labels",
+        "shift_labels",
+        "attention_mask",
+        "position_ids",
+        "num_items_in_batch",
+        "use_cache",
+    )
 )
 BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
 
@@ -122,6 +133,7 @@ def why_stock(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
         (config.model_type not in FAST_ATTENTION, f"{config.model_type!r} was not proven to take another"),
         (bool(chance), f"{', '.join(chance)} above 0, and faster kernels know no dropout"),
         (any(own is not config for own in configs), "its blocks have configs of their own"),
+        (anatomy.is_foreign or any(map(is_foreign, parts)), "code of its own may make masks of its own"),
         (any(getattr(part, "is_causal", True) is False for part in parts), "a block of it is not causal"),
     )
     return next((reason for applies, reason in reasons if applies), None)
@@ -139,11 +151,11 @@ def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
     are none. Padding on the right needs no mask: no token before it sees it, and nothing is predicted from it. The
     tensors had better be on the host, as they come from the collator: a GPU would be waited for.
     """
-    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    shape, mask, positions = batch_shape(batch), batch.get("attention_mask"), batch.get("position_ids")
     known = KNOWN_INPUTS | (BOUNDS_OF_STOCK if positions is not None and mask is None else frozenset())
-    if ids.dim() != 2 or not known >= {name for name, value in batch.items() if value is not None}:
+    if len(shape) != 2 or not known >= {name for name, value in batch.items() if value is not None}:
         return None
-    rows, length = ids.shape
+    rows, length = shape
     missing = -length % multiple
     starts = torch.zeros(rows, length + missing, dtype=torch.bool)
     if mask is not None and not _is_harmless(mask, batch):
@@ -163,7 +175,7 @@ def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
 
 def _is_harmless(mask: torch.Tensor, batch: dict[str, Any]) -> bool:
     """Whether `mask` hides only padding on the right that nothing is predicted from."""
-    if mask.dim() != 2 or mask.shape != batch["input_ids"].shape:
+    if mask.dim() != 2 or mask.shape != batch_shape(batch):
         return False
     hidden = mask == 0
     if not hidden.any():

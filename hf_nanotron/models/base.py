@@ -19,7 +19,7 @@ from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
 from ..parallel.config import ParallelConfig
 from ..parallel.fully_sharded import FullyShardedWeights
-from ..parallel.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss
+from ..parallel.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss, predicted_tokens
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.random import LayerStreams
@@ -28,6 +28,7 @@ from ..parallel.spec import ShardSpec
 from ..parallel.vocabulary import gather_vocabulary
 from .anatomy import Anatomy
 from .attention import Attention
+from .calling import accepted, as_output
 from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
 from .mixture import Mixture
@@ -180,6 +181,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         if isinstance(logits, Prediction):
             return logits.loss
         z_loss = self.z_loss if self.training else 0.0
+        if num_items_in_batch is None and self.training:  # a mean that is zero, not nan, where nothing is predicted
+            num_items_in_batch = predicted_tokens(labels, shift_labels)
         return causal_lm_loss(
             logits, labels, self.vocab_start, self._head_group, num_items_in_batch, shift_labels, z_loss
         )
@@ -198,20 +201,34 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         """The head, if the loss is fused with it while the model trains."""
         return linear_head(self, self.stock_class)
 
-    def stock_forward(self, view: PreTrainedModel, **inputs: Any) -> CausalLMOutputWithPast:
-        """The forward that transformers wrote, over `view`; logits are this rank's slice, or None where the loss of a
-        training model is fused with the head."""
-        inputs = {**inputs, "return_dict": True}
-        wanted = self.training and self.fuses_loss and inputs.get("labels") is not None
+    def stock_forward(
+        self, view: PreTrainedModel, loss_weight: torch.Tensor | None = None, **inputs: Any
+    ) -> CausalLMOutputWithPast:
+        """The forward that transformers (or the user) wrote, over `view`; logits are this rank's slice, or None where
+        the loss of a training model is fused with the head.
+
+        Args:
+            loss_weight: what the loss is multiplied by.
+        """
+        has_labels = inputs.get("labels") is not None
+        inputs = accepted(self.stock_class.forward, {**inputs, "return_dict": True})
+        wanted = self.training and self.fuses_loss and has_labels
         fuses = wanted and inputs.get("logits_to_keep", 0) == 0 and self.linear_head is not None
         if self.training and isinstance(self.sharded, FullyShardedWeights):  # a fused head has its gradients by then
             self.sharded.gather_in_backward(view.get_output_embeddings(), not fuses)
         cast(ParallelModel, view).z_loss = self.z_loss  # a change of the model's does not reach into views
         if not fuses or self.linear_head is None:
-            return self.stock_class.forward(view, **inputs)
+            output = as_output(self.stock_class.forward(view, **inputs), has_labels)
+            if has_labels and loss_weight is not None:
+                output.loss = output.loss * loss_weight
+            return output
         scale = self.linear_head.scale
         # The largest slice counts: ranks have sums over each chunk, so all of them need the same chunks.
         chunk = chunk_size(inputs["labels"].numel(), max(self.vocab_sizes) * self.dtype.itemsize)
+        items = inputs.get("num_items_in_batch")
+        if loss_weight is not None:
+            items = predicted_tokens(inputs["labels"], inputs.get("shift_labels")) if items is None else items
+            items = items / loss_weight  # of a fused head, the weight's gradient cannot be multiplied later
 
         def loss(hidden: torch.Tensor, head: Linear) -> torch.Tensor:
             return linear_causal_lm_loss(
@@ -221,7 +238,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
                 inputs["labels"],
                 self.vocab_start,
                 self._head_group,
-                inputs.get("num_items_in_batch"),
+                items,
                 inputs.get("shift_labels"),
                 self.z_loss,
                 chunk,
@@ -230,7 +247,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             )
 
         with self.linear_head.predicting(view, loss):
-            output = self.stock_class.forward(view, **inputs)
+            output = as_output(self.stock_class.forward(view, **inputs), has_labels)
         if output.logits.scale != scale:
             raise ValueError(
                 f"logits were multiplied by {output.logits.scale}, and by {scale} when the model was tried: its config "

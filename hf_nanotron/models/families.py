@@ -7,9 +7,11 @@ different blocks (attention and Mamba, say) by the same name. `docs/families.md`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from .releases import FORMER_TUPLES
 
+T = TypeVar("T")
 Rows = Mapping[str, str | None]
 
 # ---- names ----
@@ -275,6 +277,11 @@ FAST_ATTENTION = (
 
 # Those of them whose own masks do not know packed documents, or that do not hand keyword arguments on.
 NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
+
+
+def row_of(table: Mapping[str, T], module: object) -> T | None:
+    """The row of a table for the class of `module`, or for the nearest ancestor of it that has one."""
+    return next((table[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in table), None)
 
 
 def register_plan(block_class: str, rows: Rows) -> None:

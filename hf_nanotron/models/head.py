@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..ops.linear import Linear
+from .calling import ADDED, accepted, as_output
 
 PROBED_TOKENS = 4
 
@@ -131,7 +132,6 @@ def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str
         scales.append(logits.scale)
         return torch.zeros(())
 
-    expected = (loss, labels, items, shifted)
     stand_in = _StandInHead(Prediction(loss), hidden.shape, cast(Linear, model.get_submodule(name)))
     output = _StandInOutput(hidden, getattr(model, "num_experts", None))
     modules = {child: stand_in if child == name else _StandIn(output) for child in model._modules}
@@ -141,7 +141,10 @@ def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": items, "shift_labels": shifted}
     if masked:
         inputs["attention_mask"] = torch.ones_like(ids)
-    result = stock_class.forward(view, **inputs, return_dict=True)
+    # An older `forward` takes neither of the two last, and is then not called with `shift_labels`.
+    inputs = accepted(stock_class.forward, {**inputs, "return_dict": True}, (*ADDED, "shift_labels"))
+    expected = (loss, labels, inputs.get("num_items_in_batch"), inputs.get("shift_labels"))
+    result = as_output(stock_class.forward(view, **inputs), has_labels=True)
     if len(scales) != 1 or stand_in.calls != 1 or not isinstance(result.logits, Prediction):
         raise ValueError("the head's output does not reach the loss, and the caller, once.")
     return scales[0]

@@ -32,8 +32,6 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
         ValueError: for inputs that a later stage could not know.
     """
     mesh, parallel = model.mesh, model.parallel
-    if inputs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds cannot enter a pipeline, whose stages all read token ids; pass input_ids.")
     for name in ("output_hidden_states", "output_attentions"):
         if inputs.get(name):
             raise ValueError(f"{name}=True is not available with pp_size={mesh.pp_size}; use pp_size=1.")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..parallel.batch import batch_shape, ones_like_tokens
 from ..parallel.collectives import all_reduce, own_part
 from ..parallel.experts import ParallelExperts
 from ..parallel.mesh import ParallelMesh
@@ -84,9 +85,9 @@ class Mixture:
         """
         mask = self.mask if self.mask is not None else inputs.get("attention_mask")
         if self._is_parted(training):
-            missing = -inputs["input_ids"].shape[1] % self.mesh.tp_size
+            missing = -batch_shape(inputs)[1] % self.mesh.tp_size
             if mask is None and missing:
-                mask = torch.ones_like(inputs["input_ids"])
+                mask = ones_like_tokens(inputs)
             if mask is not None:
                 mask = own_part(F.pad(mask, (0, missing)), self.mesh.tp, 1)
         if self.counts_loads and training:
@@ -140,7 +141,7 @@ class Mixture:
         """
         if not self.experts or self.experts[0].capacity_factor is None or self.mesh.ep.size == 1:
             return [None] * len(micro_batches)
-        shapes = [batch["input_ids"].shape for batch in micro_batches]
+        shapes = [batch_shape(batch) for batch in micro_batches]
         tokens = [rows * -(-length // self.mesh.tp_size) for rows, length in shapes]
         most = all_reduce(torch.tensor(tokens, device=self.mesh.device), self.mesh.ep, dist.ReduceOp.MAX)
         return list(most.tolist())

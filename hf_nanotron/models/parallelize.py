@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..checkpoint.finite_weights import warn_nonfinite
 from ..checkpoint.hub_layout import hub_layout
 from ..parallel.mesh import ParallelMesh
 from ..parallel.overlap import BlockOverlap, Overlap
@@ -23,6 +23,7 @@ from ..parallel.region import (
     TokenRegion,
     WholeRegion,
     gather_before_head,
+    join_after,
     own_ids_before,
     split_argument,
     split_before,
@@ -30,14 +31,14 @@ from ..parallel.region import (
 from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy, blocks, decoder_layers, dissect
 from .base import ParallelModel, parallel_class
-from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS
+from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
+from .foreign import why_not_causal
 from .mixture import make_mixture
 from .plan import Plan, is_experts, make_plan
 from .shard import swap_layers, tensor_specs
 from .stage import ABSENT, AbsentLayer, Stage, put_stand_in, stand_in
 from .stages import EMBEDDING_COST, first_shared_layer, split_layers
-
-CAUSAL_LM_NAMES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # GPT2LMHeadModel and its like
+from .unwrap import class_of, unwrap
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
@@ -52,16 +53,10 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     """
     if isinstance(model, ParallelModel):
         raise ValueError(f"{type(model).__name__} is parallel already.")
-    config = getattr(model, "config", None)
-    for owner, quirk in ((model, "hf_quantizer"), (model, "peft_config"), (config, "quantization_config")):
-        if getattr(owner, quirk, None) is not None:
-            raise ValueError(
-                f"a model with {quirk} (quantised or with adapters) cannot be cut; hand over the plain one."
-            )
-    name = type(model).__name__
-    is_causal = isinstance(model, PreTrainedModel) and ("ForCausalLM" in name or name in CAUSAL_LM_NAMES)
-    if not is_causal or model.get_output_embeddings() is None:
-        raise ValueError(f"{name} is not a causal language model; hf_nanotron trains those.")
+    model = unwrap(model)
+    if (reason := why_not_causal(model)) is not None:
+        raise ValueError(f"{reason}; hf_nanotron trains those.")
+    stock = class_of(model)
 
     anatomy = dissect(model)
     _refuse_what_cannot_work(model, mesh)
@@ -81,10 +76,12 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     mixture = make_mixture(model, mesh, plan)
 
     _take_weights_of_rank_0(model, mesh)
+    if mesh.rank == 0:
+        for name, parameter in model.named_parameters():
+            warn_nonfinite(name, parameter, f"the {stock.__name__} that was handed over")
     if mesh.pp_size > 1:
         _leave_out_other_stages(model, mesh, anatomy, layers_of_stage)
     swap_layers(model, mesh, plan, specs, ABSENT)
-    stock = type(model)
     model.__class__ = parallel_class(stock)  # type: ignore[arg-type]
     model = cast(ParallelModel, model)
     model.mesh, model.anatomy, model.mixture = mesh, anatomy, mixture
@@ -251,7 +248,7 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
             flat = is_experts(block)
             overlap = None if shared is None or flat else BlockOverlap(shared, block)
             region = Region(mesh.tp, sequence_parallel, model.streams is not None, flat, overlap)
-            before = SUMS_BEFORE.get(type(block).__name__)
+            before = row_of(SUMS_BEFORE, block)
             region.attach(block, None if before is None else block.get_submodule(before))
         elif name in plan.whole and sequence_parallel:
             WholeRegion(mesh.tp).attach(block)
@@ -262,10 +259,13 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
     kind = model.config.get_text_config().model_type
     if sequence_parallel:
         for layer in decoder_layers(model, model.anatomy):
-            for argument in TOKEN_ARGUMENTS.get(type(layer).__name__, ()):
+            for argument in row_of(TOKEN_ARGUMENTS, layer) or ():
                 split_argument(layer, argument, mesh.tp)
     if sequence_parallel and mesh.is_first_stage:
         split_before(decoder_layers(model, model.anatomy)[0], mesh.tp, SEQUENCE_DIM.get(kind, 1))
     if mesh.is_last_stage:
         head = model.get_output_embeddings()
+        if sequence_parallel and model.anatomy.is_foreign:
+            join_after(decoder_layers(model, model.anatomy)[-1], mesh.tp, SEQUENCE_DIM.get(kind, 1))
+            sequence_parallel = False  # from here on
         gather_before_head(head, mesh.tp, sequence_parallel, model.head_is_cut)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, blocks, join
-from .families import MIXES_TOKENS, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH
+from .families import MIXES_TOKENS, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH, row_of
+from .foreign import is_foreign
 
 # Linears inside a summed block that may stay whole although they write as many features as the block does: they choose
 # experts, make low-rank inputs of cut layers, or are linear in the partial sum.
@@ -47,9 +48,9 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def mixes_tokens(block: nn.Module) -> bool:
-    """Whether a block computes a token's output from other tokens too."""
-    name = type(block).__name__
-    return any(part in name for part in MIXES_TOKENS) and "Norm" not in name
+    """Whether a block computes a token's output from other tokens too, or may do so by code of the user's."""
+    names = [cls.__name__ for cls in type(block).__mro__]
+    return is_foreign(block) or any(part in name and "Norm" not in name for name in names for part in MIXES_TOKENS)
 
 
 def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
@@ -84,8 +85,8 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: i
     if tp_size > 1:
         _check_regions(model, regions, styles)
     mixes = [path for path, block in found if path not in regions and path not in spread and mixes_tokens(block)]
-    classes = {path: type(block).__name__ for path, block in found}
-    after_sum = tuple(join(path, SUMS_BEFORE[classes[path]]) for path in regions if classes[path] in SUMS_BEFORE)
+    sums = {path: row_of(SUMS_BEFORE, block) for path, block in found}
+    after_sum = tuple(join(path, before) for path in regions if (before := sums[path]) is not None)
     return Plan(styles, tuple(regions), tuple(mixes) if tp_size > 1 else (), tuple(spread), after_sum)
 
 
@@ -107,7 +108,7 @@ def _cut_styles(model: PreTrainedModel, anatomy: Anatomy, found: list[tuple[str,
                 )
             if STYLES[style] is not None:
                 styles[name] = str(STYLES[style])
-    overrides = {path: SHARDING[type(block).__name__] for path, block in found if type(block).__name__ in SHARDING}
+    overrides = {path: rows for path, block in found if (rows := row_of(SHARDING, block)) is not None}
     if not any(name.startswith(join(anatomy.backbone, "")) for name in styles) and not overrides:
         raise ValueError(
             f"{type(model).__name__}: its config ({model.config.model_type!r}) declares no tensor-parallel plan "
@@ -115,7 +116,7 @@ def _cut_styles(model: PreTrainedModel, anatomy: Anatomy, found: list[tuple[str,
         )
     for path, rows in overrides.items():
         block = model.get_submodule(path)
-        holds = getattr(block, WHOLE_WITH.get(type(block).__name__, ""), None) is not None
+        holds = getattr(block, row_of(WHOLE_WITH, block) or "", None) is not None
         if "" in rows or holds:
             styles = {name: style for name, style in styles.items() if not name.startswith(path + ".")}
         for name, style in rows.items():

@@ -47,7 +47,7 @@ def tensor_specs(model: PreTrainedModel, anatomy: Anatomy, mesh: ParallelMesh, p
     summed = tuple(name + "." for name in (*plan.regions, *plan.spread))
     whole = tuple(name + "." for name in plan.whole)
     after_sum = tuple(f"{name}." for name in plan.after_sum)
-    before_split = (*anatomy.first, *anatomy.everywhere, anatomy.head)
+    before_split = (*anatomy.first, *anatomy.everywhere, *(anatomy.last if anatomy.is_foreign else (anatomy.head,)))
     specs = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
+from ..parallel.collectives import all_reduce
 from ..parallel.fully_sharded import FullyShardedWeights
 from ..parallel.segment import ShardedWeights
 from ..parallel.zero import BucketedWeights
 from .base import ParallelModel
 from .units import gather_units
+
+
+def refuse_frozen(model: ParallelModel, trainable: Collection[str]) -> None:
+    """Refuse a model of which no rank trains anything. All ranks together.
+
+    Args:
+        trainable: names of the parameters of this rank that require a gradient.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    count = all_reduce(torch.tensor(float(len(trainable)), device=model.mesh.device), model.mesh.world)
+    if not count:
+        raise ValueError(
+            f"no parameter of {model.stock_class.__name__} requires a gradient, so there is nothing to train; set "
+            "model.requires_grad_(True), or that of the parameters to be trained, before the trainer is made (PEFT's "
+            "merge_and_unload() leaves all of them frozen)."
+        )
 
 
 def shard_weights(model: ParallelModel, compute_dtype: torch.dtype, bucket_bytes: int) -> ShardedWeights:

@@ -8,6 +8,8 @@ and nothing the backbone does around its layers is applied twice.
 
 from __future__ import annotations
 
+import contextlib
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +18,15 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from .anatomy import Anatomy, decoder_layers
-from .families import CARRIES, RETURNS_TUPLE
+from .calling import accepted
+from .families import CARRIES, RETURNS_TUPLE, row_of
+from .foreign import is_foreign_class
 from .releases import cache_in
 
 if TYPE_CHECKING:
     from .base import ParallelModel
+
+LOSS_WEIGHT = "loss_weight"  # of a micro-batch: what its loss is multiplied by
 
 Boundary = tuple[torch.Tensor | None, ...]  # hidden states, then what the layers carry along with them
 
@@ -40,8 +46,8 @@ class AbsentLayer(nn.Module):
                 setattr(self, name, value)
         self.index = index
         self.keeps_cache_length = isinstance(layer, AbsentLayer)
-        self.carries: str | None = CARRIES.get(type(layer).__name__)
-        self.returns_tuple = self.carries is not None or type(layer).__name__ in RETURNS_TUPLE
+        self.carries: str | None = row_of(CARRIES, layer)
+        self.returns_tuple = self.carries is not None or row_of(dict.fromkeys(RETURNS_TUPLE, True), layer) is True
         if isinstance(layer, AbsentLayer):
             self.carries, self.returns_tuple = layer.carries, layer.returns_tuple
 
@@ -87,13 +93,24 @@ class StageInput(AbsentLayer):
         return self.result(self.received)
 
 
+class StageEnd(Exception):
+    """Leaves a forward whose remainder is for later stages."""
+
+
 class StageOutput(AbsentLayer):
-    """The stand-in after the last local layer: records what is to be sent."""
+    """The stand-in after the last local layer: records what is to be sent.
+
+    Attributes:
+        ends: whether the forward is left here, by `StageEnd`.
+    """
 
     recorded: Boundary
+    ends = False
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.recorded = self.boundary(hidden_states, args, kwargs)
+        if self.ends:
+            raise StageEnd
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -212,6 +229,7 @@ class Stage:
         mixture = self._model.mixture
         if mixture is None:
             return self._run(inputs, received)
+        weight = inputs.get(LOSS_WEIGHT)
         travels = mixture.adds_loss(inputs)
         sums: torch.Tensor | None = None
         if received is not None and travels:
@@ -224,7 +242,8 @@ class Stage:
             return output
         if not self.is_last:
             return (*output, packed)
-        output.loss = output.loss + mixture.loss(packed, self._model.training)
+        routers = mixture.loss(packed, self._model.training)
+        output.loss = output.loss + (routers if weight is None else routers * weight)
         return output
 
     def _run(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
@@ -233,10 +252,19 @@ class Stage:
             self._input.received = received
         if self.is_last:
             return self._model.stock_forward(self._view, **inputs)
-        ignored = ("labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict")
-        base = self._view if len(self._copied) == 1 else self._copied[1]
-        base(**{name: value for name, value in inputs.items() if name not in ignored})
         assert self._output is not None
+        model = self._model
+        if is_foreign_class(model.stock_class):
+            # It may change what it hands to its backbone. What it does afterwards is for the last stage.
+            self._output.ends = inputs.get("past_key_values") is None
+            given = {k: v for k, v in inputs.items() if k != LOSS_WEIGHT and (self._output.ends or k != "labels")}
+            with contextlib.suppress(StageEnd):
+                model.stock_class.forward(self._view, **accepted(model.stock_class.forward, given))
+        else:
+            ignored = ("labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict", LOSS_WEIGHT)
+            base = self._view if len(self._copied) == 1 else self._copied[1]
+            given = {name: value for name, value in inputs.items() if name not in ignored}
+            base(**accepted(type(base).forward, given))
         boundary = self._output.recorded
         del self._output.recorded
         if self._input is not None:
@@ -251,4 +279,7 @@ def _shallow_copy(module: Any) -> Any:
     for table in ("_modules", "_parameters", "_buffers"):
         copy.__dict__[table] = module.__dict__[table].copy()
     copy.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    forward = copy.__dict__.get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:  # the user's own, of this one object
+        copy.__dict__["forward"] = MethodType(forward.__func__, copy)
     return copy

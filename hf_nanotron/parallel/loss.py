@@ -90,6 +90,12 @@ def causal_lm_loss(
     return nll.masked_fill(~keep, 0.0).sum() / items
 
 
+def predicted_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Number of tokens of a micro-batch that are predicted, on its device; 1 if there are none."""
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
 def _targets(
     labels: torch.Tensor,
     shift_labels: torch.Tensor | None,

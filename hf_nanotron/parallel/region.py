@@ -195,6 +195,15 @@ def split_before(module: nn.Module, group: Group, dim: int = 1) -> None:
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def join_after(module: nn.Module, group: Group, dim: int = 1) -> None:
+    """Join the sequence behind `module` (the last decoder layer) while training: what follows sees all tokens."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return replace_first(output, lambda x: join_sequence(x, group, dim)) if module.training else None
+
+    module.register_forward_hook(hook)
+
+
 def own_ids_before(module: nn.Module, group: Group) -> None:
     """Cut what a block that works on this rank's tokens is handed for every token besides (ids), while training."""
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ..batch import batch_shape
 from ..mesh import Group
 from .layout import HEADER_SIZE, Layout, read_header, write_header
 from .schedule import Action, Tick, Transfer
@@ -178,7 +179,7 @@ class PipelineExecutor:
         action = transfer.action
         stage = action.stage if action.kind == "F" else action.stage - 1
         inputs = micro_batches[action.micro_batch]
-        return (stage, trains, inputs.get("labels") is not None, tuple(inputs["input_ids"].shape))
+        return (stage, trains, inputs.get("labels") is not None, tuple(batch_shape(inputs)))
 
     def forget_layouts(self) -> None:
         """The model has changed its dtype, or what is trained. All ranks together."""

@@ -1,0 +1,112 @@
+"""A trial of code that is not transformers' own: the cut model must compute the loss of the whole one.
+
+Nobody but its author knows what a block of the user's does with a partial sum, or a backbone with the embedding of a stage
+that has none. So one small batch goes through the whole model, and, once it is cut, through all ranks together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ..checkpoint.training_state import together
+from ..parallel.mesh import ParallelMesh
+from ..parallel.random import has_dropout
+from .base import ParallelModel
+from .calling import accepted, as_output
+from .foreign import is_foreign, why_not_causal
+from .inference import pipelined_forward
+
+ROWS, TOKENS = 2, 8  # tokens a row, for each tensor-parallel rank
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the loss; what 16 bits round is much
+COARSE = 3e-3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a whole model computes.
+
+    Attributes:
+        classes: names of its classes that have code of their own.
+        ids: `[ROWS, S]`, on the device of the mesh.
+        loss: of the whole model, the same on every rank.
+    """
+
+    classes: tuple[str, ...]
+    ids: torch.Tensor
+    loss: float
+
+
+def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
+    """Run a whole model with weights; None where nothing is cut, or all of its code is transformers'.
+
+    All ranks together. The loss is that of rank 0, whose weights all of them will take.
+
+    Raises:
+        ValueError: if the model returns no loss. Whatever its own code raises.
+    """
+    if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
+        return None
+    classes = tuple(sorted({type(module).__name__ for module in model.modules() if is_foreign(module)}))
+    if not classes:
+        return None
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (ROWS, TOKENS * mesh.tp_size), generator=generator)
+    device = next(model.parameters()).device
+
+    def run() -> float:
+        inputs = {"input_ids": ids.to(device), "labels": ids.to(device), "use_cache": False, "return_dict": True}
+        with torch.no_grad(), _Mode(model):
+            output = as_output(model(**accepted(type(model).forward, inputs)), has_labels=True)
+        return float(output.loss)
+
+    loss = torch.tensor(together(mesh, "a forward of the whole model", run), dtype=torch.float64, device=mesh.device)
+    if mesh.world.handle is not None:
+        dist.broadcast(loss, 0, group=mesh.world.handle)
+    return Trial(classes, ids.to(mesh.device), float(loss))
+
+
+def compare(model: ParallelModel, trial: Trial | None) -> None:
+    """Run the cut model on the batch of a `Trial`. All ranks together.
+
+    Raises:
+        ValueError: if it computes another loss.
+    """
+    if trial is None:
+        return
+    mesh, inputs = model.mesh, {"input_ids": trial.ids, "labels": trial.ids, "use_cache": False}
+    with torch.no_grad(), _Mode(model):
+        if mesh.pp_size > 1:
+            loss = pipelined_forward(model, inputs, gather_logits=False).loss
+        else:
+            loss = model.parallel_forward(gather_logits=False, **inputs).loss
+    model.__dict__.pop("linear_head", None)  # found anew, for what the trainer makes of the model
+    assert loss is not None
+    got, tolerance = float(loss), TOLERANCE.get(model.dtype, COARSE)
+    if not abs(got - trial.loss) <= tolerance * abs(trial.loss):
+        raise ValueError(
+            f"tp_size={mesh.tp_size}, pp_size={mesh.pp_size}: the code of {', '.join(trial.classes)} computes a loss of "
+            f"{got:.6g} when the model is cut, and {trial.loss:.6g} in the whole model. Under tensor parallelism the "
+            "outputs of attention and MLP are sums over the ranks, so nothing may be added to them, or be done with "
+            "them, inside; a later pipeline stage has neither the embedding nor earlier layers. Do it in the decoder "
+            "layer; or leave such a block whole with register_plan(<class of the block>, {'': None}); or use tp_size=1 "
+            "and pp_size=1."
+        )
+
+
+class _Mode:
+    """As while training, but for dropout, which no two forwards share."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.modes = model, [(module, module.training) for module in model.modules()]
+
+    def __enter__(self) -> None:
+        self.model.train(not has_dropout(self.model.config))
+
+    def __exit__(self, *error: object) -> None:
+        for module, training in self.modes:
+            module.training = training

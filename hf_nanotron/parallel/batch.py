@@ -1,0 +1,33 @@
+"""The shape of a batch, which holds token ids or their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
+
+
+def batch_shape(batch: Mapping[str, Any]) -> torch.Size:
+    """`[B, S]` of a batch with `input_ids` `[B, S]`, or `inputs_embeds` `[B, S, H]` in their place.
+
+    Raises:
+        ValueError: if it has neither.
+    """
+    ids, embeddings = batch.get(IDS), batch.get(EMBEDDINGS)
+    if ids is not None:
+        return ids.shape
+    if embeddings is not None:
+        return embeddings.shape[:2]
+    raise ValueError(
+        f"the batches have neither {IDS} nor {EMBEDDINGS} (they have {sorted(batch)}); tokenise the data set, or say "
+        "with `data_collator` what a batch is."
+    )
+
+
+def ones_like_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """`[B, S]` ones, on the device of the batch."""
+    given = batch.get(IDS) if batch.get(IDS) is not None else batch[EMBEDDINGS]
+    return torch.ones(batch_shape(batch), dtype=torch.int64, device=given.device)
