@@ -60,12 +60,9 @@ class FiguresTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if self.args.include_num_input_tokens_seen == "no":
             return
-        before = self.state.num_input_tokens_seen
         if isinstance(inputs, FillerBatch):
             inputs = {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         super()._track_num_input_tokens(inputs)
-        counted = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
 
     def _report_memory(self) -> None:
         """Say what the fullest rank will take, before the first step takes it."""

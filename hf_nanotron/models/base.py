@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
 from ..checkpoint.hub_layout import HubLayout
+from ..data.vocabulary import Vocabulary
 from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
 from ..parallel.collectives import all_gather
@@ -30,6 +31,7 @@ from .attention import Attention
 from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
 from .mixture import Mixture
+from .prompts import check_prompts, refuse_foreign_ids
 from .stage import Stage
 from .switches import Switches
 
@@ -86,6 +88,13 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     @property
     def parallel(self) -> ParallelConfig:
         return self.mesh.parallel
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that the whole model knows, not this rank's part of them."""
+        rows = self.config.get_text_config().vocab_size
+        inputs = self.hub_shapes.get(f"{self.anatomy.embedding}.weight", (rows,))[0]
+        return Vocabulary(inputs, self.hub_shapes.get(f"{self.anatomy.head}.weight", (inputs,))[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,6 +239,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
         as_tuple = inputs.pop("return_dict", True) is False
+        refuse_foreign_ids(self, inputs)
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
             if self.mixture is not None:
                 self.mixture.refresh(self)
@@ -256,7 +266,9 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         """
         if self.mesh.model.size > 1:
             kwargs["disable_compile"] = True  # a static cache would compile the forward, collectives included
-        if self.mesh.ep.size > 1 and not set(self.mesh.ep.ranks) <= set(self.mesh.model.ranks):
+        spans_replicas = self.mesh.ep.size > 1 and not set(self.mesh.ep.ranks) <= set(self.mesh.model.ranks)
+        check_prompts(self, args, kwargs, spans_replicas)
+        if spans_replicas:
             kwargs["synced_gpus"] = True  # experts of other data-parallel ranks: all go on until the last has finished
         training = self.training
         self.eval()
