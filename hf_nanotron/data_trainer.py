@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSample
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from .checkpoint.state_read import StoredState
@@ -87,6 +89,10 @@ class DataTrainer(Trainer):
             args.dataloader_drop_last,
             self._data_seed,
             positions=is_training,
+            # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
+            if is_training and not isinstance(dataset, IterableDataset)
+            else None,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
