@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,26 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSample
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from .checkpoint.state_read import StoredState
 from .checkpoint.state_values import encode
 from .checkpoint.training_state import DIRECTORY
-from .data.cursor import ANEW, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
+from .data.cursor import (
+    ANEW,
+    FINGERPRINT,
+    OTHER_DATA,
+    Cursor,
+    EpochShape,
+    Resumption,
+    resume_at,
+    why_not_resumable,
+)
 from .data.loader import DataParallelLoader, Position, build_loader
+from .data.same_data import check_same_data, dataset_of, is_repeatable
 from .models.base import ParallelModel
+from .parallel.random import share_host_generators
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -44,6 +57,7 @@ class DataTrainer(Trainer):
         self._resumed: Cursor | None = None
         self._rest: Resumption | None = None
         self._rng_checkpoint: str | None = None
+        self._fingerprint: int | None = None
         super().__init__(*args, **kwargs)
         # First, so that all others find the epoch right.
         self.callback_handler.callbacks.insert(0, DataProgress(self))
@@ -75,6 +89,10 @@ class DataTrainer(Trainer):
             args.dataloader_drop_last,
             self._data_seed,
             positions=is_training,
+            # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
+            if is_training and not isinstance(dataset, IterableDataset)
+            else None,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
@@ -153,13 +171,14 @@ class DataTrainer(Trainer):
 
     def _data_order(self, loader: DataParallelLoader) -> dict[str, Any]:
         if isinstance(self.train_dataset, IterableDataset):
-            return {"kind": "stream"}
+            return {"kind": "stream", FINGERPRINT: self._fingerprint}
         kind = self.args.train_sampling_strategy
         return {
             "kind": kind,
             "samples": len(loader.dataset),  # type: ignore[arg-type]
             "data_seed": None if kind == "sequential" else self._data_seed,
             "group": self._length_group() if kind == "group_by_length" else None,
+            FINGERPRINT: self._fingerprint,
         }
 
     # ---- the loop ----
@@ -186,6 +205,7 @@ class DataTrainer(Trainer):
         Raises:
             ValueError: if the run cannot go on with the next sample.
         """
+        self._fingerprint = check_same_data(self.model.mesh, dataloader, "training")
         epochs, steps, *others, rounds, max_steps = super().set_initial_training_values(args, dataloader)
         if not (isinstance(dataloader, DataParallelLoader) and dataloader.tracks_position):
             self._resumed = None
@@ -204,6 +224,11 @@ class DataTrainer(Trainer):
             raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")
         cursor = self._resumed
         cursor.check(order)
+        before = cursor.order.get(FINGERPRINT)
+        if self._fingerprint is not None and before not in (None, self._fingerprint):
+            # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
+            if is_repeatable(self.model.mesh, dataset_of(dataloader), self._fingerprint):
+                raise ValueError(OTHER_DATA)
         if not is_stream:
             shape = EpochShape(
                 order["samples"],
@@ -263,6 +288,11 @@ class DataTrainer(Trainer):
         super()._run_epoch(**kwargs)
         if loader.rounds == 0 and rest.samples:
             self.control.should_training_stop = stops  # nothing was left of a stream: on to the next epoch
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; then the ranks of a replica go on from the state of its first: they must draw the same crops."""
+        super()._load_rng_state(checkpoint)
+        share_host_generators(self.model.mesh.model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         window = super().get_batch_samples(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,31 +10,87 @@ from accelerate.utils import find_batch_size, recursively_apply
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .data.loader import DataParallelStream, FillerBatch
+from .data.same_data import check_same_data
+from .data.window_check import HEAD, WindowCheck
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
+
+
+class AnnouncedLoader:
+    """A loader that tells of each batch before it hands it out, and of its end."""
+
+    def __init__(self, loader: Any, tell: Callable[[Any, int], None]) -> None:
+        self.loader, self.tell = loader, tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        for number, batch in enumerate(self.loader, 1):
+            self.tell(batch, number)
+            yield batch
+        self.tell(None, number + 1)
+
+
+def correct_speed(metrics: dict[str, float], rounds: int) -> None:
+    """Steps a second of an evaluation, for which Trainer divides samples by the batches of all processes."""
+    for name in [name for name in metrics if name.endswith("_steps_per_second") and not name.startswith("train")]:
+        if runtime := metrics.get(name.replace("_steps_per_second", "_runtime")):
+            metrics[name] = round(rounds / runtime, 3)
+
+
+def is_stream(loader: Any) -> bool:
+    return isinstance(getattr(loader, "dataset", None), DataParallelStream)
 
 
 class EvaluatingTrainer(Trainer):
     """A Trainer whose evaluation loop reads each sample once and joins results over data-parallel ranks alone."""
 
     mesh: ParallelMesh
+    window_check: WindowCheck
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._valid_rows: tuple[int, ...] = ()
         self._evaluated_rows = 0
         self._own_outputs: tuple[Any, Any] | None = None
+        self._description: str | None = None  # of the evaluation that is going on
+        self._rounds = 0  # batches of this rank in the last one
         super().__init__(*args, **kwargs)
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, over batches that all ranks have compared.
+
+        Raises:
+            ValueError: on every rank, for data that differs between them, or ids that the model does not know.
+        """
         self._evaluated_rows = 0
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if isinstance(getattr(dataloader, "dataset", None), DataParallelStream):
+        check_same_data(self.mesh, dataloader, description.lower(), reads=not is_stream(dataloader))
+        announced: Any = AnnouncedLoader(dataloader, self._announce)
+        self._description = description
+        try:
+            output = super().evaluation_loop(announced, description, *args, **kwargs)
+        finally:
+            self._description = None
+        if is_stream(dataloader):
             # A stream has no length, and Trainer counts what this rank saw of it.
             output = output._replace(num_samples=self._evaluated_rows)
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        correct_speed(logs, self._rounds)
+        super().log(logs, *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        output = super().predict(*args, **kwargs)
+        correct_speed(output.metrics or {}, self._rounds)
         return output
 
     def compute_loss(
@@ -47,10 +103,8 @@ class EvaluatingTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
-        counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
-        self._valid_rows = tuple(counts.tolist())
-        self._evaluated_rows += sum(self._valid_rows)
+        if self._description is None:  # called by hand
+            self._compare(inputs, "prediction_step")
         if prediction_loss_only and "labels" in inputs:
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
@@ -59,6 +113,22 @@ class EvaluatingTrainer(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self._own_outputs = (logits, labels) if self._preprocess_logits is not None else None
         return loss, logits, labels
+
+    def _announce(self, inputs: Any, number: int) -> None:
+        """Tell all ranks of batch `number` of an evaluation, or of the end of its data."""
+        self._compare(inputs, f"{self._description}, batch {number}")
+        self._evaluated_rows += sum(self._valid_rows)
+        self._rounds = number - (inputs is None)
+
+    def _compare(self, inputs: Any, where: str) -> None:
+        """Learn how many rows each data-parallel rank has, and whether ranks agree.
+
+        Raises:
+            ValueError, RuntimeError: see `WindowCheck.judge`.
+        """
+        rows = 0 if inputs is None or isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
+        pending = self.window_check.start([] if inputs is None else [inputs], rows=rows)
+        self._valid_rows = tuple(self.window_check.judge(pending, where)[HEAD:])
 
     @property
     def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .data.fingerprint import unnoticed
 from .data.loader import FillerBatch
 from .models.base import ParallelModel
 from .models.fp8 import fp8_bytes
@@ -60,12 +61,9 @@ class FiguresTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if self.args.include_num_input_tokens_seen == "no":
             return
-        before = self.state.num_input_tokens_seen
         if isinstance(inputs, FillerBatch):
             inputs = {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         super()._track_num_input_tokens(inputs)
-        counted = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
 
     def _report_memory(self) -> None:
         """Say what the fullest rank will take, before the first step takes it."""
@@ -94,7 +92,8 @@ class FiguresTrainer(Trainer):
         """Tokens of the first sample; of the longest that the model takes if the data does not say."""
         dataset: Any = self.train_dataset
         has_rows = hasattr(dataset, "__getitem__") and has_length(dataset) and len(dataset)
-        sample: Any = dataset[0] if has_rows else None
+        with unnoticed(dataset):  # or crops would not be those of one process
+            sample: Any = dataset[0] if has_rows else None
         if isinstance(sample, Mapping) and "input_ids" in sample:
             return len(sample["input_ids"])
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0))

@@ -15,12 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from .agreeing import AgreeingTrainer
 from .checkpoint.training_state import together
 from .checkpointing import CheckpointingTrainer
 from .collective_calls import CollectiveTrainer
 from .control_flow import FlowTrainer
 from .data.loader import FillerBatch
+from .data.window_check import WindowCheck
 from .data_trainer import DataTrainer
+from .dp_accelerator import DataParallelAccelerator
 from .figures import FiguresTrainer
 from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
@@ -34,13 +37,12 @@ from .models.switches import Switches
 from .models.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.throughput import Throughput
-from .nonfinite import FiniteTrainer
+from .ops.host_copy import to_device
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
 from .optim.link import OptimizerLink
 from .optim.norm import global_norm
 from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
-from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
 from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
 from .training_args import NanotronTrainingArguments
@@ -50,7 +52,9 @@ from .training_args_recompute import layer_numbers, recomputes
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingTrainer):
+class NanotronTrainer(
+    CollectiveTrainer, FlowTrainer, FiguresTrainer, AgreeingTrainer, DataTrainer, CheckpointingTrainer
+):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -62,6 +66,7 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
 
     args: NanotronTrainingArguments
     model: ParallelModel
+    accelerator: DataParallelAccelerator
 
     def __init__(
         self,
@@ -100,6 +105,10 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         """Without `torch_compile_backend`: accelerate compiles nothing here, but would switch TF32 on for it."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator = DataParallelAccelerator.adopt(self.accelerator)
+
     # ---- model and optimizer ----
 
     def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
@@ -131,6 +140,8 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
         self.mesh = model.mesh
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
+        self.window_check = WindowCheck(self.mesh, model.vocabulary)
+        self.accelerator.mesh, self.accelerator.model = self.mesh, model
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -259,6 +270,7 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
         self._finish_background_save(wait=False)
+        self._before_micro_batch(inputs)
         self._window.append((inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -303,19 +315,6 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         self.throughput.add_tokens(told[1], length)
         return self._filtered(told[0].float())
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        """Predicted tokens of a window over all data-parallel ranks.
-
-        With `average_tokens_across_devices=False` each rank weighs its own mean equally, as Trainer under DDP.
-        """
-        if not batch_samples or "labels" not in batch_samples[0]:
-            return None
-        labels = [b["shift_labels"] if "shift_labels" in b else b["labels"][..., 1:] for b in batch_samples]
-        count = to_device(torch.tensor(sum(int(x.ne(IGNORE_INDEX).sum()) for x in labels)), device)
-        if self.args.average_tokens_across_devices:
-            return all_reduce(count, self.mesh.dp)
-        return count.clamp(min=1) * self.mesh.dp_size
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.model.switches = Switches.read(self.model)
         try:
@@ -350,13 +349,6 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
             "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
             "one job per trial."
         )
-
-
-def to_device(data: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`data` on `device`, without waiting for what the device still does: out of pinned memory."""
-    if device.type == "cuda" and not data.is_cuda and not data.is_pinned():
-        data = data.pin_memory()
-    return data.to(device, non_blocking=True)
 
 
 REFUSED_ARGUMENTS = {

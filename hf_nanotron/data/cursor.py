@@ -7,6 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ANEW = "pass ignore_data_skip=True to start the data anew"
+FINGERPRINT = "fingerprint"  # its key in an `order`; older checkpoints have none, and some data
+OTHER_DATA = (
+    "the samples of this run are not those that the checkpoint was trained on, or are in another order, so that some "
+    "would be trained on twice and others never. A shuffle or split without a seed is another one in every run: give "
+    f"it a seed, or save the prepared data once. To go on with new data, {ANEW}."
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Cursor:
         Raises:
             ValueError: naming what differs.
         """
-        names = [name for name in self.order if name != "group" and self.order[name] != order.get(name)]
+        own = ("group", FINGERPRINT)  # of the run that began; compared with care
+        names = [name for name in self.order if name not in own and self.order[name] != order.get(name)]
         if names:
             before, now = (", ".join(f"{name}={found.get(name)!r}" for name in names) for found in (self.order, order))
             raise ValueError(

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
 from ..checkpoint.hub_layout import HubLayout
+from ..data.vocabulary import Vocabulary
 from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
 from ..parallel.config import ParallelConfig
@@ -32,6 +33,7 @@ from .calling import accepted, as_output
 from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
 from .mixture import Mixture
+from .prompts import check_prompts, refuse_foreign_ids
 from .stage import Stage
 from .switches import Switches
 
@@ -91,6 +93,13 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     @property
     def parallel(self) -> ParallelConfig:
         return self.mesh.parallel
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that the whole model knows, not this rank's part of them."""
+        rows = self.config.get_text_config().vocab_size
+        inputs = self.hub_shapes.get(f"{self.anatomy.embedding}.weight", (rows,))[0]
+        return Vocabulary(inputs, self.hub_shapes.get(f"{self.anatomy.head}.weight", (inputs,))[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -258,6 +267,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
         as_tuple = inputs.pop("return_dict", True) is False
+        refuse_foreign_ids(self, inputs)
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
             if self.mixture is not None:
                 self.mixture.refresh(self)
@@ -286,6 +296,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         self.mesh.assemble("generate", group=None if spans_experts else self.mesh.model)
         if self.mesh.model.size > 1:
             kwargs["disable_compile"] = True  # a static cache would compile the forward, collectives included
+        check_prompts(self, args, kwargs, spans_experts)
         if spans_experts:
             kwargs["synced_gpus"] = True  # experts of other data-parallel ranks: all go on until the last has finished
         training = self.training

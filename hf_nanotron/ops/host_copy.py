@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, which waits for them alone."""
+"""Numbers on their way between the host and the device, for which neither waits longer than it must."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ class HostCopy:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Let `stream` wait until the copy has arrived."""
+        if self._arrived is not None:
+            stream.wait_event(self._arrived)
+
     def read(self) -> torch.Tensor:
         """The copy. Waits until it has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy
+
+
+def to_device(data: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`data` on `device`, without waiting for what the device still does: out of pinned memory."""
+    if device.type == "cuda" and not data.is_cuda and not data.is_pinned():
+        data = data.pin_memory()
+    return data.to(device, non_blocking=True)

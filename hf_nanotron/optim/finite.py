@@ -27,8 +27,8 @@ class FiniteCheck:
     loss: torch.Tensor
 
     def __post_init__(self) -> None:
-        self._verdict = HostCopy(self.norm.isfinite())
+        self.verdict = HostCopy(self.norm.isfinite())
 
     def is_finite(self) -> bool:
         """The verdict. Waits for the norm alone, not for what was launched after it."""
-        return bool(self._verdict.read())
+        return bool(self.verdict.read())

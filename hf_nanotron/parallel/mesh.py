@@ -21,6 +21,7 @@ from .roll_call import attend
 # Of a GPU, that a communicator whose collectives run beside products may take. With 16 of 132 its exchanges take nearly
 # twice as long on NVLink, and nothing is won (measured on two H200: docs/performance.md).
 MULTIPROCESSORS_BESIDE_PRODUCTS = 32
+MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,16 @@ class ParallelMesh:
         ends = (0, self.pp_size - 1)
         self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.tp))
         self.every_stage = self.group("every_stage", lambda c: (c.tp, c.shard))
-        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy), beside_products=parallel.ep_parts != 1)
+        exchange = MULTIPROCESSORS_BESIDE_PRODUCTS if parallel.ep_parts != 1 else None
+        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy), exchange)
         # Which set of ZeRO shards of the experts a rank has a part of, and which part.
         copies = self._expert_copies
         self.expert_shard = self.group("expert_shard", lambda c: (c.pp, c.ep, c.expert_copy // copies))
         self.expert_replica = self.group("expert_replica", lambda c: (c.pp, c.ep, c.expert_copy % copies))
         self.world = self.group("world", lambda c: 0)
+        # All ranks again, for numbers that the host reads while weights are still being updated and gathered.
+        early = MULTIPROCESSORS_OF_A_FEW_NUMBERS if self.device.type == "cuda" else None
+        self.early = self.group("early", lambda c: 0, early)
         self.alone = Group((self.rank,), 0, None)
 
     def coordinates_of(self, rank: int) -> Coordinates:
@@ -119,12 +124,12 @@ class ParallelMesh:
         expert_copy, ep = divmod(dp * self.tp_size + tp, self.ep_size)
         return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
 
-    def group(self, name: str, key: Callable[[Coordinates], Hashable], beside_products: bool = False) -> Group:
+    def group(self, name: str, key: Callable[[Coordinates], Hashable], multiprocessors: int | None = None) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`.
 
         A collective operation: every rank asks for the same groups in the same order. Groups of the same ranks share a
-        communicator, which executes in order. One that works `beside_products` has its own: it is not to wait for
-        others', nor for the thread blocks of products, of whose multiprocessors it takes few.
+        communicator, which executes in order. One with a number of `multiprocessors` has its own: it is not to wait for
+        others', nor for the thread blocks of products, beside which it takes no more than these.
         """
         if name in self._groups:
             return self._groups[name]
@@ -132,9 +137,9 @@ class ParallelMesh:
         for rank in range(self.world_size):
             classes.setdefault(key(self.coordinates_of(rank)), []).append(rank)
         partition = tuple(tuple(ranks) for ranks in classes.values())
-        handle = (name if beside_products else "", partition)
+        handle = (name if multiprocessors is not None else "", partition)
         if handle not in self._handles:
-            self._handles[handle] = self._new_handle(partition, beside_products)
+            self._handles[handle] = self._new_handle(partition, multiprocessors)
         mine = tuple(classes[key(self.coordinates)])
         self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle])
         return self._groups[name]
@@ -143,15 +148,17 @@ class ParallelMesh:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""
         return self.group(f"kv_replicas_{replicas}", lambda c: (c.pp, c.tp // replicas, c.shard))
 
-    def _new_handle(self, partition: tuple[tuple[int, ...], ...], beside_products: bool) -> dist.ProcessGroup | None:
+    def _new_handle(
+        self, partition: tuple[tuple[int, ...], ...], multiprocessors: int | None
+    ) -> dist.ProcessGroup | None:
         handle = None
         for ranks in partition:
             if len(ranks) == 1:
                 continue
             options: Any = None
-            if beside_products and self.device.type == "cuda":
+            if multiprocessors is not None and self.device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-                options.config.max_ctas = MULTIPROCESSORS_BESIDE_PRODUCTS
+                options.config.max_ctas = multiprocessors
             new = dist.new_group(list(ranks), timeout=self._timeout, pg_options=options)
             if self.rank in ranks:
                 handle = new

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import random
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from .mesh import Group
 
 
 def seed_from(*parts: object) -> int:
@@ -39,6 +44,17 @@ def seed_generators(seed: int) -> None:
     torch.random.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
+
+
+def share_host_generators(group: Group) -> None:
+    """Let the host's generators (torch's, NumPy's, Python's) on all ranks continue from those of the group's first."""
+    if group.size == 1:
+        return
+    states = [(torch.get_rng_state(), np.random.get_state(), random.getstate())]
+    dist.broadcast_object_list(states, group.ranks[0], group=group.handle)
+    torch.set_rng_state(states[0][0])
+    np.random.set_state(states[0][1])
+    random.setstate(states[0][2])
 
 
 class dropout_stream:  # noqa: N801 - used like a function

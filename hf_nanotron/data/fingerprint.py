@@ -1,0 +1,97 @@
+"""A fingerprint of samples: whether two ranks, or two runs, hold the same rows in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from .hashing import combined, sample_hash
+from .loader import twin
+
+ROWS = 16  # read of a dataset; few, since a row may be tokenised, or fetched, when it is read
+STREAM_ROWS = 2
+COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask")
+
+
+def row_hashes(dataset: Any) -> dict[int, int]:
+    """Hashes of rows at fixed places: the first, the last, and some between; of a stream, of its first rows.
+
+    Random numbers that the dataset draws from the global generators, or from generators of its own, are the same in
+    each call, and are as if it had not been read.
+
+    Returns:
+        place -> hash. Empty where that cannot be told: of an empty dataset, one that is not read by numbers, and of a
+        stream other than `datasets.IterableDataset`, whose samples may be gone when they are read.
+    """
+    try:
+        with unnoticed(dataset):
+            return {place: sample_hash(_of_the_model(row)) for place, row in _rows(dataset)}
+    except Exception:  # the loader may read it in another way, and says itself what is wrong
+        return {}
+
+
+def fingerprint(hashes: dict[int, int]) -> int | None:
+    """One number for `row_hashes`; None if there are none."""
+    return combined([number for item in hashes.items() for number in item]) if hashes else None
+
+
+def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
+    if isinstance(dataset, IterableDataset):
+        if hasattr(dataset, "_ex_iterable"):
+            yield from enumerate(islice(twin(dataset), STREAM_ROWS))
+        return
+    length = len(dataset)
+    for place in sorted({number * (length - 1) // (ROWS - 1) for number in range(ROWS)}) if length else ():
+        yield place, dataset[place]
+
+
+def _of_the_model(row: Any) -> Any:
+    """What the model reads of a row; all of it if that is made later."""
+    known = {name: row[name] for name in COLUMNS if name in row} if isinstance(row, Mapping) else {}
+    return known or row
+
+
+@contextlib.contextmanager
+def unnoticed(dataset: Any) -> Iterator[None]:
+    """Read a dataset without a trace: generators and counters are afterwards as they were, and seeded meanwhile."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    own = [(owner, _own_state(owner)) for owner in _datasets(dataset)]
+    torch.random.default_generator.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+        for owner, (values, generators) in own:
+            vars(owner).update(values)
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+def _datasets(dataset: Any) -> Iterator[Any]:
+    """A dataset and those that it is made of, as far as they are objects of torch's kind."""
+    if not hasattr(dataset, "__dict__") or hasattr(dataset, "_ex_iterable") or hasattr(dataset, "_data"):
+        return  # datasets' own have no such state
+    yield dataset
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    for other in inner:
+        if other is not None and other is not dataset:
+            yield from _datasets(other)
+
+
+def _own_state(owner: Any) -> tuple[dict[str, Any], list[tuple[torch.Generator, torch.Tensor]]]:
+    kinds = (int, float, random.Random, np.random.Generator, np.random.RandomState)
+    values = {name: copy.deepcopy(value) for name, value in vars(owner).items() if isinstance(value, kinds)}
+    generators = [(value, value.get_state()) for value in vars(owner).values() if isinstance(value, torch.Generator)]
+    return values, generators

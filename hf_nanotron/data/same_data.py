@@ -1,0 +1,133 @@
+"""Whether all ranks of a job hold the same data, asked once before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
+
+from ..parallel.collectives import all_gather
+from ..parallel.mesh import ParallelMesh
+from .fingerprint import fingerprint, row_hashes
+from .loader import DataParallelLoader
+from .window_check import say_ranks
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class HeldData:
+    """What a rank says of the data that it holds; `UNKNOWN` where it cannot.
+
+    Attributes:
+        samples: of the dataset.
+        batches: that the loader gives this rank in an epoch.
+        print: `fingerprint` of the dataset.
+    """
+
+    samples: int
+    batches: int
+    print: int
+
+
+def dataset_of(loader: Any) -> Any:
+    """The dataset that a loader of ours, or of accelerate's, deals over the ranks; None of any other loader."""
+    if isinstance(loader, DataParallelLoader):
+        return loader.dataset.dataset  # type: ignore[attr-defined]
+    return loader.dataset if isinstance(getattr(loader, "batch_sampler", None), BatchSamplerShard) else None
+
+
+def check_same_data(mesh: ParallelMesh, loader: Any, what: str, reads: bool = True) -> int | None:
+    """Compare what ranks hold. All ranks together.
+
+    Args:
+        what: for the error, such as `"training"`.
+        reads: compare samples, not lengths alone.
+
+    Returns:
+        The fingerprint that all ranks have, or None.
+
+    Raises:
+        ValueError: on every rank, if lengths differ, or samples or their order in data that does not draw them anew
+            each time.
+    """
+    dataset = dataset_of(loader)
+    hashes = row_hashes(dataset) if reads and dataset is not None else {}
+    own = HeldData(
+        samples=len(dataset) if dataset is not None and _is_mapped(dataset) else UNKNOWN,
+        batches=len(loader) if has_length(loader) else UNKNOWN,
+        print=_known(fingerprint(hashes)),
+    )
+    all_ranks = _gather(mesh, own)
+    for name in ("samples", "batches"):
+        values = [getattr(held, name) for held in all_ranks]
+        if len(set(values)) > 1:
+            raise ValueError(f"the {what} data has different lengths: {_by_value(values, name)}. {WHY_LENGTHS}")
+    prints = [held.print for held in all_ranks]
+    if len(set(prints)) == 1:
+        return own.print if own.print != UNKNOWN else None
+    if UNKNOWN in prints or not is_repeatable(mesh, dataset, own.print):
+        return None
+    raise ValueError(_difference(mesh, hashes, own.samples, what))
+
+
+def is_repeatable(mesh: ParallelMesh, dataset: Any, before: int) -> bool:
+    """Whether the dataset has the fingerprint of `before` again, on every rank. All ranks together."""
+    again = _known(fingerprint(row_hashes(dataset))) == before
+    return bool(all_gather(torch.tensor([int(again)], device=mesh.device), mesh.world, 0).all())
+
+
+def _is_mapped(dataset: Any) -> bool:
+    return not isinstance(dataset, IterableDataset) and has_length(dataset)
+
+
+def _known(value: int | None) -> int:
+    return UNKNOWN if value is None else value
+
+
+def _gather(mesh: ParallelMesh, own: HeldData) -> list[HeldData]:
+    mine = torch.tensor([[own.samples, own.batches, own.print]], device=mesh.device)
+    return [HeldData(*row) for row in all_gather(mine, mesh.world, 0).tolist()]
+
+
+WHY_LENGTHS = (
+    "Every rank reads the data itself and must find the same: prepare it once, before the job, or on one rank while "
+    "the others wait (with args.main_process_first()); drop or filter rows by a rule without chance."
+)
+WHY_ORDERS = (
+    "Every rank runs the script: rows that are shuffled or split without a seed (Dataset.shuffle(), "
+    "train_test_split(), random.shuffle before the trainer is made) are in another order on each, so that samples "
+    "would be trained on twice or never. Give a seed (shuffle(seed=42)), or save the prepared data once and load it on every "
+    "rank; the trainer shuffles by data_seed itself."
+)
+
+
+def _by_value(values: Sequence[int], name: str) -> str:
+    said = {value: [rank for rank, other in enumerate(values) if other == value] for value in dict.fromkeys(values)}
+    parts = (f"{'no length' if value == UNKNOWN else f'{value} {name}'} on {say_ranks(r)}" for value, r in said.items())
+    return ", ".join(parts)
+
+
+def _difference(mesh: ParallelMesh, own: dict[int, int], samples: int, what: str) -> str:
+    """Which ranks hold different samples, and where first; of ranks of one replica, if there are such. Collective."""
+    found: list[Any] = [None] * mesh.world.size
+    dist.all_gather_object(found, (mesh.dp_rank, own), group=mesh.world.handle)
+    pairs = [
+        (found[one][0] != found[two][0], min(place for place in hashes if hashes[place] != others.get(place)), one, two)
+        for one, (_, hashes) in enumerate(found)
+        for two, (_, others) in enumerate(found[: one + 64])
+        if one < two and hashes != others
+    ]
+    apart, place, one, two = min(pairs)
+    whose = "of different replicas" if apart else "of one replica"
+    size = "" if samples == UNKNOWN else f" of {samples}"
+    return (
+        f"{what}, before its first step: ranks {one} and {two} {whose} read different samples, or in another order "
+        f"(of the rows compared, row {place}{size} is the first that differs). {WHY_ORDERS}"
+    )

@@ -1,0 +1,193 @@
+"""Whether the ranks of one replica have read the same samples, and samples that the model can take.
+
+Every rank reads its batches itself, as under DDP. The ranks that together hold one copy of the model must read the
+same ones: otherwise a later pipeline stage learns the labels of other samples, and tensor-parallel ranks look up other
+tokens. So each window is hashed on the host, and the hashes travel in the sum that counts the tokens of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..ops.host_copy import HostCopy
+from ..parallel.early_sum import EarlySum, EarlySums
+from ..parallel.mesh import Group, ParallelMesh
+from .hashing import tensor_hashes, window_hash
+from .vocabulary import ADVICE, ForeignId, Vocabulary, foreign_id
+
+Window = Sequence[Mapping[str, Any]]
+
+# What the sum holds, before the rows of each data-parallel rank: a number is that of the whole job.
+COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, HEAD = range(6)
+
+
+class WindowCheck:
+    """Sums what ranks tell of their windows, and raises one error on all of them for a window that must not be used.
+
+    Args:
+        group: the ranks that take part, whole replicas.
+    """
+
+    def __init__(self, mesh: ParallelMesh, vocabulary: Vocabulary, group: Group | None = None) -> None:
+        self.mesh, self.vocabulary = mesh, vocabulary
+        self._sums = EarlySums(group or mesh.early, mesh.device)
+
+    def start(
+        self,
+        window: Window,
+        count: int = 0,
+        rows: int = 0,
+        failure: Exception | None = None,
+        after: HostCopy | None = None,
+    ) -> PendingWindow:
+        """Tell of this rank's window. All ranks of the group together.
+
+        Args:
+            window: micro-batches; one without any takes part too. A batch that a loader has put on the device is
+                copied back, which waits for it.
+            count: what is to be summed over the data-parallel ranks.
+            rows: what is to be known of each of them.
+            failure: why the window could not be read.
+            after: see `EarlySums.start`.
+        """
+        model, leads = self.mesh.model, self.mesh.model.rank == 0
+        foreign: list[tuple[int, ForeignId]] = []
+        disagreement = 0
+        try:
+            window = [on_host(batch) for batch in window]
+            foreign = [(n, found) for n, batch in enumerate(window) if (found := foreign_id(batch, self.vocabulary))]
+            if model.size > 1:  # zero in the sum if all have the leader's; the seed keeps replicas from cancelling out
+                own = window_hash(window, self.mesh.dp_rank)
+                disagreement = (model.size - 1) * own if leads else -own
+        except Exception as error:  # a batch that is no batch: told to all ranks, like one that could not be read
+            failure = failure or error
+        per_replica = [0] * self.mesh.dp_size
+        per_replica[self.mesh.dp_rank] = rows * leads
+        told = [count * leads, disagreement, int(bool(foreign or failure)), len(window), len(window) ** 2]
+        return PendingWindow(window, foreign, failure, self._sums.start([*told, *per_replica], after))
+
+    def judge(self, pending: PendingWindow, where: str) -> list[int]:
+        """What the ranks told, in the order of this module's constants. All ranks of the group together.
+
+        Args:
+            where: which window it is, such as `"optimizer step 3"`.
+
+        Raises:
+            ValueError: on every rank, if ranks of one replica have read different samples, if ranks have different
+                numbers of micro-batches, or an id is not in the vocabulary.
+            RuntimeError: if reading failed on another rank. Where it failed, its own error.
+        """
+        total = pending.sum.read()
+        group = self._sums.group
+        same_size = group.size * total[SQUARED_SIZE] == total[SIZE] ** 2
+        if total[DISAGREEMENT] == 0 and total[FAULTS] == 0 and same_size:
+            return total
+        mine = pending.report(self.mesh)
+        reports: list[Any] = [mine]
+        if group.size > 1:
+            reports = [None] * group.size
+            dist.all_gather_object(reports, mine, group=group.handle)
+        if pending.failure is not None:
+            raise pending.failure
+        raise explain(reports, where)
+
+
+@dataclass
+class PendingWindow:
+    """A window that ranks have told of, and whose verdict is not read yet."""
+
+    window: Window
+    foreign: list[tuple[int, ForeignId]]
+    failure: Exception | None
+    sum: EarlySum
+
+    @property
+    def count(self) -> torch.Tensor:
+        """`count` over the data-parallel ranks, 0-dim, for the current stream."""
+        return self.sum.element(COUNT)
+
+    def report(self, mesh: ParallelMesh) -> WindowReport:
+        hashes = []
+        if self.failure is None:
+            hashes = [tensor_hashes(batch) for batch in self.window]
+        return WindowReport(
+            rank=mesh.rank,
+            replica=mesh.dp_rank,
+            size=len(self.window),
+            hashes=hashes,
+            foreign=self.foreign,
+            failure=None if self.failure is None else f"{type(self.failure).__name__}: {self.failure}",
+        )
+
+
+@dataclass
+class WindowReport:
+    """What one rank says of a window that something is wrong with."""
+
+    rank: int
+    replica: int
+    size: int
+    hashes: list[dict[str, int]]
+    foreign: list[tuple[int, ForeignId]]
+    failure: str | None
+
+
+WHY = (
+    "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-parallel and pipeline "
+    "ranks) must read the same. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
+    "train_test_split(), stream.shuffle(), random.shuffle before the trainer is made), if an order or a crop comes "
+    "from the operating system's entropy, if a file was still being written while some ranks read it, or if a loader "
+    "deals its batches over all processes (DistributedSampler over args.world_size). Give a seed (shuffle(seed=42)), "
+    "save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's global generator, "
+    "which Trainer seeds with args.seed, and deal over data-parallel ranks (trainer.mesh.dp_rank of args.dp_size)."
+)
+
+
+def on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch whose tensors can be read without waiting."""
+    copies = {k: HostCopy(v) for k, v in batch.items() if isinstance(v, torch.Tensor) and v.device.type != "cpu"}
+    return {**batch, **{name: copy.read() for name, copy in copies.items()}} if copies else batch
+
+
+def explain(reports: Sequence[WindowReport], where: str) -> Exception:
+    """The error for windows of which ranks tell these `reports`, the same on every rank."""
+    if failed := [report for report in reports if report.failure is not None]:
+        return RuntimeError(f"{where}: reading the data failed on rank {failed[0].rank}: {failed[0].failure}")
+    for replica in sorted({report.replica for report in reports}):
+        ranks = [report for report in reports if report.replica == replica]
+        if different := [report for report in ranks[1:] if report.hashes != ranks[0].hashes]:
+            return ValueError(f"{where}: {_difference(ranks[0], different[0], ranks)}. {WHY}")
+    for report in reports:
+        for number, found in report.foreign:
+            place = f"micro-batch {number + 1} of {report.size}, " if report.size > 1 else ""
+            whose = say_ranks([other.rank for other in reports if other.replica == report.replica])
+            return ValueError(f"{where}, {place}{whose}, {found}. {ADVICE}")
+    sizes = ", ".join(f"{report.size} on rank {report.rank}" for report in reports[:16])
+    return ValueError(
+        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some has ended earlier. Give "
+        "every data-parallel rank the same number of batches."
+    )
+
+
+def _difference(first: WindowReport, other: WindowReport, ranks: Sequence[WindowReport]) -> str:
+    """Which of two ranks' micro-batches differ first, and in what."""
+    replica = say_ranks([report.rank for report in ranks])
+    said = f"ranks {first.rank} and {other.rank} of one replica ({replica}) read different samples"
+    if first.size != other.size:
+        return f"{said}: {first.size} micro-batches and {other.size}"
+    for number, (one, two) in enumerate(zip(first.hashes, other.hashes, strict=True), 1):
+        names = [name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
+        if names:
+            return f"{said}, first in micro-batch {number} of {first.size} ({', '.join(names)})"
+    return said
+
+
+def say_ranks(ranks: Sequence[int]) -> str:
+    """`"rank 3"`, or `"ranks 0, 1, 2"`; of many, the first."""
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
