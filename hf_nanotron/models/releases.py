@@ -7,6 +7,7 @@ Code that is loaded with `trust_remote_code` keeps the name that it was written 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ def name_among(names: Iterable[str]) -> str | None:
 OUTPUT_NAME = name_among({field.name for field in dataclasses.fields(CausalLMOutputWithPast)}) or CACHE_NAMES[0]
 
 
+@functools.cache
 def argument_name(forward: Callable[..., Any]) -> str:
     """The name of the cache among the parameters of `forward`; where it has none, that of this transformers."""
     return name_among(inspect.signature(forward).parameters) or OUTPUT_NAME

@@ -53,7 +53,7 @@ def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Ten
 
 
 def can_add_product(total: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether `add_product` works for operands of `dtype`: mixed precision is a CUDA kernel in torch 2.11 to 2.13."""
+    """Whether `add_product` works for operands of `dtype`: mixed precision is a CUDA kernel alone."""
     return dtype == total.dtype or (total.is_cuda and dtype == torch.bfloat16)
 
 

@@ -2,7 +2,7 @@
 
 Rajbhandari et al. 2020, arXiv:1910.02054; the machinery is `fully_shard` of torch (FSDP2; Zhao et al. 2023,
 arXiv:2304.11277), of which only the public interface is used, and no part of it that differs between torch 2.11 and
-2.13.
+2.14.
 """
 
 from __future__ import annotations
