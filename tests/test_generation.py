@@ -56,10 +56,7 @@ Model = Any
 
 @functools.cache
 def checkpoint(family: str = "llama", layers: int = 2, tied: bool = False) -> str:
-    """A Hub checkpoint of random weights, made in the process of the tests only. Two ranks do not divide its vocabulary.
-
-    Logits of rows that a vocabulary does not have would be zero, where those of its own are often below it.
-    """
+    """A Hub checkpoint of random weights, whose vocabulary two ranks do not divide, made in this process only."""
     overrides = {"max_window_layers": layers // 2} if family == "qwen2" else {}
     config = tiny_config(
         family,

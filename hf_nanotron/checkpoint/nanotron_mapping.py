@@ -221,6 +221,10 @@ def _fill_stages(architecture: Architecture, pp: int) -> dict[str, int]:
     return ranks
 
 
+# Rows that fill up a vocabulary take part in nanotron's softmax, so adding them is not the converter's to decide.
+_PADS = " nanotron cuts a vocabulary into equal parts; resize_token_embeddings(pad_to_multiple_of=...) makes it longer."
+
+
 def check_tp(architecture: Architecture, tp: int) -> None:
     """Refuse a tensor-parallel size that nanotron could not cut this model by.
 
@@ -237,7 +241,9 @@ def check_tp(architecture: Architecture, tp: int) -> None:
     if indivisible:
         works = [n for n in range(1, architecture.kv_heads + 1) if not any(count % n for count in counts.values())]
         named = ", ".join(f"{name}={count}" for name, count in indivisible.items())
-        raise ValueError(f"tp={tp} does not divide {named}; use one of {works}.")
+        raise ValueError(
+            f"tp={tp} does not divide {named}; use one of {works}.{_PADS if 'vocab_size' in indivisible else ''}"
+        )
 
 
 def stack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -54,11 +54,8 @@ class _GatherVocabulary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, group: Group, sizes: tuple[int, ...]) -> torch.Tensor:
         ctx.start, ctx.length = sum(sizes[: group.rank]), sizes[group.rank]
-        longest = max(sizes)
-        whole = all_gather(F.pad(logits, (0, longest - ctx.length)), group, logits.dim() - 1)
-        if whole.shape[-1] == sum(sizes):
-            return whole
-        return torch.cat([part[..., :size] for part, size in zip(whole.split(longest, -1), sizes, strict=True)], -1)
+        slices = all_gather(F.pad(logits, (0, max(sizes) - ctx.length)), group, 0).chunk(group.size)
+        return torch.cat([part[..., :size] for part, size in zip(slices, sizes, strict=True)], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
