@@ -44,9 +44,9 @@ class TrainStep:
         """Accumulate and reduce the gradients of one step.
 
         Args:
-            micro_batches: this data-parallel rank's, each with `input_ids` `[B, S]` (or `inputs_embeds` `[B, S, H]`) and
-                `labels` `[B, S]` on the device, and `num_items_in_batch`, the predicted tokens over all micro-batches
-                and data-parallel ranks, or `LOSS_WEIGHT`.
+            micro_batches: this data-parallel rank's, each with `input_ids` `[B, S]` (or `inputs_embeds` `[B, S, H]`)
+                and `labels` `[B, S]` on the device, and `num_items_in_batch`, the predicted tokens over all
+                micro-batches and data-parallel ranks; perhaps `LOSS_WEIGHT`.
             step: optimizer step, for the dropout streams.
 
         Returns:
@@ -195,8 +195,8 @@ def refuse_filling(micro_batches: list[dict[str, Any]], multiple: int, name: str
     lengths = [length for batch in micro_batches if (length := batch_shape(batch)[1]) % multiple]
     if lengths:
         raise ValueError(
-            f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {lengths[0]}, and the "
-            f"code of {name} may count tokens that only fill it up. Pad in the collator "
+            f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {lengths[0]}, and "
+            f"the code of {name} may count tokens that only fill it up. Pad in the collator "
             f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
         )
 

@@ -67,6 +67,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     layers_of_stage = _cut_layers(model, mesh, anatomy)
     tensors = model.state_dict(keep_vars=True)
     stage_of = {name: _stage_of(name, anatomy, layers_of_stage) for name in (*specs, *tensors)}
+    _refuse_shared_stages(model, stage_of, tied)
     hub_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
     layout = hub_layout(model)
     owners = {name: rank_of_stage(stage_of[name], mesh.pp_size) for name in hub_shapes}
@@ -184,6 +185,22 @@ def _stage_of(name: str, anatomy: Anatomy, layers_of_stage: tuple[range, ...]) -
         layer = int(name[len(anatomy.layers) + 1 :].split(".")[0])
         return next(stage for stage, layers in enumerate(layers_of_stage) if layer in layers)
     return len(layers_of_stage) - 1 if anatomy.place(name) in anatomy.last else 0
+
+
+def _refuse_shared_stages(model: PreTrainedModel, stage_of: dict[str, int], tied: dict[str, str]) -> None:
+    """Refuse a parameter that modules of several stages share: each stage would train a copy of its own.
+
+    Raises:
+        ValueError: naming two places of it.
+    """
+    places: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = places.setdefault(parameter, name)
+        if name not in tied and first not in tied and stage_of[name] != stage_of[first]:
+            raise ValueError(
+                f"{first!r} and {name!r} are one parameter, but lie in the pipeline stages {stage_of[first]} and "
+                f"{stage_of[name]}; use pp_size=1, or pp_layers_per_stage such that one stage holds both."
+            )
 
 
 def _held_stage(stage: int, spec: ShardSpec, mesh: ParallelMesh) -> int:

@@ -44,7 +44,10 @@ class AbsentLayer(nn.Module):
         self.index = index
         self.keeps_cache_length = isinstance(layer, AbsentLayer)
         self.carries: str | None = row_of(CARRIES, layer)
-        self.returns_tuple = self.carries is not None or row_of(dict.fromkeys(RETURNS_TUPLE, True), layer) is True
+        noted = getattr(layer, "returns_tuple", False)  # of code that is not transformers', by `selfcheck`
+        self.returns_tuple = (
+            noted or self.carries is not None or row_of(dict.fromkeys(RETURNS_TUPLE, True), layer) is True
+        )
         if isinstance(layer, AbsentLayer):
             self.carries, self.returns_tuple = layer.carries, layer.returns_tuple
 

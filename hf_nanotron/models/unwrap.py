@@ -122,7 +122,7 @@ def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     ):
         raise ValueError(
             f"model.forward was replaced by {forward!r}: a stage of the model cannot be called with it. Define "
-            f"`forward` in a subclass of {stock.__name__}, or bind it: model.forward = types.MethodType(forward, model)."
+            f"`forward` in a subclass of {stock.__name__}, or bind it: model.forward = types.MethodType(f, model)."
         )
     namespace = {"forward": forward.__func__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (stock,), namespace)
