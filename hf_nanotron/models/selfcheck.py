@@ -30,10 +30,10 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the loss; what 16 b
 COARSE = 3e-3
 
 ADVICE = (
-    "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to them, "
-    "or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later pipeline "
-    "stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block whole with "
-    "register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1 or pp_size=1."
+    "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to "
+    "them, or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later "
+    "pipeline stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block "
+    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1 or pp_size=1."
 )
 
 
