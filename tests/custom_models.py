@@ -217,6 +217,11 @@ def compile_everywhere(model: Any) -> Any:
     return torch.compile(model, backend="eager")
 
 
+def wrap(model: Any) -> Any:
+    """In `DistributedDataParallel`, on a rank."""
+    return nn.parallel.DistributedDataParallel(model) if torch.distributed.is_initialized() else None
+
+
 def patch_forward(model: Any) -> None:
     model.forward = types.MethodType(OldForCausalLM.forward, model)
 

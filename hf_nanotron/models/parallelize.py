@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.finite_weights import warn_nonfinite
 from ..checkpoint.hub_layout import hub_layout
+from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.overlap import BlockOverlap, Overlap
 from ..parallel.peer import make_transport
@@ -57,6 +59,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     if (reason := why_not_causal(model)) is not None:
         raise ValueError(f"{reason}; hf_nanotron trains those.")
     stock = class_of(model)
+    _refuse_different_models(model, mesh)
 
     anatomy = dissect(model)
     _refuse_what_cannot_work(model, mesh)
@@ -101,6 +104,27 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]
     return model
+
+
+def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Compare what the ranks hand over, but for the values of weights. All ranks together.
+
+    Raises:
+        ValueError: on every rank, if classes, shapes, dtypes or what is trained differ.
+    """
+    if mesh.world_size == 1:
+        return
+    parts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    code = zlib.crc32(repr((type(model).__name__, parts)).encode())
+    own = torch.tensor([code, -code], device=mesh.device)
+    highest, lowest = all_reduce(own, mesh.world, dist.ReduceOp.MAX).tolist()
+    if highest != -lowest:
+        raise ValueError(
+            f"the ranks hand over different models (rank {mesh.rank}: {type(model).__name__} with {len(parts)} "
+            f"parameters, {sum(trained for *_, trained in parts)} of them trained): class, shapes, dtypes and "
+            "requires_grad have to be the same on every rank. Does the script, or `model_init`, depend on the rank, or "
+            "on an unseeded random number?"
+        )
 
 
 def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None:

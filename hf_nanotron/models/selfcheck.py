@@ -33,7 +33,7 @@ ADVICE = (
     "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to "
     "them, or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later "
     "pipeline stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block "
-    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1 or pp_size=1."
+    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1, pp_size=1."
 )
 
 
