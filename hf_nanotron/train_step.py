@@ -169,7 +169,7 @@ def weigh(
     weighed: list[dict[str, Any]] = []
     for batch, is_filler in zip(micro_batches, fillers, strict=True):
         if is_filler:
-            zeros = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
+            zeros: dict[str, Any] = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
             weighed.append({**batch, **zeros, LOSS_WEIGHT: torch.zeros_like(weight)})
         else:
             weighed.append({**batch, LOSS_WEIGHT: weight})
