@@ -106,7 +106,7 @@ def write_hub_config(model: ParallelModel, directory: Path) -> None:
     config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
     stock = model.stock_class
     if stock._auto_class is not None:  # remote code goes with its weights, as in transformers
-        custom_object_save(stock.__new__(stock), directory, config=config)
+        custom_object_save(stock.__new__(stock), directory, config=config)  # type: ignore[arg-type]
     config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
