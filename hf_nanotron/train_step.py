@@ -44,9 +44,9 @@ class TrainStep:
         """Accumulate and reduce the gradients of one step.
 
         Args:
-            micro_batches: this data-parallel rank's, each with `input_ids` `[B, S]` (or `inputs_embeds` `[B, S, H]`) and
-                `labels` `[B, S]` on the device, and `num_items_in_batch`, the predicted tokens over all micro-batches
-                and data-parallel ranks, or `LOSS_WEIGHT`.
+            micro_batches: this data-parallel rank's, each with `input_ids` `[B, S]` (or `inputs_embeds` `[B, S, H]`)
+                and `labels` `[B, S]` on the device, and `num_items_in_batch`, the predicted tokens over all
+                micro-batches and data-parallel ranks; perhaps `LOSS_WEIGHT`.
             step: optimizer step, for the dropout streams.
 
         Returns:
@@ -169,7 +169,7 @@ def weigh(
     weighed: list[dict[str, Any]] = []
     for batch, is_filler in zip(micro_batches, fillers, strict=True):
         if is_filler:
-            zeros = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
+            zeros: dict[str, Any] = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
             weighed.append({**batch, **zeros, LOSS_WEIGHT: torch.zeros_like(weight)})
         else:
             weighed.append({**batch, LOSS_WEIGHT: weight})
@@ -195,8 +195,8 @@ def refuse_filling(micro_batches: list[dict[str, Any]], multiple: int, name: str
     lengths = [length for batch in micro_batches if (length := batch_shape(batch)[1]) % multiple]
     if lengths:
         raise ValueError(
-            f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {lengths[0]}, and the "
-            f"code of {name} may count tokens that only fill it up. Pad in the collator "
+            f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {lengths[0]}, and "
+            f"the code of {name} may count tokens that only fill it up. Pad in the collator "
             f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
         )
 

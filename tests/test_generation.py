@@ -264,14 +264,20 @@ def test_static_cache(pool: WorkerPool) -> None:
     assert run(pool, several, {"pp_size": 2}, directory, [{"cache_implementation": "static"}]) == [[expected]] * 2
 
 
+def test_embeddings_in_the_place_of_ids(pool: WorkerPool) -> None:
+    directory = checkpoint(layers=4)
+    embeddings = {"input_ids": None, "inputs_embeds": torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1))}
+    expected = stock(directory, **embeddings).tolist()
+    assert run(pool, several, INTERLEAVED, directory, [embeddings]) == [[expected]] * 2
+
+
 # ---- what cannot be had ----
 
 
 def test_refusals(pool: WorkerPool) -> None:
     refused = run(pool, refusals, INTERLEAVED, checkpoint(layers=4))
     assert refused[0] == refused[1]
-    embeds, hidden, static = refused[0]
-    assert "inputs_embeds" in embeds and "input_ids" in embeds
+    hidden, static = refused[0]
     assert "output_hidden_states=True" in hidden and "pp_size=1" in hidden
     assert "static" in static and "dynamic" in static
 
@@ -279,7 +285,6 @@ def test_refusals(pool: WorkerPool) -> None:
 def refusals(model: Model) -> list[str]:
     messages = []
     cases: list[dict[str, Any]] = [
-        {"input_ids": None, "inputs_embeds": torch.zeros(3, 8, 32)},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"cache_implementation": "static"},
     ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..parallel.mesh import Group
@@ -103,6 +104,9 @@ def write_hub_config(model: ParallelModel, directory: Path) -> None:
         old.unlink(missing_ok=True)
     config = model.config.__class__.from_dict(model.config.to_dict())
     config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
+    stock = model.stock_class
+    if stock._auto_class is not None:  # remote code goes with its weights, as in transformers
+        custom_object_save(stock.__new__(stock), directory, config=config)  # type: ignore[arg-type]
     config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)

@@ -16,7 +16,7 @@ from torch._inductor import list_mode_options
 from ..parallel.experts import ParallelExperts
 from .anatomy import blocks_of, layer_stacks
 from .base import ParallelModel
-from .families import WRITES_WEIGHTS, row_of
+from .families import WRITES_WEIGHTS
 from .graph import Backend, rewriting
 from .stage import AbsentLayer
 from .switches import SWITCH
@@ -130,7 +130,7 @@ def parts_of(layer: nn.Module, recomputes: bool) -> list[nn.Module]:
     """
     parts = [layer]
     inside = [module for module in layer.modules() if module is not layer]
-    writes = recomputes and any(row_of(dict.fromkeys(WRITES_WEIGHTS, True), module) for module in inside)
+    writes = recomputes and any(cls.__name__ in WRITES_WEIGHTS for module in inside for cls in type(module).__mro__)
     if writes or any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
         parts = [part for block in blocks_of(layer).values() for part in _around_experts(block)]
     return [part for part in parts if any(True for _ in part.parameters())]

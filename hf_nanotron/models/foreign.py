@@ -1,7 +1,7 @@
 """Code of a model that is not transformers' own: a subclass of the user's, remote code, a patched `forward`.
 
-What is known of transformers' classes (which modules are used before the layers, that backbones hand hidden states to the
-head and to nobody else) need not hold there, so less is taken for granted: `anatomy`, `stage` and `parallelize` ask.
+What is known of transformers' classes (which modules are used before the layers, that backbones hand hidden states to
+the head and to nobody else) need not hold there, so `anatomy`, `stage` and `parallelize` take less for granted.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.finite_weights import warn_nonfinite
 from ..checkpoint.hub_layout import hub_layout
+from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.overlap import BlockOverlap, Overlap
 from ..parallel.peer import make_transport
@@ -57,6 +59,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     if (reason := why_not_causal(model)) is not None:
         raise ValueError(f"{reason}; hf_nanotron trains those.")
     stock = class_of(model)
+    _refuse_different_models(model, mesh)
 
     anatomy = dissect(model)
     _refuse_what_cannot_work(model, mesh)
@@ -67,6 +70,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     layers_of_stage = _cut_layers(model, mesh, anatomy)
     tensors = model.state_dict(keep_vars=True)
     stage_of = {name: _stage_of(name, anatomy, layers_of_stage) for name in (*specs, *tensors)}
+    _refuse_shared_stages(model, stage_of, tied)
     hub_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
     layout = hub_layout(model)
     owners = {name: rank_of_stage(stage_of[name], mesh.pp_size) for name in hub_shapes}
@@ -101,6 +105,27 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]
     return model
+
+
+def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Compare what the ranks hand over, but for the values of weights. All ranks together.
+
+    Raises:
+        ValueError: on every rank, if classes, shapes, dtypes or what is trained differ.
+    """
+    if mesh.world_size == 1:
+        return
+    parts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    code = zlib.crc32(repr((type(model).__name__, parts)).encode())
+    own = torch.tensor([code, -code], device=mesh.device)
+    highest, lowest = all_reduce(own, mesh.world, dist.ReduceOp.MAX).tolist()
+    if highest != -lowest:
+        raise ValueError(
+            f"the ranks hand over different models (rank {mesh.rank}: {type(model).__name__} with {len(parts)} "
+            f"parameters, {sum(trained for *_, trained in parts)} of them trained): class, shapes, dtypes and "
+            "requires_grad have to be the same on every rank. Does the script, or `model_init`, depend on the rank, or "
+            "on an unseeded random number?"
+        )
 
 
 def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None:
@@ -185,6 +210,22 @@ def _stage_of(name: str, anatomy: Anatomy, layers_of_stage: tuple[range, ...]) -
         layer = int(name[len(anatomy.layers) + 1 :].split(".")[0])
         return next(stage for stage, layers in enumerate(layers_of_stage) if layer in layers)
     return len(layers_of_stage) - 1 if anatomy.place(name) in anatomy.last else 0
+
+
+def _refuse_shared_stages(model: PreTrainedModel, stage_of: dict[str, int], tied: dict[str, str]) -> None:
+    """Refuse a parameter that modules of several stages share: each stage would train a copy of its own.
+
+    Raises:
+        ValueError: naming two places of it.
+    """
+    places: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = places.setdefault(parameter, name)
+        if name not in tied and first not in tied and stage_of[name] != stage_of[first]:
+            raise ValueError(
+                f"{first!r} and {name!r} are one parameter, but lie in the pipeline stages {stage_of[first]} and "
+                f"{stage_of[name]}; use pp_size=1, or pp_layers_per_stage such that one stage holds both."
+            )
 
 
 def _held_stage(stage: int, spec: ShardSpec, mesh: ParallelMesh) -> int:

@@ -1,20 +1,25 @@
 """A trial of code that is not transformers' own: the cut model must compute the loss of the whole one.
 
-Nobody but its author knows what a block of the user's does with a partial sum, or a backbone with the embedding of a stage
-that has none. So one small batch goes through the whole model, and, once it is cut, through all ranks together.
+Nobody but its author knows what a block of the user's does with a partial sum, or a backbone with the embedding of a
+stage that has none. So one small batch goes through the whole model, and, once it is cut, through all ranks together.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.training_state import together
 from ..parallel.mesh import ParallelMesh
 from ..parallel.random import has_dropout
+from .anatomy import dissect, layer_stacks
 from .base import ParallelModel
 from .calling import accepted, as_output
 from .foreign import is_foreign, why_not_causal
@@ -23,6 +28,13 @@ from .inference import pipelined_forward
 ROWS, TOKENS = 2, 8  # tokens a row, for each tensor-parallel rank
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the loss; what 16 bits round is much
 COARSE = 3e-3
+
+ADVICE = (
+    "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to "
+    "them, or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later "
+    "pipeline stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block "
+    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1, pp_size=1."
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
 
     def run() -> float:
         inputs = {"input_ids": ids.to(device), "labels": ids.to(device), "use_cache": False, "return_dict": True}
-        with torch.no_grad(), _Mode(model):
+        with torch.no_grad(), _Mode(model), _telling_forms(model):
             output = as_output(model(**accepted(type(model).forward, inputs)), has_labels=True)
         return float(output.loss)
 
@@ -79,23 +91,41 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
     if trial is None:
         return
     mesh, inputs = model.mesh, {"input_ids": trial.ids, "labels": trial.ids, "use_cache": False}
-    with torch.no_grad(), _Mode(model):
-        if mesh.pp_size > 1:
-            loss = pipelined_forward(model, inputs, gather_logits=False).loss
-        else:
-            loss = model.parallel_forward(gather_logits=False, **inputs).loss
+    parallel = mesh.parallel
+    sizes = f"tp_size={mesh.tp_size}, pp_size={mesh.pp_size}, sequence_parallel={parallel.sequence_parallel}"
+    code = f"{sizes}: the code of {', '.join(trial.classes)}"
+    try:
+        with torch.no_grad(), _Mode(model):
+            if mesh.pp_size > 1:
+                loss = pipelined_forward(model, inputs, gather_logits=False).loss
+            else:
+                loss = model.parallel_forward(gather_logits=False, **inputs).loss
+    except Exception as error:  # whatever that code raises
+        raise ValueError(f"{code} fails when the model is cut ({type(error).__name__}: {error}). {ADVICE}") from error
     model.__dict__.pop("linear_head", None)  # found anew, for what the trainer makes of the model
     assert loss is not None
     got, tolerance = float(loss), TOLERANCE.get(model.dtype, COARSE)
     if not abs(got - trial.loss) <= tolerance * abs(trial.loss):
         raise ValueError(
-            f"tp_size={mesh.tp_size}, pp_size={mesh.pp_size}: the code of {', '.join(trial.classes)} computes a loss of "
-            f"{got:.6g} when the model is cut, and {trial.loss:.6g} in the whole model. Under tensor parallelism the "
-            "outputs of attention and MLP are sums over the ranks, so nothing may be added to them, or be done with "
-            "them, inside; a later pipeline stage has neither the embedding nor earlier layers. Do it in the decoder "
-            "layer; or leave such a block whole with register_plan(<class of the block>, {'': None}); or use tp_size=1 "
-            "and pp_size=1."
+            f"{code} computes a loss of {got:.6g} when the model is cut, and {trial.loss:.6g} in the whole model. "
+            + ADVICE
         )
+
+
+@contextlib.contextmanager
+def _telling_forms(model: PreTrainedModel) -> Iterator[None]:
+    """Have every decoder layer note what it returns: a stand-in for it has to return the same (`AbsentLayer`)."""
+
+    def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layer.returns_tuple = isinstance(output, tuple)  # type: ignore[assignment]
+
+    layers = [layer for _, stack in layer_stacks(model, dissect(model)) for layer in stack if is_foreign(layer)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Mode:

@@ -47,7 +47,8 @@ class AbsentLayer(nn.Module):
         self.index = index
         self.keeps_cache_length = isinstance(layer, AbsentLayer)
         self.carries: str | None = row_of(CARRIES, layer)
-        self.returns_tuple = self.carries is not None or row_of(dict.fromkeys(RETURNS_TUPLE, True), layer) is True
+        is_known = self.carries is not None or any(cls.__name__ in RETURNS_TUPLE for cls in type(layer).__mro__)
+        self.returns_tuple = is_known or getattr(layer, "returns_tuple", False)  # as `selfcheck` has seen
         if isinstance(layer, AbsentLayer):
             self.carries, self.returns_tuple = layer.carries, layer.returns_tuple
 

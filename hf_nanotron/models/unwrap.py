@@ -36,6 +36,8 @@ def unwrap(model: Any) -> Any:
         ValueError: for a model that is quantised, has adapters, or is divided by another tool.
     """
     model = _innermost(model)
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(_divided("", type(model).__name__))
     for owner in (model, getattr(model, "config", None)):
         for quirk, advice in QUIRKS.items():
             if getattr(owner, quirk, None) is not None:
@@ -78,9 +80,20 @@ def _innermost(module: Any) -> Any:
         if isinstance(module, torch._dynamo.OptimizedModule):
             module = module._orig_mod
         elif isinstance(module, Wrapped):
-            module = module.module
+            module = _with_new_parameters(module.module)
         else:
             return module
+
+
+def _with_new_parameters(model: nn.Module) -> nn.Module:
+    """`model` with other parameters over the same memory: to its old ones DDP has tied the sums of its gradients."""
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = new.setdefault(parameter, nn.Parameter(parameter.data, requires_grad=parameter.requires_grad))
+                module._parameters[name] = own
+    return model
 
 
 def _divided(name: str, by: str) -> str:
@@ -122,7 +135,7 @@ def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     ):
         raise ValueError(
             f"model.forward was replaced by {forward!r}: a stage of the model cannot be called with it. Define "
-            f"`forward` in a subclass of {stock.__name__}, or bind it: model.forward = types.MethodType(forward, model)."
+            f"`forward` in a subclass of {stock.__name__}, or bind it: model.forward = types.MethodType(f, model)."
         )
     namespace = {"forward": forward.__func__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (stock,), namespace)

@@ -29,5 +29,5 @@ def batch_shape(batch: Mapping[str, Any]) -> torch.Size:
 
 def ones_like_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     """`[B, S]` ones, on the device of the batch."""
-    given = batch.get(IDS) if batch.get(IDS) is not None else batch[EMBEDDINGS]
-    return torch.ones(batch_shape(batch), dtype=torch.int64, device=given.device)
+    shape, given = batch_shape(batch), batch.get(IDS)
+    return torch.ones(shape, dtype=torch.int64, device=(batch[EMBEDDINGS] if given is None else given).device)
