@@ -277,7 +277,7 @@ class NanotronTrainer(FiguresTrainer, AgreeingTrainer, DataTrainer, Checkpointin
                 micro_batch[ROUTER_MASK] = torch.zeros_like(cast(torch.Tensor, micro_batch["input_ids"]))
         batches = [batch for batch, _ in self._window]
         self._window = []
-        self._check_gradient()  # of the step before
+        self._read_verdict()
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
