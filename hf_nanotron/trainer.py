@@ -263,6 +263,7 @@ class NanotronTrainer(FiguresTrainer, AgreeingTrainer, DataTrainer, Checkpointin
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         if not isinstance(num_items_in_batch, torch.Tensor):
+            self._read_verdict()  # other ranks may have labels
             raise ValueError(
                 f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
