@@ -79,22 +79,26 @@ class AgreeingTrainer(FiniteTrainer):
         return to_device(torch.tensor(max(count, 1) * self.mesh.dp_size), device)
 
     def _before_micro_batch(self, inputs: Any) -> None:
-        """Read the verdict of the window that `inputs` begin, if that is not done yet."""
+        """Have ranks told of `inputs`, if that is not done yet."""
         if self._told:
             self._told -= 1
-        else:  # an overridden `get_batch_samples` has told nothing of them
+        else:  # by an overridden `get_batch_samples`
+            self._read_verdict()
             self._pending = self.window_check.start([inputs])
-        self._read_verdict()
+        if self.args.include_num_input_tokens_seen != "no":  # Trainer communicates after each micro-batch
+            self._read_verdict()
 
     def _read_verdict(self) -> None:
-        """
+        """Of the gradient of the step before, and of the window that has been read since.
+
         Raises:
             ValueError, RuntimeError: see `WindowCheck.judge`.
+            NonFiniteGradientError: see `_check_gradient`.
         """
+        self._check_gradient()
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        self._check_gradient()  # of the step before, for which the host waits here in any case
         total = self.window_check.judge(pending, f"optimizer step {self.state.global_step + 1}")
         self._all_ended = total[SIZE] == 0
 

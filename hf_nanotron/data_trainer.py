@@ -224,11 +224,6 @@ class DataTrainer(Trainer):
             raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")
         cursor = self._resumed
         cursor.check(order)
-        before = cursor.order.get(FINGERPRINT)
-        if self._fingerprint is not None and before not in (None, self._fingerprint):
-            # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
-            if is_repeatable(self.model.mesh, dataset_of(dataloader), self._fingerprint):
-                raise ValueError(OTHER_DATA)
         if not is_stream:
             shape = EpochShape(
                 order["samples"],
@@ -252,7 +247,13 @@ class DataTrainer(Trainer):
             self._rest = Resumption(cursor.epoch, cursor.samples, in_epoch, max_steps, epochs, max_steps)
             if cursor.step >= max_steps:
                 epochs = cursor.epoch
-        self._cursor = replace(cursor, epoch=self._rest.epoch, samples=self._rest.samples)
+        before = cursor.order.get(FINGERPRINT)
+        if self._fingerprint is not None and before not in (None, self._fingerprint):
+            # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
+            if is_repeatable(self.model.mesh, dataset_of(dataloader), self._fingerprint):
+                raise ValueError(OTHER_DATA)
+        # With the fingerprint of this run: an older checkpoint may have none.
+        self._cursor = replace(cursor, epoch=self._rest.epoch, samples=self._rest.samples, order=order)
         return epochs, steps, *others, rounds, max_steps
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

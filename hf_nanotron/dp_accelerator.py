@@ -17,6 +17,12 @@ from .models.base import ParallelModel
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.mesh import ParallelMesh
 
+# What each public name of accelerate's class is here. Those that are about data or results:
+OVER_DATA_PARALLEL_RANKS = frozenset(
+    "prepare prepare_data_loader split_between_processes gather gather_for_metrics reduce data_parallel_rank "
+    "data_parallel_shard_rank tensor_parallel_rank pipeline_parallel_rank".split()
+)
+# What takes a model that every rank holds whole: refused for the trainer's, done for any other module.
 REFUSED = {
     "prepare_model": "it is spread over the ranks already, and accelerate would wrap it as if every rank held a copy; "
     "use it as it is",
@@ -27,7 +33,26 @@ REFUSED = {
     "clip_grad_value_": "its gradients are divided over the ranks and not in `grad`; set max_grad_norm",
     "save_state": "accelerate saves a whole model; use the trainer's checkpoints (save_strategy)",
     "load_state": "accelerate loads a whole model; use train(resume_from_checkpoint=...)",
+    "prepare_scheduler": "accelerate steps it once for each process; hand it to the trainer as it is, in "
+    "optimizers=(optimizer, scheduler)",
 }
+# What is right as it is: about all processes, or about this one alone.
+AS_IT_IS = frozenset(
+    "num_processes process_index local_process_index is_main_process is_local_main_process is_last_process "
+    "on_main_process on_local_main_process on_last_process on_process on_local_process main_process_first "
+    "local_main_process_first wait_for_everyone set_trigger check_trigger print save should_save_model "
+    "pad_across_processes device distributed_type multi_device use_distributed verify_device_map unwrap_model "
+    "skip_first_batches no_sync accumulate sync_gradients gradient_accumulation_steps join_uneven_inputs "
+    "trigger_sync_in_backward backward prepare_optimizer optimizer_step_was_skipped unscale_gradients autocast "
+    "mixed_precision free_memory clear profile register_for_checkpointing register_load_state_pre_hook "
+    "register_save_state_pre_hook save_iteration project_dir logging_dir init_trackers get_tracker log end_training "
+    "split_batches dispatch_batches even_batches use_seedable_sampler use_stateful_dataloader non_blocking".split()
+)
+# Of other ways to train in parallel, which the training arguments refuse.
+UNUSED = frozenset(
+    "deepspeed_plugin deepspeed_ulysses_dl_adapter is_fsdp2 is_composable_parallelism_enabled parallelism_config "
+    "torch_device_mesh maybe_context_parallel context_parallel_rank lomo_backward fp8_backend".split()
+)
 
 
 class DataParallelAccelerator(Accelerator):
@@ -49,6 +74,22 @@ class DataParallelAccelerator(Accelerator):
         accelerator.__class__ = DataParallelAccelerator
         assert isinstance(accelerator, DataParallelAccelerator)
         return accelerator
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        return self.mesh.tp_rank if self.mesh is not None else 0
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        return self.mesh.pp_rank if self.mesh is not None else 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank if self.mesh is not None else self.process_index
+
+    @property
+    def data_parallel_shard_rank(self) -> int:
+        return self.mesh.coordinates.shard if self.mesh is not None else 0
 
     # ---- data in ----
 
@@ -142,10 +183,7 @@ class DataParallelAccelerator(Accelerator):
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         if self.mesh is not None and self.mesh.model.size > 1:
-            raise ValueError(
-                "accelerator.prepare() of a scheduler: accelerate steps it once for each process; hand it to the "
-                "trainer as it is, in optimizers=(optimizer, scheduler)."
-            )
+            raise ValueError(f"accelerator.prepare() of a scheduler: {REFUSED['prepare_scheduler']}.")
         return super().prepare_scheduler(scheduler)
 
     def save_model(self, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -42,7 +42,9 @@ class AnnouncedLoader:
 
 def correct_speed(metrics: dict[str, float], rounds: int) -> None:
     """Steps a second of an evaluation, for which Trainer divides samples by the batches of all processes."""
-    for name in [name for name in metrics if name.endswith("_steps_per_second") and not name.startswith("train")]:
+    if "total_flos" in metrics:  # the summary of a training run
+        return
+    for name in [name for name in metrics if name.endswith("_steps_per_second")]:
         if runtime := metrics.get(name.replace("_steps_per_second", "_runtime")):
             metrics[name] = round(rounds / runtime, 3)
 

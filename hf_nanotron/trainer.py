@@ -275,6 +275,7 @@ class NanotronTrainer(
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         if not isinstance(num_items_in_batch, torch.Tensor):
+            self._read_verdict()  # other ranks may have labels
             raise ValueError(
                 f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
@@ -291,7 +292,7 @@ class NanotronTrainer(
                 micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
         batches = [batch for batch, _ in self._window]
         self._window = []
-        self._check_gradient()  # of the step before
+        self._read_verdict()
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()

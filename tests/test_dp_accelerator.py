@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from pool import WorkerPool
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.dp_accelerator import AS_IT_IS, OVER_DATA_PARALLEL_RANKS, REFUSED as REFUSALS, UNUSED
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "prepare": (lambda t: t.accelerator.prepare(t.model), "use it as it is"),
@@ -59,6 +61,7 @@ def use(directory: str) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "rounds": round(figures["eval_steps_per_second"] * figures["eval_runtime"]),
         "refused": {name: message(lambda run=run: run(trainer)) for name, (run, _) in REFUSED.items()},
+        "ranks": (accelerator.data_parallel_rank, accelerator.tensor_parallel_rank),
         "processes": (accelerator.num_processes, accelerator.process_index),
         "own module": type(accelerator.prepare_model(torch.nn.Linear(2, 2), evaluation_mode=True)).__name__,
     }
@@ -81,9 +84,18 @@ def test_data_parallel_ranks_are_the_processes_of_data(pool: WorkerPool, tmp_pat
         assert told["tokens"] == 5 * 2 * 16  # five steps of one sample on each data-parallel rank
         assert told["rounds"] == 1  # batches of 8 on two ranks
         assert told["processes"] == (4, rank)
+        assert told["ranks"] == divmod(rank, 2)
         assert told["own module"] == "Linear"
         for name, (_, works) in REFUSED.items():
             assert works in told["refused"][name], (name, told["refused"][name])
+
+
+def test_each_name_of_accelerates_class_has_a_place() -> None:
+    """A release that adds one fails here."""
+    public = {name for name in vars(Accelerator) if not name.startswith("_")}
+    places = (OVER_DATA_PARALLEL_RANKS, frozenset(REFUSALS), AS_IT_IS, UNUSED)
+    assert sum(map(len, places)) == len(frozenset.union(*places))
+    assert frozenset.union(*places) == public
 
 
 @pytest.mark.parametrize("wrong", ["median"])

@@ -103,8 +103,8 @@ WHY_LENGTHS = (
 WHY_ORDERS = (
     "Every rank runs the script: rows that are shuffled or split without a seed (Dataset.shuffle(), "
     "train_test_split(), random.shuffle before the trainer is made) are in another order on each, so that samples "
-    "would be trained on twice or never. Give a seed (shuffle(seed=42)), or save the prepared data once and load it on every "
-    "rank; the trainer shuffles by data_seed itself."
+    "would be trained on twice or never. Give a seed (shuffle(seed=42)), or save the prepared data once and load it on "
+    "every rank; the trainer shuffles by data_seed itself."
 )
 
 
