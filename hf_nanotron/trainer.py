@@ -20,6 +20,7 @@ from .checkpointing import CheckpointingTrainer
 from .data.loader import FillerBatch
 from .data_trainer import DataTrainer
 from .figures import FiguresTrainer
+from .gradient_trainer import GradientTrainer
 from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
@@ -45,7 +46,7 @@ from .training_args_recompute import layer_numbers, recomputes
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingTrainer):
+class NanotronTrainer(FiguresTrainer, FiniteTrainer, GradientTrainer, DataTrainer, CheckpointingTrainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
@@ -121,6 +122,8 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
         """Weights, gradients and the step, for the model at hand."""
         model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
         self.mesh = model.mesh
+        self._check_model()
+        self._note_frozen()
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
@@ -128,6 +131,7 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
         recipe, skipped = self.args.fp8, self.args.fp8_skip_layers
         together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
+        self._note_weights()
         restore_layers(model)  # as an earlier trainer may have left them
         restore_recomputed(model)
         self._set_up_recomputation()
@@ -199,7 +203,8 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
             self._names = {}
         if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
             self._link = OptimizerLink(self.optimizer, self.weights)
-        self._link.overlap = not self._callbacks_read_weights()
+        self._link.compares = self._callbacks_read_weights()
+        self._link.overlap = not self._link.compares
         return self.optimizer
 
     def _callbacks_read_weights(self) -> bool:
@@ -225,6 +230,7 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
             self.model.activation_checkpointing_disable()  # which Trainer has switched on
         elif self._recomputed:
             recompute_wholly(self.model, self._recomputed, self._recompute_options)
+        self._take_written()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
@@ -271,7 +277,9 @@ class NanotronTrainer(FiguresTrainer, FiniteTrainer, DataTrainer, CheckpointingT
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
+        self._check_weights()
         loss = self._step.run(micro_batches, self.state.global_step)
+        self._run_gradient_hooks()
         self._norm = global_norm(self.weights.segments, self.mesh)
         is_finite = self._judge(self._norm, loss)
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch["input_ids"].numel() for batch in batches)
