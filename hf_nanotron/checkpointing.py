@@ -153,6 +153,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """What this rank can do alone: the small files, and its part of the training state, still in its place."""
         if not self.args.save_only_model:
             assert self.optimizer is not None
+            self.weights.take_written()
             save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh) + buffer_pieces(self.model)
             save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
             self._save_rng_state(str(save.directory))

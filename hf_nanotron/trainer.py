@@ -25,6 +25,7 @@ from .data.window_check import WindowCheck
 from .data_trainer import DataTrainer
 from .dp_accelerator import DataParallelAccelerator
 from .figures import FiguresTrainer
+from .gradient_trainer import GradientTrainer
 from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
@@ -53,7 +54,13 @@ logger = logging.get_logger(__name__)
 
 
 class NanotronTrainer(
-    CollectiveTrainer, FlowTrainer, FiguresTrainer, AgreeingTrainer, DataTrainer, CheckpointingTrainer
+    CollectiveTrainer,
+    FlowTrainer,
+    FiguresTrainer,
+    AgreeingTrainer,
+    GradientTrainer,
+    DataTrainer,
+    CheckpointingTrainer,
 ):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
@@ -139,6 +146,8 @@ class NanotronTrainer(
         """Weights, gradients and the step, for the model at hand."""
         model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
         self.mesh = model.mesh
+        self._check_model()
+        self._note_frozen()
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
         self.window_check = WindowCheck(self.mesh, model.vocabulary)
         self.accelerator.mesh, self.accelerator.model = self.mesh, model
@@ -149,6 +158,7 @@ class NanotronTrainer(
         recipe, skipped = self.args.fp8, self.args.fp8_skip_layers
         together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
         self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
+        self._note_weights()
         restore_layers(model)  # as an earlier trainer may have left them
         restore_recomputed(model)
         self._set_up_recomputation()
@@ -220,7 +230,8 @@ class NanotronTrainer(
             self._names = {}
         if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
             self._link = OptimizerLink(self.optimizer, self.weights)
-        self._link.overlap = not self._callbacks_read_weights()
+        self._link.compares = self._callbacks_read_weights()
+        self._link.overlap = not self._link.compares
         return self.optimizer
 
     def _callbacks_read_weights(self) -> bool:
@@ -246,6 +257,7 @@ class NanotronTrainer(
             self.model.activation_checkpointing_disable()  # which Trainer has switched on
         elif self._recomputed:
             recompute_wholly(self.model, self._recomputed, self._recompute_options)
+        self._take_written()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
@@ -296,7 +308,9 @@ class NanotronTrainer(
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
+        self._check_weights()
         loss = self._step.run(micro_batches, self.state.global_step)
+        self._run_gradient_hooks()
         self._norm = global_norm(self.weights.segments, self.mesh)
         is_finite = self._judge(self._norm, loss)
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)

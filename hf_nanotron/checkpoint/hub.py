@@ -89,6 +89,7 @@ def save_hub_model(
         write: takes a file's path, its header, and its tensors, which arrive while it iterates over them.
     """
     directory = Path(directory)
+    model.check_cut()
     write_hub_config(model, directory)
     _barrier(model.mesh.world)
     write_hub_weights(model, directory, max_shard_size, write)

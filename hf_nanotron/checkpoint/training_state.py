@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ..parallel.buckets import is_owner
 from ..parallel.collectives import all_reduce
@@ -183,3 +184,21 @@ def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     if failed:
         raise RuntimeError(f"{what} failed on {int(failed)} other ranks; their messages say why.")
     return result
+
+
+def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
+    """Raise the same error on every rank if any rank has found something wrong. All ranks together.
+
+    Args:
+        message: what this rank has found, or None.
+
+    Raises:
+        ValueError: with the message of the first rank that has one.
+    """
+    if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
+        return
+    messages: list[str | None] = [message]
+    if mesh.world.handle is not None:
+        messages = [None] * mesh.world.size
+        dist.all_gather_object(messages, message, group=mesh.world.handle)
+    raise ValueError(next(found for found in messages if found is not None))

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
 from ..checkpoint.hub_layout import HubLayout
+from ..checkpoint.training_state import refuse_together
 from ..data.vocabulary import Vocabulary
 from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
@@ -30,15 +31,17 @@ from ..parallel.vocabulary import gather_vocabulary
 from .anatomy import Anatomy
 from .attention import Attention
 from .calling import accepted, as_output
+from .cut import Cut, change_message
 from .head import LinearHead, Prediction, linear_head
 from .inference import pipelined_forward, share_generators
+from .methods import WholeModel
 from .mixture import Mixture
 from .prompts import check_prompts, refuse_foreign_ids
 from .stage import Stage
 from .switches import Switches
 
 
-class ParallelModel(PreTrainedModel, GenerationMixin):
+class ParallelModel(WholeModel, GenerationMixin):
     """What every parallel model has besides its stock class. Made by `parallelize`, never directly.
 
     `forward` keeps the stock signature. In evaluation mode it returns whole logits and the loss on every rank, under
@@ -48,6 +51,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     Attributes:
         mesh: where this rank stands.
         anatomy: names of the model's parts.
+        cut: what the stock model was when it was cut.
         shard_specs: parameter name -> which part of the Hub tensor it is, for the parameters of this rank.
         hub_shapes: shape of every tensor of the Hub checkpoint, in model order.
         hub_owners: pipeline rank that holds (and writes) each of them.
@@ -69,6 +73,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
 
     mesh: ParallelMesh
     anatomy: Anatomy
+    cut: Cut
     shard_specs: dict[str, ShardSpec]
     hub_shapes: dict[str, tuple[int, ...]]
     hub_owners: dict[str, int]
@@ -102,6 +107,19 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         return Vocabulary(inputs, self.hub_shapes.get(f"{self.anatomy.head}.weight", (inputs,))[0])
 
     @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight of the stock model, in model order."""
+        return {name: shape for name, shape in self.hub_shapes.items() if name not in self.hub_layout.buffers}
+
+    def check_cut(self) -> None:
+        """Refuse a model that was changed since it was cut in a way that its weights cannot follow. All ranks together.
+
+        Raises:
+            ValueError: on every rank, naming the first change.
+        """
+        refuse_together(self.mesh, change_message(self))
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the model computes in; its parameters themselves are fp32 shards at ZeRO stage 3."""
         return super().dtype if self.sharded is None else self.sharded.compute_dtype
@@ -111,12 +129,6 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         if self.sharded is not None:
             self.sharded.wait()
         return super().named_parameters(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in any module. New weights that are still on their way are waited for."""
-        if self.sharded is not None:
-            self.sharded.wait()
-        return super().state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
         """See `copying.copy_model`."""
@@ -159,9 +171,12 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         return self.get_parameter(name).detach() if self.sharded is None else self.sharded.whole(name)
 
     def write_parameter(self, name: str, value: torch.Tensor) -> None:
-        """Set this rank's tensor-parallel part of a parameter."""
+        """Set this rank's tensor-parallel part of a parameter, and what a trainer holds of it in fp32."""
         if self.sharded is not None:
             self.sharded.write(name, value)
+            for segment in self.sharded.segments:
+                if segment.name == name and segment.weight is not None:
+                    segment.master.data.copy_(value.reshape(-1)[segment.start : segment.stop])
         else:
             with torch.no_grad():
                 self.get_parameter(name).copy_(value)
@@ -303,38 +318,24 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         self.eval()
         share_generators(self.mesh)
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)
         finally:
             self.train(training)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Parameters of the whole model, not of this rank (`only_trainable` needs nothing frozen)."""
-        skipped = set()
-        if exclude_embeddings:
-            embedding = self.config.get_text_config()
-            skipped = {
-                name
-                for name, shape in self.hub_shapes.items()
-                if shape == (embedding.vocab_size, embedding.hidden_size) and "embed" in name
-            }
-        return sum(_numel(shape) for name, shape in self.hub_shapes.items() if name not in skipped)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a standard Hub repository, all ranks together. See `hf_nanotron.checkpoint.hub.save_hub_model`."""
         known = {"max_shard_size", "push_to_hub", "is_main_process", "state_dict", "safe_serialization"}
+        if kwargs.get("state_dict") is not None:
+            raise ValueError(
+                "save_pretrained(state_dict=...): a parallel model writes its own weights, gathered from all ranks; "
+                "leave it out, or bring other weights in with load_state_dict."
+            )
         if unknown := {name for name, value in kwargs.items() if value} - known:
             raise ValueError(f"save_pretrained of a parallel model does not know {sorted(unknown)}.")
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained(push_to_hub=True): use NanotronTrainer.push_to_hub() instead.")
         self.mesh.assemble("save_pretrained", f" to {os.fspath(save_directory)}")
         save_hub_model(self, save_directory, kwargs.get("max_shard_size") or "5GB")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 @functools.cache

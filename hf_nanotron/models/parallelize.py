@@ -33,13 +33,15 @@ from ..parallel.region import (
 from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy, blocks, decoder_layers, dissect
 from .base import ParallelModel, parallel_class
+from .cut import Cut, holding_weights
 from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
 from .foreign import why_not_causal
 from .mixture import make_mixture
 from .plan import Plan, is_experts, make_plan
 from .shard import swap_layers, tensor_specs
-from .stage import ABSENT, AbsentLayer, Stage, put_stand_in, stand_in
+from .stage import ABSENT, Absent, AbsentLayer, Stage, put_stand_in, stand_in
 from .stages import EMBEDDING_COST, first_shared_layer, split_layers
+from .torch_hooks import weight_hook_message
 from .unwrap import class_of, unwrap
 
 
@@ -63,6 +65,9 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
 
     anatomy = dissect(model)
     _refuse_what_cannot_work(model, mesh)
+    if message := weight_hook_message(model.named_parameters()):
+        raise ValueError(message)
+    cut = Cut.of(model)
     tied = _tied_names(model, anatomy)
     plan = make_plan(model, anatomy, mesh.tp_size, mesh.ep_size)
     _refuse_what_ranks_would_draw_differently(model, mesh, plan)
@@ -84,7 +89,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
         for name, parameter in model.named_parameters():
             warn_nonfinite(name, parameter, f"the {stock.__name__} that was handed over")
     if mesh.pp_size > 1:
-        _leave_out_other_stages(model, mesh, anatomy, layers_of_stage)
+        _leave_out_other_stages(model, mesh, anatomy, layers_of_stage, specs)
     swap_layers(model, mesh, plan, specs, ABSENT)
     model.__class__ = parallel_class(stock)  # type: ignore[arg-type]
     model = cast(ParallelModel, model)
@@ -104,6 +109,8 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.stages = [Stage(model, anatomy, index, layers_of_stage[index], len(layers_of_stage)) for index in stages]
     model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]
+    cut.modules = holding_weights(model)
+    model.cut = cut
     return model
 
 
@@ -247,7 +254,11 @@ def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
 
 
 def _leave_out_other_stages(
-    model: PreTrainedModel, mesh: ParallelMesh, anatomy: Anatomy, layers_of_stage: tuple[range, ...]
+    model: PreTrainedModel,
+    mesh: ParallelMesh,
+    anatomy: Anatomy,
+    layers_of_stage: tuple[range, ...],
+    specs: dict[str, ShardSpec],
 ) -> None:
     layers = decoder_layers(model, anatomy)
     for stage, indices in enumerate(layers_of_stage):
@@ -258,7 +269,10 @@ def _leave_out_other_stages(
     for name in absent:
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        put_stand_in(owner, leaf, stand_in(getattr(owner, leaf), model.dtype, mesh.device))
+        absent_part = stand_in(getattr(owner, leaf), model.dtype, mesh.device)
+        if isinstance(absent_part, Absent) and f"{name}.weight" in specs:  # as on the stage that holds it
+            absent_part.shape = specs[f"{name}.weight"].local_shape
+        put_stand_in(owner, leaf, absent_part)
 
 
 def _attach_dropout_streams(model: ParallelModel, mesh: ParallelMesh) -> LayerStreams | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -115,41 +115,50 @@ class StageOutput(AbsentLayer):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-class AbsentEmbedding(nn.Module):
-    """Zeros of the embedding's shape, without memory: every stage reads the batch's ids, one looks them up."""
-
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.width, self.dtype = width, dtype
-        self.register_buffer("weight", torch.zeros((), dtype=dtype, device=device), persistent=False)
-
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        zero = torch.zeros((), dtype=self.dtype, device=input_ids.device)
-        return zero.expand(*input_ids.shape, self.width)
-
-
 class Absent(nn.Module):
-    """Stands for a module around the layers, whose result nobody reads on this stage: returns what it gets."""
+    """Stands for a module around the layers, whose result nobody reads on this stage: returns what it gets.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    Attributes:
+        shape: of the weight that the stage has which holds the module.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.zeros((), dtype=dtype, device=device), persistent=False)
+        self.shape = shape
+        self.register_buffer("zero", torch.zeros((), dtype=dtype, device=device), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Zeros without memory: scripts ask an embedding or a head for the size of the vocabulary."""
+        return cast(torch.Tensor, self.zero).expand(self.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
+class AbsentEmbedding(Absent):
+    """Zeros of the embedding's shape, without memory: every stage reads the batch's ids, one looks them up."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> None:
+        super().__init__(dtype, device, shape)
+        self.dtype = dtype
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        zero = torch.zeros((), dtype=self.dtype, device=input_ids.device)
+        return zero.expand(*input_ids.shape, self.shape[-1])
+
+
 def stand_in(part: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """What stands for a module, or a bare parameter, that another stage holds."""
-    if isinstance(part, nn.Embedding):
-        return AbsentEmbedding(part.embedding_dim, dtype, device)
-    if isinstance(part, AbsentEmbedding):
-        return AbsentEmbedding(part.width, dtype, device)
+    weight = getattr(part, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+    if isinstance(part, (nn.Embedding, AbsentEmbedding)):
+        return AbsentEmbedding(dtype, device, shape)
     if isinstance(part, nn.ModuleList):
         return nn.ModuleList(Absent(dtype, device) for _ in part)
     if isinstance(part, torch.Tensor):
         return torch.zeros(part.shape, dtype=part.dtype, device=device)
-    return Absent(dtype, device)
+    return Absent(dtype, device, shape)
 
 
 def put_stand_in(owner: nn.Module, leaf: str, part: Any) -> None:

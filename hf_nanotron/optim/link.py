@@ -19,11 +19,13 @@ class OptimizerLink:
     Attributes:
         overlap: leave new weights on their way when `step` returns; the forward waits for them.
         skips_next: the next `step` changes nothing.
+        holds_gradients: those of a step that is still to be made are there.
+        compares: read all weights before a step, to see what was written into them unnoticed.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
         self.optimizer, self.weights = optimizer, weights
-        self.overlap = self.skips_next = False
+        self.overlap = self.skips_next = self.holds_gradients = self.compares = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -39,6 +41,14 @@ class OptimizerLink:
             self.optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
         elif gradients := [segment.gradient for segment in self.weights.segments]:
             torch._foreach_mul_(gradients, scale)
+
+    def apply_clipping(self) -> None:
+        """Scale the gradients themselves, where the optimizer would do it while it reads them."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:
+            if gradients := [segment.gradient for segment in self.weights.segments]:
+                torch._foreach_div_(gradients, scale)
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     @property
     def skips_on_device(self) -> bool:
@@ -69,10 +79,12 @@ class OptimizerLink:
             hook.remove()
 
     def _before(self, *_: Any) -> None:
+        self.weights.take_written(self.compares)
         for segment in self.weights.segments:
             segment.master.grad = None if self.skips_next else segment.gradient
 
     def _after(self, *_: Any) -> None:
+        self.holds_gradients = False
         self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
         for segment in self.weights.segments:
             segment.master.grad = None

@@ -79,11 +79,21 @@ class ShardedWeights(Protocol):
     def read_from_model(self) -> None:
         """Take over weights that were written into the model's parameters with `write`."""
 
+    def take_written(self, compare: bool = False) -> None:
+        """Bring what others have written into the model's parameters to the masters (see `written.py`).
+
+        Args:
+            compare: read all weights, to see also what moved no version counter (`weight.data.copy_(...)`).
+
+        Raises:
+            ValueError: for data that the parameters cannot have.
+        """
+
     def whole(self, name: str) -> torch.Tensor:
         """This rank's part of a parameter, of shape `spec.local_shape`, in the compute dtype. All ranks together."""
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Set a parameter to `value` of shape `spec.local_shape` (not its master: see `read_from_model`)."""
+        """Set a parameter to `value` of shape `spec.local_shape` (not a master of its own: see `read_from_model`)."""
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of this rank's `parameters`, `gradients` and `masters` (without those that are parameters)."""

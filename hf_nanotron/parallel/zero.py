@@ -18,13 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.embedding import Embedding
 from ..ops.linear import Linear
-from .buckets import Bucket, plan_buckets
+from .buckets import Bucket, Member, plan_buckets
 from .collectives import all_gather_in_place
 from .experts import ParallelExperts
 from .gradients import GradientBuckets, MemberGradient
 from .mesh import ParallelMesh
 from .segment import Segment
 from .spec import ShardSpec
+from .written import Place
 
 
 @dataclass
@@ -40,6 +41,10 @@ class BucketWeights:
     def has_masters(self) -> bool:
         """Whether the masters are memory of their own."""
         return self.masters.dtype != self.whole.dtype
+
+    def view(self, member: Member) -> torch.Tensor:
+        """The memory of a parameter, in its shape."""
+        return self.whole[member.offset : member.offset + member.numel].view(member.parameter.shape)
 
     def wait(self) -> None:
         if self.gathering is not None:
@@ -103,6 +108,7 @@ class BucketedWeights:
         sharded = mesh.parallel.zero_stage == 2 and spread
         self.gradients = GradientBuckets(buckets, sharded, mesh.device)
         self.segments = self._make_segments()
+        self._places = self._make_places()
         self._give_gradients(model)
         self._hooks = [hook for unit in units for hook in self._wait_before(unit)] if spread else []
 
@@ -115,15 +121,16 @@ class BucketedWeights:
         masters = whole[start:stop]
         if self.compute_dtype != torch.float32:
             masters = torch.zeros(stop - start, device=self.mesh.device)
+        taken = BucketWeights(bucket, whole, masters)
         for member in bucket.members:
             flat = member.parameter.data.reshape(-1)
             low, high = max(member.offset, start), min(member.offset + member.numel, stop)
             if low < high:
                 masters[low - start : high - start].copy_(flat[low - member.offset : high - member.offset])
-            view = whole[member.offset : member.offset + member.numel]
-            view.copy_(flat)
-            member.parameter.data = view.view(member.parameter.shape)
-        return BucketWeights(bucket, whole, masters)
+            view = taken.view(member)
+            view.copy_(member.parameter.data)
+            member.parameter.data = view
+        return taken
 
     def _make_segments(self) -> list[Segment]:
         """What each parameter has in our shard of its bucket, in the order of the model."""
@@ -145,6 +152,14 @@ class BucketedWeights:
                         None if rounded is None else rounded[own],
                     )
         return [segments[name] for name in self._parameters if name in segments]
+
+    def _make_places(self) -> list[Place]:
+        own = {segment.name: segment for segment in self.segments}
+        return [
+            Place(member.name, member.parameter, weights.view(member), own.get(member.name))
+            for weights in self._weights
+            for member in weights.bucket.members
+        ]
 
     def _give_gradients(self, model: nn.Module) -> None:
         """Tell the layers that add weight gradients themselves where to."""
@@ -213,6 +228,11 @@ class BucketedWeights:
         self.wait()
         with torch.no_grad():
             self._parameters[name].copy_(value)
+
+    def take_written(self, compare: bool = False) -> None:
+        self.wait()
+        for place in self._places:
+            place.take_written(compare)
 
     def read_from_model(self) -> None:
         for weights in self._weights:

@@ -1,0 +1,97 @@
+"""What was settled when a model was cut, and whether it still holds: a replaced module or a changed size does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .torch_hooks import module_hook_message, weight_hook_message
+
+if TYPE_CHECKING:
+    from .base import ParallelModel
+
+# Fields of a config that shapes and ties of weights follow from.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+
+
+@dataclass
+class Cut:
+    """Of a stock model, when it was cut.
+
+    Attributes:
+        modules: name -> module of this rank, for those that hold weights themselves.
+        sizes: fields of its config.
+        embeddings: names of the weights of its embeddings, on any rank.
+        frozen: names of its frozen weights, on any rank. A trainer brings it up to date.
+    """
+
+    modules: dict[str, nn.Module]
+    sizes: dict[str, Any]
+    embeddings: frozenset[str]
+    frozen: frozenset[str]
+
+    @classmethod
+    def of(cls, stock: PreTrainedModel) -> Cut:
+        """Of a whole model; `modules` is filled in when it has been cut."""
+        embeddings = {f"{name}.weight" for name, module in stock.named_modules() if isinstance(module, nn.Embedding)}
+        frozen = {name for name, parameter in stock.named_parameters() if not parameter.requires_grad}
+        return cls({}, sizes_of(stock.config), frozenset(embeddings), frozenset(frozen))
+
+    def frozen_now(self, model: ParallelModel) -> frozenset[str]:
+        """`frozen`, with what this rank's own weights say now."""
+        held = {model.shard_specs[name].name: p.requires_grad for name, p in model.named_parameters()}
+        return frozenset(n for n in self.frozen if n not in held) | {n for n, trained in held.items() if not trained}
+
+
+def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
+    text = config.get_text_config()
+    return {name: getattr(text, name, None) for name in SIZES}
+
+
+def holding_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, for those that hold parameters themselves."""
+    return {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+
+
+def change_message(model: ParallelModel) -> str | None:
+    """What was changed in `model` since it was cut that no weight could follow; None if nothing.
+
+    It names the first hook on a gradient, replaced module, new or lost weight, or changed size.
+    """
+    for name, size in sizes_of(model.config).items():
+        if size != model.cut.sizes[name]:
+            return (
+                f"config.{name} is {size}, but the model was cut with {name}={model.cut.sizes[name]}. Change the stock "
+                "model, then hand it over."
+            )
+    instead = "Change the stock model, then hand it over; to set weights, write into them (`copy_`, load_state_dict)."
+    for name, module in model.cut.modules.items():
+        owner_name, _, leaf = name.rpartition(".")
+        try:
+            same = not name or model.get_submodule(owner_name)._modules.get(leaf) is module
+        except AttributeError:
+            same = False
+        if not same:
+            return f"the module {name} was replaced or removed after the model was cut. {instead}"
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() ^ model.shard_specs.keys()):
+        what = "added to the model" if name in parameters else "taken from the model, or tied to another,"
+        return f"the weight {name} was {what} after it was cut. {instead}"
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != (shape := model.shard_specs[name].local_shape):
+            return f"{name} has shape {tuple(parameter.shape)}; this rank's part of it is {shape}. {instead}"
+    if message := weight_hook_message(parameters.items()):
+        return message
+    bypassed = {model.anatomy.head, *(() if model.mesh.pp_size == 1 else (model.anatomy.backbone,))}
+    return module_hook_message(model, model.mesh.tp_size, bypassed)

@@ -1,0 +1,299 @@
+"""What the methods of `PreTrainedModel` that read or write weights do on a cut model.
+
+Each public method of transformers' and torch's is in one of three tables. A release that adds one fails the test that
+walks over them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from .base import ParallelModel
+
+logger = logging.get_logger(__name__)
+
+BEFORE = "Do it with the stock model, then hand that over"
+
+# Refused on a cut model, with the reason and what to do instead.
+REFUSED: dict[str, str] = {
+    "_init_weights": "each rank would draw its own part, and ranks would draw the same numbers for different parts. "
+    "AutoModelForCausalLM.from_config makes fresh weights",
+    "init_weights": "each rank would draw its own part. AutoModelForCausalLM.from_config makes fresh weights",
+    "initialize_weights": "each rank would draw its own part. AutoModelForCausalLM.from_config makes fresh weights",
+    "post_init": f"it initialises and ties weights. {BEFORE}",
+    "resize_position_embeddings": f"other ranks, and the optimizer, hold parts of the weights. {BEFORE}",
+    "prune_heads": f"heads are divided over ranks. {BEFORE}",
+    "set_decoder": f"a module that is not cut cannot take the place of one that is. {BEFORE}",
+    "set_encoder": f"a module that is not cut cannot take the place of one that is. {BEFORE}",
+    "set_submodule": f"a module that is not cut cannot take the place of one that is. {BEFORE}",
+    "add_adapter": "adapters of parts of weights would be saved as if they were whole. Merge them, then hand the model "
+    "over (`merge_and_unload()`, and `requires_grad_(True)`)",
+    "load_adapter": "adapters are of whole weights. Merge them into the stock model, then hand that over "
+    "(`merge_and_unload()`, and `requires_grad_(True)`)",
+    "enable_peft_hotswap": "adapters are of whole weights. Merge them into the stock model, then hand that over",
+    "dequantize": "a quantised model cannot be cut. Dequantise the stock model, then hand that over",
+    "push_to_hub": "every rank would push what it holds. Use NanotronTrainer.push_to_hub(), or save_pretrained on all "
+    "ranks and upload the directory from one",
+    "save_distributed_checkpoint": "it knows other layouts of weights. save_pretrained writes whole weights",
+    "gather_sharded_state_dict_for_save": "it knows other layouts of weights. save_pretrained writes whole weights",
+    "set_use_kernels": "kernels would replace the forwards of cut modules. NanotronTrainingArguments choose kernels",
+}
+
+# Replaced: what they say or do is right for the whole model, or for this rank's part where that is documented.
+OURS = (
+    "__deepcopy__",
+    "_apply",
+    "dtype",
+    "forward",
+    "generate",
+    "get_memory_footprint",
+    "get_parameter",
+    "load_state_dict",
+    "loss_function",
+    "named_parameters",
+    "num_parameters",
+    "resize_token_embeddings",
+    "save_pretrained",
+    "set_attn_implementation",
+    "set_input_embeddings",
+    "set_output_embeddings",
+    "state_dict",
+    "tie_weights",
+)
+
+# As in transformers and torch, where each of them is right for a cut model too. What they write into weights, or
+# replace, the trainer sees (`parallel/written.py`, `cut.py`).
+FINE: dict[str, tuple[str, ...]] = {
+    "go through `_apply`": ("bfloat16", "cpu", "cuda", "double", "float", "half", "ipu", "mtia", "share_memory", "to",
+                            "to_empty", "type", "xpu"),
+    "write into weights, or change modules, which the trainer sees": (
+        "add_module", "apply", "register_buffer", "register_module", "register_parameter", "requires_grad_",
+        "zero_grad"),
+    "read modules and this rank's tensors": (
+        "base_model", "buffers", "children", "device", "get_buffer", "get_decoder", "get_encoder", "get_extra_state",
+        "get_input_embeddings", "get_output_embeddings", "get_parameter_or_buffer", "get_position_embeddings",
+        "get_submodule", "modules", "named_buffers", "named_children", "named_modules", "named_non_persistent_buffers",
+        "parameters", "retrieve_modules_from_names"),
+    "switch something that is not a weight": (
+        "activation_checkpointing_disable", "activation_checkpointing_enable", "add_model_tags",
+        "disable_input_require_grads", "enable_input_require_grads", "eval", "gradient_checkpointing_disable",
+        "gradient_checkpointing_enable", "register_for_auto_class", "set_experts_implementation", "set_extra_state",
+        "train"),
+    "register hooks; those of gradients are refused where they would not be called": (
+        "register_backward_hook", "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+        "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook",
+        "register_state_dict_post_hook", "register_state_dict_pre_hook"),
+    "say something about the class or the config": (
+        "can_generate", "can_record_outputs", "dummy_inputs", "ep_plan", "extra_repr", "fsdp_plan", "fsdp_size",
+        "generation_config_class", "get_correct_attn_implementation", "get_correct_experts_implementation",
+        "get_expanded_tied_weights_keys", "get_experts_implementation", "is_activation_checkpointing",
+        "is_backend_compatible", "is_custom_code", "is_distributed_loading_by_transformers",
+        "is_gradient_checkpointing", "is_remote_code", "mark_tied_weights_as_initialized", "pp_plan",
+        "should_save_on_this_rank", "supports_context_parallel", "supports_pp_plan", "supports_tp_plan", "tp_plan",
+        "tp_size", "use_kernels", "warn_if_padding_and_no_attention_mask"),
+    "make or load another model": (
+        "from_pretrained", "get_init_context", "init_parallel_plans", "maybe_distribute_model",
+        "prepare_distribute_model"),
+    "need adapters, which a cut model has none of": (
+        "active_adapters", "delete_adapter", "disable_adapters", "enable_adapters", "get_adapter_state_dict",
+        "set_adapter"),
+    "compile the forward, which the trainer does by its arguments": ("compile", "get_compiled_call"),
+    "wait for other ranks": ("barrier_after_gathered_checkpoint_save",),
+}  # fmt: skip
+
+
+def _refusing(name: str, reason: str) -> Callable[..., Any]:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"{type(self).__name__}.{name}: the model is cut over ranks; {reason}.")
+
+    refuse.__name__ = name
+    refuse.__doc__ = f"Refused: {reason}."
+    return refuse
+
+
+# A base class whose methods are those of the table above.
+Refusals: Any = type("Refusals", (), {name: _refusing(name, reason) for name, reason in REFUSED.items()})
+
+
+class WholeModel(Refusals, PreTrainedModel):
+    """The methods of a cut model that speak of the whole one, or take whole tensors."""
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters of the whole model, as the stock model counts them; not of this rank.
+
+        A weight of another pipeline stage counts as frozen if it was when the model was cut, or when a trainer took it.
+        """
+        model = cast("ParallelModel", self)
+        skipped = set(model.cut.embeddings) if exclude_embeddings else set()
+        if only_trainable:
+            skipped |= model.cut.frozen_now(model)
+        return sum(prod(shape) for name, shape in model.weight_shapes.items() if name not in skipped)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights that this rank holds, and of its buffers; not of the whole model."""
+        held: list[torch.Tensor] = [local_part(parameter) for parameter in self.parameters()]
+        return sum(x.numel() * x.element_size() for x in (*held, *(self.buffers() if return_buffers else ())))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """The embeddings, if the whole vocabulary has this size already.
+
+        Raises:
+            ValueError: for any other size.
+        """
+        model = cast("ParallelModel", self)
+        embedding = cast(nn.Embedding, self.get_input_embeddings())
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        have = model.vocabulary.inputs
+        if pad_to_multiple_of is not None and not isinstance(pad_to_multiple_of, int):
+            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a whole number.")
+        want, multiple = have if new_num_tokens is None else int(new_num_tokens), pad_to_multiple_of or 1
+        want = -(-want // multiple) * multiple
+        if want == have:
+            return embedding
+        raise ValueError(
+            f"resize_token_embeddings to {want} tokens: the model is cut over ranks, with a vocabulary of {have}. "
+            "Resize the stock model, then hand it over. (`weight.shape[0]` is what this rank holds; the size of the "
+            "vocabulary is `model.config.get_text_config().vocab_size`.)"
+        )
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Nothing for the embeddings that it has. Raises ValueError for others."""
+        _refuse_other(value, self.get_input_embeddings(), "set_input_embeddings")
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Nothing for the head that it has. Raises ValueError for another."""
+        _refuse_other(new_embeddings, self.get_output_embeddings(), "set_output_embeddings")
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, if the weights that the config ties were tied when the model was cut.
+
+        Raises:
+            ValueError: if its config has changed since.
+        """
+        model = cast("ParallelModel", self)
+        now, then = model.config.get_text_config().tie_word_embeddings, model.cut.sizes["tie_word_embeddings"]
+        if bool(now) != bool(then):
+            raise ValueError(
+                f"tie_weights with config.tie_word_embeddings={now}: the model was cut with {then}. {BEFORE}."
+            )
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in any model. A trainer keeps an attention that was named."""
+        super().set_attn_implementation(*args, **kwargs)
+        model = cast("ParallelModel", self)
+        model.names_attention, model.attention = True, None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in any module: the tensors of this rank, its parts of those that are cut. `load_state_dict` takes them.
+
+        `save_pretrained` writes the whole model. New weights that are still on their way are waited for.
+        """
+        model = cast("ParallelModel", self)
+        if model.sharded is not None:
+            model.sharded.wait()
+        if model.mesh.tp_size * model.mesh.pp_size > 1:
+            logger.warning_once(
+                "state_dict() of a parallel model holds this rank's parts alone, for this layout; save_pretrained (on "
+                "all ranks) writes the whole model."
+            )
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the weights of a whole stock model, or what `state_dict()` of this rank has returned.
+
+        All ranks call it with the same tensors; each keeps its parts of whole ones. A trainer that owns the weights
+        trains these on.
+
+        Raises:
+            ValueError: naming the tensor whose shape is neither that of the whole weight nor of this rank's part; with
+                `strict`, those that are missing or unknown; with `assign`.
+        """
+        model = cast("ParallelModel", self)
+        if assign:
+            raise ValueError("load_state_dict(assign=True): weights lie in memory of their own; leave `assign` out.")
+        held, tied = _held(model), model.hub_layout.tied
+        known = {**model.hub_shapes, **{name: model.hub_shapes[source] for name, source in tied.items()}}
+        for name, value in state_dict.items():
+            own = tuple(held[name].shape) if name in held else None
+            if name in known and tuple(value.shape) not in (known[name], own):
+                raise ValueError(
+                    f"load_state_dict: {name} has shape {tuple(value.shape)}, neither that of the whole weight, "
+                    f"{known[name]}, nor that of this rank's part."
+                )
+        # Anything but this rank's own tensors is taken for the whole model, so that all ranks say the same of it.
+        expected = [name for name in (held if state_dict.keys() == held.keys() else known) if name in known]
+        missing = [name for name in expected if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in known and name not in held]
+        if strict and (missing or unexpected):
+            raise ValueError(
+                f"load_state_dict: missing {missing[:3]} ({len(missing)} tensors), unknown {unexpected[:3]} "
+                f"({len(unexpected)}). strict=False takes the others."
+            )
+        for name in held:
+            names = [name, *(other for other, source in tied.items() if source == name)]
+            given = next((state_dict[n] for n in reversed(names) if n in state_dict), None)
+            if given is None:
+                given = state_dict.get(tied.get(name, name))
+            if given is not None:
+                _load(model, name, held[name], given)
+        return _IncompatibleKeys(missing, unexpected)
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _refuse_other(given: nn.Module | None, own: nn.Module | None, method: str) -> None:
+    if given is not own:
+        raise ValueError(f"{method}: a module that is not cut cannot take the place of one that is. {BEFORE}.")
+
+
+def _held(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Name -> parameter or persistent buffer of this rank; a tied one has each of its names."""
+    names = PreTrainedModel.state_dict(model, keep_vars=True)
+    return cast(dict[str, torch.Tensor], dict(names))
+
+
+@torch.no_grad()
+def _load(model: ParallelModel, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a whole tensor, or this rank's part of it, into a parameter or buffer."""
+    if not isinstance(target, nn.Parameter) or isinstance(value, DTensor):
+        target.copy_(value)
+        return
+    own = parameter_name(model, name, target)
+    spec = model.shard_specs[own]
+    value = spec.slice(value) if tuple(value.shape) == spec.global_shape else value
+    model.write_parameter(own, value.to(target.device))
+
+
+def parameter_name(model: ParallelModel, name: str, parameter: nn.Parameter) -> str:
+    """The key of `shard_specs` for a parameter that may be listed under the name it is tied to."""
+    if name in model.shard_specs:
+        return name
+    return next(other for other in model.shard_specs if model.get_parameter(other) is parameter)
+
+
+@functools.cache
+def methods_of(stock: type[PreTrainedModel] = PreTrainedModel) -> frozenset[str]:
+    """Names of all public methods and properties of a model class, and of what it is built on."""
+    return frozenset(
+        name
+        for base in stock.__mro__[:-1]
+        for name, value in vars(base).items()
+        if not name.startswith("_") and (callable(value) or isinstance(value, (classmethod, staticmethod, property)))
+    )

@@ -1,0 +1,46 @@
+"""torch's own gradient hooks, which a parallel model cannot call, and the sentences that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+INSTEAD = (
+    "Its gradient is summed in fp32 over micro-batches and ranks, each of which holds a part of it; torch would call "
+    "the hook with a part of that sum, or with None. Remove it and use NanotronTrainer.add_gradient_hook(name, hook)."
+)
+
+
+def has_hook(parameter: nn.Parameter) -> bool:
+    """Whether it has a `register_hook` or a `register_post_accumulate_grad_hook`. (torch has no public question.)"""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def weight_hook_message(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
+    """Why the gradient hooks of weights are refused; None if there are none."""
+    if names := [name for name, parameter in parameters if has_hook(parameter)]:
+        return f"{names[0]} has a gradient hook ({len(names)} weights have one). {INSTEAD}"
+    return None
+
+
+def module_hook_message(model: nn.Module, tp_size: int, bypassed: Collection[str]) -> str | None:
+    """Why backward hooks of modules are refused; None if each sees what it sees in the stock model.
+
+    Args:
+        bypassed: names of modules that are not called as a whole while the model trains. Nor are those around them.
+    """
+    for name, module in model.named_modules():
+        if not (module._backward_hooks or module._backward_pre_hooks):
+            continue
+        where = f"{name or 'the model'} ({type(module).__name__}) has a backward hook"
+        if any(other == name or other.startswith(f"{name}." if name else "") for other in bypassed):
+            return (
+                f"{where}, but is not called as one module while it trains: torch would not call the hook. Remove it."
+            )
+        if tp_size > 1:
+            return (
+                f"{where}: with tp_size={tp_size} it would be given this rank's part of what a whole module's hook "
+                "gets. Remove it, or use tp_size=1; for weights there is NanotronTrainer.add_gradient_hook."
+            )
+    return None
