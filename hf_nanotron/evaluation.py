@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size, recursively_apply
+from accelerate.utils import recursively_apply
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from .data.loader import DataParallelStream, FillerBatch
+from .data.loader import DataParallelLoader, DataParallelStream
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
@@ -24,17 +24,18 @@ class EvaluatingTrainer(Trainer):
     mesh: ParallelMesh
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._valid_rows: tuple[int, ...] = ()
-        self._evaluated_rows = 0
+        self._evaluated: DataParallelLoader | None = None
         self._own_outputs: tuple[Any, Any] | None = None
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._evaluated_rows = 0
+        self._evaluated = dataloader if isinstance(dataloader, DataParallelLoader) else None
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if isinstance(getattr(dataloader, "dataset", None), DataParallelStream):
+        if self._evaluated is not None and isinstance(dataloader.dataset, DataParallelStream):
             # A stream has no length, and Trainer counts what this rank saw of it.
-            output = output._replace(num_samples=self._evaluated_rows)
+            seen = torch.tensor(self._evaluated.samples_read, device=self.mesh.device)
+            output = output._replace(num_samples=int(all_reduce(seen, self.mesh.dp)))
+        self._evaluated = None
         return output
 
     def compute_loss(
@@ -47,10 +48,6 @@ class EvaluatingTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
-        counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
-        self._valid_rows = tuple(counts.tolist())
-        self._evaluated_rows += sum(self._valid_rows)
         if prediction_loss_only and "labels" in inputs:
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
@@ -94,12 +91,19 @@ class EvaluatingTrainer(Trainer):
         """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
 
     def _gather_rows(self, data: Any) -> Any:
-        if isinstance(data, list | tuple):
-            return type(data)(self._gather_rows(item) for item in data)
-        if isinstance(data, dict):
-            return type(data)({name: self._gather_rows(item) for name, item in data.items()})
-        most = max(self._valid_rows)
-        own = data[: self._valid_rows[self.mesh.dp_rank]]
-        padded = torch.cat((own, own.new_zeros((most - own.shape[0], *own.shape[1:]))))
+        return recursively_apply(self._gather_tensor, data)
+
+    def _gather_tensor(self, data: torch.Tensor) -> torch.Tensor:
+        """`[rows, ...]` of all data-parallel ranks; rows of a batch need not be its samples.
+
+        Trainer repeats a batch's loss `eval_batch_size` times, and cuts the last batch to what it has.
+        """
+        own = torch.atleast_1d(data)
+        if self._evaluated is not None:
+            own = own[: self._evaluated.counted_rows]
+        if self.mesh.dp_size == 1:
+            return own
+        counts = all_gather(torch.tensor([own.shape[0]], device=self.mesh.device), self.mesh.dp, 0).tolist()
+        padded = torch.cat((own, own.new_zeros((max(counts) - own.shape[0], *own.shape[1:]))))
         parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
-        return torch.cat([part[:rows] for part, rows in zip(parts, self._valid_rows, strict=True)])
+        return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])

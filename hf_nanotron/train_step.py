@@ -11,14 +11,11 @@ from transformers.utils import logging
 
 from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
-from .parallel.loss import IGNORE_INDEX
+from .padding import pad_sequence
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
 
 logger = logging.get_logger(__name__)
-
-# What a token gets that only fills a sequence up: it predicts nothing, and comes after every token that does.
-PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
 
 ROUTER_MASK = "router_mask"  # of a micro-batch: `[B, S]`, 0 for tokens that no loss over routers counts
 DOCUMENTS = "documents"  # of a micro-batch: what `documents_of` found on the host
@@ -56,7 +53,7 @@ class TrainStep:
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
         attention, documents = self._attention(micro_batches, multiple)
         inputs = [
-            {name: value for name, value in pad_sequence(batch, multiple).items() if name not in OURS}
+            {name: value for name, value in pad_sequence(batch, multiple, OURS).items() if name not in OURS}
             | {"use_cache": False}
             | told
             for batch, told in zip(micro_batches, documents, strict=True)
@@ -148,28 +145,3 @@ def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:
         mask = batch.get("attention_mask")
         mask = torch.ones_like(batch["input_ids"]) if mask is None or mask.dim() != 2 else mask
     return mask if mask is None or not missing else F.pad(mask, (0, missing))
-
-
-def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
-    """Fill sequences up on the right to a multiple of `multiple` tokens, without changing the loss.
-
-    Raises:
-        ValueError: if the batch holds a `[B, S, ...]` tensor that it does not know how to fill.
-    """
-    length = batch["input_ids"].shape[1]
-    missing = -length % multiple
-    if not missing:
-        return batch
-    padded = dict(batch)
-    for name, tensor in batch.items():
-        bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
-        if name in OURS or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
-            continue
-        if name not in PADDING or tensor.dim() != 2:
-            raise ValueError(
-                f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {length}, and "
-                f"its {name!r} of shape {tuple(tensor.shape)} cannot be filled up. Pad in the collator "
-                f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
-            )
-        padded[name] = F.pad(tensor, (0, missing), value=PADDING[name])
-    return padded

@@ -178,7 +178,7 @@ def stock_maker(directory: str) -> Make:
     model = AutoModelForCausalLM.from_pretrained(directory)
 
     def make(arguments: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
-        args = TrainingArguments(**training_arguments(per_device_eval_batch_size=BATCH, **(arguments or {})))
+        args = TrainingArguments(**training_arguments(**{"per_device_eval_batch_size": BATCH, **(arguments or {})}))
         return Trainer(**{"model": model, "args": args, "data_collator": pad_batch, **kwargs})
 
     return make
