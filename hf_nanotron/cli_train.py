@@ -165,6 +165,8 @@ def _read_split(section: dict[str, Any], split: str) -> Any:
                 raise ValueError(f"dataset.path={section['path']!r} is an empty file.")
             files, builder = str(path), FILE_TYPES[path.suffix]
         return load_dataset(builder, section.get("name"), data_files=files, split=split)
+    if not any(path.rglob("*.arrow")):
+        raise ValueError(f"dataset.path={section['path']!r} has no samples.")
     saved = load_from_disk(str(path))
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:

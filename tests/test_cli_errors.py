@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from test_cli import DATA, checkpoint, command, fresh, one_line, write_settings
 
 from hf_nanotron import NanotronTrainingArguments, cli_settings
@@ -206,7 +207,9 @@ SECTIONS: list[tuple[list[str], str]] = [
     (["--dataset.path", "absent.jsonl"], "dataset.path='absent.jsonl': there is no such file"),
     (["--dataset.path", "{tmp}/empty.jsonl"], "is an empty file"),
     (["--dataset.path", "{tmp}/broken.jsonl"], "cannot be read"),
-    (["--dataset.train_split", "train[:0]"], "has no samples in its split 'train[:0]'"),
+    (["--dataset.train_split", "train[:0]"], "cannot be read: Instruction"),
+    (["--dataset.train_split=train", "--dataset.path", "{tmp}/none"], "has no samples"),
+    (["--dataset.train_split=train", "--dataset.path", "{tmp}/none.parquet"], "has no samples in its split 'train'"),
     (["--dataset.path", "{tmp}/numbers.jsonl"], "dataset.text_column='text' cannot be tokenised"),
     (["--dataset.path", "null"], "dataset needs path"),
     (["--dataset.train_split", "nope"], "cannot be read"),
@@ -232,6 +235,10 @@ def test_sections(tmp_path: Path, overrides: list[str], says: str) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     (tmp_path / "numbers.jsonl").write_text('{"text": 5, "id": 1}\n' * 10)
+    if "none" in overrides[-1]:
+        none = Dataset.from_dict({"text": []})
+        none.save_to_disk(tmp_path / "none")
+        none.to_parquet(tmp_path / "none.parquet")
     if "numbers" in overrides[-1]:
         overrides = [*overrides, "--dataset.train_split=train"]
     assert says in one_line(command("train", path, *(text.format(tmp=tmp_path) for text in overrides)))
