@@ -8,8 +8,9 @@ A sub-command imports torch when it runs, so that `--help` answers at once. Any 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,36 +18,37 @@ from typing import Any
 from . import __version__
 from .checkpoint.nanotron_arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
 from .checkpoint.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
-
-# Modules whose ValueErrors are written for the user: they say what to change, and a traceback would bury it.
-SPEAKING = ("hf_nanotron", "transformers.trainer", "transformers.training_args")
+from .cli_errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: `sys.argv`). Exits with 2 after an error that the user can repair."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    had_group = _process_group() is not None
+    had_group = process_group() is not None
     try:
-        args.run(args)
-    except (ValueError, FileNotFoundError) as error:
-        if not _is_for_the_user(error):
+        with explained(args.explains) if args.explains and not args.traceback else contextlib.nullcontext():
+            args.run(args)
+    except Exception as error:
+        if args.traceback or not is_for_the_user(error):
             raise
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    group = _process_group()
+        report(parser.prog, error)
+        sys.exit(STATUS)
+    group = process_group()
     if group is not None and not had_group:
         group.destroy_process_group()
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command. Parsed arguments have `run`, which takes them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-nanotron",
         description="Parallel pretraining behind the transformers Trainer. Run a command under torchrun to shard it.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(explains=None)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
@@ -126,6 +128,7 @@ def _add_convert(commands: Any) -> None:
         commands, "convert", "convert between the Hub and training states, or huggingface/nanotron's checkpoints"
     )
     directions = parser.add_subparsers(metavar="DIRECTION", required=True)
+    parser.set_defaults(explains="the checkpoint cannot be converted")
     add_sharded_to_hub_arguments(
         _add_command(directions, "sharded-to-hub", "the training state of a checkpoint into a Hub repository")
     )
@@ -151,6 +154,15 @@ def _generate(args: argparse.Namespace) -> None:
     for name in ("temperature", "top_p", "seed"):
         if getattr(args, name) is not None and not args.do_sample:
             raise ValueError(f"--{name.replace('_', '-')} needs --do-sample: without it nothing is drawn.")
+    for name, is_right, says in (
+        ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature is None or 0 < args.temperature < math.inf, "above 0"),
+        ("top_p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", args.seed is None or 0 <= args.seed < 2**32, "at least 0 and below 2**32"),
+    ):
+        if not is_right:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {says}.")
+    refuse_missing_path("MODEL", args.model, "folder")
     parallel = ParallelConfig(tp_size=args.tp_size, pp_size=args.pp_size)
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     if (copies := parallel.dp_size(state.num_processes)) > 1:
@@ -158,7 +170,8 @@ def _generate(args: argparse.Namespace) -> None:
             f"{state.num_processes} processes with tp_size={args.tp_size} x pp_size={args.pp_size} would hold {copies} "
             f"copies of the model and generate the same text; start {parallel.model_parallel_size}, or raise a size."
         )
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    with explained(f"the tokenizer of {args.model!r} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None and len(args.prompt) > 1:
             raise ValueError(f"the tokenizer of {args.model} has no token to pad with; give one --prompt at a time.")
@@ -167,7 +180,8 @@ def _generate(args: argparse.Namespace) -> None:
     if not inputs["attention_mask"].any(dim=1).all():
         raise ValueError("a --prompt without tokens cannot be continued; give it some text.")
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, parallel=parallel, dtype=args.dtype)
+    with explained(f"the model {args.model!r} cannot be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, parallel=parallel, dtype=args.dtype)
     options: dict[str, Any] = {"temperature": args.temperature, "top_p": args.top_p}
     if args.do_sample:
         # A generation setting of None is none at all, where leaving it out means the model's own.
@@ -198,19 +212,6 @@ def _train(args: argparse.Namespace) -> None:
     from .cli_train import train
 
     train(args.config, args.overrides)
-
-
-def _is_for_the_user(error: BaseException) -> bool:
-    """Whether one of the `SPEAKING` modules raised `error` itself."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    module = frames[-1][0].f_globals.get("__name__", "")
-    return any(module == name or module.startswith(name + ".") for name in SPEAKING) or module == __name__
-
-
-def _process_group() -> Any:
-    """`torch.distributed`, if a process group is open (without importing it to see)."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed if distributed is not None and distributed.is_initialized() else None
 
 
 if __name__ == "__main__":

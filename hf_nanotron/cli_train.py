@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, set_seed
 
+from .cli_errors import SettingsError, explained, refuse_missing_path
+from .cli_hints import refuse_unknown
+from .cli_settings import SECTIONS, check_complete, read_settings
 from .models.auto import AutoModelForCausalLM
-from .train_step import PADDING
+from .padding import PADDING
 from .trainer import NanotronTrainer
 from .training_args import NanotronTrainingArguments
 
-Settings = dict[str, dict[str, Any]]
-
-SECTIONS: dict[str, Collection[str]] = {
-    "model": ("name_or_path", "config", "revision", "dtype", "attn_implementation"),
-    "dataset": ("path", "name", "data_files", "train_split", "eval_split", "text_column", "block_size", "num_proc"),
-    "training": [field.name for field in dataclasses.fields(NanotronTrainingArguments) if field.init],
-}
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as most people read it: `no` is a word (`save_strategy: no`), `1e-3` a number, and dates are text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] not in ("bool", "float", "timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"([-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+.0123456789"),
-)
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
@@ -57,19 +33,23 @@ def train(path: Path, overrides: Sequence[str]) -> None:
         ValueError: for keys that are not known, and for what the library refuses.
     """
     settings, tokenizer_name = read_settings(path, overrides)
-    args = NanotronTrainingArguments(**settings["training"])
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name) if tokenizer_name is not None else None
+    check_complete(settings)
+    with explained("training"):
+        args = NanotronTrainingArguments(**settings["training"])
+    tokenizer = load_tokenizer(tokenizer_name)
     with args.main_process_first(desc="preparing the data"):  # the others find what it cached
         train_dataset, eval_dataset = load_data(settings["dataset"], tokenizer)
     set_seed(args.seed)  # fresh weights follow from it
-    trainer = NanotronTrainer(
-        model=make_model(settings["model"], tokenizer, args),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        data_collator=collate,
-    )
+    model = make_model(settings["model"], tokenizer, args)
+    with explained("training"):
+        trainer = NanotronTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=collate,
+        )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
@@ -79,83 +59,38 @@ def train(path: Path, overrides: Sequence[str]) -> None:
         trainer.push_to_hub()
 
 
-# ---- settings ----
+# ---- model ----
 
 
-def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str | None]:
-    """The sections of a configuration with its overrides, and the name of the tokenizer.
+def load_tokenizer(name: str | None) -> Any:
+    """The tokenizer of a folder or a Hub id; None for none.
 
     Raises:
-        ValueError: for text that is no YAML, or a key that is not known, naming the nearest one that is.
+        ValueError: if it cannot be loaded.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}.")
-    settings = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not the sections {', '.join(SECTIONS)}.")
-    for key, value in _pairs(overrides):
-        *parents, leaf = key.split(".") if "." in key or key == "tokenizer" else ("training", key)
-        section = settings
-        for parent in parents:
-            section[parent] = section = section.get(parent) or {}
-            if not isinstance(section, dict):
-                raise ValueError(f"--{key}: {parent!r} is {section!r} in {path}, which holds no keys.")
-        section[leaf] = value
-    refuse_unknown("", settings, (*SECTIONS, "tokenizer"))
-    sections = {name: settings.get(name) or {} for name in SECTIONS}
-    for name, known in SECTIONS.items():
-        if not isinstance(sections[name], dict):
-            raise ValueError(f"{name}: {sections[name]!r} must be a mapping with keys such as {', '.join(known)[:80]}.")
-        refuse_unknown(f"{name}.", sections[name], known)
-    return sections, settings.get("tokenizer")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - derived from the safe loader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from error
-
-
-def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
-    """`--key value`, `--key=value`, and `--key` alone for true."""
-    rest = list(arguments)
-    while rest:
-        option = rest.pop(0)
-        if not option.startswith("--"):
-            raise ValueError(f"{option!r} follows no --key; write overrides as --key value.")
-        key, equals, value = option[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        yield key.replace("-", "_"), _parse(value, option)
-
-
-def refuse_unknown(prefix: str, keys: Iterable[Any], known: Collection[str]) -> None:
-    """Raise a ValueError for the first of `keys` that is not `known`, with the nearest name that is."""
-    for key in keys:
-        if key not in known:
-            (nearest,) = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown key {prefix}{key}; the nearest known one is {prefix}{nearest}.")
-
-
-# ---- model ----
+    if name is None:
+        return None
+    refuse_missing_path("tokenizer", name, "folder")
+    with explained(f"tokenizer={name!r} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingArguments) -> Any:
     """The model that the section `model` describes, spread over the ranks of `args`.
 
     Raises:
-        ValueError: unless it says either `name_or_path` or `config`.
+        ValueError: if it cannot be made, or loaded.
     """
     options = {name: value for name, value in section.items() if name not in ("name_or_path", "config")}
-    if (section.get("name_or_path") is None) == (section.get("config") is None):
-        raise ValueError("model needs either name_or_path, for weights to start from, or config, for fresh ones.")
-    if section.get("name_or_path") is not None:
-        return AutoModelForCausalLM.from_pretrained(section["name_or_path"], parallel=args.parallel, **options)
+    if (name := section.get("name_or_path")) is not None:
+        refuse_missing_path("model.name_or_path", name, "folder")
+        with explained(f"model.name_or_path={name!r} cannot be loaded"):
+            return AutoModelForCausalLM.from_pretrained(name, parallel=args.parallel, **options)
     if "revision" in options:
         raise ValueError("model.revision goes with name_or_path; a config has no revisions.")
     config = make_config(section["config"], tokenizer)
-    return AutoModelForCausalLM.from_config(config, parallel=args.parallel, **options)
+    with explained("model"):
+        return AutoModelForCausalLM.from_config(config, parallel=args.parallel, **options)
 
 
 def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
@@ -168,23 +103,28 @@ def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ValueError("model.config needs model_type, such as llama.")
+    if not isinstance(model_type, str):
+        raise ValueError(f"model.config.model_type={model_type!r} must be text, such as llama.")
     refuse_unknown("model.config.model_type=", [model_type], list(CONFIG_MAPPING.keys()))
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *default.attribute_map}
     if "rope_parameters" in known:
         known |= {"rope_theta", "rope_scaling"}  # how configs before transformers 5 spell them
-    refuse_unknown("model.config.", fields, sorted(known))
+    refuse_unknown("model.config.", fields, sorted(known), SECTIONS)
     if tokenizer is not None:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         fields = {"vocab_size": len(tokenizer), **special, **fields}
-        if fields["vocab_size"] < len(tokenizer):
+        if isinstance(fields["vocab_size"], int) and fields["vocab_size"] < len(tokenizer):
             raise ValueError(
                 f"model.config.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}."
             )
     try:
-        return AutoConfig.for_model(model_type, **fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"model.config: {error}") from error
+        with explained("model.config"):
+            return AutoConfig.for_model(model_type, **fields)
+    except SettingsError as error:
+        if isinstance(error.__cause__, StrictDataclassError):
+            raise ValueError(f"model.config: {error.__cause__}") from error
+        raise
 
 
 # ---- data ----
@@ -196,8 +136,6 @@ def load_data(section: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: for a split that is not there, or data that cannot be tokenised.
     """
-    if section.get("path") is None:
-        raise ValueError("dataset needs path: a folder of save_to_disk, a file, or a name for datasets.load_dataset.")
     train_dataset = _tokenised(_load_split(section, section.get("train_split") or "train"), section, tokenizer)
     eval_split = section.get("eval_split")
     return train_dataset, None if eval_split is None else _tokenised(
@@ -206,14 +144,29 @@ def load_data(section: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _load_split(section: dict[str, Any], split: str) -> Any:
+    refuse_missing_path("dataset.path", section["path"], "file or folder")
+    with explained(f"dataset.path={section['path']!r} cannot be read"):
+        dataset = _read_split(section, split)
+    if not len(dataset):
+        raise ValueError(f"dataset.path={section['path']!r} has no samples in its split {split!r}.")
+    return dataset
+
+
+def _read_split(section: dict[str, Any], split: str) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(section["path"])
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         files, builder = section.get("data_files"), section["path"]
-        if path.is_file() and path.suffix in FILE_TYPES:
+        if path.suffix in FILE_TYPES:
+            if not path.is_file():
+                raise ValueError(f"dataset.path={section['path']!r}: there is no such file.")
+            if not path.stat().st_size:
+                raise ValueError(f"dataset.path={section['path']!r} is an empty file.")
             files, builder = str(path), FILE_TYPES[path.suffix]
         return load_dataset(builder, section.get("name"), data_files=files, split=split)
+    if not any(path.rglob("*.arrow")):
+        raise ValueError(f"dataset.path={section['path']!r} has no samples.")
     saved = load_from_disk(str(path))
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:
@@ -245,9 +198,14 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any) -> Any:
         tokens = list(chain.from_iterable(row if row[-1:] == [end] else [*row, end] for row in rows))
         return {"input_ids": [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]}
 
-    packed = dataset.map(
-        tokenise, batched=True, remove_columns=dataset.column_names, num_proc=section.get("num_proc"), desc="Packing"
-    )
+    with explained(f"dataset.text_column={column!r} cannot be tokenised"):
+        packed = dataset.map(
+            tokenise,
+            batched=True,
+            remove_columns=dataset.column_names,
+            num_proc=section.get("num_proc"),
+            desc="Packing",
+        )
     if not len(packed):
         raise ValueError(f"the texts are too short for one block of dataset.block_size={size} tokens.")
     return packed

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size, recursively_apply
+from accelerate.utils import recursively_apply
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from .data.loader import DataParallelStream, FillerBatch
+from .data.loader import DataParallelLoader, DataParallelStream
 from .data.same_data import check_same_data
-from .data.window_check import HEAD, WindowCheck
+from .data.window_check import WindowCheck
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
@@ -60,8 +60,7 @@ class EvaluatingTrainer(Trainer):
     window_check: WindowCheck
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._valid_rows: tuple[int, ...] = ()
-        self._evaluated_rows = 0
+        self._evaluated: DataParallelLoader | None = None
         self._own_outputs: tuple[Any, Any] | None = None
         self._description: str | None = None  # of the evaluation that is going on
         self._rounds = 0  # batches of this rank in the last one
@@ -73,17 +72,18 @@ class EvaluatingTrainer(Trainer):
         Raises:
             ValueError: on every rank, for data that differs between them, or ids that the model does not know.
         """
-        self._evaluated_rows = 0
         check_same_data(self.mesh, dataloader, description.lower(), reads=not is_stream(dataloader))
         announced: Any = AnnouncedLoader(dataloader, self._announce)
         self._description = description
+        self._evaluated = dataloader if isinstance(dataloader, DataParallelLoader) else None
         try:
             output = super().evaluation_loop(announced, description, *args, **kwargs)
+            if self._evaluated is not None and is_stream(dataloader):
+                # A stream has no length, and Trainer counts what this rank saw of it.
+                seen = torch.tensor(self._evaluated.samples_read, device=self.mesh.device)
+                output = output._replace(num_samples=int(all_reduce(seen, self.mesh.dp)))
         finally:
-            self._description = None
-        if is_stream(dataloader):
-            # A stream has no length, and Trainer counts what this rank saw of it.
-            output = output._replace(num_samples=self._evaluated_rows)
+            self._description = self._evaluated = None
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -119,18 +119,15 @@ class EvaluatingTrainer(Trainer):
     def _announce(self, inputs: Any, number: int) -> None:
         """Tell all ranks of batch `number` of an evaluation, or of the end of its data."""
         self._compare(inputs, f"{self._description}, batch {number}")
-        self._evaluated_rows += sum(self._valid_rows)
         self._rounds = number - (inputs is None)
 
     def _compare(self, inputs: Any, where: str) -> None:
-        """Learn how many rows each data-parallel rank has, and whether ranks agree.
+        """Learn whether ranks have the same batch.
 
         Raises:
             ValueError, RuntimeError: see `WindowCheck.judge`.
         """
-        rows = 0 if inputs is None or isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
-        pending = self.window_check.start([] if inputs is None else [inputs], rows=rows)
-        self._valid_rows = tuple(self.window_check.judge(pending, where)[HEAD:])
+        self.window_check.judge(self.window_check.start([] if inputs is None else [inputs]), where)
 
     @property
     def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
@@ -166,12 +163,19 @@ class EvaluatingTrainer(Trainer):
         """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
 
     def _gather_rows(self, data: Any) -> Any:
-        if isinstance(data, list | tuple):
-            return type(data)(self._gather_rows(item) for item in data)
-        if isinstance(data, dict):
-            return type(data)({name: self._gather_rows(item) for name, item in data.items()})
-        most = max(self._valid_rows)
-        own = data[: self._valid_rows[self.mesh.dp_rank]]
-        padded = torch.cat((own, own.new_zeros((most - own.shape[0], *own.shape[1:]))))
+        return recursively_apply(self._gather_tensor, data)
+
+    def _gather_tensor(self, data: torch.Tensor) -> torch.Tensor:
+        """`[rows, ...]` of all data-parallel ranks; rows of a batch need not be its samples.
+
+        Trainer repeats a batch's loss `eval_batch_size` times, and cuts the last batch to what it has.
+        """
+        own = torch.atleast_1d(data)
+        if self._evaluated is not None:
+            own = own[: self._evaluated.counted_rows]
+        if self.mesh.dp_size == 1:
+            return own
+        counts = all_gather(torch.tensor([own.shape[0]], device=self.mesh.device), self.mesh.dp, 0).tolist()
+        padded = torch.cat((own, own.new_zeros((max(counts) - own.shape[0], *own.shape[1:]))))
         parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
-        return torch.cat([part[:rows] for part, rows in zip(parts, self._valid_rows, strict=True)])
+        return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])

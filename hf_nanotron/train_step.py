@@ -12,16 +12,13 @@ from transformers.utils import logging
 from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
 from .models.stage import LOSS_WEIGHT
-from .parallel.batch import EMBEDDINGS, batch_shape, ones_like_tokens
+from .padding import pad_sequence
+from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
-from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
 
 logger = logging.get_logger(__name__)
-
-# What a token gets that only fills a sequence up: it predicts nothing, and comes after every token that does.
-PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
 
 ROUTER_MASK = "router_mask"  # of a micro-batch: `[B, S]`, 0 for tokens that no loss over routers counts
 DOCUMENTS = "documents"  # of a micro-batch: what `documents_of` found on the host
@@ -62,7 +59,7 @@ class TrainStep:
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
         attention, documents = self._attention(micro_batches, multiple)
         inputs = [
-            {name: value for name, value in pad_sequence(batch, multiple).items() if name not in OURS}
+            {name: value for name, value in pad_sequence(batch, multiple, OURS).items() if name not in OURS}
             | {"use_cache": False}
             | told
             for batch, told in zip(micro_batches, documents, strict=True)
@@ -169,7 +166,9 @@ def weigh(
     weighed: list[dict[str, Any]] = []
     for batch, is_filler in zip(micro_batches, fillers, strict=True):
         if is_filler:
-            zeros: dict[str, Any] = {name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch}
+            zeros: dict[str, Any] = {
+                name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch
+            }
             weighed.append({**batch, **zeros, LOSS_WEIGHT: torch.zeros_like(weight)})
         else:
             weighed.append({**batch, LOSS_WEIGHT: weight})
@@ -199,31 +198,3 @@ def refuse_filling(micro_batches: list[dict[str, Any]], multiple: int, name: str
             f"the code of {name} may count tokens that only fill it up. Pad in the collator "
             f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
         )
-
-
-def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
-    """Fill sequences up on the right to a multiple of `multiple` tokens, without changing the loss.
-
-    Raises:
-        ValueError: if the batch holds a `[B, S, ...]` tensor that it does not know how to fill.
-    """
-    length = batch_shape(batch)[1]
-    missing = -length % multiple
-    if not missing:
-        return batch
-    padded = dict(batch)
-    for name, tensor in batch.items():
-        bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
-        if name in OURS or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
-            continue
-        if name == EMBEDDINGS and tensor.dim() == 3:
-            padded[name] = F.pad(tensor, (0, 0, 0, missing))
-            continue
-        if name not in PADDING or tensor.dim() != 2:
-            raise ValueError(
-                f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {length}, and "
-                f"its {name!r} of shape {tuple(tensor.shape)} cannot be filled up. Pad in the collator "
-                f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
-            )
-        padded[name] = F.pad(tensor, (0, missing), value=PADDING[name])
-    return padded

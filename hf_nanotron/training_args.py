@@ -16,8 +16,9 @@ from transformers import TrainingArguments
 from hf_nanotron.ops.fp8 import RECIPES
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.roll_call import attend
-from hf_nanotron.training_args_policy import as_mapping, check_policy
+from hf_nanotron.training_args_policy import REFUSED, as_mapping, check_policy
 from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
+from hf_nanotron.training_args_values import check_values, set_plain_values
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class NanotronTrainingArguments(TrainingArguments):
     skip_nonfinite_steps: bool = field(
         default=False,
         metadata={"help": "Leave out a step whose gradient is not finite; otherwise it ends the run."},
+    )
+    max_skipped_steps: int = field(
+        default=20,
+        metadata={"help": "Steps in a row that skip_nonfinite_steps may leave out; one more ends the run."},
     )
     save_hub_weights: str = field(
         default="always",
@@ -223,6 +228,8 @@ class NanotronTrainingArguments(TrainingArguments):
         Raises:
             ValueError: as at construction.
         """
+        set_plain_values(self, NanotronTrainingArguments)
+        check_values(self, NanotronTrainingArguments, REFUSED)
         check_policy(self)
         check_recomputation(self)
         if self.save_hub_weights not in ("always", "last"):

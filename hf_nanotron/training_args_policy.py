@@ -150,6 +150,8 @@ REFUSED_OPTIMIZERS: dict[str, str] = {
 
 
 def _optim_args_apply(value: Any, args: TrainingArguments) -> bool:
+    if not isinstance(value, str | None):
+        return False
     items = [item.partition("=") for item in (value or "").replace(" ", "").split(",") if item]
     known = OPTIMIZERS.get(_plain(args.optim), ())
     return all(equals and text and key in known for key, equals, text in items)
@@ -262,7 +264,7 @@ _NO_DDP = "there is no DistributedDataParallel wrapper: gradients are reduced in
 
 
 def _at_least_one(value: Any, _: TrainingArguments) -> bool:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 REFUSED: dict[str, Refused | RefusedKeys] = {
@@ -322,7 +324,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
         "dataloader_in_order=True with more dataloader_num_workers",
     ),
     "label_names": Refused(
-        lambda value, _: value is None or list(value) == ["labels"],
+        lambda value, _: value is None or value in (["labels"], ("labels",)),
         "the loss is the causal language model's, on labels",
         "label_names=None, and a column named labels",
     ),

@@ -178,7 +178,7 @@ def stock_maker(directory: str) -> Make:
     model = AutoModelForCausalLM.from_pretrained(directory)
 
     def make(arguments: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
-        args = TrainingArguments(**training_arguments(per_device_eval_batch_size=BATCH, **(arguments or {})))
+        args = TrainingArguments(**training_arguments(**{"per_device_eval_batch_size": BATCH, **(arguments or {})}))
         return Trainer(**{"model": model, "args": args, "data_collator": pad_batch, **kwargs})
 
     return make
@@ -268,7 +268,7 @@ def stream_figures(directory: str, sizes: dict[str, Any]) -> Result:
 
 @pytest.mark.parametrize(("world", "sizes"), [(2, {"tp_size": 2}), (2, {})], ids=["tp2", "dp2"])
 def test_every_sample_of_a_stream_weighs_the_same(pool: WorkerPool, world: int, sizes: dict[str, Any]) -> None:
-    """The loss is that of the same samples in a dataset (stock Trainer counts a short last batch as a whole one)."""
+    """The loss is that of the same samples in a dataset, as in stock Trainer."""
     directory, wanted = expected(2)
     for got in pool.run(world, stream_figures, directory, sizes):
         assert got["eval_loss"] == pytest.approx(wanted["loss_only"]["eval_loss"], rel=2e-6)

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.checkpoint.finite_weights import warn_nonfinite
 from hf_nanotron.checkpoint.nanotron_convert import hub_to_nanotron, nanotron_to_hub
+from hf_nanotron.checkpoint.nonfinite_tensors import warn_nonfinite
 from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded, sharded_to_hub
 from hf_nanotron.models.foreign import why_not_causal
 from hf_nanotron.models.parallelize import parallelize

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-from pool import JobError, WorkerPool
+from pool import WorkerPool
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, Trainer as StockTrainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -21,6 +20,7 @@ class Ask(TrainerCallback):
                 setattr(control, flag, True)
 
         setattr(self, event, ask)
+
 
 class Steps(TrainerCallback):
     """What happened at which step."""

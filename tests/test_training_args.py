@@ -329,7 +329,7 @@ BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights",
 BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local"}
 BEYOND_SIZES |= {"activation_checkpointing_policy", "activation_checkpointing_layers"}
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
-BEYOND_SIZES |= {"attention"}
+BEYOND_SIZES |= {"attention", "max_skipped_steps"}
 BEYOND_SIZES |= {"fp8", "fp8_skip_layers"}
 
 

@@ -1,33 +1,49 @@
-"""A warning for weights that are not numbers, where they are read: a run that starts from them trains nothing."""
+"""Whether the weights of a model are finite, before they are saved: one pass over them on the device."""
 
 from __future__ import annotations
 
-from math import isfinite
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.utils import logging
+from torch.distributed.tensor import DTensor
 
-logger = logging.get_logger(__name__)
+from ..optim.norm import first_of
+from ..parallel.segment import ShardedWeights
+from .hub import held_buffers
 
-CHUNK = 1 << 24  # elements that are looked at in one go, so that a copy of a large tensor never exists
+if TYPE_CHECKING:
+    from ..models.base import ParallelModel
 
 
-def warn_nonfinite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """Say so if `tensor` has nan or inf; returns it.
+class NonFiniteWeightsError(ArithmeticError):
+    """A weight of the model is infinite or not a number, and was to be saved."""
+
+
+def first_nonfinite_weight(model: ParallelModel, weights: ShardedWeights) -> tuple[str, int] | None:
+    """The first weight or persistent buffer, in model order, with an element that is not finite in the compute dtype.
+
+    All ranks together, the same on each. The host waits for the device once.
 
     Args:
-        name: of the tensor, for the message.
-        where: what it was read from, for the message.
+        weights: masters of what is trained; the rest is read from `model`.
+
+    Returns:
+        its name in the Hub's files and the lowest rank that holds such an element; None if all are finite.
     """
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
-        return tensor
-    flat = tensor.detach().reshape(-1)
-    if isfinite(float(flat.sum(dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32))):
-        return tensor  # nan and inf stay in a sum; what is left is a sum that is too large
-    bad = sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
-    if bad:
-        logger.warning(
-            f"{name!r} in {where} has {bad} of {tensor.numel()} values that are not finite (nan or inf): a model with "
-            "them computes nan, and cannot be trained. Use an earlier checkpoint."
-        )
-    return tensor
+    largest = torch.finfo(weights.compute_dtype).max  # above, a master is rounded to infinity
+    named = [(segment.spec.name, segment.master.detach(), largest) for segment in weights.segments]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            own = parameter.detach()
+            named.append((model.shard_specs[name].name, own.to_local() if isinstance(own, DTensor) else own, largest))
+    for name, buffer in held_buffers(model).items():
+        if buffer.is_floating_point():
+            named.append((name, buffer, torch.finfo(buffer.dtype).max))
+    named = [entry for entry in named if entry[1].numel()]
+    bad: list[str] = []
+    if named:
+        norms = torch._foreach_norm([tensor for _, tensor, _ in named], float("inf"))
+        fits = torch.stack([norm.double() <= limit for norm, (*_, limit) in zip(norms, named, strict=True)])
+        bad = [name for (name, *_), fit in zip(named, fits.tolist(), strict=True) if not fit]
+    order = list(dict.fromkeys([*model.hub_shapes, *sorted(model.hub_layout.buffers)]))
+    return first_of(bad, order, model.mesh)

@@ -18,9 +18,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from ..parallel.mesh import Group
 from ..parallel.spec import ShardSpec
-from .finite_weights import warn_nonfinite
 from .hub_layout import HubLayout, Part
 from .hub_weights import HubWeights
+from .nonfinite_tensors import warn_nonfinite
 from .safetensors_file import Entry, write_safetensors
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
 from . import nanotron_config
-from .finite_weights import warn_nonfinite
 from .hub import parse_size, plan_files
 from .nanotron_format import (
     Shard,
@@ -37,6 +36,7 @@ from .nanotron_format import (
     write_run_files,
 )
 from .nanotron_mapping import Architecture, Parameter, check_tp, parameters, place_blocks, stack, unstack
+from .nonfinite_tensors import warn_nonfinite
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ from .conversion_folder import (
     write_json,
     writing,
 )
-from .finite_weights import warn_nonfinite
 from .hub import parse_size, plan_files, write_index
 from .hub_layout import HubLayout, HubSources, layout_of
 from .hub_weights import HubWeights
 from .nanotron_format import read_json
+from .nonfinite_tensors import warn_nonfinite
 from .safetensors_file import Entry as FileEntry, write_safetensors
 from .slices import Slice
 from .state_file import MASTER, StatePiece, clear, commit as commit_state, write_rank

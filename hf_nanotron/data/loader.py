@@ -20,6 +20,7 @@ import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers.trainer_pt_utils import find_batch_size
 
 from ..parallel.loss import IGNORE_INDEX
 from .cursor import why_not_resumable
@@ -37,10 +38,25 @@ class Position(NamedTuple):
     state: Any = None
 
 
+class Mark(NamedTuple):
+    """What a batch brings along beside its tensors.
+
+    Attributes:
+        samples: that it was collated from; 0 for a filler.
+        end: where its round ends.
+        ends_round: whether no batch of the round comes after it in the order of one process.
+    """
+
+    samples: int
+    end: Position
+    ends_round: bool
+
+
 class Share(list):
-    """Indices, or samples, of one rank in a round; `end` is where the round ends."""
+    """Indices, or samples, of one rank in a round; `end` and `ends_round` as in `Mark`."""
 
     end: Position
+    ends_round: bool = False
 
 
 class Filler(Share):
@@ -167,12 +183,12 @@ def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[Share]:
         last, position, samples = batch, position + 1, samples + len(batch)
         if position == size:
             assert mine is not None
-            mine.end = Position(samples)
+            mine.end, mine.ends_round = Position(samples), rank == size - 1
             yield mine
             mine, position, samples = None, 0, 0
     if position:
         mine = mine if mine is not None else Filler(last[:1])
-        mine.end = Position(samples)
+        mine.end, mine.ends_round = Position(samples), rank == position - 1
         yield mine
 
 
@@ -196,22 +212,19 @@ class _MarkedDataset(torch.utils.data.Dataset):
         if not isinstance(indices, Share):
             return samples
         share = type(indices)(samples)
-        share.end = indices.end
+        share.end, share.ends_round = indices.end, indices.ends_round
         return share
 
 
 class _Collate:
-    """Collates samples; a filler loses its labels, so that it weighs nothing.
+    """Collates samples, and marks the batch. A filler loses its labels, so that it weighs nothing."""
 
-    With `positions`, returns a batch and where its round ends.
-    """
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
 
-    def __init__(self, collate: Callable[[list[Any]], Any], positions: bool) -> None:
-        self.collate, self.positions = collate, positions
-
-    def __call__(self, samples: Share) -> Any:
-        batch = self._batch(samples)
-        return (batch, samples.end) if self.positions else batch
+    def __call__(self, samples: Share) -> tuple[Any, Mark]:
+        own = 0 if isinstance(samples, Filler) else len(samples)
+        return self._batch(samples), Mark(own, samples.end, samples.ends_round)
 
     def _batch(self, samples: Share) -> Any:
         batch = self.collate(list(samples))
@@ -230,6 +243,11 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
     Attributes:
         tracks_position: whether the following are kept.
         position: behind the batch handed out last; None before the first.
+        samples: of the batch handed out last, which its tensors need not say; 0 for a filler.
+        samples_read: of all batches handed out in this iteration.
+        counted_rows: how many rows of what is computed from the batch handed out last count in stock Trainer, which
+            cuts only what comes from the last batch of an epoch: of a dataset, to the samples of a short batch; of a
+            stream, to the rows of the batch.
         rounds: batches handed out in this iteration.
         is_finished: whether the batch handed out last is the last of the epoch.
     """
@@ -241,9 +259,17 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self._drop_last = True  # no sample comes twice: nothing for accelerate to cut off
         self.tracks_position = positions
         self.position: Position | None = None
-        self.rounds = 0
+        self.rounds = self.samples = self.samples_read = 0
+        self.counted_rows: int | None = None
         self.is_finished = False
-        super().__init__(dataset, collate_fn=_Collate(collate, positions), **kwargs)  # type: ignore[arg-type]
+        super().__init__(dataset, collate_fn=_Collate(collate), **kwargs)  # type: ignore[arg-type]
+
+    def _counted_rows(self, batch: Any, mark: Mark) -> int | None:
+        if not mark.samples or not (self.is_finished and mark.ends_round):
+            return None if mark.samples else 0
+        if isinstance(self.dataset, DataParallelStream):
+            return find_batch_size(batch)
+        return mark.samples if mark.samples < self._source.batch_size else None
 
     @property
     def _source(self) -> DataParallelStream | DataParallelBatchSampler:
@@ -258,17 +284,22 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.begin()
-        self.position, self.rounds, self.is_finished = None, 0, False
+        self.position, self.is_finished = None, False
+        self.rounds = self.samples = self.samples_read = 0
+        self.counted_rows = None
         try:
             batches = super().__iter__()
             current = next(batches, None)
             while current is not None:
                 following = next(batches, None)
                 self.end_of_dataloader = self.is_finished = following is None
+                batch, mark = current
                 self.rounds += 1
-                if self.tracks_position:
-                    current, self.position = current
-                yield current
+                self.samples = mark.samples
+                self.samples_read += mark.samples
+                self.counted_rows = self._counted_rows(batch, mark)
+                self.position = mark.end if self.tracks_position else None
+                yield batch
                 current = following
         finally:
             self._source.start = None  # a worker process has used up its own copy

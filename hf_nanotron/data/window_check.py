@@ -22,8 +22,8 @@ from .vocabulary import ADVICE, ForeignId, Vocabulary, foreign_id
 
 Window = Sequence[Mapping[str, Any]]
 
-# What the sum holds, before the rows of each data-parallel rank: a number is that of the whole job.
-COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, HEAD = range(6)
+# What the sum holds: a number is that of the whole job.
+COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE = range(5)
 
 
 class WindowCheck:
@@ -41,7 +41,6 @@ class WindowCheck:
         self,
         window: Window,
         count: int = 0,
-        rows: int = 0,
         failure: Exception | None = None,
         after: HostCopy | None = None,
     ) -> PendingWindow:
@@ -51,7 +50,6 @@ class WindowCheck:
             window: micro-batches; one without any takes part too. A batch that a loader has put on the device is
                 copied back, which waits for it.
             count: what is to be summed over the data-parallel ranks.
-            rows: what is to be known of each of them.
             failure: why the window could not be read.
             after: see `EarlySums.start`.
         """
@@ -66,10 +64,8 @@ class WindowCheck:
                 disagreement = (model.size - 1) * own if leads else -own
         except Exception as error:  # a batch that is no batch: told to all ranks, like one that could not be read
             failure = failure or error
-        per_replica = [0] * self.mesh.dp_size
-        per_replica[self.mesh.dp_rank] = rows * leads
         told = [count * leads, disagreement, int(bool(foreign or failure)), len(window), len(window) ** 2]
-        return PendingWindow(window, foreign, failure, self._sums.start([*told, *per_replica], after))
+        return PendingWindow(window, foreign, failure, self._sums.start(told, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
         """What the ranks told, in the order of this module's constants. All ranks of the group together.

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.finite_weights import warn_nonfinite
 from ..checkpoint.hub_layout import hub_layout
+from ..checkpoint.nonfinite_tensors import warn_nonfinite
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.overlap import BlockOverlap, Overlap

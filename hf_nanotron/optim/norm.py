@@ -33,16 +33,25 @@ def describe_nonfinite(
         order: names of the Hub's tensors in model order.
         loss: this rank's part of the loss (zero where it computes none).
     """
-    position = {name: index for index, name in enumerate(order)}
-    bad = [position[s.spec.name] for s in segments if not bool(s.gradient.isfinite().all())]
-    nowhere = len(order) * mesh.world_size
-    code = min(bad) * mesh.world_size + mesh.rank if bad else nowhere
-    first = all_reduce(torch.tensor(code, device=mesh.device), mesh.world, dist.ReduceOp.MIN).item()
+    first = first_of([s.spec.name for s in segments if not bool(s.gradient.isfinite().all())], order, mesh)
     broken = all_gather((~loss.isfinite()).to(torch.int32).view(1), mesh.world, 0).nonzero().flatten().tolist()
-    if first == nowhere:
-        where = "every gradient is finite, but their squares overflow"
-    else:
-        index, rank = divmod(int(first), mesh.world_size)
-        where = f"the first parameter with a non-finite gradient is {order[index]!r}, on rank {rank}"
+    where = "every gradient is finite, but their squares overflow"
+    if first is not None:
+        where = f"the first parameter with a non-finite gradient is {first[0]!r}, on rank {first[1]}"
     ranks = f"on rank {', '.join(map(str, broken))}" if broken else "on no rank"
     return f"the gradient norm is {norm.item()}: {where}. The loss was non-finite {ranks}."
+
+
+def first_of(names: Sequence[str], order: Sequence[str], mesh: ParallelMesh) -> tuple[str, int] | None:
+    """The first of all ranks' `names` by its place in `order`, and the lowest rank that has it; None if none has any.
+
+    All ranks together, the same on each.
+    """
+    position = {name: index for index, name in enumerate(order)}
+    nowhere = len(order) * mesh.world_size
+    code = min((position[name] * mesh.world_size + mesh.rank for name in names), default=nowhere)
+    first = int(all_reduce(torch.tensor(code, device=mesh.device), mesh.world, dist.ReduceOp.MIN))
+    if first == nowhere:
+        return None
+    index, rank = divmod(first, mesh.world_size)
+    return order[index], rank

@@ -1,0 +1,156 @@
+"""What a key of a configuration may have meant: keys of other sections, other programs' names, and near misses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+CUT_OFF = 0.6  # of difflib's ratio: less alike is no hint
+
+_PROCESSES = "no key: data-parallel ranks are what the number of processes leaves, processes / (tp_size x pp_size)"
+_SAMPLES = "training.per_device_train_batch_size x training.gradient_accumulation_steps x data-parallel ranks"
+
+# Names of Megatron, nanotron, LLaMA-Factory, axolotl, TRL and older transformers -> what they are here.
+SYNONYMS: dict[str, str] = {
+    name: meaning
+    for names, meaning in {
+        "lr": "training.learning_rate",
+        "dp dp_size data_parallel data_parallel_size dp_degree": _PROCESSES,
+        "tp tensor_parallel_size tensor_model_parallel_size tp_degree": "training.tp_size",
+        "pp pipeline_parallel_size pipeline_model_parallel_size pp_degree": "training.pp_size",
+        "ep expert_parallel_size expert_model_parallel_size expert_parallel": "training.ep_size",
+        "cp context_parallel_size": "training.cp_size",
+        "pp_engine": "training.pp_schedule",
+        "mbs micro_batch_size batch_size train_batch_size per_gpu_train_batch_size": (
+            "training.per_device_train_batch_size"
+        ),
+        "eval_batch_size per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+        "gbs global_batch_size": _SAMPLES,
+        "gas grad_accum gradient_accumulation accumulation_steps batch_accumulation_per_replica grad_acc_steps": (
+            "training.gradient_accumulation_steps"
+        ),
+        "sequence_length seq_length seq_len max_seq_length max_seq_len max_length sequence_len context_length "
+        "cutoff_len": "dataset.block_size",
+        "steps train_steps total_steps num_steps train_iters max_iters num_training_steps": "training.max_steps",
+        "epochs num_epochs": "training.num_train_epochs",
+        "scheduler lr_scheduler lr_decay_style": "training.lr_scheduler_type",
+        "warmup warmup_ratio num_warmup_steps lr_warmup_steps": (
+            "training.warmup_steps (a number below 1 is a share of all steps)"
+        ),
+        "clip_grad grad_clip gradient_clipping max_norm": "training.max_grad_norm",
+        "optimizer": "training.optim",
+        "zero": "training.zero_stage",
+        "recompute recompute_layer recompute_granularity": "training.activation_checkpointing",
+        "precision mixed_precision": "training.bf16",
+        "no_cuda": "training.use_cpu",
+        "save_interval checkpoint_interval": "training.save_steps",
+        "eval_interval val_check_interval": "training.eval_steps",
+        "log_interval iteration_step_info_interval": "training.logging_steps",
+        "evaluation_strategy": "training.eval_strategy",
+        "checkpoints_path save_dir": "training.output_dir",
+        "resume resume_checkpoint_path": "training.resume_from_checkpoint",
+        "wandb use_wandb wandb_project": "training.report_to",
+        "num_workers num_loading_workers": "training.dataloader_num_workers",
+        "overwrite_output_dir": "no key: checkpoints of another run in output_dir are left alone",
+        "model_name_or_path model_name model_path pretrained_model_name_or_path base_model hf_model": (
+            "model.name_or_path"
+        ),
+        "model_config config_overrides": "model.config",
+        "torch_dtype": "model.dtype",
+        "attention_implementation attn": "model.attn_implementation",
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "vocab_size max_position_embeddings rope_theta tie_word_embeddings": "model.config.{}",
+        "tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_model": "tokenizer",
+        "dataset_name dataset_path data_path dataset_folder train_file data datasets": "dataset.path",
+        "dataset_config_name": "dataset.name",
+        "validation_split val_split": "dataset.eval_split",
+        "dataset_text_field text_field text_key text_column_name": "dataset.text_column",
+        "preprocessing_num_workers dataset_processing_num_proc_per_process": "dataset.num_proc",
+    }.items()
+    for name in names.split()
+}
+
+# Sections of a configuration of huggingface/nanotron that no other program's has together.
+NANOTRON = frozenset(
+    (
+        "general",
+        "parallelism",
+        "optimizer",
+        "tokens",
+        "data_stages",
+        "checkpoints",
+        "lighteval",
+        "s3_upload",
+        "profiler",
+    )
+)
+FROM_NANOTRON = {
+    "parallelism.tp": "training.tp_size",
+    "parallelism.pp": "training.pp_size",
+    "parallelism.dp": "what the number of processes leaves",
+    "tokens.micro_batch_size": "training.per_device_train_batch_size",
+    "tokens.batch_accumulation_per_replica": "training.gradient_accumulation_steps",
+    "tokens.sequence_length": "dataset.block_size",
+    "tokens.train_steps": "training.max_steps",
+    "optimizer.learning_rate_scheduler.learning_rate": "training.learning_rate",
+    "model.model_config": "model.config",
+    "data_stages": "dataset",
+}
+
+
+def refuse_nanotron(where: str, settings: Mapping[Any, Any]) -> None:
+    """
+    Raises:
+        ValueError: if `settings` are those of huggingface/nanotron, with what its keys are here.
+    """
+    found = [str(key) for key in settings if key in NANOTRON]
+    if len(found) >= 2:
+        keys = "; ".join(f"{theirs} is {ours}" for theirs, ours in FROM_NANOTRON.items())
+        raise ValueError(
+            f"{where} is a configuration of huggingface/nanotron (it has {', '.join(found)}), and hf-nanotron reads "
+            f"the sections model, dataset and training (see hf-nanotron train --help): {keys}. Its checkpoints are "
+            "converted by hf-nanotron convert nanotron-to-hub."
+        )
+
+
+def refuse_unknown(
+    prefix: str, keys: Iterable[Any], known: Collection[str], sections: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Refuse the first of `keys` that is not `known`, and say what it may have meant.
+
+    Args:
+        prefix: of `known` in a dotted key, such as `training.`.
+        sections: where else to look: sections and their keys.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {prefix}{unknown[0]}; {hint(prefix, str(unknown[0]), known, sections or {})}")
+
+
+def hint(prefix: str, key: str, known: Collection[str], sections: Mapping[str, Collection[str]]) -> str:
+    """What an unknown `key` may have meant, as a sentence."""
+    if key in sections and prefix:
+        return f"{key} is a section: write {key}.KEY, one of {_some(sections[key])}."
+    if key == "tokenizer" and sections:
+        return "tokenizer stands beside the sections."
+    for section, names in sections.items():
+        if key in names:
+            return f"it belongs to the section {section}: {section}.{key}."
+    if sections and key in SYNONYMS:
+        return f"here it is {SYNONYMS[key].format(key)}."
+    if nearest := difflib.get_close_matches(key, known, n=1, cutoff=CUT_OFF):
+        return f"the nearest known one is {prefix}{nearest[0]}."
+    paths = {name: f"{section}.{name}" for section, names in sections.items() for name in names}
+    if nearest := difflib.get_close_matches(key, paths, n=1, cutoff=CUT_OFF):
+        return f"the nearest known one is {paths[nearest[0]]}."
+    return f"known are {_some(known)}."
+
+
+def _some(names: Collection[str], most: int = 12) -> str:
+    """`names`, the first of them if they are many."""
+    listed = ", ".join(list(names)[:most])
+    return listed if len(names) <= most else f"{listed}, ... ({len(names)} in all)"

@@ -1,0 +1,214 @@
+"""Steps, losses and weights that are not finite: skipped within a limit, logged as what they are, never saved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import WorkerPool
+from tiny import pad_batch, random_dataset, tiny_config, training_arguments
+from transformers import TrainerCallback
+
+from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.nonfinite import FiniteLosses
+
+# Every layout divides the weights in another way.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2 zero1": {}, "dp2 zero3": {"zero_stage": 3}, "tp2": {"tp_size": 2}, "pp2": {"pp_size": 2, "bf16": True},
+}  # fmt: skip
+COMMON = {
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "gradient_accumulation_steps": 2,
+    "save_total_limit": None,
+}
+
+
+def make(output_dir: str, callbacks: Any = (), **arguments: Any) -> NanotronTrainer:
+    args = NanotronTrainingArguments(**training_arguments(output_dir=output_dir, **{**COMMON, **arguments}))
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), parallel=args.parallel)
+    return NanotronTrainer(
+        model=model, args=args, train_dataset=random_dataset(64), eval_dataset=random_dataset(4),
+        data_collator=pad_batch, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+class Breaks(TrainerCallback):
+    """Makes the weights of one layer NaN after some step, on the ranks that hold them; mends them after another."""
+
+    def __init__(self, breaks: int, mends: int | None = None, name: str = "layers.1.mlp.up") -> None:
+        self.breaks, self.mends, self.name = breaks, mends, name
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for index, segment in enumerate(self.trainer.weights.segments):
+            if self.name in segment.name and state.global_step == self.breaks:
+                self.kept[index] = segment.master.detach().clone()
+                segment.master.data.fill_(float("nan"))
+            if index in self.kept and state.global_step == self.mends:
+                segment.master.data.copy_(self.kept[index])
+        if state.global_step in (self.breaks, self.mends):
+            self.trainer.weights.publish()
+            self.trainer.weights.wait()
+
+
+def breaking(output_dir: str, breaks: int, mends: int | None = None, **arguments: Any) -> NanotronTrainer:
+    callback = Breaks(breaks, mends)
+    callback.trainer = trainer = make(output_dir, [callback], skip_nonfinite_steps=True, **arguments)
+    return trainer
+
+
+def losses(trainer: NanotronTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def skips(output_dir: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Runs that skip: some steps in a row, and again; in log lines of one step and of three; with no end."""
+    out: dict[str, Any] = {}
+    trainer = breaking(output_dir, 2, 4, max_steps=7, max_skipped_steps=2, **sizes)
+    out["train_loss"], out["each"] = trainer.train().training_loss, losses(trainer)
+    trainer = breaking(output_dir, 2, 4, max_steps=6, max_skipped_steps=2, logging_steps=3, **sizes)
+    out["train_loss_by_3"], out["by_3"] = trainer.train().training_loss, losses(trainer)
+    trainer = breaking(output_dir, 0, None, max_steps=3, logging_nan_inf_filter=False, **sizes)
+    out["unfiltered"] = (trainer.train().training_loss, losses(trainer))
+    trainer = breaking(output_dir, 1, None, max_steps=50, max_skipped_steps=3, **sizes)
+    try:
+        trainer.train()
+    except ArithmeticError as error:
+        out["error"] = (type(error).__name__, str(error), trainer.state.global_step)
+    return out
+
+
+def skips_in_layouts(output_dir: str, names: list[str]) -> dict[str, Any]:
+    return {name: skips(f"{output_dir}/{name}", LAYOUTS[name]) for name in names}
+
+
+def test_skipped_steps(pool: WorkerPool, tmp_path: Path) -> None:
+    results = pool.run(2, skips_in_layouts, str(tmp_path), ["dp2 zero1", "tp2", "pp2"])
+    for got in (result[name] for result in results for name in result):
+        each = got["each"]
+        assert [math.isnan(loss) for loss in each] == [False, False, True, True, False, False, False]
+        finite = [loss for loss in each if not math.isnan(loss)]
+        assert got["train_loss"] == pytest.approx(sum(finite) / 5, rel=1e-6)
+        # Two finite losses and one that is not; then one that is not and two finite ones.
+        wanted = [(each[0] + each[1]) / 2, (each[4] + each[5]) / 2]
+        assert got["by_3"] == pytest.approx(wanted, rel=1e-5)
+        assert got["train_loss_by_3"] == pytest.approx(sum(wanted) / 2, rel=1e-5)
+        assert all(math.isnan(loss) for loss in (got["unfiltered"][0], *got["unfiltered"][1]))
+        kind, message, step = got["error"]
+        assert kind == "NonFiniteGradientError" and step in (4, 5)
+        for part in (
+            "step 5:", "4 steps in a row", "max_skipped_steps=3", "those of step 1", "not finite themselves",
+            "'model.layers.1.mlp.up_proj.weight'", "no checkpoint before it",
+        ):  # fmt: skip
+            assert part in message, message
+    assert len({result[name]["error"][1] for result in results for name in ["tp2"]}) == 1
+
+
+def saves(output_dir: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Saves a checkpoint, then has the weights broken, and tries to save in every way."""
+    trainer = breaking(output_dir, 3, None, max_steps=4, save_strategy="steps", save_steps=2, **sizes)
+    out: dict[str, Any] = {}
+    for name, act in {
+        "checkpoint": trainer.train,
+        "save_model": trainer.save_model,
+        "elsewhere": lambda: trainer.save_model(f"{output_dir}/elsewhere"),
+    }.items():
+        with pytest.raises(ArithmeticError) as error:
+            act()
+        out[name] = (type(error.value).__name__, str(error.value))
+    trainer.model.save_pretrained(f"{output_dir}/as-it-is")
+    return out
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(pool: WorkerPool, tmp_path: Path, async_save: bool) -> None:
+    names = ["dp2 zero1", "dp2 zero3"] if async_save else ["tp2", "pp2"]
+    messages = pool.run(2, saves_in_layouts, str(tmp_path), names, async_save)
+    for name in names:
+        assert messages[0][name] == messages[1][name]
+        out = tmp_path / name
+        for kind, message in messages[0][name].values():
+            assert kind == "NonFiniteWeightsError" and "'model.layers.1.mlp.up_proj.weight'" in message
+            assert f"Resume from {out / 'checkpoint-2'}" in message and "after step" in message
+        assert "checkpoint-4 is not saved" in messages[0][name]["checkpoint"][1]
+        assert (out / "checkpoint-2" / "committed.json").is_file() and not (out / "checkpoint-4").exists()
+        assert not (out / "model.safetensors").exists() and not (out / "elsewhere").exists()
+        assert list((out / "as-it-is").glob("*.safetensors"))
+
+
+def saves_in_layouts(output_dir: str, names: list[str], async_save: bool) -> dict[str, Any]:
+    return {name: saves(f"{output_dir}/{name}", {**LAYOUTS[name], "async_save": async_save}) for name in names}
+
+
+def other_ways(output_dir: str) -> dict[str, str]:
+    """Weights that no gradient has broken: an absurd learning rate, masters beyond bfloat16, a frozen weight."""
+    out: dict[str, str] = {}
+
+    def note(name: str, trainer: NanotronTrainer) -> None:
+        with pytest.raises(ArithmeticError) as error:
+            trainer.train()
+        out[name] = f"{type(error.value).__name__}: {error.value}"
+
+    each_step = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    note("rate", make(f"{output_dir}/rate", learning_rate=3e38, weight_decay=100.0, optim="sgd", **each_step))
+    trainer = make(f"{output_dir}/bf16", bf16=True, learning_rate=0.0, **each_step)
+    for segment in trainer.weights.segments:
+        if "norm" in segment.name:
+            segment.master.data.fill_(torch.finfo(torch.float32).max)
+    note("bf16", trainer)
+    args = NanotronTrainingArguments(**training_arguments(output_dir=f"{output_dir}/frozen", **COMMON, **each_step))
+    model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), parallel=args.parallel)
+    model.model.embed_tokens.weight.data[5] = float("nan")  # a token that does not occur
+    model.model.embed_tokens.weight.requires_grad = False
+    rows = random_dataset(8).map(lambda row: {name: [max(v, 6) if v > 0 else v for v in row[name]] for name in row})
+    note("frozen", NanotronTrainer(model=model, args=args, train_dataset=rows, data_collator=pad_batch))
+    return out
+
+
+def test_other_ways_to_lose_weights(pool: WorkerPool, tmp_path: Path) -> None:
+    (got,) = pool.run(1, other_ways, str(tmp_path))
+    for name in ("rate", "bf16", "frozen"):
+        assert got[name].startswith("NonFiniteWeightsError: checkpoint-1 is not saved"), got
+        assert "There is no checkpoint before it" in got[name]
+        assert not (tmp_path / name / "checkpoint-1").exists()
+    assert "'model.embed_tokens.weight'" in got["frozen"] and "norm" in got["bf16"]
+
+
+def test_sums_of_finite_losses() -> None:
+    losses, logged = FiniteLosses(torch.device("cpu")), torch.tensor(0.0)
+    nan = torch.tensor(float("nan"))
+    for loss, wanted in ((nan, 0.0), (torch.tensor(4.0), 8.0), (nan, 12.0), (torch.tensor(2.0), 12.0)):
+        logged += losses.add(loss, logged)
+        assert logged.item() == wanted  # the mean of the finite ones times the steps
+    assert losses.close() and losses.missing(12.0, 4) == 0.0
+    losses.add(nan, torch.tensor(0.0))
+    assert not losses.close() and losses.missing(12.0, 4) == 4.0 and math.isnan(losses.missing(0.0, 1))
+
+
+@pytest.mark.parametrize("value", [0, -1, "many", True, None, 2.5])
+def test_the_limit_is_a_number_of_steps(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match="max_skipped_steps="):
+        NanotronTrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_skipped_steps=value)
+
+
+def evaluates_unlabelled(output_dir: str) -> tuple[float, float]:
+    """A batch without labels has a loss of NaN, which Trainer leaves out of the mean; also while it trains."""
+    trainer = make(output_dir, max_steps=1, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
+    trainer.args.per_device_eval_batch_size = 2
+    rows = [dict(row) for row in random_dataset(4)]
+    for row in rows[:2]:
+        row["labels"] = [-100] * len(row["labels"])
+    trainer.eval_dataset = rows
+    trainer.train()
+    (during,) = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return during, trainer.evaluate()["eval_loss"]
+
+
+def test_evaluation_filters_the_same_while_training(pool: WorkerPool, tmp_path: Path) -> None:
+    ((during, after),) = pool.run(1, evaluates_unlabelled, str(tmp_path))
+    assert during == after and not math.isnan(after)
