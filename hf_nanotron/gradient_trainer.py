@@ -113,7 +113,7 @@ class GradientTrainer(Trainer):
         self._check_model()
         message = None
         try:
-            self._check_weights()
+            self._check_slots()
             self.weights.take_written(compare=True)
         except ValueError as error:
             message = str(error)
@@ -136,7 +136,7 @@ class GradientTrainer(Trainer):
 
     _slots: list[tuple[str, dict[str, Any], str, Any]]
 
-    def _check_weights(self) -> None:
+    def _check_slots(self) -> None:
         """Before a step, on the host alone: weights that a callback has replaced, or put hooks on.
 
         Raises:

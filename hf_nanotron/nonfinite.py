@@ -155,14 +155,14 @@ class FiniteTrainer(Trainer):
     # ---- weights ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_weights(f"checkpoint-{self.state.global_step}")
+        self._refuse_nonfinite_weights(f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._check_weights(f"the model in {output_dir or self.args.output_dir}")
+        self._refuse_nonfinite_weights(f"the model in {output_dir or self.args.output_dir}")
         super()._save(output_dir, state_dict)
 
-    def _check_weights(self, what: str) -> None:
+    def _refuse_nonfinite_weights(self, what: str) -> None:
         """
         Raises:
             NonFiniteWeightsError: on every rank, if a weight is not finite on any. Nothing is written.

@@ -308,7 +308,7 @@ class NanotronTrainer(
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
-        self._check_weights()
+        self._check_slots()
         loss = self._step.run(micro_batches, self.state.global_step)
         self._run_gradient_hooks()
         self._norm = global_norm(self.weights.segments, self.mesh)
