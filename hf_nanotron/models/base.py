@@ -16,15 +16,15 @@ from ..checkpoint.hub import save_hub_model
 from ..checkpoint.hub_layout import HubLayout
 from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
-from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
 from ..parallel.fully_sharded import FullyShardedWeights
-from ..parallel.loss import causal_lm_loss, linear_causal_lm_loss
+from ..parallel.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.random import LayerStreams
 from ..parallel.segment import ShardedWeights
 from ..parallel.spec import ShardSpec
+from ..parallel.vocabulary import gather_vocabulary
 from .anatomy import Anatomy
 from .attention import Attention
 from .head import LinearHead, Prediction, linear_head
@@ -59,6 +59,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         fp8: the FP8 copies of its weights, or None if it computes without.
         switches: what the user has said about recomputation, while a training run goes by its arguments.
         z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
+        vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not cut.
+        vocab_start: id of the first of ours.
     """
 
     mesh: ParallelMesh
@@ -80,6 +82,7 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
     switches: Switches | None = None
     z_loss: float = 0.0
     stock_class: type[PreTrainedModel]
+    vocab_sizes: tuple[int, ...]
     vocab_start: int
     head_is_cut: bool
 
@@ -185,6 +188,10 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         """The ranks that share the vocabulary."""
         return self.mesh.tp if self.head_is_cut else self.mesh.alone
 
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[..., V]` from this rank's slice of the vocabulary, on every tensor-parallel rank. Differentiable."""
+        return gather_vocabulary(logits, self._head_group, self.vocab_sizes)
+
     @functools.cached_property
     def linear_head(self) -> LinearHead | None:
         """The head, if the loss is fused with it while the model trains."""
@@ -202,6 +209,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
         if not fuses or self.linear_head is None:
             return self.stock_class.forward(view, **inputs)
         scale = self.linear_head.scale
+        # The largest slice counts: ranks have sums over each chunk, so all of them need the same chunks.
+        chunk = chunk_size(inputs["labels"].numel(), max(self.vocab_sizes) * self.dtype.itemsize)
 
         def loss(hidden: torch.Tensor, head: Linear) -> torch.Tensor:
             return linear_causal_lm_loss(
@@ -214,7 +223,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
                 inputs.get("num_items_in_batch"),
                 inputs.get("shift_labels"),
                 self.z_loss,
-                scale=scale,
+                chunk,
+                scale,
                 weight_gradient=head.weight_gradient,
             )
 
@@ -243,8 +253,8 @@ class ParallelModel(PreTrainedModel, GenerationMixin):
             if self.mixture is not None:
                 self.mixture.refresh(self)
             output = pipelined_forward(self, inputs, gather_logits)
-        if not self.training and gather_logits and self.head_is_cut and self.mesh.pp_size == 1:
-            output.logits = all_gather(cast(torch.Tensor, output.logits), self.mesh.tp, 2)
+        if not self.training and gather_logits and self.mesh.pp_size == 1:
+            output.logits = self.whole_logits(cast(torch.Tensor, output.logits))
         return output.to_tuple() if as_tuple else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

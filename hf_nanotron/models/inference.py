@@ -10,7 +10,6 @@ import torch.distributed as dist
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..parallel.collectives import all_gather
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.schedule import Action, build_table, forward_order
 
@@ -60,8 +59,8 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     if not gather_logits:
         logits = None
     else:
-        if logits is not None and model.head_is_cut:
-            logits = all_gather(logits, mesh.tp, logits.dim() - 1)
+        if logits is not None:
+            logits = model.whole_logits(logits)
         logits = _broadcast(logits, mesh.pp, last, mesh.device, model.dtype)
     return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 

@@ -91,7 +91,8 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     if mixture is not None:
         mixture.attach(model)
     model.head_is_cut = anatomy.head in plan.styles
-    model.vocab_start = specs[f"{anatomy.head}.weight"].ranges[0][0] if model.head_is_cut else 0
+    model.vocab_sizes = specs[f"{anatomy.head}.weight"].lengths
+    model.vocab_start = sum(model.vocab_sizes[: mesh.tp_rank]) if model.head_is_cut else 0
     model.hub_shapes, model.hub_owners, model.hub_layout = hub_shapes, owners, layout
     held = dict(model.named_parameters())
     model.shard_specs = {name: specs[name] for name in held}
