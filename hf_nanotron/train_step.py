@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from transformers.utils import logging
 
 from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
+from .models.logits import MicroBatch
+from .models.stage import Stage
 from .parallel.loss import IGNORE_INDEX
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
+from .step_loss import BatchStage, StepLoss
 
 logger = logging.get_logger(__name__)
 
@@ -37,13 +41,14 @@ class TrainStep:
         self.model, self.weights = model, weights
         self._tables: dict[int, tuple[Tick, ...]] = {}
 
-    def run(self, micro_batches: list[dict[str, Any]], step: int) -> torch.Tensor:
+    def run(self, micro_batches: list[dict[str, Any]], step: int, own_loss: StepLoss | None = None) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
         Args:
             micro_batches: this data-parallel rank's, each with `input_ids` and `labels` `[B, S]` on the device, and
                 `num_items_in_batch`, the predicted tokens over all micro-batches and data-parallel ranks.
             step: optimizer step, for the dropout streams.
+            own_loss: where the loss comes from; of a model that makes no logits, None.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -54,21 +59,35 @@ class TrainStep:
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
         masks = [router_mask(batch, multiple) for batch in micro_batches]
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
-        attention, documents = self._attention(micro_batches, multiple)
+        attention, documents = self._attention(micro_batches, multiple, own_loss)
+        own = model.own_columns
         inputs = [
-            {name: value for name, value in pad_sequence(batch, multiple).items() if name not in OURS}
-            | {"use_cache": False}
-            | told
-            for batch, told in zip(micro_batches, documents, strict=True)
+            {name: value for name, value in pad_sequence(batch, multiple, own).items() if name not in OURS}
+            for batch in micro_batches
         ]
+        handed: list[MicroBatch | None] = [None] * len(inputs)
+        stages: Sequence[Stage | BatchStage] = model.stages
+        if own_loss is not None:
+            given = [
+                {name: batch[name] for name in filled} for batch, filled in zip(micro_batches, inputs, strict=True)
+            ]
+            counts = [ROUTER_MASK not in batch for batch in micro_batches]
+            inputs, handed = map(list, zip(*map(own_loss.hand_over, given, inputs, counts), strict=True))
+            if own_loss.of_batch is not None:
+                stages = [BatchStage(model, stage, own_loss.of_batch) for stage in model.stages]
+        inputs = [one | {"use_cache": False} | told for one, told in zip(inputs, documents, strict=True)]
         table = self._table(len(inputs))
         splits = model.parallel.splits_backward
         ends = "W" if splits else "B"  # what computes the weight gradients of a micro-batch
         last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
 
         def on_forward(action: Action) -> None:
+            model.micro_batch = handed[action.micro_batch]
+            place = action.micro_batch * mesh.dp_size + mesh.dp_rank  # among all micro-batches of the step
+            if model.noise is not None:
+                model.noise.begin(step, place, micro_batches[action.micro_batch]["input_ids"].shape[1])
             if model.streams is not None:
-                model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
+                model.streams.begin(step, place)
             if model.mixture is not None:
                 model.mixture.before_forward(masks[action.micro_batch], tokens[action.micro_batch])
 
@@ -87,14 +106,20 @@ class TrainStep:
         def weight_gradients(action: Action) -> None:
             self.weights.run_deferred(action.stage, action.micro_batch, action == last[action.stage])
 
+        reports: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if model.mixture is not None and own_loss is not None and own_loss.of_outputs is not None:
+            reports = model.mixture.reporting()
         if model.fp8 is not None:
             model.fp8.begin()
         try:
-            with attention:
+            with attention, reports:
                 losses = model.executor.run(
-                    table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
+                    table, stages, inputs, on_forward, before_backward, after_backward, weight_gradients
                 )
         finally:  # what a step says of itself must not outlive it, also one that fails
+            model.micro_batch = None
+            if model.noise is not None:
+                model.noise.end()
             if model.streams is not None:
                 model.streams.end()
             if model.mixture is not None:
@@ -105,7 +130,7 @@ class TrainStep:
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 
     def _attention(
-        self, micro_batches: list[dict[str, Any]], multiple: int
+        self, micro_batches: list[dict[str, Any]], multiple: int, own_loss: StepLoss | None
     ) -> tuple[contextlib.AbstractContextManager[None], list[dict[str, torch.Tensor]]]:
         """Under which attention to run the window, and what each micro-batch tells it.
 
@@ -116,6 +141,8 @@ class TrainStep:
         stock = contextlib.nullcontext(), nothing
         if model.attention is None:
             return stock
+        if not model.plain_forward or (own_loss is not None and own_loss.of_batch is not None):
+            return stock  # the user's code may call the model with another mask than the batch has
         for batch in micro_batches:
             plain = {name: value for name, value in batch.items() if name not in OURS}
             documents = batch[DOCUMENTS] if DOCUMENTS in batch else documents_of(plain, multiple)
@@ -150,8 +177,11 @@ def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:
     return mask if mask is None or not missing else F.pad(mask, (0, missing))
 
 
-def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
+def pad_sequence(batch: dict[str, Any], multiple: int, left: Collection[str] = ()) -> dict[str, Any]:
     """Fill sequences up on the right to a multiple of `multiple` tokens, without changing the loss.
+
+    Args:
+        left: columns that are left as they are.
 
     Raises:
         ValueError: if the batch holds a `[B, S, ...]` tensor that it does not know how to fill.
@@ -163,7 +193,7 @@ def pad_sequence(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
     padded = dict(batch)
     for name, tensor in batch.items():
         bounds = name.startswith("cu_seq_lens")  # of the documents in a packed row, for kernels that read nothing else
-        if name in OURS or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
+        if name in OURS or name in left or not isinstance(tensor, torch.Tensor) or (tensor.dim() < 2 and not bounds):
             continue
         if name not in PADDING or tensor.dim() != 2:
             raise ValueError(

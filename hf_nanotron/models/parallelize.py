@@ -31,7 +31,9 @@ from ..parallel.spec import ShardSpec
 from .anatomy import Anatomy, blocks, decoder_layers, dissect
 from .base import ParallelModel, parallel_class
 from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS
+from .hooks import users_hooks
 from .mixture import make_mixture
+from .own_forward import check_class_forward
 from .plan import Plan, is_experts, make_plan
 from .shard import swap_layers, tensor_specs
 from .stage import ABSENT, AbsentLayer, Stage, put_stand_in, stand_in
@@ -63,6 +65,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     if not is_causal or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not a causal language model; hf_nanotron trains those.")
 
+    check_class_forward(model)
     anatomy = dissect(model)
     _refuse_what_cannot_work(model, mesh)
     tied = _tied_names(model, anatomy)
@@ -79,6 +82,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
         mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
 
     mixture = make_mixture(model, mesh, plan)
+    head_is_hooked = bool(users_hooks(cast(nn.Module, model.get_output_embeddings())))
 
     _take_weights_of_rank_0(model, mesh)
     if mesh.pp_size > 1:
@@ -90,7 +94,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.mesh, model.anatomy, model.mixture = mesh, anatomy, mixture
     if mixture is not None:
         mixture.attach(model)
-    model.head_is_cut = anatomy.head in plan.styles
+    model.head_is_cut, model.head_is_hooked = anatomy.head in plan.styles, head_is_hooked
     model.vocab_sizes = specs[f"{anatomy.head}.weight"].lengths
     model.vocab_start = sum(model.vocab_sizes[: mesh.tp_rank]) if model.head_is_cut else 0
     model.hub_shapes, model.hub_owners, model.hub_layout = hub_shapes, owners, layout

@@ -191,6 +191,12 @@ class Stage:
             inputs: keyword arguments of the stock `forward`; `labels` count on the last stage only.
             received: what the previous stage sent (None on the first).
         """
+        output = self._compute(inputs, received)
+        if self.is_last and self._model.training and self._model.micro_batch is not None:
+            self._model.micro_batch.finish(output)
+        return output
+
+    def _compute(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         for copied in self._copied:
             copied.training = self._model.training
             for module in copied.children():
@@ -211,7 +217,10 @@ class Stage:
             return output
         if not self.is_last:
             return (*output, packed)
-        output.loss = output.loss + mixture.loss(packed, self._model.training)
+        if mixture.reports_loss:
+            output["aux_loss"] = mixture.aux_loss(packed, self._model.training)
+        else:
+            output.loss = output.loss + mixture.loss(packed, self._model.training)
         return output
 
     def _run(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
@@ -220,8 +229,11 @@ class Stage:
             self._input.received = received
         if self.is_last:
             return self._model.stock_forward(self._view, **inputs)
-        ignored = ("labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict")
+        ignored = {"labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict"}
+        ignored |= self._model.own_columns
         base = self._view if len(self._copied) == 1 else self._copied[1]
+        if self._model.training and self._model.micro_batch is not None:
+            inputs = self._model.micro_batch.fill(inputs)
         base(**{name: value for name, value in inputs.items() if name not in ignored})
         assert self._output is not None
         boundary = self._output.recorded
