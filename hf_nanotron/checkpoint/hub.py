@@ -213,7 +213,7 @@ def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Ten
     """The whole tensor on the group's first rank (`part` itself where that is all), None on the others."""
     if spec.dim is None or group.size == 1:
         return part if group.rank == 0 else None
-    part = part.contiguous()
+    part = spec.padded(part).contiguous()  # ranks exchange tensors of one shape
     parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == 0 else None
     dist.gather(part, parts, dst=group.ranks[0], group=group.handle)
     return None if parts is None else spec.assemble(parts)

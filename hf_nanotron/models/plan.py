@@ -126,7 +126,7 @@ def _cut_styles(model: PreTrainedModel, anatomy: Anatomy, found: list[tuple[str,
                     styles[join(path, name)] = style
     styles.pop(anatomy.head, None)
     if model.config.get_text_config().model_type not in WHOLE_HEAD:
-        styles[anatomy.head] = "colwise"
+        styles[anatomy.head] = "vocabulary"
         styles[anatomy.embedding] = "vocabulary"
     return styles
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from ..parallel.experts import ParallelExperts, experts_class
 from ..parallel.mesh import ParallelMesh
 from ..parallel.spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
 from ..parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_norm_class, vocab_parallel_class
+from ..parallel.vocabulary import vocabulary_parts
 from .anatomy import Anatomy, join
 from .families import KEY_HEADS, LOCAL_KEY_HEADS, LOCAL_QUERY_HEADS, QUERY_GROUPS, QUERY_HEADS
 from .plan import Plan, is_experts
@@ -101,10 +103,15 @@ def _parts(
             return joined_parts(sections, [query * width, key * width, key * width])
         count = key if leaf in KEY_HEADS else query
         return head_parts(count, size // count, tp_size)
+    if style == "vocabulary":
+        if size < tp_size:
+            raise ValueError(f"tp_size={tp_size} is more than the vocabulary of {size}; {_works(model, plan)}")
+        return vocabulary_parts(size, tp_size)
     packed = 2 if style.startswith("packed") else 1
     if size % (packed * tp_size):
-        what = "vocabulary" if style == "vocabulary" else f"features of {owner!r}"
-        raise ValueError(f"tp_size={tp_size} does not divide the {size // packed} {what}; {_works(model, plan)}")
+        raise ValueError(
+            f"tp_size={tp_size} does not divide the {size // packed} features of {owner!r}; {_works(model, plan)}"
+        )
     half = size // packed
     return joined_parts([even_parts(half, tp_size)] * packed, [half] * packed)
 
@@ -144,18 +151,21 @@ def _is_fused(plan: Plan) -> bool:
 def _works(model: PreTrainedModel, plan: Plan) -> str:
     """The sizes that everything in the model allows, not only what was in the way."""
     counts = {head_counts(model, model.get_submodule(region)) for region in plan.regions} - {None}
-    cuts = set()
+    cuts, vocabulary = set(), sys.maxsize
     for name, style in plan.styles.items():
         leaf = name.rpartition(".")[2]
         if leaf not in (*QUERY_HEADS, *KEY_HEADS) and style not in WITHOUT_SIZE:
             module: Any = _get(model, name)
             weight = module if isinstance(module, torch.Tensor) else module.weight
             size = weight.shape[_cut_dim(style, weight is module, weight.dim())]
+            if style == "vocabulary":
+                vocabulary = min(vocabulary, size)
+                continue
             cuts.add(size // 2 if style.startswith("packed") else size)
-    most = max((query for query, _ in cast(Iterable[tuple[int, int]], counts)), default=max(cuts))
+    most = max((query for query, _ in cast(Iterable[tuple[int, int]], counts)), default=max(cuts, default=vocabulary))
     works = [
         n
-        for n in range(1, most + 1)
+        for n in range(1, min(most, vocabulary) + 1)
         if all(_heads_fit(*count, n, plan) for count in counts if count) and not any(size % n for size in cuts)
     ]
     return f"tp_size works as one of {works}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -130,7 +131,8 @@ def plan_buckets(
         key = (stage_of[name], shard_group(specs[name], mesh).ranks, rest_group(specs[name], mesh).ranks)
         names = open_members.setdefault(key, [])
         names.append(name)
-        if 4 * sum(parameters[n].numel() for n in names) >= bucket_bytes:
+        # By the largest part of any rank: all of them close, and reduce, the same buckets in the same order.
+        if 4 * sum(prod(specs[n].longest_shape) for n in names) >= bucket_bytes:
             close(open_members.pop(key))
     for names in open_members.values():
         close(names)

@@ -270,7 +270,8 @@ def linear_causal_lm_loss(
         weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
         bias: `[V_local]` or None.
         labels, start, group, num_items_in_batch, shift_labels, z_loss: as in `causal_lm_loss`.
-        chunk: tokens at a time; chosen if None, see `chunk_size`.
+        chunk: tokens at a time, the same on every rank of `group`; chosen if None (see `chunk_size`), for slices of one
+            length.
         scale: what the head's output is multiplied by.
         weight_gradient: where the weight's gradient is accumulated, if it takes products in a forward
             (`EarlyWeightGradient`); autograd then sees none. Else autograd gets it in the dtype of `weight`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -51,10 +51,23 @@ class ShardSpec:
         return self.rank == 0 if self.dim is None else self.parts.index(self.ranges) == self.rank
 
     @property
-    def local_shape(self) -> tuple[int, ...]:
+    def lengths(self) -> tuple[int, ...]:
+        """Of `dim`, how much each rank of the axis holds; of an uncut tensor, the first dimension."""
         if self.dim is None:
-            return self.global_shape
-        length = sum(stop - start for start, stop in self.ranges)
+            return self.global_shape[:1]
+        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.parts)
+
+    @property
+    def longest_shape(self) -> tuple[int, ...]:
+        """The shape of the largest part of any rank."""
+        return self._with_length(max(self.lengths)) if self.dim is not None else self.global_shape
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return self._with_length(self.lengths[self.rank]) if self.dim is not None else self.global_shape
+
+    def _with_length(self, length: int) -> tuple[int, ...]:
+        assert self.dim is not None
         return (*self.global_shape[: self.dim], length, *self.global_shape[self.dim + 1 :])
 
     def slice(self, whole: torch.Tensor) -> torch.Tensor:
@@ -64,8 +77,16 @@ class ShardSpec:
         pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
+    def padded(self, part: torch.Tensor) -> torch.Tensor:
+        """A part of `local_shape`, filled up with zeros to `longest_shape`; itself where that is the same."""
+        if part.shape == self.longest_shape:
+            return part
+        filled = part.new_zeros(self.longest_shape)
+        filled.narrow(cast(int, self.dim), 0, self.local_shape[cast(int, self.dim)]).copy_(part)
+        return filled
+
     def assemble(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor from the parts of all ranks of the axis in rank order."""
+        """The whole tensor from the parts of all ranks of the axis in rank order. What pads them is left out."""
         if self.dim is None:
             return parts[0]
         whole = parts[0].new_empty(self.global_shape)
