@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from .custom_loss import LossTrainer
 from .data.loader import DataParallelLoader, DataParallelStream
 from .data.same_data import check_same_data
 from .data.window_check import WindowCheck
@@ -53,7 +53,7 @@ def is_stream(loader: Any) -> bool:
     return isinstance(getattr(loader, "dataset", None), DataParallelStream)
 
 
-class EvaluatingTrainer(Trainer):
+class EvaluatingTrainer(LossTrainer):
     """A Trainer whose evaluation loop reads each sample once and joins results over data-parallel ranks alone."""
 
     mesh: ParallelMesh
@@ -95,24 +95,21 @@ class EvaluatingTrainer(Trainer):
         correct_speed(output.metrics or {}, self._rounds)
         return output
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Loss of one evaluation batch: the mean over its own tokens, as one process computes it."""
-        outputs = model(**inputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         if self._description is None:  # called by hand
             self._compare(inputs, "prediction_step")
-        if prediction_loss_only and "labels" in inputs:
+        if prediction_loss_only and "labels" in inputs and not self._has_own_loss:
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
             return loss.detach(), None, None
         inputs = {**inputs, "use_cache": False}
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._evaluates = True
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._evaluates = False
         self._own_outputs = (logits, labels) if self._preprocess_logits is not None else None
         return loss, logits, labels
 

@@ -78,7 +78,8 @@ class FiguresTrainer(Trainer):
             args.gradient_accumulation_steps,
             model.dtype.itemsize,
             len(self._recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
-            fused_head=model.linear_head is not None,
+            fused_head=model.linear_head is not None and not model.makes_logits,
+            whole_logits=model.makes_logits,
             selective=args.activation_checkpointing_policy == "selective",
         )
         moments = moment_bytes(self.optimizer, self.weights)

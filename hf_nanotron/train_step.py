@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from transformers.utils import logging
 
 from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
-from .models.stage import LOSS_WEIGHT
+from .models.logits import MicroBatch
+from .models.stage import LOSS_WEIGHT, Stage
 from .padding import pad_sequence
 from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
+from .parallel.mesh import ParallelMesh
 from .parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from .parallel.segment import ShardedWeights
+from .step_loss import BatchStage, StepLoss
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +41,7 @@ class TrainStep:
         self.model, self.weights = model, weights
         self._tables: dict[int, tuple[Tick, ...]] = {}
 
-    def run(self, micro_batches: list[dict[str, Any]], step: int) -> torch.Tensor:
+    def run(self, micro_batches: list[dict[str, Any]], step: int, own_loss: StepLoss | None = None) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
         Args:
@@ -45,6 +49,7 @@ class TrainStep:
                 and `labels` `[B, S]` on the device, and `num_items_in_batch`, the predicted tokens over all
                 micro-batches and data-parallel ranks; perhaps `LOSS_WEIGHT`.
             step: optimizer step, for the dropout streams.
+            own_loss: where the loss comes from; of a model that makes no logits, None.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -53,25 +58,37 @@ class TrainStep:
         model.train()
         self.weights.begin()
         multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
-        if model.anatomy.is_foreign and model.linear_head is None:
-            refuse_filling(micro_batches, multiple, type(model).__name__)
         masks = [router_mask(batch, multiple) for batch in micro_batches]
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
-        attention, documents = self._attention(micro_batches, multiple)
+        attention, documents = self._attention(micro_batches, multiple, own_loss)
+        own = model.own_columns
         inputs = [
-            {name: value for name, value in pad_sequence(batch, multiple, OURS).items() if name not in OURS}
-            | {"use_cache": False}
-            | told
-            for batch, told in zip(micro_batches, documents, strict=True)
+            {name: value for name, value in pad_sequence(batch, multiple, (*OURS, *own)).items() if name not in OURS}
+            for batch in micro_batches
         ]
+        handed: list[MicroBatch | None] = [None] * len(inputs)
+        stages: Sequence[Stage | BatchStage] = model.stages
+        if own_loss is not None:
+            given = [
+                {name: batch[name] for name in filled} for batch, filled in zip(micro_batches, inputs, strict=True)
+            ]
+            counts = [ROUTER_MASK not in batch for batch in micro_batches]
+            inputs, handed = map(list, zip(*map(own_loss.hand_over, given, inputs, counts), strict=True))
+            if own_loss.of_batch is not None:
+                stages = [BatchStage(model, stage, own_loss.of_batch) for stage in model.stages]
+        inputs = [one | {"use_cache": False} | told for one, told in zip(inputs, documents, strict=True)]
         table = self._table(len(inputs))
         splits = model.parallel.splits_backward
         ends = "W" if splits else "B"  # what computes the weight gradients of a micro-batch
         last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
 
         def on_forward(action: Action) -> None:
+            model.micro_batch = handed[action.micro_batch]
+            place = action.micro_batch * mesh.dp_size + mesh.dp_rank  # among all micro-batches of the step
+            if model.noise is not None:
+                model.noise.begin(step, place, batch_shape(micro_batches[action.micro_batch])[1])
             if model.streams is not None:
-                model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
+                model.streams.begin(step, place)
             if model.mixture is not None:
                 model.mixture.before_forward(masks[action.micro_batch], tokens[action.micro_batch])
 
@@ -90,14 +107,20 @@ class TrainStep:
         def weight_gradients(action: Action) -> None:
             self.weights.run_deferred(action.stage, action.micro_batch, action == last[action.stage])
 
+        reports: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if model.mixture is not None and own_loss is not None and own_loss.of_outputs is not None:
+            reports = model.mixture.reporting()
         if model.fp8 is not None:
             model.fp8.begin()
         try:
-            with attention:
+            with attention, reports:
                 losses = model.executor.run(
-                    table, model.stages, inputs, on_forward, before_backward, after_backward, weight_gradients
+                    table, stages, inputs, on_forward, before_backward, after_backward, weight_gradients
                 )
         finally:  # what a step says of itself must not outlive it, also one that fails
+            model.micro_batch = None
+            if model.noise is not None:
+                model.noise.end()
             if model.streams is not None:
                 model.streams.end()
             if model.mixture is not None:
@@ -108,7 +131,7 @@ class TrainStep:
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=mesh.device)
 
     def _attention(
-        self, micro_batches: list[dict[str, Any]], multiple: int
+        self, micro_batches: list[dict[str, Any]], multiple: int, own_loss: StepLoss | None
     ) -> tuple[contextlib.AbstractContextManager[None], list[dict[str, torch.Tensor]]]:
         """Under which attention to run the window, and what each micro-batch tells it.
 
@@ -119,6 +142,8 @@ class TrainStep:
         stock = contextlib.nullcontext(), nothing
         if model.attention is None:
             return stock
+        if not model.plain_forward or (own_loss is not None and own_loss.of_batch is not None):
+            return stock  # the user's code may call the model with another mask than the batch has
         for batch in micro_batches:
             plain = {name: value for name, value in batch.items() if name not in (*OURS, LOSS_WEIGHT)}
             documents = batch[DOCUMENTS] if DOCUMENTS in batch else documents_of(plain, multiple)
@@ -143,36 +168,18 @@ class TrainStep:
         return self._tables[num_micro_batches]
 
 
-def weigh(
-    micro_batches: list[dict[str, Any]], fillers: list[bool], model: ParallelModel, accepts_count: bool
-) -> list[dict[str, Any]]:
-    """`micro_batches` of a step, with what their losses are multiplied by, where the model does not see to it itself.
+def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
+    """`micro_batches` of a step of a model that returns the mean over each: they weigh equally, as in Trainer.
 
-    A model that does not take `num_items_in_batch` returns the mean over a micro-batch: each weighs equally, over all
-    data-parallel ranks, as in Trainer. Ranks of one replica do the same, and all data-parallel ranks take part.
+    All data-parallel ranks together.
 
     Args:
-        fillers: which of them only keep this rank in step. A mean over no tokens may be nan, which no factor mends, so
-            they get labels, and weigh nothing.
-        accepts_count: Trainer's `model_accepts_loss_kwargs`.
+        fillers: which of them only keep this rank in step.
     """
-    if accepts_count and (model.linear_head is not None or not any(fillers)):
-        return micro_batches
-    device = model.mesh.device
-    weight = torch.ones((), device=device)
-    if not accepts_count:
-        own = torch.full((), float(len(fillers) - sum(fillers)), device=device)
-        weight = 1 / all_reduce(own, model.mesh.dp)
-    weighed: list[dict[str, Any]] = []
-    for batch, is_filler in zip(micro_batches, fillers, strict=True):
-        if is_filler:
-            zeros: dict[str, Any] = {
-                name: torch.zeros_like(batch[name]) for name in ("labels", "shift_labels") if name in batch
-            }
-            weighed.append({**batch, **zeros, LOSS_WEIGHT: torch.zeros_like(weight)})
-        else:
-            weighed.append({**batch, LOSS_WEIGHT: weight})
-    return weighed
+    own = torch.full((), float(len(fillers) - sum(fillers)), device=mesh.device)
+    weight = 1 / all_reduce(own, mesh.dp)
+    inputs = [{k: v for k, v in batch.items() if k != "num_items_in_batch"} for batch in micro_batches]
+    return [{**batch, LOSS_WEIGHT: weight} for batch in inputs]
 
 
 def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:
@@ -183,18 +190,3 @@ def router_mask(batch: dict[str, Any], multiple: int) -> torch.Tensor | None:
         mask = batch.get("attention_mask")
         mask = ones_like_tokens(batch) if mask is None or mask.dim() != 2 else mask
     return mask if mask is None or not missing else F.pad(mask, (0, missing))
-
-
-def refuse_filling(micro_batches: list[dict[str, Any]], multiple: int, name: str) -> None:
-    """Refuse to fill sequences up for a model that may do more with its tokens than predict labels.
-
-    Raises:
-        ValueError: with the lengths.
-    """
-    lengths = [length for batch in micro_batches if (length := batch_shape(batch)[1]) % multiple]
-    if lengths:
-        raise ValueError(
-            f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {lengths[0]}, and "
-            f"the code of {name} may count tokens that only fill it up. Pad in the collator "
-            f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
-        )

@@ -30,6 +30,7 @@ from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
 from .models.fp8 import use_fp8
+from .models.neftune import set_noise
 from .models.parallelize import parallelize
 from .models.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
 from .models.selfcheck import compare, try_whole
@@ -95,11 +96,13 @@ class NanotronTrainer(
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._link: OptimizerLink | None = None
         super().__init__(model, args, *positional, **kwargs)
+        self.neftune_noise_alpha = None  # Trainer's own hook would draw other noise on each rank
         self._set_up_training_state()
         if self.optimizer is not None:
             self.create_optimizer()
         self._open_remote()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
+        together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self.add_callback(self.throughput)
         self.add_callback(FreezeGarbage())
@@ -259,6 +262,8 @@ class NanotronTrainer(
             recompute_wholly(self.model, self._recomputed, self._recompute_options)
         self._take_written()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
+        together(self.mesh, "checking the loss", self._check_loss)
+        set_noise(self.model, self.args.neftune_noise_alpha, self.args.seed)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()
@@ -294,8 +299,9 @@ class NanotronTrainer(
             )
         # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
         micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
-        fillers = [isinstance(batch, FillerBatch) for batch, _ in self._window]
-        micro_batches = weigh(micro_batches, fillers, self.model, self.model_accepts_loss_kwargs)
+        if not (self.model.makes_logits or self._is_scaled or self.model_accepts_loss_kwargs):
+            fillers = [isinstance(batch, FillerBatch) for batch, _ in self._window]
+            micro_batches = weigh(micro_batches, fillers, self.mesh)
         multiple = self.mesh.tp_size if self.mesh.parallel.sequence_parallel else 1
         for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
             if self.model.attention is not None:
@@ -309,7 +315,7 @@ class NanotronTrainer(
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
         self._check_slots()
-        loss = self._step.run(micro_batches, self.state.global_step)
+        loss = self._step.run(micro_batches, self.state.global_step, self._step_loss(batches))
         self._run_gradient_hooks()
         self._norm = global_norm(self.weights.segments, self.mesh)
         is_finite = self._judge(self._norm, loss)
@@ -330,12 +336,18 @@ class NanotronTrainer(
         self.throughput.add_tokens(told[1], length)
         return self._filtered(told[0].float())
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        if self._evaluates:
+            return self._items_of_batch(batch_samples[0])
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.model.switches = Switches.read(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
             gc.unfreeze()
+            set_noise(self.model, None, 0)
             if self.model.switches is not None:
                 self.model.switches.restore(self.model)
                 self.model.switches = None
@@ -366,11 +378,6 @@ class NanotronTrainer(
         )
 
 
-REFUSED_ARGUMENTS = {
-    "compute_loss_func": "the loss is computed over the sharded vocabulary, where no rank has whole logits",
-}
-
-
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse the Trainer arguments that cannot be honoured.
 
@@ -379,10 +386,6 @@ def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     """
     if positional:
         raise ValueError("NanotronTrainer takes `model` and `args` by position and the rest by name.")
-    for name, reason in REFUSED_ARGUMENTS.items():
-        value = kwargs.get(name)
-        if value is not None and value != (None, None):
-            raise ValueError(f"NanotronTrainer does not take `{name}`: {reason}.")
     if kwargs.get("optimizer_cls_and_kwargs") is not None:
         check_elementwise(kwargs["optimizer_cls_and_kwargs"][0], "optimizer_cls_and_kwargs")
     optimizer, scheduler = kwargs.get("optimizers") or (None, None)

@@ -285,11 +285,19 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
         _at_least_one, "it is the number of micro-batches in a step", "an integer of at least 1"
     ),
     "label_smoothing_factor": Refused(
-        (0,), "the loss over the sharded vocabulary has no smoothing", "label_smoothing_factor=0"
+        lambda value, _: isinstance(value, int | float) and 0 <= value < 1,
+        "it is the share of the probability that is spread over the vocabulary",
+        "a number from 0 to below 1",
     ),
     "fp16": Refused((False,), "it needs loss scaling, which is not built", "bf16=True"),
-    "bf16_full_eval": Refused((False,), "evaluation already runs in the compute precision", "bf16=True"),
-    "fp16_full_eval": Refused((False,), "evaluation already runs in the compute precision", "bf16=True"),
+    "bf16_full_eval": Refused(
+        lambda value, args: not value or args.bf16,
+        "evaluation runs on the weights that are trained, which are fp32 without bf16",
+        "bf16=True, under which evaluation is in bfloat16",
+    ),
+    "fp16_full_eval": Refused(
+        (False,), "evaluation runs on the weights that are trained, which are never fp16", "bf16=True"
+    ),
     "torch_compile_mode": Refused(
         (None, "default", "max-autotune-no-cudagraphs"),
         "weight gradients are accumulated in memory of which a CUDA graph would know nothing",
@@ -300,10 +308,14 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     "use_liger_kernel": Refused((False,), "it replaces layers that the shards own", "use_liger_kernel=False"),
     "liger_kernel_config": Refused((None,), "it configures use_liger_kernel, which is refused", "None"),
     "neftune_noise_alpha": Refused(
-        (None,), "its hook on the embedding would draw other noise on every topology", "dropout in the model's config"
+        lambda value, _: value is None or (isinstance(value, int | float) and value > 0),
+        "it is the size of the noise on embeddings",
+        "a number above 0, or None",
     ),
     "auto_find_batch_size": Refused(
-        (False,), "one rank cannot restart a step that the others are in", "a smaller per_device_train_batch_size"
+        (False,),
+        "a rank that runs out of memory cannot restart a step in which the others wait for it",
+        "a smaller per_device_train_batch_size; the log says at the start what a step takes",
     ),
     "eval_use_gather_object": Refused((False,), "evaluation gathers tensors", "labels that are tensors"),
     "save_on_each_node": Refused(

@@ -263,8 +263,6 @@ def test_a_parallel_model_is_not_cut_again(mesh: ParallelMesh) -> None:
     model = parallelize(stock_model("llama"), mesh)
     with pytest.raises(ValueError, match="parallel already"):
         parallelize(model, mesh)
-    with pytest.raises(ValueError, match="sharded vocabulary"):
-        model.loss_function = lambda *_: None
     with pytest.raises(ValueError, match="`mesh` was made for other sizes"):
         AutoModelForCausalLM.from_config(tiny_config(), ParallelConfig(sequence_parallel=False), mesh=mesh)
 
@@ -289,7 +287,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: build_trainer(AutoModelForCausalLM.from_config(tiny_config(), ParallelConfig(sequence_parallel=False))),
         r"the model was made for .*`parallel=args.parallel`",
     ),
-    "loss": (lambda: build_trainer(compute_loss_func=lambda *_: None), "`compute_loss_func`.*sharded vocabulary"),
     "optimizers": (
         lambda: build_trainer(optimizers=(torch.optim.SGD([nn.Parameter(torch.ones(1))]), None)),
         "optimizers: 1 of its 1 parameters are not parameters of the model.*named_parameters",

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from pool import WorkerPool
 from tiny import History, random_dataset, tiny_config, train_parallel, train_stock
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TOLERANCE = {"first loss": 1e-6, "loss": 2e-5, "norm": 1e-4}
@@ -51,7 +52,7 @@ def train(directory: str, sizes: dict[str, Any], accumulation: int) -> History:
 def compare(pool: WorkerPool, label: str, directory: str, dp: int, accumulation: int, **sizes: Any) -> None:
     world = dp * sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
     histories = pool.run(world, train, directory, sizes, accumulation)
-    expected = reference(directory, dp * accumulation)
+    expected = reference(directory, dp * accumulation, **{k: sizes[k] for k in ("loss",) if k in sizes})
     got = histories[0]
     assert len(got.losses) == len(expected.losses) == 5
     assert all(h.losses == got.losses and h.norms == got.norms for h in histories), "ranks report different figures"
@@ -152,6 +153,33 @@ def test_vocabularies_that_tp_does_not_divide(pool: WorkerPool, row: tuple[int, 
     label += " sp" if sizes.get("sequence_parallel", True) else ""
     label += f" zero {sizes['zero_stage']}" if dp > 1 else ""
     compare(pool, label, directory, dp, max(pp, 3 - dp), **{k: v for k, v in sizes.items() if k != "dp"})
+
+
+def token_weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Weighs a token by what the model thinks of it, and penalises logits: neither is a loss over slices."""
+    target = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+    logits = outputs.logits.flatten(0, 1)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return (losses * (-losses).exp().detach().add(0.5)).sum() / num_items_in_batch + 1e-3 * logits.square().mean()
+
+
+OWN_LOSS = {(1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (2, 2, 1), (1, 1, 4), (2, 2, 2)}
+
+
+@pytest.mark.parametrize(("pp", "dp", "tp"), TOPOLOGIES)
+def test_compute_loss_func(pool: WorkerPool, request: pytest.FixtureRequest, pp: int, dp: int, tp: int) -> None:
+    """A loss of the user's, from whole logits; test_custom_loss.py has every way to ask for one."""
+    if (pp, dp, tp) not in OWN_LOSS and not request.config.getoption("--full-matrix"):
+        pytest.skip("runs with --full-matrix")
+    schedules = [name for name in SCHEDULES if pp > 1 or name == "1f1b"]
+    schedule = schedules[(pp + dp + tp) % len(schedules)]
+    sizes = {"pp_size": pp, "tp_size": tp, "pp_schedule": schedule, "pp_virtual_stages": SCHEDULES[schedule]}
+    sizes |= {"zero_stage": (pp + tp) % 4 if dp > 1 else 1, "loss": token_weighted}
+    label = f"llama pp {pp} dp {dp} tp {tp} {schedule} compute_loss_func" + (
+        f" zero {sizes['zero_stage']}" if dp > 1 else ""
+    )
+    accumulation = max(pp + 1 if schedule == "interleaved_1f1b" else pp, 2)
+    compare(pool, label, llama_for(tp, pp * SCHEDULES[schedule]), dp, accumulation, **sizes)
 
 
 SPREAD: list[dict[str, Any]] = [

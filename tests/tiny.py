@@ -105,8 +105,8 @@ def training_arguments(**overrides: Any) -> dict[str, Any]:
     }
 
 
-def train_stock(checkpoint: str, dataset: Dataset, **overrides: Any) -> History:
-    """The reference: stock model, stock Trainer, one process."""
+def train_stock(checkpoint: str, dataset: Dataset, loss: Any = None, **overrides: Any) -> History:
+    """The reference: stock model, stock Trainer, one process. `loss` is a `compute_loss_func`."""
     history = History()
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     StockTrainer(
@@ -115,12 +115,13 @@ def train_stock(checkpoint: str, dataset: Dataset, **overrides: Any) -> History:
         train_dataset=dataset,
         data_collator=pad_batch,
         callbacks=[history],
+        compute_loss_func=loss,
     ).train()
     history.model = model  # type: ignore[attr-defined]
     return history
 
 
-def train_parallel(checkpoint: str, dataset: Dataset, **overrides: Any) -> History:
+def train_parallel(checkpoint: str, dataset: Dataset, loss: Any = None, **overrides: Any) -> History:
     """The same run through `NanotronTrainer`; call it on every rank."""
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
@@ -128,7 +129,12 @@ def train_parallel(checkpoint: str, dataset: Dataset, **overrides: Any) -> Histo
     history = History()
     model = ParallelAuto.from_pretrained(checkpoint, parallel=args.parallel)
     trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=pad_batch, callbacks=[history]
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=pad_batch,
+        callbacks=[history],
+        compute_loss_func=loss,
     )
     trainer.train()
     model.mesh.close()

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub import save_hub_model
@@ -32,10 +33,14 @@ from .anatomy import Anatomy
 from .attention import Attention
 from .calling import accepted, as_output
 from .cut import Cut, change_message
-from .head import LinearHead, Prediction, linear_head
+from .head import LinearHead, Prediction, is_plain, linear_head
+from .hooks import users_hooks
 from .inference import pipelined_forward, share_generators
+from .logits import MicroBatch, forward_with_logits
 from .methods import WholeModel
 from .mixture import Mixture
+from .neftune import EmbeddingNoise
+from .own_forward import own_columns
 from .prompts import check_prompts, refuse_foreign_ids
 from .stage import Stage
 from .switches import Switches
@@ -67,8 +72,13 @@ class ParallelModel(WholeModel, GenerationMixin):
         fp8: the FP8 copies of its weights, or None if it computes without.
         switches: what the user has said about recomputation, while a training run goes by its arguments.
         z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
+        needs_logits: make whole logits while training, for whoever computes the loss from them; set by the trainer.
+        noise: what is added to embeddings in training steps, or None.
+        micro_batch: the one that a trainer runs now, where `makes_logits`.
         vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not cut.
         vocab_start: id of the first of ours.
+        head_is_cut: whether the tensor-parallel ranks share the vocabulary.
+        head_is_hooked: whether the user had hooked the head before the model was cut, which a stage without it forgets.
     """
 
     mesh: ParallelMesh
@@ -90,10 +100,14 @@ class ParallelModel(WholeModel, GenerationMixin):
     fp8: WeightCopies | None = None
     switches: Switches | None = None
     z_loss: float = 0.0
+    needs_logits: bool = False
+    noise: EmbeddingNoise | None = None
+    micro_batch: MicroBatch | None = None
     stock_class: type[PreTrainedModel]
     vocab_sizes: tuple[int, ...]
     vocab_start: int
     head_is_cut: bool
+    head_is_hooked: bool
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -183,15 +197,39 @@ class ParallelModel(WholeModel, GenerationMixin):
 
     @property
     def loss_function(self) -> Any:
-        """The causal-LM loss over this rank's slice of the vocabulary; logits are never joined for it."""
-        return self._loss
+        """The causal-LM loss over this rank's slice of the vocabulary; logits are never joined for it.
+
+        Another function may be assigned. It is called with whole logits, as in the stock model.
+        """
+        return self.__dict__.get("called_loss", self._loss)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
-        raise ValueError(
-            "a parallel model computes its loss over the sharded vocabulary; a custom loss_function would see a slice "
-            "of the logits only. Train on one process with transformers.Trainer for a custom loss."
-        )
+        self._loss_function = value
+
+    @property
+    def own_loss(self) -> Any:
+        """What `loss_function` of the stock model would return."""
+        return super().loss_function
+
+    @functools.cached_property
+    def own_columns(self) -> frozenset[str]:
+        """Columns of a batch that the forward keeps for its loss: no stage but the last, and no layer, gets them."""
+        return own_columns(self, self.stock_class)
+
+    @functools.cached_property
+    def plain_forward(self) -> bool:
+        """Whether the forward returns what its loss function returns, of the logits that its head returns."""
+        return is_plain(self, self.stock_class)
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether whole logits are made, because the loss is not the plain one."""
+        if self.needs_logits or self.head_is_hooked or not self.plain_forward:
+            return True
+        if self.own_loss is not ForCausalLMLoss:
+            return True
+        return bool(users_hooks(cast(nn.Module, self.get_output_embeddings())))
 
     def _loss(
         self,
@@ -229,18 +267,20 @@ class ParallelModel(WholeModel, GenerationMixin):
         self, view: PreTrainedModel, loss_weight: torch.Tensor | None = None, **inputs: Any
     ) -> CausalLMOutputWithPast:
         """The forward that transformers (or the user) wrote, over `view`; logits are this rank's slice, or None where
-        the loss of a training model is fused with the head.
+        the loss of a training model is fused with the head, or whole where `makes_logits`.
 
         Args:
-            loss_weight: what the loss is multiplied by.
+            loss_weight: what the plain loss is multiplied by.
         """
-        has_labels = inputs.get("labels") is not None
+        has_labels, makes_logits = inputs.get("labels") is not None, self.makes_logits
         inputs = accepted(self.stock_class.forward, {**inputs, "return_dict": True})
-        wanted = self.training and self.fuses_loss and has_labels
+        wanted = self.training and self.fuses_loss and has_labels and not makes_logits
         fuses = wanted and inputs.get("logits_to_keep", 0) == 0 and self.linear_head is not None
         if self.training and isinstance(self.sharded, FullyShardedWeights):  # a fused head has its gradients by then
             self.sharded.gather_in_backward(view.get_output_embeddings(), not fuses)
         cast(ParallelModel, view).z_loss = self.z_loss  # a change of the model's does not reach into views
+        if makes_logits:
+            return forward_with_logits(self, view, inputs)
         if not fuses or self.linear_head is None:
             output = as_output(self.stock_class.forward(view, **inputs), has_labels)
             if has_labels and loss_weight is not None:
@@ -277,6 +317,11 @@ class ParallelModel(WholeModel, GenerationMixin):
                 f"logits were multiplied by {output.logits.scale}, and by {scale} when the model was tried: its config "
                 "has changed since. Make the model anew."
             )
+        if output.loss is not output.logits.loss or output.loss._version:
+            raise ValueError(
+                f"the forward of {self.stock_class.__name__} has changed its loss, which it did not when the model was "
+                "tried; set model.plain_forward = False, and it is handed whole logits."
+            )
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
     def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
@@ -296,7 +341,7 @@ class ParallelModel(WholeModel, GenerationMixin):
             if self.mixture is not None:
                 self.mixture.refresh(self)
             output = pipelined_forward(self, inputs, gather_logits)
-        if not self.training and gather_logits and self.mesh.pp_size == 1:
+        if not self.training and gather_logits and self.mesh.pp_size == 1 and not self.makes_logits:
             output.logits = self.whole_logits(cast(torch.Tensor, output.logits))
         return output.to_tuple() if as_tuple else output
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..ops.linear import Linear
 from .calling import ADDED, accepted, as_output
+from .own_forward import is_of_transformers, own_columns
 
 PROBED_TOKENS = 4
 
@@ -101,11 +102,27 @@ def linear_head(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> L
     name = next((name for name, child in model.named_children() if child is head), None)
     if name is None or not isinstance(head, Linear) or type(head).forward is not Linear.forward:
         return None
+    scale = _scale(model, stock_class, name)
+    return None if scale is None else LinearHead(name, scale)
+
+
+def is_plain(model: Any, stock_class: type[PreTrainedModel]) -> bool:
+    """Whether the forward's loss is that of the head's output. A forward of transformers' own is known to be.
+
+    Every rank of a pipeline finds the same, whichever modules it holds.
+    """
+    if is_of_transformers(stock_class.forward):
+        return True
+    return not own_columns(model, stock_class) and _scale(model, stock_class, model.anatomy.head) is not None
+
+
+def _scale(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str) -> float | None:
+    """What the stock forward multiplies logits by, if that is all that it does between the head and its loss."""
     try:
         scales = {_trial(model, stock_class, name, masked) for masked in (False, True)}
     except Exception:  # whatever stock code raises over stand-ins
         return None
-    return LinearHead(name, scales.pop()) if len(scales) == 1 else None
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str, masked: bool) -> float:
@@ -130,21 +147,26 @@ def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str
         if any(one is not other for one, other in zip(got, expected, strict=True)):
             raise ValueError("the loss is not that of the head's output and of the labels as they came.")
         scales.append(logits.scale)
-        return torch.zeros(())
+        return made
 
+    made = torch.zeros(())
     stand_in = _StandInHead(Prediction(loss), hidden.shape, cast(Linear, model.get_submodule(name)))
     output = _StandInOutput(hidden, getattr(model, "num_experts", None))
     modules = {child: stand_in if child == name else _StandIn(output) for child in model._modules}
     trial_class = type("Trial", (stock_class,), {"loss_function": property(lambda self: loss_function)})
     view: Any = object.__new__(trial_class)
     view.__dict__ = {**model.__dict__, "_modules": modules, "training": True}
-    inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": items, "shift_labels": shifted}
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "num_items_in_batch": items, "shift_labels": shifted}
     if masked:
         inputs["attention_mask"] = torch.ones_like(ids)
+    if hasattr(model, "router_aux_loss_coef"):
+        inputs["output_router_logits"] = False  # the loss over routers is added to what the forward returns
     # An older `forward` takes neither of the two last, and is then not called with `shift_labels`.
     inputs = accepted(stock_class.forward, {**inputs, "return_dict": True}, (*ADDED, "shift_labels"))
     expected = (loss, labels, inputs.get("num_items_in_batch"), inputs.get("shift_labels"))
     result = as_output(stock_class.forward(view, **inputs), has_labels=True)
+    if result.loss is not made or made._version:
+        raise ValueError("the loss function's result is changed before it is returned.")
     if len(scales) != 1 or stand_in.calls != 1 or not isinstance(result.logits, Prediction):
         raise ValueError("the head's output does not reach the loss, and the caller, once.")
     return scales[0]

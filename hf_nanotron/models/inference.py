@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import StaticLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.schedule import Action, build_table, forward_order
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .base import ParallelModel
 
 
-def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logits: bool) -> CausalLMOutputWithPast:
+def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logits: bool) -> Any:
     """One batch through all stages, without gradients; loss and logits on every rank.
 
     Args:
@@ -56,12 +56,18 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     if inputs.get("labels") is not None:
         loss = loss if loss is not None else torch.zeros((), device=mesh.device)
         dist.broadcast(loss, last, group=mesh.pp.handle)
+    aux_loss = None
+    if model.mixture is not None and model.mixture.reports_loss:
+        aux_loss = torch.zeros((), device=mesh.device) if output is None else output.aux_loss
+        dist.broadcast(aux_loss, last, group=mesh.pp.handle)
     if not gather_logits:
         logits = None
     else:
-        if logits is not None:
+        if logits is not None and not model.makes_logits:
             logits = model.whole_logits(logits)
         logits = _broadcast(logits, mesh.pp, last, mesh.device, model.dtype)
+    if aux_loss is not None:
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{OUTPUT_NAME: cache})
     return CausalLMOutputWithPast(loss=loss, logits=logits, **{OUTPUT_NAME: cache})
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Mixture:
         self._has_stock_loss = hasattr(model, "router_aux_loss_coef")
         self.routers: list[Router] = []
         self.experts: list[ParallelExperts] = []
-        self.counts_loads = False
+        self.counts_loads = self.reports_loss = False
         self._balancer: BiasBalancer | None = None
         self.mask: torch.Tensor | None = None
 
@@ -65,7 +66,16 @@ class Mixture:
 
     def adds_loss(self, inputs: dict[str, Any]) -> bool:
         """Whether a forward with `inputs` has losses over its routers."""
-        return self.losses is not None and inputs.get("labels") is not None
+        return self.losses is not None and (inputs.get("labels") is not None or self.reports_loss)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Inside the block, a forward without labels has its load-balancing loss in its output, as `aux_loss`."""
+        self.reports_loss = self.losses is not None and bool(self.losses.num_experts)
+        try:
+            yield
+        finally:
+            self.reports_loss = False
 
     def without_stock_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
@@ -89,7 +99,7 @@ class Mixture:
             if mask is None and missing:
                 mask = ones_like_tokens(inputs)
             if mask is not None:
-                mask = own_part(F.pad(mask, (0, missing)), self.mesh.tp, 1)
+                mask = own_part(F.pad(mask, (0, -mask.shape[1] % self.mesh.tp_size)), self.mesh.tp, 1)
         if self.counts_loads and training:
             self.loads.add(records, mask)
         if not self.adds_loss(inputs):
@@ -102,10 +112,18 @@ class Mixture:
     def loss(self, packed: torch.Tensor, training: bool) -> torch.Tensor:
         """What the last stage adds to the loss of the micro-batch."""
         assert self.losses is not None
+        return self._total(self.losses, packed, training)
+
+    def aux_loss(self, packed: torch.Tensor, training: bool) -> torch.Tensor:
+        """The load-balancing loss without its coefficient: what a stock forward without labels returns."""
+        assert self.losses is not None
+        return self._total(replace(self.losses, coefficient=1.0, z_coefficient=0.0), packed, training)
+
+    def _total(self, losses: RouterLosses, packed: torch.Tensor, training: bool) -> torch.Tensor:
         sums = RouterSums(packed)
         if self._is_parted(training):
-            return self.losses.total(sum_over_ranks(sums, self.mesh.tp))
-        return self.losses.total(sums, 1 / self.mesh.tp_size)
+            return losses.total(sum_over_ranks(sums, self.mesh.tp))
+        return losses.total(sums, 1 / self.mesh.tp_size)
 
     def _is_parted(self, training: bool) -> bool:
         """Whether the routers of this rank see a part of the tokens. Evaluation keeps sequences whole."""

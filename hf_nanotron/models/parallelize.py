@@ -36,6 +36,7 @@ from .base import ParallelModel, parallel_class
 from .cut import Cut, holding_weights
 from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
 from .foreign import why_not_causal
+from .hooks import users_hooks
 from .mixture import make_mixture
 from .plan import Plan, is_experts, make_plan
 from .shard import swap_layers, tensor_specs
@@ -83,6 +84,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
         mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
 
     mixture = make_mixture(model, mesh, plan)
+    head_is_hooked = bool(users_hooks(cast(nn.Module, model.get_output_embeddings())))
 
     _take_weights_of_rank_0(model, mesh)
     if mesh.rank == 0:
@@ -96,7 +98,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.mesh, model.anatomy, model.mixture = mesh, anatomy, mixture
     if mixture is not None:
         mixture.attach(model)
-    model.head_is_cut = anatomy.head in plan.styles
+    model.head_is_cut, model.head_is_hooked = anatomy.head in plan.styles, head_is_hooked
     model.vocab_sizes = specs[f"{anatomy.head}.weight"].lengths
     model.vocab_start = sum(model.vocab_sizes[: mesh.tp_rank]) if model.head_is_cut else 0
     model.hub_shapes, model.hub_owners, model.hub_layout = hub_shapes, owners, layout

@@ -231,6 +231,12 @@ class Stage:
             inputs: keyword arguments of the stock `forward`; `labels` count on the last stage only.
             received: what the previous stage sent (None on the first).
         """
+        output = self._compute(inputs, received)
+        if self.is_last and self._model.training and self._model.micro_batch is not None:
+            self._model.micro_batch.finish(output)
+        return output
+
+    def _compute(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         for copied in self._copied:
             copied.training = self._model.training
             for module in copied.children():
@@ -252,8 +258,11 @@ class Stage:
             return output
         if not self.is_last:
             return (*output, packed)
-        routers = mixture.loss(packed, self._model.training)
-        output.loss = output.loss + (routers if weight is None else routers * weight)
+        if mixture.reports_loss:
+            output["aux_loss"] = mixture.aux_loss(packed, self._model.training)
+        else:
+            routers = mixture.loss(packed, self._model.training)
+            output.loss = output.loss + (routers if weight is None else routers * weight)
         return output
 
     def _run(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
@@ -264,6 +273,8 @@ class Stage:
             return self._model.stock_forward(self._view, **inputs)
         assert self._output is not None
         model = self._model
+        if model.training and model.micro_batch is not None:
+            inputs = model.micro_batch.fill(inputs)
         if is_foreign_class(model.stock_class):
             # It may change what it hands to its backbone. What it does afterwards is for the last stage.
             self._output.ends = inputs.get("past_key_values") is None
@@ -271,7 +282,7 @@ class Stage:
             with contextlib.suppress(StageEnd):
                 model.stock_class.forward(self._view, **accepted(model.stock_class.forward, given))
         else:
-            ignored = ("labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict", LOSS_WEIGHT)
+            ignored = {"labels", "num_items_in_batch", "shift_labels", "logits_to_keep", "return_dict", LOSS_WEIGHT}
             base = self._view if len(self._copied) == 1 else self._copied[1]
             given = {name: value for name, value in inputs.items() if name not in ignored}
             base(**accepted(type(base).forward, given))

@@ -81,6 +81,7 @@ def activation_bytes(
     recomputed: float,
     fused_head: bool = False,
     selective: bool = False,
+    whole_logits: bool = False,
 ) -> int:
     """Estimate of what one rank keeps for backward, of a decoder run layer by layer with fused attention.
 
@@ -101,6 +102,7 @@ def activation_bytes(
         recomputed: the share of the layers that recompute their activations, from 0 to 1.
         selective: they keep products and attention (`models/recompute.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
+        whole_logits: whether the slices of the vocabulary are joined for the loss (`models/logits.py`).
     """
     text, tp = config.get_text_config(), parallel.tp_size
     text = max(layer_configs(text), key=_attention_elements, default=text)
@@ -122,6 +124,9 @@ def activation_bytes(
     if pp_rank != parallel.pp_size - 1:
         return tokens * kept
     norm, vocabulary = hidden * (4 + item) // cut, -(-text.vocab_size // tp)
+    if whole_logits:  # beside our slice; in 16 bits, the loss is computed from a copy in fp32
+        whole = text.vocab_size * (item + 8 if item == 4 else 2 * item + 12)
+        return tokens * (kept + norm + whole + (vocabulary * 2 * item if tp > 1 else 0))
     if not fused_head:
         return tokens * (kept + norm + vocabulary * (2 * item + 8))
     row = vocabulary * item

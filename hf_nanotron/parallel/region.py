@@ -236,11 +236,12 @@ def gather_before_head(head: nn.Module, group: Group, sequence_parallel: bool, i
     """Hand whole sequences to the output embedding.
 
     With a cut head every rank has a part of the gradient of the hidden states, without one every rank has all of it.
+    Whoever has joined the sequence already says so by an attribute of the head, `has_whole_input`.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         x, *rest = args
-        if sequence_parallel and module.training:
+        if sequence_parallel and module.training and not getattr(module, "has_whole_input", False):
             x = gather_sequence(x, group) if is_cut else join_sequence(x, group)
         elif is_cut:
             x = copy_to(x, group)

@@ -1,0 +1,33 @@
+"""Hooks that a user has put on a module, told from those of this package and of the libraries below it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+LIBRARIES = ("hf_nanotron", "torch", "transformers", "accelerate")
+TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def users_hooks(module: nn.Module) -> list[str]:
+    """Names of the functions that a user has hooked to `module` itself, forwards or backwards."""
+    hooks = [hook for table in TABLES for hook in getattr(module, table).values()]
+    return [_name(hook) for hook in hooks if _package(hook) not in LIBRARIES]
+
+
+def _function(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
+
+
+def _package(hook: Any) -> str:
+    function = _function(hook)
+    return str(getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+
+
+def _name(hook: Any) -> str:
+    function = _function(hook)
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -1,0 +1,173 @@
+"""Whole logits while a model trains: for a loss that is not the model's own.
+
+The last stage computes logits over its slice of the vocabulary, and joins the slices inside the call of the head, so
+that hooks on the head, the model's own `forward` and its loss function find what they would find in one process. Every
+tensor-parallel rank then computes the same loss, and the gradient of a slice is our slice of the whole gradient.
+
+Under sequence parallelism the `forward` sees sequences as the batch has them. They are filled up where they enter the
+backbone, and joined and cut to their length where they leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..parallel.collectives import join_sequence
+from .calling import as_output
+
+if TYPE_CHECKING:
+    from .base import ParallelModel
+
+Loss = Callable[[Any, torch.Tensor | None, Any], torch.Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """What a stage knows of the micro-batch that it trains on, besides the inputs of the model.
+
+    Attributes:
+        share: what its loss is multiplied by.
+        counts: False for one that only keeps this rank in step with others: its loss is zero, whatever computes it.
+        loss: what computes the loss from `(outputs, labels, items)` on the last stage; the model itself if None.
+        labels: for `loss`; the model is called without them.
+        items: for `loss`: the predicted tokens of the step.
+        filled: id of a tensor -> the same, filled up to a length that sequence parallelism can cut.
+        by_caller: whoever calls the model computes the loss, so the stage leaves it alone.
+        logits: those that the head made, whole.
+    """
+
+    share: float | torch.Tensor = 1.0
+    counts: bool = True
+    loss: Loss | None = None
+    labels: torch.Tensor | None = None
+    items: torch.Tensor | None = None
+    filled: dict[int, torch.Tensor] = field(default_factory=dict)
+    by_caller: bool = False
+    logits: torch.Tensor | None = None
+
+    def fill(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs`, each tensor of the batch filled up."""
+        return {name: self.filled.get(id(value), value) for name, value in inputs.items()}
+
+    def finish(self, output: Any) -> None:
+        """Put the loss of this micro-batch into the output of the last stage."""
+        if self.by_caller:
+            return
+        loss = self.loss(output, self.labels, self.items) if self.loss is not None and self.counts else output.loss
+        output.loss, self.logits = self.weigh(loss), None
+
+    def weigh(self, loss: Any) -> torch.Tensor:
+        """What is differentiated for `loss`.
+
+        Raises:
+            ValueError: for a loss that is no scalar, or that depends on no weight.
+        """
+        if not self.counts:
+            assert self.logits is not None
+            return self.logits.float().sum() * 0.0
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"a loss is a tensor of one element, but the loss of this micro-batch is {what}.")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss of this micro-batch has no gradient: it does not depend on the logits, or was computed from "
+                "a detached copy of them, so it would train nothing."
+            )
+        return loss.reshape(()) * self.share
+
+
+def forward_with_logits(model: ParallelModel, view: Any, inputs: dict[str, Any]) -> Any:
+    """The stock forward of `view`, whose head returns whole logits, and which calls its own loss function.
+
+    Logits and loss of a training model that computes in 16 bits are returned in fp32, as accelerate returns them.
+    """
+    micro_batch = model.micro_batch if model.training else None
+    with _whole_sequences(model, view, micro_batch), _whole_vocabulary(model, view, micro_batch) as made:
+        output = model.stock_class.forward(view, **inputs)
+    output = as_output(output, inputs.get("labels") is not None)
+    if output.get("logits") is None and made:
+        output["logits"] = made[-1]
+    for name in ("logits", "loss") if model.training else ():
+        value = output.get(name)
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            output[name] = value.float()
+    return output
+
+
+@contextmanager
+def _whole_vocabulary(model: ParallelModel, view: Any, micro_batch: MicroBatch | None) -> Iterator[list[torch.Tensor]]:
+    """Let the head of `view` join the slices of its output, and `view` call its own loss function."""
+    head = view.get_output_embeddings()
+    made: list[torch.Tensor] = []
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if micro_batch is not None and micro_batch.logits is not None and model.streams is not None:
+            raise ValueError(
+                "the model was called twice for one micro-batch: dropout masks follow from the place of a micro-batch "
+                "in the run, so both calls would draw the same ones; set the dropout of its config to 0."
+            )
+        logits = model.whole_logits(type(head).forward(head, *args, **kwargs))
+        made[:] = [logits]
+        if micro_batch is not None:
+            micro_batch.logits = logits
+        return logits
+
+    head.__dict__["forward"] = forward  # of this one object, for the time of one call
+    view.__dict__["called_loss"] = model.own_loss
+    try:
+        yield made
+    finally:
+        del head.__dict__["forward"], view.__dict__["called_loss"]
+
+
+@contextmanager
+def _whole_sequences(model: ParallelModel, view: Any, micro_batch: MicroBatch | None) -> Iterator[None]:
+    """Let the backbone of `view` take and return sequences as they are in the batch, under sequence parallelism."""
+    group, head = model.mesh.tp, view.get_output_embeddings()
+    if not model.training or group.size == 1 or not model.parallel.sequence_parallel:
+        yield
+        return
+    backbone = view.get_submodule(model.anatomy.backbone)
+    micro_batch = micro_batch or MicroBatch()
+    lengths: list[int] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim() > 1]
+        length = given[0].shape[1]  # of ids, or of what stands for their embeddings
+        lengths[:] = [length]
+        if length % group.size:
+            if any(id(x) not in micro_batch.filled for x in given if x.shape[1] == length):
+                raise ValueError(
+                    f"sequence_parallel needs sequences of a multiple of {group.size} tokens; this batch has {length}, "
+                    "and the model's forward, or compute_loss, calls its backbone with tensors of its own. Pad in the "
+                    f"collator (pad_to_multiple_of={group.size}) or use sequence_parallel=False."
+                )
+            args = tuple(micro_batch.filled.get(id(x), x) for x in args)
+            kwargs = micro_batch.fill(kwargs)
+        return args, kwargs
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        joined = output[0] if model.anatomy.is_foreign else join_sequence(output[0], group)  # behind the last layer
+        whole = joined[:, : lengths[0]]
+        if isinstance(output, tuple):
+            return (whole, *output[1:])
+        output.last_hidden_state = whole
+        return output
+
+    hooks = (
+        backbone.register_forward_pre_hook(enter, with_kwargs=True),
+        backbone.register_forward_hook(leave),
+    )
+    head.__dict__["has_whole_input"] = True  # for the hook that would gather it
+    try:
+        yield
+    finally:
+        del head.__dict__["has_whole_input"]
+        for hook in hooks:
+            hook.remove()
