@@ -128,7 +128,7 @@ RULED_VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "optim_args": (["betas=0.9", "weight_decay=0.1", "momentum"], [""]),
     "optim_target_modules": (["all-linear", ["attn"]], []),
     "gradient_accumulation_steps": ([0, 1.5], [4]),
-    "label_smoothing_factor": ([-0.1, 1, "0.1"], [0.1]),
+    "label_smoothing_factor": ([-0.1, 1], [0.1]),
     "fp16": ([True], []),
     "bf16_full_eval": ([True], []),
     "fp16_full_eval": ([True], []),

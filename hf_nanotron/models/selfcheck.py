@@ -73,7 +73,8 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
     def run() -> float:
         inputs = {"input_ids": ids.to(device), "labels": ids.to(device), "use_cache": False, "return_dict": True}
         with torch.no_grad(), _Mode(model), _telling_forms(model):
-            output = as_output(model(**accepted(model.forward, inputs)), has_labels=True)
+            # Not by a call of the model, whose hooks are for `custom_loss` to judge.
+            output = as_output(model.forward(**accepted(model.forward, inputs)), has_labels=True)
         return float(output.loss)
 
     loss = torch.tensor(together(mesh, "a forward of the whole model", run), dtype=torch.float64, device=mesh.device)
