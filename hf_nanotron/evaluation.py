@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,12 +26,11 @@ class EvaluatingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._valid_rows: tuple[int, ...] = ()
         self._evaluated_rows = 0
-        self._own_outputs: tuple[Any, Any] | None = None
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._evaluated_rows = 0
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output = super().evaluation_loop(CountedBatches(dataloader, self._count_rows), *args, **kwargs)
         if isinstance(getattr(dataloader, "dataset", None), DataParallelStream):
             # A stream has no length, and Trainer counts what this rank saw of it.
             output = output._replace(num_samples=self._evaluated_rows)
@@ -47,18 +46,19 @@ class EvaluatingTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
-        counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
-        self._valid_rows = tuple(counts.tolist())
-        self._evaluated_rows += sum(self._valid_rows)
         if prediction_loss_only and "labels" in inputs:
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
             return loss.detach(), None, None
         inputs = {**inputs, "use_cache": False}
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._own_outputs = (logits, labels) if self._preprocess_logits is not None else None
-        return loss, logits, labels
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _count_rows(self, inputs: Any) -> None:
+        """Which rows of the batches of a round, one on each data-parallel rank, are results."""
+        rows = 0 if isinstance(inputs, FillerBatch) else (find_batch_size(inputs) or 0)
+        counts = all_gather(torch.tensor([rows], device=self.mesh.device), self.mesh.dp, 0)
+        self._valid_rows = tuple(counts.tolist())
+        self._evaluated_rows += sum(self._valid_rows)
 
     @property
     def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
@@ -71,9 +71,13 @@ class EvaluatingTrainer(Trainer):
 
     def _preprocess_own_logits(self, padded_logits: Any, padded_labels: Any) -> Any:
         """Trainer pads to the longest batch of the round first; a maximum, say, would make tokens of that padding."""
-        assert self._preprocess_logits is not None and self._own_outputs is not None
-        result = self._preprocess_logits(*self._own_outputs)
-        self._own_outputs = None
+        assert self._preprocess_logits is not None
+        filled = _filled_up(padded_logits)
+
+        def cut(data: torch.Tensor) -> torch.Tensor:
+            return data[:, : data.shape[1] - filled] if filled and data.dim() > 1 else data
+
+        result = self._preprocess_logits(recursively_apply(cut, padded_logits), recursively_apply(cut, padded_labels))
         return recursively_apply(self._pad_to_longest, result)
 
     def _pad_to_longest(self, data: torch.Tensor) -> torch.Tensor:
@@ -103,3 +107,37 @@ class EvaluatingTrainer(Trainer):
         padded = torch.cat((own, own.new_zeros((most - own.shape[0], *own.shape[1:]))))
         parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
         return torch.cat([part[:rows] for part, rows in zip(parts, self._valid_rows, strict=True)])
+
+
+class CountedBatches:
+    """A loader that shows each batch to `count` before it hands it out, so that no prediction step has to."""
+
+    def __init__(self, loader: Any, count: Callable[[Any], None]) -> None:
+        self.loader, self.count = loader, count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        on_host = getattr(self.loader, "host_batches", None)
+        for batch in self.loader if on_host is None else on_host():
+            self.count(batch)
+            yield batch
+
+
+def _filled_up(logits: Any) -> int:
+    """How many positions Trainer has added at the end of dimension 1: whole ones of its filling value."""
+    first = _first_tensor(logits)
+    if first is None or first.dim() < 2 or not first.shape[1]:
+        return 0
+    is_filled = (first == IGNORE_INDEX).flatten(2).all(2).all(0) if first.dim() > 2 else (first == IGNORE_INDEX).all(0)
+    return int(is_filled.flip(0).cumprod(0).sum())
+
+
+def _first_tensor(data: Any) -> torch.Tensor | None:
+    while isinstance(data, list | tuple | dict) and data:
+        data = next(iter(data.values())) if isinstance(data, dict) else data[0]
+    return data if isinstance(data, torch.Tensor) else None

@@ -99,7 +99,7 @@ class RollCall:
                 continue
             hopeless, working = self._ask(scope, number, ranks)
             missing = {**hopeless, **working}
-            what = "; ".join(f"rank {rank} {where}" for rank, where in list(sorted(missing.items()))[:8])
+            what = "; ".join(f"rank {rank} {where}" for rank, where in sorted(missing.items())[:8])
             came = ", ".join(str(rank) for rank in ranks if rank not in missing)
             if missing and (not working or any(where == ENDED for where in hopeless.values())):
                 self._end(key, f"{name} must be called on every rank; only rank {came} came: {what}.")
