@@ -292,7 +292,7 @@ KINDS |= {"batches": {"kwargs": {"compute_loss_func": mean_of_batch}}}
 
 
 def test_each_rank_weighs_equally(pool: WorkerPool) -> None:
-    """`average_tokens_across_devices=False`: a rank's function gets its own count, and ranks are averaged, as in DDP."""
+    """`average_tokens_across_devices=False`: a rank's function gets its own count; ranks are averaged, as in DDP."""
     each = {"average_tokens_across_devices": False, "gradient_accumulation_steps": 1}
     got = pool.run(2, run, ("plain", "tokens", "batches"), checkpoint(), each)[0]
     assert max(errors(got["tokens"], got["plain"]).values()) < 2e-5
