@@ -1,4 +1,4 @@
-"""Whether the ranks that hold copies of a weight hold the same numbers: a script may have set it on some ranks alone."""
+"""Whether ranks that hold copies of a weight hold the same numbers: a script may have set it on some ranks alone."""
 
 from __future__ import annotations
 
