@@ -37,6 +37,7 @@ from .checkpoint.training_state import (
 )
 from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
+from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
 from .same_on_all_ranks import check_shared
@@ -53,6 +54,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
     args: NanotronTrainingArguments
     model: ParallelModel
     weights: ShardedWeights
+    _link: OptimizerLink | None
     _filters_losses: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +169,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """What this rank can do alone: the small files, and its part of the training state, still in its place."""
         if not self.args.save_only_model:
             assert self.optimizer is not None
-            self.weights.take_written()
+            self.weights.take_written(compare=self._link is not None and self._link.compares)
             save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh) + buffer_pieces(self.model)
             save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
             self._save_rng_state(str(save.directory))
