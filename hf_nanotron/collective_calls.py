@@ -32,7 +32,7 @@ class CollectiveTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         target = output_dir or self.args.output_dir or "."
         self.mesh.assemble("save_model", f" to {os.fspath(target)}")
-        if not kwargs.get("_internal_call"):  # a checkpoint's folder is in the directory that was looked at in the start
+        if not kwargs.get("_internal_call"):  # a checkpoint's folder is in a directory that was looked at
             check_shared(self.mesh, target, "output_dir")
         super().save_model(output_dir, *args, **kwargs)
 
