@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .checkpoint.buffers import buffer_pieces, load_buffers
+from .checkpoint.card import write_model_card
 from .checkpoint.commit import begin
 from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
 from .checkpoint.manager import check_together, choose_together, rotate
@@ -36,9 +37,12 @@ from .checkpoint.training_state import (
 )
 from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
+from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
+from .same_on_all_ranks import check_shared
 from .signals import StopSignals
+from .trainer_methods import is_overridden
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -50,6 +54,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
     args: NanotronTrainingArguments
     model: ParallelModel
     weights: ShardedWeights
+    _link: OptimizerLink | None
     _filters_losses: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -85,8 +90,15 @@ class CheckpointingTrainer(EvaluatingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write a Hub repository, all ranks together (see `save_hub_model`)."""
         directory = Path(output_dir or cast(str, self.args.output_dir))
+        check_shared(self.mesh, directory, "output_dir")
         save_hub_model(self.model, directory)
         self._save_companions(directory)
+
+    def create_model_card(self, language: str | None = None, **fields: Any) -> None:  # type: ignore[override]
+        """As `Trainer.create_model_card`, with the batch and parallel sizes of this run; on rank 0."""
+        if self.is_world_process_zero():
+            path = Path(cast(str, self.args.output_dir), "README.md")
+            write_model_card(self, self.mesh, path, language=language, **fields)
 
     def _save_companions(self, directory: Path) -> None:
         """Tokenizer and arguments, by rank 0."""
@@ -112,9 +124,13 @@ class CheckpointingTrainer(EvaluatingTrainer):
         what = f"saving {directory}"
         together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
         save = Save(directory, self.state.global_step, args.ddp_timeout)
-        together(mesh, what, lambda: write_hub_config(self.model, directory))
-        if args.save_hub_weights == "always" or self._is_last_save():
-            self._write_hub_weights(save)
+        writes_weights = args.save_hub_weights == "always" or self._is_last_save()
+        if writes_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
+            self.save_model(str(directory), _internal_call=True)  # as Trainer does
+        else:
+            together(mesh, what, lambda: write_hub_config(self.model, directory))
+            if writes_weights:
+                self._write_hub_weights(save)
         self._note_best(run)
         together(mesh, what, lambda: self._write_own_files(save))
         best = self.state.best_model_checkpoint
@@ -153,7 +169,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """What this rank can do alone: the small files, and its part of the training state, still in its place."""
         if not self.args.save_only_model:
             assert self.optimizer is not None
-            self.weights.take_written()
+            self.weights.take_written(compare=self._link is not None and self._link.compares)
             save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh) + buffer_pieces(self.model)
             save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
             self._save_rng_state(str(save.directory))

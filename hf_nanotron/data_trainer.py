@@ -99,6 +99,7 @@ class DataTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
+        loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
         if dataloader_key is not None and args.dataloader_persistent_workers:
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader

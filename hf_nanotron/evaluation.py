@@ -33,8 +33,8 @@ class AnnouncedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        number = 0
-        for number, batch in enumerate(self.loader, 1):
+        number, on_host = 0, getattr(self.loader, "host_batches", None)
+        for number, batch in enumerate(self.loader if on_host is None else on_host(), 1):
             self.tell(batch, number)
             yield batch
         self.tell(None, number + 1)
@@ -61,7 +61,6 @@ class EvaluatingTrainer(LossTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated: DataParallelLoader | None = None
-        self._own_outputs: tuple[Any, Any] | None = None
         self._description: str | None = None  # of the evaluation that is going on
         self._rounds = 0  # batches of this rank in the last one
         super().__init__(*args, **kwargs)
@@ -107,11 +106,9 @@ class EvaluatingTrainer(LossTrainer):
         inputs = {**inputs, "use_cache": False}
         self._evaluates = True
         try:
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._evaluates = False
-        self._own_outputs = (logits, labels) if self._preprocess_logits is not None else None
-        return loss, logits, labels
 
     def _announce(self, inputs: Any, number: int) -> None:
         """Tell all ranks of batch `number` of an evaluation, or of the end of its data."""
@@ -137,9 +134,13 @@ class EvaluatingTrainer(LossTrainer):
 
     def _preprocess_own_logits(self, padded_logits: Any, padded_labels: Any) -> Any:
         """Trainer pads to the longest batch of the round first; a maximum, say, would make tokens of that padding."""
-        assert self._preprocess_logits is not None and self._own_outputs is not None
-        result = self._preprocess_logits(*self._own_outputs)
-        self._own_outputs = None
+        assert self._preprocess_logits is not None
+        filled = _filled_up(padded_logits)
+
+        def cut(data: torch.Tensor) -> torch.Tensor:
+            return data[:, : data.shape[1] - filled] if filled and data.dim() > 1 else data
+
+        result = self._preprocess_logits(recursively_apply(cut, padded_logits), recursively_apply(cut, padded_labels))
         return recursively_apply(self._pad_to_longest, result)
 
     def _pad_to_longest(self, data: torch.Tensor) -> torch.Tensor:
@@ -176,3 +177,18 @@ class EvaluatingTrainer(LossTrainer):
         padded = torch.cat((own, own.new_zeros((max(counts) - own.shape[0], *own.shape[1:]))))
         parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
         return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
+
+
+def _filled_up(logits: Any) -> int:
+    """How many positions Trainer has added at the end of dimension 1: whole ones of its filling value."""
+    first = _first_tensor(logits)
+    if first is None or first.dim() < 2 or not first.shape[1]:
+        return 0
+    is_filled = (first == IGNORE_INDEX).flatten(2).all(2).all(0) if first.dim() > 2 else (first == IGNORE_INDEX).all(0)
+    return int(is_filled.flip(0).cumprod(0).sum())
+
+
+def _first_tensor(data: Any) -> torch.Tensor | None:
+    while isinstance(data, list | tuple | dict) and data:
+        data = next(iter(data.values())) if isinstance(data, dict) else data[0]
+    return data if isinstance(data, torch.Tensor) else None

@@ -53,10 +53,12 @@ class FiguresTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Trainer sums this over all ranks, so each rank that sees a batch reports its share of it."""
-        if isinstance(inputs, FillerBatch):
-            return 0
-        return super().floating_point_ops(inputs) // self.get_tp_size()
+        return 0 if isinstance(inputs, FillerBatch) else super().floating_point_ops(inputs)
+
+    def store_flos(self) -> None:
+        """Trainer sums over all ranks; those that see the same batch count once."""
+        self.current_flos /= self.get_tp_size()
+        super().store_flos()
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if self.args.include_num_input_tokens_seen == "no":

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .checkpoint.training_state import refuse_together
 from .models.base import ParallelModel
+from .models.cut import hook_message
 from .models.torch_hooks import weight_hook_message
 from .optim.gradients import GradientHook, GradientHooks, GradientPart, HookHandle, chosen_weights, parts_of
 from .optim.link import OptimizerLink
@@ -88,12 +89,13 @@ class GradientTrainer(Trainer):
         self._link.holds_gradients = True
 
     def _check_model(self) -> None:
-        """Refuse what was changed in the model that its weights cannot follow. All ranks together.
+        """Refuse hooks on gradients, and changes of the model that its weights cannot follow. All ranks together.
 
         Raises:
             ValueError: on every rank.
         """
         self.model.check_cut()
+        refuse_together(self.mesh, hook_message(self.model))
 
     def _note_frozen(self) -> None:
         """Let every rank know which weights of the whole model are frozen. All ranks together."""

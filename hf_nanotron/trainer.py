@@ -7,6 +7,7 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 from __future__ import annotations
 
 import gc
+import math
 from typing import Any, cast
 
 import torch
@@ -46,7 +47,9 @@ from .optim.norm import global_norm
 from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.mesh import ParallelMesh
+from .same_on_all_ranks import check_shared, compare_ranks, values_of
 from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
+from .trainer_methods import check_methods, is_overridden
 from .training_args import NanotronTrainingArguments
 from .training_args_policy import as_mapping
 from .training_args_recompute import layer_numbers, recomputes
@@ -90,13 +93,18 @@ class NanotronTrainer(
             )
         args.check()
         refuse_arguments(positional, kwargs)
+        check_methods(self)
         self._mesh: ParallelMesh | None = None
         if model is not None:
             model = self._parallel_model(model, args)
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._link: OptimizerLink | None = None
+        self._stepped = -1  # the last step that was run
+        if model is not None and args.save_strategy != "no":
+            check_shared(model.mesh, cast(str, args.output_dir), "output_dir")
         super().__init__(model, args, *positional, **kwargs)
         self.neftune_noise_alpha = None  # Trainer's own hook would draw other noise on each rank
+        compare_ranks(self.model.mesh, values_of(self))
         self._set_up_training_state()
         if self.optimizer is not None:
             self.create_optimizer()
@@ -224,18 +232,67 @@ class NanotronTrainer(
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         segments, order = self.weights.segments, list(self.model.hub_shapes)
         if self.optimizer is None:
-            state_dtype = getattr(torch, self.args.optim_state_dtype)
-            choice = self.optimizer_cls_and_kwargs or optimizer_choice(self.args, state_dtype)
             decayed = set(self.get_decay_parameter_names(self.model))
+            choice = self._optimizer_choice()
             self.optimizer = build_optimizer(segments, order, decayed, self.args.weight_decay, *choice)
         elif self._names:
             adopt_optimizer(self.optimizer, self._names, segments, order)
             self._names = {}
+        self._link_optimizer()
+        return self.optimizer
+
+    def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        if is_overridden(self, "get_optimizer_cls_and_kwargs"):
+            choice = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            check_elementwise(choice[0], "get_optimizer_cls_and_kwargs")
+            return choice
+        return optimizer_choice(self.args, getattr(torch, self.args.optim_state_dtype))
+
+    def _link_optimizer(self) -> None:
+        """Let the optimizer update this rank's segments, whoever has made it, over them or over the model."""
+        optimizer, segments = self.optimizer, self.weights.segments
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"create_optimizer must set self.optimizer; it is {type(optimizer).__name__}.")
+        masters = {segment.master for segment in segments}
+        if any(parameter not in masters for group in optimizer.param_groups for parameter in group["params"]):
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            adopt_optimizer(optimizer, names, segments, list(self.model.hub_shapes))
         if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
             self._link = OptimizerLink(self.optimizer, self.weights)
         self._link.compares = self._callbacks_read_weights()
         self._link.overlap = not self._link.compares
-        return self.optimizer
+
+    def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Any:
+        """The parameter group that updates a parameter of the model (or one of that name); without one, the parts of
+        parameters that each group updates on this rank.
+
+        Raises:
+            ValueError: without an optimizer, or for a parameter that none of its groups updates on this rank.
+        """
+        if param is None:
+            return super().get_optimizer_group()
+        if self.optimizer is None:
+            raise ValueError("there is no optimizer yet: call create_optimizer() or train() before.")
+        named = dict(self.model.named_parameters())
+        names = [name for name, parameter in named.items() if param is parameter or param == name]
+        masters = {segment.master for segment in self.weights.segments if segment.name in names}
+        for group in self.optimizer.param_groups:
+            if masters & set(group["params"]):
+                return group
+        if not names:
+            raise ValueError(f"{param if isinstance(param, str) else 'the tensor'} is no parameter of the model.")
+        raise ValueError(f"{names[0]} is updated by another rank, or frozen; its group has no part of it here.")
+
+    def get_num_trainable_parameters(self) -> int:
+        """Trainable parameters of the whole model, not of this rank."""
+        named = dict(self.model.named_parameters())
+        frozen = {self.model.shard_specs[name].name for name, p in named.items() if not p.requires_grad}
+        held = torch.tensor([float(name in frozen) for name in self.model.hub_shapes], device=self.mesh.device)
+        is_frozen = all_reduce(held, self.mesh.world).tolist()
+        sizes = [math.prod(shape) for shape in self.model.hub_shapes.values()]
+        return sum(size for size, count in zip(sizes, is_frozen, strict=True) if not count)
 
     def _callbacks_read_weights(self) -> bool:
         """Whether a callback of the user's is called between an optimizer step and the next forward."""
@@ -251,7 +308,7 @@ class NanotronTrainer(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         """Optimizer and scheduler; nothing wraps the model."""
-        self._window = []  # of a run that was broken off
+        self._window, self._stepped = [], -1  # of a run that was broken off
         if self.model is not self._step.model:  # `model_init` made a new one
             self._set_up_training_state()
         elif self.model.sharded is not self.weights:
@@ -267,6 +324,7 @@ class NanotronTrainer(
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()
+        self._link_optimizer()  # an override may have made its own
         self.create_scheduler(num_training_steps=max_steps)
         self.model_wrapped = self.model
         if resume_from_checkpoint is not None:
@@ -286,6 +344,16 @@ class NanotronTrainer(
 
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
+        if not self.is_in_train:
+            raise ValueError(
+                "training_step was called outside of train(): it collects the micro-batches of a step, and runs the "
+                "pipeline over all of them. Call train(max_steps=...), or model.eval() and the model for a loss alone."
+            )
+        if self._stepped == self.state.global_step:
+            raise ValueError(
+                "training_step was called again after the last micro-batch of a step, whose gradients are reduced by "
+                "then. Call super().training_step once for each batch; use gradient_accumulation_steps for more."
+            )
         self._finish_background_save(wait=False)
         self._before_micro_batch(inputs)
         self._window.append((inputs, num_items_in_batch))
@@ -314,6 +382,7 @@ class NanotronTrainer(
         mixture = self.model.mixture
         if mixture is not None:
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
+        self._stepped = self.state.global_step
         self._check_slots()
         loss = self._step.run(micro_batches, self.state.global_step, self._step_loss(batches))
         self._run_gradient_hooks()
@@ -342,6 +411,7 @@ class NanotronTrainer(
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        check_methods(self)  # also those put on it since it was made
         self.model.switches = Switches.read(self.model)
         try:
             return super().train(*args, **kwargs)
@@ -358,6 +428,11 @@ class NanotronTrainer(
         return self._norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        if self._stepped != self.state.global_step:
+            raise ValueError(
+                "training_step did not call super() for the last micro-batch of this step, with which the step runs. "
+                "To leave a batch out, give it labels of -100."
+            )
         return self._norm
 
     # ---- data ----

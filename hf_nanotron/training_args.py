@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
 
+from hf_nanotron.launch import check_launch
 from hf_nanotron.ops.fp8 import RECIPES
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.roll_call import attend
@@ -195,6 +196,7 @@ class NanotronTrainingArguments(TrainingArguments):
         self.pp_layers_per_stage = _layer_counts(self.pp_layers_per_stage)
         self.activation_checkpointing_layers = layer_numbers(self.activation_checkpointing_layers)
         self.check()
+        check_launch(os.environ)
         expected_world_size = _world_size()
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if getattr(self, name) is not None:

@@ -209,7 +209,7 @@ SECTIONS: list[tuple[list[str], str]] = [
     (["--dataset.path", "{tmp}/broken.jsonl"], "cannot be read"),
     (["--dataset.train_split", "train[:0]"], "cannot be read: Instruction"),
     (["--dataset.train_split=train", "--dataset.path", "{tmp}/none"], "has no samples"),
-    (["--dataset.train_split=train", "--dataset.path", "{tmp}/none.parquet"], "has no samples in its split 'train'"),
+    (["--dataset.train_split=train", "--dataset.path", "{tmp}/none.parquet"], "cannot be read: Instruction"),
     (["--dataset.path", "{tmp}/numbers.jsonl"], "dataset.text_column='text' cannot be tokenised"),
     (["--dataset.path", "null"], "dataset needs path"),
     (["--dataset.train_split", "nope"], "cannot be read"),

@@ -260,7 +260,7 @@ def test_weights_set_in_a_trainer_are_trained_on(
 ) -> None:
     """`load_state_dict` of whole tensors, and weights changed in place, between runs and by callbacks."""
     if how == "replaced" and sizes.get("zero_stage") == 3:
-        pytest.skip("refused, see below")
+        pytest.skip("torch gives a DTensor no other data")
     world, dp = world_of(sizes)
     values = {**sizes, "gradient_accumulation_steps": 2 // dp}
     new = new_weights()
@@ -332,16 +332,8 @@ def replacing(sizes: dict[str, Any]) -> dict[str, str | None]:
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.mul_(1.0 if model.mesh.rank == 0 else 2.0)
 
-    def other_data(model: Any) -> None:
-        change(model, HEAD, 0.5, "replaced")
-
-    actions = (other_data,) if sizes.get("zero_stage") == 3 else (parameter, module, added, data, alone)
-    return {action.__name__: run(action) for action in actions if action is not alone or "zero_stage" in sizes}
-
-
-def test_replaced_data_is_refused_where_it_is_divided(pool: WorkerPool) -> None:
-    messages = agree(pool.run(2, replacing, {"zero_stage": 3}))
-    assert HEAD in messages["other_data"] and "zero_stage=3 has divided" in messages["other_data"]
+    actions = (parameter, module, added, data, *((alone,) if "zero_stage" in sizes else ()))
+    return {action.__name__: run(action) for action in actions}
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp_size": 2}, {"zero_stage": 1}], ids=label)

@@ -31,7 +31,7 @@ from hf_nanotron.models.shard import tensor_specs
 # Relative to stock. A reduction that is left out or done twice misses them by three orders of magnitude.
 TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "gradient": 2e-5}
 # Whose gradients lose digits in the stock model already.
-ILL_CONDITIONED = {name: 1e-4 for name in KNOWN if name.startswith("gemma4")}
+ILL_CONDITIONED = {name: 1e-4 for name in KNOWN if name.startswith("gemma4") or name == "diffllama"}
 NO_STOCK = {"gemma3n": "timm"}  # what stock transformers needs to build it
 ROWS: dict[str, dict[str, Any]] = {}  # conftest.py prints and writes them when all tests have run
 TITLE = "families: cells of each layout"

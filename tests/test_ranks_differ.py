@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 from pool import WorkerPool
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, Trainer as StockTrainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_nanotron.launch import check_launch
 
 STEPS = 6
 
@@ -130,3 +139,164 @@ def test_flags_of_one_rank(pool: WorkerPool, tmp_path: Any) -> None:
     assert alone[0] == alone[1]
     for request, got, stock in zip(REQUESTS, alone[0], wanted, strict=True):
         assert got == LATER.get(request, stock), request
+
+
+# ---- what must agree ---------------------------------------------------------------------------------------------
+
+
+def made_differently(directory: str) -> None:
+    """A trainer whose rank 1 is given something else: refused on both ranks."""
+    from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+
+    rank = int(os.environ["RANK"])
+
+    def make(
+        settings: dict[str, Any], data: int = 4, config: dict[str, Any] | None = None, **arguments: Any
+    ) -> NanotronTrainer:
+        args = NanotronTrainingArguments(
+            **training_arguments(**{"output_dir": f"{directory}/same", "max_steps": 2, **settings})
+        )
+        set_seed(0)
+        return NanotronTrainer(
+            model=AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=1, **(config or {}))),
+            args=args,
+            train_dataset=random_dataset(4, length=4),
+            eval_dataset=random_dataset(data, length=4),
+            data_collator=pad_batch,
+            **arguments,
+        )
+
+    for name, values in (
+        ("learning_rate", (1e-3, 2e-3)),
+        ("max_steps", (2, 3)),
+        ("seed", (1, 2)),
+        ("save_steps", (5, 7)),
+        ("logging_steps", (1, 2)),
+        ("lr_scheduler_kwargs", ({}, {"num_cycles": 2})),
+    ):
+        with pytest.raises(ValueError, match=f"{name} differs between ranks: .*{values[0]!r}.* on rank 0.* on rank 1"):
+            make({name: values[rank]})
+    with pytest.raises(ValueError, match="output_dir"):
+        make({"output_dir": f"{directory}/{rank}"})
+    with pytest.raises(ValueError, match="the length of eval_dataset differs between ranks: 4 on rank 0; 5 on rank 1"):
+        make({}, data=4 + rank)
+    with pytest.raises(ValueError, match="model.config.rms_norm_eps differs"):
+        make({}, config={"rms_norm_eps": 1e-6 * (1 + rank)})
+    with pytest.raises(ValueError, match='compute_metrics differs between ranks: "given" on rank 0; "not given" on'):
+        make({}, compute_metrics=None if rank else len)
+    trainer = make({"report_to": "none", "disable_tqdm": bool(rank), "log_level": ("error", "warning")[rank]})
+    # In place of a disk that ranks do not share: one path, two directories.
+    link = Path(directory) / f"home-{rank}"
+    link.mkdir(exist_ok=True)
+    os.chdir(link)
+    with pytest.raises(ValueError, match="output_dir='out': .*is not to be seen.*rank 1"):
+        make({"output_dir": "out"})
+    with pytest.raises(ValueError, match="output_dir='out': .*is not to be seen.*rank 1"):
+        trainer.save_model("out")
+    (Path(directory) / "file").touch()
+    with pytest.raises(ValueError, match=r"file.*: .*Not a directory.* \(rank 0\)"):
+        make({"output_dir": f"{directory}/file/below"})
+    assert not list(Path(directory, "same").glob(".written*"))
+    with pytest.raises(ValueError, match="rank . calls save_model to .*, rank . calls evaluate over 4 samples"):
+        trainer.save_model(f"{directory}/saved") if rank else trainer.evaluate()
+    os.chdir("/")
+
+
+def test_what_must_agree(pool: WorkerPool, tmp_path: Any) -> None:
+    pool.run(2, made_differently, str(tmp_path))
+
+
+SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        (SRUN, "srun has started 4 processes .*torchrun"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun has started 2 processes"),
+        ({**SRUN, "SLURM_PROCID": "0"}, "export WORLD_SIZE=.SLURM_STEP_NUM_TASKS, RANK=.SLURM_PROCID"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun has started 2 processes"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "mpirun has started 2"),
+        ({**SRUN, "WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "0"}, None),  # torchrun under srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "2"}, None),
+        ({}, None),
+    ],
+)
+def test_launch(environment: dict[str, str], refused: str | None) -> None:
+    if refused is None:
+        check_launch(environment)
+        return
+    with pytest.raises(ValueError, match=refused):
+        check_launch(environment)
+
+
+# ---- ranks that come alone, in processes that end -------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import torch.distributed as dist
+from tiny import *
+from transformers import set_seed
+from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+
+args = NanotronTrainingArguments(**training_arguments(output_dir={directory!r}, max_steps=3), tp_size=2)
+set_seed(0)
+
+class Alone(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if {case!r} == "callback" and state.is_world_process_zero and state.global_step == 2:
+            trainer.save_model()
+
+trainer = NanotronTrainer(
+    model=AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=1)), args=args,
+    train_dataset=random_dataset(4, length=4), data_collator=pad_batch, callbacks=[Alone()],
+)
+began = time.monotonic()
+try:
+    if {case!r} == "callback":
+        trainer.train()
+    elif trainer.is_world_process_zero():
+        trainer.save_model()
+    if {case!r} == "barrier":
+        dist.barrier()
+except Exception as error:
+    after = time.monotonic() - began
+    print(f"SAID {{args.process_index}} {{after:.1f}} {{type(error).__name__}}: {{error}}", flush=True)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "where"),
+    [("end", "rank 1 has ended"), ("barrier", "rank 1 is in barrier"), ("callback", "rank 1 is in all_")],
+)
+def test_only_rank_0_comes(case: str, where: str, tmp_path: Path) -> None:
+    """`if trainer.is_world_process_zero(): trainer.save_model()` fails within seconds, wherever the others are."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path / "out"), case=case))
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**os.environ, **store, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=200)[0] for rank in ranks]
+    match = re.search(r"SAID 0 (\S+) ValueError: (.*)", said[0])
+    assert match is not None, said[0]
+    assert "save_model must be called on every rank; only rank 0 came: " + where in match[2]
+    assert float(match[1]) < 20
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

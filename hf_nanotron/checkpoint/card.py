@@ -9,15 +9,17 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary
 
+from .. import __version__
+from ..parallel.mesh import ParallelMesh
 
-def write_model_card(trainer: Trainer, parallel_sizes: dict[str, int], path: Path, **fields: Any) -> None:
-    """Write Trainer's card with the batch sizes that this run really had.
+
+def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields: Any) -> None:
+    """Write Trainer's card with the batch sizes that this run had, its parallel sizes, and our version.
 
     Trainer multiplies batch sizes by the number of processes, as if each read samples of its own.
 
     Args:
-        parallel_sizes: what to list besides, such as `tp_size`.
-        fields: of `transformers.modelcard.TrainingSummary.from_trainer`. Tags of an earlier card are kept.
+        fields: of `Trainer.create_model_card`. Tags of an earlier card are kept.
     """
     tags = fields.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
@@ -25,8 +27,18 @@ def write_model_card(trainer: Trainer, parallel_sizes: dict[str, int], path: Pat
         tags += [tag for tag in ModelCard.load(path).data.tags or [] if tag not in tags]
     fields = {"tasks": "text-generation", **{name: value for name, value in fields.items() if value is not None}}
     summary = TrainingSummary.from_trainer(trainer, **{**fields, "tags": tags})
-    for name in ("distributed_type", "total_eval_batch_size"):
-        summary.hyperparameters.pop(name, None)
-    summary.hyperparameters["total_train_batch_size"] = trainer.get_total_train_batch_size(trainer.args)
-    summary.hyperparameters.update({name: size for name, size in parallel_sizes.items() if size > 1})
-    path.write_text(summary.to_model_card(), encoding="utf-8")
+    figures = summary.hyperparameters
+    figures.pop("distributed_type", None)  # which says multi-GPU for CPUs, too
+    totals = {
+        "total_train_batch_size": trainer.get_total_train_batch_size(trainer.args),
+        "total_eval_batch_size": trainer.args.eval_batch_size * mesh.dp_size,
+    }
+    for (name, total), of_one in zip(totals.items(), ("train_batch_size", "eval_batch_size"), strict=True):
+        figures.pop(name, None)
+        if total != figures[of_one]:
+            figures[name] = total
+    sizes = {"tp_size": mesh.tp_size, "pp_size": mesh.pp_size, "dp_size": mesh.dp_size, "ep_size": mesh.ep_size}
+    figures.update({name: size for name, size in sizes.items() if size > 1})
+    task = fields["tasks"] if isinstance(fields["tasks"], str) else fields["tasks"][0]
+    text = summary.to_model_card().replace("---\n", f"---\npipeline_tag: {task}\n", 1)
+    path.write_text(f"{text.rstrip()}\n- hf-nanotron {__version__}\n", encoding="utf-8")

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..parallel.loss import IGNORE_INDEX
@@ -193,10 +194,15 @@ def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[Share]:
 
 
 class _MarkedDataset(torch.utils.data.Dataset):
-    """Hands a `Share` of indices on as a `Share` of samples."""
+    """Hands a `Share` of indices on as a `Share` of samples. Its other attributes are those of the user's dataset."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # asked for before there is one, by pickle
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -250,7 +256,10 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
             stream, to the rows of the batch.
         rounds: batches handed out in this iteration.
         is_finished: whether the batch handed out last is the last of the epoch.
+        device: where iterating over it puts batches; None leaves them on the host.
     """
+
+    device: torch.device | None = None
 
     def __init__(
         self, dataset: Any, collate: Callable[[list[Any]], Any], positions: bool = False, **kwargs: Any
@@ -283,6 +292,12 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self._source.start = position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches as Trainer's loader gives them: on `device`, if there is one."""
+        for batch in self.host_batches():
+            yield batch if self.device is None else send_to_device(batch, self.device, non_blocking=True)
+
+    def host_batches(self) -> Iterator[Any]:
+        """Batches on the host."""
         self.begin()
         self.position, self.is_finished = None, False
         self.rounds = self.samples = self.samples_read = 0
@@ -333,6 +348,6 @@ def build_loader(
             )
         stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions)
         return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)
-    assert sampler is not None
+    sampler = SequentialSampler(dataset) if sampler is None else sampler
     batches = DataParallelBatchSampler(sampler, batch_size, dp_rank, dp_size, drop_last, seed)
     return DataParallelLoader(_MarkedDataset(dataset), collate, positions, batch_sampler=batches, **kwargs)

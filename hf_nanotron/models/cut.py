@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .stage import ABSENT
 from .torch_hooks import module_hook_message, weight_hook_message
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Cut:
     """Of a stock model, when it was cut.
 
     Attributes:
-        modules: name -> module of this rank, for those that hold weights themselves.
+        modules: name -> module of this rank, for those that hold weights themselves, and their stand-ins.
         sizes: fields of its config.
         embeddings: names of the weights of its embeddings, on any rank.
         frozen: names of its frozen weights, on any rank. A trainer brings it up to date.
@@ -60,14 +61,18 @@ def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def holding_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, for those that hold parameters themselves."""
-    return {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+    """Name -> module, for those that hold parameters themselves, and for stand-ins of those."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ABSENT) or any(True for _ in module.parameters(recurse=False))
+    }
 
 
 def change_message(model: ParallelModel) -> str | None:
     """What was changed in `model` since it was cut that no weight could follow; None if nothing.
 
-    It names the first hook on a gradient, replaced module, new or lost weight, or changed size.
+    It names the first replaced module, new or lost weight, or changed size.
     """
     for name, size in sizes_of(model.config).items():
         if size != model.cut.sizes[name]:
@@ -91,7 +96,12 @@ def change_message(model: ParallelModel) -> str | None:
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != (shape := model.shard_specs[name].local_shape):
             return f"{name} has shape {tuple(parameter.shape)}; this rank's part of it is {shape}. {instead}"
-    if message := weight_hook_message(parameters.items()):
+    return None
+
+
+def hook_message(model: ParallelModel) -> str | None:
+    """Why hooks on gradients of `model` are refused; None if it has none that would not be called as in stock."""
+    if message := weight_hook_message(model.named_parameters()):
         return message
     bypassed = {model.anatomy.head, *(() if model.mesh.pp_size == 1 else (model.anatomy.backbone,))}
     return module_hook_message(model, model.mesh.tp_size, bypassed)

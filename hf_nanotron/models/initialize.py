@@ -23,6 +23,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.random import GeneratorState, seed_from, seed_generators
 from ..parallel.spec import ShardSpec
 from .base import ParallelModel
+from .methods import parameter_name
 from .stage import ABSENT
 
 SMALL = 1 << 16  # elements that a constructor may compute with
@@ -80,7 +81,7 @@ def _targets(
     targets: dict[str, list[tuple[str, torch.Tensor, ShardSpec | None]]] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False) if parameters else ():
-            spec = model.shard_specs[_held_name(model, name, leaf)]
+            spec = model.shard_specs[parameter_name(model, f"{name}.{leaf}", parameter)]
             source, _, there = spec.name.rpartition(".")
             targets.setdefault(source, []).append((there, parameter, spec))
         if isinstance(module, ABSENT):
@@ -177,15 +178,6 @@ def _without_large_tensors(kept: set[tuple[type[nn.Module], str]]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _held_name(model: ParallelModel, module: str, leaf: str) -> str:
-    """Key of `shard_specs` for a parameter that may be listed under the name it is tied to."""
-    name = f"{module}.{leaf}"
-    if name in model.shard_specs:
-        return name
-    parameter = model.get_parameter(name)
-    return next(other for other, candidate in model.named_parameters() if candidate is parameter)
 
 
 def common_seed(mesh: ParallelMesh) -> int:

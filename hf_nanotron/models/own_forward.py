@@ -34,8 +34,7 @@ def own_columns(model: Any, stock_class: type[PreTrainedModel]) -> frozenset[str
     if is_of_transformers(stock_class.forward):
         return frozenset()
     known = {"self", *OURS}
-    modules = [base for base in stock_class.__mro__ if issubclass(base, nn.Module)]
-    bases = [base.forward for base in modules if "forward" in vars(base)]
+    bases = [vars(base)["forward"] for base in stock_class.__mro__ if "forward" in vars(base)]
     for forward in (*filter(is_of_transformers, bases), model.get_submodule(_first(model.anatomy.backbone)).forward):
         known |= inspect.signature(forward).parameters.keys()
     named = inspect.signature(stock_class.forward).parameters.values()

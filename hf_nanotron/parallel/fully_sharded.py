@@ -237,17 +237,7 @@ class FullyShardedWeights:
             rows.copy_(value[start : start + len(rows)])
 
     def take_written(self, compare: bool = False) -> None:
-        """Nothing is to be taken over: the model's weights are the masters. With `compare`, check that they still are.
-
-        Raises:
-            ValueError: if the data of a parameter was replaced.
-        """
-        for segment in self.segments if compare else ():
-            if _local(self._parameters[segment.name]).data_ptr() != segment.master.data_ptr():
-                raise ValueError(
-                    f"the data of {segment.name} was replaced, which zero_stage=3 has divided over ranks; write into "
-                    "it (`copy_`, load_state_dict), or use zero_stage 0 to 2."
-                )
+        """Nothing: the model's weights are the masters. (torch gives a `DTensor` no other data.)"""
 
     def read_from_model(self) -> None:
         """Nothing: the model's weights are the masters."""

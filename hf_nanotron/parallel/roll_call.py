@@ -51,7 +51,8 @@ class RollCall:
         self._stamp, self._since = 0, 0.0
         self._stop = threading.Event()
         # A connection of its own: the other may be held by a rendezvous that waits for ever.
-        self._answering = threading.Thread(target=self._answer, args=(self._store.clone(),), daemon=True)
+        connection = self._store.clone()  # type: ignore[attr-defined]  # which torch's stubs leave out
+        self._answering = threading.Thread(target=self._answer, args=(connection,), daemon=True)
         self._answering.start()
         atexit.register(self._leave)
 
