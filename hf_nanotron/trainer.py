@@ -281,9 +281,10 @@ class NanotronTrainer(
         for group in self.optimizer.param_groups:
             if masters & set(group["params"]):
                 return group
-        if not names:
-            raise ValueError(f"{param if isinstance(param, str) else 'the tensor'} is no parameter of the model.")
-        raise ValueError(f"{names[0]} is updated by another rank, or frozen; its group has no part of it here.")
+        name = param if isinstance(param, str) else "".join(names)
+        if not names and name not in self.model.hub_shapes:
+            raise ValueError(f"{name or 'the tensor'} is no parameter of the model.")
+        raise ValueError(f"{name} is updated by other ranks, or frozen: no group has a part of it on this rank.")
 
     def get_num_trainable_parameters(self) -> int:
         """Trainable parameters of the whole model, not of this rank."""
@@ -424,7 +425,7 @@ class NanotronTrainer(
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self._link is not None
-        self._link.clip(self._norm, self.args.max_grad_norm)
+        self._link.clip(NanotronTrainer._get_grad_norm(self, model), self.args.max_grad_norm)
         return self._norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:

@@ -29,21 +29,20 @@ def test_every_method_is_in_one_table() -> None:
 def counting(base: type) -> type:
     """A subclass that counts calls of every method that may be overridden, and does what `base` does."""
     calls: Counter[str] = Counter()
+    shared: dict[str, Any] = {"calls": calls, "Base": base}
     namespace: dict[str, Any] = {"calls": calls}
-    for name in (*CALLED, *OURS):
-        function: dict[str, Any] = {"calls": calls}
-        first = "" if name == "get_optimizer_cls_and_kwargs" else "self, "
-        parent = f"Base.{name}(" if not first else f"super(Counting, self).{name}("
-        exec(  # as a user would write it
-            f"def {name}({first}*args, **kwargs):\n    calls[{name!r}] += 1\n    return {parent}*args, **kwargs)",
-            function,
+    for name in (*CALLED, *OURS):  # as a user would write it
+        is_static = name == "get_optimizer_cls_and_kwargs"
+        arguments, parent = ("", "Base") if is_static else ("self, ", "super(Counting, self)")
+        exec(
+            f"def {name}({arguments}*args, **kwargs):\n"
+            f"    calls[{name!r}] += 1\n"
+            f"    return {parent}.{name}(*args, **kwargs)",
+            shared,
         )
-        namespace[name] = function[name] if first else staticmethod(function[name])
-        function[name].__globals__["Base"] = base
-    created = type("Counting", (base,), namespace)
-    for name in (*CALLED, *OURS):
-        vars(created)[name].__globals__["Counting"] = created
-    return created
+        namespace[name] = staticmethod(shared[name]) if is_static else shared[name]
+    shared["Counting"] = type("Counting", (base,), namespace)
+    return shared["Counting"]
 
 
 def script(trainer_class: type, args: Any) -> tuple[Counter[str], dict[str, Any]]:
@@ -131,9 +130,9 @@ def test_overrides_take_effect(sizes: dict[str, int], pool: WorkerPool, tmp_path
     stock, wanted = stock_script(str(tmp_path / "stock"))
     (ours, got), *_ = pool.run(4 if sizes else 1, our_script, str(tmp_path / "ours"), sizes)
     for name in (*CALLED, *OURS):
-        if name != "compute_loss" and name not in ("training_step",):
+        if name not in ("compute_loss", "_load_from_checkpoint"):  # ours loads the best weights by the latter
             assert bool(ours[name]) == bool(stock[name]), (name, ours[name], stock[name])
-        if name not in ELSEWHERE:
+        if name not in ELSEWHERE | {"_load_from_checkpoint"}:
             assert ours[name] == stock[name], name
     for name in ("_load_rng_state", "_load_callback_state", "_load_optimizer_and_scheduler", "_load_from_checkpoint"):
         assert bool(got["resumed"][name]) == bool(wanted["resumed"][name]), name
@@ -277,7 +276,8 @@ def freely(trainer_class: type, args: Any) -> dict[str, Any]:
     )
     trainer.train()
     metrics = trainer.evaluate()
-    group = trainer.get_optimizer_group("model.norm.weight") if hasattr(trainer, "mesh") else None
+    held = hasattr(trainer, "mesh") and "model.norm.weight" in dict(trainer.model.named_parameters())
+    group = trainer.get_optimizer_group("model.norm.weight") if held else None
     mine = Path(args.output_dir, "checkpoint-4", "mine.txt").is_file()
     batches = list(type(trainer).__mro__[1].get_eval_dataloader(trainer))
     return {
