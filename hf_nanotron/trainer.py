@@ -259,8 +259,8 @@ class NanotronTrainer(
         if any(parameter not in masters for group in optimizer.param_groups for parameter in group["params"]):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             adopt_optimizer(optimizer, names, segments, list(self.model.hub_shapes))
-        if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
-            self._link = OptimizerLink(self.optimizer, self.weights)
+        if self._link is None or self._link.optimizer is not optimizer or self._link.weights is not self.weights:
+            self._link = OptimizerLink(optimizer, self.weights)
         self._link.compares = self._callbacks_read_weights()
         self._link.overlap = not self._link.compares
 
