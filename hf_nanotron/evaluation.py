@@ -30,7 +30,8 @@ class EvaluatingTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._evaluated_rows = 0
-        output = super().evaluation_loop(CountedBatches(dataloader, self._count_rows), *args, **kwargs)
+        counted: Any = CountedBatches(dataloader, self._count_rows)
+        output = super().evaluation_loop(counted, *args, **kwargs)
         if isinstance(getattr(dataloader, "dataset", None), DataParallelStream):
             # A stream has no length, and Trainer counts what this rank saw of it.
             output = output._replace(num_samples=self._evaluated_rows)

@@ -56,7 +56,7 @@ class FiguresTrainer(Trainer):
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
-        self.current_flos /= self.get_tp_size()
+        self.current_flos /= self.get_tp_size()  # type: ignore[assignment]
         super().store_flos()
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ def check_launch(environment: Mapping[str, str]) -> None:
     for size, (rank, local_rank) in MPI.items():
         if _number(environment, size) > 1:
             raise ValueError(_refusal("mpirun", size, environment[size], size, rank, local_rank))
-    size, rank = "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_PROCID")
-    if size not in environment and (rank > 0 or _number(environment, "SLURM_STEP_ID", 2**32) < SPECIAL_STEPS):
+    size, step = "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_STEP_ID", SPECIAL_STEPS)
+    if size not in environment and (_number(environment, "SLURM_PROCID") > 0 or step < SPECIAL_STEPS):
         size = "SLURM_NTASKS"
     if _number(environment, size) > 1:
         raise ValueError(_refusal("srun", size, environment[size], size, "SLURM_PROCID", "SLURM_LOCALID"))

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from .parallel.collectives import all_gather, all_reduce
@@ -75,8 +75,7 @@ def values_of(trainer: Trainer) -> dict[str, Any]:
     args: TrainingArguments = trainer.args
     said = args.to_dict()
     values = {entry.name: said.get(entry.name) for entry in fields(args) if entry.name not in MAY_DIFFER}
-    config: PreTrainedConfig = trainer.model.config
-    for name, value in config.to_dict().items():
+    for name, value in cast(PreTrainedModel, trainer.model).config.to_dict().items():
         if name not in ("_name_or_path", "transformers_version"):
             values[f"model.config.{name}"] = value
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):

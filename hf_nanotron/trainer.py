@@ -85,7 +85,7 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
         self._link: OptimizerLink | None = None
         self._stepped = -1  # the last step that was run
         if model is not None:
-            check_shared(cast(ParallelModel, model).mesh, cast(str, args.output_dir), "output_dir")
+            check_shared(model.mesh, cast(str, args.output_dir), "output_dir")
         super().__init__(model, args, *positional, **kwargs)
         compare_ranks(self.model.mesh, values_of(self))
         self._set_up_training_state()
@@ -228,7 +228,7 @@ class NanotronTrainer(CollectiveTrainer, FlowTrainer, FiguresTrainer, FiniteTrai
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             adopt_optimizer(optimizer, names, segments, list(self.model.hub_shapes))
         if self._link is None or self._link.optimizer is not self.optimizer or self._link.weights is not self.weights:
-            self._link = OptimizerLink(self.optimizer, self.weights)
+            self._link = OptimizerLink(optimizer, self.weights)
         self._link.overlap = not self._callbacks_read_weights()
 
     def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Any:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from transformers.utils import logging
@@ -51,7 +51,7 @@ class RollCall:
         self._stamp, self._since = 0, 0.0
         self._stop = threading.Event()
         # A connection of its own: the other may be held by a rendezvous that waits for ever.
-        self._answering = threading.Thread(target=self._answer, args=(self._store.clone(),), daemon=True)
+        self._answering = threading.Thread(target=self._answer, args=(cast(Any, self._store).clone(),), daemon=True)
         self._answering.start()
         atexit.register(self._leave)
 
