@@ -20,8 +20,6 @@ from transformers import Trainer, TrainingArguments
 DIFFERENT = {
     "gpt2": "all labels: its class is not named ...ForCausalLM, so that Trainer does not know of the shift",
     "gpt-sw3": "all labels: it is GPT-2",
-    "gemma4": "each micro-batch by its own tokens: its class says `accepts_loss_kwargs = False`",
-    "gemma4_unified": "each micro-batch by its own tokens: its class says `accepts_loss_kwargs = False`",
 }
 # Families whose loss is made in other ways: a mixture's losses, soft-caps, scaled logits, a loss of their own.
 EQUAL = ("llama", "qwen3_moe", "lara_mini", "gemma2", "cohere", "bloom", "mpt", "xglm")

@@ -34,9 +34,10 @@ def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields:
         "total_eval_batch_size": trainer.args.eval_batch_size * mesh.dp_size,
     }
     for (name, total), of_one in zip(totals.items(), ("train_batch_size", "eval_batch_size"), strict=True):
-        figures.pop(name, None)
         if total != figures[of_one]:
             figures[name] = total
+        else:
+            figures.pop(name, None)
     sizes = {"tp_size": mesh.tp_size, "pp_size": mesh.pp_size, "dp_size": mesh.dp_size, "ep_size": mesh.ep_size}
     figures.update({name: size for name, size in sizes.items() if size > 1})
     task = fields["tasks"] if isinstance(fields["tasks"], str) else fields["tasks"][0]
