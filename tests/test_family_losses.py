@@ -22,7 +22,7 @@ DIFFERENT = {
     "gpt-sw3": "all labels: it is GPT-2",
 }
 # Families whose loss is made in other ways: a mixture's losses, soft-caps, scaled logits, a loss of their own.
-EQUAL = ("llama", "qwen3_moe", "lara_mini", "gemma2", "cohere", "bloom", "mpt", "xglm")
+EQUAL = ("llama", "qwen3_moe", "gemma4", "lara_mini", "gemma2", "cohere", "bloom", "mpt", "xglm")
 NEEDS_TIMM = ("gemma3n",)
 TOLERANCE = {"loss": 1e-5, "norm": 1e-4}
 ONE_STEP: dict[str, Any] = {

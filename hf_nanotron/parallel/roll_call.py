@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from transformers.utils import logging
