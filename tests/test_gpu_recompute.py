@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -63,6 +64,7 @@ def run(mesh: Any, experts: bool, policy: str | None, backend: str | None, dropo
     ids = torch.randint(0, SHAPE["vocab_size"], (1, TOKENS), device=mesh.device)
     batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(TOKENS, device=mesh.device)}
     step.run([batch], 0)
+    gc.collect()  # an earlier model goes now, and not in between
     before = torch.cuda.memory_allocated()
     hook = model.model.norm.register_forward_pre_hook(lambda *_: left.append(torch.cuda.memory_allocated() - before))
     step.run([batch], 1)
