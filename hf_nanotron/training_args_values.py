@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 Conditions = Callable[[Any], bool]
 
+PLURALS = {int: "integers", str: "texts"}
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -218,7 +219,8 @@ def _describe(kinds: list[Any]) -> str:
         if origin is Literal:
             names += [str(choice).lower() for choice in typing.get_args(kind)]
         elif origin is list:
-            names.append("a list")
+            items = PLURALS.get((typing.get_args(kind) or (None,))[0])
+            names.append(f"a list of {items}" if items else "a list")
         elif origin is dict:
             names.append("a mapping")
         elif _is_enum(kind):
