@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .data.window_check import SIZE, PendingWindow, WindowCheck
+from .data.loader import order_of
+from .data.window_check import COUNT, SIZE, PendingWindow, WindowCheck
 from .models.base import ParallelModel
 from .nonfinite import FiniteTrainer
 from .ops.host_copy import to_device
@@ -31,7 +32,9 @@ class AgreeingTrainer(FiniteTrainer):
     _unchecked: FiniteCheck | None
     _pending: PendingWindow | None = None
     _reading_failure: Exception | None = None
+    _loader: Any = None  # of the epoch that is going on
     _told: int = 0  # micro-batches that ranks have told of and `training_step` has not seen
+    _counted: int = 0  # predicted tokens of the window, over all ranks
     _all_ended: bool = False  # no rank has data left in this epoch
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +70,9 @@ class AgreeingTrainer(FiniteTrainer):
         except Exception as error:
             failure = failure or error
         arrives = self._unchecked.verdict if self._unchecked is not None else None
-        self._pending = self.window_check.start(batch_samples, count or 0, failure=failure, after=arrives)
+        self._pending = self.window_check.start(
+            batch_samples, count or 0, failure=failure, after=arrives, order=order_of(self._loader)
+        )
         self._told += len(batch_samples)
         pending = self._pending
         if device.type == "cpu" or failure is not None or not batch_samples:
@@ -100,7 +105,7 @@ class AgreeingTrainer(FiniteTrainer):
             return
         pending, self._pending = self._pending, None
         total = self.window_check.judge(pending, f"optimizer step {self.state.global_step + 1}")
-        self._all_ended = total[SIZE] == 0
+        self._all_ended, self._counted = total[SIZE] == 0, total[COUNT]
 
 
 def predicted_tokens(window: list[Any]) -> int | None:

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from .data.loader import FillerBatch
 from .models.base import ParallelModel
-from .models.hooks import users_hooks
-from .models.own_forward import check_own_forward
+from .models.hooks import inner_hooks, users_hooks
+from .models.own_forward import OF_EVERY_LAYER, check_own_forward
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
@@ -52,6 +52,7 @@ class LossTrainer(Trainer):
         if self.mesh.pp_size > 1:
             self._refuse_without_whole_model()
             check_own_forward(model, model.stock_class)
+        self._warn_of_parts()
         # Of a model that takes no number of tokens, `train_step.weigh` divides the plain loss.
         unscaled = self.model_accepts_loss_kwargs and model.plain_forward and not self._is_scaled
         model.needs_logits = self._loss_of_outputs is not None or self._calls_whole_model or unscaled
@@ -84,7 +85,25 @@ class LossTrainer(Trainer):
                 "(compute_loss_func, label_smoothing_factor), as in transformers.Trainer; outputs.aux_loss is the one "
                 "that balances loads."
             )
+        asked = [name for name in OF_EVERY_LAYER if getattr(model.config.get_text_config(), name, False)]
+        if self.mesh.pp_size > 1 and asked:
+            raise ValueError(
+                f"pp_size={self.mesh.pp_size} with config.{asked[0]}=True and a loss that is not the model's own: the "
+                f"last stage has no outputs of other stages' layers; set it to False, or use pp_size=1."
+            )
         logger.info("The loss is not the plain one: the last stage makes whole logits.")
+
+    def _warn_of_parts(self) -> None:
+        """Of hooks that nobody has tried: those of a stock model are, before it is cut (`models/selfcheck.py`)."""
+        hooked = inner_hooks(self.model, self.model.anatomy.backbone) if self.mesh.tp_size > 1 else []
+        if new := [(name, hook) for name, hook in hooked if (name, hook) not in self.model.cut.tried_hooks]:
+            name, hook = new[0]
+            logger.warning(
+                f"{hook} is hooked to {name} of a model that is cut (tp_size={self.mesh.tp_size}): it is given this "
+                "rank's part, inside attention and MLP of heads and widths, and with sequence_parallel of the "
+                "tokens, filled up. What it changes is right element by element alone. Hook the stock model before it "
+                "is handed over, and the cut one is compared with it."
+            )
 
     def _refuse_without_whole_model(self) -> None:
         """
@@ -140,6 +159,11 @@ class LossTrainer(Trainer):
         return self._loss_of_outputs is not None or self._calls_whole_model or self.model.makes_logits
 
     @property
+    def _needs_labels(self) -> bool:
+        """Whether no loss can be computed from a batch without `labels`."""
+        return not self._overrides_compute_loss and self.compute_loss_func is None
+
+    @property
     def _is_scaled(self) -> bool:
         """Whether a loss is divided by the tokens of the step already, not by those of its micro-batch."""
         if self.loss_is_scaled_for_ga is not None:
@@ -148,13 +172,19 @@ class LossTrainer(Trainer):
 
     # ---- one step ----
 
-    def _step_loss(self, window: Sequence[dict[str, Any]]) -> StepLoss | None:
-        """How the losses of a window are made; None for the plain loss."""
+    def _step_loss(self, window: Sequence[dict[str, Any]], has_items: bool) -> StepLoss | None:
+        """How the losses of a window are made; None for the plain loss.
+
+        Args:
+            has_items: whether its predicted tokens are counted, which takes `labels`.
+        """
         if not self.model.makes_logits:
             return None
         copies = 1 if self.args.average_tokens_across_devices else self.mesh.dp_size
         share: float | torch.Tensor = 1 / copies
-        if not self._is_scaled:  # a mean over each micro-batch: as one process, which has all of them
+        if not (
+            self._is_scaled if has_items else self.compute_loss_func is not None
+        ):  # a mean over each micro-batch: as one process, which has all of them
             count = torch.tensor(float(sum(not isinstance(batch, FillerBatch) for batch in window)))
             share = 1 / all_reduce(count.to(self.mesh.device), self.mesh.dp)
         takes_items = self.model_accepts_loss_kwargs
@@ -193,7 +223,9 @@ class LossTrainer(Trainer):
             loss = of_outputs(outputs, labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _items_of_batch(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The predicted tokens of one evaluation batch: a number of fp32, as Trainer counts."""
+    def _items_of_batch(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """The predicted tokens of one evaluation batch: a number of fp32, as Trainer counts; None without `labels`."""
+        if "labels" not in batch:
+            return None
         labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:]
         return labels.ne(IGNORE_INDEX).sum() / 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .custom_loss import LossTrainer
-from .data.loader import DataParallelLoader, DataParallelStream
+from .data.loader import DataParallelLoader, DataParallelStream, order_of
 from .data.same_data import check_same_data
 from .data.window_check import WindowCheck
+from .models.logits import whole_outputs
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
@@ -61,6 +63,7 @@ class EvaluatingTrainer(LossTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated: DataParallelLoader | None = None
+        self._announced: Any = None  # the loader of the evaluation that is going on, whoever made it
         self._description: str | None = None  # of the evaluation that is going on
         self._rounds = 0  # batches of this rank in the last one
         super().__init__(*args, **kwargs)
@@ -74,6 +77,7 @@ class EvaluatingTrainer(LossTrainer):
         check_same_data(self.mesh, dataloader, description.lower(), reads=not is_stream(dataloader))
         announced: Any = AnnouncedLoader(dataloader, self._announce)
         self._description = description
+        self._announced = dataloader
         self._evaluated = dataloader if isinstance(dataloader, DataParallelLoader) else None
         try:
             output = super().evaluation_loop(announced, description, *args, **kwargs)
@@ -82,7 +86,7 @@ class EvaluatingTrainer(LossTrainer):
                 seen = torch.tensor(self._evaluated.samples_read, device=self.mesh.device)
                 output = output._replace(num_samples=int(all_reduce(seen, self.mesh.dp)))
         finally:
-            self._description = self._evaluated = None
+            self._description = self._evaluated = self._announced = None
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -105,8 +109,10 @@ class EvaluatingTrainer(LossTrainer):
             return loss.detach(), None, None
         inputs = {**inputs, "use_cache": False}
         self._evaluates = True
+        view = self.model if self._overrides_compute_loss else None  # it may call the backbone and the head itself
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            with contextlib.nullcontext() if view is None else whole_outputs(self.model, view):
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._evaluates = False
 
@@ -121,7 +127,8 @@ class EvaluatingTrainer(LossTrainer):
         Raises:
             ValueError, RuntimeError: see `WindowCheck.judge`.
         """
-        self.window_check.judge(self.window_check.start([] if inputs is None else [inputs]), where)
+        window = [] if inputs is None else [inputs]
+        self.window_check.judge(self.window_check.start(window, order=order_of(self._evaluated)), where)
 
     @property
     def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
@@ -172,11 +179,17 @@ class EvaluatingTrainer(LossTrainer):
         if self._evaluated is not None:
             own = own[: self._evaluated.counted_rows]
         if self.mesh.dp_size == 1:
-            return own
+            return self._cut_repeated(own)
         counts = all_gather(torch.tensor([own.shape[0]], device=self.mesh.device), self.mesh.dp, 0).tolist()
         padded = torch.cat((own, own.new_zeros((max(counts) - own.shape[0], *own.shape[1:]))))
         parts = all_gather(padded, self.mesh.dp, 0).chunk(self.mesh.dp_size)
-        return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
+        return self._cut_repeated(torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)]))
+
+    def _cut_repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        """As accelerate for a loader that it has prepared: without the rows with which it has filled the last round."""
+        state = self.accelerator.gradient_state
+        is_prepared = self._evaluated is None and state.in_dataloader and state.active_dataloader is self._announced
+        return rows[: state.remainder] if is_prepared and state.end_of_dataloader and state.remainder > 0 else rows
 
 
 def _filled_up(logits: Any) -> int:

@@ -22,6 +22,7 @@ FILLS = PADDING | dict.fromkeys(MASKS, 0)
 # The bounds of documents in packed rows, for kernels that read nothing else, and the length of the longest.
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens")
 LONGEST = ("max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "max_seqlen")
+KNOWN = frozenset((*FILLS, *BOUNDS, *LONGEST, EMBEDDINGS, "cache_position", "seq_idx"))
 
 
 def pad_sequence(batch: dict[str, Any], multiple: int, ours: tuple[str, ...] = ()) -> dict[str, Any]:

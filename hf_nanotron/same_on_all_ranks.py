@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from .data.same_data import WHY_LENGTHS
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.mesh import ParallelMesh
 
@@ -28,6 +29,7 @@ MAY_DIFFER = frozenset(
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context do_train do_eval do_predict".split()
 )
+EVERY_RANK = "Every rank must be given the same; ranks read their own samples of it."
 LONGEST = 80  # characters of a value in an error
 
 
@@ -58,7 +60,8 @@ def compare_ranks(mesh: ParallelMesh, values: Mapping[str, Any]) -> None:
                 for text, who in ranks.items()
             )
             problems.append(f"{name} differs between ranks: {said}.")
-    raise ValueError("\n".join(problems) + "\nEvery rank must be given the same; ranks read their own samples of it.")
+    why = WHY_LENGTHS if any(problem.startswith("the length of") for problem in problems) else EVERY_RANK
+    raise ValueError("\n".join([*problems, why]))
 
 
 def _text(value: Any) -> str:

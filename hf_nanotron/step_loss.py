@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .models.base import ParallelModel
-from .models.logits import Loss, MicroBatch
+from .models.logits import Loss, MicroBatch, whole_outputs
 from .models.stage import Stage
+from .parallel.batch import EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class StepLoss:
             counts: whether it has a loss.
         """
         inputs = dict(batch)
-        items = inputs.pop("num_items_in_batch") / self.copies
-        if self.takes_items and self.of_batch is None:
+        items = inputs.pop("num_items_in_batch")
+        items = None if items is None else items / self.copies
+        if self.takes_items and self.of_batch is None and items is not None:
             inputs["num_items_in_batch"] = items
         longer = {id(value): filled[name] for name, value in batch.items() if filled[name] is not value}
         micro_batch = MicroBatch(self.share, counts, self.of_outputs, None, items, longer, self.of_batch is not None)
@@ -70,10 +72,19 @@ class BatchStage:
         """An object with the loss of a micro-batch alone."""
         micro_batch = self._model.micro_batch
         assert micro_batch is not None
-        if micro_batch.counts:
-            loss = self._of_batch(
-                {name: value for name, value in inputs.items() if name != "use_cache"}, micro_batch.items
+        model = self._model
+        if not micro_batch.counts:  # of a batch that `compute_loss` may take apart, the model gets what it names
+            ignored = {"labels", *inputs} - {"input_ids", EMBEDDINGS, "attention_mask", "position_ids", "use_cache"}
+            model(**{name: value for name, value in inputs.items() if name not in ignored})
+            return SimpleNamespace(loss=micro_batch.weigh(None))
+        with whole_outputs(model, model):
+            given = {name: value for name, value in inputs.items() if name != "use_cache"}
+            loss = self._of_batch(given, micro_batch.items)
+        if model.mesh.tp_size > 1 and micro_batch.logits is None:
+            raise ValueError(
+                f"compute_loss has called neither the model nor its head. At tp_size={model.mesh.tp_size} a weight is "
+                "this rank's part of it, so a loss made from weights would be that of a part. Call model(**inputs), or "
+                "model.get_output_embeddings()(hidden), or use tp_size=1."
             )
-        else:
-            loss = self._model(**{name: value for name, value in inputs.items() if name != "labels"}).loss
+        micro_batch.logits = None
         return SimpleNamespace(loss=micro_batch.weigh(loss))

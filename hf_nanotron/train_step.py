@@ -14,7 +14,7 @@ from .models.attention import Documents, document_inputs, documents_of
 from .models.base import ParallelModel
 from .models.logits import MicroBatch
 from .models.stage import LOSS_WEIGHT, Stage
-from .padding import pad_sequence
+from .padding import KNOWN, pad_sequence
 from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.mesh import ParallelMesh
@@ -62,6 +62,8 @@ class TrainStep:
         tokens = [] if model.mixture is None else model.mixture.agree_on_tokens(micro_batches)
         attention, documents = self._attention(micro_batches, multiple, own_loss)
         own = model.own_columns
+        if own_loss is not None and own_loss.of_batch is not None:  # who calls the model takes out what is for the loss
+            own |= {name for batch in micro_batches for name in batch} - KNOWN
         inputs = [
             {name: value for name, value in pad_sequence(batch, multiple, (*OURS, *own)).items() if name not in OURS}
             for batch in micro_batches

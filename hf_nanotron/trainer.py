@@ -360,8 +360,10 @@ class NanotronTrainer(
         self._window.append((inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        if not isinstance(num_items_in_batch, torch.Tensor):
-            self._read_verdict()  # other ranks may have labels
+        has_items = isinstance(num_items_in_batch, torch.Tensor)
+        if not has_items:
+            self._read_verdict()  # of what is wrong with the data, rather than of this
+        if not has_items and (self._needs_labels or self._counted):  # other ranks may have labels
             raise ValueError(
                 f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
@@ -385,7 +387,7 @@ class NanotronTrainer(
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
         self._stepped = self.state.global_step
         self._check_slots()
-        loss = self._step.run(micro_batches, self.state.global_step, self._step_loss(batches))
+        loss = self._step.run(micro_batches, self.state.global_step, self._step_loss(batches, has_items))
         self._run_gradient_hooks()
         self._norm = global_norm(self.weights.segments, self.mesh)
         is_finite = self._judge(self._norm, loss)

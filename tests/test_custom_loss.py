@@ -59,6 +59,27 @@ def dft_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
     return (per_token * mask).sum() / (mask.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
+def of_hidden_states(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Reads what the layers return, also at padding, as one tensor."""
+    states = outputs.hidden_states
+    assert states[0].shape[:2] == labels.shape == states[-1].shape[:2]
+    return (
+        weighted(outputs, labels, num_items_in_batch)
+        + states[2].std()
+        + 1e-2 * (states[-1] - states[0]).square().mean()
+    )
+
+
+def of_attention(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return weighted(outputs, labels, num_items_in_batch) + outputs.attentions[0].square().mean()
+
+
+def entropy(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    assert labels is None and num_items_in_batch is None
+    logprobs = outputs.logits.log_softmax(-1)
+    return (logprobs.exp() * logprobs).sum(-1).mean()
+
+
 def squared(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
     """As a `loss_function` of the model's."""
     assert logits.shape[-1] == vocab_size
@@ -110,6 +131,10 @@ def with_teacher(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**batch, "teacher": torch.stack((batch["input_ids"], (batch["input_ids"] + 1) % VOCABULARY), -1)}
 
 
+def without_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": pad_batch(rows)["input_ids"]}
+
+
 class QuietForCausalLM(LlamaForCausalLM):
     """A forward of its own that changes nothing, unless told so later."""
 
@@ -132,6 +157,18 @@ def cap(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
     """Not element by element: it would be another on a slice of the vocabulary."""
     assert logits.shape[-1] == VOCABULARY
     return logits - logits.logsumexp(-1, keepdim=True) * 0.5
+
+
+def asking(name: str) -> Callable[[Any], Any]:
+    return lambda model: setattr(model.config, name, True)
+
+
+def mix(module: Any, args: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden - 0.5 * hidden.mean(1, keepdim=True)
+
+
+def scale(module: Any, args: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden * 0.7
 
 
 def hooked(name: str) -> Callable[[Any], Any]:
@@ -163,6 +200,36 @@ def from_logits(base: Any) -> Any:
     return FromLogits
 
 
+def by_parts(base: Any) -> Any:
+    """Calls the backbone and the head by themselves, and the loss function of the model."""
+
+    class ByParts(base):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels = inputs.pop("labels")
+            hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+            logits = model.lm_head(hidden)
+            loss = model.loss_function(logits, labels, VOCABULARY, num_items_in_batch=num_items_in_batch)
+            loss = loss + 1e-3 * logits.logsumexp(-1).square().mean() + 1e-2 * hidden.std()
+            return (loss, CausalLMOutputWithPast(logits=logits)) if return_outputs else loss
+
+    return ByParts
+
+
+def with_columns(base: Any) -> Any:
+    """Takes a column of the batch for itself, whose form no model knows."""
+
+    class WithColumns(base):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            teacher = inputs.pop("teacher")
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss = loss - 1e-2 * outputs.logits.log_softmax(-1).gather(-1, teacher).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return WithColumns
+
+
 def like_sft(base: Any) -> Any:
     class LikeSft(base):
         def __init__(self, *args: Any, loss_type: str, **kwargs: Any) -> None:
@@ -189,12 +256,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "compute_loss": {"trainer": times_ten},
     "compute_loss from logits": {"trainer": from_logits},
     "compute_loss around compute_loss_func": {"trainer": times_ten, "kwargs": {"compute_loss_func": weighted}},
+    "compute_loss with columns": {
+        "trainer": with_columns,
+        "args": {"remove_unused_columns": False},
+        "kwargs": {"data_collator": with_teacher},
+    },
+    "compute_loss by parts": {"trainer": by_parts},
+    "hidden states": {"kwargs": {"compute_loss_func": of_hidden_states}, "prepare": asking("output_hidden_states")},
     "model hook": {"prepare": lambda model: model.register_forward_hook(change_loss)},
     "model hook over a forward": {"model": DoublingForCausalLM, "prepare": hooked("")},
 }
 WHOLE = tuple(kind for kind in KINDS if kind.startswith(("compute_loss ", "model hook")) or kind == "compute_loss")
 CHOICE = ("compute_loss_func", "own cross-entropy", "lm_head hook", "compute_loss")
-STAGED = tuple(kind for kind in KINDS if kind not in WHOLE)
+STAGED = tuple(kind for kind in KINDS if kind not in (*WHOLE, "hidden states"))
 
 
 def build(kind: str, directory: str, base: Any, arguments: Any, history: History, **overrides: Any) -> Any:
@@ -419,6 +493,7 @@ REFUSED = {  # under pp 2, in the constructor: what the message has
     "backward hook": ("backward hook",),
     "backbone hook": ("hook on model (change_loss)", "pp_size=1"),
     "calls twice": ("CallsTwiceForCausalLM", "2 times"),
+    "hidden states": ("output_hidden_states=True", "pp_size=1"),
     "reads layers": ("ReadsLayersForCausalLM", "output_hidden_states"),
     "z-loss": ("z_loss_coefficient=0.001", "logsumexp"),
 }
@@ -462,6 +537,50 @@ def test_what_a_pipeline_refuses(pool: WorkerPool) -> None:
 
 def make_alone(kind: str, **overrides: Any) -> Any:
     return build(kind, checkpoint(), NanotronTrainer, NanotronTrainingArguments, History(), **overrides)
+
+
+KINDS |= {
+    "attention weights": {
+        "kwargs": {"compute_loss_func": of_attention},
+        "prepare": lambda model: (model.set_attn_implementation("eager"), asking("output_attentions")(model)),
+    },
+    "mixing hook": {"prepare": lambda model: model.model.layers[0].register_forward_hook(mix)},
+    "scaling hook": {"prepare": lambda model: model.model.layers[0].register_forward_hook(scale)},
+    "no labels": {"kwargs": {"compute_loss_func": entropy, "data_collator": without_labels}},
+}
+
+
+def parts_of_a_model(directory: str) -> tuple[dict[str, str], Figures]:
+    sizes = {"tp_size": 2, "gradient_accumulation_steps": 2}
+    messages = {}
+    for kind in ("attention weights", "mixing hook"):
+        messages[kind] = caught(
+            lambda kind=kind: build(
+                kind, directory, NanotronTrainer, NanotronTrainingArguments, History(), **sizes
+            ).train()
+        )
+    return messages, figures("scaling hook", directory, NanotronTrainer, NanotronTrainingArguments, **sizes)
+
+
+def test_what_a_rank_has_in_part(pool: WorkerPool) -> None:
+    """A hook in front of the cut is tried: it passes if the cut model computes what the whole one did."""
+    for messages, got in pool.run(2, parts_of_a_model, checkpoint()):
+        assert "tp_size=2" in messages["attention weights"] and "of its own heads" in messages["attention weights"]
+        assert "mix (a hook on model.layers.0) computes a loss of" in messages["mixing hook"]
+        found = errors(got, expected("scaling hook", checkpoint(), 2))
+        assert all(found[name] <= TOLERANCE[name] for name in TOLERANCE), found
+
+
+def without(directory: str, base: Any, arguments: Any, **overrides: Any) -> list[float]:
+    history = History()
+    build("no labels", directory, base, arguments, history, **overrides).train()
+    return history.losses + history.norms
+
+
+def test_a_loss_that_needs_no_labels(pool: WorkerPool) -> None:
+    wanted = without(checkpoint(), Trainer, TrainingArguments, gradient_accumulation_steps=2)
+    for got in pool.run(2, without, checkpoint(), NanotronTrainer, NanotronTrainingArguments):
+        assert got == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_mixture_with_a_forward_of_its_own_is_refused() -> None:

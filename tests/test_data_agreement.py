@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from pool import WorkerPool
 from tiny import History, pad_batch, tiny_config, training_arguments
-from torch.utils.data import DataLoader, Dataset as TorchDataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset as TorchDataset, DistributedSampler, IterableDataset
 from transformers import AutoModelForCausalLM as StockAuto, Trainer, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
@@ -100,7 +100,10 @@ WRONG: dict[str, tuple[Callable[[int], Any], list[str]]] = {
         lambda rank: counting().to_iterable_dataset().shuffle(buffer_size=100),
         ["ranks 0 and 1 of one replica", "read different samples"],
     ),
-    "lengths": (other_lengths, ["80 samples on rank 0", "79 samples on rank 1", "different lengths"]),
+    "lengths": (
+        other_lengths,
+        ["the length of train_dataset differs", "80 on rank 0", "79 on rank 1", "before the job"],
+    ),
     "entropy": (
         lambda rank: Crops(from_entropy),
         [
@@ -111,6 +114,33 @@ WRONG: dict[str, tuple[Callable[[int], Any], list[str]]] = {
     ),
     "late": (swapped_late, ["ranks 0 and 1 of one replica", "first in micro-batch 1 of 2 (input_ids, labels)"]),
 }
+
+
+class Epochs(TorchDataset):
+    """Other rows in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return counting()[8 * self.epoch + index]
+
+
+class UnseededStream(IterableDataset):
+    def __iter__(self) -> Any:
+        yield from shuffled_rows(0)
+
+
+class UnseededSampler(NanotronTrainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        order = list(range(SAMPLES))
+        random.Random().shuffle(order)
+        return order
 
 
 class Dealing(NanotronTrainer):
@@ -145,11 +175,17 @@ def refused(directory: str, sizes: dict[str, Any]) -> dict[str, str]:
     for name, (data, _) in WRONG.items():
         np.random.seed()
         np.random.random()  # the first number of datasets' seeds is the same in every fresh process
-        trainer = make(directory, sizes, train_dataset=data(rank), train_sampling_strategy="sequential")
-        told[name] = message(trainer.train)
-        steps = trainer.state.global_step
-        assert steps == (3 - trainer.args.dp_size if name == "late" else 0), (name, steps)
-        trainer.model.mesh.close()
+        rows, made = data(rank), list[NanotronTrainer]()
+
+        def train(rows: Any = rows, made: list[NanotronTrainer] = made) -> None:
+            made.append(make(directory, sizes, train_dataset=rows, train_sampling_strategy="sequential"))
+            made[0].train()
+
+        told[name] = message(train)
+        for trainer in made:
+            steps = trainer.state.global_step
+            assert steps == (3 - trainer.args.dp_size if name == "late" else 0), (name, steps)
+            trainer.model.mesh.close()
     trainer = make(directory, sizes, Dealing, train_dataset=counting())
     told["all processes"] = message(trainer.train)
     told["evaluation"] = message(lambda: trainer.evaluate(shuffled_rows(rank)))
@@ -167,7 +203,7 @@ MORE = {
     "all processes": ["optimizer step 1: ranks 0 and 1 of one replica", "trainer.mesh.dp_rank"],
     "evaluation": ["evaluation, before its first step: ranks 0 and 1 of one replica"],
     "evaluation of a stream": ["Evaluation, batch 1: ranks 0 and 1 of one replica"],
-    "evaluation of other lengths": ["the prediction data has different lengths", "79 samples on rank 1"],
+    "evaluation of other lengths": ["ranks make different calls", "rank 1 calls predict over 79 samples"],
     "generation": ["generate: ranks 0 and 1 of one replica", "(input_ids)"],
     "limits": ["generate: ranks 0 and 1 of one replica", "(max_new_tokens)"],
 }
@@ -191,9 +227,15 @@ def test_ranks_that_read_different_samples_are_told(pool: WorkerPool, checkpoint
 def refused_over_dp(directory: str) -> dict[str, str]:
     rank, told = torch.distributed.get_rank(), {}
     for name in ("random.shuffle", "lengths", "entropy"):
-        trainer = make(directory, {}, train_dataset=WRONG[name][0](rank))
-        told[name] = message(trainer.train)
-        trainer.model.mesh.close()
+        rows = WRONG[name][0](rank)
+        told[name] = message(lambda rows=rows: make(directory, {}, train_dataset=rows).train())
+    trainer = make(directory, {}, train_dataset=UnseededStream())
+    told["stream"] = message(trainer.train)
+    told["stream, evaluated"] = message(lambda: trainer.evaluate(UnseededStream()))
+    trainer.model.mesh.close()
+    trainer = make(directory, {}, UnseededSampler, train_dataset=counting())
+    told["sampler"] = message(trainer.train)
+    trainer.model.mesh.close()
     return told
 
 
@@ -201,8 +243,16 @@ def test_data_parallel_ranks_hold_the_same(pool: WorkerPool, checkpoint: str) ->
     first, second = pool.run(2, refused_over_dp, checkpoint)
     assert first == second
     assert "ranks 0 and 1 of different replicas read different samples" in first["random.shuffle"]
-    assert "80 samples on rank 0, 79 samples on rank 1" in first["lengths"]
+    assert "80 on rank 0; 79 on rank 1" in first["lengths"]
     assert first["entropy"] == "nothing was raised"  # each crops its own samples
+    for name, where in {
+        "stream": "optimizer step 1",
+        "sampler": "optimizer step 1",
+        "stream, evaluated": "Evaluation",
+    }.items():
+        assert where in first[name] and "ranks 0 and 1 of different replicas read the data in" in first[name], first[
+            name
+        ]
 
 
 # ---- what must keep working ----
@@ -214,10 +264,21 @@ class Prepared(NanotronTrainer):
     def get_train_dataloader(self) -> DataLoader:
         return self.accelerator.prepare(_plain_loader(self.train_dataset))
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return self.accelerator.prepare(_short_loader())
+
 
 class StockPrepared(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return self.accelerator.prepare(_plain_loader(self.train_dataset))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return self.accelerator.prepare(_short_loader())
+
+
+def _short_loader() -> DataLoader:
+    """Its last batch has one sample of seven, and weighs as one."""
+    return DataLoader(counting(7), 2, collate_fn=pad_batch)  # type: ignore[arg-type]
 
 
 def _plain_loader(dataset: Any) -> DataLoader:
@@ -238,6 +299,7 @@ FINE: dict[str, tuple[type, type, Callable[[], Any], dict[str, Any]]] = {
         {"data_seed": 7, "eval_strategy": "steps", "dataloader_num_workers": 1},
     ),
     "stream": (NanotronTrainer, Trainer, lambda: counting().to_iterable_dataset().shuffle(seed=3, buffer_size=9), {}),
+    "set_epoch": (NanotronTrainer, Trainer, Epochs, {"data_seed": 7}),
     "prepared": (Prepared, StockPrepared, counting, {}),
 }
 
@@ -252,21 +314,22 @@ def worked(directory: str, sizes: dict[str, Any], stock: bool) -> dict[str, list
         given = {"max_steps": 6, "eval_steps": 2, **more}
         if stock:
             values = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **given}
-            stocks(
+            trainer: Any = stocks(
                 model=StockAuto.from_pretrained(directory),
                 args=TrainingArguments(**training_arguments(**values)),
                 data_collator=pad_batch,
                 train_dataset=data(),
                 eval_dataset=data(),
                 callbacks=[history],
-            ).train()
+            )
         else:
             trainer = make(
                 directory, sizes, ours, train_dataset=data(), eval_dataset=data(), callbacks=[history], **given
             )
-            trainer.train()
+        trainer.train()
+        told[name] = [*history.losses, trainer.evaluate()["eval_loss"]]
+        if not stock:
             trainer.model.mesh.close()
-        told[name] = history.losses
     return told
 
 
@@ -275,7 +338,7 @@ def test_what_ranks_can_agree_on_trains_as_in_one_process(pool: WorkerPool, chec
     for topology in ("tp2", "pp2"):
         for got in pool.run(2, worked, checkpoint, TOPOLOGIES[topology], False):
             for name, losses in wanted.items():
-                assert len(losses) == 6
+                assert len(losses) == 7  # of six steps, and of the evaluation
                 assert got[name] == pytest.approx(losses, abs=2e-4), (topology, name)
 
 

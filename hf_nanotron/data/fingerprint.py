@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from .hashing import combined, sample_hash
+from .hashing import combined, of_the_model, sample_hash
 from .loader import twin
 
 ROWS = 16  # read of a dataset; few, since a row may be tokenised, or fetched, when it is read
 STREAM_ROWS = 2
-COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask")
 
 
 def row_hashes(dataset: Any) -> dict[int, int]:
@@ -33,7 +32,7 @@ def row_hashes(dataset: Any) -> dict[int, int]:
     """
     try:
         with unnoticed(dataset):
-            return {place: sample_hash(_of_the_model(row)) for place, row in _rows(dataset)}
+            return {place: sample_hash(of_the_model(row)) for place, row in _rows(dataset)}
     except Exception:  # the loader may read it in another way, and says itself what is wrong
         return {}
 
@@ -51,12 +50,6 @@ def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
     length = len(dataset)
     for place in sorted({number * (length - 1) // (ROWS - 1) for number in range(ROWS)}) if length else ():
         yield place, dataset[place]
-
-
-def _of_the_model(row: Any) -> Any:
-    """What the model reads of a row; all of it if that is made later."""
-    known = {name: row[name] for name in COLUMNS if name in row} if isinstance(row, Mapping) else {}
-    return known or row
 
 
 @contextlib.contextmanager

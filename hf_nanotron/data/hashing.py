@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import xxhash
 
+COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask")
 HASH_BITS = 31  # so that a sum over many ranks, each weighted by their number, is exact in 64 bits
 
 
@@ -34,6 +35,12 @@ def tensor_hashes(batch: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): batch_hash({name: value}) for name, value in batch.items()}
 
 
+def of_the_model(row: Any) -> Any:
+    """What the model reads of a row of a dataset; all of it if that is made later."""
+    known = {name: row[name] for name in COLUMNS if name in row} if isinstance(row, Mapping) else {}
+    return known or row
+
+
 def sample_hash(sample: Any) -> int:
     """Hash of one row of a dataset. Integers count by value, in a list, an array or a tensor of any width."""
     hasher = xxhash.xxh3_64()
@@ -54,6 +61,9 @@ def _update(hasher: Any, value: Any) -> None:
         hasher.update(f"{len(value)}|".encode())
         for item in value:
             _update(hasher, item)
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        hasher.update(f"{value.dtype}{value.shape}".encode())
+        hasher.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, str | bytes | int | float | None):
         hasher.update(repr(value).encode())
     else:  # its text may hold an address, which differs in each process
@@ -86,7 +96,7 @@ def _as_numbers(value: Any) -> np.ndarray | None:
         return None
     try:
         array = np.asarray(value)
-    except ValueError:  # rows of different lengths
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths; tensors on a device, or with gradients
         return None
     if array.dtype.kind in "biu":
         return array.astype(np.int64)

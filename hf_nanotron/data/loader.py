@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from ..parallel.loss import IGNORE_INDEX
 from .cursor import why_not_resumable
+from .hashing import combined, of_the_model, sample_hash
 
 
 class Position(NamedTuple):
@@ -46,18 +47,21 @@ class Mark(NamedTuple):
         samples: that it was collated from; 0 for a filler.
         end: where its round ends.
         ends_round: whether no batch of the round comes after it in the order of one process.
+        first: hash of the round's first sample, or of its index: what all ranks must have read.
     """
 
     samples: int
     end: Position
     ends_round: bool
+    first: int = 0
 
 
 class Share(list):
-    """Indices, or samples, of one rank in a round; `end` and `ends_round` as in `Mark`."""
+    """Indices, or samples, of one rank in a round; `end`, `ends_round` and `first` as in `Mark`."""
 
     end: Position
     ends_round: bool = False
+    first: int = 0
 
 
 class Filler(Share):
@@ -177,19 +181,21 @@ def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[Share]:
     """
     last: list[Any] = []
     mine: Share | None = None
-    position = samples = 0
+    position = samples = first = 0
     for batch in batches:
+        if position == 0 and size > 1:
+            first = sample_hash(of_the_model(batch[0]))
         if position == rank:
             mine = Share(batch)
         last, position, samples = batch, position + 1, samples + len(batch)
         if position == size:
             assert mine is not None
-            mine.end, mine.ends_round = Position(samples), rank == size - 1
+            mine.end, mine.ends_round, mine.first = Position(samples), rank == size - 1, first
             yield mine
             mine, position, samples = None, 0, 0
     if position:
         mine = mine if mine is not None else Filler(last[:1])
-        mine.end, mine.ends_round = Position(samples), rank == position - 1
+        mine.end, mine.ends_round, mine.first = Position(samples), rank == position - 1, first
         yield mine
 
 
@@ -218,7 +224,7 @@ class _MarkedDataset(torch.utils.data.Dataset):
         if not isinstance(indices, Share):
             return samples
         share = type(indices)(samples)
-        share.end, share.ends_round = indices.end, indices.ends_round
+        share.end, share.ends_round, share.first = indices.end, indices.ends_round, indices.first
         return share
 
 
@@ -230,7 +236,7 @@ class _Collate:
 
     def __call__(self, samples: Share) -> tuple[Any, Mark]:
         own = 0 if isinstance(samples, Filler) else len(samples)
-        return self._batch(samples), Mark(own, samples.end, samples.ends_round)
+        return self._batch(samples), Mark(own, samples.end, samples.ends_round, samples.first)
 
     def _batch(self, samples: Share) -> Any:
         batch = self.collate(list(samples))
@@ -255,6 +261,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
             cuts only what comes from the last batch of an epoch: of a dataset, to the samples of a short batch; of a
             stream, to the rows of the batch.
         rounds: batches handed out in this iteration.
+        order: hash of the first samples of those rounds, which is the same on all ranks that read in the same order.
         is_finished: whether the batch handed out last is the last of the epoch.
         device: where iterating over it puts batches; None leaves them on the host.
     """
@@ -268,7 +275,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self._drop_last = True  # no sample comes twice: nothing for accelerate to cut off
         self.tracks_position = positions
         self.position: Position | None = None
-        self.rounds = self.samples = self.samples_read = 0
+        self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows: int | None = None
         self.is_finished = False
         super().__init__(dataset, collate_fn=_Collate(collate), **kwargs)  # type: ignore[arg-type]
@@ -285,7 +292,10 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         return self.dataset if isinstance(self.dataset, DataParallelStream) else self.batch_sampler  # type: ignore
 
     def set_epoch(self, epoch: int) -> None:
+        """Of the order; and of a dataset that has rows of its own for each epoch, as accelerate does in one process."""
         self._source.set_epoch(epoch)
+        if self._source is not self.dataset and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def start_at(self, position: Position) -> None:
         """Begin the next iteration, and only that, at a position. Samples before it are not read."""
@@ -300,7 +310,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         """Batches on the host."""
         self.begin()
         self.position, self.is_finished = None, False
-        self.rounds = self.samples = self.samples_read = 0
+        self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows = None
         try:
             batches = super().__iter__()
@@ -310,6 +320,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
                 self.end_of_dataloader = self.is_finished = following is None
                 batch, mark = current
                 self.rounds += 1
+                self.order = combined([self.order, mark.first])
                 self.samples = mark.samples
                 self.samples_read += mark.samples
                 self.counted_rows = self._counted_rows(batch, mark)
@@ -319,6 +330,11 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         finally:
             self._source.start = None  # a worker process has used up its own copy
             self.end()
+
+
+def order_of(loader: Any) -> int:
+    """`order` of a loader of ours; 0 of any other, which says nothing of what other ranks should read."""
+    return loader.order if isinstance(loader, DataParallelLoader) else 0
 
 
 def build_loader(

@@ -23,7 +23,7 @@ from .vocabulary import ADVICE, ForeignId, Vocabulary, foreign_id
 Window = Sequence[Mapping[str, Any]]
 
 # What the sum holds: a number is that of the whole job.
-COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE = range(5)
+COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, OTHER_ORDER = range(6)
 
 
 class WindowCheck:
@@ -43,6 +43,7 @@ class WindowCheck:
         count: int = 0,
         failure: Exception | None = None,
         after: HostCopy | None = None,
+        order: int = 0,
     ) -> PendingWindow:
         """Tell of this rank's window. All ranks of the group together.
 
@@ -52,7 +53,9 @@ class WindowCheck:
             count: what is to be summed over the data-parallel ranks.
             failure: why the window could not be read.
             after: see `EarlySums.start`.
+            order: `DataParallelLoader.order`, from which the replicas are dealt their batches; 0 without such a loader.
         """
+        group = self._sums.group
         model, leads = self.mesh.model, self.mesh.model.rank == 0
         foreign: list[tuple[int, ForeignId]] = []
         disagreement = 0
@@ -64,8 +67,10 @@ class WindowCheck:
                 disagreement = (model.size - 1) * own if leads else -own
         except Exception as error:  # a batch that is no batch: told to all ranks, like one that could not be read
             failure = failure or error
-        told = [count * leads, disagreement, int(bool(foreign or failure)), len(window), len(window) ** 2]
-        return PendingWindow(window, foreign, failure, self._sums.start(told, after))
+        other_order = (group.size - 1) * order if group.rank == 0 else -order
+        faults = int(bool(foreign or failure))
+        told = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order]
+        return PendingWindow(window, foreign, failure, order, self._sums.start(told, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
         """What the ranks told, in the order of this module's constants. All ranks of the group together.
@@ -81,7 +86,7 @@ class WindowCheck:
         total = pending.sum.read()
         group = self._sums.group
         same_size = group.size * total[SQUARED_SIZE] == total[SIZE] ** 2
-        if total[DISAGREEMENT] == 0 and total[FAULTS] == 0 and same_size:
+        if total[DISAGREEMENT] == total[OTHER_ORDER] == total[FAULTS] == 0 and same_size:
             return total
         mine = pending.report(self.mesh)
         reports: list[Any] = [mine]
@@ -100,6 +105,7 @@ class PendingWindow:
     window: Window
     foreign: list[tuple[int, ForeignId]]
     failure: Exception | None
+    order: int
     sum: EarlySum
 
     @property
@@ -117,6 +123,7 @@ class PendingWindow:
             size=len(self.window),
             hashes=hashes,
             foreign=self.foreign,
+            order=self.order,
             failure=None if self.failure is None else f"{type(self.failure).__name__}: {self.failure}",
         )
 
@@ -130,6 +137,7 @@ class WindowReport:
     size: int
     hashes: list[dict[str, int]]
     foreign: list[tuple[int, ForeignId]]
+    order: int
     failure: str | None
 
 
@@ -141,6 +149,13 @@ WHY = (
     "deals its batches over all processes (DistributedSampler over args.world_size). Give a seed (shuffle(seed=42)), "
     "save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's global generator, "
     "which Trainer seeds with args.seed, and deal over data-parallel ranks (trainer.mesh.dp_rank of args.dp_size)."
+)
+
+
+WHY_DEALT = (
+    "Every rank reads all of the data in one order, and the trainer deals it over data-parallel ranks. In another "
+    "order on each, or over parts of their own (split_dataset_by_node), samples would be trained on twice or never. "
+    "Give a stream or a sampler a seed that is the same on every rank, and let it yield all samples on every rank."
 )
 
 
@@ -163,6 +178,10 @@ def explain(reports: Sequence[WindowReport], where: str) -> Exception:
             place = f"micro-batch {number + 1} of {report.size}, " if report.size > 1 else ""
             whose = say_ranks([other.rank for other in reports if other.replica == report.replica])
             return ValueError(f"{where}, {place}{whose}, {found}. {ADVICE}")
+    if len({report.size for report in reports}) == 1:
+        other = next(report for report in reports if report.order != reports[0].order)
+        differ = f"ranks {reports[0].rank} and {other.rank}"
+        return ValueError(f"{where}: {differ} of different replicas read the data in different orders. {WHY_DEALT}")
     sizes = ", ".join(f"{report.size} on rank {report.rank}" for report in reports[:16])
     return ValueError(
         f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some has ended earlier. Give "

@@ -36,7 +36,7 @@ from .cut import Cut, change_message
 from .head import LinearHead, Prediction, is_plain, linear_head
 from .hooks import users_hooks
 from .inference import pipelined_forward, share_generators
-from .logits import MicroBatch, forward_with_logits
+from .logits import MicroBatch, forward_with_logits, refuse_own_heads
 from .methods import WholeModel
 from .mixture import Mixture
 from .neftune import EmbeddingNoise
@@ -245,9 +245,10 @@ class ParallelModel(WholeModel, GenerationMixin):
         z_loss = self.z_loss if self.training else 0.0
         if num_items_in_batch is None and self.training:  # a mean that is zero, not nan, where nothing is predicted
             num_items_in_batch = predicted_tokens(labels, shift_labels)
-        return causal_lm_loss(
-            logits, labels, self.vocab_start, self._head_group, num_items_in_batch, shift_labels, z_loss
-        )
+        # Whoever computes a loss from whole logits may call this for a part of it.
+        is_whole = logits.shape[-1] == sum(self.vocab_sizes)
+        start, group = (0, self.mesh.alone) if is_whole else (self.vocab_start, self._head_group)
+        return causal_lm_loss(logits, labels, start, group, num_items_in_batch, shift_labels, z_loss)
 
     @property
     def _head_group(self) -> Group:
@@ -283,6 +284,7 @@ class ParallelModel(WholeModel, GenerationMixin):
             return forward_with_logits(self, view, inputs)
         if not fuses or self.linear_head is None:
             output = as_output(self.stock_class.forward(view, **inputs), has_labels)
+            refuse_own_heads(self, output)
             if has_labels and loss_weight is not None:
                 output.loss = output.loss * loss_weight
             return output

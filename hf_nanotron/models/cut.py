@@ -35,12 +35,14 @@ class Cut:
         sizes: fields of its config.
         embeddings: names of the weights of its embeddings, on any rank.
         frozen: names of its frozen weights, on any rank. A trainer brings it up to date.
+        tried_hooks: (module, hook) of those inside its backbone, with which the cut model computes what it did.
     """
 
     modules: dict[str, nn.Module]
     sizes: dict[str, Any]
     embeddings: frozenset[str]
     frozen: frozenset[str]
+    tried_hooks: frozenset[tuple[str, str]] = frozenset()
 
     @classmethod
     def of(cls, stock: PreTrainedModel) -> Cut:

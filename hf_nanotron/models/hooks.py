@@ -17,6 +17,13 @@ def users_hooks(module: nn.Module) -> list[str]:
     return [_name(hook) for hook in hooks if _package(hook) not in LIBRARIES]
 
 
+def inner_hooks(model: nn.Module, backbone: str) -> list[tuple[str, str]]:
+    """(module, hook) of a user's hooks on the backbone and on what is inside it."""
+    start = f"{backbone}." if backbone else ""
+    inside = ((name, module) for name, module in model.named_modules() if name and f"{name}.".startswith(start))
+    return [(name, hook) for name, module in inside for hook in users_hooks(module)]
+
+
 def _function(hook: Any) -> Any:
     while isinstance(hook, functools.partial):
         hook = hook.func

@@ -87,10 +87,10 @@ def forward_with_logits(model: ParallelModel, view: Any, inputs: dict[str, Any])
 
     Logits and loss of a training model that computes in 16 bits are returned in fp32, as accelerate returns them.
     """
-    micro_batch = model.micro_batch if model.training else None
-    with _whole_sequences(model, view, micro_batch), _whole_vocabulary(model, view, micro_batch) as made:
+    with whole_outputs(model, view) as made:
         output = model.stock_class.forward(view, **inputs)
     output = as_output(output, inputs.get("labels") is not None)
+    refuse_own_heads(model, output)
     if output.get("logits") is None and made:
         output["logits"] = made[-1]
     for name in ("logits", "loss") if model.training else ():
@@ -98,6 +98,39 @@ def forward_with_logits(model: ParallelModel, view: Any, inputs: dict[str, Any])
         if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
             output[name] = value.float()
     return output
+
+
+@contextmanager
+def whole_outputs(model: ParallelModel, view: Any) -> Iterator[list[torch.Tensor]]:
+    """Let the backbone and the head of `view` return what they would in one process, whoever calls them. May be nested.
+
+    Returns:
+        Where the logits are put that the head has made last.
+    """
+    if (outer := view.__dict__.get("made_logits")) is not None:
+        yield outer
+        return
+    micro_batch = model.micro_batch if model.training else None
+    with _whole_sequences(model, view, micro_batch), _whole_vocabulary(model, view, micro_batch) as made:
+        view.__dict__["made_logits"] = made
+        try:
+            yield made
+        finally:
+            del view.__dict__["made_logits"]
+
+
+def refuse_own_heads(model: ParallelModel, output: Any) -> None:
+    """
+    Raises:
+        ValueError: for an output with the attention weights of this rank's heads alone.
+    """
+    weights = output.get("attentions") if isinstance(output, dict) else None
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    if model.mesh.tp_size > 1 and any(w is not None and w.dim() == 4 and w.shape[1] != heads for w in weights or ()):
+        raise ValueError(
+            f"output_attentions=True at tp_size={model.mesh.tp_size}: a rank has the attention weights of its own "
+            "heads alone; use tp_size=1."
+        )
 
 
 @contextmanager
@@ -153,11 +186,19 @@ def _whole_sequences(model: ParallelModel, view: Any, micro_batch: MicroBatch | 
         return args, kwargs
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        joined = output[0] if model.anatomy.is_foreign else join_sequence(output[0], group)  # behind the last layer
-        whole = joined[:, : lengths[0]]
+        def whole(hidden: torch.Tensor) -> torch.Tensor:
+            is_part = hidden.shape[1] == part
+            return (join_sequence(hidden, group) if is_part else hidden)[:, : lengths[0]]
+
+        length = lengths[0] + -lengths[0] % group.size
+        part = length // group.size
+        joined = output[0][:, : lengths[0]] if model.anatomy.is_foreign else whole(output[0])  # behind the last layer
         if isinstance(output, tuple):
-            return (whole, *output[1:])
-        output.last_hidden_state = whole
+            return (joined, *output[1:])
+        if output.get("hidden_states") is not None:  # between the layers
+            states = output.hidden_states
+            output.hidden_states = tuple(joined if state is output[0] else whole(state) for state in states)
+        output.last_hidden_state = joined
         return output
 
     hooks = (

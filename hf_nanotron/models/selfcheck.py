@@ -1,7 +1,8 @@
 """A trial of code that is not transformers' own: the cut model must compute the loss of the whole one.
 
-Nobody but its author knows what a block of the user's does with a partial sum, or a backbone with the embedding of a
-stage that has none. So one small batch goes through the whole model, and, once it is cut, through all ranks together.
+Nobody but its author knows what a block, or a hook, of the user's does with a partial sum, or a backbone with the
+embedding of a stage that has none. So one small batch goes through the whole model, and, once it is cut, through all
+ranks together.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .anatomy import dissect, layer_stacks
 from .base import ParallelModel
 from .calling import accepted, as_output
 from .foreign import is_foreign, why_not_causal
+from .hooks import inner_hooks
 from .inference import pipelined_forward
 
 ROWS, TOKENS = 2, 8  # tokens a row, for each tensor-parallel rank
@@ -33,7 +35,8 @@ ADVICE = (
     "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to "
     "them, or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later "
     "pipeline stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block "
-    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1, pp_size=1."
+    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1, pp_size=1. "
+    "A hook is given what its module has on this rank."
 )
 
 
@@ -42,7 +45,7 @@ class Trial:
     """What a whole model computes.
 
     Attributes:
-        classes: names of its classes that have code of their own.
+        classes: names of its classes that have code of their own, and of hooks inside its backbone.
         ids: `[ROWS, S]`, on the device of the mesh.
         loss: of the whole model, the same on every rank.
     """
@@ -53,7 +56,7 @@ class Trial:
 
 
 def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
-    """Run a whole model with weights; None where nothing is cut, or all of its code is transformers'.
+    """Run a whole model with weights; None where nothing is cut, or all of its code is transformers' own.
 
     All ranks together. The loss is that of rank 0, whose weights all of them will take.
 
@@ -62,8 +65,11 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
     """
     if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
         return None
-    classes = tuple(sorted({type(module).__name__ for module in model.modules() if is_foreign(module)}))
-    if not classes:
+    code = {type(module).__name__ for module in model.modules() if is_foreign(module)}
+    backbone = dissect(model).backbone
+    hooked = [(name, hook) for name, hook in inner_hooks(model, backbone) if mesh.pp_size == 1 or name != backbone]
+    code |= {f"{hook} (a hook on {name})" for name, hook in hooked}  # a pipeline refuses those on the backbone itself
+    if not code:
         return None
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +86,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
     loss = torch.tensor(together(mesh, "a forward of the whole model", run), dtype=torch.float64, device=mesh.device)
     if mesh.world.handle is not None:
         dist.broadcast(loss, 0, group=mesh.world.handle)
-    return Trial(classes, ids.to(mesh.device), float(loss))
+    return Trial(tuple(sorted(code)), ids.to(mesh.device), float(loss))
 
 
 def compare(model: ParallelModel, trial: Trial | None) -> None:
@@ -103,6 +109,8 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
                 loss = model.parallel_forward(gather_logits=False, **inputs).loss
     except Exception as error:  # whatever that code raises
         raise ValueError(f"{code} fails when the model is cut ({type(error).__name__}: {error}). {ADVICE}") from error
+    if not has_dropout(model.config):  # or nothing was tried as it trains
+        model.cut.tried_hooks = frozenset(inner_hooks(model, model.anatomy.backbone))
     model.__dict__.pop("linear_head", None)  # found anew, for what the trainer makes of the model
     assert loss is not None
     got, tolerance = float(loss), TOLERANCE.get(model.dtype, COARSE)
