@@ -9,7 +9,6 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from .parallel.mesh import ParallelMesh
-from .same_on_all_ranks import check_shared
 
 
 class CollectiveTrainer(Trainer):
@@ -30,10 +29,7 @@ class CollectiveTrainer(Trainer):
         return super().predict(test_dataset, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        target = output_dir or self.args.output_dir or "."
-        self.mesh.assemble("save_model", f" to {os.fspath(target)}")
-        if not kwargs.get("_internal_call"):  # a checkpoint's folder is in a directory that was looked at
-            check_shared(self.mesh, target, "output_dir")
+        self.mesh.assemble("save_model", f" to {os.fspath(output_dir or self.args.output_dir or '.')}")
         super().save_model(output_dir, *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:

@@ -100,10 +100,10 @@ def _lengths(dataset: Any) -> Any:
     return len(dataset) if has_length(dataset) else type(dataset).__qualname__
 
 
-def check_shared(mesh: ParallelMesh, directory: str | os.PathLike[str], argument: str) -> None:
+def check_shared(mesh: ParallelMesh, directory: str | os.PathLike[str], argument: str, is_written: bool = True) -> None:
     """Refuse a directory that rank 0 cannot write, or that other ranks do not see. All ranks together.
 
-    Rank 0 writes a small file for a moment, which every rank reads.
+    Rank 0 writes a small file for a moment, which every rank reads; it only makes the directory unless `is_written`.
 
     Raises:
         ValueError: on every rank, naming the directory, the reason and the ranks.
@@ -111,11 +111,11 @@ def check_shared(mesh: ParallelMesh, directory: str | os.PathLike[str], argument
     path, token = Path(directory), secrets.randbits(48)
     problem = ""
     if mesh.rank == 0:
-        problem = _try(lambda: _write(path, token))
+        problem = _try(lambda: _write(path, token) if is_written else path.mkdir(parents=True, exist_ok=True))
     numbers = torch.tensor([token if mesh.rank == 0 else 0, bool(problem)], device=mesh.device)
     agreed, failed = all_reduce(numbers, mesh.world).tolist()
     name = path / f".written-by-rank-0-{agreed:012x}"
-    if not failed and mesh.rank != 0:
+    if is_written and not failed and mesh.rank != 0:
         problem = _try(lambda: _look(path, name))
     try:
         bad = all_reduce(torch.tensor(float(bool(problem)), device=mesh.device), mesh.world)

@@ -100,8 +100,8 @@ class NanotronTrainer(
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._link: OptimizerLink | None = None
         self._stepped = -1  # the last step that was run
-        if model is not None and args.save_strategy != "no":
-            check_shared(model.mesh, cast(str, args.output_dir), "output_dir")
+        if model is not None:
+            check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         super().__init__(model, args, *positional, **kwargs)
         self.neftune_noise_alpha = None  # Trainer's own hook would draw other noise on each rank
         compare_ranks(self.model.mesh, values_of(self))

@@ -179,7 +179,7 @@ def made_differently(directory: str) -> None:
         with pytest.raises(ValueError, match=f"{name} differs between ranks: .*{values[0]!r}.* on rank 0.* on rank 1"):
             make({name: values[rank]})
     with pytest.raises(ValueError, match="output_dir"):
-        make({"output_dir": f"{directory}/{rank}"})
+        make({"output_dir": f"{directory}/{rank}", "save_strategy": "steps"})
     with pytest.raises(ValueError, match="the length of eval_dataset differs between ranks: 4 on rank 0; 5 on rank 1"):
         make({}, data=4 + rank)
     with pytest.raises(ValueError, match="model.config.rms_norm_eps differs"):
@@ -192,7 +192,7 @@ def made_differently(directory: str) -> None:
     link.mkdir(exist_ok=True)
     os.chdir(link)
     with pytest.raises(ValueError, match="output_dir='out': .*is not to be seen.*rank 1"):
-        make({"output_dir": "out"})
+        make({"output_dir": "out", "save_strategy": "steps"})
     with pytest.raises(ValueError, match="output_dir='out': .*is not to be seen.*rank 1"):
         trainer.save_model("out")
     (Path(directory) / "file").touch()
