@@ -50,7 +50,8 @@ def check_scheduler(args: TrainingArguments) -> None:
     name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
     kwargs = dict(kwargs) if isinstance(kwargs, Mapping) else {}
     made_with = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-    known = [key for key in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters if key not in made_with]
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
+    known = [key for key in inspect.signature(function).parameters if key not in made_with]
     if name not in LIBRARY_CLASSES and (unknown := [key for key in kwargs if key not in known]):
         raise ValueError(
             f"lr_scheduler_kwargs: {unknown[0]}={kwargs[unknown[0]]!r} is nothing that lr_scheduler_type="
