@@ -140,8 +140,9 @@ def hint(prefix: str, key: str, known: Collection[str], sections: Mapping[str, C
     for section, names in sections.items():
         if key in names:
             return f"it belongs to the section {section}: {section}.{key}."
-    if sections and key in SYNONYMS:
-        return f"here it is {SYNONYMS[key].format(key)}."
+    meaning = SYNONYMS[key].format(key) if sections and key in SYNONYMS else None
+    if meaning not in (None, f"{prefix}{key}"):
+        return f"here it is {meaning}."
     if nearest := difflib.get_close_matches(key, known, n=1, cutoff=CUT_OFF):
         return f"the nearest known one is {prefix}{nearest[0]}."
     paths = {name: f"{section}.{name}" for section, names in sections.items() for name in names}

@@ -120,11 +120,17 @@ def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
             )
     try:
         with explained("model.config"):
-            return AutoConfig.for_model(model_type, **fields)
+            config = AutoConfig.for_model(model_type, **fields)
     except SettingsError as error:
         if isinstance(error.__cause__, StrictDataclassError):
             raise ValueError(f"model.config: {error.__cause__}") from error
         raise
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise ValueError(
+            f"model.config.num_key_value_heads={shared} does not divide model.config.num_attention_heads={heads}."
+        )
+    return config
 
 
 # ---- data ----
@@ -156,7 +162,14 @@ def _read_split(section: dict[str, Any], split: str) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(section["path"])
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    for name in ("name", "data_files"):
+        if section.get(name) is not None and (is_saved or path.suffix in FILE_TYPES):
+            raise ValueError(
+                f"dataset.{name}={section[name]!r} goes with a name for datasets.load_dataset, and dataset.path="
+                f"{section['path']!r} is a {'folder of save_to_disk' if is_saved else 'file'}; leave {name} out."
+            )
+    if not is_saved:
         files, builder = section.get("data_files"), section["path"]
         if path.suffix in FILE_TYPES:
             if not path.is_file():
@@ -183,6 +196,7 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any) -> Any:
                 f"the dataset has the columns {', '.join(dataset.column_names)}: without input_ids it needs "
                 "dataset.text_column, dataset.block_size and tokenizer."
             )
+        _check_ids(dataset)
         return dataset
     if column not in dataset.column_names:
         raise ValueError(f"dataset.text_column={column!r} is not one of {', '.join(dataset.column_names)}.")
@@ -211,10 +225,28 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any) -> Any:
     return packed
 
 
+def _check_ids(dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: for a column of tokens or labels that does not hold a list of integers in every row.
+    """
+    for name in ("input_ids", "labels"):
+        if name not in dataset.column_names:
+            continue
+        kind, values = dataset.features[name], dataset.data.column(name)
+        if not str(getattr(getattr(kind, "feature", None), "dtype", "")).startswith(("int", "uint")):
+            raise ValueError(f"the column {name} of the dataset must hold a list of integers in each row, not {kind}.")
+        if values.null_count:
+            raise ValueError(f"the column {name} of the dataset is empty (null) in {values.null_count} rows.")
+
+
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Join samples, filled up on the right where they differ in length. Samples without labels predict themselves."""
     length = max(len(row["input_ids"]) for row in rows)
     rows = [{"labels": row["input_ids"], **row} for row in rows]
+    for row in rows:
+        if len(row["labels"]) != len(row["input_ids"]):
+            raise ValueError(f"a sample has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels.")
     return {
         name: torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in rows])
         for name, fill in PADDING.items()

@@ -16,9 +16,9 @@ class CollectiveTrainer(Trainer):
 
     mesh: ParallelMesh
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.mesh.assemble("train")
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.mesh.assemble("evaluate", _size(self.eval_dataset if eval_dataset is None else eval_dataset))

@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from .checkpoint.training_state import together
 from .data.loader import FillerBatch
 from .models.base import ParallelModel
 from .models.hooks import inner_hooks, users_hooks
@@ -26,6 +27,7 @@ from .models.own_forward import OF_EVERY_LAYER, check_own_forward
 from .parallel.collectives import all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
+from .same_on_all_ranks import compare_ranks
 from .step_loss import StepLoss
 from .training_args import NanotronTrainingArguments
 
@@ -39,11 +41,13 @@ class LossTrainer(Trainer):
     model: ParallelModel
     mesh: ParallelMesh
     _evaluates = False  # inside `prediction_step`
+    _followed: dict[str, bool]  # `_whose_loss` that was checked last
 
     # ---- what is asked for ----
 
     def _check_loss(self) -> None:
-        """Find out whose loss is trained. Called on every rank, when the trainer is made and when it starts.
+        """Find out whose loss is trained. Called on every rank, when the trainer is made, when it starts, and
+        with each epoch.
 
         Raises:
             ValueError: for a loss that this topology, or another argument, makes impossible.
@@ -56,6 +60,7 @@ class LossTrainer(Trainer):
         # Of a model that takes no number of tokens, `train_step.weigh` divides the plain loss.
         unscaled = self.model_accepts_loss_kwargs and model.plain_forward and not self._is_scaled
         model.needs_logits = self._loss_of_outputs is not None or self._calls_whole_model or unscaled
+        self._followed = self._whose_loss
         if not model.makes_logits:
             return
         if args.z_loss_coefficient:
@@ -131,6 +136,32 @@ class LossTrainer(Trainer):
                     "whole. Hook a decoder layer or lm_head, pass compute_loss_func to change the loss, or use "
                     "pp_size=1."
                 )
+
+    @property
+    def _whose_loss(self) -> dict[str, bool]:
+        """Who says what the loss is, as far as it is not in the model's class, its loss function or its head."""
+        return {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "label_smoothing_factor": self.label_smoother is not None,
+            "compute_loss": self._overrides_compute_loss,
+            "a forward assigned to the model": "forward" in vars(self.model),
+            "a hook on the model": bool(users_hooks(self.model)),
+        }
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # Callbacks at the begin of the run or the epoch may have changed it.
+        together(self.mesh, "checking the loss", self._check_loss)
+        compare_ranks(self.mesh, self._whose_loss)
+        return super()._run_epoch(*args, **kwargs)
+
+    def _follow_loss(self) -> None:
+        """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch.
+
+        Raises:
+            ValueError: see `_check_loss`.
+        """
+        if self._whose_loss != self._followed:
+            self._check_loss()
 
     @property
     def _overrides_compute_loss(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .parallel.collectives import all_reduce
 from .parallel.copies import differing_weights
 from .parallel.mesh import ParallelMesh
 from .parallel.segment import ShardedWeights
+from .same_on_all_ranks import compare_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -155,6 +156,8 @@ class GradientTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         self._take_written()  # of callbacks at the begin of the run or the epoch
+        hooked = [] if self._hooks is None else self._hooks.weights()
+        compare_ranks(self.mesh, {"what add_gradient_hook was called for": hooked})
         self._reads_gradients = False
         try:
             return super()._run_epoch(*args, **kwargs)
@@ -164,11 +167,18 @@ class GradientTrainer(Trainer):
     def _say_that_gradients_were_not_read(self) -> None:
         if self._reads_gradients:
             return
-        for callback in self.callback_handler.callbacks:
-            kind = type(callback)
-            is_users = kind.__module__.partition(".")[0] not in ("transformers", "hf_nanotron")
-            if is_users and kind.on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step:
-                logger.warning_once(
-                    f"{kind.__name__}.on_pre_optimizer_step: the parameters of a parallel model have no `grad` there. "
-                    "If it is to see or change gradients, use NanotronTrainer.gradients(), or add_gradient_hook."
-                )
+        for callback in users_callbacks(self.callback_handler.callbacks, "on_pre_optimizer_step"):
+            logger.warning_once(
+                f"{type(callback).__name__}.on_pre_optimizer_step: the parameters of a parallel model have no `grad` "
+                "there. If it is to see or change gradients, use NanotronTrainer.gradients(), or add_gradient_hook."
+            )
+
+
+def users_callbacks(callbacks: Iterable[TrainerCallback], event: str) -> list[TrainerCallback]:
+    """Those that a user has written, and that do something at `event`."""
+    return [
+        callback
+        for callback in callbacks
+        if type(callback).__module__.partition(".")[0] not in ("transformers", "hf_nanotron")
+        and getattr(type(callback), event) is not getattr(TrainerCallback, event)
+    ]

@@ -84,7 +84,7 @@ def values_of(trainer: Trainer) -> dict[str, Any]:
     for name, value in config.to_dict().items():
         if name not in ("_name_or_path", "transformers_version"):
             values[f"model.config.{name}"] = value
-    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         values[name] = "given" if getattr(trainer, name) is not None else "not given"
     for name in ("train_dataset", "eval_dataset"):
         values[f"the length of {name}"] = _lengths(getattr(trainer, name))

@@ -7,13 +7,12 @@ come from (`training_step`), which samples a rank reads, how gradients are clipp
 from __future__ import annotations
 
 import gc
-import math
 from typing import Any, cast
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .agreeing import AgreeingTrainer
@@ -26,7 +25,7 @@ from .data.window_check import WindowCheck
 from .data_trainer import DataTrainer
 from .dp_accelerator import DataParallelAccelerator
 from .figures import FiguresTrainer
-from .gradient_trainer import GradientTrainer
+from .gradient_trainer import GradientTrainer, users_callbacks
 from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
 from .models.compile import compile_layers, restore_layers
@@ -41,7 +40,7 @@ from .models.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
-from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, optimizer_choice
+from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, check_scheduler, optimizer_choice
 from .optim.link import OptimizerLink
 from .optim.norm import global_norm
 from .parallel.batch import batch_shape, ones_like_tokens
@@ -94,6 +93,8 @@ class NanotronTrainer(
         args.check()
         refuse_arguments(positional, kwargs)
         check_methods(self)
+        if not is_overridden(self, "create_scheduler") and not any(kwargs.get("optimizers") or ()):
+            check_scheduler(args)
         self._mesh: ParallelMesh | None = None
         if model is not None:
             model = self._parallel_model(model, args)
@@ -288,22 +289,12 @@ class NanotronTrainer(
 
     def get_num_trainable_parameters(self) -> int:
         """Trainable parameters of the whole model, not of this rank."""
-        named = dict(self.model.named_parameters())
-        frozen = {self.model.shard_specs[name].name for name, p in named.items() if not p.requires_grad}
-        held = torch.tensor([float(name in frozen) for name in self.model.hub_shapes], device=self.mesh.device)
-        is_frozen = all_reduce(held, self.mesh.world).tolist()
-        sizes = [math.prod(shape) for shape in self.model.hub_shapes.values()]
-        return sum(size for size, count in zip(sizes, is_frozen, strict=True) if not count)
+        return self.model.num_parameters(only_trainable=True)
 
     def _callbacks_read_weights(self) -> bool:
         """Whether a callback of the user's is called between an optimizer step and the next forward."""
         events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
-        return any(
-            getattr(type(callback), event) is not getattr(TrainerCallback, event)
-            for callback in self.callback_handler.callbacks
-            if type(callback).__module__.partition(".")[0] not in ("transformers", "hf_nanotron")
-            for event in events
-        )
+        return any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -368,6 +359,7 @@ class NanotronTrainer(
                 f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
             )
+        self._follow_loss()
         # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
         micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
         if not (self.model.makes_logits or self._is_scaled or self.model_accepts_loss_kwargs):

@@ -230,6 +230,8 @@ class NanotronTrainingArguments(TrainingArguments):
         Raises:
             ValueError: as at construction.
         """
+        if dist.is_initialized():
+            attend()  # other ranks notice if this one is refused, and ends
         set_plain_values(self, NanotronTrainingArguments)
         check_values(self, NanotronTrainingArguments, REFUSED)
         check_policy(self)

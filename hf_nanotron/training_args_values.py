@@ -236,5 +236,5 @@ def _plain(value: Any) -> Any:
 
 
 def _show(name: str, value: Any) -> str:
-    text = "..." if "token" in name and isinstance(value, str) else repr(value)
+    text = "..." if name.endswith("token") and isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -185,6 +185,7 @@ def test_anchors_and_a_mark_of_byte_order(tmp_path: Path) -> None:
 
 # ---- sections ----
 
+IDS = ["--dataset.text_column=null", "--dataset.eval_split=null", "--dataset.train_split=train"]
 SECTIONS: list[tuple[list[str], str]] = [
     (["--model.config", "llama"], "model.config='llama' must be a mapping or null"),
     (["--model.config", "[llama]"], "model.config=['llama'] must be a mapping"),
@@ -212,6 +213,16 @@ SECTIONS: list[tuple[list[str], str]] = [
     (["--dataset.train_split=train", "--dataset.path", "{tmp}/none.parquet"], "cannot be read: Instruction"),
     (["--dataset.path", "{tmp}/numbers.jsonl"], "dataset.text_column='text' cannot be tokenised"),
     (["--dataset.path", "null"], "dataset needs path"),
+    (["--dataset.name", "en"], "dataset.name='en' goes with a name for datasets.load_dataset"),
+    (["--dataset.data_files", "[a]"], "dataset.data_files=['a'] goes with a name"),
+    ([*IDS, "--dataset.path={tmp}/floats.jsonl"], "the column input_ids of the dataset must hold a list of integers"),
+    ([*IDS, "--dataset.path={tmp}/words.jsonl"], "the column input_ids of the dataset must hold a list of integers"),
+    ([*IDS, "--dataset.path={tmp}/nulls.jsonl"], "the column input_ids of the dataset is empty (null) in 4 rows"),
+    ([*IDS, "--dataset.path={tmp}/short.jsonl"], "a sample has 3 input_ids and 2 labels"),
+    (["--model.config.num_key_value_heads", "3"], "num_key_value_heads=3 does not divide"),
+    (["--lr_scheduler_type", "warmup_stable_decay"], "'num_decay_steps'"),
+    (["--training.lr_scheduler_kwargs.cycles=1"], "cycles=1 is nothing that lr_scheduler_type='constant' takes"),
+    (["--include_num_input_tokens_seen", "some"], "include_num_input_tokens_seen='some': 'some' is not one of"),
     (["--dataset.train_split", "nope"], "cannot be read"),
     (["--dataset.text_column", "texts"], "text_column='texts' is not one of text, id"),
     (["--dataset.text_column", "5"], "dataset.text_column=5 must be text"),
@@ -235,6 +246,13 @@ def test_sections(tmp_path: Path, overrides: list[str], says: str) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     (tmp_path / "numbers.jsonl").write_text('{"text": 5, "id": 1}\n' * 10)
+    rows = {
+        "floats": '{"input_ids": [1.5, 2.0]}\n', "words": '{"input_ids": ["a", "b"]}\n',
+        "nulls": '{"input_ids": null}\n{"input_ids": [1, 2]}\n',
+        "short": '{"input_ids": [1, 2, 3], "labels": [1, 2]}\n',
+    }  # fmt: skip
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(row * 4)
     if "none" in overrides[-1]:
         none = Dataset.from_dict({"text": []})
         none.save_to_disk(tmp_path / "none")

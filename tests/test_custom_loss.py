@@ -12,7 +12,14 @@ import torch
 from pool import WorkerPool
 from tiny import VOCABULARY, History, pad_batch, random_dataset, tiny_config, training_arguments
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
@@ -642,3 +649,58 @@ def test_a_forward_that_changes_its_loss_later() -> None:
         trainer.train()
     trainer.model.plain_forward = False
     trainer.train()
+
+
+# ---- a loss that comes while the trainer trains ----
+
+
+class Sets(TrainerCallback):
+    """Changes the loss at an event: of the whole run, or of its second step."""
+
+    trainer: Any = None
+
+    def __init__(self, event: str, kind: str) -> None:
+        def change(args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step != (event == "on_step_begin"):
+                return
+            if kind == "compute_loss_func":
+                self.trainer.compute_loss_func = weighted
+            else:
+                model.register_forward_hook(change_loss)
+
+        setattr(self, event, change)
+
+
+LATE = [(event, kind) for event in ("on_train_begin", "on_step_begin") for kind in ("compute_loss_func", "hook")]
+
+
+def set_late(directory: str, base: Any, arguments: Any, overrides: dict[str, Any]) -> dict[str, list[float] | str]:
+    results: dict[str, list[float] | str] = {}
+    for event, kind in LATE:
+        callback, history = Sets(event, kind), History()
+        callback.trainer = base(
+            model=AutoModelForCausalLM.from_pretrained(directory),
+            args=arguments(**training_arguments(max_steps=STEPS, gradient_accumulation_steps=2, **overrides)),
+            train_dataset=random_dataset(SAMPLES, length=8),
+            data_collator=pad_batch,
+            callbacks=[history, callback],
+        )
+        try:
+            callback.trainer.train()
+            results[f"{event} {kind}"] = history.losses
+        except ValueError as error:
+            results[f"{event} {kind}"] = str(error)
+    return results
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}], ids=["tp 2", "pp 2"])
+def test_a_loss_that_a_callback_sets(pool: WorkerPool, sizes: dict[str, Any]) -> None:
+    wanted = set_late(checkpoint(), Trainer, TrainingArguments, {})
+    assert len({tuple(losses) for losses in wanted.values()}) == len(LATE)
+    got = pool.run(2, set_late, checkpoint(), NanotronTrainer, NanotronTrainingArguments, sizes)
+    assert got[0] == got[1]
+    for name, losses in got[0].items():
+        if "hook" in name and "pp_size" in sizes:
+            assert "with a hook on the model" in losses
+        else:
+            assert losses == pytest.approx(wanted[name], rel=2e-5), name

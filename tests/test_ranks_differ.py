@@ -186,7 +186,31 @@ def made_differently(directory: str) -> None:
         make({}, config={"rms_norm_eps": 1e-6 * (1 + rank)})
     with pytest.raises(ValueError, match='compute_metrics differs between ranks: "given" on rank 0; "not given" on'):
         make({}, compute_metrics=None if rank else len)
+    with pytest.raises(ValueError, match='compute_loss_func differs between ranks: "given" on rank 0; "not given" on'):
+        make({}, compute_loss_func=None if rank else len)
+    sizes = {"pp_size": 2, "gradient_accumulation_steps": 2} if rank else {"tp_size": 2}
+    with pytest.raises(ValueError, match="(?=.*rank 0 calls making .*tp_size=2)(?=.*rank 1 calls making .*pp_size=2)"):
+        make(sizes)
+    if rank:
+        with pytest.raises(ValueError, match="max_steps=0"):
+            make({"max_steps": 0})
+        with pytest.raises(ValueError, match="differ"):
+            make({"max_steps": 3})
+    else:  # which waits meanwhile
+        with pytest.raises(ValueError, match="max_steps differs"):
+            make({})
     trainer = make({"report_to": "none", "disable_tqdm": bool(rank), "log_level": ("error", "warning")[rank]})
+    if rank == 0:  # no rank waits for others
+        assert trainer.get_num_trainable_parameters() == trainer.model.num_parameters()
+    with pytest.raises(ValueError, match="rank 0 calls train with resume_from_checkpoint=None"):
+        trainer.train(resume_from_checkpoint="checkpoint-1" if rank else None)
+    hook = trainer.add_gradient_hook("*", lambda gradient, part: gradient * 0) if rank else None
+    with pytest.raises(
+        ValueError, match=r"what add_gradient_hook was called for differs between ranks: \[\] on rank 0"
+    ):
+        trainer.train()
+    if hook is not None:
+        hook.remove()
     # In place of a disk that ranks do not share: one path, two directories.
     link = Path(directory) / f"home-{rank}"
     link.mkdir(exist_ok=True)
@@ -197,7 +221,7 @@ def made_differently(directory: str) -> None:
         trainer.save_model("out")
     (Path(directory) / "file").touch()
     with pytest.raises(ValueError, match=r"file.*: .*Not a directory.* \(rank 0\)"):
-        make({"output_dir": f"{directory}/file/below"})
+        make({"output_dir": f"{directory}/file/below", "save_strategy": "steps"})
     assert not list(Path(directory, "same").glob(".written*"))
     with pytest.raises(
         ValueError,

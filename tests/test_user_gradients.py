@@ -273,14 +273,14 @@ def refusals(sizes: dict[str, Any], names: list[str]) -> dict[str, str | None]:
 HOOK = ["model.layers.0.mlp.up_proj.weight has a gradient hook", "add_gradient_hook"]
 MESSAGES: dict[str, list[str]] = {
     "stock": HOOK, "accumulated": HOOK, "between": HOOK, "begin": HOOK, "step": HOOK,
-    "head": ["lm_head", "backward hook", "Remove"],
+    "head": ["lm_head", "tp_size=2", "backward hook", "Remove"],
     "layer": ["model.layers.0", "tp_size=2", "backward hook"],
     "wrong name": ["'model.nothing.*'", "matches none", "model.embed_tokens.weight"],
     "no gradients": ["no gradients now", "on_pre_optimizer_step"],
     "wrong shape": ["returned shape (1,)", "part.of(whole)"],
     "frozen": ["is frozen", "layers.0.mlp"],
 }  # fmt: skip
-ANYWHERE = [name for name in MESSAGES if name != "layer"]
+ANYWHERE = [name for name in MESSAGES if name not in ("head", "layer")]
 ALIKE = [name for name in ANYWHERE if name != "wrong shape"]  # where each rank has other parts
 
 
@@ -314,3 +314,25 @@ def test_a_callback_that_sees_no_gradients_is_told(caplog: pytest.LogCaptureFixt
     finally:
         logging.disable_propagation()
     assert "Silent.on_pre_optimizer_step" in caplog.text and "NanotronTrainer.gradients()" in caplog.text
+
+
+def seen_by_the_head(directory: str, sizes: dict[str, Any] | None) -> list[float]:
+    """What a backward hook on the head is given in each micro-batch, and the norms of the gradients."""
+    seen: list[float] = []
+    model = StockAuto.from_pretrained(directory)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 3)
+    model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: seen.append(float(outputs[0].norm())))
+    values = arguments(max_steps=2, gradient_accumulation_steps=2)
+    history = History()
+    kind, args = StockTrainer, TrainingArguments(**values)
+    if sizes is not None:
+        kind, args = NanotronTrainer, NanotronTrainingArguments(**values, **sizes)
+    kind(model=model, args=args, train_dataset=ROWS, data_collator=pad_batch, callbacks=[history]).train()
+    return [*seen, *history.norms]
+
+
+def test_hooks_on_the_head(pool: WorkerPool) -> None:
+    """One forwards and one backwards: both see what they see in stock Trainer."""
+    wanted = seen_by_the_head(checkpoint("llama"), None)
+    assert pool.run(1, seen_by_the_head, checkpoint("llama"), {})[0] == pytest.approx(wanted, rel=1e-4)
+    assert pool.run(2, seen_by_the_head, checkpoint("llama"), {"pp_size": 2})[1] == pytest.approx(wanted, rel=1e-4)

@@ -105,5 +105,5 @@ def hook_message(model: ParallelModel) -> str | None:
     """Why hooks on gradients of `model` are refused; None if it has none that would not be called as in stock."""
     if message := weight_hook_message(model.named_parameters()):
         return message
-    bypassed = {model.anatomy.head, *(() if model.mesh.pp_size == 1 else (model.anatomy.backbone,))}
-    return module_hook_message(model, model.mesh.tp_size, bypassed)
+    divided = None if model.mesh.pp_size == 1 else model.anatomy.backbone
+    return module_hook_message(model, model.mesh.tp_size, divided)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 LIBRARIES = ("hf_nanotron", "torch", "transformers", "accelerate")
-TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+TABLES = ("_forward_pre_hooks", "_forward_hooks", *BACKWARD)
 
 
-def users_hooks(module: nn.Module) -> list[str]:
+def users_hooks(module: nn.Module, tables: Sequence[str] = TABLES) -> list[str]:
     """Names of the functions that a user has hooked to `module` itself, forwards or backwards."""
-    hooks = [hook for table in TABLES for hook in getattr(module, table).values()]
+    hooks = [hook for table in tables for hook in getattr(module, table).values()]
     return [_name(hook) for hook in hooks if _package(hook) not in LIBRARIES]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from torch import nn
+
+from .hooks import BACKWARD, users_hooks
 
 INSTEAD = (
     "Its gradient is summed in fp32 over micro-batches and ranks, each of which holds a part of it; torch would call "
@@ -24,17 +26,17 @@ def weight_hook_message(parameters: Iterable[tuple[str, nn.Parameter]]) -> str |
     return None
 
 
-def module_hook_message(model: nn.Module, tp_size: int, bypassed: Collection[str]) -> str | None:
+def module_hook_message(model: nn.Module, tp_size: int, divided: str | None) -> str | None:
     """Why backward hooks of modules are refused; None if each sees what it sees in the stock model.
 
     Args:
-        bypassed: names of modules that are not called as a whole while the model trains. Nor are those around them.
+        divided: name of the module that no rank calls as a whole, if there is one. Nor does it call those around it.
     """
     for name, module in model.named_modules():
-        if not (module._backward_hooks or module._backward_pre_hooks):
+        if not users_hooks(module, BACKWARD):
             continue
         where = f"{name or 'the model'} ({type(module).__name__}) has a backward hook"
-        if any(other == name or other.startswith(f"{name}." if name else "") for other in bypassed):
+        if not name or (divided is not None and f"{divided}.".startswith(f"{name}.")):
             return (
                 f"{where}, but is not called as one module while it trains: torch would not call the hook. Remove it."
             )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from ..parallel.segment import Segment
 from .adamw import AdamW
 from .lion import Lion
+
+# Schedulers that are classes, which take keys of their own.
+LIBRARY_CLASSES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
@@ -34,6 +39,32 @@ def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: st
             f"parts of matrices must. Use one of torch.optim.{', '.join(ELEMENTWISE)}, or, if it does, say so on the "
             f"class: {optimizer_class.__name__}.elementwise = True."
         )
+
+
+def check_scheduler(args: TrainingArguments) -> None:
+    """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given.
+
+    Raises:
+        ValueError: naming `lr_scheduler_type`, and the wrong or missing key of `lr_scheduler_kwargs`.
+    """
+    name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
+    kwargs = dict(kwargs) if isinstance(kwargs, Mapping) else {}
+    made_with = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
+    known = [key for key in inspect.signature(function).parameters if key not in made_with]
+    if name not in LIBRARY_CLASSES and (unknown := [key for key in kwargs if key not in known]):
+        raise ValueError(
+            f"lr_scheduler_kwargs: {unknown[0]}={kwargs[unknown[0]]!r} is nothing that lr_scheduler_type="
+            f"{name.value!r} takes; {'its keys are ' + ', '.join(known) if known else 'it takes none'}."
+        )
+    steps = max(args.max_steps, 1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={name.value!r} with lr_scheduler_kwargs={kwargs!r} cannot be made: {error}"
+        ) from error
 
 
 def optimizer_choice(args: TrainingArguments, state_dtype: torch.dtype) -> OptimizerChoice:

@@ -62,6 +62,10 @@ class GradientHooks:
         self._hooks[self._added] = names, hook
         return HookHandle(self._hooks, self._added)
 
+    def weights(self) -> list[list[str]]:
+        """Names of the weights of each hook, in the order in which they were added."""
+        return [sorted(names) for names, _ in self._hooks.values()]
+
     def run(self, segments: Sequence[Segment]) -> None:
         """Call the hooks, in the order in which they were added, on every segment of theirs.
 

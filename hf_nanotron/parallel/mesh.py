@@ -79,6 +79,9 @@ class ParallelMesh:
         self.world_size: int = state.num_processes
         self.rank: int = state.process_index
         self.device: torch.device = state.device
+        self._timeout = timeout
+        # Before the groups are made: ranks of other sizes would wait for each other in them.
+        self.assemble("making a parallel model or a NanotronTrainer", f" with {parallel}")
         self.dp_size = parallel.dp_size(self.world_size)
         self.shard_size = parallel.shard_size(self.world_size)
         self.ep_size = parallel.ep_size
@@ -87,8 +90,6 @@ class ParallelMesh:
         self.tp_size, self.pp_size = parallel.tp_size, parallel.pp_size
         self.coordinates = self.coordinates_of(self.rank)
         self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
-        self._timeout = timeout
-        self.assemble("making a parallel model or a NanotronTrainer")
         self._groups: dict[str, Group] = {}
         self._handles: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
         self._at_close: list[Callable[[], None]] = []
