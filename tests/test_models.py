@@ -291,7 +291,7 @@ class Warnings(logging.Handler):
 
 @pytest.fixture
 def warned() -> Any:
-    handler, logger = Warnings(), logging.getLogger("hf_nanotron.checkpoint.finite_weights")
+    handler, logger = Warnings(), logging.getLogger("hf_nanotron.checkpoint.nonfinite_tensors")
     logger.addHandler(handler)
     yield handler.messages
     logger.removeHandler(handler)

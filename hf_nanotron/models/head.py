@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -150,7 +150,7 @@ def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str
         return made
 
     made = torch.zeros(())
-    stand_in = _StandInHead(Prediction(loss), hidden.shape, cast(Linear, model.get_submodule(name)))
+    stand_in = _StandInHead(Prediction(loss), hidden.shape, model.config.get_text_config().vocab_size)
     output = _StandInOutput(hidden, getattr(model, "num_experts", None))
     modules = {child: stand_in if child == name else _StandIn(output) for child in model._modules}
     trial_class = type("Trial", (stock_class,), {"loss_function": property(lambda self: loss_function)})
@@ -201,10 +201,11 @@ class _StandIn(nn.Module):
 class _StandInHead(nn.Module):
     """A head that checks that it gets the hidden states of all tokens."""
 
-    def __init__(self, prediction: Prediction, shape: torch.Size, head: Linear) -> None:
+    def __init__(self, prediction: Prediction, shape: torch.Size, vocabulary: int) -> None:
         super().__init__()
         self.prediction, self.shape, self.calls = prediction, shape, 0
-        self.out_features = head.out_features  # which some models tell the loss, for the size of the vocabulary
+        # Some models tell it the loss, as the size of the vocabulary. A stage without the head finds the same.
+        self.out_features = vocabulary
 
     def forward(self, hidden: torch.Tensor) -> Prediction:
         if hidden.shape != self.shape:
