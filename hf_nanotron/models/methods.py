@@ -290,10 +290,19 @@ def parameter_name(model: ParallelModel, name: str, parameter: nn.Parameter) -> 
 
 @functools.cache
 def methods_of(stock: type[PreTrainedModel] = PreTrainedModel) -> frozenset[str]:
-    """Names of all public methods and properties of a model class, and of what it is built on."""
+    """Names of all public methods and properties of a model class, and of what it is built on.
+
+    What other libraries have put on these classes while the process ran is left out.
+    """
     return frozenset(
         name
         for base in stock.__mro__[:-1]
         for name, value in vars(base).items()
-        if not name.startswith("_") and (callable(value) or isinstance(value, (classmethod, staticmethod, property)))
+        if not name.startswith("_") and _module_of(value).startswith(("torch.nn.", "transformers."))
     )
+
+
+def _module_of(value: Any) -> str:
+    """Where a method or property was written; empty for anything else."""
+    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    return str(getattr(function, "__module__", "")) if callable(function) and not isinstance(function, type) else ""
