@@ -42,10 +42,10 @@ class Unchecked(WindowCheck):
 
     def start(self, window: Window, count: int = 0, *args: Any, **kwargs: Any) -> PendingWindow:
         total = all_reduce(to_device(torch.tensor([count]), self.mesh.device), self.mesh.dp)
-        return PendingWindow(window, [], None, EarlySum(total))
+        return PendingWindow(window, [], None, 0, EarlySum(total))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
-        return [0, 0, 0, len(pending.window), 0]
+        return [0, 0, 0, len(pending.window), 0, 0]
 
 
 class Alternating(TrainerCallback):
