@@ -671,12 +671,12 @@ class Sets(TrainerCallback):
         setattr(self, event, change)
 
 
-LATE = [(event, kind) for event in ("on_train_begin", "on_step_begin") for kind in ("compute_loss_func", "hook")]
+SET_LATE = [(event, kind) for event in ("on_train_begin", "on_step_begin") for kind in ("compute_loss_func", "hook")]
 
 
 def set_late(directory: str, base: Any, arguments: Any, overrides: dict[str, Any]) -> dict[str, list[float] | str]:
     results: dict[str, list[float] | str] = {}
-    for event, kind in LATE:
+    for event, kind in SET_LATE:
         callback, history = Sets(event, kind), History()
         callback.trainer = base(
             model=AutoModelForCausalLM.from_pretrained(directory),
@@ -696,7 +696,7 @@ def set_late(directory: str, base: Any, arguments: Any, overrides: dict[str, Any
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}], ids=["tp 2", "pp 2"])
 def test_a_loss_that_a_callback_sets(pool: WorkerPool, sizes: dict[str, Any]) -> None:
     wanted = set_late(checkpoint(), Trainer, TrainingArguments, {})
-    assert len({tuple(losses) for losses in wanted.values()}) == len(LATE)
+    assert len({tuple(losses) for losses in wanted.values()}) == len(SET_LATE)
     got = pool.run(2, set_late, checkpoint(), NanotronTrainer, NanotronTrainingArguments, sizes)
     assert got[0] == got[1]
     for name, losses in got[0].items():
