@@ -292,13 +292,15 @@ def parameter_name(model: ParallelModel, name: str, parameter: nn.Parameter) -> 
 def methods_of(stock: type[PreTrainedModel] = PreTrainedModel) -> frozenset[str]:
     """Names of all public methods and properties of a model class, and of what it is built on.
 
-    What other libraries have put on these classes while the process ran is left out.
+    What was put on these classes while the process ran is left out; transformers itself does so with `smart_apply`,
+    which makes fresh weights.
     """
     return frozenset(
         name
         for base in stock.__mro__[:-1]
         for name, value in vars(base).items()
-        if not name.startswith("_") and _module_of(value).startswith(("torch.nn.", "transformers."))
+        if not name.startswith("_") and name != "smart_apply"
+        if _module_of(value).startswith(("torch.nn.", "transformers."))
     )
 
 
