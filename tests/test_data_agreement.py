@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from pool import WorkerPool
-from tiny import History, pad_batch, tiny_config, training_arguments
+from tiny import History, message, pad_batch, tiny_config, training_arguments
 from torch.utils.data import DataLoader, Dataset as TorchDataset, DistributedSampler, IterableDataset
 from transformers import AutoModelForCausalLM as StockAuto, Trainer, TrainingArguments
 
@@ -158,14 +158,6 @@ def make(directory: str, sizes: dict[str, Any], kind: type = NanotronTrainer, **
     args = NanotronTrainingArguments(**training_arguments(**given))
     model = AutoModelForCausalLM.from_pretrained(directory, parallel=args.parallel)
     return kind(model=model, args=args, data_collator=pad_batch, **named)
-
-
-def message(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
 
 
 def refused(directory: str, sizes: dict[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pool import WorkerPool
-from tiny import pad_batch, random_dataset, tiny_config, training_arguments
+from tiny import message, pad_batch, random_dataset, tiny_config, training_arguments
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM as StockAuto
 
@@ -29,14 +29,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "optimizers=(optimizer, scheduler)",
     ),
 }
-
-
-def message(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
 
 
 def use(directory: str) -> dict[str, Any]:

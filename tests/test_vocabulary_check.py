@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from pool import WorkerPool
-from tiny import VOCABULARY, random_dataset, tiny_config, training_arguments
+from tiny import VOCABULARY, message, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
@@ -39,14 +38,6 @@ FOREIGN = {
     ("labels", -1): "labels has the id -1",
     ("shift_labels", 121): "shift_labels has the id 121",
 }
-
-
-def message(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
 
 
 def refused(directory: str, sizes: dict[str, Any], dp: int) -> dict[Any, str]:

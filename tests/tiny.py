@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +71,15 @@ def pad_batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         name: torch.tensor([list(row[name]) + [value] * (length - len(row[name])) for row in rows])
         for name, value in fill.items()
     }
+
+
+def message(run: Callable[[], Any]) -> str:
+    """What the ValueError of `run` says."""
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
 
 
 class History(TrainerCallback):
