@@ -126,10 +126,10 @@ class RollCall:
         return True
 
     def _end(self, key: str, message: str) -> None:
-        """Fail, here and on all ranks that wait at `key` or come later."""
-        self._store.set(f"{key}/trouble", message)
+        """Fail, here and on all ranks that wait at `key` or come later: all with the message of the first."""
+        first = self._store.compare_set(f"{key}/trouble", "", message).decode()
         self._store.set(f"{key}/done", "1")
-        raise ValueError(message)
+        raise ValueError(first)
 
     # ---- where the others are ----
 
