@@ -1,0 +1,60 @@
+"""Names from listings, markers, indices and metadata: each stays inside the folder it is for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+StrPath = str | os.PathLike[str]
+
+LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
+
+
+def inside(folder: StrPath, name: object, source: str) -> Path:
+    """The path of `name` in `folder`, for a name that was read somewhere and may have been forged.
+
+    Makes and opens nothing. Symbolic links are followed as far as they exist: one that leads out of the folder is
+    refused, but for those of the Hub's cache, where `snapshots/<revision>/` links into the `blobs/` of its repository.
+
+    Args:
+        name: relative, its parts separated by `/`.
+        source: what names it, for the message.
+
+    Raises:
+        ValueError: naming `source`, the name and the reason.
+    """
+    fault = find_fault(name)
+    if fault is None:
+        path = Path(folder, str(name))
+        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+        if real.is_relative_to(home) or any(real.is_relative_to(blobs) for blobs in _blobs(home)):
+            return path
+        fault = f"is a symbolic link out of {folder}, to {real}"
+    raise ValueError(f"{source} names {name!r}, which {fault}; only files inside {folder} are read or written.")
+
+
+def find_fault(name: object) -> str | None:
+    """What is wrong with a relative name, None for a good one. Looks at no file."""
+    if not isinstance(name, str):
+        return "is not a file name"
+    parts = name.split("/")
+    faults = {
+        "is empty": not name,
+        "has a character that file names cannot have": any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name),
+        "is an absolute path": PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive),
+        "has a backslash": "\\" in name,
+        "leads out of the folder": ".." in parts,
+        "is not a plain path": "" in parts or "." in parts,
+    }
+    if (fault := next((fault for fault, found in faults.items() if found), None)) is not None:
+        return fault
+    return "is too long" if max(len(part.encode()) for part in parts) > LONGEST_NAME else None
+
+
+def _blobs(home: Path) -> list[Path]:
+    """Where the files of a Hub cache's snapshot lie: `models--owner--name/blobs`, if `home` is in such a snapshot."""
+    return [
+        Path(os.path.realpath(folder.parent / "blobs"))
+        for folder in (home, *home.parents)
+        if folder.name == "snapshots" and "--" in folder.parent.name
+    ]
