@@ -1,11 +1,12 @@
 """What is never written, logged or printed: tokens, passwords and keys, found by names, in URLs, and by their shape.
 
-Imports nothing, so that everything can import it. Errs on the side of hiding too much.
+Imports nothing of this package, so that everything can import it. Errs on the side of hiding too much.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 MASK = "***"
+LEAST = 6  # characters of a secret that is looked for in other texts
 
 # Words of a name; `api_key`, `apiKey`, `X-Api-Key` and `APIKey` have the same.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -24,8 +26,8 @@ _SECRET_LAST_WORDS = frozenset("pwd signature sig sas jwt cookie".split())
 _SECRET_KEYS = frozenset("access account api auth encryption license private secret service shared signing ssh".split())
 # Before `token`, these make it one of a tokenizer; all other tokens are secrets.
 _TOKENIZER = frozenset(
-    "additional assistant audio begin bos boi cls decoder end eoi eos fim first forced image last mask new next pad "
-    "sep special start stop suppress think unk user video word".split()
+    "additional assistant audio begin bos boi cls decoder each end eoi eos fim first forced image last mask new next "
+    "num pad per sep special start stop suppress think unk user video word".split()
 )
 
 # Tokens that can be told by their first characters: Hugging Face, GitHub, GitLab, OpenAI and alike, AWS, Google, Slack,
@@ -116,18 +118,34 @@ def printable(text: str, known: Iterable[str] = ()) -> str:
     text = _without(text, known)
     text = _URL.sub(lambda found: printable_url(found[0]), text)
     text = _SHAPES.sub(MASK, text)
-    text = _PAIR.sub(_hide_value, text)
-    return _OPTION.sub(_hide_value, text)
+    return _hide_values(_OPTION, _hide_values(_PAIR, text))
 
 
-def _hide_value(found: re.Match[str]) -> str:
+def _hide_values(pattern: re.Pattern[str], text: str) -> str:
+    """Like `sub`, but what is the value of a plain name may be the name of a secret."""
+    parts, place = [], 0
+    while found := pattern.search(text, place):
+        hidden = _hide_value(found)
+        end = found.start("value") if hidden is None else found.end()
+        parts += [text[place : found.start()], text[found.start() : end] if hidden is None else hidden]
+        place = end
+    return "".join([*parts, text[place:]])
+
+
+def _hide_value(found: re.Match[str]) -> str | None:
     name, value = found["name"], found["value"]
     # "key: a", "token: b" and "--key value" are words of messages, more often than not.
     is_word = name == "--key" or name in ("key", "token") and not found["between"].startswith(("'", '"'))
     if not is_secret(name) or is_word or value.strip("'\"") in ("", "None", MASK, "true", "false"):
-        return found[0]
+        return None
     quote = value[0] if value[0] in "'\"" and value[-1] == value[0] else ""
     return f"{name}{found['between']}{quote}{MASK}{quote}"
+
+
+def shown(name: str, value: Any) -> str:
+    """The value of a field for a message: its `repr` without secrets, and not too long."""
+    text = repr(redacted(name, value))
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def redacted(name: str, value: Any, mask: Any = MASK, known: Iterable[str] = ()) -> Any:
@@ -141,14 +159,14 @@ def redacted(name: str, value: Any, mask: Any = MASK, known: Iterable[str] = ())
     known = tuple(known)
     if value is None or isinstance(value, bool | int | float) and not is_secret(name):
         return value
-    if is_secret(name) and not isinstance(value, Mapping | bool):
+    if is_secret(name) and not isinstance(value, bool):
         return mask if value or value == 0 else value
     if isinstance(value, bytes):
         text = value.decode("utf-8", "replace")
         return value if _redacted_text(text, known) == text else mask
-    if isinstance(value, str):
-        text = _redacted_text(str(value), known)
-        return value if text == str(value) else text
+    if isinstance(value, str | os.PathLike):
+        text = _redacted_text(plain := str(value), known)
+        return value if text == plain else text
     return _redacted_parts(value, mask, known)
 
 
@@ -202,7 +220,7 @@ def secrets_of(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from secrets_of({str(key): item for key, item in value.items()})
-        elif isinstance(value, str) and is_secret(name) and len(value) >= 4:  # less would be found everywhere
-            yield value
-        elif isinstance(value, str) and "://" in value:
-            yield from (text for text in credentials_in(value) if len(text) >= 4)
+        elif isinstance(value, str):
+            found = [value] if is_secret(name) else credentials_in(value)
+            # Less is found everywhere, and a path is where a secret lies.
+            yield from (text for text in found if len(text) >= LEAST and not text.startswith(("/", "~")))

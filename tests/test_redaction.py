@@ -23,7 +23,7 @@ training.hub_token --hub-token
 PLAIN_NAMES = """
 eos_token pad_token bos_token image_token additional_special_tokens max_new_tokens include_num_input_tokens_seen
 average_tokens_across_devices length_column_name sort_key num_key_value_heads signature_columns tokenizer keys_to_ignore
-KeyError monkey passive secretary tokens key_value_dtype
+loss_per_token KeyError monkey passive secretary tokens key_value_dtype
 """.split()
 
 URLS = {
@@ -68,6 +68,8 @@ MESSAGES = {
     f'{{"hub_token": "{SECRET}", "seed": 1}}': '{"hub_token": "***", "seed": 1}',
     f"hub_token: {SECRET}": "hub_token: ***",
     f"unrecognized arguments: --hub-token {SECRET}": "unrecognized arguments: --hub-token ***",
+    f"unrecognized arguments: --hub-token={SECRET}": "unrecognized arguments: --hub-token=***",
+    f"error: hub_token={SECRET}": "error: hub_token=***",
     f"not used: ['--hub_token', '{SECRET}']": "not used: ['--hub_token', '***']",
     f"--hub_token={SECRET} is not YAML": "--hub_token=*** is not YAML",
     f"the run {TOKEN} is not there": "the run *** is not there",
@@ -112,8 +114,9 @@ def test_credentials_of_urls_are_known_in_other_texts() -> None:
     assert credentials_in("s3://bucket/run") == []
     known = credentials_in("sftp://me:p%40ss@host/run")
     assert printable("authentication of me with p@ss failed", known) == "authentication of me with *** failed"
-    values = {"hub_token": SECRET, "options": {"secret": "abcd"}, "url": "sftp://me:efgh@h", "pin": {"token": "1"}}
-    assert list(secrets_of(values)) == [SECRET, "abcd", "efgh"]
+    values = {"hub_token": SECRET, "options": {"secret": "abcdef"}, "url": "sftp://me:ghijkl@h", "pin": {"token": "1"}}
+    values |= {"token": None, "CREDENTIALS": "/a/folder", "name": "plain"}
+    assert list(secrets_of(values)) == [SECRET, "abcdef", "ghijkl"]
 
 
 def test_values_of_fields() -> None:
@@ -124,6 +127,7 @@ def test_values_of_fields() -> None:
         ("hub_token", SECRET, None),
         ("hub_token", 12345, None),
         ("hub_token", [SECRET], None),
+        ("hub_token", {"a": SECRET}, None),
         ("hub_token", "", ""),
         ("storage_options", {"key": SECRET, "more": {"region": "x"}}, {"key": None, "more": {"region": "x"}}),
         ("nested", [{"a": ({"password": SECRET},)}], [{"a": ({"password": None},)}]),
