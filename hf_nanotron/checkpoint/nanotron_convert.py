@@ -20,12 +20,11 @@ from . import nanotron_config
 from .hub import parse_size, plan_files
 from .nanotron_format import (
     Shard,
-    check_masters,
+    check_topology,
     find_shards,
     load_tensor,
     merge_shards,
     one_dtype,
-    open_masters,
     open_safetensors,
     read_json,
     refuse_mup,
@@ -36,6 +35,7 @@ from .nanotron_format import (
     write_run_files,
 )
 from .nanotron_mapping import Architecture, Parameter, check_tp, parameters, place_blocks, stack, unstack
+from .nanotron_masters import Masters, check_masters, open_masters
 from .nonfinite_tensors import warn_nonfinite
 
 
@@ -71,10 +71,10 @@ def nanotron_to_hub(
     refuse_strangers(step, wanted)
     shards = {parameter.name: find_shards(step, parameter) for parameter in wanted}
     dtype = one_dtype({str(shard.path): shard.dtype for group in shards.values() for shard in group})
-    masters: dict[tuple[str, int], torch.Tensor] = {}
+    check_topology(step, shards.values())
+    masters: Masters = {}
     if master_weights:
-        masters, dtype = open_masters(step), torch.float32
-        check_masters(step, masters, shards)
+        masters, dtype = check_masters(step, open_masters(step), shards), torch.float32
 
     def load(shard: Shard) -> torch.Tensor:
         return masters[shard.name, shard.tp_rank] if master_weights else load_tensor(shard.path, "data")
