@@ -40,6 +40,7 @@ from .models.base import ParallelModel
 from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
+from .redaction import printable_url, redacted
 from .same_on_all_ranks import check_shared
 from .signals import StopSignals
 from .trainer_methods import is_overridden
@@ -83,7 +84,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
                 return None
             return Uploader(store, cast(str, args.output_dir), args.remote_keep_local, args.save_total_limit)
 
-        self._uploader = together(self.mesh, f"reaching {args.remote_checkpoints}", open_uploader)
+        self._uploader = together(self.mesh, f"reaching {printable_url(args.remote_checkpoints)}", open_uploader)
 
     # ---- saving ----
 
@@ -107,7 +108,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        args = copy.copy(self.args)
+        args = copy.copy(self.args)  # which is pickled without secrets
         args.logging_nan_inf_filter |= self._filters_losses  # what stands for it while a run is going on
         torch.save(args, directory / "training_args.bin")
 
@@ -196,7 +197,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """Step, log history and the callbacks' states, as Trainer writes them; by rank 0."""
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
+                name, state = type(callback).__name__, redacted("", callback.state(), None)
                 states = cast(dict[str, Any], self.state.stateful_callbacks)
                 if isinstance(states.get(name), list):
                     states[name].append(state)
