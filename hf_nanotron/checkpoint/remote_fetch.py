@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
 import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
-from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
+from .long_action import together_for_long
 from .manager import newest
-from .remote import RemoteStore, in_parallel, parse_marker, reason, step_of
+from .remote import RemoteStore, in_parallel, parse_marker, step_of
+from .remote_errors import StoreError
 from .state_file import read_checked
 from .training_state import together
 from .verify import MARKER, STATE_INDEX, WRITTEN, StrPath, check, check_blocks, checksum_of, is_torn
 
 logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
-LOOK_SECONDS = 0.5  # between two looks whether all downloads are done
 
 
 def newest_remote(store: RemoteStore) -> str | None:
@@ -38,12 +35,15 @@ def newest_remote(store: RemoteStore) -> str | None:
     Raises:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
-    for name, files in store.checkpoints().items():
-        if MARKER not in files:
+    for name, files in store.patiently("listing", store.checkpoints).items():
+        data = store.patiently("reading a marker", partial(store.marker, name))
+        if data is None:
             continue
         try:
-            marker = parse_marker(store.marker(name) or b"")
+            marker = parse_marker(data)
             _check_remote_sizes(store, name, marker, files)
+        except StoreError:
+            raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
             logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
         else:
@@ -52,9 +52,14 @@ def newest_remote(store: RemoteStore) -> str | None:
 
 
 def _check_remote_sizes(store: RemoteStore, name: str, marker: dict[str, Any], files: dict[str, int]) -> None:
+    """Asks for the files themselves where the listing has none, or others: it may lag behind."""
     for file, entry in marker["files"].items():
-        if files.get(file) != entry["bytes"]:
-            raise ValueError(f"{store.url}/{name}/{file} has {files.get(file, 'no')} bytes, not {entry['bytes']}.")
+        if files.get(file) == entry["bytes"]:
+            continue
+        size = store.patiently("looking for a file", partial(store.size, f"{name}/{file}"))
+        if size != entry["bytes"]:
+            found = "no" if size is None else size
+            raise ValueError(f"{store.url}/{name}/{file} has {found} bytes, not {entry['bytes']}.")
 
 
 def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WORKERS) -> Path:
@@ -67,7 +72,8 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
         ValueError: if the remote one is not complete, or another program's directory is in its place.
         RuntimeError: if a file cannot be fetched, naming its URL and the reason.
     """
-    data, there = store.marker(name), store.checkpoints().get(name, {})
+    data = store.patiently("reading a marker", partial(store.marker, name))
+    there = store.patiently("listing", store.checkpoints).get(name, {})
     if data is None:
         raise ValueError(f"{store.url}/{name} is not committed.")
     files = parse_marker(data)["files"]
@@ -84,14 +90,16 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
         # First, because it has the checksums of other files.
         parts.mkdir(exist_ok=True)
         (directory / MARKER).unlink(missing_ok=True)
-        _get(store, name, STATE_INDEX, directory, there[STATE_INDEX])
+        _get(store, name, STATE_INDEX, directory, files[STATE_INDEX]["bytes"])
     wanted = [file for file in files if not _is_here(directory, file, files[file])]
     if wanted:
         parts.mkdir(exist_ok=True)
         (directory / MARKER).unlink(missing_ok=True)
     wanted += [file for file in there if file not in (*files, MARKER) and not (directory / file).exists()]
-    wanted.sort(key=lambda file: -there[file])
-    in_parallel([partial(_get, store, name, file, directory, there[file]) for file in wanted], workers)
+    sizes = {**there, **{file: entry["bytes"] for file, entry in files.items()}}
+    wanted.sort(key=lambda file: -sizes[file])
+    gets = [partial(_get, store, name, file, directory, sizes[file]) for file in wanted]
+    in_parallel(gets, min(workers, store.transfers or workers))
     if not _is_marked(directory, data):
         _sync(directory)
         _write(directory / MARKER, data, parts)
@@ -121,13 +129,20 @@ def _is_here(directory: Path, file: str, entry: dict[str, Any]) -> bool:
 
 def _get(store: RemoteStore, name: str, file: str, directory: Path, size: int) -> None:
     """Download under another name, and give the file its own when it is complete."""
-    part, path = directory / WRITTEN / uuid.uuid4().hex, directory / file
-    try:
+    path = directory / file
+
+    def download() -> Path:
+        part = directory / WRITTEN / uuid.uuid4().hex  # another one each time: an attempt may go on after it timed out
         store.get(f"{name}/{file}", part)
-    except Exception as error:  # each package has its own
-        raise RuntimeError(f"fetching {store.url}/{name}/{file} failed: {reason(error)}") from error
-    if part.stat().st_size != size:
-        raise RuntimeError(f"fetching {store.url}/{name}/{file} failed: {part.stat().st_size} of {size} bytes came.")
+        if (came := part.stat().st_size) != size:
+            part.unlink()
+            raise OSError(f"{came} of {size} bytes came")
+        return part
+
+    try:
+        part = store.patiently(f"downloading {name}/{file}", download)
+    except StoreError as error:
+        raise RuntimeError(str(error)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     _sync(part)
     os.replace(part, path)
@@ -192,23 +207,4 @@ def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: St
     together(mesh, what, lambda: None)
     if mesh.rank == 0:
         seen.unlink(missing_ok=True)
-    errors: list[Exception] = []
-
-    def download() -> None:
-        try:
-            fetch_newest(store, output_dir)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=download, name="checkpoint-fetch", daemon=True)
-    if fetches:
-        thread.start()
-    # Looks again and again, because one collective would wait no longer than the process group's timeout.
-    while int(all_reduce(torch.tensor(float(thread.is_alive()), device=mesh.device), mesh.world)):
-        time.sleep(LOOK_SECONDS)
-
-    def result() -> None:
-        if errors:
-            raise errors[0]
-
-    together(mesh, what, result)
+    together_for_long(mesh, what, partial(fetch_newest, store, output_dir) if fetches else lambda: None)
