@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import threading
 import uuid
 from collections import deque
@@ -23,7 +22,7 @@ from typing import Any
 import fsspec
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .verify import MARKER, read_marker
+from .verify import MARKER
 
 # The packages behind protocols that fsspec does not bring itself, and our pip extra with each.
 EXTRAS = {"s3": ("s3fs", "remote"), "s3a": ("s3fs", "remote"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
@@ -113,7 +112,8 @@ class RemoteStore:
             raise ValueError(f"remote_checkpoints={self.url!r} cannot be listed: {reason(error)}") from error
         for path, info in entries.items():
             name, _, file = path[len(self.root) + 1 :].partition("/")
-            if file and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
+            # Of anything else (a folder, which object stores show as an empty object, or a pipe) there are no bytes.
+            if file and info["type"] == "file" and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
                 found.setdefault(name, {})[file] = info["size"]
         return {name: found[name] for name in sorted(found, key=step_of, reverse=True)}
 
@@ -149,17 +149,6 @@ def step_of(name: str) -> int:
 
 def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def parse_marker(data: bytes) -> dict[str, Any]:
-    """What `verify.read_marker` finds in these bytes.
-
-    Raises:
-        ValueError: if they are damaged.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, MARKER).write_bytes(data)
-        return read_marker(directory)
 
 
 def in_parallel(actions: Iterable[Callable[[], None]], workers: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .commit import remove
+from .inside import is_inside
 from .manager import newest
 from .remote import RemoteStore, in_parallel, reason, step_of
 from .verify import MARKER, StrPath, is_committed
@@ -221,7 +222,9 @@ class Uploader:
         sizes = {
             file.relative_to(path).as_posix(): file.stat().st_size
             for file in path.rglob("*")
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file()
+            and is_inside(path, file)  # what a symbolic link leads to elsewhere is not of the run
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
         }
         # Large files first, so that none is left alone at the end.
         files = sorted((file for file in sizes if file != MARKER), key=lambda file: -sizes[file])
