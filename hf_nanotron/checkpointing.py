@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,7 @@ from .checkpoint.card import write_model_card
 from .checkpoint.commit import begin
 from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
 from .checkpoint.manager import check_together, choose_together, rotate
-from .checkpoint.remote import RemoteStore
 from .checkpoint.remote_fetch import fetch_newest_together
-from .checkpoint.remote_upload import Uploader
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
@@ -35,21 +32,20 @@ from .checkpoint.training_state import (
     state_values,
     together,
 )
-from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
 from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
-from .redaction import printable_url, redacted
+from .redaction import redacted
+from .remote_trainer import RemoteTrainer
 from .same_on_all_ranks import check_shared
-from .signals import StopSignals
 from .trainer_methods import is_overridden
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 
-class CheckpointingTrainer(EvaluatingTrainer):
+class CheckpointingTrainer(RemoteTrainer):
     """A Trainer whose checkpoints are written by all ranks, committed at last, and resumed on any topology."""
 
     args: NanotronTrainingArguments
@@ -62,29 +58,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         self._background = BackgroundSave()
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it
         self._told_to_stop = False
-        self._store: RemoteStore | None = None
-        self._uploader: Uploader | None = None
         super().__init__(*args, **kwargs)
-        self._signals = StopSignals(self.args.save_on_signal)
-
-    def _open_remote(self) -> None:
-        """Reach `remote_checkpoints` before the training starts. All ranks together.
-
-        Raises:
-            ValueError: if the URL cannot be written, naming it and the reason.
-            ImportError: if the package for its protocol is missing, naming the extra.
-        """
-        args = self.args
-        if args.remote_checkpoints is None:
-            return
-        store = self._store = RemoteStore(args.remote_checkpoints)
-
-        def open_uploader() -> Uploader | None:
-            if self.mesh.rank != 0:
-                return None
-            return Uploader(store, cast(str, args.output_dir), args.remote_keep_local, args.save_total_limit)
-
-        self._uploader = together(self.mesh, f"reaching {printable_url(args.remote_checkpoints)}", open_uploader)
 
     # ---- saving ----
 
@@ -224,10 +198,8 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """Take note of a save that has ended.
 
         Raises:
-            RuntimeError: if it failed, or an upload has.
+            RuntimeError: if it failed.
         """
-        if self._uploader is not None:
-            self._uploader.raise_if_failed()
         directory = self._background.wait() if wait else self._background.poll()
         if directory is not None:
             self._on_committed(directory)
@@ -256,30 +228,13 @@ class CheckpointingTrainer(EvaluatingTrainer):
             source = os.fspath(resume_from_checkpoint)
             check_together(self.mesh, source, deep=False)  # what is read of it is verified then
             self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
-        if self._store is not None:
-            together(self.mesh, "listing the remote checkpoints", self._submit_existing)
+        if self._uploader is not None:
+            self._uploader.submit_existing()
         with self._signals:
             result = super().train(source, *args, **kwargs)
             self._wait_for_uploads()
         self.weights.wait()
         return result
-
-    def _submit_existing(self) -> None:
-        if self._uploader is not None:
-            self._uploader.submit_existing()
-
-    def _wait_for_uploads(self) -> None:
-        """Until all is uploaded. By small collectives, none of which lasts as long as an upload may.
-
-        Raises:
-            RuntimeError: on every rank, if one failed.
-        """
-        while self._store is not None:
-            busy = float(self._uploader is not None and self._uploader.is_busy)
-            if not all_reduce(torch.tensor(busy, device=self.mesh.device), self.mesh.world):
-                break
-            time.sleep(0.2)
-        together(self.mesh, "uploading", self._finish_background_save)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer would delete the last checkpoint here if another is the best; `rotate` has kept to the limit."""

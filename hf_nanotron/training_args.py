@@ -102,6 +102,41 @@ class NanotronTrainingArguments(SecretlessArguments):
     remote_keep_local: int = field(
         default=1, metadata={"help": "Uploaded checkpoints that stay in output_dir, with remote_checkpoints."}
     )
+    remote_pending_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoints that may wait in output_dir for their upload while the store fails or is slow. Beyond "
+            "it the oldest are deleted, never the newest or the best. Unset, as many as remote_min_free_gb allows."
+        },
+    )
+    remote_min_free_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that stay free on output_dir's disk while checkpoints wait for their upload: below it the "
+            "oldest waiting ones are deleted, never the newest or the best. Unset, room for one more checkpoint."
+        },
+    )
+    remote_retry_seconds: float = field(
+        default=2.0,
+        metadata={"help": "Seconds before what failed at remote_checkpoints is tried again; doubled each time."},
+    )
+    remote_retry_max_seconds: float = field(
+        default=60.0, metadata={"help": "Longest pause between two attempts at remote_checkpoints, in seconds."}
+    )
+    remote_start_timeout: float = field(
+        default=300.0,
+        metadata={
+            "help": "Seconds for which the start of a run tries to reach remote_checkpoints, and to download from "
+            "there, if it fails. Wrong credentials or a missing bucket are refused at once."
+        },
+    )
+    remote_wait_timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds for which the end of train waits for uploads. What is missing then is named, and stays in "
+            "output_dir."
+        },
+    )
     moe_capacity_factor: float | None = field(
         default=None,
         metadata={
@@ -244,6 +279,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             )
         if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
             raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
+        if self.remote_retry_max_seconds < self.remote_retry_seconds:
+            raise ValueError(
+                f"remote_retry_max_seconds={self.remote_retry_max_seconds:g} is below remote_retry_seconds="
+                f"{self.remote_retry_seconds:g}; it is the longest pause between attempts, and that the first one."
+            )
         if self.optim_state_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"optim_state_dtype={self.optim_state_dtype!r} is not one of 'float32', 'bfloat16'.")
         if self.optim_state_dtype == "bfloat16" and not str(getattr(self.optim, "value", self.optim)).startswith(
