@@ -14,10 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from . import nanotron_config
+from .conversion_folder import load_config
 from .hub import parse_size, plan_files
+from .hub_weights import read_weight_map
+from .inside import inside, refuse_links
 from .nanotron_format import (
     Shard,
     check_topology,
@@ -64,6 +67,7 @@ def nanotron_to_hub(
         ValueError: if a file is truncated or foreign, the architecture is not supported, or `destination` is in use.
     """
     step = step_folder(Path(source))
+    refuse_links(step)
     model_config = read_json(step / "model_config.json")
     architecture = nanotron_config.architecture(model_config)
     wanted = parameters(architecture)
@@ -110,7 +114,7 @@ def hub_to_nanotron(source: str | Path, destination: str | Path, *, tp: int = 1,
     source, destination = Path(source), Path(destination)
     # By itself first: for a missing file or a foreign type, transformers' own message would speak of the Hub.
     nanotron_config.hub_family(read_json(source / "config.json"))
-    model_config = nanotron_config.from_hub(AutoConfig.from_pretrained(source))
+    model_config = nanotron_config.from_hub(load_config(source))
     architecture = nanotron_config.architecture(model_config)
     check_tp(architecture, tp)
     stages = place_blocks(architecture, pp)
@@ -172,9 +176,9 @@ def index_hub(folder: Path) -> dict[str, StoredTensor]:
         FileNotFoundError: if there is no safetensors checkpoint, or a file that its index names is missing.
         ValueError: if a file is truncated.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    file_of, single = read_weight_map(folder), inside(folder, "model.safetensors", str(folder))
+    if file_of is not None:
+        files = [folder / name for name in sorted(set(file_of.values()))]
     elif single.is_file():
         files = [single]
     else:

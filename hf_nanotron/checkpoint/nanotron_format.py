@@ -21,6 +21,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .inside import LONGEST_PATH, inside
 from .nanotron_mapping import Parameter, Slices, shard_slices
 from .nanotron_tiling import shard_fault, stage_fault
 
@@ -55,6 +56,7 @@ def step_folder(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: if `path` is neither.
+        ValueError: if `latest.txt` names a step outside of `path`.
     """
     if (path / "model_config.json").is_file():
         return path
@@ -64,7 +66,9 @@ def step_folder(path: Path) -> Path:
             f"{path} is no nanotron checkpoint: it has neither latest.txt nor model_config.json. Name the folder that "
             "holds latest.txt, or one step's folder."
         )
-    return path / latest.read_text().strip()
+    with open(latest, "rb") as file:
+        name = file.read(LONGEST_PATH).decode(errors="replace").strip()
+    return inside(path, name, str(latest))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -169,7 +173,7 @@ def _read_header(path: Path, parameter: Parameter, tp_rank: int) -> Shard:
         try:
             version = tuple(map(int, metadata["version"].split(".")))
             whole_shape, pairs = parse_shape(metadata[SHAPE_KEY]), parse_slices(metadata[SLICES_KEY])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: its header {metadata} does not say which slices it holds ({error}).") from error
         if version > tuple(map(int, VERSION.split("."))):
             raise ValueError(
@@ -204,9 +208,13 @@ def refuse_mup(step: Path) -> None:
         ValueError: if the run set `use_mup`.
     """
     path = step / "config.yaml"
-    run = yaml.safe_load(path.read_text()) if path.is_file() else None
-    model = (run or {}).get("model") or {}
-    if (model.get("init_method") or {}).get("use_mup"):
+    try:
+        found: Any = yaml.safe_load(path.read_bytes()) if path.is_file() else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}. Copy the checkpoint again.") from error
+    for key in ("model", "init_method", "use_mup"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found:
         raise ValueError(
             f"{path}: model.init_method.use_mup scales attention by 1/head_dim in nanotron, which Hub models do not; "
             "checkpoints of muP runs cannot be converted."
@@ -312,6 +320,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the folder is no complete checkpoint.")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Copy the checkpoint again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__} and not an object with keys. Copy the checkpoint again.")
+    return found
