@@ -36,6 +36,7 @@ from .models.base import ParallelModel
 from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
+from .redaction import redacted
 from .remote_trainer import RemoteTrainer
 from .same_on_all_ranks import check_shared
 from .trainer_methods import is_overridden
@@ -81,7 +82,7 @@ class CheckpointingTrainer(RemoteTrainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        args = copy.copy(self.args)
+        args = copy.copy(self.args)  # which is pickled without secrets
         args.logging_nan_inf_filter |= self._filters_losses  # what stands for it while a run is going on
         torch.save(args, directory / "training_args.bin")
 
@@ -170,7 +171,7 @@ class CheckpointingTrainer(RemoteTrainer):
         """Step, log history and the callbacks' states, as Trainer writes them; by rank 0."""
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
+                name, state = type(callback).__name__, redacted("", callback.state(), None)
                 states = cast(dict[str, Any], self.state.stateful_callbacks)
                 if isinstance(states.get(name), list):
                     states[name].append(state)

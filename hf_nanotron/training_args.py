@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from transformers import TrainingArguments
 
 from hf_nanotron.launch import check_launch
 from hf_nanotron.ops.fp8 import RECIPES
@@ -19,6 +18,7 @@ from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.roll_call import attend
 from hf_nanotron.training_args_policy import REFUSED, as_mapping, check_policy
 from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
+from hf_nanotron.training_args_secrets import SecretlessArguments
 from hf_nanotron.training_args_values import check_values, set_plain_values
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUCKET_MB = 25  # of torch's DistributedDataParallel, which `ddp_bucket_cap_mb` is documented against
 
 
-# repr=False keeps the base class's, which masks tokens.
 @dataclass(repr=False)
-class NanotronTrainingArguments(TrainingArguments):
+class NanotronTrainingArguments(SecretlessArguments):
     """`transformers.TrainingArguments` plus the sizes of a parallel run; see `ParallelConfig` for their meaning.
 
     Every inherited field either does what transformers documents or raises here, at construction, before any process

@@ -66,7 +66,7 @@ def save(output_dir: Path, step: int, block_bytes: int = 64, hub: bool = True, u
             shard.write_bytes(random.Random(step * WORLD + rank).randbytes(3000))
             written.append(shard)
         describe(directory, rank, written)
-    state_file.commit(folder, WORLD, {"step": step})
+    state_file.commit(folder, WORLD, {"optimizer": None, "scheduler": None, "extra": {"step": step}})
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if until != "described":
         commit(directory, WORLD, step, TIMEOUT)

@@ -13,7 +13,8 @@ own index has one for each of their blocks, made from the tensors themselves, an
 over the same bytes would only make saving read them all again. `check` compares those blocks.
 
 Not listed, so free to be edited, removed or added later: `README.md`, which people edit and no run reads, hidden files,
-which belong to Hub and file system tools, and whatever appears after the commit. Everything else is part of the run.
+which belong to Hub and file system tools, symbolic links out of the checkpoint, and whatever appears after the commit.
+Everything else is part of the run.
 While a checkpoint is being written it has a directory `.written/`, by which one that was interrupted is told from one
 of another program.
 """
@@ -28,6 +29,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from .inside import inside, is_inside
+from .schema import DESCRIPTION, require
 from .state_file import read_checked, write_checked
 from .verify import (
     FORMAT,
@@ -152,12 +155,13 @@ def commit(directory: StrPath, world_size: int, step: int, timeout: float) -> No
     wait_for_ranks(directory, world_size, timeout)
     files: dict[str, Any] = {}
     for rank in range(world_size):
-        files |= read_checked(directory / WRITTEN / f"{_stem(rank)}.json")["files"]
+        described = directory / WRITTEN / f"{_stem(rank)}.json"
+        files |= require(DESCRIPTION, read_checked(described), described)["files"]
     for name, entry in files.items():
-        check_length(directory / name, entry["bytes"], "a rank has described it")
+        check_length(inside(directory, name, "a rank"), entry["bytes"], "a rank has described it")
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if name not in files and path.is_file() and _is_listed(name):
+        if name not in files and path.is_file() and _is_listed(name) and is_inside(directory, path):
             files[name] = _describe(directory, path)
     if STATE_INDEX not in files and any(fnmatch(name, STATE_FILES) for name in files):
         raise ValueError(f"{directory / STATE_INDEX} is missing; the training state is completed before the commit.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 StrPath = str | os.PathLike[str]
 
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
+LONGEST_PATH = 3072  # bytes of a name with its folders; with what comes before, a path may have 4096
 
 
 def inside(folder: StrPath, name: object, source: str) -> Path:
@@ -26,11 +28,16 @@ def inside(folder: StrPath, name: object, source: str) -> Path:
     fault = find_fault(name)
     if fault is None:
         path = Path(folder, str(name))
-        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        if real.is_relative_to(home) or any(real.is_relative_to(blobs) for blobs in _blobs(home)):
+        if is_inside(folder, path):
             return path
-        fault = f"is a symbolic link out of {folder}, to {real}"
+        fault = f"is a symbolic link out of {folder}, to {os.path.realpath(path)}"
     raise ValueError(f"{source} names {name!r}, which {fault}; only files inside {folder} are read or written.")
+
+
+def is_inside(folder: StrPath, path: StrPath) -> bool:
+    """Whether a path below `folder` stays there, or in the Hub's cache, when its symbolic links are followed."""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real.is_relative_to(home) or any(real.is_relative_to(blobs) for blobs in _blobs(home))
 
 
 def find_fault(name: object) -> str | None:
@@ -48,7 +55,15 @@ def find_fault(name: object) -> str | None:
     }
     if (fault := next((fault for fault, found in faults.items() if found), None)) is not None:
         return fault
-    return "is too long" if max(len(part.encode()) for part in parts) > LONGEST_NAME else None
+    too_long = len(name.encode()) > LONGEST_PATH or max(len(part.encode()) for part in parts) > LONGEST_NAME
+    return "is too long" if too_long else None
+
+
+def find_clash(names: Iterable[str]) -> str | None:
+    """The first of some good names that is also a folder of another one, None if there is none."""
+    found = set(names)
+    folders = {str(parent) for name in found for parent in PurePosixPath(name).parents}
+    return min(found & folders, default=None)
 
 
 def _blobs(home: Path) -> list[Path]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import threading
 import uuid
 from collections import deque
@@ -29,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .remote_errors import MISSING, StoreError, kind_of, reason
 from .remote_retry import Backoff, Retry
 from .remote_url import GCS, PROTOCOLS, S3, hide, parse, printable, secrets_of
-from .verify import MARKER, read_marker
+from .verify import MARKER
 
 T = TypeVar("T")
 
@@ -217,7 +216,8 @@ class RemoteStore:
             raise self.refusal("cannot be listed", error) from self.shown(error)
         for path, info in entries.items():
             name, _, file = path[len(self.root) + 1 :].partition("/")
-            if file and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
+            # Of anything else (a folder, which object stores show as an empty object, or a pipe) there are no bytes.
+            if file and info["type"] == "file" and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
                 found.setdefault(name, {})[file] = info["size"]
         return {name: found[name] for name in sorted(found, key=step_of, reverse=True)}
 
@@ -306,17 +306,6 @@ class _Progress(Callback):
 
 def step_of(name: str) -> int:
     return int(name.rpartition("-")[2])
-
-
-def parse_marker(data: bytes) -> dict[str, Any]:
-    """What `verify.read_marker` finds in these bytes.
-
-    Raises:
-        ValueError: if they are damaged.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, MARKER).write_bytes(data)
-        return read_marker(directory)
 
 
 def in_parallel(actions: Iterable[Callable[[], None]], workers: int) -> None:

@@ -9,24 +9,40 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
+from .inside import find_clash, find_fault, inside
 from .long_action import together_for_long
 from .manager import newest
-from .remote import RemoteStore, in_parallel, parse_marker, step_of
+from .progress import check_progress
+from .remote import RemoteStore, in_parallel, step_of
 from .remote_errors import StoreError
-from .state_file import read_checked
+from .state_index import StateIndex
 from .training_state import together
-from .verify import MARKER, STATE_INDEX, WRITTEN, StrPath, check, check_blocks, checksum_of, is_torn
+from .verify import (
+    MARKER,
+    STATE_INDEX,
+    WRITTEN,
+    StrPath,
+    check,
+    check_blocks,
+    check_sum,
+    is_torn,
+    parse_marker,
+    read_state_index,
+)
 
 logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
+LARGEST_MARKER = 256 << 20  # bytes; a file takes about a hundred
 
 
 def newest_remote(store: RemoteStore) -> str | None:
@@ -35,71 +51,95 @@ def newest_remote(store: RemoteStore) -> str | None:
     Raises:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
+    return next(_committed(store), (None,))[0]
+
+
+def _committed(store: RemoteStore) -> Iterator[tuple[str, bytes]]:
+    """The committed checkpoints in the store, the newest first, with their markers; damaged ones are passed over."""
     for name, files in store.patiently("listing", store.checkpoints).items():
-        data = store.patiently("reading a marker", partial(store.marker, name))
-        if data is None:
-            continue
         try:
-            marker = parse_marker(data)
-            _check_remote_sizes(store, name, marker, files)
+            data = _read_marker(store, name, files)
         except StoreError:
             raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
-            logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
+            _pass_over(store, name, error)
         else:
-            return name
-    return None
+            if data is not None:
+                yield name, data
 
 
-def _check_remote_sizes(store: RemoteStore, name: str, marker: dict[str, Any], files: dict[str, int]) -> None:
-    """Asks for the files themselves where the listing has none, or others: it may lag behind."""
-    for file, entry in marker["files"].items():
-        if files.get(file) == entry["bytes"]:
+def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
+    logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
+
+
+def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes | None:
+    """The bytes of a marker, of which all files are in the store; None if there is none.
+
+    Args:
+        there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
+            itself: a listing may lag behind.
+
+    Raises:
+        ValueError: if it is damaged or a file is missing, or if a name in the store could not be one here.
+    """
+    where = f"{store.url}/{name}"
+    for file in there:
+        if (fault := find_fault(file)) is not None:
+            raise ValueError(f"{where} holds an object {file!r}, whose name {fault}; delete it there.")
+    if (clash := find_clash(there)) is not None:
+        raise ValueError(f"{where} holds {clash!r} as a file and as a folder; delete what is not of the checkpoint.")
+    if there.get(MARKER, 0) > LARGEST_MARKER:
+        raise ValueError(f"{where}/{MARKER} is damaged: it has {there[MARKER]} bytes.")
+    data = store.patiently("reading a marker", partial(store.marker, name))
+    if data is None:
+        return None
+    for file, entry in parse_marker(data, f"{where}/{MARKER}")["files"].items():
+        if there.get(file) == entry["bytes"]:
             continue
         size = store.patiently("looking for a file", partial(store.size, f"{name}/{file}"))
         if size != entry["bytes"]:
-            found = "no" if size is None else size
-            raise ValueError(f"{store.url}/{name}/{file} has {found} bytes, not {entry['bytes']}.")
+            raise ValueError(f"{where}/{file} has {'no' if size is None else size} bytes, not {entry['bytes']}.")
+    return data
 
 
 def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WORKERS) -> Path:
-    """Download a committed checkpoint, but for the files that are here already. By one process for each directory.
+    """Download a committed checkpoint: what its marker lists, but for the files that are here already, and no more.
+
+    By one process for each directory. Every file is compared with its checksum before it gets its name.
 
     Returns:
         the local checkpoint, committed.
 
     Raises:
-        ValueError: if the remote one is not complete, or another program's directory is in its place.
+        ValueError: if the remote one is not complete, damaged or forged, or if another program's directory or a
+            symbolic link is in its place.
         RuntimeError: if a file cannot be fetched, naming its URL and the reason.
     """
-    data = store.patiently("reading a marker", partial(store.marker, name))
     there = store.patiently("listing", store.checkpoints).get(name, {})
+    data, directory = _read_marker(store, name, there), Path(output_dir, name)
     if data is None:
         raise ValueError(f"{store.url}/{name} is not committed.")
-    files = parse_marker(data)["files"]
-    _check_remote_sizes(store, name, {"files": files}, there)
-    directory = Path(output_dir, name)
-    if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
-        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {store.url}/{name}.")
+    _check_place(store, name, data, directory)
+    return _download(store, name, data, directory, workers)
+
+
+def _download(store: RemoteStore, name: str, data: bytes, directory: Path, workers: int = WORKERS) -> Path:
+    """As `fetch`, by the marker of a remote checkpoint, to where `_check_place` has nothing against it."""
+    files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
+    if (directory / MARKER).is_dir():
+        raise ValueError(f"{directory / MARKER} is a directory; remove it.")
     parts = directory / WRITTEN
     if parts.exists() or not _is_marked(directory, data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
         (directory / MARKER).unlink(missing_ok=True)
-    if STATE_INDEX in files and not _is_here(directory, STATE_INDEX, files[STATE_INDEX]):
-        # First, because it has the checksums of other files.
-        parts.mkdir(exist_ok=True)
-        (directory / MARKER).unlink(missing_ok=True)
-        _get(store, name, STATE_INDEX, directory, files[STATE_INDEX]["bytes"])
-    wanted = [file for file in files if not _is_here(directory, file, files[file])]
-    if wanted:
-        parts.mkdir(exist_ok=True)
-        (directory / MARKER).unlink(missing_ok=True)
-    wanted += [file for file in there if file not in (*files, MARKER) and not (directory / file).exists()]
-    sizes = {**there, **{file: entry["bytes"] for file, entry in files.items()}}
-    wanted.sort(key=lambda file: -sizes[file])
-    gets = [partial(_get, store, name, file, directory, sizes[file]) for file in wanted]
-    in_parallel(gets, min(workers, store.transfers or workers))
+    # First what is checked as a whole: the progress of the run, and the index, which has the checksums of other files.
+    early = [file for file in (TRAINER_STATE_NAME, STATE_INDEX) if file in files]
+    _complete(store, name, directory, {file: files[file] for file in early}, None, workers)
+    if TRAINER_STATE_NAME in files:
+        check_progress(directory)
+    index = read_state_index(directory, files) if STATE_INDEX in files else None
+    _complete(store, name, directory, files, index, workers)
     if not _is_marked(directory, data):
         _sync(directory)
         _write(directory / MARKER, data, parts)
@@ -108,41 +148,93 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
     return directory
 
 
+def _check_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
+    """Refuse to download over another program's directory, or where a symbolic link would lead elsewhere.
+
+    Raises:
+        ValueError: naming the directory, the link or the file.
+    """
+    if directory.is_symlink():
+        raise ValueError(f"{directory} is a symbolic link; remove it to fetch {store.url}/{name}.")
+    if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
+        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {store.url}/{name}.")
+    files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
+    for file in (*files, f"{WRITTEN}/part"):
+        path = inside(directory, file, f"{store.url}/{name}")
+        for folder in path.relative_to(directory).parents:
+            if (directory / folder).is_symlink():
+                raise ValueError(f"{directory / folder} is a symbolic link; remove it to fetch {store.url}/{name}.")
+
+
+def _complete(
+    store: RemoteStore,
+    name: str,
+    directory: Path,
+    files: dict[str, Any],
+    index: StateIndex | None,
+    workers: int,
+) -> None:
+    """Download those of `files` that are not here, large ones first."""
+    wanted = [file for file in files if not _is_here(directory, file, files[file], index)]
+    if wanted:
+        (directory / WRITTEN).mkdir(exist_ok=True)
+        (directory / MARKER).unlink(missing_ok=True)
+    wanted.sort(key=lambda file: -files[file]["bytes"])
+    gets = [partial(_get, store, name, file, directory, files[file], index) for file in wanted]
+    in_parallel(gets, min(workers, store.transfers or workers))
+
+
 def _is_marked(directory: Path, data: bytes) -> bool:
     path = directory / MARKER
     return path.is_file() and path.read_bytes() == data
 
 
-def _is_here(directory: Path, file: str, entry: dict[str, Any]) -> bool:
+def _is_here(directory: Path, file: str, entry: dict[str, Any], index: StateIndex | None) -> bool:
     """Whether a local file has the length and the checksum that the remote marker names."""
     path = directory / file
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
-    if entry["crc32"] is not None:
-        return checksum_of(path) == entry["crc32"]
-    try:  # the checksums of the training state are in its index
-        check_blocks(path, read_checked(directory / STATE_INDEX))
+    try:
+        _check_content(path, path.name, entry, index)
     except (ValueError, OSError):
         return False
     return True
 
 
-def _get(store: RemoteStore, name: str, file: str, directory: Path, size: int) -> None:
-    """Download under another name, and give the file its own when it is complete."""
-    path = directory / file
+def _check_content(path: Path, name: str, entry: dict[str, Any], index: StateIndex | None) -> None:
+    """Compare a file with its checksum, or with those that the index of the training state has for `name`."""
+    check_sum(path, entry["crc32"])
+    if entry["crc32"] is None and index is not None:
+        check_blocks(path, index, name)
+
+
+def _get(
+    store: RemoteStore, name: str, file: str, directory: Path, entry: dict[str, Any], index: StateIndex | None
+) -> None:
+    """Download under another name, and give the file its own when it is complete.
+
+    Raises:
+        RuntimeError: if it cannot be fetched, or comes with another length.
+        ValueError: if other bytes came than were uploaded.
+    """
+    path, url = directory / file, f"{store.url}/{name}/{file}"
 
     def download() -> Path:
         part = directory / WRITTEN / uuid.uuid4().hex  # another one each time: an attempt may go on after it timed out
         store.get(f"{name}/{file}", part)
-        if (came := part.stat().st_size) != size:
-            part.unlink()
-            raise OSError(f"{came} of {size} bytes came")
+        if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
+            part.unlink(missing_ok=True)
+            raise OSError(f"{came} of {entry['bytes']} bytes came")
         return part
 
     try:
         part = store.patiently(f"downloading {name}/{file}", download)
     except StoreError as error:
         raise RuntimeError(str(error)) from error
+    try:
+        _check_content(part, path.name, entry, index)
+    except ValueError as error:
+        raise ValueError(f"{url}: {str(error).replace(str(part), 'what came')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     _sync(part)
     os.replace(part, path)
@@ -173,18 +265,22 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
     Raises:
         ValueError, RuntimeError: as `newest_remote` and `fetch`.
     """
-    name = newest_remote(store)
-    if name is None:
-        return None
-    for path in newest(output_dir):
-        if step_of(path.name) < step_of(name):
-            break
+    for name, data in _committed(store):
+        for path in newest(output_dir):
+            if step_of(path.name) < step_of(name):
+                break
+            try:
+                check(path, deep=False)
+            except ValueError:
+                continue
+            return None
+        directory = Path(output_dir, name)
+        _check_place(store, name, data, directory)
         try:
-            check(path, deep=False)
-        except ValueError:
-            continue
-        return None
-    return fetch(store, name, output_dir)
+            return _download(store, name, data, directory)
+        except ValueError as error:
+            _pass_over(store, name, error)
+    return None
 
 
 def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: StrPath) -> None:

@@ -26,6 +26,7 @@ from typing import TypeVar
 from transformers.utils import logging
 
 from .commit import remove
+from .inside import is_inside
 from .manager import newest
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
@@ -280,7 +281,9 @@ class Uploader:
             sizes = {
                 file.relative_to(path).as_posix(): file.stat().st_size
                 for file in path.rglob("*")
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+                if file.is_file()
+                and is_inside(path, file)  # what a symbolic link leads to elsewhere is not of the run
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
             }
         except FileNotFoundError:
             raise _Changed from None

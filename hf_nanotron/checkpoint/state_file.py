@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,11 +23,15 @@ import torch
 
 from ..parallel.spec import ShardSpec
 from .safetensors_file import DTYPE_NAMES, DTYPES
+from .schema import EARLIER, MOST_BLOCK_BYTES, RANK, load_json, require
 from .slices import Slice, find_fault
 from .state_values import encode
 
+FORMAT = "hf_nanotron training state"
 VERSION = 1
 INDEX = "index.json"
+LARGEST = 4 << 30  # bytes of a JSON file that is read
+Piece = dict[str, Any]  # of the index, with the keys of `schema.RANK`
 BLOCK_BYTES = 1 << 20  # of one checksum
 CHUNK_BYTES = 16 << 20  # of one transfer to or from the host's memory
 MASTER = "master"
@@ -69,11 +74,13 @@ def write_rank(
 
     Args:
         directory: the `training_state/` of the checkpoint, after `clear`.
-        block_bytes: bytes under one checksum, a multiple of 8.
+        block_bytes: bytes under one checksum, a multiple of 8 up to 64 MiB.
 
     Raises:
         ValueError: for a tensor that is not 1-D, has another length than its piece, or a dtype that cannot be stored.
     """
+    if not 8 <= block_bytes <= MOST_BLOCK_BYTES or block_bytes % 8:
+        raise ValueError(f"block_bytes={block_bytes} is not a multiple of 8 up to {MOST_BLOCK_BYTES}.")
     stem = Path(directory) / f"rank-{rank:05d}"
     path = stem.with_suffix(".safetensors")
     listed = [piece for piece in pieces if piece.stop > piece.start]
@@ -152,13 +159,13 @@ def commit(directory: str | os.PathLike[str], ranks: int, values: dict[str, Any]
             something that JSON cannot (see `state_values.encode`).
     """
     directory = Path(directory)
-    body: dict[str, Any] = {"format": "hf_nanotron training state", "version": VERSION, "block_bytes": None}
+    body: dict[str, Any] = {"format": FORMAT, "version": VERSION, "block_bytes": None}
     body |= {"values": encode(values, "training state"), "files": {}, "pieces": [], "scalars": {}}
     written = [directory / f"rank-{rank:05d}.json" for rank in range(ranks)]
     if missing := [path for path in written if not path.is_file()]:
         raise ValueError(f"{missing[0]} is missing: that rank has not written its part of the training state.")
     for path in written:
-        part = read_checked(path)
+        part = require(RANK, read_checked(path), path)
         if body["block_bytes"] not in (None, part["block_bytes"]):
             raise ValueError(f"{path} has blocks of {part['block_bytes']} bytes, others of {body['block_bytes']}.")
         body["block_bytes"] = part["block_bytes"]
@@ -167,7 +174,7 @@ def commit(directory: str | os.PathLike[str], ranks: int, values: dict[str, Any]
         for name, scalars in part["scalars"].items():
             if body["scalars"].setdefault(name, scalars) != scalars:
                 raise ValueError(_scalars_differ(name, body["scalars"][name], scalars))
-    check_complete(directory, body["pieces"])
+    check_complete(directory / INDEX, body["pieces"])
     write_checked(directory / INDEX, body)
     for path in written:
         path.unlink()
@@ -177,19 +184,24 @@ def _scalars_differ(name: str, one: Any, other: Any) -> str:
     return f"the optimizer state of {name!r} differs between its pieces: {one} and {other}; they must take equal steps."
 
 
-def slice_of(piece: dict[str, Any]) -> Slice:
+def tensor_name(piece: Piece, kind: str) -> str:
+    """What a tensor of a piece is called in the header of its file."""
+    return f"{piece['name']}|{kind}|{piece['start']}"
+
+
+def slice_of(piece: Piece) -> Slice:
     """The slice that a piece of the index describes."""
     ranges = tuple((start, stop) for start, stop in piece["ranges"])
     return Slice(piece["name"], tuple(piece["shape"]), piece["dim"], ranges, piece["start"], piece["stop"])
 
 
-def check_complete(directory: Path, pieces: list[dict[str, Any]]) -> None:
+def check_complete(index: Path, pieces: list[Piece]) -> None:
     """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once.
 
     Raises:
         ValueError: naming the tensor, the kind, the elements, and the files with the pieces that are there.
     """
-    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str], list[Piece]] = {}
     for piece in pieces:
         for kind in piece["tensors"]:
             kinds.setdefault((piece["name"], kind), []).append(piece)
@@ -198,7 +210,7 @@ def check_complete(directory: Path, pieces: list[dict[str, Any]]) -> None:
         if fault is not None:
             files = sorted({piece["file"] for piece in stored})
             raise ValueError(
-                f"{directory}: {kind} of {name!r} is not there once as a whole: {fault} (its pieces are in "
+                f"{index}: {kind} of {name!r} is not there once as a whole: {fault} (its pieces are in "
                 f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}); use an earlier checkpoint."
             )
 
@@ -209,9 +221,9 @@ def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> Non
     Args:
         durable: do not return before the file would survive a power failure.
     """
-    rest = json.dumps(body, separators=(",", ":"), allow_nan=False).removeprefix("{") + "\n"
+    rest = json.dumps(body, separators=(",", ":"), allow_nan=False).removeprefix("{").encode() + b"\n"
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "wb") as file:
         file.write(_first_line(rest) + rest)
         file.flush()
         if durable:
@@ -229,14 +241,30 @@ def read_checked(path: Path) -> dict[str, Any]:
     """What `write_checked` wrote.
 
     Raises:
-        ValueError: if a byte is not as it was written.
+        ValueError: if a byte is not as it was written, or what is there is no file of JSON.
+        OSError: if it cannot be read.
     """
-    # Damage may make the bytes anything but UTF-8; it then shows in the checksum.
-    first, newline, rest = path.read_bytes().decode(errors="replace").partition("\n")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise ValueError(f"{path} is not a regular file; {EARLIER}.")
+    if status.st_size > LARGEST:
+        raise ValueError(f"{path} is damaged: it has {status.st_size} bytes; {EARLIER}.")
+    with open(path, "rb") as file:
+        first = file.readline(FIRST_LINE_BYTES)
+        is_ours = first.startswith(b'{"crc32":"') and first.endswith(b"\n")
+        return parse_checked(first + file.read() if is_ours else first, path)
+
+
+def parse_checked(data: bytes, where: object) -> dict[str, Any]:
+    """As `read_checked`, of bytes that `where` held."""
+    first, newline, rest = data.partition(b"\n")
     if first + newline != _first_line(rest):
-        raise ValueError(f"{path} is truncated or damaged: its checksum differs; use an earlier checkpoint.")
-    return json.loads(first + newline + rest)
+        raise ValueError(f"{where} is truncated or damaged: its checksum differs; {EARLIER}.")
+    return load_json(data, where)
 
 
-def _first_line(rest: str) -> str:
-    return f'{{"crc32":"{zlib.crc32(rest.encode()):08x}",\n'
+def _first_line(rest: bytes) -> bytes:
+    return b'{"crc32":"%08x",\n' % zlib.crc32(rest)
+
+
+FIRST_LINE_BYTES = len(_first_line(b""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zlib
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ import torch
 
 from .safetensors_file import DTYPES
 from .slices import Slice
-from .state_file import CHUNK_BYTES, INDEX, VERSION, check_complete, read_checked, slice_of
-from .state_values import decode
+from .state_file import CHUNK_BYTES, INDEX, Piece, slice_of
+from .state_index import StateIndex
 
 OPEN_FILES = 64  # the system's limit may be as low as 256
 
@@ -45,18 +46,13 @@ class StoredState:
                 f"{self.directory} holds no {INDEX}: saving was not finished, or it is not a training state; use an "
                 "earlier checkpoint."
             )
-        index = read_checked(path)
-        if index["version"] != VERSION:
-            raise ValueError(f"{path} has format version {index['version']}; this program reads version {VERSION}.")
-        self._files: dict[str, dict[str, Any]] = index["files"]
-        self._block_bytes: int = index["block_bytes"]
-        self._scalars: dict[str, Any] = index["scalars"]
-        self.values: dict[str, Any] = decode(index["values"])
-        for name, entry in self._files.items():
-            self._check_length(self.directory / name, entry["bytes"])
-        check_complete(self.directory, index["pieces"])
-        self._pieces: dict[str, list[tuple[Slice, dict[str, Any]]]] = {}
-        for piece in index["pieces"]:
+        self._index = index = StateIndex.read(self.directory)
+        self._block_bytes = index.block_bytes
+        self.values = index.values
+        for name, entry in index.files.items():
+            self._check_length(index.place(name), entry["bytes"])
+        self._pieces: dict[str, list[tuple[Slice, Piece]]] = {}
+        for piece in (piece for pieces in index.pieces_of.values() for piece in pieces):
             self._pieces.setdefault(piece["name"], []).append((slice_of(piece), piece))
         self._open: dict[str, int] = {}
         self._verified: set[str] = set()
@@ -65,7 +61,8 @@ class StoredState:
     @staticmethod
     def _check_length(path: Path, expected: int) -> None:
         if not path.is_file():
-            raise ValueError(f"{path} is missing, but {INDEX} names it; use an earlier checkpoint.")
+            fault = "is not a regular file" if path.exists() else "is missing"
+            raise ValueError(f"{path} {fault}, but {INDEX} names it; use an earlier checkpoint.")
         if (size := path.stat().st_size) != expected:
             raise ValueError(
                 f"{path} has {size} bytes instead of {expected}: it is damaged; use an earlier checkpoint."
@@ -84,7 +81,7 @@ class StoredState:
 
     def scalars(self, name: str) -> dict[str, Any]:
         """What the optimizer keeps for the whole of a tensor, such as `step`."""
-        return decode(self._scalars.get(name, {}))
+        return copy.deepcopy(self._index.scalars.get(name, {}))
 
     def check(self, wanted: Slice, kind: str) -> None:
         """Refuse what `fill` could not read. Reads nothing.
@@ -160,13 +157,13 @@ class StoredState:
             for start in range(first, last, most):
                 yield start, min(start + most, last)
 
-    def _read(self, piece: dict[str, Any], kind: str, block: int, size: int) -> memoryview:
+    def _read(self, piece: Piece, kind: str, block: int, size: int) -> memoryview:
         """`size` bytes of a stored tensor from the start of one of its blocks, verified. Valid until the next call."""
         file, (_, begin, checksums) = piece["file"], piece["tensors"][kind]
         if not self._buffer:
             self._buffer = bytearray(max(CHUNK_BYTES, self._block_bytes))
         data = memoryview(self._buffer)[:size]
-        self._read_into(file, self._files[file]["header"][0] + begin + block * self._block_bytes, data)
+        self._read_into(file, self._index.files[file]["header"][0] + begin + block * self._block_bytes, data)
         for i in range(-(-size // self._block_bytes)):
             found = zlib.crc32(data[i * self._block_bytes : (i + 1) * self._block_bytes])
             if found != int(checksums[(block + i) * 8 : (block + i + 1) * 8], 16):
@@ -177,8 +174,8 @@ class StoredState:
         self.bytes_read += size
         return data
 
-    def _read_into(self, file: str, offset: int, data: memoryview) -> None:
-        handle, done = self._handle(file), 0
+    def _read_into(self, file: str, offset: int, data: memoryview, handle: int | None = None) -> None:
+        handle, done = self._handle(file) if handle is None else handle, 0
         while done < len(data):
             count = os.preadv(handle, [data[done:]], offset + done)
             if count == 0:
@@ -192,15 +189,10 @@ class StoredState:
                 self.close()
             self._open[file] = os.open(self.directory / file, os.O_RDONLY)
         if file not in self._verified:
+            header = bytearray(self._index.files[file]["header"][0])
+            self._read_into(file, 0, memoryview(header), self._open[file])
+            self._index.check_header(file, header)
             self._verified.add(file)
-            length, checksum = self._files[file]["header"]
-            header = bytearray(length)
-            self._read_into(file, 0, memoryview(header))
-            if zlib.crc32(header) != checksum:
-                raise ValueError(
-                    f"{self.directory / file} is damaged: the checksum of its header differs; use an "
-                    "earlier checkpoint."
-                )
         return self._open[file]
 
     def close(self) -> None:

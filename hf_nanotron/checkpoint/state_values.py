@@ -7,17 +7,20 @@ key `"$"`, which says what it is: `{"$": "float", "value": "inf"}`.
 from __future__ import annotations
 
 import base64
+import reprlib
 from collections import Counter
-from math import isfinite
+from collections.abc import Callable
+from math import inf, isfinite, nan
 from typing import Any
 
 import numpy as np
 import torch
 
 TAG = "$"
+DEEPEST = 100  # how far values may be nested; a level may take two of JSON
 
 
-def encode(value: Any, path: str) -> Any:
+def encode(value: Any, path: str, depth: int = 0) -> Any:
     """`value` in terms of what `json` writes exactly. Subclasses of int, float and str become those.
 
     Args:
@@ -26,6 +29,8 @@ def encode(value: Any, path: str) -> Any:
     Raises:
         ValueError: naming the first value inside that cannot be stored (a function, an object of a class).
     """
+    if depth > DEEPEST:
+        raise ValueError(f"{path[:200]}... is nested more than {DEEPEST} times, which a training state cannot hold.")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, np.generic):
@@ -37,11 +42,11 @@ def encode(value: Any, path: str) -> Any:
     if isinstance(value, float):
         return float(value) if isfinite(value) else {TAG: "float", "value": repr(float(value))}
     if isinstance(value, list):
-        return [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return [encode(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
     if type(value) is tuple:
-        return {TAG: "tuple", "value": [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]}
+        return {TAG: "tuple", "value": [encode(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]}
     if isinstance(value, dict):
-        return _encode_dict(value, path)
+        return _encode_dict(value, path, depth + 1)
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous()
         raw = data.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -54,11 +59,13 @@ def encode(value: Any, path: str) -> Any:
     )
 
 
-def _encode_dict(value: dict[Any, Any], path: str) -> Any:
+def _encode_dict(value: dict[Any, Any], path: str, depth: int) -> Any:
     plain = all(type(key) is str for key in value) and TAG not in value
     if plain and not isinstance(value, Counter):
-        return {key: encode(item, f"{path}[{key!r}]") for key, item in value.items()}
-    pairs = [[encode(key, f"a key of {path}"), encode(item, f"{path}[{key!r}]")] for key, item in value.items()]
+        return {key: encode(item, f"{path}[{key!r}]", depth) for key, item in value.items()}
+    pairs = [
+        [encode(key, f"a key of {path}", depth), encode(item, f"{path}[{key!r}]", depth)] for key, item in value.items()
+    ]
     return {TAG: "counter" if isinstance(value, Counter) else "dict", "value": pairs}
 
 
@@ -66,33 +73,77 @@ def _array(kind: str, dtype: str, shape: Any, raw: bytes) -> dict[str, Any]:
     return {TAG: kind, "dtype": dtype, "shape": list(shape), "value": base64.b64encode(raw).decode()}
 
 
-def decode(value: Any) -> Any:
+def decode(value: Any, where: str = "the training state", depth: int = 0) -> Any:
     """What `encode` was given. Tensors are on the host.
 
+    Args:
+        where: how to call `value` in an error message.
+
     Raises:
-        ValueError: for a tag of a later version.
+        ValueError: for what `encode` does not write, such as a tag of a later version.
     """
+    if depth > 2 * DEEPEST:
+        raise ValueError(f"{where} is nested more than {DEEPEST} times.")
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode(item, where, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     tag = value.get(TAG)
-    if tag is None:
-        return {key: decode(item) for key, item in value.items()}
-    content = value["value"]
-    if tag == "float":
-        return float(content)
-    if tag == "tuple":
-        return tuple(decode(item) for item in content)
-    if tag in ("dict", "counter"):
-        pairs = {decode(key): decode(item) for key, item in content}
-        return pairs if tag == "dict" else Counter(pairs)
-    if tag == "tensor":
-        raw = bytearray(base64.b64decode(content))
-        dtype = getattr(torch, value["dtype"])
-        # `frombuffer` refuses a buffer without bytes.
-        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return flat.reshape(value["shape"])
-    if tag == "ndarray":
-        return np.frombuffer(bytearray(base64.b64decode(content)), value["dtype"]).reshape(value["shape"])
-    raise ValueError(f"the training state holds a value of kind {tag!r}, which this version does not know.")
+    if tag is None and TAG not in value:
+        return {key: decode(item, where, depth + 1) for key, item in value.items()}
+    if not isinstance(tag, str) or tag not in _DECODERS:
+        raise ValueError(f"{where} holds a value of kind {reprlib.repr(tag)}, which this version does not know.")
+    try:
+        if tag in ("tuple", "dict", "counter"):
+            content = [decode(item, where, depth + 1) for item in value["value"]]
+            return _DECODERS[tag](content)
+        return _DECODERS[tag](value)
+    except _Undecodable:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise _Undecodable(f"{where} holds a {tag} that cannot be read ({type(error).__name__}: {error}).") from error
+
+
+class _Undecodable(ValueError):
+    """Names the innermost value, and is passed on by those around it."""
+
+
+def _float(value: dict[str, Any]) -> float:
+    return {"inf": inf, "-inf": -inf, "nan": nan}[value["value"]]
+
+
+def _pairs(content: list[Any]) -> dict[Any, Any]:
+    return {key: item for key, item in content}  # noqa: C416 - each must be a pair
+
+
+def _tensor(value: dict[str, Any]) -> torch.Tensor:
+    dtype = getattr(torch, value["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{value['dtype']!r} is no dtype")
+    raw = bytearray(base64.b64decode(value["value"], validate=True))
+    # `frombuffer` refuses a buffer without bytes.
+    flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    return flat.reshape(_shape(value))
+
+
+def _ndarray(value: dict[str, Any]) -> np.ndarray:
+    dtype = np.dtype(value["dtype"])
+    if dtype.kind not in "biuf" or not isinstance(value["dtype"], str):
+        raise TypeError(f"{value['dtype']!r} is no dtype of numbers")
+    return np.frombuffer(bytearray(base64.b64decode(value["value"], validate=True)), dtype).reshape(_shape(value))
+
+
+def _shape(value: dict[str, Any]) -> list[int]:
+    if not isinstance(value["shape"], list) or not all(type(size) is int and size >= 0 for size in value["shape"]):
+        raise TypeError("its shape is no list of sizes")
+    return value["shape"]
+
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "float": _float,
+    "tuple": tuple,
+    "dict": _pairs,
+    "counter": lambda content: Counter(_pairs(content)),
+    "tensor": _tensor,
+    "ndarray": _ndarray,
+}

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .safetensors_file import DTYPES
-from .state_file import CHUNK_BYTES, INDEX, read_checked
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .inside import inside
+from .progress import check_progress
+from .schema import MARKER as MARKER_KEYS, VALUES, VERSIONED, require, show
+from .state_file import CHUNK_BYTES, INDEX, parse_checked, read_checked
+from .state_index import StateIndex
 from .training_state import DIRECTORY
 
 StrPath = str | os.PathLike[str]
@@ -20,20 +27,22 @@ MARKER = "committed.json"
 WRITTEN = ".written"  # there while a checkpoint is being written
 STATE_INDEX = f"{DIRECTORY}/{INDEX}"
 STATE_FILES = f"{DIRECTORY}/rank-*.safetensors"
+# What a resume reads as a whole; of the rest it verifies what it reads.
+READ_BY_RESUME = (TRAINER_STATE_NAME, "rng_state*.pth", STATE_INDEX)
 
 
 def read_marker(directory: StrPath) -> dict[str, Any]:
     """The marker: `step`, `hub_weights` (whether the Hub's weights are in the checkpoint) and `files`.
 
     Raises:
-        ValueError: if there is none, or it is damaged, or of a later version.
+        ValueError: if there is none, or it is damaged, forged, or of a later version.
     """
     directory = Path(directory)
     path = directory / MARKER
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; resume_from_checkpoint takes a checkpoint of this run.")
     try:
-        marker = read_checked(path)
+        return _marker(read_checked(path), path)
     except FileNotFoundError:
         if is_torn(directory):
             raise ValueError(
@@ -47,12 +56,27 @@ def read_marker(directory: StrPath) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}).") from error
-    if marker.get("format") != FORMAT or marker.get("version") != VERSION:
+
+
+def parse_marker(data: bytes, where: object) -> dict[str, Any]:
+    """As `read_marker`, of the bytes that `where` held."""
+    return _marker(parse_checked(data, where), where)
+
+
+def _marker(body: Any, where: object) -> dict[str, Any]:
+    require(VERSIONED, body, where)
+    if body["format"] != FORMAT or body["version"] != VERSION:
         raise ValueError(
-            f"{path} is of format {marker.get('format')!r}, version {marker.get('version')}; this program reads "
-            f"{FORMAT!r}, version {VERSION}."
+            f"{where} is of format {show(body['format'])}, version {body['version']}; this program reads {FORMAT!r}, "
+            f"version {VERSION}."
         )
-    return marker
+    require(MARKER_KEYS, body, where)
+    for name, entry in body["files"].items():
+        if entry["crc32"] is None and not fnmatch(name, STATE_FILES):
+            raise ValueError(f"{where} is damaged or forged: it has no checksum for {show(name)}.")
+    if MARKER in body["files"]:
+        raise ValueError(f"{where} is damaged or forged: it names itself.")
+    return body
 
 
 def is_committed(directory: StrPath) -> bool:
@@ -82,25 +106,56 @@ def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1))
     """
     directory, (first, count) = Path(directory), part
     files: dict[str, Any] = read_marker(directory)["files"]
+    if STATE_INDEX in files and TRAINER_STATE_NAME not in files:
+        raise ValueError(f"{directory / MARKER} names no {TRAINER_STATE_NAME}, which says where the run was.")
     mine = sorted(files, key=lambda name: (-files[name]["bytes"], name))[first::count]
     for name in mine:
-        check_length(directory / name, files[name]["bytes"], f"{MARKER} names it")
-    if not deep:
-        return
-    index = None
-    for name in mine:
-        path, expected = directory / name, files[name]["crc32"]
-        try:
-            if expected is None:
-                index = index or read_checked(directory / STATE_INDEX)
-                check_blocks(path, index)
-            elif (found := checksum_of(path)) != expected:
-                raise ValueError(f"{path} is damaged: its crc32 is {found} instead of {expected}.")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error}).") from error
+        path = inside(directory, name, str(directory / MARKER))
+        check_length(path, files[name]["bytes"], f"{MARKER} names it")
+    try:
+        for name in mine:
+            if deep or any(fnmatch(name, pattern) for pattern in READ_BY_RESUME):
+                check_sum(directory / name, files[name]["crc32"])
+        if TRAINER_STATE_NAME in mine:
+            check_progress(directory)
+        if not deep:
+            return
+        has_blocks = [name for name in mine if files[name]["crc32"] is None]
+        index = read_state_index(directory, files) if has_blocks or STATE_INDEX in mine else None
+        for name in has_blocks:
+            assert index is not None
+            check_blocks(directory / name, index)
+    except OSError as error:
+        raise ValueError(f"{error.filename or directory} cannot be read ({error}).") from error
+
+
+def read_state_index(directory: Path, files: dict[str, Any]) -> StateIndex:
+    """The index of the training state, compared with the `files` of the marker.
+
+    Raises:
+        ValueError: naming the index and what is wrong.
+        OSError: if it cannot be read.
+    """
+    index = StateIndex.read(directory / DIRECTORY)
+    require(VALUES, index.values, f"{index.path}: values")
+    listed = {name.rpartition("/")[2]: entry["bytes"] for name, entry in files.items() if fnmatch(name, STATE_FILES)}
+    own = {name: entry["bytes"] for name, entry in index.files.items()}
+    for name in sorted(listed.keys() | own.keys()):
+        if listed.get(name) != own.get(name):
+            raise ValueError(
+                f"{index.path} is not the one of this checkpoint: {name} has {own.get(name, 'no')} bytes there, but "
+                f"{listed.get(name, 'no')} in {MARKER}; use an earlier checkpoint."
+            )
+    return index
 
 
 # ---- files ----
+
+
+def check_sum(path: Path, expected: str | None) -> None:
+    """Compare a file with its checksum, if it has one."""
+    if expected is not None and (found := checksum_of(path)) != expected:
+        raise ValueError(f"{path} is damaged: its crc32 is {found} instead of {expected}.")
 
 
 def checksum_of(path: Path) -> str:
@@ -113,40 +168,34 @@ def checksum_of(path: Path) -> str:
 
 def check_length(path: Path, expected: int, why: str) -> None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing, but {why}.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}).") from error
-    if size != expected:
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise ValueError(f"{path} is not a regular file, but {why}.")
+    if (size := status.st_size) != expected:
         fault = "was cut off" if size < expected else "has grown"
         raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}.")
 
 
-def check_blocks(path: Path, index: dict[str, Any]) -> None:
-    """Compare a file of the training state with the checksums in its index, which cover every byte of it."""
-    if path.name not in index["files"]:
+def check_blocks(path: Path, index: StateIndex, name: str | None = None) -> None:
+    """Compare a file of the training state with the checksums in its index, which cover every byte of it.
+
+    Args:
+        name: of the file in the index, if it has another one while it is written.
+    """
+    name = name or path.name
+    if name not in index.files:
         raise ValueError(f"{path} is not a part of the training state: {INDEX} does not name it.")
     with open(path, "rb") as file:
-        for what, offset, size, checksums, block in _ranges(path.name, index):
+        index.check_header(name, file.read(index.files[name]["header"][0]))
+        for what, offset, size, checksums in index.blocks(name):
             file.seek(offset)
-            for number, found in enumerate(_block_sums(file, size, block)):
+            for number, found in enumerate(_block_sums(file, size, index.block_bytes)):
                 if found != checksums[number * 8 : number * 8 + 8]:
                     raise ValueError(f"{path} is damaged: the checksum of {what}, block {number}, differs.")
-
-
-def _ranges(name: str, index: dict[str, Any]) -> Iterator[tuple[str, int, int, str, int]]:
-    """The header and tensors of a file in the order of their bytes: what, offset, size, checksums, bytes of a block."""
-    length, checksum = index["files"][name]["header"]
-    yield "its header", 0, length, f"{checksum:08x}", length
-    tensors = [
-        (offset, (piece["stop"] - piece["start"]) * DTYPES[dtype].itemsize, f"{kind} of {piece['name']!r}", checksums)
-        for piece in index["pieces"]
-        if piece["file"] == name
-        for kind, (dtype, offset, checksums) in piece["tensors"].items()
-    ]
-    for offset, size, what, checksums in sorted(tensors):
-        yield what, length + offset, size, checksums, index["block_bytes"]
 
 
 def _block_sums(file: BinaryIO, size: int, block: int) -> Iterator[str]:
