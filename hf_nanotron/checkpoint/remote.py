@@ -124,6 +124,13 @@ class RemoteStore:
         except FileNotFoundError:
             return None
 
+    def read(self, file: str) -> bytes | None:
+        """The bytes of a small file, None if there is none."""
+        try:
+            return self.fs.cat_file(f"{self.root}/{file}")
+        except FileNotFoundError:
+            return None
+
     def put(self, source: Path, file: str) -> None:
         self.fs.put_file(str(source), f"{self.root}/{file}", **self._part)
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -21,8 +21,10 @@ from transformers.utils import logging
 
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
-from .manager import newest
+from .manager import newest, run_at_hand
 from .remote import RemoteStore, in_parallel, parse_marker, reason, step_of
+from .remote_runs import StoredRuns, make_room
+from .runs import Run, latest, run_of, write_record
 from .state_file import read_checked
 from .training_state import together
 from .verify import MARKER, STATE_INDEX, WRITTEN, StrPath, check, check_blocks, checksum_of, is_torn
@@ -32,17 +34,23 @@ WORKERS = 4  # files at a time
 LOOK_SECONDS = 0.5  # between two looks whether all downloads are done
 
 
-def newest_remote(store: RemoteStore) -> str | None:
+def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are passed over.
+
+    Args:
+        run: whose; None for the run that was started last, of those in the store.
 
     Raises:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
+    run = run or StoredRuns(store).at_hand()
     for name, files in store.checkpoints().items():
         if MARKER not in files:
             continue
         try:
             marker = parse_marker(store.marker(name) or b"")
+            if run is not None and not run.has(run_of(marker), step_of(name)):
+                continue
             _check_remote_sizes(store, name, marker, files)
         except ValueError as error:
             logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
@@ -70,15 +78,18 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
     data, there = store.marker(name), store.checkpoints().get(name, {})
     if data is None:
         raise ValueError(f"{store.url}/{name} is not committed.")
-    files = parse_marker(data)["files"]
-    _check_remote_sizes(store, name, {"files": files}, there)
+    marker = parse_marker(data)
+    files = marker["files"]
+    _check_remote_sizes(store, name, marker, there)
     directory = Path(output_dir, name)
+    make_room(directory, marker)
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
         raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {store.url}/{name}.")
     parts = directory / WRITTEN
     if parts.exists() or not _is_marked(directory, data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
+        (parts / MARKER).write_bytes(data)  # so that what of it is here is known as the checkpoint's own
         (directory / MARKER).unlink(missing_ok=True)
     if STATE_INDEX in files and not _is_here(directory, STATE_INDEX, files[STATE_INDEX]):
         # First, because it has the checksums of other files.
@@ -158,18 +169,28 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
     Raises:
         ValueError, RuntimeError: as `newest_remote` and `fetch`.
     """
-    name = newest_remote(store)
-    if name is None:
-        return None
-    for path in newest(output_dir):
-        if step_of(path.name) < step_of(name):
+    runs = (run_at_hand(output_dir), StoredRuns(store).at_hand())
+    run = latest(found for found in runs if found is not None)
+    name = newest_remote(store, run)
+    is_here = name is None or _is_as_new(output_dir, step_of(name), run)
+    fetched = None if is_here else fetch(store, cast(str, name), output_dir)
+    if run is not None and run_at_hand(output_dir) != run:  # it has no checkpoint; the resume goes by what is here
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_record(output_dir, run, {"url": store.url})
+    return fetched
+
+
+def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:
+    """Whether a complete local checkpoint is of `step` or later."""
+    for path in newest(output_dir, run):
+        if step_of(path.name) < step:
             break
         try:
             check(path, deep=False)
         except ValueError:
             continue
-        return None
-    return fetch(store, name, output_dir)
+        return True
+    return False
 
 
 def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: StrPath) -> None:

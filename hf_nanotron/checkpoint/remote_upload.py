@@ -23,8 +23,10 @@ from typing import Any
 from transformers.utils import logging
 
 from .commit import remove
-from .manager import newest
+from .manager import newest, run_at_hand
 from .remote import RemoteStore, in_parallel, reason, step_of
+from .remote_runs import StoredRuns
+from .runs import Run
 from .verify import MARKER, StrPath, is_committed
 
 logger = logging.get_logger(__name__)
@@ -84,6 +86,8 @@ class Uploader:
         self.keep_local, self.save_total_limit = keep_local, save_total_limit
         self.workers, self.attempts, self.backoff = workers, attempts, backoff
         self.figures = UploadFigures()
+        self.run: Run | None = None  # whose checkpoints are uploaded and counted; None for the run at hand
+        self._runs = StoredRuns(store)
         self.local_lock = threading.Lock()  # held while local checkpoints are deleted; others that do so hold it too
         self._waiting: deque[Path] = deque()  # the first one is being uploaded
         self._changed = threading.Condition()
@@ -124,14 +128,22 @@ class Uploader:
                 self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
                 self._thread.start()
 
+    def begin_run(self, run: Run) -> None:
+        """The checkpoints that are submitted from now on are of `run`, which the store notes as the one at hand."""
+        self.run = run
+        self._runs.write_record(self.output_dir)
+
     def submit_existing(self) -> None:
-        """Upload the committed local checkpoints that are newer than all in the store. When training starts.
+        """Upload the run's committed local checkpoints that are newer than its last one in the store, when training
+        starts.
 
         Raises:
             ValueError: if the store cannot be listed.
         """
-        there = [step_of(name) for name, files in self.store.checkpoints().items() if MARKER in files]
-        for path in reversed(newest(self.output_dir)):
+        run = self.run or run_at_hand(self.output_dir) or Run()
+        committed = [name for name, files in self.store.checkpoints().items() if MARKER in files]
+        there = [step_of(name) for name in self._runs.parts(committed, run)]
+        for path in reversed(newest(self.output_dir, run)):
             if step_of(path.name) >= max(there, default=-1):
                 self.submit(path)
 
@@ -213,6 +225,7 @@ class Uploader:
 
     def _upload(self, path: Path) -> None:
         start, name, store = time.monotonic(), path.name, self.store
+        self._runs.tell_of_others(self.run)
         if self._is_there(path):
             return
         old = self._try(name, lambda: store.checkpoints().get(name, {}))
@@ -235,6 +248,7 @@ class Uploader:
                     f"uploading to {store.url}/{name}/{file} failed: {there.get(file)} bytes arrived of {sizes[file]}."
                 )
         self._put(path, MARKER)
+        self._runs.note(name, path)
         figures = self.figures
         figures.checkpoints, figures.files = figures.checkpoints + 1, figures.files + len(sizes)
         figures.bytes, figures.seconds = figures.bytes + sum(sizes.values()), figures.seconds + time.monotonic() - start
@@ -270,14 +284,16 @@ class Uploader:
         kept = {*self._kept, uploaded.name}
         there = self.store.checkpoints()
         committed = [name for name, files in there.items() if MARKER in files]
-        doomed = [name for name in there if name not in committed and step_of(name) < step_of(committed[0])]
+        doomed = [name for name in there if name not in committed and step_of(name) < step_of(uploaded.name)]
+        run = self.run or run_at_hand(self.output_dir) or Run()
         if self.save_total_limit:
+            committed = self._runs.parts(committed, run)
             surplus = [name for name in reversed(committed[1:]) if name not in kept]
             doomed += surplus[: max(len(committed) - self.save_total_limit, 0)]
         for name in doomed:
             self._try(name, partial(self.store.remove, name))
         waiting = {path.name for path in self.pending()} - {uploaded.name}
-        for path in newest(self.output_dir)[self.keep_local :]:
+        for path in newest(self.output_dir, run)[self.keep_local :]:
             if path.name in kept | waiting:
                 continue
             # Gone from the store by its limit means that it was there.
