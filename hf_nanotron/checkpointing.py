@@ -19,8 +19,12 @@ from .checkpoint.buffers import buffer_pieces, load_buffers
 from .checkpoint.card import write_model_card
 from .checkpoint.commit import begin
 from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
-from .checkpoint.manager import check_together, choose_together, rotate
+from .checkpoint.manager import check_together, choose_together, is_part, newest, rotate
+from .checkpoint.own_files import unlink_link, unlink_links
 from .checkpoint.remote_fetch import fetch_newest_together
+from .checkpoint.run_lock import RunLock
+from .checkpoint.run_start import lock_together, start_run
+from .checkpoint.runs import KEY, Run
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
@@ -58,6 +62,8 @@ class CheckpointingTrainer(RemoteTrainer):
         self._background = BackgroundSave()
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it
         self._told_to_stop = False
+        self._run = Run()  # that this call of `train` is a part of
+        self._lock = RunLock()
         super().__init__(*args, **kwargs)
 
     # ---- saving ----
@@ -73,6 +79,7 @@ class CheckpointingTrainer(RemoteTrainer):
         """As `Trainer.create_model_card`, with the batch and parallel sizes of this run; on rank 0."""
         if self.is_world_process_zero():
             path = Path(cast(str, self.args.output_dir), "README.md")
+            unlink_link(path)
             write_model_card(self, self.mesh, path, language=language, **fields)
 
     def _save_companions(self, directory: Path) -> None:
@@ -98,7 +105,7 @@ class CheckpointingTrainer(RemoteTrainer):
         self._saved.add(directory)
         what = f"saving {directory}"
         together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
-        save = Save(directory, self.state.global_step, args.ddp_timeout)
+        save = Save(directory, self.state.global_step, args.ddp_timeout, run=self._run.to_dict())
         writes_weights = args.save_hub_weights == "always" or self._is_last_save()
         if writes_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
             self.save_model(str(directory), _internal_call=True)  # as Trainer does
@@ -146,7 +153,8 @@ class CheckpointingTrainer(RemoteTrainer):
             assert self.optimizer is not None
             self.weights.take_written(compare=self._link is not None and self._link.compares)
             save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh) + buffer_pieces(self.model)
-            save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
+            extra = {**self.extra_state(), KEY: self._run.to_dict()}
+            save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, extra)
             self._save_rng_state(str(save.directory))
             (save.directory / DIRECTORY).mkdir(exist_ok=True)
         if self.mesh.rank == 0:
@@ -157,6 +165,7 @@ class CheckpointingTrainer(RemoteTrainer):
         """The best checkpoint so far, if it is there. On every rank: all of them load it in the end."""
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         exists = bool(self.state.best_global_step) and self.mesh.rank == 0 and best.exists()
+        exists = exists and (best in self._saved or is_part(self._run, best))  # not what another run has left
         if all_reduce(torch.tensor(float(exists), device=self.mesh.device), self.mesh.world):
             self.state.best_model_checkpoint = str(best)
 
@@ -182,17 +191,19 @@ class CheckpointingTrainer(RemoteTrainer):
     def _on_committed(self, directory: Path) -> None:
         """What is done with a complete checkpoint."""
         if self.args.push_to_hub:
+            if self.is_world_process_zero():
+                unlink_links(Path(cast(str, self.args.output_dir)))
             self._push_from_checkpoint(str(directory))
 
     def _retain(self, directory: Path, keep: tuple[Path, ...]) -> None:
         """Upload a committed checkpoint, and delete older ones; on rank 0, in the thread that has written it."""
         limit = self.args.save_total_limit
         if self._uploader is None:
-            rotate(directory.parent, limit, (directory, *keep))
+            rotate(directory.parent, limit, (directory, *keep), self._run)
             return
         self._uploader.submit(directory, keep)
         with self._uploader.local_lock:
-            rotate(directory.parent, limit, (directory, *keep, *self._uploader.pending()))
+            rotate(directory.parent, limit, (directory, *keep, *self._uploader.pending()), self._run)
 
     def _finish_background_save(self, wait: bool = True) -> None:
         """Take note of a save that has ended.
@@ -212,29 +223,61 @@ class CheckpointingTrainer(RemoteTrainer):
         Raises:
             ValueError: if the named checkpoint is not complete, or there is none at all.
         """
-        source: str | None = None
         together(self.mesh, "the save of the run before", self._finish_background_save)
         self._saved.clear()
         self._told_to_stop = False
-        if resume_from_checkpoint is True:
+        output_dir, saves = cast(str, self.args.output_dir), self.args.save_strategy != "no"
+        if saves:
+            lock_together(self.mesh, self._lock, output_dir)
+        try:
+            source = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._run = start_run(
+                self.mesh, output_dir, source, self.args.overwrite_output_dir, self._store, is_noted=saves
+            )
             if self._store is not None:
-                fetch_newest_together(self.mesh, self._store, cast(str, self.args.output_dir))
-            chosen = choose_together(self.mesh, cast(str, self.args.output_dir))
+                together(self.mesh, "listing the remote checkpoints", self._submit_existing)
+            with self._signals:
+                result = super().train(source, *args, **kwargs)
+                self._wait_for_uploads()
+            self.weights.wait()
+            return result
+        finally:
+            if not self._background.is_busy:  # otherwise until it has written, and the process or the next run ends
+                self._lock.release()
+
+    def _checkpoint_to_resume(self, named: str | bool | None) -> str | None:
+        """
+        Raises:
+            ValueError: as `train`.
+        """
+        output_dir = cast(str, self.args.output_dir)
+        if named is True:
+            if self._store is not None:
+                fetch_newest_together(self.mesh, self._store, output_dir)
+            chosen = choose_together(self.mesh, output_dir)
             if chosen is None:
-                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
-            source = str(chosen)
+                others = ", ".join(path.name for path in newest(output_dir)[:5])
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({output_dir})"
+                    + (
+                        f" of the run that was started last. Name one of others to resume it: {others}."
+                        if others
+                        else ""
+                    )
+                )
             self._saved.add(chosen)
-        elif resume_from_checkpoint:
-            source = os.fspath(resume_from_checkpoint)
-            check_together(self.mesh, source, deep=False)  # what is read of it is verified then
-            self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
+            return str(chosen)
+        if not named:
+            return None
+        source = os.fspath(named)
+        check_together(self.mesh, source, deep=False)  # what is read of it is verified then
+        self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
+        return source
+
+    def _submit_existing(self) -> None:
         if self._uploader is not None:
+            self._uploader.begin_run(self._run)
             self._uploader.submit_existing()
-        with self._signals:
-            result = super().train(source, *args, **kwargs)
-            self._wait_for_uploads()
-        self.weights.wait()
-        return result
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer would delete the last checkpoint here if another is the best; `rotate` has kept to the limit."""

@@ -92,6 +92,15 @@ class NanotronTrainingArguments(SecretlessArguments):
             "signals alone."
         },
     )
+    overwrite_output_dir: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a fresh run may save where another run has checkpoints (output_dir, remote_checkpoints), "
+            "which it overwrites where it saves the same steps. False refuses it; unset, there is a warning.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     remote_checkpoints: str | None = field(
         default=None,
         metadata={

@@ -76,14 +76,14 @@ def write_checkpoint(output_dir: Path, step: int, size: int = 1000) -> Path:
     for name, data in contents.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)
+    (directory / "README.md").write_text("A model.\n")
     describe(directory, 0)
     commit(directory, 1, step, 1.0)
-    (directory / "README.md").write_text("of no run\n")
     return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """But for README.md, which is uploaded for people and of no run."""
+    """But for README.md, which is uploaded for people, and not downloaded."""
     files = (path for path in directory.rglob("*") if path.is_file() and path.name != "README.md")
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 

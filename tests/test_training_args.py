@@ -331,7 +331,7 @@ BEYOND_SIZES |= {"remote_retry_seconds", "remote_retry_max_seconds", "remote_sta
 BEYOND_SIZES |= {"activation_checkpointing_policy", "activation_checkpointing_layers"}
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
 BEYOND_SIZES |= {"attention", "max_skipped_steps"}
-BEYOND_SIZES |= {"fp8", "fp8_skip_layers"}
+BEYOND_SIZES |= {"fp8", "fp8_skip_layers", "overwrite_output_dir"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

@@ -223,8 +223,12 @@ class RemoteStore:
 
     def marker(self, name: str) -> bytes | None:
         """The bytes of a checkpoint's marker, None if it has none."""
+        return self.read(f"{name}/{MARKER}")
+
+    def read(self, file: str) -> bytes | None:
+        """The bytes of a small file, None if there is none."""
         try:
-            return self._watched(lambda _: self.fs.cat_file(f"{self.root}/{name}/{MARKER}"))
+            return self._watched(lambda _: self.fs.cat_file(f"{self.root}/{file}"))
         except FileNotFoundError:
             return None
 

@@ -21,10 +21,12 @@ from transformers.utils import logging
 from ..parallel.mesh import ParallelMesh
 from .inside import find_clash, find_fault, inside
 from .long_action import together_for_long
-from .manager import newest
+from .manager import newest, run_at_hand
 from .progress import check_progress
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_errors import StoreError
+from .remote_runs import StoredRuns, make_room
+from .runs import Run, latest, run_of, write_record
 from .state_index import StateIndex
 from .training_state import together
 from .verify import (
@@ -45,26 +47,33 @@ WORKERS = 4  # files at a time
 LARGEST_MARKER = 256 << 20  # bytes; a file takes about a hundred
 
 
-def newest_remote(store: RemoteStore) -> str | None:
+def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are passed over.
+
+    Args:
+        run: whose; None for the run that was started last, of those in the store.
 
     Raises:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
-    return next(_committed(store), (None,))[0]
+    run = run or store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
+    return next(_committed(store, run), (None,))[0]
 
 
-def _committed(store: RemoteStore) -> Iterator[tuple[str, bytes]]:
-    """The committed checkpoints in the store, the newest first, with their markers; damaged ones are passed over."""
+def _committed(store: RemoteStore, run: Run | None) -> Iterator[tuple[str, bytes]]:
+    """The committed checkpoints of a run in the store, the newest first, with their markers; damaged ones are passed
+    over. Of any run if `run` is None.
+    """
     for name, files in store.patiently("listing", store.checkpoints).items():
         try:
             data = _read_marker(store, name, files)
+            of = None if data is None else run_of(parse_marker(data, f"{store.url}/{name}/{MARKER}"))
         except StoreError:
             raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
             _pass_over(store, name, error)
         else:
-            if data is not None:
+            if data is not None and of is not None and (run is None or run.has(of, step_of(name))):
                 yield name, data
 
 
@@ -119,12 +128,12 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
     data, directory = _read_marker(store, name, there), Path(output_dir, name)
     if data is None:
         raise ValueError(f"{store.url}/{name} is not committed.")
-    _check_place(store, name, data, directory)
+    _clear_place(store, name, data, directory)
     return _download(store, name, data, directory, workers)
 
 
 def _download(store: RemoteStore, name: str, data: bytes, directory: Path, workers: int = WORKERS) -> Path:
-    """As `fetch`, by the marker of a remote checkpoint, to where `_check_place` has nothing against it."""
+    """As `fetch`, by the marker of a remote checkpoint, to where `_clear_place` has nothing against it."""
     files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
     if (directory / MARKER).is_dir():
         raise ValueError(f"{directory / MARKER} is a directory; remove it.")
@@ -132,6 +141,7 @@ def _download(store: RemoteStore, name: str, data: bytes, directory: Path, worke
     if parts.exists() or not _is_marked(directory, data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
+        (parts / MARKER).write_bytes(data)  # so that what of it is here is known as the checkpoint's own
         (directory / MARKER).unlink(missing_ok=True)
     # First what is checked as a whole: the progress of the run, and the index, which has the checksums of other files.
     early = [file for file in (TRAINER_STATE_NAME, STATE_INDEX) if file in files]
@@ -148,16 +158,17 @@ def _download(store: RemoteStore, name: str, data: bytes, directory: Path, worke
     return directory
 
 
-def _check_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
-    """Refuse to download over another program's directory, or where a symbolic link would lead elsewhere.
+def _clear_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
+    """Make way for a download: what has the checkpoint's name here and is of another run goes; of a link, the link.
 
     Raises:
-        ValueError: naming the directory, the link or the file.
+        ValueError: naming the directory, the link or the file, if another program's directory is in the place, or a
+            symbolic link in it would lead elsewhere.
     """
-    if directory.is_symlink():
-        raise ValueError(f"{directory} is a symbolic link; remove it to fetch {store.url}/{name}.")
+    where = f"{store.url}/{name}"
+    make_room(directory, parse_marker(data, f"{where}/{MARKER}"))
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
-        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {store.url}/{name}.")
+        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {where}.")
     files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
     for file in (*files, f"{WRITTEN}/part"):
         path = inside(directory, file, f"{store.url}/{name}")
@@ -265,22 +276,40 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
     Raises:
         ValueError, RuntimeError: as `newest_remote` and `fetch`.
     """
-    for name, data in _committed(store):
-        for path in newest(output_dir):
-            if step_of(path.name) < step_of(name):
-                break
-            try:
-                check(path, deep=False)
-            except ValueError:
-                continue
+    looked_up = store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
+    run = latest(found for found in (run_at_hand(output_dir), looked_up) if found is not None)
+    fetched = _fetch_newest_of(store, output_dir, run)
+    if run is not None and run_at_hand(output_dir) != run:  # it has no checkpoint; the resume goes by what is here
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_record(output_dir, run, {"url": store.url})
+    return fetched
+
+
+def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Path | None:
+    """As `fetch_newest`, for one run."""
+    for name, data in _committed(store, run):
+        if _is_as_new(output_dir, step_of(name), run):
             return None
         directory = Path(output_dir, name)
-        _check_place(store, name, data, directory)
+        _clear_place(store, name, data, directory)
         try:
             return _download(store, name, data, directory)
         except ValueError as error:
             _pass_over(store, name, error)
     return None
+
+
+def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:
+    """Whether a complete local checkpoint is of `step` or later."""
+    for path in newest(output_dir, run):
+        if step_of(path.name) < step:
+            break
+        try:
+            check(path, deep=False)
+        except ValueError:
+            continue
+        return True
+    return False
 
 
 def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: StrPath) -> None:

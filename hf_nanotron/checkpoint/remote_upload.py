@@ -27,10 +27,12 @@ from transformers.utils import logging
 
 from .commit import remove
 from .inside import is_inside
-from .manager import newest
+from .manager import newest, run_at_hand
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
-from .verify import MARKER, StrPath, is_committed
+from .remote_runs import StoredRuns
+from .runs import Run
+from .verify import MARKER, StrPath, is_committed, read_marker
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -88,6 +90,8 @@ class Uploader:
         self.workers, self.space = min(workers, store.transfers or workers), space or LocalSpace()
         self.figures = UploadFigures()
         store.retry.note = self._note
+        self.run: Run | None = None  # whose checkpoints are uploaded and counted; None for the run at hand
+        self._runs = StoredRuns(store)
         self.local_lock = threading.Lock()  # held while local checkpoints are deleted; others that do so hold it too
         self._waiting: list[Path] = []  # oldest first; the first one is being uploaded
         self._found: set[Path] = set()  # of these, those of an earlier run, which may be older than what is stored
@@ -120,11 +124,19 @@ class Uploader:
         self._add(path)
         self._make_room()
 
+    def _run_at_hand(self) -> Run:
+        return self.run or run_at_hand(self.output_dir) or Run()
+
+    def begin_run(self, run: Run) -> None:
+        """The checkpoints that are submitted from now on are of `run`, which the store notes as the one at hand."""
+        self.run = run
+        self._runs.write_record(self.output_dir)
+
     def submit_existing(self) -> None:
-        """Upload the committed local checkpoints that are newer than all in the store. When training starts. Returns
-        at once: the store is asked later, by the thread.
+        """Upload the run's committed local checkpoints that are newer than its last one in the store, when training
+        starts. Returns at once: the store is asked later, by the thread.
         """
-        for path in reversed(newest(self.output_dir)):
+        for path in reversed(newest(self.output_dir, self._run_at_hand())):
             with self._changed:
                 if path not in self._waiting:
                     self._found.add(path)
@@ -266,17 +278,17 @@ class Uploader:
         if path not in self._found:
             return True
         there = self._try(path, "listing the checkpoints", self.store.checkpoints)
-        committed = [name for name, files in there.items() if MARKER in files]
+        names = [name for name, files in there.items() if MARKER in files]
+        committed = self._try(path, "reading markers", lambda: self._runs.parts(names, self._run_at_hand()))
         return step_of(path.name) >= max(map(step_of, committed), default=-1)
 
     def _upload(self, path: Path) -> None:
         start, name, store = time.monotonic(), path.name, self.store
+        self._runs.tell_of_others(self.run)
         marker = _marker_of(path)
         there = self._try(path, f"reading the marker of {name}", lambda: store.marker(name))
         if there == marker:  # with all checksums, so it is exactly this checkpoint
             return
-        if there is not None:  # another checkpoint of this step, from before the run went back
-            self._try(path, f"deleting the old {name}/{MARKER}", lambda: store.remove_file(f"{name}/{MARKER}"))
         try:
             sizes = {
                 file.relative_to(path).as_posix(): file.stat().st_size
@@ -287,6 +299,14 @@ class Uploader:
             }
         except FileNotFoundError:
             raise _Changed from None
+        if lacking := sorted({MARKER, *read_marker(path)["files"]} - sizes.keys()):
+            logger.warning(
+                f"{path} is not uploaded to {store.url}: {lacking[0]} is missing, or a symbolic link out of the "
+                "checkpoint, which is not followed."
+            )
+            return
+        if there is not None:  # another checkpoint of this step, from before the run went back
+            self._try(path, f"deleting the old {name}/{MARKER}", lambda: store.remove_file(f"{name}/{MARKER}"))
         self._sent.clear()
         # Large files first, so that none is left alone at the end.
         files = sorted((file for file in sizes if file != MARKER), key=lambda file: -sizes[file])
@@ -297,6 +317,7 @@ class Uploader:
         if _marker_of(path) != marker:
             raise _Changed
         self._put(path, MARKER, sizes[MARKER])
+        self._runs.note(name, path)
         self._sent.clear()
         figures = self.figures
         figures.checkpoints, figures.files = figures.checkpoints + 1, figures.files + len(sizes)
@@ -352,16 +373,18 @@ class Uploader:
         kept = {*self._kept, uploaded.name}
         there = self.store.checkpoints()
         committed = [name for name, files in there.items() if MARKER in files]
-        doomed = []
-        if committed:
-            doomed = [name for name in there if name not in committed and step_of(name) < step_of(committed[0])]
+        torn = [name for name in there if name not in committed and step_of(name) < step_of(uploaded.name)]
+        # A listing that lags behind may lack a marker.
+        doomed = [name for name in torn if self.store.marker(name) is None]
+        run = self._run_at_hand()
         if self.save_total_limit:
+            committed = self._runs.parts(committed, run)
             surplus = [name for name in reversed(committed[1:]) if name not in kept]
             doomed += surplus[: max(len(committed) - self.save_total_limit, 0)]
         for name in doomed:
             self.store.remove(name)
         waiting = {path.name for path in self.pending()} - {uploaded.name}
-        for path in newest(self.output_dir)[self.keep_local :]:
+        for path in newest(self.output_dir, run)[self.keep_local :]:
             if path.name in kept | waiting:
                 continue
             # Gone from the store by its limit means that it was there.
