@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from faulty_s3 import FaultyS3
 from pool import WorkerPool
@@ -155,6 +156,35 @@ def test_what_lasts_is_refused_at_the_start(
             action(store_at(server, "start", connection, Backoff(100, 100, 100)))
         assert server.spoilt == 1
         server.fault = None
+
+
+def test_an_outage_at_the_start_is_waited_for(server: FaultyS3, connection: Any, tmp_path: Path) -> None:
+    """Until it is over, or for so many seconds."""
+    for kind in ("500", "reset"):
+        server.inject(kind, "put", times=5)
+        Uploader(store_at(server, "start", connection), tmp_path)
+        assert server.spoilt == 5
+    server.inject("500", "put", times=10**6)
+    with pytest.raises(ValueError, match="remote_checkpoints='s3://bucket/start' cannot be written: .*internal error"):
+        Uploader(store_at(server, "start", connection, Backoff(0.01, 0.01, start=0.1)), tmp_path)
+    server.fault = None
+
+
+def test_a_connection_that_hangs_while_it_is_made(tmp_path: Path) -> None:
+    """The next attempt makes another one."""
+    ends, made = threading.Event(), []
+
+    def connect(**options: Any) -> Any:
+        made.append(options)
+        if len(made) == 1:
+            ends.wait(30)
+        return fsspec.filesystem("memory")
+
+    store = RemoteStore(f"memory://{tmp_path.name}", backoff=QUICK)
+    store._class, store.stall_seconds = connect, 0.2
+    store.check_writable()
+    ends.set()
+    assert len(made) >= 2 and "nothing came through in 0.2 s" in store.retry.last_error
 
 
 def test_credentials_that_are_renewed_are_taken_up(
