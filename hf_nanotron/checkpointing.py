@@ -262,9 +262,18 @@ class CheckpointingTrainer(RemoteTrainer):
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """A checkpoint converted from the Hub leaves logging, evaluation and saving intervals to this run."""
         progress = super()._init_training_state(max_steps, *args)
+        best = self.state.best_model_checkpoint
+        if best is not None and not self._is_of_run(Path(best)):
+            logger.warning(f"The best checkpoint that {TRAINER_STATE_NAME} names, {best}, is in no folder of this run.")
+            self.state.best_model_checkpoint = None
         if self.state.logging_steps is None:
             self.state.compute_steps(self.args, max_steps)
         return progress
+
+    def _is_of_run(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is in the output directory, or beside the one that was taken up."""
+        folders = {Path(cast(str, self.args.output_dir)), *(path.parent for path in self._saved)}
+        return checkpoint.resolve().parent in {folder.resolve() for folder in folders}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights that are not in the training state, which follows with the optimizer: the frozen ones, or all."""

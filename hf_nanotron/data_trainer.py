@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .checkpoint.state_read import StoredState
 from .checkpoint.state_values import encode
-from .checkpoint.training_state import DIRECTORY
+from .checkpoint.training_state import DIRECTORY, run_values
 from .data.cursor import (
     ANEW,
     FINGERPRINT,
@@ -167,8 +167,9 @@ class DataTrainer(Trainer):
         if not folder.is_dir():
             return None
         with StoredState(folder) as stored:
-            extra = stored.values["extra"]
-        return Cursor(**extra[CURSOR]) if extra.get(CURSOR) is not None else None
+            found = run_values(stored)["extra"].get(CURSOR)
+        known = {field.name for field in fields(Cursor)}
+        return None if found is None else Cursor(**{key: value for key, value in found.items() if key in known})
 
     def _data_order(self, loader: DataParallelLoader) -> dict[str, Any]:
         if isinstance(self.train_dataset, IterableDataset):

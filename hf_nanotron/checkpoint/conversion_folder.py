@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from .inside import inside
 from .nanotron_format import read_json
 from .verify import MARKER, check_length, checksum_of, read_marker
 
@@ -30,11 +31,11 @@ def refuse_same(source: Path, destination: Path) -> None:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    path = folder / CONFIG_NAME
+    path = inside(folder, CONFIG_NAME, str(folder))
     read_json(path)  # by itself first: for a missing file, transformers' own message would speak of the Hub
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -47,8 +48,8 @@ def check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
     if not (checkpoint / MARKER).exists():
         return
     for name, entry in read_marker(checkpoint)["files"].items():
-        path = checkpoint / name
         if any(fnmatch(name, pattern) for pattern in patterns):
+            path = inside(checkpoint, name, str(checkpoint / MARKER))
             check_length(path, entry["bytes"], f"{MARKER} names it")
             if entry["crc32"] is not None and checksum_of(path) != entry["crc32"]:
                 raise ValueError(f"{path} is not as it was saved (its checksum differs): damaged, or edited since.")
@@ -59,12 +60,21 @@ def matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copy what matches, other than `config.json`."""
+    """Copy what matches, other than `config.json`.
+
+    Raises:
+        ValueError: for a symbolic link out of `source` (but for those of the Hub's cache), or what is no file.
+    """
     for path in matches(source, patterns):
-        if path.is_dir():
-            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
-        elif path.name != CONFIG_NAME:
-            shutil.copyfile(path, destination / path.name)
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            name = file.relative_to(source).as_posix()
+            inside(source, name, str(source))
+            if file.is_dir() or name == CONFIG_NAME:
+                continue
+            if not file.is_file():
+                raise ValueError(f"{file} is not a regular file, so it is not copied; remove it.")
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, destination / name)
 
 
 @contextmanager

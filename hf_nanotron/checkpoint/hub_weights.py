@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import reduce
 from pathlib import Path
@@ -15,9 +14,30 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..parallel.spec import ShardSpec
 from .grids import Grid, Side, Sizes
 from .hub_layout import HubLayout, HubSources
+from .inside import inside
 from .safetensors_file import DTYPES
+from .schema import HUB_INDEX, load_json, require
 
+LARGEST_INDEX = 1 << 30  # bytes
+AGAIN = "fetch it again"
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
+
+
+def read_weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor -> file of a repository of several files, by its index; None if it has none.
+
+    Raises:
+        ValueError: for an index that is damaged or forged, or names a file outside of `directory`.
+    """
+    index = inside(directory, SAFE_WEIGHTS_INDEX_NAME, str(directory))
+    if not index.exists():
+        return None
+    if not index.is_file() or index.stat().st_size > LARGEST_INDEX:
+        raise ValueError(f"{index} is not a file of at most {LARGEST_INDEX >> 20} MiB; fetch it again.")
+    body = require(HUB_INDEX, load_json(index.read_bytes(), index, AGAIN), index, AGAIN)
+    for name in set(body["weight_map"].values()):
+        inside(directory, name, str(index))
+    return body["weight_map"]
 
 
 class HubWeights:
@@ -34,13 +54,10 @@ class HubWeights:
         self.directory = Path(directory)
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
-        index = self.directory / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file():
-            try:
-                self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is truncated or damaged ({error!r}); fetch it again.") from error
-        elif (self.directory / SAFE_WEIGHTS_NAME).is_file():
+        file_of = read_weight_map(self.directory)
+        if file_of is not None:
+            self._file_of = file_of
+        elif (self.directory / SAFE_WEIGHTS_NAME).exists():
             self._file_of = dict.fromkeys(self._file(SAFE_WEIGHTS_NAME).keys(), SAFE_WEIGHTS_NAME)
         else:
             raise ValueError(
@@ -52,12 +69,13 @@ class HubWeights:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            path = self.directory / name
+            path = inside(self.directory, name, str(self.directory / SAFE_WEIGHTS_INDEX_NAME))
             if not path.is_file():
-                raise ValueError(f"{path} is missing, but {SAFE_WEIGHTS_INDEX_NAME} names it; fetch it again.")
+                fault = "is not a regular file" if path.exists() else "is missing"
+                raise ValueError(f"{path} {fault}, but {SAFE_WEIGHTS_INDEX_NAME} names it; fetch it again.")
             try:
                 self._open[name] = safe_open(path, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
         return self._open[name]
 
@@ -146,7 +164,12 @@ class HubWeights:
     def dtype(self, grids: tuple[Grid, ...]) -> torch.dtype:
         """What the tensors of these grids are stored as: the widest, if there are several dtypes."""
         names = sorted({grid.name for grid in grids})
-        return reduce(torch.promote_types, (DTYPES[self._slice(name).get_dtype()] for name in names))
+        return reduce(torch.promote_types, map(self._dtype, names))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if (dtype := self._slice(name).get_dtype()) not in DTYPES:
+            raise ValueError(f"{name!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
 
     def _read_plain(self, spec: ShardSpec, name: str) -> torch.Tensor:
         """A part of a tensor that is stored as it is."""

@@ -40,6 +40,18 @@ def is_inside(folder: StrPath, path: StrPath) -> bool:
     return real.is_relative_to(home) or any(real.is_relative_to(blobs) for blobs in _blobs(home))
 
 
+def refuse_links(folder: StrPath) -> None:
+    """Refuse a folder of which something is a symbolic link out of it, or neither file nor folder, such as a pipe.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for path in sorted(Path(folder).rglob("*")):
+        inside(folder, path.relative_to(folder).as_posix(), str(folder))
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is neither a file nor a folder; remove it.")
+
+
 def find_fault(name: object) -> str | None:
     """What is wrong with a relative name, None for a good one. Looks at no file."""
     if not isinstance(name, str):

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from .nanotron_mapping import Architecture
+from .schema import anything, boolean, each, mapping, number, optional, record, require, text, whole
 
 # nanotron's flag that names the family -> the Hub's model_type and architecture.
 FAMILIES = {
@@ -71,6 +72,25 @@ NANOTRON_REFUSED = {
     "rope_seq_len_interpolation_factor": "interpolated positions",
 }
 
+_SIZE, _ID = whole(1, 1 << 31), whole(-1, 1 << 31)
+_FIELDS = record(  # what they may be, where they are there
+    {},
+    {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size"), _SIZE),
+        "num_attention_heads": whole(1, 1 << 16),
+        "num_hidden_layers": whole(1, 1 << 14),
+        "num_key_value_heads": optional(whole(1, 1 << 16)),
+        **dict.fromkeys(("initializer_range", "rms_norm_eps", "rope_theta"), number),
+        **dict.fromkeys(("tie_word_embeddings", "use_cache"), boolean),
+        **dict.fromkeys(("rope_interleaved", "attention_bias"), optional(boolean)),
+        "hidden_act": text(),
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), optional(_ID)),
+        "eos_token_id": lambda value: each(_ID)(value) if isinstance(value, list) else optional(_ID)(value),
+        "rope_scaling": optional(mapping(anything)),
+        "pretraining_tp": optional(_SIZE),
+    },
+)
+
 # Hub fields that nanotron's Llama and Qwen2 cannot express: field, the only value they compute, what it would mean.
 HUB_REFUSED = (
     ("attention_bias", False, "biases in Llama's attention"),
@@ -107,6 +127,7 @@ def architecture(model_config: Mapping[str, Any]) -> Architecture:
             f"model_config.json: unknown settings {unknown}; if they leave the model's outputs unchanged, remove them "
             "from the file and convert again."
         )
+    require(_FIELDS, dict(model_config), "model_config.json", "copy the checkpoint again")
     heads, kv_heads = model_config["num_attention_heads"], model_config["num_key_value_heads"]
     kv_heads = heads if kv_heads is None else kv_heads
     if model_config["hidden_size"] % heads or heads % kv_heads:
@@ -167,6 +188,8 @@ def hub_family(config: Mapping[str, Any]) -> str:
         ValueError: for a model type or head other than those of `FAMILIES`.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"config.json: architectures={architectures!r} is not a list.")
     for flag, (supported_type, supported_class) in FAMILIES.items():
         if model_type == supported_type and all(name == supported_class for name in architectures):
             return flag

@@ -14,18 +14,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from . import nanotron_config
+from .conversion_folder import load_config
 from .hub import parse_size, plan_files
+from .hub_weights import read_weight_map
+from .inside import inside, refuse_links
 from .nanotron_format import (
     Shard,
-    check_masters,
+    check_topology,
     find_shards,
     load_tensor,
     merge_shards,
     one_dtype,
-    open_masters,
     open_safetensors,
     read_json,
     refuse_mup,
@@ -36,6 +38,7 @@ from .nanotron_format import (
     write_run_files,
 )
 from .nanotron_mapping import Architecture, Parameter, check_tp, parameters, place_blocks, stack, unstack
+from .nanotron_masters import Masters, check_masters, open_masters
 from .nonfinite_tensors import warn_nonfinite
 
 
@@ -64,6 +67,7 @@ def nanotron_to_hub(
         ValueError: if a file is truncated or foreign, the architecture is not supported, or `destination` is in use.
     """
     step = step_folder(Path(source))
+    refuse_links(step)
     model_config = read_json(step / "model_config.json")
     architecture = nanotron_config.architecture(model_config)
     wanted = parameters(architecture)
@@ -71,10 +75,10 @@ def nanotron_to_hub(
     refuse_strangers(step, wanted)
     shards = {parameter.name: find_shards(step, parameter) for parameter in wanted}
     dtype = one_dtype({str(shard.path): shard.dtype for group in shards.values() for shard in group})
-    masters: dict[tuple[str, int], torch.Tensor] = {}
+    check_topology(step, shards.values())
+    masters: Masters = {}
     if master_weights:
-        masters, dtype = open_masters(step), torch.float32
-        check_masters(step, masters, shards)
+        masters, dtype = check_masters(step, open_masters(step), shards), torch.float32
 
     def load(shard: Shard) -> torch.Tensor:
         return masters[shard.name, shard.tp_rank] if master_weights else load_tensor(shard.path, "data")
@@ -110,7 +114,7 @@ def hub_to_nanotron(source: str | Path, destination: str | Path, *, tp: int = 1,
     source, destination = Path(source), Path(destination)
     # By itself first: for a missing file or a foreign type, transformers' own message would speak of the Hub.
     nanotron_config.hub_family(read_json(source / "config.json"))
-    model_config = nanotron_config.from_hub(AutoConfig.from_pretrained(source))
+    model_config = nanotron_config.from_hub(load_config(source))
     architecture = nanotron_config.architecture(model_config)
     check_tp(architecture, tp)
     stages = place_blocks(architecture, pp)
@@ -172,9 +176,9 @@ def index_hub(folder: Path) -> dict[str, StoredTensor]:
         FileNotFoundError: if there is no safetensors checkpoint, or a file that its index names is missing.
         ValueError: if a file is truncated.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    file_of, single = read_weight_map(folder), inside(folder, "model.safetensors", str(folder))
+    if file_of is not None:
+        files = [folder / name for name in sorted(set(file_of.values()))]
     elif single.is_file():
         files = [single]
     else:

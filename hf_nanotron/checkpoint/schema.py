@@ -34,7 +34,7 @@ def load_json(data: bytes | str, where: object, advice: str = EARLIER) -> Any:
     try:
         return json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged: it is not valid JSON ({error}); {advice}.") from error
+        raise ValueError(f"{where} is truncated or damaged: it is not valid JSON ({error}); {advice}.") from error
 
 
 def require(rule: Rule, value: Any, where: object, advice: str = EARLIER) -> Any:
@@ -83,7 +83,7 @@ def number(value: Any) -> str | None:
     return None if type(value) in (int, float) else f" is {show(value)}, not a number"
 
 
-def flag(value: Any) -> str | None:
+def boolean(value: Any) -> str | None:
     return None if type(value) is bool else f" is {show(value)}, not true or false"
 
 
@@ -202,7 +202,7 @@ DESCRIPTION = record({"files": _files})
 VERSIONED = record({"format": text(), "version": whole(1)})
 
 # `committed.json`.
-MARKER = record({"step": whole(), "hub_weights": flag, "files": _files})
+MARKER = record({"step": whole(), "hub_weights": boolean, "files": _files})
 
 _PIECE = record(
     {
@@ -239,11 +239,30 @@ INDEX = record({"values": mapping(anything)})
 # `model.safetensors.index.json`.
 HUB_INDEX = record({"weight_map": mapping(text(), _NAME)})
 
+# Where a run is in its data: `data.cursor.Cursor`, of which older checkpoints lack the last two.
+_CURSOR = record(
+    {
+        "step": whole(),
+        "epoch": whole(),
+        "samples": whole(),
+        "order": record(
+            {"kind": text()},
+            {
+                "samples": whole(),
+                "data_seed": optional(whole(-MOST, MOST)),
+                "group": optional(whole(1)),
+                "fingerprint": optional(whole(-2 * MOST, 4 * MOST)),
+            },
+        ),
+    },
+    {"state": anything, "refused": optional(text())},
+)
+
 # `values` of a training state, once decoded, for a resume.
 VALUES = record(
     {
         "optimizer": optional(record({"class": text(), "groups": each(mapping(anything, text()))})),
         "scheduler": optional(mapping(anything, text())),
-        "extra": mapping(anything, text()),
+        "extra": record({}, {"data_cursor": optional(_CURSOR)}),
     }
 )

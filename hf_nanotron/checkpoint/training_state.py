@@ -15,6 +15,8 @@ from ..parallel.buckets import is_owner
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import Segment
+from .saved_values import check_groups, load_scheduler
+from .schema import VALUES, require
 from .slices import Slice
 from .state_file import INDEX, MASTER, StatePiece
 from .state_read import StoredState
@@ -91,10 +93,11 @@ def load_training_state(
                 "start from its weights with from_pretrained instead of resume_from_checkpoint."
             )
         with StoredState(folder) as stored:
+            values, where = run_values(stored), f"{stored.directory / INDEX}: values['scheduler']"
             fill_from(stored, list(segments), optimizer)
-            if scheduler is not None and stored.values["scheduler"] is not None:
-                scheduler.load_state_dict(stored.values["scheduler"])
-            return stored.values["extra"]
+            if scheduler is not None and values["scheduler"] is not None:
+                load_scheduler(scheduler, values["scheduler"], len(optimizer.param_groups), where)
+            return values["extra"]
 
     return together(mesh, "loading the training state", load)
 
@@ -119,6 +122,15 @@ def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
         stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
 
 
+def run_values(stored: StoredState) -> dict[str, Any]:
+    """`optimizer`, `scheduler` and `extra`, as `state_values` has made them.
+
+    Raises:
+        ValueError: naming the index, the key and what is wrong.
+    """
+    return require(VALUES, stored.values, f"{stored.directory / INDEX}: values")
+
+
 def has_training_state(directory: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint holds one."""
     return (Path(directory) / DIRECTORY / INDEX).is_file()
@@ -130,7 +142,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
     Raises:
         ValueError: see `load_training_state`.
     """
-    saved, name = stored.values["optimizer"], type(optimizer).__name__
+    saved, name = run_values(stored)["optimizer"], type(optimizer).__name__
     if saved is None:  # converted from the Hub: the optimizer starts afresh
         fill_masters(stored, segments)
         return
@@ -141,6 +153,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             "the weights with from_pretrained."
         )
     part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
+    check_groups(saved["groups"], optimizer.param_groups, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():
         stored.check(part, MASTER)
     # The optimizer itself says in which dtype and where it keeps its state: it loads one whose tensors have no
@@ -150,7 +163,8 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
     for group, hyperparameters in zip(optimizer.param_groups, saved["groups"], strict=True):
         numbers = range(count, count + len(group["params"]))
         own = {key: value for key, value in group.items() if key in OWN_SETTINGS}
-        groups.append({**hyperparameters, **own, "params": list(numbers)})
+        # What a group of a later torch has more keeps the value of this run.
+        groups.append({**group, **hyperparameters, **own, "params": list(numbers)})
         for number, master in zip(numbers, group["params"], strict=True):
             hub_name = part_of[master].name
             kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind != MASTER}

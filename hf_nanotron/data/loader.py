@@ -145,7 +145,13 @@ class DataParallelStream(IterableDataset):
         source, samples = self.dataset, 0
         if start is not None and start.samples:
             source, samples = twin(self.dataset), start.samples
-            source.load_state_dict(start.state)
+            try:
+                source.load_state_dict(start.state)
+            except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                raise ValueError(
+                    f"the checkpoint's state of the stream is not one of a {type(source).__name__} "
+                    f"({type(error).__name__}: {error}); use an earlier checkpoint."
+                ) from error
         for share in deal(batched(source, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
             samples += share.end.samples
             # Nothing behind the round has been read yet.

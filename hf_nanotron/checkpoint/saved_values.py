@@ -1,0 +1,82 @@
+"""Whether saved hyper-parameters and states could be those of the run at hand, asked before they replace its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .schema import EARLIER, show
+
+NUMBERS = (int, float)
+BY_GROUP = ("base_lrs", "_last_lr")  # of a scheduler: one number for each parameter group
+
+
+def check_like(saved: Any, own: Any, where: str) -> None:
+    """Refuse a value of another type than the run's own. Nothing is asked of what is None there, or not there at all.
+
+    Numbers may be whole or not, sequences of any length.
+
+    Raises:
+        ValueError: naming the value, by `where`, and both types.
+    """
+    if own is None:
+        return
+    if isinstance(own, Mapping):
+        if isinstance(saved, Mapping):
+            for key in own.keys() & saved.keys():
+                check_like(saved[key], own[key], f"{where}[{key!r}]")
+            return
+    elif isinstance(own, list | tuple):
+        if isinstance(saved, list | tuple):
+            for index, item in enumerate(saved):
+                check_like(item, own[min(index, len(own) - 1)] if own else None, f"{where}[{index}]")
+            return
+    elif isinstance(own, bool):
+        if isinstance(saved, bool):
+            return
+    elif isinstance(own, (*NUMBERS, torch.Tensor)):  # a learning rate may be a tensor of one element
+        own_size = own.numel() if isinstance(own, torch.Tensor) else 1
+        size = saved.numel() if isinstance(saved, torch.Tensor) else 1
+        if isinstance(saved, (*NUMBERS, torch.Tensor)) and not isinstance(saved, bool) and size == own_size:
+            return
+    elif isinstance(saved, type(own)):
+        return
+    raise ValueError(f"{where} is {show(saved)}, but {type(own).__name__} in this run; {EARLIER}.")
+
+
+def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], where: str) -> None:
+    """Refuse parameter groups of an optimizer that its steps could not use.
+
+    Raises:
+        ValueError: as `check_like`.
+    """
+    for index, (one, own) in enumerate(zip(saved, groups, strict=True)):
+        if "params" in one:
+            raise ValueError(f"{where}[{index}] lists parameters, which no training state does; {EARLIER}.")
+        check_like(one, own, f"{where}[{index}]")
+
+
+def load_scheduler(scheduler: Any, saved: dict[str, Any], groups: int, where: str) -> None:
+    """`scheduler.load_state_dict(saved)`, of a state that it could have written.
+
+    Raises:
+        ValueError: naming the value that it could not.
+    """
+    own = scheduler.state_dict()
+    # A scheduler takes all keys as its attributes: one of them could hide a method.
+    if methods := [key for key in saved if key not in own and hasattr(type(scheduler), key)]:
+        raise ValueError(
+            f"{where} has {show(methods[0])}, which is no value of a {type(scheduler).__name__}; {EARLIER}."
+        )
+    check_like(saved, own, where)
+    for key in BY_GROUP:
+        if key in own and len(saved.get(key, own[key])) != groups:
+            raise ValueError(f"{where}[{key!r}] is {show(saved[key])}, where there are {groups} groups; {EARLIER}.")
+    try:
+        scheduler.load_state_dict(saved)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{where} is not a state of {type(scheduler).__name__} ({type(error).__name__}: {error}); {EARLIER}."
+        ) from error
