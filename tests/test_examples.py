@@ -109,7 +109,7 @@ def train_in_a_bucket(endpoint: str, *arguments: str) -> list[dict[str, float]]:
         for name, value in {**names, "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1"}.items():
             patch.setenv(name, value)
         module = load("remote_train", EXAMPLES / "remote_checkpoints" / "train.py")
-        trainer = module.main(["--url", "s3://bucket/run", "--save-steps", "2", *arguments])
+        trainer = module.main(["--url", "s3://example/run", "--save-steps", "2", *arguments])
         trainer.mesh.close()
         return trainer.state.log_history
 
@@ -121,13 +121,13 @@ def test_a_run_in_a_bucket_goes_on_from_an_empty_disk(pool: WorkerPool, tmp_path
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
         fs = s3fs.S3FileSystem(key="a", secret="b", endpoint_url=server.endpoint, skip_instance_cache=True)
-        fs.mkdir("bucket")
+        fs.mkdir("example")
         for steps, resume in (("2", ()), ("4", ("--resume",))):
             where = ("--output-dir", str(tmp_path / f"disk-{steps}"), "--max-steps", steps)
             log = pool.run(2, train_in_a_bucket, server.endpoint, *where, *resume)[0]
         assert log[-1]["step"] == 4 and [p.name for p in (tmp_path / "disk-4").glob("checkpoint-*")] == ["checkpoint-4"]
         for step in (2, 4):
-            assert fs.exists(f"bucket/run/checkpoint-{step}/committed.json")
+            assert fs.exists(f"example/run/checkpoint-{step}/committed.json")
     server.stop()
 
 

@@ -380,7 +380,7 @@ Uploader(RemoteStore(sys.argv[1]), sys.argv[2]).submit(Path(sys.argv[2], "checkp
 def test_the_program_ends_while_uploading(url: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1, 3 * BIG)
     command = [sys.executable, "-c", END, url, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Fatal" not in done.stderr, done.stderr
     name = newest_remote(RemoteStore(url))
     assert name is None or contents(fetch(RemoteStore(url), name, tmp_path / "new")) == contents(path)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from faulty_s3 import FaultyS3
 from pool import WorkerPool
@@ -43,7 +44,7 @@ def server() -> Iterator[FaultyS3]:
         patch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own attempts would hide the faults
         patch.setattr(remote, "PART_BYTES", 64 << 10)
         patch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 256)
-        s3fs.S3FileSystem(endpoint_url=server.endpoint).mkdir("bucket")
+        s3fs.S3FileSystem(endpoint_url=server.endpoint).mkdir("faults")
         yield server
     server.stop()
 
@@ -60,11 +61,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def connection(server: FaultyS3) -> Any:
     """One for all stores: making one takes longer than all else."""
-    return RemoteStore("s3://bucket/any", {"endpoint_url": server.endpoint, **OPTIONS}).fs
+    return RemoteStore("s3://faults/any", {"endpoint_url": server.endpoint, **OPTIONS}).fs
+
+
+def all_of(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def store_at(server: FaultyS3, name: str, connection: Any, backoff: Backoff = QUICK) -> RemoteStore:
-    store = RemoteStore(f"s3://bucket/{name}", {"endpoint_url": server.endpoint, **OPTIONS}, backoff)
+    store = RemoteStore(f"s3://faults/{name}", {"endpoint_url": server.endpoint, **OPTIONS}, backoff)
     store._class = lambda **_: connection
     return store
 
@@ -104,8 +110,7 @@ def test_every_fault_at_every_operation_of_an_upload(
         spoilt, server.fault = server.spoilt, None
         assert spoilt, f"{kind} at {operation} did not happen"
         found = store.fs.cat(store.fs.find(store.root))
-        stored = {key.partition(f"/{path.name}/")[2]: value for key, value in found.items()}
-        assert stored == {**contents(path), "README.md": (path / "README.md").read_bytes()}, operation
+        assert {key.partition(f"/{path.name}/")[2]: value for key, value in found.items()} == all_of(path), operation
         # A marker that is not there and a bucket that is not look alike; the puts that follow tell.
         missed = kind == "no bucket" and operation in ("get", "head", "delete")
         assert store.retry.retries or kind in HARMLESS or missed, f"{kind} at {operation}"
@@ -152,10 +157,39 @@ def test_what_lasts_is_refused_at_the_start(
         ("list", lambda store: fetch_newest(store, tmp_path)),
     ):
         server.inject(kind, operation, times=9)
-        with pytest.raises(ValueError, match=rf"remote_checkpoints='s3://bucket/start' cannot be .*: .*({said})"):
+        with pytest.raises(ValueError, match=rf"remote_checkpoints='s3://faults/start' cannot be .*: .*({said})"):
             action(store_at(server, "start", connection, Backoff(100, 100, 100)))
         assert server.spoilt == 1
         server.fault = None
+
+
+def test_an_outage_at_the_start_is_waited_for(server: FaultyS3, connection: Any, tmp_path: Path) -> None:
+    """Until it is over, or for so many seconds."""
+    for kind in ("500", "reset"):
+        server.inject(kind, "put", times=5)
+        Uploader(store_at(server, "start", connection), tmp_path)
+        assert server.spoilt == 5
+    server.inject("500", "put", times=10**6)
+    with pytest.raises(ValueError, match="remote_checkpoints='s3://faults/start' cannot be written: .*internal error"):
+        Uploader(store_at(server, "start", connection, Backoff(0.01, 0.01, start=0.1)), tmp_path)
+    server.fault = None
+
+
+def test_a_connection_that_hangs_while_it_is_made(tmp_path: Path) -> None:
+    """The next attempt makes another one."""
+    ends, made = threading.Event(), []
+
+    def connect(**options: Any) -> Any:
+        made.append(options)
+        if len(made) == 1:
+            ends.wait(30)
+        return fsspec.filesystem("memory")
+
+    store = RemoteStore(f"memory://{tmp_path.name}", backoff=QUICK)
+    store._class, store.stall_seconds = connect, 0.2
+    store.check_writable()
+    ends.set()
+    assert len(made) >= 2 and "nothing came through in 0.2 s" in store.retry.last_error
 
 
 def test_credentials_that_are_renewed_are_taken_up(
@@ -171,7 +205,7 @@ def test_credentials_that_are_renewed_are_taken_up(
         keys.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = x\n")
 
     write("OLD")
-    store = RemoteStore("s3://bucket/renewed", {"endpoint_url": server.endpoint, **OPTIONS}, QUICK)
+    store = RemoteStore("s3://faults/renewed", {"endpoint_url": server.endpoint, **OPTIONS}, QUICK)
     uploader = Uploader(store, tmp_path)
     server.key = "NEW"
     uploader.submit(write_checkpoint(tmp_path, 1))

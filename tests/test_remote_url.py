@@ -29,7 +29,7 @@ from hf_nanotron.checkpoint.remote_errors import (
     kind_of,
 )  # fmt: skip
 from hf_nanotron.checkpoint.remote_retry import Backoff
-from hf_nanotron.checkpoint.remote_url import PROTOCOLS, parse, printable, secrets_of
+from hf_nanotron.checkpoint.remote_url import PROTOCOLS, parse
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ REFUSED = [
     ("s3://key:se/cret+word@bucket/run", r"'s3://\*\*\*@bucket/run': s3fs takes no user and no password"),
     ("s3://key@bucket/run", r"'s3://\*\*\*@bucket/run': s3fs takes no user"),
     ("gs://me:word@bucket/run", "gcsfs takes no user and no password"),
-    ("s3://bucket/run?X-Amz-Signature=word", r"run\?X-Amz-Signature=\*\*\*' is a folder's URL, which has no query"),
+    ("s3://bucket/run?X-Amz-Signature=word", r"run\?\*\*\*' is a folder's URL, which has no query"),
     ("s3://bucket/run#1", "no fragment"),
     ("ftp://me:word@host:port/run", "the port is a number"),
     ("ftp://me:wo/rd@host/run", "the port is a number"),
@@ -113,28 +113,6 @@ def test_refused(url: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         RemoteStore(url)
     assert "word" not in "".join(traceback.format_exception(caught.value)).replace("password", "")
-
-
-PRINTED = [
-    ("s3://bucket/run", "s3://bucket/run"),
-    ("s3://bucket/run@2", "s3://bucket/run@2"),
-    ("sftp://me@host/run", "sftp://me@host/run"),
-    ("sftp://me:word@host:22/run", "sftp://***@host:22/run"),
-    ("sftp://me:w@o:r/d@host/run", "sftp://***@host/run"),
-    ("sftp://:word@host/run", "sftp://***@host/run"),
-    ("https://token@host/run", "https://***@host/run"),
-    ("abfs://container@account.dfs.core.windows.net/run", "abfs://container@account.dfs.core.windows.net/run"),
-    ("s3://b/r?a=1&token=word;x", "s3://b/r?a=***&token=***&***"),
-    ("me:word@host", "***@host"),
-]
-
-
-@pytest.mark.parametrize(("url", "shown"), PRINTED, ids=[shown for _, shown in PRINTED])
-def test_printed(url: str, shown: str) -> None:
-    assert printable(url) == shown
-    assert printable(shown) == shown
-    for secret in secrets_of(url):
-        assert secret not in shown
 
 
 def test_no_password_in_a_message_or_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -322,6 +322,32 @@ def test_bucket_size(build: Any) -> None:
     assert build(ddp_bucket_cap_mb=1).gradient_bucket_bytes == 2**20
 
 
+# ---- Remote checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["remote_retry_seconds", "remote_retry_max_seconds"])
+def test_pauses(name: str, build: Any) -> None:
+    for value in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name}={value} must be above 0"):
+            build(**{name: value})
+
+
+def test_remote_limits(build: Any) -> None:
+    for name, value, least in (
+        ("remote_pending_limit", 0, 1),
+        ("remote_keep_local", 0, 1),
+        ("remote_min_free_gb", -0.5, 0),
+        ("remote_start_timeout", -1, 0),
+        ("remote_wait_timeout", float("nan"), 0),
+        ("remote_wait_timeout", float("inf"), 0),
+    ):
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least {least}"):
+            build(**{name: value})
+    with pytest.raises(ValueError, match="remote_retry_max_seconds=60 is below remote_retry_seconds=90"):
+        build(remote_retry_seconds=90)
+    build(remote_start_timeout=0, remote_wait_timeout=0, remote_pending_limit=1, remote_min_free_gb=0.5)
+
+
 # ---- Sizes -----------------------------------------------------------------------------------------------------
 
 

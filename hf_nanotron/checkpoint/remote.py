@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 from fsspec.callbacks import Callback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..redaction import printable, printable_url
 from .remote_errors import MISSING, StoreError, kind_of, reason
 from .remote_retry import Backoff, Retry
-from .remote_url import GCS, PROTOCOLS, S3, hide, parse, printable, secrets_of
+from .remote_url import GCS, PROTOCOLS, S3, parse, secrets_of
 from .verify import MARKER
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class RemoteStore:
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None, backoff: Backoff | None = None) -> None:
         place = parse(url)
-        self.url, self.protocol = printable(url.rstrip("/")), place.protocol
+        self.url, self.protocol = printable_url(url.rstrip("/")), place.protocol
         kind = PROTOCOLS[place.protocol]
         self.transfers, self._is_bucket = kind.transfers, kind.host == "bucket"
         self.retry = Retry(self.url, backoff or Backoff())
@@ -89,7 +90,7 @@ class RemoteStore:
 
     def says(self, error: BaseException) -> str:
         """An error in words, without passwords."""
-        return hide(reason(error), self._secrets)
+        return printable(reason(error), self._secrets)
 
     def refusal(self, what: str, error: BaseException) -> StoreError:
         """The error to raise when the store cannot be used."""
@@ -97,7 +98,7 @@ class RemoteStore:
 
     def shown(self, error: BaseException) -> BaseException | None:
         """The error as the cause that a traceback shows; None if a password is in it."""
-        return None if isinstance(error, StoreError) or hide(repr(error), self._secrets) != repr(error) else error
+        return None if isinstance(error, StoreError) or printable(repr(error), self._secrets) != repr(error) else error
 
     # ---- patience ----
 
@@ -129,7 +130,7 @@ class RemoteStore:
                 # One of a bucket is a pool, which outlives an outage, and making another takes a second.
                 stays = self._is_bucket and not kind_of(error).lasts and not isinstance(error, TimeoutError)
                 if self._fs is before and not stays:
-                    self._fs = None
+                    self._fs, self._lock = None, threading.Lock()  # which one that hangs while it connects holds
                 raise
 
         return self.retry(what, attempt, ends, self.says, **options)

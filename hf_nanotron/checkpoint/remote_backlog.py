@@ -47,7 +47,7 @@ def beyond_space(waiting: list[Path], kept: Collection[str], space: LocalSpace) 
     newest, count = waiting[-1], len(waiting)
     spare = [path for path in waiting if path.name not in (newest.name, *kept)]
     doomed: list[Path] = []
-    free = shutil.disk_usage(newest).free
+    free = shutil.disk_usage(newest.parent).free
     needed = bytes_of(newest) if space.min_free is None else space.min_free
     for path in spare:
         if free >= needed and (space.limit is None or count <= space.limit):

@@ -48,6 +48,14 @@ class UploadFigures:
     bytes: int = 0
     seconds: float = 0.0
 
+    def add(self, sizes: list[int], seconds: float) -> None:
+        """Count a checkpoint by the bytes of its files; none was uploaded if there are none."""
+        if sizes:
+            self.checkpoints += 1
+            self.files += len(sizes)
+            self.bytes += sum(sizes)
+            self.seconds += seconds
+
 
 class _Stopped(Exception):
     """The program ends."""
@@ -237,9 +245,12 @@ class Uploader:
             self._waiting = [path for path in self._waiting if path not in paths]
             self._changed.notify_all()
         for path in paths:
-            with self.local_lock:
-                if path.exists():
-                    remove(path)
+            try:
+                with self.local_lock:
+                    if path.exists():
+                        remove(path)
+            except OSError as error:  # no reason to end a run
+                logger.warning(f"{path} could not be deleted: {error}")
 
     # ---- in the thread ----
 
@@ -250,9 +261,11 @@ class Uploader:
                 if self._stop:
                     return
                 path = self._waiting[0]
+            sizes: list[int] = []
+            start = time.monotonic()
             try:
                 if self._is_wanted(path):
-                    self._upload(path)
+                    sizes = self._upload(path)
                     self._delete_surplus(path)
             except _Stopped:
                 return
@@ -268,6 +281,7 @@ class Uploader:
                 continue
             with self._changed:
                 self._sent.clear()
+                self.figures.add(sizes, time.monotonic() - start)
                 if path in self._waiting:
                     self._waiting.remove(path)
                 self._found.discard(path)
@@ -282,13 +296,14 @@ class Uploader:
         committed = self._try(path, "reading markers", lambda: self._runs.parts(names, self._run_at_hand()))
         return step_of(path.name) >= max(map(step_of, committed), default=-1)
 
-    def _upload(self, path: Path) -> None:
-        start, name, store = time.monotonic(), path.name, self.store
+    def _upload(self, path: Path) -> list[int]:
+        """Bytes of the files that were sent: none if the store has this checkpoint."""
+        name, store = path.name, self.store
         self._runs.tell_of_others(self.run)
         marker = _marker_of(path)
         there = self._try(path, f"reading the marker of {name}", lambda: store.marker(name))
         if there == marker:  # with all checksums, so it is exactly this checkpoint
-            return
+            return []
         try:
             sizes = {
                 file.relative_to(path).as_posix(): file.stat().st_size
@@ -304,7 +319,7 @@ class Uploader:
                 f"{path} is not uploaded to {store.url}: {lacking[0]} is missing, or a symbolic link out of the "
                 "checkpoint, which is not followed."
             )
-            return
+            return []
         if there is not None:  # another checkpoint of this step, from before the run went back
             self._try(path, f"deleting the old {name}/{MARKER}", lambda: store.remove_file(f"{name}/{MARKER}"))
         self._sent.clear()
@@ -318,10 +333,7 @@ class Uploader:
             raise _Changed
         self._put(path, MARKER, sizes[MARKER])
         self._runs.note(name, path)
-        self._sent.clear()
-        figures = self.figures
-        figures.checkpoints, figures.files = figures.checkpoints + 1, figures.files + len(sizes)
-        figures.bytes, figures.seconds = figures.bytes + sum(sizes.values()), figures.seconds + time.monotonic() - start
+        return list(sizes.values())
 
     def _put(self, path: Path, file: str, size: int) -> None:
         remote = f"{path.name}/{file}"
