@@ -25,9 +25,9 @@ from .checkpoint.own_files import unlink_link, unlink_links
 from .checkpoint.remote import RemoteStore
 from .checkpoint.remote_fetch import fetch_newest_together
 from .checkpoint.remote_upload import Uploader
-from .checkpoint.run_lock import RunLock
+from .checkpoint.run_lock import RunLock, this_process
 from .checkpoint.run_start import lock_together, start_run
-from .checkpoint.runs import KEY, Run
+from .checkpoint.runs import KEY, Run, write_record
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
@@ -303,7 +303,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
 
     def _submit_existing(self) -> None:
         if self._uploader is not None:
-            self._uploader.begin_run(self._run)
+            self._uploader.run = self._run
             self._uploader.submit_existing()
 
     def _wait_for_uploads(self) -> None:
@@ -348,6 +348,13 @@ class CheckpointingTrainer(EvaluatingTrainer):
         if self.state.logging_steps is None:
             self.state.compute_steps(self.args, max_steps)
         return progress
+
+    def _note_run(self) -> None:
+        """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
+        if self.args.save_strategy != "no" and self.mesh.rank == 0:
+            write_record(cast(str, self.args.output_dir), self._run, this_process())
+            if self._uploader is not None:
+                self._uploader.note_run()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights that are not in the training state, which follows with the optimizer: the frozen ones, or all."""

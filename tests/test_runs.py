@@ -194,18 +194,24 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     """Fresh, resumed, from elsewhere; in a folder that is empty, the run's own, or another's."""
     mesh, here = ParallelMesh(ParallelConfig()), tmp_path / "here"
     here.mkdir()
-    first = start_run(mesh, here, None, False)
-    assert not told and read_record(here) == first and first.before == ()
+
+    def start_noted(*args: Any, **kwargs: Any) -> Run:
+        run = start_run(*args, **kwargs)
+        write_record(here, run, this_process())
+        return run
+
+    first = start_noted(mesh, here, None, False)
+    assert not told and first.before == ()
     write(here, first, 10, 20, 30)
-    same = start_run(mesh, here, str(here / "checkpoint-30"), False)
+    same = start_noted(mesh, here, str(here / "checkpoint-30"), False)
     assert not told and same.id == first.id and same.before == ((first.branch, 30),)
-    back = start_run(mesh, here, f"{here}/checkpoint-10/", False)
+    back = start_noted(mesh, here, f"{here}/checkpoint-10/", False)
     assert "goes back to step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
     said = message(lambda: start_run(mesh, here, None, False))
     assert "has checkpoints of another run (checkpoint-30, checkpoint-20, checkpoint-10), and this one starts" in said
     assert str(here) in said and "overwrite_output_dir=False refuses" in said and read_record(here) == back
-    assert start_run(mesh, here, None, True).id != first.id and not told
-    fresh = start_run(mesh, here, None, None)
+    assert start_noted(mesh, here, None, True).id != first.id and not told
+    fresh = start_noted(mesh, here, None, None)
     assert "starts afresh. They are neither resumed" in told.pop() and read_record(here) == fresh
     write(tmp_path / "there", X, 7)
     said = message(lambda: start_run(mesh, here, str(tmp_path / "there" / "checkpoint-7"), False))
@@ -255,7 +261,7 @@ def test_a_store_whose_last_run_has_no_checkpoint(tmp_path: Path, told: list[str
     uploader = Uploader(store, here)
     back = begin_run([X], X, 10)
     write_record(here, back, this_process())
-    uploader.begin_run(back)
+    uploader.note_run()
     assert newest_remote(store) == "checkpoint-10"
     fetched = fetch_newest(store, tmp_path / "there")
     assert fetched is not None and fetched.name == chosen(tmp_path / "there") == "checkpoint-10"
@@ -263,7 +269,7 @@ def test_a_store_whose_last_run_has_no_checkpoint(tmp_path: Path, told: list[str
     assert fetch_newest(store, tmp_path / "full") is None and chosen(tmp_path / "full") == "checkpoint-10"
     fresh = begin_run([back])
     write_record(here, fresh, this_process())
-    uploader.begin_run(fresh)
+    uploader.note_run()
     assert newest_remote(store) is None and fetch_newest(store, tmp_path / "full") is None
     assert chosen(tmp_path / "full") is None
     said = message(lambda: start_run(ParallelMesh(ParallelConfig()), tmp_path / "other", None, False, store))
@@ -417,9 +423,10 @@ def start_in_a_locked_folder(output: str) -> tuple[str, str, int]:
         trainer.train()
         return said, Path(output, LOCK).read_text(), len(history.losses)
     finally:
-        for process in (holder, child):
-            if process is not None:
-                os.kill(process, signal.SIGKILL)
+        if holder is not None and child is not None:
+            os.kill(holder, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(holder, 0)
 
 
 def test_a_second_run_is_refused_on_every_rank(pool: WorkerPool, tmp_path: Path) -> None:

@@ -128,9 +128,8 @@ class Uploader:
                 self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
                 self._thread.start()
 
-    def begin_run(self, run: Run) -> None:
-        """The checkpoints that are submitted from now on are of `run`, which the store notes as the one at hand."""
-        self.run = run
+    def note_run(self) -> None:
+        """Note in the store, as in the output directory, which run is at hand."""
         self._runs.write_record(self.output_dir)
 
     def submit_existing(self) -> None:
