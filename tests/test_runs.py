@@ -7,6 +7,7 @@ import os
 import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,7 +94,8 @@ def test_a_clock_that_goes_back_does_not_turn_runs_around(monkeypatch: pytest.Mo
     [
         None, 3, "x", [], {}, *({**Y.to_dict(), **change} for change in (
             {"id": 1}, {"branch": None}, {"began": "1"}, {"began": float("nan")}, {"began": float("inf")},
-            {"began": True}, {"before": 7}, {"before": [["a"]]}, {"before": [[1, 2]]}, {"before": [["a", "2"]]},
+            {"began": True}, {"began": 10**400}, {"before": 7}, {"before": [["a"]]}, {"before": [[1, 2]]},
+            {"before": [["a", "2"]]},
         )),
     ],
 )  # fmt: skip
@@ -218,6 +220,18 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     assert "goes on from a checkpoint of another folder, which overwrite_output_dir=False refuses" in said
     assert start_run(mesh, tmp_path / "there", None, False, is_noted=False).id  # a run that saves nothing by itself
     assert not (tmp_path / "there" / RECORD).exists()
+
+
+def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
+    """A step that this run has not saved may be there from another."""
+    state = SimpleNamespace(best_global_step=10, best_model_checkpoint=None)
+    trainer: Any = SimpleNamespace(state=state, mesh=ParallelMesh(ParallelConfig()), _saved=set(), _run=Y)
+    write(tmp_path, X, 10)
+    NanotronTrainer._note_best(trainer, tmp_path)
+    assert state.best_model_checkpoint is None
+    trainer._run = begin_run([X, Y], X, 10)
+    NanotronTrainer._note_best(trainer, tmp_path)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
 
 
 # ---- a used store ----
