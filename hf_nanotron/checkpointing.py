@@ -22,9 +22,9 @@ from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, 
 from .checkpoint.manager import check_together, choose_together, is_part, newest, rotate
 from .checkpoint.own_files import unlink_link, unlink_links
 from .checkpoint.remote_fetch import fetch_newest_together
-from .checkpoint.run_lock import RunLock
+from .checkpoint.run_lock import RunLock, this_process
 from .checkpoint.run_start import lock_together, start_run
-from .checkpoint.runs import KEY, Run
+from .checkpoint.runs import KEY, Run, write_record
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
@@ -276,7 +276,7 @@ class CheckpointingTrainer(RemoteTrainer):
 
     def _submit_existing(self) -> None:
         if self._uploader is not None:
-            self._uploader.begin_run(self._run)
+            self._uploader.run = self._run
             self._uploader.submit_existing()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -317,6 +317,13 @@ class CheckpointingTrainer(RemoteTrainer):
         """Whether a checkpoint is in the output directory, or beside the one that was taken up."""
         folders = {Path(cast(str, self.args.output_dir)), *(path.parent for path in self._saved)}
         return checkpoint.resolve().parent in {folder.resolve() for folder in folders}
+
+    def _note_run(self) -> None:
+        """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
+        if self.args.save_strategy != "no" and self.mesh.rank == 0:
+            write_record(cast(str, self.args.output_dir), self._run, this_process())
+            if self._uploader is not None:
+                self._uploader.note_run()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights that are not in the training state, which follows with the optimizer: the frozen ones, or all."""

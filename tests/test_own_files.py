@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from test_checkpoint_manager import TIMEOUT, WORLD, save
-from tiny import tiny_config
+from tiny import message, tiny_config
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto
 from hf_nanotron.checkpoint import commit as commit_module, own_files
 from hf_nanotron.checkpoint.commit import begin, commit, remove
+from hf_nanotron.checkpoint.conversion_folder import WEIGHTS, writing
 from hf_nanotron.checkpoint.hub import write_hub_config
 from hf_nanotron.checkpoint.manager import choose, newest, rotate
 from hf_nanotron.checkpoint.remote import RemoteStore
@@ -225,6 +226,30 @@ def test_saving_a_model_writes_through_no_link(tmp_path: Path) -> None:
     }
     assert not (ours / "config.json").is_symlink()
     model.mesh.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["model_ema.safetensors", "training_state/notes.txt", "notes.txt", "training_state/a/b"]
+)
+def test_a_conversion_overwrites_no_files_of_others(name: str, tmp_path: Path) -> None:
+    owned = (*WEIGHTS, "config.json", "training_state")
+    far, folder = tmp_path / "far", tmp_path / "folder"
+    for each in ("config.json", "model.safetensors", "training_state/index.json"):
+        for place in (far, folder):
+            (place / each).parent.mkdir(parents=True, exist_ok=True)
+            (place / each).write_text("of an earlier conversion")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    before = tree(folder), tree(far)
+    said = message(lambda: writing(folder, owned, "config.json", overwrite=True).__enter__())
+    assert "no conversion writes" in said and Path(name).name in said and (tree(folder), tree(far)) == before
+    (folder / name).unlink()
+    shutil.rmtree(folder / "training_state")
+    (folder / "training_state").symlink_to(far)
+    (tmp_path / "link").symlink_to(folder)
+    with writing(tmp_path / "link", owned, "config.json", overwrite=True):
+        begin((tmp_path / "link").resolve())
+    assert tree(far) == before[1] and os.listdir(folder) == [".written"] and (tmp_path / "link").is_symlink()
 
 
 # ---- what users put there ----

@@ -7,6 +7,7 @@ import os
 import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,7 +94,8 @@ def test_a_clock_that_goes_back_does_not_turn_runs_around(monkeypatch: pytest.Mo
     [
         None, 3, "x", [], {}, *({**Y.to_dict(), **change} for change in (
             {"id": 1}, {"branch": None}, {"began": "1"}, {"began": float("nan")}, {"began": float("inf")},
-            {"began": True}, {"before": 7}, {"before": [["a"]]}, {"before": [[1, 2]]}, {"before": [["a", "2"]]},
+            {"began": True}, {"began": 10**400}, {"before": 7}, {"before": [["a"]]}, {"before": [[1, 2]]},
+            {"before": [["a", "2"]]},
         )),
     ],
 )  # fmt: skip
@@ -194,24 +196,42 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     """Fresh, resumed, from elsewhere; in a folder that is empty, the run's own, or another's."""
     mesh, here = ParallelMesh(ParallelConfig()), tmp_path / "here"
     here.mkdir()
-    first = start_run(mesh, here, None, False)
-    assert not told and read_record(here) == first and first.before == ()
+
+    def start_noted(*args: Any, **kwargs: Any) -> Run:
+        run = start_run(*args, **kwargs)
+        write_record(here, run, this_process())
+        return run
+
+    first = start_noted(mesh, here, None, False)
+    assert not told and first.before == ()
     write(here, first, 10, 20, 30)
-    same = start_run(mesh, here, str(here / "checkpoint-30"), False)
+    same = start_noted(mesh, here, str(here / "checkpoint-30"), False)
     assert not told and same.id == first.id and same.before == ((first.branch, 30),)
-    back = start_run(mesh, here, f"{here}/checkpoint-10/", False)
+    back = start_noted(mesh, here, f"{here}/checkpoint-10/", False)
     assert "goes back to step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
     said = message(lambda: start_run(mesh, here, None, False))
     assert "has checkpoints of another run (checkpoint-30, checkpoint-20, checkpoint-10), and this one starts" in said
     assert str(here) in said and "overwrite_output_dir=False refuses" in said and read_record(here) == back
-    assert start_run(mesh, here, None, True).id != first.id and not told
-    fresh = start_run(mesh, here, None, None)
+    assert start_noted(mesh, here, None, True).id != first.id and not told
+    fresh = start_noted(mesh, here, None, None)
     assert "starts afresh. They are neither resumed" in told.pop() and read_record(here) == fresh
     write(tmp_path / "there", X, 7)
     said = message(lambda: start_run(mesh, here, str(tmp_path / "there" / "checkpoint-7"), False))
     assert "goes on from a checkpoint of another folder, which overwrite_output_dir=False refuses" in said
     assert start_run(mesh, tmp_path / "there", None, False, is_noted=False).id  # a run that saves nothing by itself
     assert not (tmp_path / "there" / RECORD).exists()
+
+
+def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
+    """A step that this run has not saved may be there from another."""
+    state = SimpleNamespace(best_global_step=10, best_model_checkpoint=None)
+    trainer: Any = SimpleNamespace(state=state, mesh=ParallelMesh(ParallelConfig()), _saved=set(), _run=Y)
+    write(tmp_path, X, 10)
+    NanotronTrainer._note_best(trainer, tmp_path)
+    assert state.best_model_checkpoint is None
+    trainer._run = begin_run([X, Y], X, 10)
+    NanotronTrainer._note_best(trainer, tmp_path)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
 
 
 # ---- a used store ----
@@ -255,7 +275,7 @@ def test_a_store_whose_last_run_has_no_checkpoint(tmp_path: Path, told: list[str
     uploader = Uploader(store, here)
     back = begin_run([X], X, 10)
     write_record(here, back, this_process())
-    uploader.begin_run(back)
+    uploader.note_run()
     assert newest_remote(store) == "checkpoint-10"
     fetched = fetch_newest(store, tmp_path / "there")
     assert fetched is not None and fetched.name == chosen(tmp_path / "there") == "checkpoint-10"
@@ -263,7 +283,7 @@ def test_a_store_whose_last_run_has_no_checkpoint(tmp_path: Path, told: list[str
     assert fetch_newest(store, tmp_path / "full") is None and chosen(tmp_path / "full") == "checkpoint-10"
     fresh = begin_run([back])
     write_record(here, fresh, this_process())
-    uploader.begin_run(fresh)
+    uploader.note_run()
     assert newest_remote(store) is None and fetch_newest(store, tmp_path / "full") is None
     assert chosen(tmp_path / "full") is None
     said = message(lambda: start_run(ParallelMesh(ParallelConfig()), tmp_path / "other", None, False, store))
@@ -417,9 +437,10 @@ def start_in_a_locked_folder(output: str) -> tuple[str, str, int]:
         trainer.train()
         return said, Path(output, LOCK).read_text(), len(history.losses)
     finally:
-        for process in (holder, child):
-            if process is not None:
-                os.kill(process, signal.SIGKILL)
+        if holder is not None and child is not None:
+            os.kill(holder, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(holder, 0)
 
 
 def test_a_second_run_is_refused_on_every_rank(pool: WorkerPool, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def _has_marker(directory: Path) -> bool:
         body = json.loads((directory / MARKER).read_bytes())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True
     return isinstance(body, dict) and body.get("format") == FORMAT
 

@@ -135,9 +135,8 @@ class Uploader:
     def _run_at_hand(self) -> Run:
         return self.run or run_at_hand(self.output_dir) or Run()
 
-    def begin_run(self, run: Run) -> None:
-        """The checkpoints that are submitted from now on are of `run`, which the store notes as the one at hand."""
-        self.run = run
+    def note_run(self) -> None:
+        """Note in the store, as in the output directory, which run is at hand."""
         self._runs.write_record(self.output_dir)
 
     def submit_existing(self) -> None:

@@ -24,7 +24,8 @@ class RunLock:
 
     A record lock (`fcntl.lockf`), also between the hosts of a network file system. Unlike one of `flock`, a forked
     process, such as the worker of a data loader, does not keep it. The file stays, since deleting it would let two runs
-    hold a lock on two files of one name. Within a process it excludes nobody: one trainer runs after the other.
+    hold a lock on two files of one name. Within a process it excludes nobody, since one trainer runs after the
+    other, and it ends when that process opens and closes the file by other means.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class RunLock:
         if self._handle is not None and self._path == path:
             return None
         self.release()
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

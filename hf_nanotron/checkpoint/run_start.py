@@ -11,8 +11,8 @@ from ..parallel.mesh import ParallelMesh
 from .manager import from_rank_0, marked_runs
 from .remote import RemoteStore
 from .remote_runs import StoredRuns
-from .run_lock import RunLock, this_process
-from .runs import Run, begin_run, marked_run, read_record, write_record
+from .run_lock import RunLock
+from .runs import Run, begin_run, marked_run, read_record
 from .training_state import refuse_together, together
 from .verify import MARKER, StrPath, read_marker
 
@@ -44,7 +44,7 @@ def start_run(
     store: RemoteStore | None = None,
     is_noted: bool = True,
 ) -> Run:
-    """The run that begins, or goes on, with this `train()`. The same on every rank.
+    """The run that begins, or goes on, with this `train()`. The same on every rank. Writes nothing.
 
     Args:
         source: the checkpoint that is resumed, None for a fresh run.
@@ -79,7 +79,6 @@ def start_run(
             for place, names in places.items():
                 if names and (refusal := _judge(place, names, source is None, overwrite)):
                     return refusal
-        write_record(output_dir, run, this_process())
         return None
 
     what = f"looking for other runs in {os.fspath(output_dir)}"

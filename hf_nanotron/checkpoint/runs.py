@@ -65,11 +65,13 @@ class Run:
         for name, last in run.before:
             texts.append(name)
             numbers.append(last)
-        if not all(type(text) is str for text in texts) or not all(
-            type(number) in (int, float) and math.isfinite(number) for number in numbers
-        ):
+        if not all(type(text) is str for text in texts) or not all(map(_is_number, numbers)):
             raise ValueError(f"{value!r} does not name a run.")
         return run
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
 
 
 def run_of(marker: dict[str, Any]) -> Run:
