@@ -6,7 +6,6 @@ import time
 from typing import Any, cast
 
 import torch
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .checkpoint.long_action import together_for_long
@@ -16,6 +15,7 @@ from .checkpoint.remote_retry import Backoff
 from .checkpoint.remote_upload import Uploader
 from .evaluation import EvaluatingTrainer
 from .parallel.collectives import all_reduce
+from .remote_bar import UploadBar
 from .signals import StopSignals
 from .training_args import NanotronTrainingArguments
 
@@ -86,7 +86,7 @@ class RemoteTrainer(EvaluatingTrainer):
         if self._store is None:
             return
         deadline = time.monotonic() + self.args.remote_wait_timeout
-        with _UploadBar(self._uploader, self.args.disable_tqdm) as bar:
+        with UploadBar(self._uploader, self.args.disable_tqdm) as bar:
             while self._waits_on(deadline):
                 if self._uploader is not None:
                     self._uploader.wait(LOOK_SECONDS)
@@ -106,41 +106,3 @@ class RemoteTrainer(EvaluatingTrainer):
         flags = torch.tensor([busy, failing, signals.received is not None, ends], dtype=torch.float32)
         waits, fails, told, over = all_reduce(flags.to(self.mesh.device), self.mesh.world).bool().tolist()
         return waits and not over and not (told and fails)
-
-
-class _UploadBar:
-    """A progress bar over the bytes that wait for their upload; none where nothing waits."""
-
-    def __init__(self, uploader: Uploader | None, disable: bool | None) -> None:
-        self._uploader, self._disable = uploader, disable
-        self._bar: Any = None
-        self._before = 0  # bytes that were uploaded before the waiting began
-
-    def __enter__(self) -> _UploadBar:
-        if self._uploader is not None and self._uploader.is_busy:
-            sent, total = self._uploader.progress()
-            self._before = self._uploader.figures.bytes
-            self._bar = tqdm(
-                desc=f"uploading to {self._uploader.store.url}",
-                total=total - self._before,
-                initial=sent - self._before,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                disable=self._disable,
-            )
-        return self
-
-    def show(self) -> None:
-        """Bring the bar up to date."""
-        if self._bar is None or self._uploader is None:
-            return
-        sent, total = self._uploader.progress()
-        self._bar.total, self._bar.n = total - self._before, sent - self._before
-        failing = self._uploader.store.retry.failing_seconds
-        self._bar.set_postfix_str(f"the store has not answered for {failing:.0f} s" if failing else "")
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self.show()
-            self._bar.close()

@@ -308,7 +308,7 @@ def test_a_server_that_comes_back(
     server.stop()
     server._server.server_close()
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("s3://bucket/back")]
-    failing = [line for line in lines if "waits for the upload" in line]
+    failing = [line for line in lines if f"1 checkpoint waits in {tmp_path}" in line]
     assert store.retry.retries > 2 and len(failing) == 1, "once a minute"
     assert sum("answers again" in line for line in lines) == 1
 

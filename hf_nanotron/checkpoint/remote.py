@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from fsspec.callbacks import Callback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .remote_errors import StoreError, kind_of, reason
+from .remote_errors import MISSING, StoreError, kind_of, reason
 from .remote_retry import Backoff, Retry
 from .remote_url import GCS, PROTOCOLS, S3, hide, parse, printable, secrets_of
 from .verify import MARKER
@@ -42,8 +42,8 @@ class RemoteStore:
     """The checkpoints below a URL.
 
     Makes no connection before its first use, and another one in a forked process: s3fs and its like do their work in a
-    thread with an event loop, which a fork does not copy. After a failure, too: credentials that were renewed are read
-    by a new connection alone, and those of servers do not outlive an outage.
+    thread with an event loop, which a fork does not copy. After some failures, too: credentials that were renewed are
+    read by a new connection alone, and those to servers do not outlive an outage.
 
     Args:
         url: a directory or bucket with a protocol.
@@ -119,14 +119,16 @@ class RemoteStore:
             raise self.refusal(f"failed at {what}", error) from self.shown(error)
 
     def repeat(self, what: str, action: Callable[[], T], ends: Callable[[Exception, float], bool], **options: Any) -> T:
-        """`self.retry`, with a new connection after each failure."""
+        """`self.retry`, with a new connection where the old one may be the reason."""
 
         def attempt() -> T:
             before = self._fs
             try:
                 return action()
-            except Exception:
-                if self._fs is before:
+            except Exception as error:
+                # One of a bucket is a pool, which outlives an outage, and making another takes a second.
+                stays = self._is_bucket and not kind_of(error).lasts and not isinstance(error, TimeoutError)
+                if self._fs is before and not stays:
                     self._fs = None
                 raise
 
@@ -202,8 +204,9 @@ class RemoteStore:
             self.fs.invalidate_cache()
             try:
                 return self.fs.find(self.root, detail=True)
-            except FileNotFoundError:
-                if self._is_bucket and not self.fs.exists(self.root.split("/")[0]):
+            except FileNotFoundError as error:
+                no_bucket = kind_of(error) is MISSING
+                if no_bucket or self._is_bucket and not self.fs.exists(self.root.split("/")[0]):
                     raise
                 return {}
 

@@ -26,29 +26,27 @@ def beyond_retention(waiting: list[Path], kept: Collection[str], save_total_limi
     """Those that the store would not keep: after their upload, newer ones would have them deleted at once.
 
     Args:
-        waiting: oldest first.
+        waiting: oldest first, each once.
         kept: names that are never deleted.
     """
-    names = {path.name for path in waiting}
-    if not save_total_limit or len(names) <= save_total_limit:
+    if not waiting or not save_total_limit:
         return []
-    newest = list(dict.fromkeys(path.name for path in reversed(waiting)))[:save_total_limit]
-    return [path for path in waiting if path.name not in (*newest, *kept)]
+    surplus = [path for path in waiting if path.name not in (waiting[-1].name, *kept)]
+    return surplus[: max(len(waiting) - save_total_limit, 0)]
 
 
 def beyond_space(waiting: list[Path], kept: Collection[str], space: LocalSpace) -> list[Path]:
     """Those to give up, the oldest first, until the rest is within `space`. Never the newest one.
 
     Args:
-        waiting: oldest first.
+        waiting: oldest first, each once.
         kept: names that are never given up, such as the best one.
     """
     if not waiting:
         return []
-    newest = waiting[-1]
-    spare = [path for path in dict.fromkeys(waiting) if path.name not in (newest.name, *kept)]
+    newest, count = waiting[-1], len(waiting)
+    spare = [path for path in waiting if path.name not in (newest.name, *kept)]
     doomed: list[Path] = []
-    count = len(set(waiting))
     free = shutil.disk_usage(newest).free
     needed = bytes_of(newest) if space.min_free is None else space.min_free
     for path in spare:

@@ -134,7 +134,9 @@ def _code(error: BaseException) -> str | None:
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code"))
-    for holder, name in ((error, "code"), (error, "status"), (response, "status_code")):
+    # Others call their own numbers a code: aiohttp has a code of 400 for an answer that is cut off.
+    holders = [(error, "status"), (error, "status_code"), (response, "status_code")]
+    for holder, name in [(error, "code"), *holders] if type(error).__name__ == "HttpError" else holders:
         if isinstance(value := getattr(holder, name, None), int | str):
             return str(value)
     return None

@@ -42,6 +42,7 @@ class Retry:
         retries: attempts that have failed and were, or will be, repeated.
         failing_since: when the first attempt failed after the last one that did not, by `clock`; None if none did.
         last_error: what the last failure said.
+        note: what else a log line about a failure is to say, or nothing.
     """
 
     def __init__(self, name: str, backoff: Backoff, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,6 +50,7 @@ class Retry:
         self.retries = 0
         self.failing_since: float | None = None
         self.last_error = ""
+        self.note: Callable[[], str] = str
         self._failures = 0  # since the last success
         self._said_at: float | None = None
         self._saying = threading.Lock()  # never waited for: a fork may have copied it locked
@@ -104,7 +106,7 @@ class Retry:
                 self._said_at = now
                 logger.warning(
                     f"{self.name}: {text}. {self._failures} attempts have failed in {self.failing_seconds:.0f} s; the "
-                    f"next one comes in {seconds:g} s."
+                    f"next one comes in {seconds:g} s.{self.note()}"
                 )
         finally:
             self._saying.release()

@@ -87,6 +87,7 @@ class Uploader:
         self.keep_local, self.save_total_limit = keep_local, save_total_limit
         self.workers, self.space = min(workers, store.transfers or workers), space or LocalSpace()
         self.figures = UploadFigures()
+        store.retry.note = self._note
         self.local_lock = threading.Lock()  # held while local checkpoints are deleted; others that do so hold it too
         self._waiting: list[Path] = []  # oldest first; the first one is being uploaded
         self._found: set[Path] = set()  # of these, those of an earlier run, which may be older than what is stored
@@ -328,9 +329,11 @@ class Uploader:
             self._check(path)
 
         self._check(path)
-        count = len(self.pending())
-        what = f"{what} ({count} checkpoint{'s wait' if count > 1 else ' waits'} for the upload)"
         return self.store.repeat(what, action, lambda error, _: isinstance(error, _Changed | _Stopped), pause=pause)
+
+    def _note(self) -> str:
+        count = len(set(self._waiting))
+        return f" {count} checkpoint{'s wait' if count > 1 else ' waits'} in {self.output_dir}." if count else ""
 
     def _check(self, path: Path) -> None:
         if self._stop:

@@ -126,7 +126,7 @@ def parse(url: str) -> Place:
         raise ValueError(f"{said} names no {known.host}, as {protocol}://{known.host}/run does.")
     if known.host in ("server", "default") and not path.strip("/"):
         raise ValueError(f"{said} names no folder, as {protocol}://server/run does.")
-    if known.host in ("bucket", "folder", "none") and "@" in host and known is not AZURE:
+    if known.host in ("bucket", "folder", "none") and known is not AZURE and printable(url) != url:
         raise ValueError(
             f"{said}: {known.package or 'fsspec'} takes no user and no password from a URL; they belong where the "
             "package looks for them (for S3 the environment, ~/.aws or a role)."
