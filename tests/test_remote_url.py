@@ -29,7 +29,8 @@ from hf_nanotron.checkpoint.remote_errors import (
     kind_of,
 )  # fmt: skip
 from hf_nanotron.checkpoint.remote_retry import Backoff
-from hf_nanotron.checkpoint.remote_url import PROTOCOLS, parse, printable, secrets_of
+from hf_nanotron.checkpoint.remote_url import PROTOCOLS, credentials, parse
+from hf_nanotron.redaction import printable_url
 
 
 @pytest.fixture
@@ -131,9 +132,9 @@ PRINTED = [
 
 @pytest.mark.parametrize(("url", "shown"), PRINTED, ids=[shown for _, shown in PRINTED])
 def test_printed(url: str, shown: str) -> None:
-    assert printable(url) == shown
-    assert printable(shown) == shown
-    for secret in secrets_of(url):
+    assert printable_url(url) == shown
+    assert printable_url(shown) == shown
+    for secret in credentials(url):
         assert secret not in shown
 
 

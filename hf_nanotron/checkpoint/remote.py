@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 from fsspec.callbacks import Callback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..redaction import hide, printable_url
 from .remote_errors import MISSING, StoreError, kind_of, reason
 from .remote_retry import Backoff, Retry
-from .remote_url import GCS, PROTOCOLS, S3, hide, parse, printable, secrets_of
+from .remote_url import GCS, PROTOCOLS, S3, credentials, parse
 from .verify import MARKER
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class RemoteStore:
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None, backoff: Backoff | None = None) -> None:
         place = parse(url)
-        self.url, self.protocol = printable(url.rstrip("/")), place.protocol
+        self.url, self.protocol = printable_url(url.rstrip("/")), place.protocol
         kind = PROTOCOLS[place.protocol]
         self.transfers, self._is_bucket = kind.transfers, kind.host == "bucket"
         self.retry = Retry(self.url, backoff or Backoff())
@@ -70,7 +71,7 @@ class RemoteStore:
         self._class, self.root = place.filesystem, place.root
         self._options = {**({"use_listings_cache": False} if kind is S3 else {}), **place.options}
         self._options |= storage_options or {}
-        self._secrets = secrets_of(url, storage_options)
+        self._secrets = credentials(url, storage_options)
         self._part = {"chunksize": PART_BYTES} if kind in (S3, GCS) else {}
         self._fs: Any = None
         self._pid = 0

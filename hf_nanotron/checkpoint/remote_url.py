@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import fsspec
+
+from ..redaction import credentials_in, printable_url, secrets_of
 
 
 @dataclass(frozen=True)
@@ -51,48 +52,11 @@ PROTOCOLS = {
     "memory": Protocol(host="folder"),
 }
 WORKS = ", ".join(PROTOCOLS)
-HIDDEN = "***"
 
 
-def printable(url: str) -> str:
-    """`url` without what may be secret: a user with a password, and the values of a query.
-
-    Rather too much is hidden than too little: a password may hold any character, as those of S3 do `/`.
-    """
-    protocol, separator, rest = url.partition("://")
-    if not separator:
-        protocol, rest = "", url
-    rest = re.sub(r"^[^/@]*:.*@", f"{HIDDEN}@", rest)
-    if getattr(PROTOCOLS.get(protocol), "host", None) not in ("server", "default") and protocol not in ("abfs", "az"):
-        rest = re.sub(r"^[^/@]+@", f"{HIDDEN}@", rest)  # no user's name, so perhaps a token
-    base, question, query = rest.partition("?")
-    if question:
-        query = "&".join(
-            f"{part.partition('=')[0]}={HIDDEN}" if "=" in part else HIDDEN for part in re.split("[&;]", query)
-        )
-    return f"{protocol}{separator}{base}{question}{query}"
-
-
-def secrets_of(url: str, options: dict[str, Any] | None = None) -> set[str]:
-    """The texts that must not be printed: of the URL what `printable` hides, of the options what is named like it."""
-    rest, _, query = url.partition("://")[2].partition("?")
-    found = {part.partition("=")[2] or part for part in re.split("[&;]", query)}
-    if (match := re.match(r"^([^/@:]*):?(.*)@", rest)) and HIDDEN in printable(url):
-        found |= {match[0][:-1], match[2] or match[1]}
-    pending: list[tuple[str, Any]] = list((options or {}).items())
-    while pending:
-        name, value = pending.pop()
-        if isinstance(value, dict):
-            pending += value.items()
-        elif isinstance(value, str) and re.search("secret|passw|token|key|credential|signature|sas", name, re.I):
-            found.add(value)
-    return {text for secret in found for text in (secret, unquote(secret)) if text}
-
-
-def hide(text: str, secrets: set[str]) -> str:
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
-    return text
+def credentials(url: str, options: dict[str, Any] | None = None) -> set[str]:
+    """The texts that must not be printed: of the URL what `printable_url` hides, of the options what is a secret."""
+    return {*credentials_in(url), *secrets_of(options or {}, least=1)}
 
 
 @dataclass(frozen=True)
@@ -111,7 +75,7 @@ def parse(url: str) -> Place:
         ValueError: if `url` has no protocol, one that does not work, or parts that the protocol does not take.
         ImportError: if the protocol's package is not installed, naming what brings it.
     """
-    said = f"remote_checkpoints={printable(url)!r}"
+    said = f"remote_checkpoints={printable_url(url)!r}"
     protocol, separator, rest = url.partition("://")
     if not separator or not rest.strip("/"):
         raise ValueError(f"{said} is not a URL with a bucket or folder, such as s3://bucket/run.")
@@ -126,7 +90,7 @@ def parse(url: str) -> Place:
         raise ValueError(f"{said} names no {known.host}, as {protocol}://{known.host}/run does.")
     if known.host in ("server", "default") and not path.strip("/"):
         raise ValueError(f"{said} names no folder, as {protocol}://server/run does.")
-    if known.host in ("bucket", "folder", "none") and known is not AZURE and printable(url) != url:
+    if known.host in ("bucket", "folder", "none") and known is not AZURE and printable_url(url) != url:
         raise ValueError(
             f"{said}: {known.package or 'fsspec'} takes no user and no password from a URL; they belong where the "
             "package looks for them (for S3 the environment, ~/.aws or a role)."
