@@ -39,6 +39,8 @@ _SHAPES = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
     re.DOTALL,
 )
+# Where what stands before an @ without a colon is a user or a container, not a token.
+_WITH_USERS = frozenset("sftp ssh smb ftp hdfs webhdfs abfs abfss az".split())
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _URL = re.compile(_SCHEME.pattern + r"[^\s'\"<>]*")
 _CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*(?:://|$|::))")
@@ -66,47 +68,50 @@ def is_secret(name: str) -> bool:
 
 
 def printable_url(url: str) -> str:
-    """`url` without user, password and query: `sftp://me:secret@host/run` is `sftp://***@host/run`.
+    """`url` without password and the values of its query: `sftp://me:secret@host/run` is `sftp://***@host/run`.
 
-    A text without `://` stays as it is. The parts of a chain (`simplecache::s3://...`) are treated alike.
+    The parts of a chain (`simplecache::s3://...`) are treated alike.
     """
     return "::".join(map(_without_credentials, _CHAIN.split(url)))
 
 
 def _without_credentials(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
+    protocol, separator, rest = url.partition("://")
     if not separator:
-        return url
+        return re.sub(r"^[^/@]*:.*@", f"{MASK}@", url, flags=re.DOTALL)
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     before, at, after = rest.rpartition("@")
-    if at and (":" in authority or "@" in authority):
+    start = f"{protocol}://"
+    if at and ":" not in authority and before == authority[: len(before)] and protocol in _WITH_USERS:
+        start, rest = f"{start}{before}@", after
+    elif at and (":" in authority or "@" in authority):
         if re.search(r"[?#]", before):  # in a password, or an @ in a query
-            return f"{scheme}://{MASK}"
-        prefix, rest = f"{MASK}@", after
-    else:
-        port = authority.rpartition(":")[2] if ":" in authority.rpartition("]")[2] else ""
-        if port and not port.isdigit():  # the first part of a URL that a space in its password has cut
-            return f"{scheme}://{MASK}"
-        prefix = ""
-    path, query, _ = rest.partition("?")
-    path, fragment, tail = path.partition("#")
-    hidden = f"?{MASK}" if query else f"#{MASK}" if "=" in tail else fragment + tail
-    return f"{scheme}://{prefix}{path}{hidden}"
+            return f"{start}{MASK}"
+        start, rest = f"{start}{MASK}@", after
+    elif (port := authority.rpartition("]")[2].rpartition(":")[2]) != authority and not port.isdigit() and port:
+        return f"{start}{MASK}"  # the first part of a URL that a space in its password has cut
+    path, question, query = rest.partition("?")
+    if question:
+        parts = (part.partition("=") for part in re.split("[&;]", query))
+        return f"{start}{path}?{'&'.join(f'{name}={MASK}' if equals else MASK for name, equals, _ in parts)}"
+    path, hash_, fragment = path.partition("#")
+    return f"{start}{path}{hash_}{MASK if '=' in fragment else fragment}"
 
 
 def credentials_in(url: str) -> list[str]:
     """What `printable_url` hides of `url`, as libraries may print it: the password and values of the query."""
     found: list[str] = []
     for part in _CHAIN.split(url):
-        rest = part.partition("://")[2]
+        rest = part.partition("://")[2] or part
         if printable_url(part) == part:
             continue
         before, at, _ = rest.rpartition("@")
-        if at:
+        if at and (":" in before or part.partition("://")[0] not in _WITH_USERS):
             user, colon, password = before.partition(":")
-            found.append(password if colon else user)
-        found += [pair.partition("=")[2] for pair in re.split(r"[&#]", rest.partition("?")[2])]
-    return [text for each in found for text in dict.fromkeys((each, unquote(each))) if text]
+            found += [before, password if colon else user]
+        values = re.split("[&;#]", rest.partition("?")[2] or rest.partition("#")[2])
+        found += [value if equals else name for name, equals, value in (pair.partition("=") for pair in values)]
+    return [text for each in dict.fromkeys(found) for text in dict.fromkeys((each, unquote(each))) if text]
 
 
 def printable(text: str, known: Iterable[str] = ()) -> str:
@@ -115,7 +120,7 @@ def printable(text: str, known: Iterable[str] = ()) -> str:
     Args:
         known: secrets that are hidden wherever they stand, such as `credentials_in(url)`.
     """
-    text = _without(text, known)
+    text = hide(text, known)
     text = _URL.sub(lambda found: printable_url(found[0]), text)
     text = _SHAPES.sub(MASK, text)
     return _hide_values(_OPTION, _hide_values(_PAIR, text))
@@ -170,14 +175,15 @@ def redacted(name: str, value: Any, mask: Any = MASK, known: Iterable[str] = ())
     return _redacted_parts(value, mask, known)
 
 
-def _without(text: str, known: Iterable[str]) -> str:
+def hide(text: str, known: Iterable[str]) -> str:
+    """`text` without these secrets."""
     for secret in sorted({each for each in known if each}, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
 
 
 def _redacted_text(text: str, known: tuple[str, ...]) -> str:
-    text = _without(text, known)
+    text = hide(text, known)
     # One URL alone may have spaces and quotes in its password, which end a URL within a text.
     return printable(printable_url(text) if _SCHEME.match(text) or _CHAIN.search(text) else text)
 
@@ -211,16 +217,17 @@ def _like(value: Any, parts: Any) -> Any:
         return parts if isinstance(parts, dict) else list(parts)
 
 
-def secrets_of(values: Mapping[str, Any]) -> Iterator[str]:
+def secrets_of(values: Mapping[str, Any], least: int = LEAST) -> Iterator[str]:
     """The secrets that fields hold, as texts to look for in other fields (see `printable`'s `known`).
 
     Args:
         values: of the fields, by their names.
+        least: characters; shorter texts are found everywhere.
     """
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from secrets_of({str(key): item for key, item in value.items()})
+            yield from secrets_of({str(key): item for key, item in value.items()}, least)
         elif isinstance(value, str):
             found = [value] if is_secret(name) else credentials_in(value)
-            # Less is found everywhere, and a path is where a secret lies.
-            yield from (text for text in found if len(text) >= LEAST and not text.startswith(("/", "~")))
+            # A path is where a secret lies.
+            yield from (text for text in found if len(text) >= least and not text.startswith(("/", "~")))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from hf_nanotron.checkpoint import nanotron_convert
+from hf_nanotron.checkpoint.hub_weights import HubWeights
 from hf_nanotron.checkpoint.nanotron_convert import hub_to_nanotron, nanotron_to_hub
 from hf_nanotron.checkpoint.nanotron_format import format_slices, parse_shape, parse_slices
 from hf_nanotron.checkpoint.nanotron_mapping import Architecture, check_tp, parameters, place_blocks, unstack
@@ -135,6 +136,28 @@ def test_large_models_are_written_in_several_files(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in contents.values() for t in tensors.values())
     assert_same_tensors(hub_tensors(tmp_path), hub_tensors(DATA / "expected" / "llama"))
     assert torch.equal(logits(tmp_path), logits(DATA / "expected" / "llama"))
+
+
+def test_a_hub_tensor_is_in_one_file(tmp_path: Path) -> None:
+    """Else which one counts would depend on who reads."""
+    nanotron_to_hub(DATA / "tp2_pp2", tmp_path / "hub", max_shard_size="16KB")
+    first, second, *_ = sorted((tmp_path / "hub").glob("*.safetensors"))
+    kept, other = load_file(first), load_file(second)
+    name, index = next(iter(other)), tmp_path / "hub" / "model.safetensors.index.json"
+    text = index.read_text()
+    moved = json.loads(text)
+    moved["weight_map"][name] = first.name
+    for tensors, listed, says in (
+        ({**kept, name: other[name]}, text, f"{first.name} holds {name!r}, which .* have in {second.name}"),
+        (kept, json.dumps(moved), f"{second.name} holds {name!r}, which .* have in {first.name}"),
+        (kept, text.replace(f'"{name}":', f'"{name}": "{first.name}", "{name}":'), "twice"),
+    ):
+        save_file(tensors, first, metadata={"format": "pt"})
+        index.write_text(listed)
+        for read in (lambda: HubWeights(tmp_path / "hub"), lambda: hub_to_nanotron(tmp_path / "hub", tmp_path / "out")):
+            with pytest.raises(ValueError, match=says):
+                read()
+    assert not (tmp_path / "out").exists()
 
 
 def test_conversion_holds_one_file_and_one_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,11 +42,15 @@ URLS = {
     "simplecache::s3://KEY:SECRET@bucket": "simplecache::s3://***@bucket",
     "zip://a.zip::sftp://user:secret@host/run": "zip://a.zip::sftp://***@host/run",
     "sftp://user:a::b@host/run": "sftp://***@host/run",
-    "https://host/run?X-Amz-Signature=abc&X-Amz-Credential=def": "https://host/run?***",
+    "https://host/run?X-Amz-Signature=abc&X-Amz-Credential=def": "https://host/run?X-Amz-Signature=***&X-Amz-Credential=***",
     "https://host:443/run?mail=a@b&sig=abc": "https://***",
-    "abfs://c@account.dfs.core.windows.net/run?sv=1&sig=abc": "abfs://***@account.dfs.core.windows.net/run?***",
+    "abfs://c@account.dfs.core.windows.net/run?sv=1&sig=abc": "abfs://c@account.dfs.core.windows.net/run?sv=***&sig=***",
     "https://host/run#access_token=abc": "https://host/run#***",
+    "s3://b/r?a=1&token=word;x": "s3://b/r?a=***&token=***&***",
+    "me:word@host": "***@host",
     # and these have nothing to hide
+    "sftp://me@host/run": "sftp://me@host/run",
+    "abfs://container@account.dfs.core.windows.net/run": "abfs://container@account.dfs.core.windows.net/run",
     "s3://bucket/run": "s3://bucket/run",
     "s3://bucket/run@2": "s3://bucket/run@2",
     "hf://datasets/user/name@main/file": "hf://datasets/user/name@main/file",
@@ -61,7 +65,7 @@ URLS = {
 
 MESSAGES = {
     f"cannot reach sftp://me:{SECRET}@host/run: timeout": "cannot reach sftp://***@host/run: timeout",
-    f"GET https://host/x?sig={SECRET}, 403": "GET https://host/x?*** 403",
+    f"GET https://host/x?sig={SECRET}, 403": "GET https://host/x?sig=*** 403",
     f"hub_token='{SECRET}' must be text": "hub_token='***' must be text",
     f"training.hub_token={SECRET} must be text": "training.hub_token=*** must be text",
     f"{{'key': '{SECRET}', 'secret': '{SECRET}'}}": "{'key': '***', 'secret': '***'}",
@@ -109,14 +113,14 @@ def test_printable(table: dict[str, str], function) -> None:
 
 
 def test_credentials_of_urls_are_known_in_other_texts() -> None:
-    assert credentials_in("sftp://me:p%40ss@host/run") == ["p%40ss", "p@ss"]
+    assert credentials_in("sftp://me:p%40ss@host/run") == ["me:p%40ss", "me:p@ss", "p%40ss", "p@ss"]
     assert credentials_in("https://TOKEN@host/run?sig=a%2Fb&x=1") == ["TOKEN", "a%2Fb", "a/b", "1"]
     assert credentials_in("s3://bucket/run") == []
     known = credentials_in("sftp://me:p%40ss@host/run")
     assert printable("authentication of me with p@ss failed", known) == "authentication of me with *** failed"
     values = {"hub_token": SECRET, "options": {"secret": "abcdef"}, "url": "sftp://me:ghijkl@h", "pin": {"token": "1"}}
     values |= {"token": None, "CREDENTIALS": "/a/folder", "name": "plain"}
-    assert list(secrets_of(values)) == [SECRET, "abcdef", "ghijkl"]
+    assert list(secrets_of(values)) == [SECRET, "abcdef", "me:ghijkl", "ghijkl"]
 
 
 def test_values_of_fields() -> None:

@@ -29,7 +29,8 @@ from hf_nanotron.checkpoint.remote_errors import (
     kind_of,
 )  # fmt: skip
 from hf_nanotron.checkpoint.remote_retry import Backoff
-from hf_nanotron.checkpoint.remote_url import PROTOCOLS, parse
+from hf_nanotron.checkpoint.remote_url import PROTOCOLS, credentials, parse
+from hf_nanotron.redaction import printable_url
 
 
 @pytest.fixture
@@ -113,6 +114,28 @@ def test_refused(url: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         RemoteStore(url)
     assert "word" not in "".join(traceback.format_exception(caught.value)).replace("password", "")
+
+
+PRINTED = [
+    ("s3://bucket/run", "s3://bucket/run"),
+    ("s3://bucket/run@2", "s3://bucket/run@2"),
+    ("sftp://me@host/run", "sftp://me@host/run"),
+    ("sftp://me:word@host:22/run", "sftp://***@host:22/run"),
+    ("sftp://me:w@o:r/d@host/run", "sftp://***@host/run"),
+    ("sftp://:word@host/run", "sftp://***@host/run"),
+    ("https://token@host/run", "https://***@host/run"),
+    ("abfs://container@account.dfs.core.windows.net/run", "abfs://container@account.dfs.core.windows.net/run"),
+    ("s3://b/r?a=1&token=word;x", "s3://b/r?a=***&token=***&***"),
+    ("me:word@host", "***@host"),
+]
+
+
+@pytest.mark.parametrize(("url", "shown"), PRINTED, ids=[shown for _, shown in PRINTED])
+def test_printed(url: str, shown: str) -> None:
+    assert printable_url(url) == shown
+    assert printable_url(shown) == shown
+    for secret in credentials(url):
+        assert secret not in shown
 
 
 def test_no_password_in_a_message_or_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_arguments_are_written_without_secrets(tmp_path: Path, monkeypatch: pyte
     loaded = torch.load(io.BytesIO(forms["torch.save"]), weights_only=False)
     assert type(loaded) is Arguments and loaded.output_dir == args.output_dir and loaded.device == args.device
     assert loaded.hub_token is None and loaded.push_to_hub_token is None and loaded.wandb_api_key is None
-    assert loaded.remote_checkpoints == "sftp://***@host/run?***"
+    assert loaded.remote_checkpoints == "sftp://***@host/run?sig=***"
     assert loaded.storage_options == {"key": None, "client_kwargs": {"aws_session_token": None, "region_name": "x"}}
 
     # in memory all is as it was, and in copies

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from . import nanotron_config
 from .conversion_folder import load_config
 from .hub import parse_size, plan_files
-from .hub_weights import read_weight_map
+from .hub_weights import check_index, read_weight_map
 from .inside import inside, refuse_links
 from .nanotron_format import (
     Shard,
@@ -186,12 +186,14 @@ def index_hub(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} has neither model.safetensors nor model.safetensors.index.json; only safetensors are read "
             "(save_pretrained writes them)."
         )
-    stored = {}
+    stored, held = {}, {}
     for path in files:
         with open_safetensors(path) as file:
+            held[path.relative_to(folder).as_posix()] = list(file.keys())
             for name in file.keys():  # noqa: SIM118 -- the handle is not a mapping
                 tensor = file.get_slice(name)
                 stored[name] = StoredTensor(path, tuple(tensor.get_shape()), torch_dtype(path, tensor.get_dtype()))
+    check_index(folder, file_of or {}, held)
     return stored
 
 

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..redaction import printable, printable_url
 from .remote_errors import MISSING, StoreError, kind_of, reason
 from .remote_retry import Backoff, Retry
-from .remote_url import GCS, PROTOCOLS, S3, parse, secrets_of
+from .remote_url import GCS, PROTOCOLS, S3, credentials, parse
 from .verify import MARKER
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class RemoteStore:
         self._class, self.root = place.filesystem, place.root
         self._options = {**({"use_listings_cache": False} if kind is S3 else {}), **place.options}
         self._options |= storage_options or {}
-        self._secrets = secrets_of(url, storage_options)
+        self._secrets = credentials(url, storage_options)
         self._part = {"chunksize": PART_BYTES} if kind in (S3, GCS) else {}
         self._fs: Any = None
         self._pid = 0

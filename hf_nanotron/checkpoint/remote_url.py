@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from ..redaction import credentials_in, printable_url, secrets_of as secrets_of_options
+from ..redaction import credentials_in, printable_url, secrets_of
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,9 @@ PROTOCOLS = {
 WORKS = ", ".join(PROTOCOLS)
 
 
-def secrets_of(url: str, options: dict[str, Any] | None = None) -> set[str]:
-    """Passwords and keys in a URL and in the options of a file system, which messages must not show."""
-    place = PROTOCOLS.get(url.partition("://")[0])
-    only_user = (
-        place is not None
-        and place.host in ("server", "default")
-        and ":" not in url.partition("://")[2].rpartition("@")[0]
-    )
-    return {*([] if only_user else credentials_in(url)), *secrets_of_options(options or {})}
+def credentials(url: str, options: dict[str, Any] | None = None) -> set[str]:
+    """The texts that must not be printed: of the URL what `printable_url` hides, of the options what is a secret."""
+    return {*credentials_in(url), *secrets_of(options or {}, least=1)}
 
 
 @dataclass(frozen=True)
