@@ -59,11 +59,13 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(item, (*path, key))
 
 
-def mutations(body: Any) -> Iterator[tuple[str, Any]]:
+def mutations(body: Any, skip: Callable[[tuple[Any, ...]], bool]) -> Iterator[tuple[str, Any]]:
     """Each value of another kind, left out, or there twice; and `body` of another kind."""
     for other in OTHERS:
         yield f"all = {str(other)[:30]}", other
     for *path, key in places(body):
+        if skip((*path, key)):
+            continue
         for other in (*OTHERS, "left out", "twice", "negative", "more"):
             mutant = copy.deepcopy(body)
             parent = mutant
@@ -84,10 +86,12 @@ def mutations(body: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{'.'.join(map(str, [*path, key]))[:80]} = {str(other)[:30]}", mutant
 
 
-def attempt_all(body: Any, use: Callable[[Any], None], *names: str) -> Counter[str]:
+def attempt_all(
+    body: Any, use: Callable[[Any], None], *names: str, skip: Callable[[tuple[Any, ...]], bool] = lambda path: False
+) -> Counter[str]:
     """How many mutations of `body` were taken and refused by `use`: by a sentence that has one of `names`."""
     found: Counter[str] = Counter()
-    for what, mutant in mutations(body):
+    for what, mutant in mutations(body, skip):
         try:
             use(mutant)
         except ValueError as error:
@@ -210,7 +214,7 @@ def test_markers(checkpoint: Path) -> None:
             raise
 
     found = attempt_all(body_of(marker), use, MARKER, "checkpoint-2/")
-    assert found["refused"] > 700 and found["taken"] < 60, found
+    assert found["refused"] > 500 and found["taken"] < 30, found
 
 
 def test_descriptions_of_ranks(tmp_path: Path) -> None:
@@ -227,7 +231,7 @@ def test_descriptions_of_ranks(tmp_path: Path) -> None:
         commit(directory, 1, 1, 1.0)
 
     found = attempt_all(
-        body_of(path), use, "rank-00000.json", "a rank has described it", "a rank names", "checkpoint-1/a has grown"
+        body_of(path), use, "rank-00000.json", "a rank has described it", "a rank names", "checkpoint-1/a "
     )
     assert found["refused"] > 60 and found["taken"] < 30, found
 
@@ -243,9 +247,11 @@ def test_indices(checkpoint: Path) -> None:
         sign(checkpoint, INDEX)
         check(checkpoint)
 
-    body = body_of(path)
-    found = attempt_all(body, use, "index.json", "rank-0000")
-    assert found["refused"] > 3000 and found["taken"] < 3000, found
+    def is_like_another(path: tuple[Any, ...]) -> bool:
+        return path[0] == "values" or (path[0] == "pieces" and (path[1:2] > (1,) or path[3:4] == ("exp_avg_sq",)))
+
+    found = attempt_all(body_of(path), use, "index.json", "rank-0000", skip=is_like_another)
+    assert found["refused"] > 1000 and found["taken"] < 150, found
 
 
 def test_parts_of_an_index(tmp_path: Path) -> None:
@@ -276,7 +282,7 @@ def test_values_that_a_run_loads(checkpoint: Path) -> None:
         load_training_state(checkpoint, rank.mesh, rank.segments, rank.optimizer, rank.scheduler)
         rank.step()
 
-    found = attempt_all(parts, use, "index.json", "training_state was written by")
+    found = attempt_all(parts, use, "index.json", "training_state was written by", skip=lambda path: "layout" in path)
     assert found["refused"] > 900, found
 
 
@@ -296,7 +302,7 @@ def test_progress(checkpoint: Path) -> None:
     assert attempt_all(json.loads(path.read_text()), use, PROGRESS)["refused"] > 150
     for text in ("", "{", "[" * 100_000, '{"global_step": 1, "global_step": 2}', "\xff", "9" * 5000):
         path.write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=rf"{PROGRESS} (is damaged: its crc32|was cut off)"):
+        with pytest.raises(ValueError, match=rf"{PROGRESS} (is damaged: its crc32|was cut off|has grown)"):
             check(checkpoint, deep=False)  # a checkpoint that is named
         sign(checkpoint, PROGRESS)
         with pytest.raises(ValueError, match=f"{PROGRESS} is truncated or damaged"):
@@ -356,7 +362,7 @@ def test_headers_of_nanotron(tmp_path: Path) -> None:
             use({**header, "__metadata__": {**header["__metadata__"], "local_global_slices_pairs": text}})
 
 
-RUN_FILES = ["[", "- 1", "model: [1]", "model: {init_method: 3}", "a: !!python/object:os.x {}", "\0", "[" * 5000]
+RUN_FILES = ["[", "- 1", "model: [1]", "model: {init_method: 3}", "a: !!python/object:os.x {}", "\0", "[" * 400]
 
 
 @pytest.mark.parametrize("text", RUN_FILES)

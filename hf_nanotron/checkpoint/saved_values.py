@@ -11,6 +11,8 @@ from .schema import EARLIER, show
 
 NUMBERS = (int, float)
 MOST_WHOLE = 1 << 53
+# The optimizers that count the steps of each parameter: torch's, and our AdamW.
+COUNTING = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"}
 BY_GROUP = ("base_lrs", "_last_lr")  # of a scheduler: one number for each parameter group
 
 
@@ -54,18 +56,26 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) <= MOST_WHOLE)
 
 
-def check_scalars(saved: dict[str, Any], where: str) -> None:
+def check_scalars(saved: dict[str, Any], optimizer: Any, is_stepped: bool, where: str) -> None:
     """Refuse what an optimizer could not have kept for a parameter: above all its number of steps.
+
+    Args:
+        is_stepped: whether it keeps tensors for the parameter.
 
     Raises:
         ValueError: as `check_like`.
     """
+    if is_stepped and "step" not in saved and COUNTING & {base.__name__ for base in type(optimizer).__mro__}:
+        raise ValueError(f"{where} has no 'step', which {type(optimizer).__name__} keeps; {EARLIER}.")
     if "step" in saved and not (is_number(saved["step"]) and 0 <= saved["step"] <= MOST_WHOLE):
         raise ValueError(f"{where}['step'] is {show(saved['step'])}, not a number of steps; {EARLIER}.")
 
 
-def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], where: str) -> None:
+def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kinds: set[str], where: str) -> None:
     """Refuse parameter groups of an optimizer that its steps could not use.
+
+    Args:
+        kinds: what the state holds for tensors of the model.
 
     Raises:
         ValueError: as `check_like`.
@@ -74,6 +84,8 @@ def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], wher
         if "params" in one:
             raise ValueError(f"{where}[{index}] lists parameters, which no training state does; {EARLIER}.")
         check_like(one, own, f"{where}[{index}]")
+        if one.get("amsgrad") and "exp_avg_sq" in kinds and "max_exp_avg_sq" not in kinds:
+            raise ValueError(f"{where}[{index}] has amsgrad, but the state holds no max_exp_avg_sq; {EARLIER}.")
         if not all(0 <= beta < 1 for beta in one.get("betas", ())):
             raise ValueError(f"{where}[{index}]['betas'] is {show(one['betas'])}, not from 0 to below 1; {EARLIER}.")
 

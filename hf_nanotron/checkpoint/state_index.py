@@ -95,11 +95,10 @@ class StateIndex:
             wrong = next((name for name in names if found.get(name) != expected.get(name)), None)
             if wrong is None and own in (None, digest(self.pieces_of[file])):  # older files have none
                 return
-            says = (
-                "is of pieces elsewhere in their tensors"
-                if wrong is None
-                else f"has {show(found.get(wrong))} for {wrong!r}, where {INDEX} has {show(expected.get(wrong))}"
-            )
+            if wrong is None:
+                says = "is of pieces elsewhere in their tensors"
+            else:
+                says = f"has {show(found.get(wrong))} for {wrong!r}, where {INDEX} has {show(expected.get(wrong))}"
         else:
             says = "is not that of a safetensors file"
         raise ValueError(f"{path} is not the file of this index: its header {says}; {EARLIER}.")

@@ -16,7 +16,7 @@ from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import Segment
 from .saved_values import check_groups, check_scalars, load_scheduler
-from .schema import VALUES, require, show
+from .schema import VALUES, require
 from .slices import Slice
 from .state_file import INDEX, MASTER, StatePiece
 from .state_read import StoredState
@@ -148,12 +148,13 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         return
     if saved["class"] != name or len(saved["groups"]) != len(optimizer.param_groups):
         raise ValueError(
-            f"{stored.directory} was written by {show(saved['class'])[1:-1]} with {len(saved['groups'])} parameter groups, but "
+            f"{stored.directory} was written by {saved['class']} with {len(saved['groups'])} parameter groups, but "
             f"this run has {name} with {len(optimizer.param_groups)}; resume with the same `optim`, or start from "
             "the weights with from_pretrained."
         )
     part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
-    check_groups(saved["groups"], optimizer.param_groups, f"{stored.directory / INDEX}: groups")
+    kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
+    check_groups(saved["groups"], optimizer.param_groups, kinds, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():
         stored.check(part, MASTER)
     # The optimizer itself says in which dtype and where it keeps its state: it loads one whose tensors have no
@@ -168,9 +169,10 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         for number, master in zip(numbers, group["params"], strict=True):
             hub_name = part_of[master].name
             kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind != MASTER}
-            check_scalars(stored.scalars(hub_name), f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
             empty = {kind: torch.empty(0, dtype=dtype) for kind, dtype in kinds.items()}
-            if entry := {**empty, **stored.scalars(hub_name)}:
+            scalars = stored.scalars(hub_name)
+            check_scalars(scalars, optimizer, bool(empty), f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
+            if entry := {**empty, **scalars}:
                 state[number] = entry
         count = numbers.stop
     optimizer.load_state_dict({"state": state, "param_groups": groups})
