@@ -153,8 +153,8 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             "the weights with from_pretrained."
         )
     part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
-    kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
-    check_groups(saved["groups"], optimizer.param_groups, kinds, f"{stored.directory / INDEX}: groups")
+    stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
+    check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():
         stored.check(part, MASTER)
     # The optimizer itself says in which dtype and where it keeps its state: it loads one whose tensors have no
