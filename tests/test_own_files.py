@@ -188,10 +188,10 @@ def test_what_links_in_a_checkpoint_point_to_stays(
     act(directory)
     assert tree(elsewhere) == before and len(before) >= 2
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    is_whole = link not in (link_folder, link_each)  # of another, not all is uploaded, so it stays
+    both = ["checkpoint-5", "checkpoint-9"]
     left = {
-        rotated: ["checkpoint-9"],
-        uploaded: ["checkpoint-9"] if is_whole else ["checkpoint-5", "checkpoint-9"],
+        rotated: both if link is link_each and until == "committed" else ["checkpoint-9"],  # a linked marker is none
+        uploaded: both if link in (link_folder, link_each) else ["checkpoint-9"],  # of which not all can be uploaded
         remove: [],
     }
     assert names == left.get(act, ["checkpoint-5"])

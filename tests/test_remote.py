@@ -181,8 +181,9 @@ def test_leftovers_of_a_killed_upload_are_deleted(url: str, tmp_path: Path) -> N
 
 def test_another_checkpoint_of_the_same_step_replaces_the_old_one(url: str, tmp_path: Path) -> None:
     store = RemoteStore(url)
-    (write_checkpoint(tmp_path, 1) / "more.txt").write_text("not in the next one")
+    (write_checkpoint(tmp_path, 1) / "notes.txt").write_text("mine")  # which is not uploaded
     upload(store, tmp_path, 1)
+    store.fs.pipe_file(f"{store.root}/checkpoint-1/more.txt", b"not in the next one")
     path = write_checkpoint(tmp_path, 1)
     assert upload(store, tmp_path, 1).figures.checkpoints == 1
     assert contents(fetch(store, "checkpoint-1", tmp_path / "new")) == contents(path)

@@ -67,7 +67,7 @@ def step_folder(path: Path) -> Path:
             "holds latest.txt, or one step's folder."
         )
     with open(latest, "rb") as file:
-        name = file.read(LONGEST_PATH).decode(errors="replace").strip()
+        name = file.read(LONGEST_PATH).decode(errors="surrogateescape").strip()
     return inside(path, name, str(latest))
 
 

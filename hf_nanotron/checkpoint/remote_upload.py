@@ -28,6 +28,7 @@ from transformers.utils import logging
 from .commit import remove
 from .inside import is_inside
 from .manager import newest, run_at_hand
+from .own_files import FREE
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
 from .remote_runs import StoredRuns
@@ -303,22 +304,18 @@ class Uploader:
         there = self._try(path, f"reading the marker of {name}", lambda: store.marker(name))
         if there == marker:  # with all checksums, so it is exactly this checkpoint
             return []
-        try:
-            sizes = {
-                file.relative_to(path).as_posix(): file.stat().st_size
-                for file in path.rglob("*")
-                if file.is_file()
-                and is_inside(path, file)  # what a symbolic link leads to elsewhere is not of the run
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            }
-        except FileNotFoundError:
-            raise _Changed from None
-        if lacking := sorted({MARKER, *read_marker(path)["files"]} - sizes.keys()):
+        # README.md goes along for people; other files that no marker lists are somebody's notes.
+        names = [*_listed(path), *(name for name in FREE if (path / name).is_file())]
+        lacking = [name for name in names if not (is_inside(path, path / name) and (path / name).is_file())]
+        if _marker_of(path) != marker:
+            raise _Changed
+        if lacking:
             logger.warning(
                 f"{path} is not uploaded to {store.url}: {lacking[0]} is missing, or a symbolic link out of the "
-                "checkpoint, which is not followed."
+                "checkpoint."
             )
             return []
+        sizes = {name: (path / name).stat().st_size for name in (MARKER, *names)}
         if there is not None:  # another checkpoint of this step, from before the run went back
             self._try(path, f"deleting the old {name}/{MARKER}", lambda: store.remove_file(f"{name}/{MARKER}"))
         self._sent.clear()
@@ -406,6 +403,14 @@ class Uploader:
 
 def _names(paths: Iterable[Path]) -> str:
     return ", ".join(path.name for path in paths)
+
+
+def _listed(path: Path) -> list[str]:
+    """The files that the marker of a local checkpoint lists."""
+    try:
+        return list(read_marker(path)["files"])
+    except ValueError:
+        raise _Changed from None
 
 
 def _marker_of(path: Path) -> bytes:

@@ -10,13 +10,16 @@ import torch
 from .schema import EARLIER, show
 
 NUMBERS = (int, float)
+MOST_WHOLE = 1 << 53
+# The optimizers that count the steps of each parameter: torch's, and our AdamW.
+COUNTING = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"}
 BY_GROUP = ("base_lrs", "_last_lr")  # of a scheduler: one number for each parameter group
 
 
 def check_like(saved: Any, own: Any, where: str) -> None:
     """Refuse a value of another type than the run's own. Nothing is asked of what is None there, or not there at all.
 
-    Numbers may be whole or not, sequences of any length.
+    Numbers may be whole or not, lists of any length.
 
     Raises:
         ValueError: naming the value, by `where`, and both types.
@@ -29,7 +32,7 @@ def check_like(saved: Any, own: Any, where: str) -> None:
                 check_like(saved[key], own[key], f"{where}[{key!r}]")
             return
     elif isinstance(own, list | tuple):
-        if isinstance(saved, list | tuple):
+        if isinstance(saved, list | tuple) and (isinstance(own, list) or len(saved) == len(own)):
             for index, item in enumerate(saved):
                 check_like(item, own[min(index, len(own) - 1)] if own else None, f"{where}[{index}]")
             return
@@ -37,17 +40,42 @@ def check_like(saved: Any, own: Any, where: str) -> None:
         if isinstance(saved, bool):
             return
     elif isinstance(own, (*NUMBERS, torch.Tensor)):  # a learning rate may be a tensor of one element
-        own_size = own.numel() if isinstance(own, torch.Tensor) else 1
-        size = saved.numel() if isinstance(saved, torch.Tensor) else 1
-        if isinstance(saved, (*NUMBERS, torch.Tensor)) and not isinstance(saved, bool) and size == own_size:
+        if is_number(saved) and (not isinstance(own, torch.Tensor) or own.numel() == 1):
+            return
+        if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor) and saved.shape == own.shape:
             return
     elif isinstance(saved, type(own)):
         return
     raise ValueError(f"{where} is {show(saved)}, but {type(own).__name__} in this run; {EARLIER}.")
 
 
-def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], where: str) -> None:
+def is_number(value: Any) -> bool:
+    """Also a tensor of one element. Whole numbers are those that a float holds exactly."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, float) or (type(value) is int and abs(value) <= MOST_WHOLE)
+
+
+def check_scalars(saved: dict[str, Any], optimizer: Any, is_stepped: bool, where: str) -> None:
+    """Refuse what an optimizer could not have kept for a parameter: above all its number of steps.
+
+    Args:
+        is_stepped: whether it keeps tensors for the parameter.
+
+    Raises:
+        ValueError: as `check_like`.
+    """
+    if is_stepped and "step" not in saved and COUNTING & {base.__name__ for base in type(optimizer).__mro__}:
+        raise ValueError(f"{where} has no 'step', which {type(optimizer).__name__} keeps; {EARLIER}.")
+    if "step" in saved and not (is_number(saved["step"]) and 0 <= saved["step"] <= MOST_WHOLE):
+        raise ValueError(f"{where}['step'] is {show(saved['step'])}, not a number of steps; {EARLIER}.")
+
+
+def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kinds: set[str], where: str) -> None:
     """Refuse parameter groups of an optimizer that its steps could not use.
+
+    Args:
+        kinds: what the state holds for tensors of the model.
 
     Raises:
         ValueError: as `check_like`.
@@ -56,6 +84,10 @@ def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], wher
         if "params" in one:
             raise ValueError(f"{where}[{index}] lists parameters, which no training state does; {EARLIER}.")
         check_like(one, own, f"{where}[{index}]")
+        if one.get("amsgrad") and "exp_avg_sq" in kinds and "max_exp_avg_sq" not in kinds:
+            raise ValueError(f"{where}[{index}] has amsgrad, but the state holds no max_exp_avg_sq; {EARLIER}.")
+        if not all(0 <= beta < 1 for beta in one.get("betas", ())):
+            raise ValueError(f"{where}[{index}]['betas'] is {show(one['betas'])}, not from 0 to below 1; {EARLIER}.")
 
 
 def load_scheduler(scheduler: Any, saved: dict[str, Any], groups: int, where: str) -> None:

@@ -261,7 +261,7 @@ _CURSOR = record(
 # `values` of a training state, once decoded, for a resume.
 VALUES = record(
     {
-        "optimizer": optional(record({"class": text(), "groups": each(mapping(anything, text()))})),
+        "optimizer": optional(record({"class": text(longest=200), "groups": each(mapping(anything, text()))})),
         "scheduler": optional(mapping(anything, text())),
         "extra": record({}, {"data_cursor": optional(_CURSOR)}),
     }

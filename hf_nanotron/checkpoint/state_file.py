@@ -4,7 +4,8 @@
 is (Hub name, shape, slice, kind, dtype), where it lies, checksums, and all values that are not tensors. No file depends
 on the number of ranks that read, and there is no pickle.
 
-Tensors are 1-D, `<hub name>|<kind>|<start>` in the file's own header, so any safetensors tool reads them. Checksums are
+Tensors are 1-D, `<hub name>|<kind>|<start>` in the file's own header, so any safetensors tool reads them. The header
+also has a digest of where in their Hub tensors they lie, and is compared with the index. Checksums are
 crc32 of blocks of 1 MiB: a reader that wants a part of a tensor verifies exactly the bytes it has read.
 """
 
@@ -24,14 +25,15 @@ import torch
 from ..parallel.spec import ShardSpec
 from .safetensors_file import DTYPE_NAMES, DTYPES
 from .schema import EARLIER, MOST_BLOCK_BYTES, RANK, load_json, require
-from .slices import Slice, find_fault
+from .slices import Slice
+from .state_pieces import Piece, check_complete, digest, find_fault
 from .state_values import encode
 
 FORMAT = "hf_nanotron training state"
 VERSION = 1
 INDEX = "index.json"
+DIGEST = "pieces"  # in a file's own metadata: of where in their tensors its pieces are
 LARGEST = 4 << 30  # bytes of a JSON file that is read
-Piece = dict[str, Any]  # of the index, with the keys of `schema.RANK`
 BLOCK_BYTES = 1 << 20  # of one checksum
 CHUNK_BYTES = 16 << 20  # of one transfer to or from the host's memory
 MASTER = "master"
@@ -88,7 +90,11 @@ def write_rank(
     found = [(i, kind, tensor) for i, piece in enumerate(listed) for kind, tensor in piece.tensors.items()]
     # Wide elements first, as safetensors has it: every tensor then starts at a multiple of its element size.
     found.sort(key=lambda item: -item[2].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    placed: list[Piece] = [
+        {"name": p.name, "shape": p.global_shape, "dim": p.dim, "ranges": p.ranges, "start": p.start, "stop": p.stop}
+        for p in slices
+    ]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST: digest(placed)}}
     entries: list[dict[str, list[Any]]] = [{} for _ in listed]
     offset = 0
     for i, kind, tensor in found:
@@ -113,13 +119,12 @@ def write_rank(
             file.flush()
             os.fsync(file.fileno())
         body["files"][path.name] = {"bytes": len(raw) + offset, "header": [len(raw), zlib.crc32(raw)]}
-    for piece, part, entry in zip(listed, slices, entries, strict=True):
-        geometry = {"shape": part.global_shape, "dim": part.dim, "ranges": part.ranges}
-        where = {"start": part.start, "stop": part.stop, "file": path.name, "tensors": entry}
-        body["pieces"].append({"name": part.name, **geometry, **where})
-        scalars = encode(piece.scalars, f"optimizer state of {part.name!r}")
-        if body["scalars"].setdefault(part.name, scalars) != scalars:
-            raise ValueError(_scalars_differ(part.name, body["scalars"][part.name], scalars))
+    for piece, place, entry in zip(listed, placed, entries, strict=True):
+        name = place["name"]
+        body["pieces"].append({**place, "file": path.name, "tensors": entry})
+        scalars = encode(piece.scalars, f"optimizer state of {name!r}")
+        if body["scalars"].setdefault(name, scalars) != scalars:
+            raise ValueError(_scalars_differ(name, body["scalars"][name], scalars))
     write_checked(stem.with_suffix(".json"), body, durable=False)  # `commit` reads it at once
 
 
@@ -174,6 +179,7 @@ def commit(directory: str | os.PathLike[str], ranks: int, values: dict[str, Any]
         for name, scalars in part["scalars"].items():
             if body["scalars"].setdefault(name, scalars) != scalars:
                 raise ValueError(_scalars_differ(name, body["scalars"][name], scalars))
+    require(find_fault, body, directory / INDEX)
     check_complete(directory / INDEX, body["pieces"])
     write_checked(directory / INDEX, body)
     for path in written:
@@ -182,37 +188,6 @@ def commit(directory: str | os.PathLike[str], ranks: int, values: dict[str, Any]
 
 def _scalars_differ(name: str, one: Any, other: Any) -> str:
     return f"the optimizer state of {name!r} differs between its pieces: {one} and {other}; they must take equal steps."
-
-
-def tensor_name(piece: Piece, kind: str) -> str:
-    """What a tensor of a piece is called in the header of its file."""
-    return f"{piece['name']}|{kind}|{piece['start']}"
-
-
-def slice_of(piece: Piece) -> Slice:
-    """The slice that a piece of the index describes."""
-    ranges = tuple((start, stop) for start, stop in piece["ranges"])
-    return Slice(piece["name"], tuple(piece["shape"]), piece["dim"], ranges, piece["start"], piece["stop"])
-
-
-def check_complete(index: Path, pieces: list[Piece]) -> None:
-    """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once.
-
-    Raises:
-        ValueError: naming the tensor, the kind, the elements, and the files with the pieces that are there.
-    """
-    kinds: dict[tuple[str, str], list[Piece]] = {}
-    for piece in pieces:
-        for kind in piece["tensors"]:
-            kinds.setdefault((piece["name"], kind), []).append(piece)
-    for (name, kind), stored in kinds.items():
-        fault = find_fault(slice_of(piece) for piece in stored)
-        if fault is not None:
-            files = sorted({piece["file"] for piece in stored})
-            raise ValueError(
-                f"{index}: {kind} of {name!r} is not there once as a whole: {fault} (its pieces are in "
-                f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}); use an earlier checkpoint."
-            )
 
 
 def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> None:

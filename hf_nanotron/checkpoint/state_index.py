@@ -10,14 +10,14 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from .inside import inside
 from .safetensors_file import DTYPES
 from .schema import EARLIER, INDEX as INDEX_KEYS, RANK, VERSIONED, load_json, require, show
-from .state_file import FORMAT, INDEX, VERSION, Piece, check_complete, read_checked, tensor_name
+from .state_file import DIGEST, FORMAT, INDEX, VERSION, read_checked
+from .state_pieces import Piece, check_complete, digest, find_fault, tensor_name
 from .state_values import decode
 
 
@@ -49,7 +49,7 @@ class StateIndex:
             ValueError: naming the index, the key and what is wrong, for one that is damaged, forged or incomplete.
             FileNotFoundError: if there is none.
         """
-        path = Path(directory, INDEX)
+        path = inside(directory, INDEX, str(directory))
         body = require(VERSIONED, read_checked(path), path)
         if body["version"] != VERSION or body["format"] != FORMAT:
             raise ValueError(
@@ -89,12 +89,16 @@ class StateIndex:
         found = load_json(bytes(header[8:]), f"the header of {path}")
         expected = dict(self._tensors(file))
         if isinstance(found, dict) and int.from_bytes(header[:8], "little") == length - 8:
-            found.pop("__metadata__", None)
+            metadata = found.pop("__metadata__", None)
+            own = metadata.get(DIGEST) if isinstance(metadata, dict) else None
             names = sorted(found.keys() | expected.keys())
             wrong = next((name for name in names if found.get(name) != expected.get(name)), None)
-            if wrong is None:
+            if wrong is None and own in (None, digest(self.pieces_of[file])):  # older files have none
                 return
-            says = f"has {show(found.get(wrong))} for {wrong!r}, where {INDEX} has {show(expected.get(wrong))}"
+            if wrong is None:
+                says = "is of pieces elsewhere in their tensors"
+            else:
+                says = f"has {show(found.get(wrong))} for {wrong!r}, where {INDEX} has {show(expected.get(wrong))}"
         else:
             says = "is not that of a safetensors file"
         raise ValueError(f"{path} is not the file of this index: its header {says}; {EARLIER}.")
@@ -117,57 +121,3 @@ class StateIndex:
         ]
         for offset, size, name, kind, checksums in sorted(tensors):
             yield f"{kind} of {name!r}", offset, size, checksums
-
-
-def find_fault(index: dict[str, Any]) -> str | None:
-    """What is wrong with an index whose keys and types are right: one piece by itself, two of one tensor, or places."""
-    places: dict[str, list[tuple[int, int]]] = {name: [] for name in index["files"]}
-    stored: dict[str, tuple[Any, ...]] = {}
-    seen: set[tuple[str, str]] = set()
-    for number, piece in enumerate(index["pieces"]):
-        fault = _piece_fault(piece, index, places, seen)
-        like = piece["shape"], piece["dim"], {kind: entry[0] for kind, entry in piece["tensors"].items()}
-        if fault is None and stored.setdefault(piece["name"], like) != like:
-            fault = "has another shape, cut dimension, kinds or dtypes than the pieces before it"
-        if fault is not None:
-            return f"pieces[{number}] of {show(piece['name'])} {fault}"
-    for file, entry in index["files"].items():
-        length = entry["header"][0]
-        reached, end = 0, entry["bytes"] - length
-        for start, stop in [*sorted(places[file]), (end, end)]:
-            if start != reached:
-                return f"its tensors do not lie one after the other in {file}, at byte {length + min(start, reached)}"
-            reached = stop
-    if strangers := sorted(index["scalars"].keys() - stored.keys()):
-        return f"scalars[{show(strangers[0])}] is of a tensor without pieces"
-    return None
-
-
-def _piece_fault(
-    piece: Piece, index: dict[str, Any], places: dict[str, list[tuple[int, int]]], seen: set[tuple[str, str]]
-) -> str | None:
-    """Adds where the piece lies to `places`, and its names to `seen`."""
-    shape, dim, ranges, file = list(piece["shape"]), piece["dim"], piece["ranges"], piece["file"]
-    if dim is None:
-        if ranges:
-            return "has ranges, but no dim that is cut"
-    elif dim >= len(shape):
-        return f"has dim {dim}, but only {len(shape)} dimensions"
-    elif not all(start <= stop <= shape[dim] for start, stop in ranges):
-        return f"has ranges that are not within 0:{shape[dim]}"
-    else:
-        shape[dim] = sum(stop - start for start, stop in ranges)
-    if not piece["start"] < piece["stop"] <= prod(shape):
-        return f"has elements {piece['start']}:{piece['stop']}, where there are {show(prod(shape))}"
-    if file not in places:
-        return f"is in {file}, which is not among the files"
-    for kind, (dtype, offset, checksums) in piece["tensors"].items():
-        size = (piece["stop"] - piece["start"]) * DTYPES[dtype].itemsize
-        if len(checksums) != 8 * -(-size // index["block_bytes"]):
-            return f"has {len(checksums) // 8} checksums for the {size} bytes of {show(kind)}"
-        name = tensor_name(piece, kind)
-        if (file, name) in seen:
-            return f"is in {file} twice, as {show(name)}"
-        seen.add((file, name))
-        places[file].append((offset, offset + size))
-    return None

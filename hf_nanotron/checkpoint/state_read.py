@@ -14,8 +14,9 @@ import torch
 
 from .safetensors_file import DTYPES
 from .slices import Slice
-from .state_file import CHUNK_BYTES, INDEX, Piece, slice_of
+from .state_file import CHUNK_BYTES, INDEX
 from .state_index import StateIndex
+from .state_pieces import Piece, slice_of
 
 OPEN_FILES = 64  # the system's limit may be as low as 256
 

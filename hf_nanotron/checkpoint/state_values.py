@@ -93,19 +93,15 @@ def decode(value: Any, where: str = "the training state", depth: int = 0) -> Any
         return {key: decode(item, where, depth + 1) for key, item in value.items()}
     if not isinstance(tag, str) or tag not in _DECODERS:
         raise ValueError(f"{where} holds a value of kind {reprlib.repr(tag)}, which this version does not know.")
+    content: Any = value
+    if tag in ("tuple", "dict", "counter"):
+        if not isinstance(value.get("value"), list):
+            raise ValueError(f"{where} holds a {tag} without a list of its items.")
+        content = [decode(item, where, depth + 1) for item in value["value"]]
     try:
-        if tag in ("tuple", "dict", "counter"):
-            content = [decode(item, where, depth + 1) for item in value["value"]]
-            return _DECODERS[tag](content)
-        return _DECODERS[tag](value)
-    except _Undecodable:
-        raise
+        return _DECODERS[tag](content)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise _Undecodable(f"{where} holds a {tag} that cannot be read ({type(error).__name__}: {error}).") from error
-
-
-class _Undecodable(ValueError):
-    """Names the innermost value, and is passed on by those around it."""
+        raise ValueError(f"{where} holds a {tag} that cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _float(value: dict[str, Any]) -> float:
@@ -117,9 +113,7 @@ def _pairs(content: list[Any]) -> dict[Any, Any]:
 
 
 def _tensor(value: dict[str, Any]) -> torch.Tensor:
-    dtype = getattr(torch, value["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{value['dtype']!r} is no dtype")
+    dtype = _DTYPES[value["dtype"]]
     raw = bytearray(base64.b64decode(value["value"], validate=True))
     # `frombuffer` refuses a buffer without bytes.
     flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
@@ -139,6 +133,7 @@ def _shape(value: dict[str, Any]) -> list[int]:
     return value["shape"]
 
 
+_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "float": _float,
     "tuple": tuple,

@@ -15,7 +15,7 @@ from ..parallel.buckets import is_owner
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.segment import Segment
-from .saved_values import check_groups, load_scheduler
+from .saved_values import check_groups, check_scalars, load_scheduler
 from .schema import VALUES, require
 from .slices import Slice
 from .state_file import INDEX, MASTER, StatePiece
@@ -153,7 +153,8 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             "the weights with from_pretrained."
         )
     part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
-    check_groups(saved["groups"], optimizer.param_groups, f"{stored.directory / INDEX}: groups")
+    stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
+    check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():
         stored.check(part, MASTER)
     # The optimizer itself says in which dtype and where it keeps its state: it loads one whose tensors have no
@@ -169,7 +170,9 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             hub_name = part_of[master].name
             kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind != MASTER}
             empty = {kind: torch.empty(0, dtype=dtype) for kind, dtype in kinds.items()}
-            if entry := {**empty, **stored.scalars(hub_name)}:
+            scalars = stored.scalars(hub_name)
+            check_scalars(scalars, optimizer, bool(empty), f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
+            if entry := {**empty, **scalars}:
                 state[number] = entry
         count = numbers.stop
     optimizer.load_state_dict({"state": state, "param_groups": groups})

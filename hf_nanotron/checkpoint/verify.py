@@ -42,7 +42,7 @@ def read_marker(directory: StrPath) -> dict[str, Any]:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; resume_from_checkpoint takes a checkpoint of this run.")
     try:
-        return _marker(read_checked(path), path)
+        return _marker(read_checked(inside(directory, MARKER, str(directory))), path)
     except FileNotFoundError:
         if is_torn(directory):
             raise ValueError(
