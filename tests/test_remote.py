@@ -186,6 +186,9 @@ def test_another_checkpoint_of_the_same_step_replaces_the_old_one(url: str, tmp_
     store.fs.pipe_file(f"{store.root}/checkpoint-1/more.txt", b"not in the next one")
     path = write_checkpoint(tmp_path, 1)
     assert upload(store, tmp_path, 1).figures.checkpoints == 1
+    assert contents(path).pop("notes.txt") == b"mine"
+    assert set(store.checkpoints()["checkpoint-1"]) == {*contents(path), "README.md"} - {"notes.txt"}
+    (path / "notes.txt").unlink()
     assert contents(fetch(store, "checkpoint-1", tmp_path / "new")) == contents(path)
     assert upload(store, tmp_path, 1).figures.checkpoints == 0  # it is there
 
