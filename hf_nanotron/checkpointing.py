@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,12 @@ from .checkpoint.buffers import buffer_pieces, load_buffers
 from .checkpoint.card import write_model_card
 from .checkpoint.commit import begin
 from .checkpoint.hub import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
-from .checkpoint.manager import check_together, choose_together, rotate
-from .checkpoint.remote import RemoteStore
+from .checkpoint.manager import check_together, choose_together, is_part, newest, rotate
+from .checkpoint.own_files import unlink_link, unlink_links
 from .checkpoint.remote_fetch import fetch_newest_together
-from .checkpoint.remote_upload import Uploader
+from .checkpoint.run_lock import RunLock, this_process
+from .checkpoint.run_start import lock_together, start_run
+from .checkpoint.runs import KEY, Run, write_record
 from .checkpoint.safetensors_file import Entry, write_safetensors
 from .checkpoint.save import BackgroundSave, Save
 from .checkpoint.training_state import (
@@ -35,20 +36,20 @@ from .checkpoint.training_state import (
     state_values,
     together,
 )
-from .evaluation import EvaluatingTrainer
 from .models.base import ParallelModel
 from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
 from .parallel.segment import ShardedWeights
+from .redaction import redacted
+from .remote_trainer import RemoteTrainer
 from .same_on_all_ranks import check_shared
-from .signals import StopSignals
 from .trainer_methods import is_overridden
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 
-class CheckpointingTrainer(EvaluatingTrainer):
+class CheckpointingTrainer(RemoteTrainer):
     """A Trainer whose checkpoints are written by all ranks, committed at last, and resumed on any topology."""
 
     args: NanotronTrainingArguments
@@ -61,29 +62,9 @@ class CheckpointingTrainer(EvaluatingTrainer):
         self._background = BackgroundSave()
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it
         self._told_to_stop = False
-        self._store: RemoteStore | None = None
-        self._uploader: Uploader | None = None
+        self._run = Run()  # that this call of `train` is a part of
+        self._lock = RunLock()
         super().__init__(*args, **kwargs)
-        self._signals = StopSignals(self.args.save_on_signal)
-
-    def _open_remote(self) -> None:
-        """Reach `remote_checkpoints` before the training starts. All ranks together.
-
-        Raises:
-            ValueError: if the URL cannot be written, naming it and the reason.
-            ImportError: if the package for its protocol is missing, naming the extra.
-        """
-        args = self.args
-        if args.remote_checkpoints is None:
-            return
-        store = self._store = RemoteStore(args.remote_checkpoints)
-
-        def open_uploader() -> Uploader | None:
-            if self.mesh.rank != 0:
-                return None
-            return Uploader(store, cast(str, args.output_dir), args.remote_keep_local, args.save_total_limit)
-
-        self._uploader = together(self.mesh, f"reaching {args.remote_checkpoints}", open_uploader)
 
     # ---- saving ----
 
@@ -98,6 +79,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """As `Trainer.create_model_card`, with the batch and parallel sizes of this run; on rank 0."""
         if self.is_world_process_zero():
             path = Path(cast(str, self.args.output_dir), "README.md")
+            unlink_link(path)
             write_model_card(self, self.mesh, path, language=language, **fields)
 
     def _save_companions(self, directory: Path) -> None:
@@ -107,7 +89,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        args = copy.copy(self.args)
+        args = copy.copy(self.args)  # which is pickled without secrets
         args.logging_nan_inf_filter |= self._filters_losses  # what stands for it while a run is going on
         torch.save(args, directory / "training_args.bin")
 
@@ -123,7 +105,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         self._saved.add(directory)
         what = f"saving {directory}"
         together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
-        save = Save(directory, self.state.global_step, args.ddp_timeout)
+        save = Save(directory, self.state.global_step, args.ddp_timeout, run=self._run.to_dict())
         writes_weights = args.save_hub_weights == "always" or self._is_last_save()
         if writes_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
             self.save_model(str(directory), _internal_call=True)  # as Trainer does
@@ -171,7 +153,8 @@ class CheckpointingTrainer(EvaluatingTrainer):
             assert self.optimizer is not None
             self.weights.take_written(compare=self._link is not None and self._link.compares)
             save.pieces = state_pieces(self.weights.segments, self.optimizer, self.mesh) + buffer_pieces(self.model)
-            save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, self.extra_state())
+            extra = {**self.extra_state(), KEY: self._run.to_dict()}
+            save.values = state_values(self.mesh, self.optimizer, self.lr_scheduler, extra)
             self._save_rng_state(str(save.directory))
             (save.directory / DIRECTORY).mkdir(exist_ok=True)
         if self.mesh.rank == 0:
@@ -182,6 +165,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """The best checkpoint so far, if it is there. On every rank: all of them load it in the end."""
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         exists = bool(self.state.best_global_step) and self.mesh.rank == 0 and best.exists()
+        exists = exists and (best in self._saved or is_part(self._run, best))  # not what another run has left
         if all_reduce(torch.tensor(float(exists), device=self.mesh.device), self.mesh.world):
             self.state.best_model_checkpoint = str(best)
 
@@ -196,7 +180,7 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """Step, log history and the callbacks' states, as Trainer writes them; by rank 0."""
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
+                name, state = type(callback).__name__, redacted("", callback.state(), None)
                 states = cast(dict[str, Any], self.state.stateful_callbacks)
                 if isinstance(states.get(name), list):
                     states[name].append(state)
@@ -207,26 +191,26 @@ class CheckpointingTrainer(EvaluatingTrainer):
     def _on_committed(self, directory: Path) -> None:
         """What is done with a complete checkpoint."""
         if self.args.push_to_hub:
+            if self.is_world_process_zero():
+                unlink_links(Path(cast(str, self.args.output_dir)))
             self._push_from_checkpoint(str(directory))
 
     def _retain(self, directory: Path, keep: tuple[Path, ...]) -> None:
         """Upload a committed checkpoint, and delete older ones; on rank 0, in the thread that has written it."""
         limit = self.args.save_total_limit
         if self._uploader is None:
-            rotate(directory.parent, limit, (directory, *keep))
+            rotate(directory.parent, limit, (directory, *keep), self._run)
             return
         self._uploader.submit(directory, keep)
         with self._uploader.local_lock:
-            rotate(directory.parent, limit, (directory, *keep, *self._uploader.pending()))
+            rotate(directory.parent, limit, (directory, *keep, *self._uploader.pending()), self._run)
 
     def _finish_background_save(self, wait: bool = True) -> None:
         """Take note of a save that has ended.
 
         Raises:
-            RuntimeError: if it failed, or an upload has.
+            RuntimeError: if it failed.
         """
-        if self._uploader is not None:
-            self._uploader.raise_if_failed()
         directory = self._background.wait() if wait else self._background.poll()
         if directory is not None:
             self._on_committed(directory)
@@ -239,46 +223,61 @@ class CheckpointingTrainer(EvaluatingTrainer):
         Raises:
             ValueError: if the named checkpoint is not complete, or there is none at all.
         """
-        source: str | None = None
         together(self.mesh, "the save of the run before", self._finish_background_save)
         self._saved.clear()
         self._told_to_stop = False
-        if resume_from_checkpoint is True:
+        output_dir, saves = cast(str, self.args.output_dir), self.args.save_strategy != "no"
+        if saves:
+            lock_together(self.mesh, self._lock, output_dir)
+        try:
+            source = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._run = start_run(
+                self.mesh, output_dir, source, self.args.overwrite_output_dir, self._store, is_noted=saves
+            )
             if self._store is not None:
-                fetch_newest_together(self.mesh, self._store, cast(str, self.args.output_dir))
-            chosen = choose_together(self.mesh, cast(str, self.args.output_dir))
+                together(self.mesh, "listing the remote checkpoints", self._submit_existing)
+            with self._signals:
+                result = super().train(source, *args, **kwargs)
+                self._wait_for_uploads()
+            self.weights.wait()
+            return result
+        finally:
+            if not self._background.is_busy:  # otherwise until it has written, and the process or the next run ends
+                self._lock.release()
+
+    def _checkpoint_to_resume(self, named: str | bool | None) -> str | None:
+        """
+        Raises:
+            ValueError: as `train`.
+        """
+        output_dir = cast(str, self.args.output_dir)
+        if named is True:
+            if self._store is not None:
+                fetch_newest_together(self.mesh, self._store, output_dir)
+            chosen = choose_together(self.mesh, output_dir)
             if chosen is None:
-                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
-            source = str(chosen)
+                others = ", ".join(path.name for path in newest(output_dir)[:5])
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({output_dir})"
+                    + (
+                        f" of the run that was started last. Name one of others to resume it: {others}."
+                        if others
+                        else ""
+                    )
+                )
             self._saved.add(chosen)
-        elif resume_from_checkpoint:
-            source = os.fspath(resume_from_checkpoint)
-            check_together(self.mesh, source, deep=False)  # what is read of it is verified then
-            self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
-        if self._store is not None:
-            together(self.mesh, "listing the remote checkpoints", self._submit_existing)
-        with self._signals:
-            result = super().train(source, *args, **kwargs)
-            self._wait_for_uploads()
-        self.weights.wait()
-        return result
+            return str(chosen)
+        if not named:
+            return None
+        source = os.fspath(named)
+        check_together(self.mesh, source, deep=False)  # what is read of it is verified then
+        self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
+        return source
 
     def _submit_existing(self) -> None:
         if self._uploader is not None:
+            self._uploader.run = self._run
             self._uploader.submit_existing()
-
-    def _wait_for_uploads(self) -> None:
-        """Until all is uploaded. By small collectives, none of which lasts as long as an upload may.
-
-        Raises:
-            RuntimeError: on every rank, if one failed.
-        """
-        while self._store is not None:
-            busy = float(self._uploader is not None and self._uploader.is_busy)
-            if not all_reduce(torch.tensor(busy, device=self.mesh.device), self.mesh.world):
-                break
-            time.sleep(0.2)
-        together(self.mesh, "uploading", self._finish_background_save)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer would delete the last checkpoint here if another is the best; `rotate` has kept to the limit."""
@@ -318,6 +317,13 @@ class CheckpointingTrainer(EvaluatingTrainer):
         """Whether a checkpoint is in the output directory, or beside the one that was taken up."""
         folders = {Path(cast(str, self.args.output_dir)), *(path.parent for path in self._saved)}
         return checkpoint.resolve().parent in {folder.resolve() for folder in folders}
+
+    def _note_run(self) -> None:
+        """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
+        if self.args.save_strategy != "no" and self.mesh.rank == 0:
+            write_record(cast(str, self.args.output_dir), self._run, this_process())
+            if self._uploader is not None:
+                self._uploader.note_run()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights that are not in the training state, which follows with the optimizer: the frozen ones, or all."""

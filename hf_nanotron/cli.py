@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, convert.
+"""The `hf-nanotron` command: generate, train, convert, upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -19,6 +19,7 @@ from . import __version__
 from .checkpoint.nanotron_arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
 from .checkpoint.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
 from .cli_errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
+from .cli_upload import add_upload_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     _add_convert(commands)
+    add_upload_arguments(_add_command(commands, "upload", "send the checkpoints of a run to its store"))
     return parser
 
 

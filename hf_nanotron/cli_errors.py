@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .redaction import printable, secrets_of
+
 # Modules whose errors are written for the user: they say what to change, and a traceback would bury it.
 SPEAKING = ("hf_nanotron", "transformers.trainer", "transformers.training_args", "__main__")
 KINDS = (ValueError, RuntimeError, ArithmeticError, ImportError)
@@ -34,6 +36,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints come once a job."""
 
     def error(self, message: str) -> NoReturn:
+        message = printable(message, secrets_of(os.environ))
         if _speaks(message):
             super().error(message)
         sys.exit(STATUS)
@@ -51,7 +54,7 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         if is_for_the_user(error) and not isinstance(error, OSError):
             raise
-        raise SettingsError(f"{what}: {_first_line(error)}") from error
+        raise SettingsError(printable(f"{what}: {_first_line(error)}", secrets_of(os.environ))) from error
 
 
 def is_for_the_user(error: BaseException) -> bool:
@@ -65,7 +68,7 @@ def is_for_the_user(error: BaseException) -> bool:
 
 def report(program: str, error: BaseException) -> None:
     """Print `error` as one line, unless another rank of this job does."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = printable(" ".join(str(error).split()), secrets_of(os.environ)) or type(error).__name__
     speaks = _speaks(message)
     if speaks:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)

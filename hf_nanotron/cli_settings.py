@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from .cli_hints import refuse_nanotron, refuse_unknown
+from .redaction import MASK, is_secret, printable, shown
 from .training_args import NanotronTrainingArguments
 from .training_args_values import plain_value, wrong_type
 
@@ -89,13 +90,14 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         for parent in parents:
             section[parent] = section = section.get(parent) or {}
             if not isinstance(section, dict):
-                raise ValueError(f"--{key}: {parent!r} is {section!r} in {path}, which holds no keys.")
+                raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {path}, which holds no keys.")
         section[leaf] = value
     refuse_unknown("", settings, (*SECTIONS, "tokenizer"), SECTIONS)
     sections = {name: {} if settings.get(name) is None else settings[name] for name in SECTIONS}
     for name, known in SECTIONS.items():
         if not isinstance(sections[name], dict):
-            raise ValueError(f"{name}: {sections[name]!r} must be a mapping with keys such as {', '.join(known)[:80]}.")
+            text = shown(name, sections[name])
+            raise ValueError(f"{name}: {text} must be a mapping with keys such as {', '.join(known)[:80]}.")
         refuse_unknown(f"{name}.", sections[name], known, SECTIONS)
     _check_types(sections, settings.get("tokenizer"))
     return sections, settings.get("tokenizer")
@@ -136,7 +138,20 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 - derived from the safe loader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         hint = " Indent with spaces: YAML takes no tabs." if "'\\t'" in str(error) else ""
-        raise ValueError(f"{where} is not YAML: {error}.{hint}") from error
+        # The error quotes lines that it has not understood, and one may hold a token: it is not chained, either.
+        raise ValueError(f"{printable(where)} is not YAML: {_without_lines(error, text, where)}.{hint}") from None
+
+
+def _without_lines(error: Exception, text: str, where: str) -> str:
+    """What an error of YAML says, and where, without the lines that it quotes."""
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(mark, yaml.Mark):
+        return printable(str(error))
+    said = ", ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+    line = next(iter(text.splitlines()[mark.line :]), "")
+    if any(map(is_secret, [where, *re.findall(r"[\w.\-]+(?=['\"]?\s*:)", line)])):
+        said = re.sub("'.*'", repr(MASK), said)
+    return f"{printable(said)} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
@@ -145,10 +160,12 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
     while rest:
         option = rest.pop(0)
         if not option.startswith("--"):
-            raise ValueError(f"{option!r} follows no --key; write overrides as --key value.")
+            raise ValueError(f"{printable(repr(option))} follows no --key; write overrides as --key value.")
         key, equals, value = option[2:].partition("=")
         if not all(key.split(".")):
-            raise ValueError(f"{option!r} names no key; write overrides as --key value, or --section.key value.")
+            raise ValueError(
+                f"{printable(repr(option))} names no key; write overrides as --key value, or --section.key value."
+            )
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         yield key.replace("-", "_"), _parse(value, option)

@@ -20,6 +20,7 @@ from .models.logits import whole_outputs
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.loss import IGNORE_INDEX
 from .parallel.mesh import ParallelMesh
+from .redaction import redacted
 
 
 class AnnouncedLoader:
@@ -91,6 +92,8 @@ class EvaluatingTrainer(LossTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         correct_speed(logs, self._rounds)
+        for name in [name for name, value in logs.items() if isinstance(value, str)]:
+            logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
         super().log(logs, *args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:

@@ -5,14 +5,16 @@ Losses and gradients are watched without waiting for the device, weights before 
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from .checkpoint.finite_weights import NonFiniteWeightsError, first_nonfinite_weight
+from .checkpoint.finite_weights import NonFiniteWeightsError, first_nonfinite
 from .checkpoint.manager import newest
+from .checkpoint.training_state import together
 from .models.base import ParallelModel
 from .optim.finite import FiniteCheck
 from .optim.link import OptimizerLink
@@ -118,11 +120,11 @@ class FiniteTrainer(Trainer):
                 f" {self._skipped} steps in a row had such a gradient, more than max_skipped_steps="
                 f"{self.args.max_skipped_steps}: leaving steps out does not help."
             )
-        bad = first_nonfinite_weight(self.model, self.weights)
+        bad = first_nonfinite(self.model, self.weights)
         state = f"The weights are those of step {check.step - self._skipped}"
         if bad is not None:
             raise NonFiniteGradientError(
-                f"{what} {state}, and not finite themselves: the first such weight is {bad[0]!r}, on rank {bad[1]}. "
+                f"{what} {state}, and not finite themselves: the first is {bad[0]}, on rank {bad[1]}. "
                 f"{self._where_to_resume()} and lower the learning rate."
             )
         raise NonFiniteGradientError(
@@ -155,29 +157,58 @@ class FiniteTrainer(Trainer):
     # ---- weights ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_nonfinite_weights(f"checkpoint-{self.state.global_step}")
+        self._refuse_nonfinite(f"checkpoint-{self.state.global_step}", with_state=not self.args.save_only_model)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._refuse_nonfinite_weights(f"the model in {output_dir or self.args.output_dir}")
+        self._refuse_nonfinite(f"the model in {output_dir or self.args.output_dir}", with_state=False)
         super()._save(output_dir, state_dict)
 
-    def _refuse_nonfinite_weights(self, what: str) -> None:
+    def _refuse_nonfinite(self, what: str, with_state: bool) -> None:
         """
+        Args:
+            with_state: whether the optimizer's state is to be saved, too. One that is not finite ends the next step.
+
         Raises:
             NonFiniteWeightsError: on every rank, if a weight is not finite on any. Nothing is written.
         """
-        bad = first_nonfinite_weight(self.model, self.weights)
+        if self.model.sharded is self.weights:  # what callbacks have written into the weights is what is saved
+            together(self.mesh, f"saving {what}", lambda: self.weights.take_written(compare=True))
+        bad = first_nonfinite(self.model, self.weights, self.optimizer if with_state else None)
         if bad is not None:
             raise NonFiniteWeightsError(
-                f"{what} is not saved: the weight {bad[0]!r} is not finite, on rank {bad[1]}, after step "
+                f"{what} is not saved: {bad[0]} is not finite, on rank {bad[1]}, after step "
                 f"{self.state.global_step}. {self._where_to_resume()} and lower the learning rate; "
                 "model.save_pretrained(directory) writes the weights as they are."
             )
 
-    def _where_to_resume(self) -> str:
-        """What to do about weights that are lost, up to an "and"."""
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """
+        Raises:
+            NonFiniteWeightsError: if the checkpoint, which another program or an earlier version may have written,
+                holds weights that are not finite.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (bad := first_nonfinite(self.model, self.weights, self.optimizer)) is not None:
+            raise NonFiniteWeightsError(
+                f"{checkpoint} cannot be resumed: {bad[0]} is not finite there, on rank {bad[1]}. "
+                f"{self._where_to_resume(besides=checkpoint)}."
+            )
+
+    def _where_to_resume(self, besides: str | None = None) -> str:
+        """What to do about weights that are lost, up to an "and". All ranks together.
+
+        Args:
+            besides: a checkpoint that is no use, nor are later ones.
+        """
+        try:
+            finish = cast(Any, self)._finish_background_save
+            together(self.mesh, "the save before", finish)  # it is the one to resume from
+        except Exception as error:
+            logger.warning(f"{type(error).__name__}: {error}")
         kept = newest(self.args.output_dir) if self.args.output_dir else []
+        if besides is not None and Path(besides).resolve() in (paths := [path.resolve() for path in kept]):
+            kept = kept[paths.index(Path(besides).resolve()) + 1 :]
         return f"Resume from {kept[0]}" if kept else "There is no checkpoint before it: start anew"
 
 

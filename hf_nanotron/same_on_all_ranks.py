@@ -21,6 +21,7 @@ from transformers.trainer_utils import has_length
 from .data.same_data import WHY_LENGTHS
 from .parallel.collectives import all_gather, all_reduce
 from .parallel.mesh import ParallelMesh
+from .redaction import printable
 
 # They say how a rank reports, reads or is reached; runs in which they differ train the same.
 MAY_DIFFER = frozenset(
@@ -59,7 +60,7 @@ def compare_ranks(mesh: ParallelMesh, values: Mapping[str, Any]) -> None:
                 f"{', '.join(map(str, who[:8]))}{', ...' if len(who) > 8 else ''}"
                 for text, who in ranks.items()
             )
-            problems.append(f"{name} differs between ranks: {said}.")
+            problems.append(printable(f"{name} differs between ranks: {said}."))
     why = WHY_LENGTHS if any(problem.startswith("the length of") for problem in problems) else EVERY_RANK
     raise ValueError("\n".join([*problems, why]))
 

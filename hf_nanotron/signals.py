@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -26,6 +28,7 @@ class StopSignals:
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.received: str | None = None
+        self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._timer: threading.Timer | None = None
 
@@ -43,8 +46,14 @@ class StopSignals:
             self._timer.cancel()
             self._timer = None
 
+    @property
+    def seconds_left(self) -> float:
+        """Of the grace; infinite if no signal has come."""
+        return math.inf if self.received is None else self._received_at + self.grace - time.monotonic()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
+            self._received_at = time.monotonic()
             self.received = signal.Signals(number).name
             self._timer = threading.Timer(self.grace, self._end, (number,))
             self._timer.daemon = True

@@ -325,6 +325,7 @@ class NanotronTrainer(
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         self._report_memory()
+        together(self.mesh, "noting which run is at hand", self._note_run)
         return self.model, train_dataloader
 
     # ---- one step ----

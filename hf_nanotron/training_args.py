@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from transformers import TrainingArguments
 
 from hf_nanotron.launch import check_launch
 from hf_nanotron.ops.fp8 import RECIPES
@@ -19,6 +18,7 @@ from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.roll_call import attend
 from hf_nanotron.training_args_policy import REFUSED, as_mapping, check_policy
 from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
+from hf_nanotron.training_args_secrets import SecretlessArguments
 from hf_nanotron.training_args_values import check_values, set_plain_values
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUCKET_MB = 25  # of torch's DistributedDataParallel, which `ddp_bucket_cap_mb` is documented against
 
 
-# repr=False keeps the base class's, which masks tokens.
 @dataclass(repr=False)
-class NanotronTrainingArguments(TrainingArguments):
+class NanotronTrainingArguments(SecretlessArguments):
     """`transformers.TrainingArguments` plus the sizes of a parallel run; see `ParallelConfig` for their meaning.
 
     Every inherited field either does what transformers documents or raises here, at construction, before any process
@@ -93,6 +92,15 @@ class NanotronTrainingArguments(TrainingArguments):
             "signals alone."
         },
     )
+    overwrite_output_dir: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a fresh run may save where another run has checkpoints (output_dir, remote_checkpoints), "
+            "which it overwrites where it saves the same steps. False refuses it; unset, there is a warning.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     remote_checkpoints: str | None = field(
         default=None,
         metadata={
@@ -102,6 +110,41 @@ class NanotronTrainingArguments(TrainingArguments):
     )
     remote_keep_local: int = field(
         default=1, metadata={"help": "Uploaded checkpoints that stay in output_dir, with remote_checkpoints."}
+    )
+    remote_pending_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoints that may wait in output_dir for their upload while the store fails or is slow. Beyond "
+            "it the oldest are deleted, never the newest or the best. Unset, as many as remote_min_free_gb allows."
+        },
+    )
+    remote_min_free_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that stay free on output_dir's disk while checkpoints wait for their upload: below it the "
+            "oldest waiting ones are deleted, never the newest or the best. Unset, room for one more checkpoint."
+        },
+    )
+    remote_retry_seconds: float = field(
+        default=2.0,
+        metadata={"help": "Seconds before what failed at remote_checkpoints is tried again; doubled each time."},
+    )
+    remote_retry_max_seconds: float = field(
+        default=60.0, metadata={"help": "Longest pause between two attempts at remote_checkpoints, in seconds."}
+    )
+    remote_start_timeout: float = field(
+        default=300.0,
+        metadata={
+            "help": "Seconds for which the start of a run tries to reach remote_checkpoints, and to download from "
+            "there, if it fails. Wrong credentials or a missing bucket are refused at once."
+        },
+    )
+    remote_wait_timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds for which the end of train waits for uploads. What is missing then is named, and stays in "
+            "output_dir."
+        },
     )
     moe_capacity_factor: float | None = field(
         default=None,
@@ -245,6 +288,11 @@ class NanotronTrainingArguments(TrainingArguments):
             )
         if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
             raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
+        if self.remote_retry_max_seconds < self.remote_retry_seconds:
+            raise ValueError(
+                f"remote_retry_max_seconds={self.remote_retry_max_seconds:g} is below remote_retry_seconds="
+                f"{self.remote_retry_seconds:g}; it is the longest pause between attempts, and that the first one."
+            )
         if self.optim_state_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"optim_state_dtype={self.optim_state_dtype!r} is not one of 'float32', 'bfloat16'.")
         if self.optim_state_dtype == "bfloat16" and not str(getattr(self.optim, "value", self.optim)).startswith(

@@ -18,6 +18,8 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 
+from hf_nanotron.redaction import printable, shown
+
 # ---- Rules -----------------------------------------------------------------------------------------------------
 
 
@@ -43,7 +45,7 @@ class Refused:
         if self.allowed(value, args) if callable(self.allowed) else value in self.allowed:
             return
         reason = self.reasons.get(value, self.reason) if isinstance(value, str) else self.reason
-        yield f"{name}={_show(value)} is refused: {reason}. Use {self.instead}."
+        yield f"{name}={shown(name, _plain(value))} is refused: {reason}. Use {self.instead}."
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ class RefusedKeys:
         try:
             items = as_mapping(value).items()
         except (OSError, ValueError, TypeError) as error:
-            yield f"{name}={_show(value)} is neither a mapping, nor JSON text, nor a JSON file: {error}."
+            text = shown(name, _plain(value))
+            yield f"{name}={text} is neither a mapping, nor JSON text, nor a JSON file: {printable(str(error))}."
             return
         for key, item in items:
             rule = self.keys.get(key)
             if rule is None:
-                yield f"{name}: {key}={_show(item)} is refused: the keys are {', '.join(self.keys)}."
+                yield f"{name}: {key}={shown(key, _plain(item))} is refused: the keys are {', '.join(self.keys)}."
             elif isinstance(rule, Refused):
                 yield from rule.problems(f"{name}: {key}", item, args)
 
@@ -91,11 +94,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _show(value: Any) -> str:
-    text = repr(_plain(value))
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 # ---- Optimizers ------------------------------------------------------------------------------------------------
@@ -389,8 +387,8 @@ def check_policy(args: TrainingArguments) -> None:
             problems.extend(rule.problems(entry.name, value, args))
         elif entry.name not in HONOURED and value != _default(entry):
             problems.append(
-                f"{entry.name}={_show(value)} is refused: this transformers has a field that this version of "
-                f"hf_nanotron does not know. Use its default, {_default(entry)!r}, or a newer hf_nanotron."
+                f"{entry.name}={shown(entry.name, _plain(value))} is refused: this transformers has a field that this "
+                f"version of hf_nanotron does not know. Use its default, {_default(entry)!r}, or a newer hf_nanotron."
             )
     for name, instead in ENVIRONMENT.items():
         setting = os.environ.get(name, "")

@@ -20,6 +20,8 @@ import numpy as np
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from hf_nanotron.redaction import redacted, shown
+
 Conditions = Callable[[Any], bool]
 
 PLURALS = {int: "integers", str: "texts"}
@@ -67,10 +69,13 @@ LIMITS: dict[str, Limit] = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps",
             "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_timeout", "max_skipped_steps",
+            "remote_keep_local", "remote_pending_limit",
         ),
         SIZE,
     ),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "warmup_steps", "remote_keep_local"), COUNT),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "warmup_steps", "remote_min_free_gb"), COUNT),
+    **dict.fromkeys(("remote_start_timeout", "remote_wait_timeout"), COUNT),
+    **dict.fromkeys(("remote_retry_seconds", "remote_retry_max_seconds"), Limit(0, excluded=True)),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), RATE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
@@ -119,8 +124,8 @@ def wrong_type(name: str, value: Any, annotation: Any) -> str | None:
         return None
     hint = ""
     if str in kinds and isinstance(value, int | float) and not isinstance(value, bool):
-        hint = f" (in YAML: '{value}', in quotes)"
-    return f"{name}={_show(name, value)} must be {_describe(kinds)}{hint}."
+        hint = f" (in YAML: '{redacted(name, value)}', in quotes)"
+    return f"{name}={shown(name, value)} must be {_describe(kinds)}{hint}."
 
 
 def plain_value(value: Any, kinds: list[Any]) -> Any:
@@ -157,9 +162,10 @@ def _out_of_range(args: TrainingArguments, name: str, annotation: Any) -> str | 
     if (choices := _choices(args, name, _kinds(annotation))) is not None:
         unknown = [each for each in (value if isinstance(value, list | tuple) else [value]) if each not in choices]
         if unknown:
-            return f"{name}={_show(name, value)}: {unknown[0]!r} is not one of {', '.join(map(repr, choices))}."
+            listed = ", ".join(map(repr, choices))
+            return f"{name}={shown(name, value)}: {shown(name, unknown[0])} is not one of {listed}."
     elif name in LIMITS and not LIMITS[name].unless(args) and not LIMITS[name].takes(value):
-        return f"{name}={_show(name, value)} must be {LIMITS[name].says()}."
+        return f"{name}={shown(name, value)} must be {LIMITS[name].says()}."
     elif name == "max_steps" and value != -1 and value < 1:
         return f"max_steps={value!r} must be at least 1, or -1 to train for num_train_epochs={args.num_train_epochs!r}."
     return None
@@ -233,8 +239,3 @@ def _describe(kinds: list[Any]) -> str:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
-
-
-def _show(name: str, value: Any) -> str:
-    text = "..." if name.endswith("token") and isinstance(value, str) else repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."

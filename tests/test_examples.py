@@ -1,12 +1,17 @@
-"""The examples: two scripts that must stay the same but for imports and sizes, and the data preparation."""
+"""The examples: two scripts that must stay the same but for imports and sizes, data preparation, a run in a bucket."""
 
 import difflib
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from faulty_s3 import FaultyS3
+from pool import WorkerPool
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PAIR = EXAMPLES / "from_stock_trainer"
@@ -44,14 +49,19 @@ def test_readme_shows_the_diff() -> None:
     assert (removed, added) == changed_lines()
 
 
-@pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    """The data preparation script, as a module."""
-    spec = importlib.util.spec_from_file_location("prepare", EXAMPLES / "stdlib_llama" / "prepare.py")
+def load(name: str, path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def prepare() -> ModuleType:
+    """The data preparation script, as a module."""
+    return load("prepare", EXAMPLES / "stdlib_llama" / "prepare.py")
 
 
 def test_prepare(prepare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +98,41 @@ def test_prepare_says_when_the_corpus_is_too_small(prepare: ModuleType, tmp_path
     with pytest.raises(SystemExit, match="--vocab-size"):
         prepare.main(["--output-dir", str(tmp_path), "--max-chars", "20000", "--vocab-size", "8192"])
     assert not (tmp_path / "prepared.json").exists()
+
+
+# ---- remote_checkpoints ----
+
+
+def train_in_a_bucket(endpoint: str, *arguments: str) -> list[dict[str, float]]:
+    names = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**names, "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1"}.items():
+            patch.setenv(name, value)
+        module = load("remote_train", EXAMPLES / "remote_checkpoints" / "train.py")
+        trainer = module.main(["--url", "s3://example/run", "--save-steps", "2", *arguments])
+        trainer.mesh.close()
+        return trainer.state.log_history
+
+
+def test_a_run_in_a_bucket_goes_on_from_an_empty_disk(pool: WorkerPool, tmp_path: Path) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    server = FaultyS3()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1")
+        fs = s3fs.S3FileSystem(key="a", secret="b", endpoint_url=server.endpoint, skip_instance_cache=True)
+        fs.mkdir("example")
+        for steps, resume in (("2", ()), ("4", ("--resume",))):
+            where = ("--output-dir", str(tmp_path / f"disk-{steps}"), "--max-steps", steps)
+            log = pool.run(2, train_in_a_bucket, server.endpoint, *where, *resume)[0]
+        assert log[-1]["step"] == 4 and [p.name for p in (tmp_path / "disk-4").glob("checkpoint-*")] == ["checkpoint-4"]
+        for step in (2, 4):
+            assert fs.exists(f"example/run/checkpoint-{step}/committed.json")
+    server.stop()
+
+
+def test_the_scripts_of_the_examples_are_shell() -> None:
+    assert shutil.which("bash")
+    for script in EXAMPLES.glob("*/run.sh"):
+        assert os.access(script, os.X_OK)
+        subprocess.run(["bash", "-n", str(script)], check=True)

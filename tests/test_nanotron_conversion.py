@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from hf_nanotron.checkpoint import nanotron_convert
+from hf_nanotron.checkpoint.hub_weights import HubWeights
 from hf_nanotron.checkpoint.nanotron_convert import hub_to_nanotron, nanotron_to_hub
 from hf_nanotron.checkpoint.nanotron_format import format_slices, parse_shape, parse_slices
 from hf_nanotron.checkpoint.nanotron_mapping import Architecture, check_tp, parameters, place_blocks, unstack
@@ -134,6 +136,28 @@ def test_large_models_are_written_in_several_files(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in contents.values() for t in tensors.values())
     assert_same_tensors(hub_tensors(tmp_path), hub_tensors(DATA / "expected" / "llama"))
     assert torch.equal(logits(tmp_path), logits(DATA / "expected" / "llama"))
+
+
+def test_a_hub_tensor_is_in_one_file(tmp_path: Path) -> None:
+    """Else which one counts would depend on who reads."""
+    nanotron_to_hub(DATA / "tp2_pp2", tmp_path / "hub", max_shard_size="16KB")
+    first, second, *_ = sorted((tmp_path / "hub").glob("*.safetensors"))
+    kept, other = load_file(first), load_file(second)
+    name, index = next(iter(other)), tmp_path / "hub" / "model.safetensors.index.json"
+    text = index.read_text()
+    moved = json.loads(text)
+    moved["weight_map"][name] = first.name
+    for tensors, listed, says in (
+        ({**kept, name: other[name]}, text, f"{first.name} holds {name!r}, which .* have in {second.name}"),
+        (kept, json.dumps(moved), f"{second.name} holds {name!r}, which .* have in {first.name}"),
+        (kept, text.replace(f'"{name}":', f'"{name}": "{first.name}", "{name}":'), "twice"),
+    ):
+        save_file(tensors, first, metadata={"format": "pt"})
+        index.write_text(listed)
+        for read in (lambda: HubWeights(tmp_path / "hub"), lambda: hub_to_nanotron(tmp_path / "hub", tmp_path / "out")):
+            with pytest.raises(ValueError, match=says):
+                read()
+    assert not (tmp_path / "out").exists()
 
 
 def test_conversion_holds_one_file_and_one_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,9 +296,16 @@ def test_tied_masters_come_from_the_first_stage(tmp_path: Path) -> None:
     }
     embedding = "model.token_position_embeddings.pp_block.token_embedding.weight"
     (step / "optimizer").mkdir()
-    for rank, stage in enumerate((masters, {embedding: masters[embedding] + 1})):
-        path = step / "optimizer" / f"optimizer_pp-{rank}-of-2_tp-0-of-1_exp-0-of-1.pt"
-        torch.save({"gradient_accumulator": stage}, path)
+    with_head = {name for name in masters if "final" in name}
+    first = {name: tensor for name, tensor in masters.items() if name not in with_head}
+    last = {name: masters[name] for name in (*with_head, embedding)}
+    files = [step / "optimizer" / f"optimizer_pp-{rank}-of-2_tp-0-of-1_exp-0-of-1.pt" for rank in range(2)]
+    torch.save({"gradient_accumulator": first}, files[0])
+    torch.save({"gradient_accumulator": {**last, embedding: masters[embedding] + 1}}, files[1])
+    refuse_to_hub(
+        tmp_path / "nanotron", ValueError, f"{files[1].name}.*do not round to the weights", master_weights=True
+    )
+    torch.save({"gradient_accumulator": last}, files[1])
     nanotron_to_hub(tmp_path / "nanotron", tmp_path / "out", master_weights=True)
     assert_same_tensors(hub_tensors(tmp_path / "out"), hub_tensors(tmp_path / "hub"))
 
@@ -361,18 +392,14 @@ def test_damaged_checkpoints_are_refused_by_name(sample: Path) -> None:
     refuse_to_hub(sample, ValueError, "qkv_proj mixes shards of several topologies")
     stale.unlink()
 
-    # Rank 0's file under rank 1's name: complete, but the slices do not cover the parameter twice over.
-    shutil.copy(shard.with_name(shard.name.replace("tp-rank-1", "tp-rank-0")), shard)
+    shard.write_bytes(whole)
     with safe_open(shard, "pt") as handle:
         metadata = handle.metadata()
     data = load_file(shard)
-    one_pair = metadata["local_global_slices_pairs"].split(";")[0]
-    save_file(data, shard, metadata={**metadata, "local_global_slices_pairs": one_pair})
-    refuse_to_hub(sample, ValueError, "qkv_proj: the slices of its 2 shards hold 1536 numbers")
     save_file(data, shard, metadata={**metadata, "unsharded_shape": "(64, 16)"})
     refuse_to_hub(sample, ValueError, rf"{shard.name}.*\(64, 16\).*model_config.json means \(64, 32\)")
     save_file(data, shard, metadata={**metadata, "local_global_slices_pairs": "0,16,None#0,16,None"})
-    refuse_to_hub(sample, ValueError, f"{shard.name}: slices .* do not fit")
+    refuse_to_hub(sample, ValueError, f"{shard.name}: its slices do not fit")
     save_file(data, shard, metadata={"version": "1.1"})
     refuse_to_hub(sample, ValueError, f"{shard.name}.*does not say which slices")
     save_file(data, shard, metadata={**metadata, "version": "1.6"})
@@ -386,6 +413,186 @@ def test_damaged_checkpoints_are_refused_by_name(sample: Path) -> None:
     refuse_to_hub(sample, ValueError, "has no parameter model.final_layer_norm.pp_block.bias")
     norm.with_name("model_bias.safetensors").unlink()
     refuse_to_hub(sample, FileNotFoundError, "final_layer_norm/pp_block/model_weight.safetensors is missing")
+
+
+# ---- whose shard a file holds ----
+
+SHARDED = {  # parameter -> its folder, and the dimension that is cut
+    "qkv": ("decoder/1/pp_block/attn/qkv_proj", 0),
+    "o": ("decoder/3/pp_block/attn/o_proj", 1),
+    "gate_up": ("decoder/0/pp_block/mlp/gate_up_proj", 0),
+    "down": ("decoder/2/pp_block/mlp/down_proj", 1),
+    "embedding": ("token_position_embeddings/pp_block/token_embedding", 0),
+    "head": ("lm_head/pp_block", 0),
+}
+COPY = r"{rank1}: its header says .* rank 0, and its name that of rank 1: it is a copy of another rank's file"
+HOLDS = r"{rank1}: its header says that it holds .* where rank 1 of 2 holds rows 16:32 \(at 0\), 40:48 \(at 16\), 56:64"
+FULL = "None,None,None"
+
+# The header of rank 1's shard of qkv: q, k and v are rows 0:32, 32:48 and 48:64, of which it has the second halves.
+OTHER_SLICES: dict[str, tuple[list[tuple[str, str]], str | None]] = {
+    "other order": ([("24,32", "56,64"), ("0,16", "16,32"), ("16,24", "40,48")], None),
+    "in two": ([("0,8", "16,24"), ("8,16", "24,32"), ("16,24", "40,48"), ("24,32", "56,64")], None),
+    "from the end": ([("0,16", "-48,-32"), ("16,24", "-24,-16"), ("-8,None", "-8,None")], None),
+    "a gap": ([("0,16", "16,32"), ("16,24", "40,48")], HOLDS),
+    "one alone": ([("0,16", "16,32")], HOLDS),
+    "twice": ([("0,16", "16,32"), ("0,16", "16,32")], HOLDS),
+    "overlapping, as many": ([("0,16", "16,32"), ("16,24", "40,48"), ("24,32", "40,48")], HOLDS),
+    "overlapping in the file": ([("0,16", "16,32"), ("8,16", "40,48"), ("24,32", "56,64")], HOLDS),
+    "of rank 0, in part": ([("0,16", "0,16"), ("16,24", "40,48"), ("24,32", "56,64")], HOLDS),
+    "k and v exchanged": ([("0,16", "16,32"), ("16,24", "56,64"), ("24,32", "40,48")], HOLDS),
+    "contiguous": ([("0,32", "32,64")], HOLDS),
+    "beyond the end": ([("0,16", "16,32"), ("16,24", "40,48"), ("24,32", "58,66")], "do not fit"),
+    "one empty": ([("0,16", "16,32"), ("16,24", "40,48"), ("24,32", "56,64"), ("3,3", "3,3")], "is empty"),
+    "backwards": ([("15,None,-1", "31,15,-1"), ("16,24", "40,48"), ("24,32", "56,64")], "steps other than 1"),
+    "every second": ([("0,32,2", "16,48,2"), ("1,32,2", "17,49,2")], "steps other than 1"),
+    "step 0": ([("0,16,0", "16,32,0")], "step"),
+    "other lengths": ([("0,16", "16,30")], "do not fit"),
+    "nothing": ([], "does not say which slices"),
+}
+
+
+def header(path: Path, pairs: list[tuple[str, str]], cut: int = 0) -> None:
+    """Write these slices of the cut dimension into a shard's header."""
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+
+    def side(text: str) -> str:
+        full = text if text.count(",") == 2 else f"{text},None"
+        return "|".join(full if dim == cut else FULL for dim in range(2))
+
+    text = ";".join(f"{side(local)}#{side(whole)}" for local, whole in pairs)
+    save_file(load_file(path), path, metadata={**metadata, "local_global_slices_pairs": text})
+
+
+def of_rank(sample: Path, parameter: str, rank: int) -> Path:
+    (path,) = (sample / "2/model/model" / SHARDED[parameter][0]).glob(f"*_tp-rank-{rank}-of-2.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("parameter", SHARDED)
+def test_a_shard_is_that_of_the_rank_in_its_name(sample: Path, parameter: str) -> None:
+    first, second = (of_rank(sample, parameter, rank) for rank in range(2))
+    kept = second.read_bytes()
+    shutil.copy(first, second)
+    refuse_to_hub(sample, ValueError, COPY.format(rank1=second.name))
+    first.write_bytes(kept)  # both exchanged: each number once, and every one in another's place
+    refuse_to_hub(sample, ValueError, f"{first.name}: .* rank 1, and its name that of rank 0")
+
+
+def test_slices_tile_a_parameter(sample: Path, tmp_path: Path) -> None:
+    shard, expected = of_rank(sample, "qkv", 1), hub_tensors(DATA / "expected/llama")
+    for name, (pairs, says) in OTHER_SLICES.items():
+        header(shard, pairs)
+        if says is not None:
+            refuse_to_hub(sample, ValueError, says.format(rank1=shard.name))
+        else:
+            nanotron_to_hub(sample, tmp_path / name)
+            assert_same_tensors(hub_tensors(tmp_path / name), expected)
+    rows = [("0,16", "16,32"), ("16,24", "40,48"), ("24,32", "56,64")]
+    header(shard, rows, cut=1)  # the other dimension
+    refuse_to_hub(sample, ValueError, "do not fit|a part of dimension")
+    for text in (
+        "0,16,None#16,32,None",
+        "|".join(["0,16,None"] * 3) + "#" + "|".join(["16,32,None"] * 3),
+        "a#b",
+        "0#1#2",
+    ):
+        with safe_open(shard, "pt") as handle:
+            metadata = {**handle.metadata(), "local_global_slices_pairs": text}
+        save_file(load_file(shard), shard, metadata=metadata)
+        refuse_to_hub(sample, ValueError, f"{shard.name}: .*(do not fit|does not say which slices)")
+
+
+def test_files_are_of_one_run(sample: Path) -> None:
+    """Every file of a parameter is taken or refused, and all are of one topology."""
+    folder, norm = of_rank(sample, "qkv", 0).parent, sample / "2/model/model/decoder/1/pp_block/input_layernorm"
+    shard = of_rank(sample, "qkv", 0)
+    extra = {
+        norm / "model_weight_pp-rank-0-of-2_tp-rank-0-of-2.safetensors": "input_layernorm.weight is replicated",
+        folder / "model_weight.safetensors": "mixes shards",
+        folder / "model_weight_pp-rank-0-of-2_tp-rank-0-of-2 (copy).safetensors": "mixes shards",
+        folder / "model_weight_pp-rank-1-of-2_tp-rank-0-of-2.safetensors": "mixes shards",
+        folder / "model_weight_pp-rank-0-of-2_tp-rank-5-of-2.safetensors": "ranks that a job has not",
+        folder / "model_weight_pp-rank-00-of-2_tp-rank-0-of-2.safetensors": "mixes shards",
+    }
+    for path, says in extra.items():
+        shutil.copy(norm / "model_weight.safetensors" if path.parent == norm else shard, path)
+        refuse_to_hub(sample, ValueError, says)
+        path.unlink()
+
+    rewrite_json(sample / "2/checkpoint_metadata.json", tp=4)
+    refuse_to_hub(sample, ValueError, r"of tp=2, but .*checkpoint_metadata.json says 4: two runs are mixed")
+    rewrite_json(sample / "2/checkpoint_metadata.json", tp=2)
+
+    def renamed(old: str, new: str, paths: list[Path], says: str) -> None:
+        moved = [path.rename(path.with_name(path.name.replace(old, new))) for path in paths]
+        refuse_to_hub(sample, ValueError, says)
+        for path in moved:
+            path.rename(path.with_name(path.name.replace(new, old)))
+
+    layer = sorted((sample / "2/model/model/decoder/0").rglob("*_pp-rank-*"))
+    shards = sorted(folder.glob("*"))
+    renamed("pp-rank-0", "pp-rank-1", shards, r"decoder.1 is held by the stages")
+    renamed(
+        "pp-rank-0", "pp-rank-1", layer, r"model.decoder.1 is held by stage 0, and model.decoder.0 before it by stage 1"
+    )
+    renamed("pp-rank-0", "pp-rank-7", shards, "ranks that a job has not")
+    renamed("of-2_tp", "of-3_tp", shards, "are of different topologies: two runs are mixed")
+    shutil.rmtree(folder)
+    shutil.copytree(DATA / "tp1_pp1/2" / folder.relative_to(sample / "2"), folder)
+    refuse_to_hub(sample, ValueError, "are of different topologies: two runs are mixed")
+
+
+def test_masters_are_those_of_the_weights(sample: Path, tmp_path: Path) -> None:
+    folder = sample / "2/optimizer"
+    file = {
+        (pp, tp): folder / f"optimizer_pp-{pp}-of-2_tp-{tp}-of-2_exp-0-of-1.pt" for pp in range(2) for tp in range(2)
+    }
+    kept = {path: path.read_bytes() for path in file.values()}
+
+    def refused(says: str) -> None:
+        refuse_to_hub(sample, ValueError, says, master_weights=True)
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+    for pp in range(2):
+        shutil.copy(file[pp, 0], file[pp, 1])
+        refused(rf"{file[pp, 1].name}: the masters of .* do not round .* they are those of tensor-parallel rank 0")
+        file[pp, 0].write_bytes(kept[file[pp, 1]])
+        refused(rf"{file[pp, 0].name}: the masters of .* they are those of tensor-parallel rank 1")
+    shutil.copy(file[0, 0], file[1, 0])
+    refused("nothing for model.decoder.3.* at tensor-parallel rank 0")
+
+    def changed(path: Path, name: str, change: Callable) -> None:
+        state = torch.load(path, weights_only=True)
+        masters = state["gradient_accumulator"]
+        masters[name] = change(masters.get(name))
+        torch.save(state, path)
+
+    norm, head = "model.decoder.1.pp_block.input_layernorm.weight", "model.lm_head.pp_block.weight"
+    changed(file[0, 1], norm, lambda tensor: tensor * 2)  # of which the other rank's file has the right ones
+    refused(f"{file[0, 1].name}: the masters of {norm} do not round .* of another rank, step or run")
+    changed(file[1, 0], head, lambda tensor: tensor + 0.1)
+    refused(f"{file[1, 0].name}: the masters of {head} do not round")
+    changed(file[0, 0], head, lambda _: torch.load(file[1, 0], weights_only=True)["gradient_accumulator"][head])
+    refused(f"{file[0, 0].name}: holds masters of {head}, whose stage is 1")
+    changed(file[0, 0], "model.decoder.9.weight", lambda _: torch.zeros(2))
+    refused("holds masters of model.decoder.9.weight, which the model does not have")
+    changed(file[0, 0], norm, lambda _: 5)
+    refused("does not map names of parameters to tensors")
+    for name in (
+        "optimizer_pp-0-of-2_tp-0-of-2.pt",
+        "optimizer_pp-2-of-2_tp-0-of-2_exp-0-of-1.pt",
+        "optimizer_copy.pt",
+    ):
+        shutil.copy(file[0, 0], folder / name)
+        refused("the optimizer file of no rank, or of one that has another file")
+        (folder / name).unlink()
+    for path in file.values():
+        path.unlink()
+    (folder / "optimizer_pp-0-of-1_tp-0-of-1_exp-0-of-1.pt").write_bytes(kept[file[0, 0]])
+    refuse_to_hub(sample, ValueError, "the optimizer is of another run", master_weights=True)
 
 
 def test_damaged_masters_are_refused_by_name(sample: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.checkpoint.save import Save
 from hf_nanotron.nonfinite import FiniteLosses
 
 # Every layout divides the weights in another way.
@@ -179,6 +183,112 @@ def test_other_ways_to_lose_weights(pool: WorkerPool, tmp_path: Path) -> None:
         assert "There is no checkpoint before it" in got[name]
         assert not (tmp_path / name / "checkpoint-1").exists()
         assert name == "rate" or "'model.embed_tokens.weight'" in got[name]
+
+
+class Acts(TrainerCallback):
+    """Does something after a step, right before what is saved then."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.act(self.trainer)
+
+
+def write_nan(trainer: NanotronTrainer) -> None:
+    """As a script does, and not into the masters."""
+    trainer.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 2] = float("nan")
+
+
+def write_moment(trainer: NanotronTrainer) -> None:
+    (segment,) = [each for each in trainer.weights.segments if each.name == "model.layers.1.mlp.up_proj.weight"]
+    trainer.optimizer.state[segment.master]["exp_avg_sq"][7] = float("inf")
+
+
+def tell_to_stop(_: NanotronTrainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SlowSave:
+    """Holds a background save until the next save looks for it."""
+
+    def __init__(self, trainer: NanotronTrainer) -> None:
+        self.begin, self.go_on = trainer._finish_background_save, threading.Event()
+        write = Save._write
+        trainer._finish_background_save = self.finish  # type: ignore[method-assign]
+        Save._write = lambda save, rank: (self.go_on.wait(60), write(save, rank))  # type: ignore[method-assign]
+        self.restore = lambda: setattr(Save, "_write", write)
+
+    def finish(self, wait: bool = True) -> None:
+        if wait:
+            self.go_on.set()
+        self.begin(wait)
+
+
+def each_way(output_dir: str) -> dict[str, Any]:
+    """What is not finite, and when: what is said, and the files that are there afterwards."""
+    out: dict[str, Any] = {}
+    every = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    at_end = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}  # and once more, at the end
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "written": (write_nan, {**every, "bf16": True}),
+        "written, async": (write_nan, {**every, "bf16": True, "async_save": True}),
+        "written, fp32": (write_nan, every),
+        "written, model alone": (write_nan, {**every, "save_only_model": True}),
+        "moment": (write_moment, every),
+        "moment, async": (write_moment, {**every, "async_save": True}),
+        "signal": (write_nan, {**every, "save_steps": 2, "save_on_signal": 5.0}),
+        "the end": (write_nan, at_end),
+        "a moment without state": (write_moment, {**every, "max_steps": 3, "save_only_model": True}),
+    }
+    for name, (act, arguments) in ways.items():
+        callback, before = Acts(3, act), Acts(2 if name == "signal" else 0, tell_to_stop)  # the next step saves
+        trainer = make(f"{output_dir}/{name}", [callback, before], **arguments)
+        callback.trainer = before.trainer = trainer
+        slow = SlowSave(trainer) if arguments.get("async_save") else None
+        try:
+            trainer.train()
+            out[name] = "nothing was raised"
+        except ArithmeticError as error:
+            out[name] = f"{type(error).__name__}: {error}"
+        if slow is not None:
+            slow.restore()
+        out[f"{name}: committed"] = sorted(path.parent.name for path in Path(output_dir, name).glob("*/committed.json"))
+    # a checkpoint of an earlier version: resumed, the run says what it holds
+    every["max_steps"] = 3
+    refuse, trainer = NanotronTrainer._refuse_nonfinite, make(f"{output_dir}/old", [callback], **every)
+    callback.act, callback.trainer = write_moment, trainer
+    NanotronTrainer._refuse_nonfinite = lambda *_, **__: None  # type: ignore[method-assign]
+    trainer.train()
+    NanotronTrainer._refuse_nonfinite = refuse  # type: ignore[method-assign]
+    for name, source in {"resume": f"{output_dir}/old/checkpoint-3", "resume the newest": True}.items():
+        with pytest.raises(ArithmeticError) as error:
+            make(f"{output_dir}/old", **{**every, "max_steps": 5}).train(resume_from_checkpoint=source)
+        out[name] = str(error.value)
+    resumed = make(f"{output_dir}/written", **{**every, "bf16": True, "max_steps": 4})
+    out["goes on"] = resumed.train(resume_from_checkpoint=True).global_step
+    return out
+
+
+def test_nothing_of_a_checkpoint_that_is_not_finite_is_written(pool: WorkerPool, tmp_path: Path) -> None:
+    (got,) = pool.run(1, each_way, str(tmp_path))
+    name = "model.layers.1.mlp.up_proj.weight"
+    for way in (
+        "written", "written, async", "written, fp32", "written, model alone", "moment", "moment, async", "signal",
+        "the end",
+    ):  # fmt: skip
+        what = ("the optimizer's state of " if "moment" in way else "the weight ") + repr(name)
+        assert got[way].startswith(f"NonFiniteWeightsError: checkpoint-3 is not saved: {what} is not finite"), got
+        assert f"after step 3. Resume from {tmp_path / way / 'checkpoint-2'} and" in got[way], got
+        committed = got[f"{way}: committed"]
+        assert committed == ["checkpoint-1", "checkpoint-2"][-len(committed) :] != [], got
+    assert got["a moment without state"] == "nothing was raised"  # the weights are finite
+    assert (tmp_path / "a moment without state/checkpoint-3/committed.json").is_file()
+    for way in ("resume", "resume the newest"):
+        assert f"cannot be resumed: the optimizer's state of {name!r} is not finite there" in got[way], got
+        assert got[way].endswith(f"Resume from {tmp_path / 'old' / 'checkpoint-2'}."), got
+    assert got["goes on"] == 4
 
 
 def test_sums_of_finite_losses() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,8 @@ from hf_nanotron.checkpoint.commit import begin, commit, describe
 from hf_nanotron.checkpoint.manager import newest
 from hf_nanotron.checkpoint.remote import RemoteStore
 from hf_nanotron.checkpoint.remote_fetch import fetch, fetch_newest, fetch_newest_together, newest_remote
-from hf_nanotron.checkpoint.remote_upload import Uploader, UploadError
+from hf_nanotron.checkpoint.remote_retry import Backoff
+from hf_nanotron.checkpoint.remote_upload import Uploader
 from hf_nanotron.checkpoint.verify import MARKER, check, is_committed
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
@@ -74,14 +76,14 @@ def write_checkpoint(output_dir: Path, step: int, size: int = 1000) -> Path:
     for name, data in contents.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)
+    (directory / "README.md").write_text("A model.\n")
     describe(directory, 0)
     commit(directory, 1, step, 1.0)
-    (directory / "README.md").write_text("of no run\n")
     return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """But for README.md, which is uploaded for people and of no run."""
+    """But for README.md, which is uploaded for people, and not downloaded."""
     files = (path for path in directory.rglob("*") if path.is_file() and path.name != "README.md")
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
@@ -90,7 +92,7 @@ def upload(store: RemoteStore, output_dir: Path, *steps: int, **options: Any) ->
     uploader = Uploader(store, output_dir, **options)
     for step in steps:
         uploader.submit(output_dir / f"checkpoint-{step}")
-    uploader.wait(30)
+    assert uploader.wait(30)
     uploader.close()
     return uploader
 
@@ -100,7 +102,7 @@ def test_what_is_uploaded_is_what_is_fetched(any_url: str, tmp_path: Path) -> No
     uploader = upload(store, tmp_path / "out", 3)
     figures, expected = uploader.figures, contents(path)
     sizes = {name: len(data) for name, data in expected.items()} | {"README.md": (path / "README.md").stat().st_size}
-    assert (figures.checkpoints, figures.files, figures.retries) == (1, 5, 0)
+    assert (figures.checkpoints, figures.files, store.retry.retries) == (1, 5, 0)
     assert figures.bytes == sum(sizes.values()) and figures.seconds > 0
     assert store.checkpoints() == {"checkpoint-3": sizes}
     assert newest_remote(store) == "checkpoint-3"
@@ -117,12 +119,12 @@ def test_large_files_go_in_parts_and_the_marker_last(url: str, tmp_path: Path, m
     ended: list[str] = []
     put = RemoteStore.put
 
-    def recorded(self: RemoteStore, source: Path, file: str) -> None:
+    def recorded(self: RemoteStore, source: Path, file: str, *progress: Any) -> None:
         if source.name == MARKER:  # the server has all the others by now
             there = store.checkpoints()["checkpoint-1"]
             del there["README.md"]
             assert there == {name: len(data) for name, data in contents(path).items() if name != MARKER}
-        put(self, source, file)
+        put(self, source, file, *progress)
         ended.append(source.name)
 
     monkeypatch.setattr(RemoteStore, "put", recorded)
@@ -135,8 +137,8 @@ def test_large_files_go_in_parts_and_the_marker_last(url: str, tmp_path: Path, m
 def _upload_until_killed(url: str, output_dir: Path, files: int) -> None:
     put, done = RemoteStore.put, []
 
-    def counted(self: RemoteStore, source: Path, file: str) -> None:
-        put(self, source, file)
+    def counted(self: RemoteStore, source: Path, file: str, *progress: Any) -> None:
+        put(self, source, file, *progress)
         done.append(file)
         if len(done) == files:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -212,7 +214,7 @@ def test_only_missing_and_differing_files_are_fetched(
 
 
 def test_an_interrupted_download_is_no_checkpoint(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, new = RemoteStore(url), tmp_path / "new"
+    store, new = RemoteStore(url, backoff=Backoff(0.01, start=0)), tmp_path / "new"
     path = write_checkpoint(tmp_path / "out", 5)
     upload(store, tmp_path / "out", 5)
     with monkeypatch.context() as patch:
@@ -225,7 +227,7 @@ def test_an_interrupted_download_is_no_checkpoint(url: str, tmp_path: Path, monk
                 target.write_bytes(b"")
 
         patch.setattr(RemoteStore, "get", broken)
-        with pytest.raises(RuntimeError, match="config.json failed: 0 of 2 bytes came"):
+        with pytest.raises(RuntimeError, match="config.json: OSError: 0 of 2 bytes came"):
             fetch_newest(store, new)
     assert newest(new) == []
     fetched = fetch_newest(store, new)
@@ -272,50 +274,43 @@ def test_what_is_not_uploaded_stays_here(url: str, tmp_path: Path) -> None:
     assert [path.name for path in newest(tmp_path)] == ["checkpoint-4", "checkpoint-2", "checkpoint-1"]
 
 
-def test_a_server_that_comes_back(endpoint: str, tmp_path: Path) -> None:
+def test_a_server_that_comes_back(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     moto = pytest.importorskip("moto.server")
+    monkeypatch.setattr(pytest.importorskip("s3fs").S3FileSystem, "retries", 1)
+    monkeypatch.setattr(logging.getLogger("hf_nanotron"), "propagate", True)
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
-    store = RemoteStore("s3://bucket/back", {"endpoint_url": f"http://127.0.0.1:{port}", **QUICK})
-    store.fs.retries = 1
-    uploader = Uploader(store, tmp_path, attempts=20, backoff=0.02)
+    backoff = Backoff(first=0.02, longest=0.1, start=0.1)
+    options = {"endpoint_url": f"http://127.0.0.1:{port}", **QUICK}
+    store = RemoteStore("s3://bucket/back", options, backoff)
+    uploader = Uploader(store, tmp_path)
     server.stop()
     server._server.server_close()
+    start = time.monotonic()
     uploader.submit(write_checkpoint(tmp_path, 1))
-    time.sleep(0.3)
-    uploader.raise_if_failed()
+    assert time.monotonic() - start < 0.5, "submitting waits for nothing"
+    assert not uploader.wait(0.3)
+    assert uploader.pending() == [tmp_path / "checkpoint-1"] and store.retry.failing_seconds > 0
+    missing = uploader.what_is_missing()
+    assert "Not uploaded to s3://bucket/back: checkpoint-1 (1." in missing and "onnect" in missing
+    assert f"hf-nanotron upload {tmp_path} s3://bucket/back" in missing
+    with pytest.raises(ValueError, match=r"s3://bucket/back' cannot be listed"):
+        newest_remote(RemoteStore("s3://bucket/back", options, backoff))
+    with pytest.raises(ValueError, match=r"s3://bucket/back' cannot be written"):
+        Uploader(RemoteStore("s3://bucket/back", options, backoff), tmp_path)
     server = moto.ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    uploader.wait(20)
-    assert uploader.figures.retries and newest_remote(store) == "checkpoint-1"
+    assert uploader.wait(20) and newest_remote(store) == "checkpoint-1" and uploader.what_is_missing() == ""
+    uploader.close()
     server.stop()
     server._server.server_close()
-
-    # For good, this time.
-    uploader.attempts = 3
-    start = time.monotonic()
-    uploader.submit(write_checkpoint(tmp_path, 2))
-    assert time.monotonic() - start < 0.5, "submitting waits for nothing"
-    with pytest.raises(UploadError, match=r"s3://bucket/back/checkpoint-2/.* failed after 3 attempts: .*onnect"):
-        uploader.wait(20)
-    with pytest.raises(UploadError, match="after 3 attempts"):
-        uploader.raise_if_failed()
-    assert uploader.pending() == [tmp_path / "checkpoint-2"] and len(newest(tmp_path)) == 2
-    with pytest.raises(ValueError, match=r"s3://bucket/back' cannot be listed"):
-        newest_remote(store)
-    with pytest.raises(ValueError, match=r"s3://bucket/back' cannot be written"):
-        Uploader(store, tmp_path)
-
-
-def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RemoteStore, "put", lambda *_: time.sleep(0.5))
-    uploader = Uploader(RemoteStore("memory://slow"), tmp_path, attempts=1)
-    uploader.submit(write_checkpoint(tmp_path, 1))
-    with pytest.raises(TimeoutError, match="checkpoint-1 not uploaded to memory://slow after 0.1 s"):
-        uploader.wait(0.1)
-    with pytest.raises(UploadError, match="None bytes arrived of"):
-        uploader.wait(10)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("s3://bucket/back")]
+    failing = [line for line in lines if f"1 checkpoint waits in {tmp_path}" in line]
+    assert store.retry.retries > 2 and len(failing) == 1, "once a minute"
+    assert sum("answers again" in line for line in lines) == 1
 
 
 def _use(store: RemoteStore, path: Path) -> None:
@@ -378,14 +373,14 @@ import sys
 from pathlib import Path
 from hf_nanotron.checkpoint.remote import RemoteStore
 from hf_nanotron.checkpoint.remote_upload import Uploader
-Uploader(RemoteStore(sys.argv[1]), sys.argv[2], backoff=60).submit(Path(sys.argv[2], "checkpoint-1"))
+Uploader(RemoteStore(sys.argv[1]), sys.argv[2]).submit(Path(sys.argv[2], "checkpoint-1"))
 """
 
 
 def test_the_program_ends_while_uploading(url: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1, 3 * BIG)
     command = [sys.executable, "-c", END, url, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Fatal" not in done.stderr, done.stderr
     name = newest_remote(RemoteStore(url))
     assert name is None or contents(fetch(RemoteStore(url), name, tmp_path / "new")) == contents(path)

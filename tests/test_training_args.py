@@ -322,15 +322,42 @@ def test_bucket_size(build: Any) -> None:
     assert build(ddp_bucket_cap_mb=1).gradient_bucket_bytes == 2**20
 
 
+# ---- Remote checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["remote_retry_seconds", "remote_retry_max_seconds"])
+def test_pauses(name: str, build: Any) -> None:
+    for value in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name}={value} must be above 0"):
+            build(**{name: value})
+
+
+def test_remote_limits(build: Any) -> None:
+    for name, value, least in (
+        ("remote_pending_limit", 0, 1),
+        ("remote_keep_local", 0, 1),
+        ("remote_min_free_gb", -0.5, 0),
+        ("remote_start_timeout", -1, 0),
+        ("remote_wait_timeout", float("nan"), 0),
+        ("remote_wait_timeout", float("inf"), 0),
+    ):
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least {least}"):
+            build(**{name: value})
+    with pytest.raises(ValueError, match="remote_retry_max_seconds=60 is below remote_retry_seconds=90"):
+        build(remote_retry_seconds=90)
+    build(remote_start_timeout=0, remote_wait_timeout=0, remote_pending_limit=1, remote_min_free_gb=0.5)
+
+
 # ---- Sizes -----------------------------------------------------------------------------------------------------
 
 
 BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
-BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local"}
+BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local", "remote_pending_limit", "remote_min_free_gb"}
+BEYOND_SIZES |= {"remote_retry_seconds", "remote_retry_max_seconds", "remote_start_timeout", "remote_wait_timeout"}
 BEYOND_SIZES |= {"activation_checkpointing_policy", "activation_checkpointing_layers"}
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
 BEYOND_SIZES |= {"attention", "max_skipped_steps"}
-BEYOND_SIZES |= {"fp8", "fp8_skip_layers"}
+BEYOND_SIZES |= {"fp8", "fp8_skip_layers", "overwrite_output_dir"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

@@ -11,6 +11,7 @@ from transformers.modelcard import TrainingSummary
 
 from .. import __version__
 from ..parallel.mesh import ParallelMesh
+from ..redaction import printable, secrets_of
 
 
 def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields: Any) -> None:
@@ -42,4 +43,5 @@ def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields:
     figures.update({name: size for name, size in sizes.items() if size > 1})
     task = fields["tasks"] if isinstance(fields["tasks"], str) else fields["tasks"][0]
     text = summary.to_model_card().replace("---\n", f"---\npipeline_tag: {task}\n", 1)
+    text = printable(text, secrets_of(vars(trainer.args)))
     path.write_text(f"{text.rstrip()}\n- hf-nanotron {__version__}\n", encoding="utf-8")

@@ -13,14 +13,18 @@ own index has one for each of their blocks, made from the tensors themselves, an
 over the same bytes would only make saving read them all again. `check` compares those blocks.
 
 Not listed, so free to be edited, removed or added later: `README.md`, which people edit and no run reads, hidden files,
-which belong to Hub and file system tools, symbolic links out of the checkpoint, and whatever appears after the commit.
-Everything else is part of the run.
-While a checkpoint is being written it has a directory `.written/`, by which one that was interrupted is told from one
-of another program.
+which belong to Hub and file system tools, symbolic links out of the checkpoint, what was in the folder before the save,
+and whatever appears after the commit. Everything else is part of the run. While a checkpoint is being written it has a
+directory `.written/`, by which one that was interrupted is told from one of another program.
+
+`begin` and `remove` delete a checkpoint's own files alone (`own_files.py`). Of a symbolic link the link goes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
 import shutil
 import time
@@ -29,7 +33,25 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
 from .inside import inside, is_inside
+from .own_files import (
+    FREE,
+    HIDDEN,
+    KEPT,
+    delete_own,
+    delete_trace,
+    files_in,
+    free_name,
+    is_from_a_save,
+    is_of_another_program,
+    move_aside,
+    set_aside,
+    states_of,
+    unchanged,
+)
 from .schema import DESCRIPTION, require
 from .state_file import read_checked, write_checked
 from .verify import (
@@ -42,23 +64,32 @@ from .verify import (
     StrPath,
     check_length,
     checksum_of,
+    is_torn,
 )
 
-FREE = ("README.md",)
-REMOVED = ".removed-"  # prefix of a checkpoint that is being deleted
+logger = logging.get_logger(__name__)
 LONGEST_PAUSE = 1.0  # seconds between two looks for what other ranks have written
 
 
 def begin(directory: StrPath) -> None:
     """Make `directory` ready to be written. By rank 0; no rank writes into it before this has returned.
 
-    What is there goes, marker first: of an older checkpoint with the same step nothing is left that could be mistaken
-    for a part of the new one. So never begin a checkpoint that is to survive if this save does not.
+    What a run has written there goes, marker first: of an older checkpoint with the same step nothing is left that
+    could be mistaken for a part of the new one. So never begin a checkpoint that is to survive if this save does not.
+    What no run has written stays, and is no part of the new checkpoint. A checkpoint of another program, a file of
+    this name, and single files that would be mistaken for parts of the new one are kept under another name.
     """
     directory = Path(directory)
-    if directory.exists():
+    if directory.is_symlink() or (directory.is_dir() and (_has_marker(directory) or is_torn(directory))):
         remove(directory)
+    elif os.path.lexists(directory) and (not directory.is_dir() or is_of_another_program(directory)):
+        set_aside(directory)
+    there = list(files_in(directory))  # none, if there is no such folder
+    move_aside(directory, [name for name in there if is_from_a_save(name)])
+    there = [name for name in there if not is_from_a_save(name)]
     (directory / WRITTEN).mkdir(parents=True)
+    if there:
+        write_checked(directory / WRITTEN / KEPT, {"files": states_of(directory, there)})
     _sync(directory)
     _sync(directory.parent)
 
@@ -139,13 +170,14 @@ def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def commit(directory: StrPath, world_size: int, step: int, timeout: float) -> None:
+def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: dict[str, Any] | None = None) -> None:
     """Make `directory` a checkpoint, by its marker. By rank 0; when this returns, it would survive a power failure.
 
     Args:
         world_size: how many ranks call `describe`, rank 0 among them.
         step: optimizer steps.
         timeout: seconds to wait for the ranks.
+        run: which run this is a checkpoint of, as `Run.to_dict` writes it; None for a conversion.
 
     Raises:
         RuntimeError, TimeoutError, ValueError: as `wait_for_ranks`.
@@ -159,33 +191,112 @@ def commit(directory: StrPath, world_size: int, step: int, timeout: float) -> No
         files |= require(DESCRIPTION, read_checked(described), described)["files"]
     for name, entry in files.items():
         check_length(inside(directory, name, "a rank"), entry["bytes"], "a rank has described it")
+    kept = directory / WRITTEN / KEPT
+    others = unchanged(directory, read_checked(kept)["files"]) if kept.exists() else set()
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if name not in files and path.is_file() and _is_listed(name) and is_inside(directory, path):
+        if (
+            name not in files
+            and name not in others
+            and path.is_file()
+            and _is_listed(name)
+            and is_inside(directory, path)
+        ):
             files[name] = _describe(directory, path)
+    free = {name: _describe(directory, directory / name) for name in FREE if _is_new(directory / name, others)}
     if STATE_INDEX not in files and any(fnmatch(name, STATE_FILES) for name in files):
         raise ValueError(f"{directory / STATE_INDEX} is missing; the training state is completed before the commit.")
     for folder in {(directory / name).parent for name in files}:
         _sync(folder)
     hub_weights = any("/" not in name and fnmatch(name, "model*.safetensors") for name in files)
     body = {"format": FORMAT, "version": VERSION, "step": step, "hub_weights": hub_weights}
+    body |= {"run": run} if run is not None else {}
+    body |= {"free": free} if free else {}
     write_checked(directory / MARKER, {**body, "files": dict(sorted(files.items()))})
     # Last, so that at no time both the marker and the trace of a save are missing.
-    shutil.rmtree(directory / WRITTEN, ignore_errors=True)
+    delete_trace(directory)
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint: first it stops being one, then it loses its name, then its files go."""
-    (directory / WRITTEN).mkdir(exist_ok=True)  # whatever is left after a kill was ours
-    (directory / MARKER).unlink(missing_ok=True)
+    """Delete a checkpoint: first it stops being one, then it loses its name, then its files go.
+
+    Its own files go, those of others stay in the folder, with a warning. Of a symbolic link the link goes alone.
+
+    Raises:
+        OSError: if it cannot be deleted; then it is as it was, unless single files could not go.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+        return
+    if not os.access(directory.parent, os.W_OK | os.X_OK):  # before anything is touched
+        raise PermissionError(errno.EACCES, "its folder is read-only", str(directory.parent))
+    trace, marker = directory / WRITTEN, directory / MARKER
+    if trace.is_symlink():
+        trace.unlink()
+    trace.mkdir(exist_ok=True)  # whatever is left after a kill was ours
+    if os.path.lexists(marker):
+        marker.replace(trace / MARKER)  # it says which files are the checkpoint's own
     _sync(directory)
-    hidden = directory.with_name(f"{REMOVED}{directory.name}-{time.time_ns()}")
-    directory.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)  # `rotate` tries again
+    if os.path.ismount(directory):
+        _delete(directory, directory)
+        return
+    hidden = directory.with_name(f"{HIDDEN}{directory.name}-{time.time_ns()}")
+    try:
+        directory.rename(hidden)
+    except OSError:
+        if os.path.lexists(trace / MARKER):
+            (trace / MARKER).replace(marker)
+            delete_trace(directory)
+        raise
+    with contextlib.suppress(OSError):  # `clean` tries again
+        _delete(hidden, directory)
+
+
+def clean(output_dir: StrPath) -> None:
+    """Finish the deletions that were interrupted."""
+    for path in Path(output_dir).glob(f"{HIDDEN}{PREFIX_CHECKPOINT_DIR}-*"):
+        with contextlib.suppress(OSError):  # the next one tries again
+            if path.is_symlink():
+                path.unlink()
+            else:
+                _delete(path, path.with_name(path.name.removeprefix(HIDDEN).rpartition("-")[0]))
+
+
+def _delete(hidden: Path, directory: Path) -> None:
+    """Delete a checkpoint's own files. What is left gets the name `directory`, or another if that is taken."""
+    left = delete_own(hidden)
+    if not left:
+        return
+    if hidden != directory:
+        directory = free_name(directory) if os.path.lexists(directory) else directory
+        hidden.rename(directory)
+    # Out of it at once: with a part of its trace it would be taken for an interrupted save.
+    trace = directory.with_name(f"{HIDDEN}{PREFIX_CHECKPOINT_DIR}-{time.time_ns()}")
+    trace.mkdir()
+    if (directory / WRITTEN).is_dir():
+        (directory / WRITTEN).rename(trace / WRITTEN)
+    shutil.rmtree(trace, ignore_errors=True)
+    listed = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+    logger.warning(f"{directory}: the checkpoint is deleted, and what no run has written stays there: {listed}.")
 
 
 def _stem(rank: int) -> str:
     return f"rank-{rank:05d}"
+
+
+def _has_marker(directory: Path) -> bool:
+    """Whether there is a marker of ours, be it damaged; other programs may have files of that name."""
+    try:
+        body = json.loads((directory / MARKER).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(body, dict) and body.get("format") == FORMAT
+
+
+def _is_new(path: Path, others: set[str]) -> bool:
+    return path.name not in others and path.is_file() and not path.is_symlink()
 
 
 def _is_listed(name: str) -> bool:

@@ -15,6 +15,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .inside import inside
 from .nanotron_format import read_json
+from .own_files import files_in, is_from_a_save
+from .training_state import DIRECTORY
 from .verify import MARKER, check_length, checksum_of, read_marker
 
 WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
@@ -111,6 +113,13 @@ def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str) -> None:
         ValueError: naming what else there is, or if it is a file.
     """
     kept = sorted(set(folder.iterdir()) - set(matches(folder, owned))) if folder.is_dir() else [folder]
+    names = files_in(folder) if folder.is_dir() else ()
+    # Of a name like those of our weights, or beside our state, but none that a conversion gives.
+    kept += [
+        folder / name
+        for name in sorted(names)
+        if (fnmatch(name, WEIGHTS[0]) or name.startswith(f"{DIRECTORY}/")) and not is_from_a_save(name)
+    ]
     if kept:
         raise ValueError(
             f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "

@@ -21,6 +21,7 @@ from ..parallel.spec import ShardSpec
 from .hub_layout import HubLayout, Part
 from .hub_weights import HubWeights
 from .nonfinite_tensors import warn_nonfinite
+from .own_files import WEIGHTS, unlink_links
 from .safetensors_file import Entry, write_safetensors
 
 if TYPE_CHECKING:
@@ -97,12 +98,17 @@ def save_hub_model(
 
 
 def write_hub_config(model: ParallelModel, directory: Path) -> None:
-    """Everything of a Hub repository but the weights; old weights go. By rank 0 alone; others do nothing."""
+    """Everything of a Hub repository but the weights; old weights go. By rank 0 alone; others do nothing.
+
+    Old weights are files of the names that these have, as in transformers, and nothing is written through links.
+    """
     if model.mesh.rank != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    for old in (*directory.glob("model*.safetensors"), directory / SAFE_WEIGHTS_INDEX_NAME):
-        old.unlink(missing_ok=True)
+    unlink_links(directory)
+    for old in directory.iterdir():
+        if re.fullmatch(WEIGHTS, old.name) and old.is_file():
+            old.unlink()
     config = model.config.__class__.from_dict(model.config.to_dict())
     config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
     stock = model.stock_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,26 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
     return body["weight_map"]
 
 
+def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, Iterable[str]]) -> None:
+    """Refuse files that hold a tensor twice, or another than the index says: which counts would depend on the reader.
+
+    Args:
+        file_of: of the index.
+        held: file -> the tensors in it.
+
+    Raises:
+        ValueError: naming the tensor and the files.
+    """
+    holder: dict[str, str] = {}
+    for file, names in held.items():
+        for name in names:
+            if (other := file_of.get(name, file)) != file or (other := holder.setdefault(name, file)) != file:
+                raise ValueError(
+                    f"{directory / file} holds {name!r}, which {SAFE_WEIGHTS_INDEX_NAME} and the other files have in "
+                    f"{other}: files of two models are mixed; fetch it again."
+                )
+
+
 class HubWeights:
     """The tensors of a local Hub repository, read by slices.
 
@@ -64,8 +85,8 @@ class HubWeights:
                 f"{self.directory} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; weights in other "
                 "formats are to be saved again as safetensors (`save_pretrained` of a current transformers)."
             )
-        for name in sorted(set(self._file_of.values())):
-            self._file(name)
+        held = {name: self._file(name).keys() for name in sorted(set(self._file_of.values()))}
+        check_index(self.directory, self._file_of, held)
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

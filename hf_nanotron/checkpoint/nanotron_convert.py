@@ -19,16 +19,15 @@ from transformers import GenerationConfig
 from . import nanotron_config
 from .conversion_folder import load_config
 from .hub import parse_size, plan_files
-from .hub_weights import read_weight_map
+from .hub_weights import check_index, read_weight_map
 from .inside import inside, refuse_links
 from .nanotron_format import (
     Shard,
-    check_masters,
+    check_topology,
     find_shards,
     load_tensor,
     merge_shards,
     one_dtype,
-    open_masters,
     open_safetensors,
     read_json,
     refuse_mup,
@@ -39,6 +38,7 @@ from .nanotron_format import (
     write_run_files,
 )
 from .nanotron_mapping import Architecture, Parameter, check_tp, parameters, place_blocks, stack, unstack
+from .nanotron_masters import Masters, check_masters, open_masters
 from .nonfinite_tensors import warn_nonfinite
 
 
@@ -75,10 +75,10 @@ def nanotron_to_hub(
     refuse_strangers(step, wanted)
     shards = {parameter.name: find_shards(step, parameter) for parameter in wanted}
     dtype = one_dtype({str(shard.path): shard.dtype for group in shards.values() for shard in group})
-    masters: dict[tuple[str, int], torch.Tensor] = {}
+    check_topology(step, shards.values())
+    masters: Masters = {}
     if master_weights:
-        masters, dtype = open_masters(step), torch.float32
-        check_masters(step, masters, shards)
+        masters, dtype = check_masters(step, open_masters(step), shards), torch.float32
 
     def load(shard: Shard) -> torch.Tensor:
         return masters[shard.name, shard.tp_rank] if master_weights else load_tensor(shard.path, "data")
@@ -186,12 +186,14 @@ def index_hub(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} has neither model.safetensors nor model.safetensors.index.json; only safetensors are read "
             "(save_pretrained writes them)."
         )
-    stored = {}
+    stored, held = {}, {}
     for path in files:
         with open_safetensors(path) as file:
+            held[path.relative_to(folder).as_posix()] = list(file.keys())
             for name in file.keys():  # noqa: SIM118 -- the handle is not a mapping
                 tensor = file.get_slice(name)
                 stored[name] = StoredTensor(path, tuple(tensor.get_shape()), torch_dtype(path, tensor.get_dtype()))
+    check_index(folder, file_of or {}, held)
     return stored
 
 

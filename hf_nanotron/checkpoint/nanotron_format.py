@@ -4,19 +4,17 @@ A nanotron checkpoint is a folder with `latest.txt` and one folder per step. The
 holds one tensor a file under the key `data`: `model_weight.safetensors` for a replicated parameter, else one
 `model_weight_pp-rank-P-of-PP_tp-rank-T-of-TP.safetensors` per tensor-parallel rank, whose header says which slices of
 the whole parameter it is. `optimizer/optimizer_pp-P-of-PP_tp-T-of-TP_exp-0-of-1.pt` holds fp32 masters in the same
-shards. Source: nanotron at commit 2411b022 (checkpoint format 1.5), `serialize/`.
+shards (`nanotron_masters.py`). Source: nanotron at commit 2411b022 (checkpoint format 1.5), `serialize/`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -25,17 +23,22 @@ from safetensors.torch import save_file
 
 from .inside import LONGEST_PATH, inside
 from .nanotron_mapping import Parameter, Slices, shard_slices
+from .nanotron_tiling import shard_fault, stage_fault
 
 VERSION = "1.5"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SLICES_KEY, SHAPE_KEY = "local_global_slices_pairs", "unsharded_shape"
-_SHARD_FILE = re.compile(r"model_(?P<kind>\w+?)_pp-rank-\d+-of-\d+_tp-rank-(?P<rank>\d+)-of-(?P<tp>\d+)\.safetensors")
-_OPTIMIZER_FILE = re.compile(r"optimizer_pp-(\d+)-of-(\d+)_tp-(\d+)-of-(\d+)(?:_exp-0-of-1)?\.pt")
+_SHARD_FILE = re.compile(
+    r"model_(?P<kind>\w+?)_pp-rank-(?P<stage>\d+)-of-(?P<pp>\d+)_tp-rank-(?P<rank>\d+)-of-(?P<tp>\d+)\.safetensors"
+)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a nanotron parameter, as its header describes it; `pairs` are (local, global) slices."""
+    """One file of a nanotron parameter, as its header describes it; `pairs` are (local, global) slices.
+
+    Ranks and sizes are those of its name; a replicated parameter has none, and `tp_rank` 0.
+    """
 
     path: Path
     name: str
@@ -43,6 +46,9 @@ class Shard:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pairs: tuple[tuple[Slices, Slices], ...]
+    tp: int | None = None
+    pp_rank: int | None = None
+    pp: int | None = None
 
 
 def step_folder(path: Path) -> Path:
@@ -99,32 +105,58 @@ def find_shards(step: Path, parameter: Parameter) -> list[Shard]:
 
     Raises:
         FileNotFoundError: if a rank's file is missing.
-        ValueError: if a header does not describe its share of the parameter, or files of several runs are mixed.
+        ValueError: if a header does not describe the share of the rank in its file's name, or files of several runs
+            are mixed.
     """
     *folders, kind = parameter.name.split(".")
     folder = step.joinpath("model", *folders)
+    present = {path.name for path in folder.glob(f"model_{kind}*.safetensors")}
     if parameter.cut is None:
-        return [_read_header(folder / f"model_{kind}.safetensors", parameter, 0)]
-    matches = [match for path in folder.glob("*") if (match := _SHARD_FILE.fullmatch(path.name))]
-    files = {(int(match["rank"]), int(match["tp"])): match.string for match in matches if match["kind"] == kind}
-    sizes = {tp for _, tp in files}
-    if len(sizes) > 1 or len(files) < sum(match["kind"] == kind for match in matches):
-        raise ValueError(f"{folder} mixes shards of several topologies ({sorted(files.values())}): keep one.")
-    tp = sizes.pop() if sizes else 1
-    missing = [rank for rank in range(tp) if (rank, tp) not in files]
+        name = f"model_{kind}.safetensors"
+        if present - {name}:
+            raise ValueError(f"{folder}: {parameter.name} is replicated, one file {name}; there are {sorted(present)}.")
+        return [_read_header(folder / name, parameter, 0)]
+    matches = [match for name in sorted(present) if (match := _SHARD_FILE.fullmatch(name)) and match["kind"] == kind]
+    sizes = {(int(match["pp"]), int(match["tp"]), int(match["stage"])) for match in matches}
+    files = {int(match["rank"]): match.string for match in matches}
+    if len(sizes) > 1 or len(files) < len(present):
+        raise ValueError(f"{folder} mixes shards of several topologies ({sorted(present)}): keep one.")
+    pp, tp, stage = sizes.pop() if sizes else (1, 1, 0)
+    if stage >= pp or tp < 1 or any(rank >= tp for rank in files):
+        raise ValueError(f"{folder} has shards of ranks that a job has not: {sorted(present)}.")
+    missing = [rank for rank in range(tp) if rank not in files]
     if missing:
         raise FileNotFoundError(
             f"{folder / f'model_{kind}_pp-rank-*_tp-rank-{missing[0]}-of-{tp}.safetensors'} is missing: "
             f"{parameter.name} needs the shards of all {tp} tensor-parallel ranks. Copy the checkpoint again."
         )
-    shards = [_read_header(folder / files[rank, tp], parameter, rank) for rank in range(tp)]
-    held = sum(math.prod(_extent(whole, parameter.shape)) for shard in shards for _, whole in shard.pairs)
-    if held != math.prod(parameter.shape):
-        raise ValueError(
-            f"{folder}: the slices of its {tp} shards hold {held} numbers, but {parameter.name} has shape "
-            f"{parameter.shape}. Files of different runs are mixed, or the headers are damaged."
-        )
-    return shards
+    shards = [_read_header(folder / files[rank], parameter, rank) for rank in range(tp)]
+    for rank, shard in enumerate(shards):
+        if (fault := shard_fault(parameter, shard.shape, shard.pairs, tp=tp, rank=rank)) is not None:
+            raise ValueError(f"{shard.path}: {fault}. Copy the checkpoint again.")
+    return [replace(shard, tp=tp, pp_rank=stage, pp=pp) for shard in shards]
+
+
+def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
+    """Refuse files of several jobs: other sizes, or stages that no one job can have.
+
+    Args:
+        shards: of each parameter, in model order.
+
+    Raises:
+        ValueError: naming a file.
+    """
+    cut = [group[0] for group in shards if group[0].tp is not None]
+    metadata = step / "checkpoint_metadata.json"
+    tp = read_json(metadata).get("tp") if metadata.is_file() else None
+    for shard in cut:
+        if (shard.pp, shard.tp) != (cut[0].pp, cut[0].tp):
+            raise ValueError(f"{shard.path} and {cut[0].path} are of different topologies: two runs are mixed.")
+        if tp not in (None, shard.tp):
+            raise ValueError(f"{shard.path} is of tp={shard.tp}, but {metadata} says {tp!r}: two runs are mixed.")
+    stages = [(shard.name.split(".pp_block.")[0], cast(int, shard.pp_rank)) for shard in cut]
+    if (fault := stage_fault(stages)) is not None:
+        raise ValueError(f"{step / 'model'}: by the names of its files, {fault}: files of several runs are mixed.")
 
 
 def _read_header(path: Path, parameter: Parameter, tp_rank: int) -> Shard:
@@ -151,17 +183,7 @@ def _read_header(path: Path, parameter: Parameter, tp_rank: int) -> Shard:
         raise ValueError(
             f"{path}: {parameter.name} has shape {whole_shape} there, but model_config.json means {parameter.shape}."
         )
-    for local, whole in pairs:
-        if len(local) != len(shape) or _extent(local, shape) != _extent(whole, whole_shape):
-            raise ValueError(
-                f"{path}: slices {format_slices([(local, whole)])} do not fit its tensor of shape {shape}."
-            )
     return Shard(path, parameter.name, tp_rank, shape, dtype, pairs)
-
-
-def _extent(slices: Slices, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of `tensor[slices]` for a tensor of this shape."""
-    return tuple(len(range(*dim.indices(size))) for dim, size in zip(slices, shape, strict=False))
 
 
 def refuse_strangers(step: Path, wanted: Iterable[Parameter]) -> None:
@@ -202,7 +224,7 @@ def refuse_mup(step: Path) -> None:
 def merge_shards(
     parameter: Parameter, shards: Sequence[Shard], load: Callable[[Shard], torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Shards of one parameter -> the whole of it, of shape `parameter.shape`."""
+    """Shards of one parameter, which tile it (`find_shards`) -> the whole of it, of shape `parameter.shape`."""
     whole = torch.empty(parameter.shape, dtype=dtype)
     for shard in shards:
         tensor = load(shard)
@@ -254,76 +276,6 @@ def write_run_files(
     }
     metadata = {"cp": 1, "custom_metas": None, "dp": 1, "metas": training, "tp": tp, "version": VERSION}
     (folder / "checkpoint_metadata.json").write_text(json.dumps(metadata, indent=2))
-
-
-def open_masters(step: Path) -> dict[tuple[str, int], torch.Tensor]:
-    """The optimizer's fp32 masters, as (parameter name, tensor-parallel rank) -> shard, mapped from disk, not read.
-
-    A tied embedding stands in the first and in the last stage's file; the first stage's is taken, as for the weights.
-
-    Raises:
-        FileNotFoundError: if there are no optimizer files, or a rank's is missing.
-        ValueError: if a file is truncated, holds anything but tensors and plain containers, or no masters.
-    """
-    folder = step / "optimizer"
-    if any(folder.glob("optimizer_*_dp-*.pt")):
-        raise ValueError(
-            f"{folder}: ZeRO-1 optimizer files (…_dp-…) hold flat pieces of the masters and are not supported; convert "
-            "without master weights, or save with zero_stage: 0."
-        )
-    ranks = {}
-    for path in folder.glob("*.pt"):
-        if match := _OPTIMIZER_FILE.fullmatch(path.name):
-            pp_rank, pp, tp_rank, tp = map(int, match.groups())
-            ranks[pp_rank, tp_rank, pp, tp] = path
-    sizes = {(pp, tp) for _, _, pp, tp in ranks}
-    if len(sizes) != 1:
-        raise FileNotFoundError(
-            f"{folder} has no optimizer_pp-*-of-*_tp-*-of-*_exp-0-of-1.pt of one single topology (found "
-            f"{sorted(path.name for path in ranks.values())}): the fp32 masters live there; convert without them."
-        )
-    pp, tp = sizes.pop()
-    masters: dict[tuple[str, int], torch.Tensor] = {}
-    for pp_rank in range(pp):
-        for tp_rank in range(tp):
-            if (pp_rank, tp_rank, pp, tp) not in ranks:
-                name = f"optimizer_pp-{pp_rank}-of-{pp}_tp-{tp_rank}-of-{tp}_exp-0-of-1.pt"
-                raise FileNotFoundError(f"{folder / name} is missing: the masters need every rank's file.")
-            for name, tensor in _open_optimizer(ranks[pp_rank, tp_rank, pp, tp]).items():
-                masters.setdefault((name, tp_rank), tensor.detach())
-    return masters
-
-
-def _open_optimizer(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: holds objects other than tensors, which are never unpickled ({error}).") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable torch file, probably truncated; copy it again ({error}).") from error
-    masters = state.get("gradient_accumulator") if isinstance(state, dict) else None
-    if not masters:
-        raise ValueError(
-            f"{path}: has no fp32 masters (gradient_accumulator): the run did not set accumulate_grad_in_fp32. Convert "
-            "without master weights."
-        )
-    return masters
-
-
-def check_masters(step: Path, masters: dict[tuple[str, int], torch.Tensor], shards: dict[str, list[Shard]]) -> None:
-    """Refuse masters that are not fp32 twins of the weights' shards.
-
-    Raises:
-        ValueError: naming the first parameter without such a master.
-    """
-    for shard in (shard for group in shards.values() for shard in group):
-        master = masters.get((shard.name, shard.tp_rank))
-        if master is None or tuple(master.shape) != shard.shape or master.dtype != torch.float32:
-            found = "nothing" if master is None else f"{master.dtype} of shape {tuple(master.shape)}"
-            raise ValueError(
-                f"{step / 'optimizer'}: {found} for {shard.name} at tensor-parallel rank {shard.tp_rank}, where fp32 "
-                f"of shape {shard.shape} is expected as in {shard.path.name}: the optimizer is of another run."
-            )
 
 
 def open_safetensors(path: Path) -> Any:

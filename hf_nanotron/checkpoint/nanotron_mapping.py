@@ -167,6 +167,9 @@ def shard_slices(parameter: Parameter, tp: int, rank: int) -> list[tuple[Slices,
 
     Stacked parts are cut one by one, so that a rank's shard is its share of q, then of k, then of v. A parameter of
     one part leaves the local slice open, as nanotron does.
+
+    Raises:
+        ValueError: if `tp` does not divide a part.
     """
     cut, shape = parameter.cut, parameter.shape
     if cut is None:
@@ -176,6 +179,8 @@ def shard_slices(parameter: Parameter, tp: int, rank: int) -> list[tuple[Slices,
         return tuple(interval if dim == cut else slice(None) for dim in range(len(shape)))
 
     blocks = parameter.rows if len(parameter.parts) > 1 else (shape[cut],)
+    if any(size % tp for size in blocks):
+        raise ValueError(f"tp={tp} does not divide {parameter.name}, which has parts of {list(blocks)} rows or columns")
     pairs = []
     for start, size in zip(accumulate(blocks, initial=0), blocks, strict=False):
         share = size // tp

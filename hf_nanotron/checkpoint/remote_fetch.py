@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from .inside import find_clash, find_fault, inside
-from .manager import newest
+from .long_action import together_for_long
+from .manager import newest, run_at_hand
 from .progress import check_progress
-from .remote import RemoteStore, in_parallel, reason, step_of
+from .remote import RemoteStore, in_parallel, step_of
+from .remote_errors import StoreError
+from .remote_runs import StoredRuns, make_room
+from .runs import Run, latest, run_of, write_record
 from .state_index import StateIndex
 from .training_state import together
 from .verify import (
@@ -44,41 +44,49 @@ from .verify import (
 
 logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
-LOOK_SECONDS = 0.5  # between two looks whether all downloads are done
 LARGEST_MARKER = 256 << 20  # bytes; a file takes about a hundred
 
 
-def newest_remote(store: RemoteStore) -> str | None:
+def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are passed over.
+
+    Args:
+        run: whose; None for the run that was started last, of those in the store.
 
     Raises:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
-    return next(_committed(store), (None,))[0]
+    run = run or store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
+    return next(_committed(store, run), (None,))[0]
 
 
-def _committed(store: RemoteStore) -> Iterator[tuple[str, bytes]]:
-    """The committed checkpoints in the store, the newest first, with their markers; damaged ones are passed over."""
-    for name, files in store.checkpoints().items():
-        if MARKER not in files:
-            continue
+def _committed(store: RemoteStore, run: Run | None) -> Iterator[tuple[str, bytes]]:
+    """The committed checkpoints of a run in the store, the newest first, with their markers; damaged ones are passed
+    over. Of any run if `run` is None.
+    """
+    for name, files in store.patiently("listing", store.checkpoints).items():
         try:
             data = _read_marker(store, name, files)
+            of = None if data is None else run_of(parse_marker(data, f"{store.url}/{name}/{MARKER}"))
+        except StoreError:
+            raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
             _pass_over(store, name, error)
         else:
-            yield name, data
+            if data is not None and of is not None and (run is None or run.has(of, step_of(name))):
+                yield name, data
 
 
 def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
     logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
 
 
-def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes:
-    """The bytes of a marker, of which all files are in the store.
+def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes | None:
+    """The bytes of a marker, of which all files are in the store; None if there is none.
 
     Args:
-        there: what the store has of the checkpoint.
+        there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
+            itself: a listing may lag behind.
 
     Raises:
         ValueError: if it is damaged or a file is missing, or if a name in the store could not be one here.
@@ -89,12 +97,17 @@ def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes:
             raise ValueError(f"{where} holds an object {file!r}, whose name {fault}; delete it there.")
     if (clash := find_clash(there)) is not None:
         raise ValueError(f"{where} holds {clash!r} as a file and as a folder; delete what is not of the checkpoint.")
-    if there[MARKER] > LARGEST_MARKER:
+    if there.get(MARKER, 0) > LARGEST_MARKER:
         raise ValueError(f"{where}/{MARKER} is damaged: it has {there[MARKER]} bytes.")
-    data = store.marker(name) or b""
+    data = store.patiently("reading a marker", partial(store.marker, name))
+    if data is None:
+        return None
     for file, entry in parse_marker(data, f"{where}/{MARKER}")["files"].items():
-        if there.get(file) != entry["bytes"]:
-            raise ValueError(f"{where}/{file} has {there.get(file, 'no')} bytes, not {entry['bytes']}.")
+        if there.get(file) == entry["bytes"]:
+            continue
+        size = store.patiently("looking for a file", partial(store.size, f"{name}/{file}"))
+        if size != entry["bytes"]:
+            raise ValueError(f"{where}/{file} has {'no' if size is None else size} bytes, not {entry['bytes']}.")
     return data
 
 
@@ -111,16 +124,16 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
             symbolic link is in its place.
         RuntimeError: if a file cannot be fetched, naming its URL and the reason.
     """
-    there = store.checkpoints().get(name, {})
-    if MARKER not in there:
-        raise ValueError(f"{store.url}/{name} is not committed.")
+    there = store.patiently("listing", store.checkpoints).get(name, {})
     data, directory = _read_marker(store, name, there), Path(output_dir, name)
-    _check_place(store, name, data, directory)
+    if data is None:
+        raise ValueError(f"{store.url}/{name} is not committed.")
+    _clear_place(store, name, data, directory)
     return _download(store, name, data, directory, workers)
 
 
 def _download(store: RemoteStore, name: str, data: bytes, directory: Path, workers: int = WORKERS) -> Path:
-    """As `fetch`, by the marker of a remote checkpoint, to where `_check_place` has nothing against it."""
+    """As `fetch`, by the marker of a remote checkpoint, to where `_clear_place` has nothing against it."""
     files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
     if (directory / MARKER).is_dir():
         raise ValueError(f"{directory / MARKER} is a directory; remove it.")
@@ -128,6 +141,7 @@ def _download(store: RemoteStore, name: str, data: bytes, directory: Path, worke
     if parts.exists() or not _is_marked(directory, data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
+        (parts / MARKER).write_bytes(data)  # so that what of it is here is known as the checkpoint's own
         (directory / MARKER).unlink(missing_ok=True)
     # First what is checked as a whole: the progress of the run, and the index, which has the checksums of other files.
     early = [file for file in (TRAINER_STATE_NAME, STATE_INDEX) if file in files]
@@ -144,16 +158,17 @@ def _download(store: RemoteStore, name: str, data: bytes, directory: Path, worke
     return directory
 
 
-def _check_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
-    """Refuse to download over another program's directory, or where a symbolic link would lead elsewhere.
+def _clear_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
+    """Make way for a download: what has the checkpoint's name here and is of another run goes; of a link, the link.
 
     Raises:
-        ValueError: naming the directory, the link or the file.
+        ValueError: naming the directory, the link or the file, if another program's directory is in the place, or a
+            symbolic link in it would lead elsewhere.
     """
-    if directory.is_symlink():
-        raise ValueError(f"{directory} is a symbolic link; remove it to fetch {store.url}/{name}.")
+    where = f"{store.url}/{name}"
+    make_room(directory, parse_marker(data, f"{where}/{MARKER}"))
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
-        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {store.url}/{name}.")
+        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {where}.")
     files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
     for file in (*files, f"{WRITTEN}/part"):
         path = inside(directory, file, f"{store.url}/{name}")
@@ -176,7 +191,8 @@ def _complete(
         (directory / WRITTEN).mkdir(exist_ok=True)
         (directory / MARKER).unlink(missing_ok=True)
     wanted.sort(key=lambda file: -files[file]["bytes"])
-    in_parallel([partial(_get, store, name, file, directory, files[file], index) for file in wanted], workers)
+    gets = [partial(_get, store, name, file, directory, files[file], index) for file in wanted]
+    in_parallel(gets, min(workers, store.transfers or workers))
 
 
 def _is_marked(directory: Path, data: bytes) -> bool:
@@ -212,14 +228,20 @@ def _get(
         RuntimeError: if it cannot be fetched, or comes with another length.
         ValueError: if other bytes came than were uploaded.
     """
-    part, path, url = directory / WRITTEN / uuid.uuid4().hex, directory / file, f"{store.url}/{name}/{file}"
-    try:
+    path, url = directory / file, f"{store.url}/{name}/{file}"
+
+    def download() -> Path:
+        part = directory / WRITTEN / uuid.uuid4().hex  # another one each time: an attempt may go on after it timed out
         store.get(f"{name}/{file}", part)
-    except Exception as error:  # each package has its own
-        raise RuntimeError(f"fetching {url} failed: {reason(error)}") from error
-    came = part.stat().st_size if part.is_file() else 0
-    if came != entry["bytes"]:
-        raise RuntimeError(f"fetching {url} failed: {came} of {entry['bytes']} bytes came.")
+        if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
+            part.unlink(missing_ok=True)
+            raise OSError(f"{came} of {entry['bytes']} bytes came")
+        return part
+
+    try:
+        part = store.patiently(f"downloading {name}/{file}", download)
+    except StoreError as error:
+        raise RuntimeError(str(error)) from error
     try:
         _check_content(part, path.name, entry, index)
     except ValueError as error:
@@ -254,22 +276,40 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
     Raises:
         ValueError, RuntimeError: as `newest_remote` and `fetch`.
     """
-    for name, data in _committed(store):
-        for path in newest(output_dir):
-            if step_of(path.name) < step_of(name):
-                break
-            try:
-                check(path, deep=False)
-            except ValueError:
-                continue
+    looked_up = store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
+    run = latest(found for found in (run_at_hand(output_dir), looked_up) if found is not None)
+    fetched = _fetch_newest_of(store, output_dir, run)
+    if run is not None and run_at_hand(output_dir) != run:  # it has no checkpoint; the resume goes by what is here
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_record(output_dir, run, {"url": store.url})
+    return fetched
+
+
+def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Path | None:
+    """As `fetch_newest`, for one run."""
+    for name, data in _committed(store, run):
+        if _is_as_new(output_dir, step_of(name), run):
             return None
         directory = Path(output_dir, name)
-        _check_place(store, name, data, directory)
+        _clear_place(store, name, data, directory)
         try:
             return _download(store, name, data, directory)
         except ValueError as error:
             _pass_over(store, name, error)
     return None
+
+
+def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:
+    """Whether a complete local checkpoint is of `step` or later."""
+    for path in newest(output_dir, run):
+        if step_of(path.name) < step:
+            break
+        try:
+            check(path, deep=False)
+        except ValueError:
+            continue
+        return True
+    return False
 
 
 def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: StrPath) -> None:
@@ -292,23 +332,4 @@ def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: St
     together(mesh, what, lambda: None)
     if mesh.rank == 0:
         seen.unlink(missing_ok=True)
-    errors: list[Exception] = []
-
-    def download() -> None:
-        try:
-            fetch_newest(store, output_dir)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=download, name="checkpoint-fetch", daemon=True)
-    if fetches:
-        thread.start()
-    # Looks again and again, because one collective would wait no longer than the process group's timeout.
-    while int(all_reduce(torch.tensor(float(thread.is_alive()), device=mesh.device), mesh.world)):
-        time.sleep(LOOK_SECONDS)
-
-    def result() -> None:
-        if errors:
-            raise errors[0]
-
-    together(mesh, what, result)
+    together_for_long(mesh, what, partial(fetch_newest, store, output_dir) if fetches else lambda: None)

@@ -30,6 +30,7 @@ class Save:
         pieces: this rank's part of the training state.
         values: the rest of it, equal on all ranks; None for a checkpoint without one (`save_only_model`).
         timeout: seconds that rank 0 waits for the others.
+        run: which run this is a checkpoint of, for the marker.
         on_committed: called on rank 0 with the directory, in the thread that has written it.
     """
 
@@ -40,6 +41,7 @@ class Save:
     writes: list[Callable[[], None]] = field(default_factory=list)
     pieces: list[StatePiece] = field(default_factory=list)
     values: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
     on_committed: Callable[[Path], None] | None = None
 
     def copy_to_host(self, copies: HostCopies) -> None:
@@ -87,7 +89,7 @@ class Save:
         if self.values is not None:
             wait_for_ranks(self.directory, world_size, self.timeout)
             commit_state(self.directory / DIRECTORY, world_size, self.values)
-        commit(self.directory, world_size, self.step, self.timeout)
+        commit(self.directory, world_size, self.step, self.timeout, self.run)
 
 
 class HostCopies:
@@ -135,6 +137,11 @@ class BackgroundSave:
         # Not a daemon: the interpreter waits for a checkpoint that is being written.
         self._thread = threading.Thread(target=run, name=f"save {save.directory.name}")
         self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> Path | None:
         """The directory of a save that has ended since the last call, None if there is none.

@@ -140,7 +140,7 @@ def hub_to_sharded(
     folder = destination / DIRECTORY
     owned = (*WEIGHTS, *TEXTS, DIRECTORY, TRAINER_STATE_NAME, MARKER, WRITTEN)
     with writing(destination, owned, MARKER, overwrite):
-        begin(destination)
+        begin(destination.resolve())  # it may be a link to a folder
         copy_files(source, destination, (*WEIGHTS, *TEXTS) if copy_weights else TEXTS)
         clear(folder)
         for number, names in enumerate(groups):

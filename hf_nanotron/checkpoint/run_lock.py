@@ -1,0 +1,80 @@
+"""One run at a time writes checkpoints into a folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from .verify import StrPath
+
+logger = logging.get_logger(__name__)
+LOCK = "_run.lock"  # pushes leave out what begins with "_"
+
+
+class RunLock:
+    """The lock on a folder. It ends with the process, however that ends, so that a dead run blocks nobody.
+
+    A record lock (`fcntl.lockf`), also between the hosts of a network file system. Unlike one of `flock`, a forked
+    process, such as the worker of a data loader, does not keep it. The file stays, since deleting it would let two runs
+    hold a lock on two files of one name. Within a process it excludes nobody, since one trainer runs after the
+    other, and it ends when that process opens and closes the file by other means.
+    """
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+        self._path: Path | None = None
+
+    def acquire(self, folder: StrPath) -> str | None:
+        """Take the lock, or keep it.
+
+        Returns:
+            None, or who holds it: a sentence with the folder, the host, the process and its start.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        path = Path(folder, LOCK)
+        if self._handle is not None and self._path == path:
+            return None
+        self.release()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            text = os.pread(handle, 4096, 0)
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return f"{_holder(text)} is writing checkpoints into {os.path.abspath(folder)}"
+            logger.warning(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not be noticed.")
+            return None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(this_process()).encode(), 0)
+        self._handle, self._path = handle, path
+        return None
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = self._path = None
+
+
+def this_process() -> dict[str, Any]:
+    """Host, process id and the time now, for people."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+
+
+def _holder(text: bytes) -> str:
+    try:
+        said = json.loads(text)
+        return f"a run on host {said['host']} (process {said['pid']}, started {said['start']})"
+    except (ValueError, KeyError, TypeError):  # it is just being written
+        return "another run"
