@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -31,6 +32,7 @@ from hf_nanotron.checkpoint.state_file import read_checked, write_checked
 from hf_nanotron.checkpoint.state_read import StoredState
 from hf_nanotron.checkpoint.training_state import DIRECTORY
 from hf_nanotron.checkpoint.verify import MARKER, check
+from hf_nanotron.checkpointing import CheckpointingTrainer
 
 NAMES = [name for name in ESCAPES if isinstance(name, str)]
 SECRET = "of nobody else"
@@ -370,3 +372,13 @@ def test_links_out_are_neither_committed_nor_uploaded_nor_copied(tmp_path: Path)
     assert set(store.checkpoints()["checkpoint-1"]) == {"config.json", MARKER}
     _refused(lambda: copy_files(directory, tmp_path / "hub", ("*",)), "symbolic link out of")
     assert not (tmp_path / "hub" / "vocab.txt").exists()
+
+
+def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
+    """`trainer_state.json` names it by a whole path, which Trainer would load."""
+    run = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path / "out")), _saved={tmp_path / "old/checkpoint-2"}
+    )
+    names = {"out/checkpoint-3": True, "old/checkpoint-1": True, "other/checkpoint-3": False, "out/../x/c": False}
+    for name, expected in names.items():
+        assert CheckpointingTrainer._is_of_run(run, tmp_path / name) is expected, name  # type: ignore[arg-type]

@@ -506,3 +506,13 @@ def test_a_bad_marker_falls_back(checkpoint: Path, what: str, monkeypatch: pytes
     assert len(texts) == 1 and texts[0].startswith("checkpoint-2 is passed over")
     with pytest.raises(ValueError, match=MARKER):
         check(checkpoint, deep=False)  # a checkpoint that is named
+
+
+def test_files_without_a_digest_are_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions have written them."""
+    expected = tensors(checkpoint)
+    monkeypatch.setattr(state_file, "DIGEST", "unknown")
+    old = write_checkpoint(checkpoint.parent / "old", 2)
+    check(old)
+    found = tensors(old)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
