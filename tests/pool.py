@@ -1,8 +1,8 @@
 """Worker processes that are started once and run many distributed jobs.
 
 Importing torch and transformers costs seconds a process. A fork server pays it once (`preloaded.py`); each worker then
-runs any number of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or takes
-too long ends the workers, so that no later job meets a half-finished one.
+runs any number of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or
+takes too long ends the workers, so that no later job meets a half-finished one.
 """
 
 from __future__ import annotations
