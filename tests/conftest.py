@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-matrix", action="store_true", help="all resumes and all layouts of families (minutes)")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from this run's table")
     parser.addoption("--kills", type=int, default=3, help="how often the kill test kills a rank")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collections of every stock `Trainer` need not walk through it, 0.2 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 TABLES = ("test_parity", "test_zero", "test_resume", "test_families")

@@ -1,8 +1,8 @@
 """Worker processes that are started once and run many distributed jobs.
 
-Importing torch and transformers costs seconds a process. A fork server pays it once; each worker then runs any number
-of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or takes too long ends
-the workers, so that no later job meets a half-finished one.
+Importing torch and transformers costs seconds a process. A fork server pays it once (`preloaded.py`); each worker then
+runs any number of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or
+takes too long ends the workers, so that no later job meets a half-finished one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
-PRELOAD = ["torch", "torch.distributed", "accelerate", "datasets", "transformers.trainer", "hf_nanotron.trainer"]
-PRELOAD += [f"transformers.models.{family}" for family in ("llama", "mistral", "qwen2", "qwen3", "smollm3")]
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 TIMEOUT = 240.0
 
 
@@ -36,7 +37,7 @@ class WorkerPool:
     def __init__(self, size: int = 8) -> None:
         self.size = size
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context.set_forkserver_preload(["preloaded"])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -47,6 +48,7 @@ class WorkerPool:
         """
         while len(self._workers) < world_size:
             ours, theirs = self._context.Pipe()
+            _start_server()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()  # so that a worker that dies ends its pipe
@@ -92,17 +94,20 @@ class WorkerPool:
         self._workers = []
 
 
+def _start_server() -> None:
+    """Start the fork server, if it does not run, where it finds `preloaded.py`; workers have this process's path."""
+    path = os.pathsep.join(filter(None, (FOLDER, os.environ.get("PYTHONPATH"))))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
+
+
 def _serve(connection: Connection) -> None:
     """The loop of a worker."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo between processes, also where there are GPUs
     import torch
 
     torch.set_num_threads(1)
-    # A collection walks through 400,000 objects of torch and transformers, 0.23 s each; a job makes three of them.
-    # Those objects never go, so the collector need not see them; and what a trainer freezes stays visible.
-    gc.collect()
-    gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None
+    gc.freeze = gc.unfreeze = lambda: None  # what a trainer freezes stays visible
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()

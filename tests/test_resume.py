@@ -1,8 +1,9 @@
 """A run saved on one topology goes on with the same losses on any other.
 
-Twelve steps without interruption on topology A; the checkpoint of step 6 goes on on topology B. `--full-matrix` runs
-every A x B; otherwise each A meets itself and another. Experts have topologies of their own, and start over from other
-weights, so that all that counts is read from the checkpoint.
+Six steps without interruption on topology A; the checkpoint of step 3 goes on on topology B, with the short last step
+of an epoch and then with another epoch. `--full-matrix` runs every A x B; otherwise each A meets itself and another.
+Experts have topologies of their own, and start over from other weights, so that all that counts is read from the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
-GLOBAL_BATCH = 8
+GLOBAL_BATCH, SAMPLES, STEPS, SAVED = 8, 28, 6, 3
+CHECKPOINT, LAST = f"checkpoint-{SAVED}", f"checkpoint-{STEPS}"
 INTERLEAVED = {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
 # world size, samples of a micro-batch, sizes; the number of micro-batches follows from the global batch
 TOPOLOGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -80,14 +82,14 @@ def train(family: str, directory: str, output: str, topology: str, resume_from: 
     experts = family in EXPERTS
     world, micro_batch, sizes = (EXPERT_TOPOLOGIES if experts else TOPOLOGIES)[topology]
     if not experts and FAMILIES[family][0] is DROPOUT:
-        micro_batch = 1
+        micro_batch = 2
     dp = world // sizes.get("tp_size", 1) // sizes.get("pp_size", 1)
     args = NanotronTrainingArguments(
         **training_arguments(
             output_dir=output,
-            max_steps=12,
+            max_steps=STEPS,
             save_strategy="steps",
-            save_steps=6,
+            save_steps=SAVED,
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=GLOBAL_BATCH // (micro_batch * dp),
             **sizes,
@@ -99,7 +101,7 @@ def train(family: str, directory: str, output: str, topology: str, resume_from: 
         model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
     history = History()
     trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=random_dataset(60), data_collator=pad_batch, callbacks=[history]
+        model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch, callbacks=[history]
     )
     trainer.train(resume_from_checkpoint=resume_from)
     model.mesh.close()
@@ -128,7 +130,7 @@ def test_resume_on_other_topologies(
     names, directory = FAMILIES[family][1], start(family)
     first = tmp_path / "first"
     losses = pool.run(TOPOLOGIES[saved_on][0], train, family, directory, str(first), saved_on, None)[0]
-    assert len(losses) == 12
+    assert len(losses) == STEPS
     index = names.index(saved_on)
     others = [names[(index + offset) % len(names)] for offset in (0, 5)]
     if request.config.getoption("--full-matrix"):
@@ -136,15 +138,15 @@ def test_resume_on_other_topologies(
     for resumed_on in others:
         again = tmp_path / resumed_on.replace(" ", "-")
         results = pool.run(
-            TOPOLOGIES[resumed_on][0], train, family, directory, str(again), resumed_on, str(first / "checkpoint-6")
+            TOPOLOGIES[resumed_on][0], train, family, directory, str(again), resumed_on, str(first / CHECKPOINT)
         )
-        assert all(result == results[0] for result in results) and len(results[0]) == 6
-        error = max(abs(a - b) / b for a, b in zip(results[0], losses[6:], strict=True))
+        assert all(result == results[0] for result in results) and len(results[0]) == STEPS - SAVED
+        error = max(abs(a - b) / b for a, b in zip(results[0], losses[SAVED:], strict=True))
         ROWS.append(f"{family:11s} {saved_on:22s} {resumed_on:22s} {error:.1e}")
-        assert error <= 1e-5, (resumed_on, results[0], losses[6:])
+        assert error <= 1e-5, (resumed_on, results[0], losses[SAVED:])
         if resumed_on == saved_on:
-            assert results[0] == losses[6:]
-            assert contents(again / "checkpoint-12") == contents(first / "checkpoint-12")
+            assert results[0] == losses[SAVED:]
+            assert contents(again / LAST) == contents(first / LAST)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -158,21 +160,21 @@ def test_experts_resume_on_other_topologies(pool: WorkerPool, tmp_path: Path, fa
     (saved_on, *others), first = EXPERTS[family], tmp_path / "first"
     arguments = (train, family, str(tmp_path / "start"))
     losses = pool.run(EXPERT_TOPOLOGIES[saved_on][0], *arguments, str(first), saved_on, None)[0]
-    checkpoint = first / "checkpoint-6"
+    checkpoint = first / CHECKPOINT
     for resumed_on in others:
         again = tmp_path / resumed_on.replace(" ", "-")
         world = EXPERT_TOPOLOGIES[resumed_on][0]
         results = pool.run(world, *arguments, str(again), resumed_on, str(checkpoint))
-        assert all(result == results[0] for result in results) and len(results[0]) == 6
-        error = max(abs(a - b) / b for a, b in zip(results[0], losses[6:], strict=True))
+        assert all(result == results[0] for result in results) and len(results[0]) == STEPS - SAVED
+        error = max(abs(a - b) / b for a, b in zip(results[0], losses[SAVED:], strict=True))
         ROWS.append(f"{family:11s} {saved_on:22s} {resumed_on:22s} {error:.1e}")
-        assert error <= 1e-5, (resumed_on, results[0], losses[6:])
+        assert error <= 1e-5, (resumed_on, results[0], losses[SAVED:])
         if resumed_on == saved_on:
-            assert results[0] == losses[6:]
-            assert contents(again / "checkpoint-12") == contents(first / "checkpoint-12")
+            assert results[0] == losses[SAVED:]
+            assert contents(again / LAST) == contents(first / LAST)
     for name, bias in hub_tensors(tmp_path / "start").items():
         if name.endswith("e_score_correction_bias"):  # a buffer, which this run leaves alone
-            assert bias.any() and torch.equal(hub_tensors(again / "checkpoint-12")[name], bias)
+            assert bias.any() and torch.equal(hub_tensors(again / LAST)[name], bias)
     # The Hub's files: the names of stock's own, and stock reads from them what it would write.
     StockAuto.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
     assert hub_tensors(tmp_path / "start").keys() == hub_tensors(checkpoint).keys()
