@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 # Bytes. An s3fs upload holds up to ten parts of each file in memory, of 50 MiB if nobody says otherwise.
 PART_BYTES = 8 << 20
+LARGEST_MARKER = 256 << 20  # bytes; a file of a checkpoint takes about a hundred
 # Seconds in which some part of a file arrives, or the connection is given up; and in which a deletion or listing ends.
 STALL_SECONDS, LONG_SECONDS = 300.0, 3600.0
 
@@ -227,9 +228,15 @@ class RemoteStore:
         return self.read(f"{name}/{MARKER}")
 
     def read(self, file: str) -> bytes | None:
-        """The bytes of a small file, None if there is none."""
+        """The bytes of a marker or another small file, None if there is none. Of one that is too large to be that:
+        nothing, which is as damaged."""
+
+        def take(_: Callback) -> bytes:
+            path = f"{self.root}/{file}"
+            return self.fs.cat_file(path) if self.fs.info(path)["size"] <= LARGEST_MARKER else b""
+
         try:
-            return self._watched(lambda _: self.fs.cat_file(f"{self.root}/{file}"))
+            return self._watched(take)
         except FileNotFoundError:
             return None
 

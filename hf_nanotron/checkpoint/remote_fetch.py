@@ -44,7 +44,6 @@ from .verify import (
 
 logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
-LARGEST_MARKER = 256 << 20  # bytes; a file takes about a hundred
 
 
 def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
@@ -97,8 +96,6 @@ def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes 
             raise ValueError(f"{where} holds an object {file!r}, whose name {fault}; delete it there.")
     if (clash := find_clash(there)) is not None:
         raise ValueError(f"{where} holds {clash!r} as a file and as a folder; delete what is not of the checkpoint.")
-    if there.get(MARKER, 0) > LARGEST_MARKER:
-        raise ValueError(f"{where}/{MARKER} is damaged: it has {there[MARKER]} bytes.")
     data = store.patiently("reading a marker", partial(store.marker, name))
     if data is None:
         return None
