@@ -32,9 +32,7 @@ ALL_UNPLANNED: dict[str, dict[str, Any]] = json.loads((HERE / "families_unplanne
 UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since" in entry and is_known_here(entry))}
 FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
 KNOWN = {**FAMILIES, **UNPLANNED}
-STEP_LENGTH, TOKENS = 0.05, 8
-MICRO_BATCHES = (4, 2)  # of each step; the second asks whether the update was right, which two can tell
-STEPS = len(MICRO_BATCHES)
+STEP_LENGTH, STEPS, MICRO_BATCHES, TOKENS = 0.05, 2, 4, 8
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
@@ -73,9 +71,9 @@ def micro_batches(model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1) ->
     generator = torch.Generator().manual_seed(2)
     vocabulary = model.config.get_text_config().vocab_size
     steps = []
-    for number in MICRO_BATCHES:
+    for _ in range(STEPS):
         batches = []
-        for index in range(number):
+        for index in range(MICRO_BATCHES):
             ids = torch.randint(3, min(vocabulary, 100), (1, TOKENS), generator=generator)
             labels = ids.clone()
             labels[:, : 3 * index] = -100
