@@ -217,7 +217,7 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     assert "starts afresh. They are neither resumed" in told.pop() and read_record(here) == fresh
     write(tmp_path / "there", X, 7)
     said = message(lambda: start_run(mesh, here, str(tmp_path / "there" / "checkpoint-7"), False))
-    assert "goes on from a checkpoint of another folder, which overwrite_output_dir=False refuses" in said
+    assert "goes on from one that is not there, which overwrite_output_dir=False refuses" in said
     assert start_run(mesh, tmp_path / "there", None, False, is_noted=False).id  # a run that saves nothing by itself
     assert not (tmp_path / "there" / RECORD).exists()
 

@@ -11,12 +11,14 @@ from typing import Any
 from transformers.utils import logging
 
 from .commit import remove
+from .own_files import set_aside
 from .remote import RemoteStore, in_parallel, step_of
 from .runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
 from .verify import MARKER, StrPath, parse_marker
 
 logger = logging.get_logger(__name__)
 WORKERS = 8  # markers at a time
+RECORD_SECONDS = 30.0  # for the record, which the start of a run waits for; uploads write it again
 
 
 class StoredRuns:
@@ -50,6 +52,11 @@ class StoredRuns:
         """Those of `names` that are checkpoints of `run`, in their order."""
         return [name for name, found in self.of(names).items() if run.has(found, step_of(name))]
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Read these markers again when they are asked for."""
+        for name in names:
+            self._known.pop(name, None)
+
     def note(self, name: str, checkpoint: StrPath) -> None:
         """A local checkpoint has taken the place of what was stored under this name."""
         self._known[name] = marked_run(checkpoint)
@@ -59,7 +66,7 @@ class StoredRuns:
     def write_record(self, output_dir: StrPath) -> None:
         """Say in the store, as in the folder, which run is at hand. Without it, too, all but a warning works."""
         try:
-            self.store.put(Path(output_dir, RECORD), RECORD)
+            self.store.put(Path(output_dir, RECORD), RECORD, seconds=RECORD_SECONDS)
         except Exception as error:  # each package has its own
             logger.warning(f"{self.store.url}/{RECORD} could not be written: {type(error).__name__}.")
 
@@ -78,14 +85,17 @@ class StoredRuns:
         record, _ = self.record()
         return latest([*([] if record is None else [record]), *self.of(committed).values()])
 
-    def tell_of_others(self, run: Run | None) -> None:
-        """Warn, once for each, of a run that writes into the same store and was started after this one."""
+    def look_for_others(self, run: Run | None, output_dir: StrPath) -> None:
+        """Warn, once for each, of a run that writes into the same store and was started after this one. Write the
+        record of this one if that could not be done before."""
         if run is None:
             return
         try:
             other, writer = self.record()
         except Exception:  # an outage is told elsewhere
             return
+        if (other is None or other.began < run.began) and read_record(output_dir) == run:
+            self.write_record(output_dir)
         if other is not None and other.branch not in (run.branch, self._told) and other.began > run.began:
             self._told = other.branch
             logger.warning(
@@ -95,11 +105,14 @@ class StoredRuns:
 
 
 def make_room(directory: Path, marker: dict[str, Any]) -> None:
-    """Before a stored checkpoint is fetched: what is here under its name and of another run goes; of a link, the link.
+    """Before a stored checkpoint is fetched: what is here under its name and of another run is kept under another one,
+    what the same run has left behind where it went back goes, and of a link the link.
 
     Args:
         marker: that of the stored one.
     """
-    here = marked_run(directory)
-    if directory.is_symlink() or (here is not None and here.branch != run_of(marker).branch):
+    here, stored = marked_run(directory), run_of(marker)
+    if directory.is_symlink() or (here is not None and here.id == stored.id and here.branch != stored.branch):
         remove(directory)
+    elif here is not None and here.id != stored.id:
+        set_aside(directory, "is of another run than what is fetched")

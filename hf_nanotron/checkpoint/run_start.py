@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
 from .manager import from_rank_0, marked_runs
-from .remote import RemoteStore
+from .remote import RemoteStore, step_of
 from .remote_runs import StoredRuns
 from .run_lock import RunLock
 from .runs import Run, begin_run, marked_run, read_record
@@ -69,16 +69,16 @@ def start_run(
         others = {path.name: of for path, of in marked.items() if not run.has(of, _step(path))}
         if not is_noted:
             return None
+        places: dict[str, list[str]] = {}
         if source is not None and _is_in(source, output_dir):
             _tell_of_later(output_dir, run, others, step)
         else:
-            there = _stored_names(stored)
-            places = {f"output_dir={os.fspath(output_dir)!r}": list(others)}
-            if stored is not None and source is None:
-                places[f"remote_checkpoints={stored.store.url!r}"] = there
-            for place, names in places.items():
-                if names and (refusal := _judge(place, names, source is None, overwrite)):
-                    return refusal
+            places[f"output_dir={os.fspath(output_dir)!r}"] = list(others)
+        if stored is not None:
+            places[f"remote_checkpoints={stored.store.url!r}"] = _stored_others(stored, None if source is None else run)
+        for place, names in places.items():
+            if names and (refusal := _judge(place, names, source is None, overwrite)):
+                return refusal
         return None
 
     what = f"looking for other runs in {os.fspath(output_dir)}"
@@ -90,17 +90,21 @@ def _stored_record(stored: StoredRuns | None) -> Run | None:
     return None if stored is None else stored.store.patiently("looking for runs", stored.record)[0]
 
 
-def _stored_names(stored: StoredRuns | None) -> list[str]:
-    if stored is None:
-        return []
+def _stored_others(stored: StoredRuns, run: Run | None) -> list[str]:
+    """The committed checkpoints in the store that are of another run than the one that goes on, if one does."""
     listed = stored.store.patiently("listing", stored.store.checkpoints)
-    return [name for name, files in listed.items() if MARKER in files]
+    names = [name for name, files in listed.items() if MARKER in files]
+    if run is None or not names:
+        return names
+    found = stored.store.patiently("reading markers", lambda: stored.of(names))
+    # What has no id may be what this run has left behind where it went back.
+    return [name for name, of in found.items() if of.id not in (run.id, "") and not run.has(of, step_of(name))]
 
 
 def _judge(place: str, names: list[str], is_fresh: bool, overwrite: bool | None) -> str | None:
     """Warn of checkpoints of other runs, or return why the run is refused."""
     has = f"{place} has checkpoints of another run ({_listed(names)}), and this one "
-    has += "starts afresh" if is_fresh else "goes on from a checkpoint of another folder"
+    has += "starts afresh" if is_fresh else "goes on from one that is not there"
     if overwrite is False:
         return (
             f"{has}, which overwrite_output_dir=False refuses. Use another folder, resume with "
