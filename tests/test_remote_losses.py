@@ -113,6 +113,7 @@ def test_a_damaged_checkpoint_takes_the_place_of_none(fault: str, tmp_path: Path
     send(uploader, 10)
     assert good(store) == ["checkpoint-5"] and names(here) == ["checkpoint-10", "checkpoint-5"]
     assert sum("checkpoint-10 is damaged and not uploaded" in text for text in told) == 1
+    assert uploader.damaged == ["checkpoint-10"]
     uploader.close()
 
 
@@ -359,6 +360,39 @@ def test_a_resume_beside_another_run_in_the_store(tmp_path: Path, told: list[str
     assert not told
     start_run(mesh, tmp_path / "new", str(there / "checkpoint-5"), False, store)  # it went back to 5
     assert not told and read_record(here) is None
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_clocks_of_hosts_that_differ(is_noted: bool, tmp_path: Path) -> None:
+    """A fresh run began after all that are in the store, also where the record is missing."""
+    mesh, store, there = ParallelMesh(ParallelConfig()), FaultyStore(f"memory://{tmp_path}/run"), tmp_path / "there"
+    ahead = Run("z", "z", 9e9)
+    write(there, ahead, 10)
+    write_record(there, ahead, {})
+    uploader = Uploader(store, there)
+    uploader.run = ahead
+    send(uploader, 10)
+    uploader.close()
+    if not is_noted:
+        store.remove_file(RECORD)
+    run = start_run(mesh, tmp_path / "here", None, True, store)
+    assert run.began > ahead.began
+
+
+@pytest.mark.parametrize("file", [RECORD, f"checkpoint-20/{MARKER}"])
+def test_forged_files_that_are_huge_are_not_read(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, here = FaultyStore(f"memory://{tmp_path}/run"), tmp_path / "here"
+    write(here, X, 10)
+    uploader = Uploader(store, here)
+    send(uploader, 10)
+    uploader.close()
+    store.fs.pipe_file(f"{store.root}/{file}", b"x" * 5000)
+    for name in ("LARGEST_MARKER", "LARGEST_RECORD"):
+        monkeypatch.setattr(remote_runs, name, 4000)
+    monkeypatch.setattr(remote_fetch, "LARGEST_MARKER", 4000)
+    read = store.fs.cat_file
+    monkeypatch.setattr(store.fs, "cat_file", lambda path: pytest.fail(path) if path.endswith(file) else read(path))
+    assert fetch_newest(store, tmp_path / "new") == tmp_path / "new" / "checkpoint-10"
 
 
 @pytest.mark.parametrize("url", URLS)

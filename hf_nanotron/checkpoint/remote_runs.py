@@ -18,6 +18,7 @@ from .verify import MARKER, StrPath, parse_marker
 
 logger = logging.get_logger(__name__)
 WORKERS = 8  # markers at a time
+LARGEST_MARKER, LARGEST_RECORD = 256 << 20, 16 << 20  # bytes; each file or branch takes about a hundred
 RECORD_SECONDS = 30.0  # for the record, which the start of a run waits for; uploads write it again
 
 
@@ -72,8 +73,7 @@ class StoredRuns:
 
     def record(self) -> tuple[Run | None, str]:
         """The run that the store names as the one at hand, and who writes it: host, process and start, for people."""
-        data = self.store.read(RECORD)
-        if data is None:
+        if (self.store.size(RECORD) or 0) > LARGEST_RECORD or (data := self.store.read(RECORD)) is None:
             return None, ""
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, RECORD).write_bytes(data)
@@ -81,9 +81,16 @@ class StoredRuns:
 
     def at_hand(self) -> Run | None:
         """The run that was started last, of those that are in the store."""
-        committed = [name for name, files in self.store.checkpoints().items() if MARKER in files]
         record, _ = self.record()
-        return latest([*([] if record is None else [record]), *self.of(committed).values()])
+        found = self.committed().values()
+        return latest(run for run in (record, *found) if run is not None)
+
+    def committed(self) -> dict[str, Run | None]:
+        """The committed checkpoints, as the store lists them, the highest step first; None for the run of one whose
+        marker is damaged."""
+        listed = self.store.checkpoints().items()
+        names = [name for name, files in listed if 0 <= files.get(MARKER, -1) <= LARGEST_MARKER]
+        return dict.fromkeys(names) | self.of(names)
 
     def look_for_others(self, run: Run | None, output_dir: StrPath) -> None:
         """Warn, once for each, of a run that writes into the same store and was started after this one. Write the

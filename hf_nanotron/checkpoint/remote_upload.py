@@ -98,6 +98,7 @@ class Uploader:
         self.keep_local, self.save_total_limit = keep_local, save_total_limit
         self.workers, self.space = min(workers, store.transfers or workers), space or LocalSpace()
         self.figures = UploadFigures()
+        self.damaged: list[str] = []  # names of local checkpoints that are not uploaded, since they are not whole
         store.retry.note = self._note
         self.run: Run | None = None  # whose checkpoints are uploaded and counted; None for the run at hand
         self._runs = StoredRuns(store)
@@ -229,7 +230,8 @@ class Uploader:
             self._drop(doomed)
             logger.warning(
                 f"{_names(doomed)} not uploaded to {url}, and deleted here to make room: {len(mine)} checkpoints "
-                f"waited for their upload (remote_pending_limit={self.space.limit}), {free} were free (remote_min_free_gb)."
+                f"waited for their upload (remote_pending_limit={self.space.limit}), {free} were free "
+                "(remote_min_free_gb)."
             )
 
     def _mine(self) -> list[Path]:
@@ -310,6 +312,7 @@ class Uploader:
             if _marker_of(path) != marker:
                 raise _Changed
             fault = "has another length" if is_there else "is missing, or a symbolic link out of it"
+            self.damaged.append(path.name)
             logger.warning(f"{path} is damaged and not uploaded to {self.store.url}: {name} {fault}.")
             return False
         return True

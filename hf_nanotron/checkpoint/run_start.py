@@ -14,7 +14,7 @@ from .remote_runs import StoredRuns
 from .run_lock import RunLock
 from .runs import Run, begin_run, marked_run, read_record
 from .training_state import refuse_together, together
-from .verify import MARKER, StrPath, read_marker
+from .verify import StrPath, read_marker
 
 logger = logging.get_logger(__name__)
 LISTED = 5  # checkpoints in a message
@@ -60,7 +60,8 @@ def start_run(
     def begin() -> str | None:
         marked = marked_runs(output_dir)
         stored = StoredRuns(store) if store is not None and is_noted else None
-        records = [read_record(output_dir), _stored_record(stored)]
+        there = {} if stored is None else stored.store.patiently("looking for runs", stored.committed)
+        records = [read_record(output_dir), _stored_record(stored), *there.values()]
         known = [*marked.values(), *(run for run in records if run is not None)]
         before = None if source is None else marked_run(source) or Run()
         step = 0 if source is None else read_marker(source)["step"]
@@ -75,7 +76,8 @@ def start_run(
         else:
             places[f"output_dir={os.fspath(output_dir)!r}"] = list(others)
         if stored is not None:
-            places[f"remote_checkpoints={stored.store.url!r}"] = _stored_others(stored, None if source is None else run)
+            names = _of_others(there, run) if source is not None else list(there)
+            places[f"remote_checkpoints={stored.store.url!r}"] = names
         for place, names in places.items():
             if names and (refusal := _judge(place, names, source is None, overwrite)):
                 return refusal
@@ -90,15 +92,11 @@ def _stored_record(stored: StoredRuns | None) -> Run | None:
     return None if stored is None else stored.store.patiently("looking for runs", stored.record)[0]
 
 
-def _stored_others(stored: StoredRuns, run: Run | None) -> list[str]:
-    """The committed checkpoints in the store that are of another run than the one that goes on, if one does."""
-    listed = stored.store.patiently("listing", stored.store.checkpoints)
-    names = [name for name, files in listed.items() if MARKER in files]
-    if run is None or not names:
-        return names
-    found = stored.store.patiently("reading markers", lambda: stored.of(names))
-    # What has no id may be what this run has left behind where it went back.
-    return [name for name, of in found.items() if of.id not in (run.id, "") and not run.has(of, step_of(name))]
+def _of_others(there: dict[str, Run | None], run: Run) -> list[str]:
+    """The checkpoints in the store that are of another run than the one that goes on. One without an id may be what
+    this run has left behind where it went back."""
+    found = ((name, of) for name, of in there.items() if of is not None)
+    return [name for name, of in found if of.id not in (run.id, "") and not run.has(of, step_of(name))]
 
 
 def _judge(place: str, names: list[str], is_fresh: bool, overwrite: bool | None) -> str | None:
