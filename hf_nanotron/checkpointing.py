@@ -60,7 +60,7 @@ class CheckpointingTrainer(RemoteTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._background = BackgroundSave()
-        self._saved: set[Path] = set()  # by this call of `train`, or taken up by it
+        self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
         self._told_to_stop = False
         self._run = Run()  # that this call of `train` is a part of
         self._lock = RunLock()
@@ -100,9 +100,9 @@ class CheckpointingTrainer(RemoteTrainer):
         self.store_flos()
         run = Path(self._get_output_dir(trial=trial))
         directory = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if directory in self._saved:  # at the end of an epoch, say, that is also a step to save at
+        if directory.resolve() in self._saved:  # at the end of an epoch, say, that is also a step to save at
             return
-        self._saved.add(directory)
+        self._saved.add(directory.resolve())
         what = f"saving {directory}"
         together(mesh, what, lambda: begin(directory) if mesh.rank == 0 else None)
         save = Save(directory, self.state.global_step, args.ddp_timeout, run=self._run.to_dict())
@@ -165,7 +165,7 @@ class CheckpointingTrainer(RemoteTrainer):
         """The best checkpoint so far, if it is there. On every rank: all of them load it in the end."""
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         exists = bool(self.state.best_global_step) and self.mesh.rank == 0 and best.exists()
-        exists = exists and (best in self._saved or is_part(self._run, best))  # not what another run has left
+        exists = exists and (best.resolve() in self._saved or is_part(self._run, best))  # not what another run has left
         if all_reduce(torch.tensor(float(exists), device=self.mesh.device), self.mesh.world):
             self.state.best_model_checkpoint = str(best)
 
@@ -265,13 +265,13 @@ class CheckpointingTrainer(RemoteTrainer):
                         else ""
                     )
                 )
-            self._saved.add(chosen)
+            self._saved.add(chosen.resolve())
             return str(chosen)
         if not named:
             return None
         source = os.fspath(named)
         check_together(self.mesh, source, deep=False)  # what is read of it is verified then
-        self._saved.add(Path(source))  # a run that has no step left does not write what it came from anew
+        self._saved.add(Path(source).resolve())  # a run that has no step left does not write what it came from anew
         return source
 
     def _submit_existing(self) -> None:
@@ -309,6 +309,7 @@ class CheckpointingTrainer(RemoteTrainer):
         if best is not None and not self._is_of_run(Path(best)):
             logger.warning(f"The best checkpoint that {TRAINER_STATE_NAME} names, {best}, is in no folder of this run.")
             self.state.best_model_checkpoint = None
+        self._note_best(Path(cast(str, self.args.output_dir)))  # which may have moved, or come from a store
         if self.state.logging_steps is None:
             self.state.compute_steps(self.args, max_steps)
         return progress

@@ -41,4 +41,6 @@ def _upload(args: argparse.Namespace) -> None:
     uploader.close()
     if missing:
         raise RuntimeError(missing)
+    if uploader.damaged:
+        raise RuntimeError(f"Not uploaded to {uploader.store.url}, because damaged: {', '.join(uploader.damaged)}.")
     print(f"{uploader.store.url} has what is here: {figures.checkpoints} checkpoints were uploaded.")

@@ -95,7 +95,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     overwrite_output_dir: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether a fresh run may save where another run has checkpoints (output_dir, remote_checkpoints), "
+            "help": "Whether a run may save where another run has checkpoints (output_dir, remote_checkpoints), "
             "which it overwrites where it saves the same steps. False refuses it; unset, there is a warning.",
             "nargs": "?",
             "const": True,

@@ -133,7 +133,7 @@ def test_a_linked_checkpoint_is_resumed_and_counts(tmp_path: Path) -> None:
 def test_leftovers_that_are_links(tmp_path: Path) -> None:
     theirs = save(tmp_path / "A", 5)
     ours = save(tmp_path / "B", 6)
-    (tmp_path / "B" / ".removed-checkpoint-3-1").symlink_to(theirs)
+    (tmp_path / "B" / "_removed-checkpoint-3-1").symlink_to(theirs)
     (tmp_path / "B" / "checkpoint-4").mkdir()
     (tmp_path / "B" / "checkpoint-4" / ".written").symlink_to(theirs)
     (ours / ".written").symlink_to(theirs)
@@ -336,10 +336,10 @@ def test_a_checkpoint_of_another_program_is_kept_whole(name: str, tmp_path: Path
     before = tree(directory)
     save(tmp_path, 5)
     check(directory)
-    assert tree(tmp_path / "kept-checkpoint-5") == before and "notes.txt" not in tree(directory)
-    assert len(told) == 1 and "kept as kept-checkpoint-5" in told[0]
+    assert tree(tmp_path / "_kept-checkpoint-5") == before and "notes.txt" not in tree(directory)
+    assert len(told) == 1 and "kept as _kept-checkpoint-5" in told[0]
     rotate(tmp_path, 1)
-    assert tree(tmp_path / "kept-checkpoint-5") == before
+    assert tree(tmp_path / "_kept-checkpoint-5") == before
     assert [path.name for path in newest(tmp_path)] == ["checkpoint-5"]
 
 
@@ -350,7 +350,7 @@ def test_notes_in_a_folder_that_is_no_checkpoint_stay_there(name: str, tmp_path:
     (directory / name).write_text('{"mine": 1}')
     save(tmp_path, 5)
     check(directory)
-    kept = tmp_path / "kept-checkpoint-5" if name == "committed.json" else directory  # its name is the marker's
+    kept = tmp_path / "_kept-checkpoint-5" if name == "committed.json" else directory  # its name is the marker's
     assert name == "README.md" or (kept / name).read_text() == '{"mine": 1}'
     assert name not in read_marker(directory)["files"]
 
@@ -358,12 +358,12 @@ def test_notes_in_a_folder_that_is_no_checkpoint_stay_there(name: str, tmp_path:
 def test_a_file_of_a_checkpoints_name_and_weights_beside_a_state_are_kept(tmp_path: Path, told: list[str]) -> None:
     (tmp_path / "checkpoint-5").write_text("a file")
     save(tmp_path, 5)
-    assert (tmp_path / "kept-checkpoint-5").read_text() == "a file"
+    assert (tmp_path / "_kept-checkpoint-5").read_text() == "a file"
     directory = save(tmp_path, 6, hub=False)
     (directory / "model.safetensors").write_text("converted, by hand")
     save(tmp_path, 6, hub=False)
     check(directory)
-    assert (tmp_path / "kept-checkpoint-6" / "model.safetensors").read_text() == "converted, by hand"
+    assert (tmp_path / "_kept-checkpoint-6" / "model.safetensors").read_text() == "converted, by hand"
     assert not (directory / "model.safetensors").exists() and len(told) == 3
 
 

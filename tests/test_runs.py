@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from test_checkpoint_manager import names
 from tiny import History, message, pad_batch, random_dataset, tiny_config, training_arguments
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint import manager, remote_runs, run_start
+from hf_nanotron.checkpoint import manager, remote_runs, run_start, runs, verify
 from hf_nanotron.checkpoint.commit import begin, commit, describe
 from hf_nanotron.checkpoint.manager import candidates, choose, newest, rotate, run_at_hand
 from hf_nanotron.checkpoint.remote import RemoteStore
@@ -172,6 +173,21 @@ def test_each_run_keeps_its_own_number(limit: int, tmp_path: Path) -> None:
     assert [int(path.name[11:]) for path in newest(tmp_path)] == [100, *mine]
 
 
+def test_a_save_reads_no_marker_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one that is another file now."""
+    read: list[str] = []
+    for module in (runs, verify):
+        monkeypatch.setattr(module, "read_marker", lambda path: read.append(Path(path).name) or read_marker(path))
+    write(tmp_path, X, 1, 2, 3)
+    rotate(tmp_path, None)
+    read.clear()
+    write(tmp_path, X, 4)
+    rotate(tmp_path, None)
+    assert read == ["checkpoint-4"]
+    write(tmp_path, Y, 2)
+    assert run_at_hand(tmp_path) == Y and read == ["checkpoint-4", "checkpoint-2"]
+
+
 def test_torn_ones_of_any_run_go_when_they_are_older(tmp_path: Path) -> None:
     write(tmp_path, X, 100)
     for step in (5, 50):
@@ -217,7 +233,7 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     assert "starts afresh. They are neither resumed" in told.pop() and read_record(here) == fresh
     write(tmp_path / "there", X, 7)
     said = message(lambda: start_run(mesh, here, str(tmp_path / "there" / "checkpoint-7"), False))
-    assert "goes on from a checkpoint of another folder, which overwrite_output_dir=False refuses" in said
+    assert "goes on from one that is not there, which overwrite_output_dir=False refuses" in said
     assert start_run(mesh, tmp_path / "there", None, False, is_noted=False).id  # a run that saves nothing by itself
     assert not (tmp_path / "there" / RECORD).exists()
 
@@ -345,6 +361,28 @@ def test_the_lock_of_a_folder(pool: WorkerPool, tmp_path: Path) -> None:
     assert found["then"] == [None, None] and found["ours"] and found["later"] is None
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "another user's"])
+def test_a_lock_that_cannot_be_opened_is_told(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that can be written is not refused for its lock, and nothing is written through a link."""
+    texts: list[str] = []
+    monkeypatch.setattr("hf_nanotron.checkpoint.run_lock.logger.warning", texts.append)
+    path, outside = tmp_path / LOCK, tmp_path / "outside"
+    outside.write_text("theirs")
+    if kind == "link":
+        path.symlink_to(outside)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("{}")
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("hf_nanotron.checkpoint.run_lock.os.open", refuse)
+    assert RunLock().acquire(tmp_path) is None
+    assert len(texts) == 1 and str(path) in texts[0] and outside.read_text() == "theirs"
+
+
 def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(37, "No locks available")
@@ -406,6 +444,13 @@ def runs_in_one_folder(output: str) -> dict[str, Any]:
     trainer.train(str(folder / "checkpoint-3"))
     found["again"] = steps()
     found["refused"] = message(lambda: trainer_of(output, overwrite_output_dir=False)[0].train())
+    # No step is left: what is resumed is not written anew, by whatever path it was named. The folder has moved.
+    moved = folder.with_name("moved")
+    shutil.copytree(folder, moved)
+    before = (moved / "checkpoint-5" / MARKER).stat().st_mtime_ns
+    trainer, _ = trainer_of(str(moved), save_steps=1, max_steps=5)
+    trainer.train(f"{moved}/../{moved.name}/checkpoint-5")
+    found["rewritten"] = before != (moved / "checkpoint-5" / MARKER).stat().st_mtime_ns
     other = os.open(folder / LOCK, os.O_RDWR)
     os.close(other)
     child = os.fork()  # another process, which saves there
@@ -420,7 +465,7 @@ def test_runs_in_one_folder(pool: WorkerPool, tmp_path: Path) -> None:
     assert "of the run that was started last" in found["nothing yet"] and "checkpoint-8" in found["nothing yet"]
     assert found["old"] == [6, 8] and found["fresh"] == [2, 3, 6, 8] or found["fresh"] == [1, 2, 6, 8], found
     assert found["resumed"] == [3, 4, 6, 8] and found["taken"] == 4 - max(found["fresh"][:2])
-    assert found["again"] == [4, 5, 6, 8]
+    assert found["again"] == [4, 5, 6, 8] and not found["rewritten"]
     assert found["same run"] and found["in the state"] and found["released"] == 0
     assert "overwrite_output_dir=False refuses" in found["refused"]
 

@@ -40,6 +40,7 @@ from .inside import inside, is_inside
 from .own_files import (
     FREE,
     HIDDEN,
+    HIDDEN_BEFORE,
     KEPT,
     delete_own,
     delete_trace,
@@ -254,12 +255,13 @@ def remove(directory: Path) -> None:
 
 def clean(output_dir: StrPath) -> None:
     """Finish the deletions that were interrupted."""
-    for path in Path(output_dir).glob(f"{HIDDEN}{PREFIX_CHECKPOINT_DIR}-*"):
-        with contextlib.suppress(OSError):  # the next one tries again
-            if path.is_symlink():
-                path.unlink()
-            else:
-                _delete(path, path.with_name(path.name.removeprefix(HIDDEN).rpartition("-")[0]))
+    for prefix in (HIDDEN, HIDDEN_BEFORE):
+        for path in Path(output_dir).glob(f"{prefix}{PREFIX_CHECKPOINT_DIR}-*"):
+            with contextlib.suppress(OSError):  # the next one tries again
+                if path.is_symlink():
+                    path.unlink()
+                else:
+                    _delete(path, path.with_name(path.name.removeprefix(prefix).rpartition("-")[0]))
 
 
 def _delete(hidden: Path, directory: Path) -> None:

@@ -28,8 +28,10 @@ logger = logging.get_logger(__name__)
 
 FREE = ("README.md",)  # people edit them and no run reads them
 KEPT = "kept.json"  # in `.written/`: what was in the folder before the save
-ASIDE = "kept-"  # prefix of what is moved out of the way of a save
-HIDDEN = ".removed-"  # prefix of a checkpoint that is being deleted
+# Pushes to the Hub leave out what begins with "_".
+ASIDE = "_kept-"  # prefix of what is moved out of the way of a save
+HIDDEN = "_removed-"  # prefix of a checkpoint that is being deleted
+HIDDEN_BEFORE = ".removed-"  # the same, in releases before
 # What nothing but a save writes, and what else one may write.
 _ALWAYS = (
     rf"{re.escape(MARKER)}(\.tmp)?|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth"
@@ -123,16 +125,16 @@ def delete_trace(directory: Path) -> None:
         shutil.rmtree(trace, ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path:
-    """Give what is in the way of a save another name, beside the checkpoint: `kept-checkpoint-5`."""
+def set_aside(path: Path, why: str = "is not a checkpoint of this program") -> Path:
+    """Give what is in the way of a save another name, beside the checkpoint: `_kept-checkpoint-5`."""
     target = free_name(path)
     path.rename(target)
-    logger.warning(f"{path} is not a checkpoint of this program: it is kept as {target.name}.")
+    logger.warning(f"{path} {why}: it is kept as {target.name}.")
     return target
 
 
 def move_aside(directory: Path, names: Iterable[str]) -> None:
-    """Move files out of a checkpoint, to `kept-checkpoint-5/`: they would be taken for a part of the next one."""
+    """Move files out of a checkpoint, to `_kept-checkpoint-5/`: they would be taken for a part of the next one."""
     target, moved = free_name(directory), sorted(names)
     for name in moved:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +144,7 @@ def move_aside(directory: Path, names: Iterable[str]) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """`kept-checkpoint-5`, or if that is taken `kept-checkpoint-5-2` and so on."""
+    """`_kept-checkpoint-5`, or if that is taken `_kept-checkpoint-5-2` and so on."""
     target, number = path.with_name(ASIDE + path.name), 1
     while os.path.lexists(target):
         number += 1

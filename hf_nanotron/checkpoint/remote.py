@@ -252,11 +252,18 @@ class RemoteStore:
         except FileNotFoundError:
             return None
 
-    def put(self, source: Path, file: str, progress: Callable[[int], None] = lambda _: None) -> None:
+    def put(
+        self,
+        source: Path,
+        file: str,
+        progress: Callable[[int], None] = lambda _: None,
+        seconds: float | None = None,
+    ) -> None:
         """Upload a file.
 
         Args:
             progress: called with the bytes that have arrived.
+            seconds: after which it fails if nothing comes through; None for as many as a large file takes.
         """
 
         def send(callback: Any) -> None:
@@ -264,7 +271,7 @@ class RemoteStore:
             self.fs.put_file(str(source), f"{self.root}/{file}", callback=callback, **self._part)
 
         # Other packages than those of S3 and GCS do not say how far they are.
-        self._watched(send, None if self._part else LONG_SECONDS)
+        self._watched(send, seconds or (None if self._part else LONG_SECONDS))
 
     def get(self, file: str, target: Path) -> None:
         """Download a file."""

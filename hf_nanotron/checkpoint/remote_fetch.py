@@ -6,6 +6,7 @@ marker, so it is not taken for a checkpoint, and the next one fetches only what 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -16,6 +17,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
@@ -25,7 +27,7 @@ from .manager import newest, run_at_hand
 from .progress import check_progress
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_errors import StoreError
-from .remote_runs import StoredRuns, make_room
+from .remote_runs import LARGEST_MARKER, StoredRuns, make_room
 from .runs import Run, latest, run_of, write_record
 from .state_index import StateIndex
 from .training_state import together
@@ -156,7 +158,8 @@ def _download(store: RemoteStore, name: str, data: bytes, directory: Path, worke
 
 
 def _clear_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
-    """Make way for a download: what has the checkpoint's name here and is of another run goes; of a link, the link.
+    """Make way for a download: what has the checkpoint's name here and is of another run is moved away; of a link,
+    the link goes.
 
     Raises:
         ValueError: naming the directory, the link or the file, if another program's directory is in the place, or a
@@ -265,7 +268,7 @@ def _sync(path: Path) -> None:
 
 
 def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
-    """Bring the newest remote checkpoint here, unless a complete local one is as new.
+    """Bring the newest remote checkpoint here, unless a complete local one is as new; and the best one so far.
 
     Returns:
         what was fetched, None if there was nothing to fetch.
@@ -276,6 +279,7 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
     looked_up = store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
     run = latest(found for found in (run_at_hand(output_dir), looked_up) if found is not None)
     fetched = _fetch_newest_of(store, output_dir, run)
+    _fetch_best(store, output_dir, run)
     if run is not None and run_at_hand(output_dir) != run:  # it has no checkpoint; the resume goes by what is here
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_record(output_dir, run, {"url": store.url})
@@ -294,6 +298,33 @@ def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -
         except ValueError as error:
             _pass_over(store, name, error)
     return None
+
+
+def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> None:
+    """Bring the best checkpoint, too, if the newest one here names it and the store has it: without it here, it would
+    be forgotten, and deleted as surplus."""
+    found = next(iter(newest(output_dir, run)), None)
+    try:
+        state = json.loads((found / TRAINER_STATE_NAME).read_bytes()) if found is not None else {}
+        step = state["best_global_step"] if state["best_model_checkpoint"] else None
+    except (OSError, ValueError, KeyError, TypeError):  # a resume says what is wrong
+        return
+    name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    directory = Path(output_dir, name)
+    if type(step) is not int or step < 1 or directory.exists() and not is_torn(directory):
+        return
+    there = store.patiently("listing", store.checkpoints).get(name, {})
+    try:
+        data = _read_marker(store, name, there)
+        of = None if data is None else run_of(parse_marker(data, f"{store.url}/{name}/{MARKER}"))
+        if data is None or of is None or not (run is None or run.has(of, step)):
+            return
+        _clear_place(store, name, data, directory)
+        _download(store, name, data, directory)
+    except StoreError:
+        raise
+    except ValueError as error:
+        logger.warning(f"{store.url}/{name}, the best checkpoint so far, is not fetched: {error}")
 
 
 def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:

@@ -11,12 +11,15 @@ from typing import Any
 from transformers.utils import logging
 
 from .commit import remove
+from .own_files import set_aside
 from .remote import RemoteStore, in_parallel, step_of
 from .runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
 from .verify import MARKER, StrPath, parse_marker
 
 logger = logging.get_logger(__name__)
 WORKERS = 8  # markers at a time
+LARGEST_MARKER, LARGEST_RECORD = 256 << 20, 16 << 20  # bytes; each file or branch takes about a hundred
+RECORD_SECONDS = 30.0  # for the record, which the start of a run waits for; uploads write it again
 
 
 class StoredRuns:
@@ -50,6 +53,11 @@ class StoredRuns:
         """Those of `names` that are checkpoints of `run`, in their order."""
         return [name for name, found in self.of(names).items() if run.has(found, step_of(name))]
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Read these markers again when they are asked for."""
+        for name in names:
+            self._known.pop(name, None)
+
     def note(self, name: str, checkpoint: StrPath) -> None:
         """A local checkpoint has taken the place of what was stored under this name."""
         self._known[name] = marked_run(checkpoint)
@@ -59,14 +67,13 @@ class StoredRuns:
     def write_record(self, output_dir: StrPath) -> None:
         """Say in the store, as in the folder, which run is at hand. Without it, too, all but a warning works."""
         try:
-            self.store.put(Path(output_dir, RECORD), RECORD)
+            self.store.put(Path(output_dir, RECORD), RECORD, seconds=RECORD_SECONDS)
         except Exception as error:  # each package has its own
             logger.warning(f"{self.store.url}/{RECORD} could not be written: {type(error).__name__}.")
 
     def record(self) -> tuple[Run | None, str]:
         """The run that the store names as the one at hand, and who writes it: host, process and start, for people."""
-        data = self.store.read(RECORD)
-        if data is None:
+        if (self.store.size(RECORD) or 0) > LARGEST_RECORD or (data := self.store.read(RECORD)) is None:
             return None, ""
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, RECORD).write_bytes(data)
@@ -74,18 +81,28 @@ class StoredRuns:
 
     def at_hand(self) -> Run | None:
         """The run that was started last, of those that are in the store."""
-        committed = [name for name, files in self.store.checkpoints().items() if MARKER in files]
         record, _ = self.record()
-        return latest([*([] if record is None else [record]), *self.of(committed).values()])
+        found = self.committed().values()
+        return latest(run for run in (record, *found) if run is not None)
 
-    def tell_of_others(self, run: Run | None) -> None:
-        """Warn, once for each, of a run that writes into the same store and was started after this one."""
+    def committed(self) -> dict[str, Run | None]:
+        """The committed checkpoints, as the store lists them, the highest step first; None for the run of one whose
+        marker is damaged."""
+        listed = self.store.checkpoints().items()
+        names = [name for name, files in listed if 0 <= files.get(MARKER, -1) <= LARGEST_MARKER]
+        return dict.fromkeys(names) | self.of(names)
+
+    def look_for_others(self, run: Run | None, output_dir: StrPath) -> None:
+        """Warn, once for each, of a run that writes into the same store and was started after this one. Write the
+        record of this one if that could not be done before."""
         if run is None:
             return
         try:
             other, writer = self.record()
         except Exception:  # an outage is told elsewhere
             return
+        if (other is None or other.began < run.began) and read_record(output_dir) == run:
+            self.write_record(output_dir)
         if other is not None and other.branch not in (run.branch, self._told) and other.began > run.began:
             self._told = other.branch
             logger.warning(
@@ -95,11 +112,14 @@ class StoredRuns:
 
 
 def make_room(directory: Path, marker: dict[str, Any]) -> None:
-    """Before a stored checkpoint is fetched: what is here under its name and of another run goes; of a link, the link.
+    """Before a stored checkpoint is fetched: what is here under its name and of another run is kept under another one,
+    what the same run has left behind where it went back goes, and of a link the link.
 
     Args:
         marker: that of the stored one.
     """
-    here = marked_run(directory)
-    if directory.is_symlink() or (here is not None and here.branch != run_of(marker).branch):
+    here, stored = marked_run(directory), run_of(marker)
+    if directory.is_symlink() or (here is not None and here.id == stored.id and here.branch != stored.branch):
         remove(directory)
+    elif here is not None and here.id != stored.id:
+        set_aside(directory, "is of another run than what is fetched")

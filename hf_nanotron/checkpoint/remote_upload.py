@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers.utils import logging
 
 from .commit import remove
 from .inside import is_inside
-from .manager import newest, run_at_hand
+from .manager import is_part, newest, run_at_hand
 from .own_files import FREE
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
@@ -98,6 +98,7 @@ class Uploader:
         self.keep_local, self.save_total_limit = keep_local, save_total_limit
         self.workers, self.space = min(workers, store.transfers or workers), space or LocalSpace()
         self.figures = UploadFigures()
+        self.damaged: list[str] = []  # names of local checkpoints that are not uploaded, since they are not whole
         store.retry.note = self._note
         self.run: Run | None = None  # whose checkpoints are uploaded and counted; None for the run at hand
         self._runs = StoredRuns(store)
@@ -217,23 +218,27 @@ class Uploader:
     def _make_room(self) -> None:
         """Give up checkpoints that wait: what the store would not keep, and what there is no room for."""
         url, free = self.store.url, in_words(shutil.disk_usage(self.output_dir).free)
-        if surplus := beyond_retention(self._mine(), self._spared(), self.save_total_limit):
+        mine = self._mine()
+        if surplus := beyond_retention(mine, self._spared(), self.save_total_limit):
             self._drop(surplus)
             logger.warning(
                 f"{_names(surplus)} not uploaded to {url}, and deleted here: {self.save_total_limit} newer checkpoints "
                 "wait for their upload, and save_total_limit keeps no more."
             )
-        count = len(self._mine())
-        if doomed := beyond_space(self._mine(), self._spared(), self.space):
+        mine = [path for path in mine if path not in surplus]
+        if doomed := beyond_space(mine, self._spared(), self.space):
             self._drop(doomed)
             logger.warning(
-                f"{_names(doomed)} not uploaded to {url}, and deleted here to make room: {count} checkpoints waited "
-                f"for their upload (remote_pending_limit={self.space.limit}), {free} were free (remote_min_free_gb)."
+                f"{_names(doomed)} not uploaded to {url}, and deleted here to make room: {len(mine)} checkpoints "
+                f"waited for their upload (remote_pending_limit={self.space.limit}), {free} were free "
+                "(remote_min_free_gb)."
             )
 
     def _mine(self) -> list[Path]:
-        """Those that wait, but for those of earlier runs, of which it is not known whether they are in the store."""
-        return [path for path in self.pending() if path not in self._found]
+        """Those of the run at hand that wait, but for those from before its start, of which it is not known whether
+        they are in the store. Another run of this process may have left some, which do not count."""
+        run = self._run_at_hand()
+        return [path for path in self.pending() if path not in self._found and is_part(run, path)]
 
     def _spared(self) -> set[str]:
         """Those that are not given up: the best one, say, and the one on its way, unless the store fails."""
@@ -264,7 +269,7 @@ class Uploader:
             sizes: list[int] = []
             start = time.monotonic()
             try:
-                if self._is_wanted(path):
+                if self._is_wanted(path) and self._is_whole(path):
                     sizes = self._upload(path)
                     self._delete_surplus(path)
             except _Stopped:
@@ -296,26 +301,36 @@ class Uploader:
         committed = self._try(path, "reading markers", lambda: self._runs.parts(names, self._run_at_hand()))
         return step_of(path.name) >= max(map(step_of, committed), default=-1)
 
+    def _is_whole(self, path: Path) -> bool:
+        """Whether all files are there as its marker lists them. If not, it takes the place of no other in the store."""
+        marker = _marker_of(path)
+        for name, entry in _listed(path).items():
+            file = path / name
+            is_there = is_inside(path, file) and file.is_file()
+            if is_there and file.stat().st_size == entry["bytes"]:
+                continue
+            if _marker_of(path) != marker:
+                raise _Changed
+            fault = "has another length" if is_there else "is missing, or a symbolic link out of it"
+            self.damaged.append(path.name)
+            logger.warning(f"{path} is damaged and not uploaded to {self.store.url}: {name} {fault}.")
+            return False
+        return True
+
     def _upload(self, path: Path) -> list[int]:
         """Bytes of the files that were sent: none if the store has this checkpoint."""
         name, store = path.name, self.store
-        self._runs.tell_of_others(self.run)
+        self._runs.look_for_others(self.run, self.output_dir)
         marker = _marker_of(path)
         there = self._try(path, f"reading the marker of {name}", lambda: store.marker(name))
         if there == marker:  # with all checksums, so it is exactly this checkpoint
             return []
         # README.md goes along for people; other files that no marker lists are somebody's notes.
-        names = [*_listed(path), *(name for name in FREE if (path / name).is_file())]
-        lacking = [name for name in names if not (is_inside(path, path / name) and (path / name).is_file())]
+        free = [file for file in FREE if is_inside(path, path / file) and (path / file).is_file()]
+        sizes = {file: entry["bytes"] for file, entry in _listed(path).items()}
+        sizes |= {file: (path / file).stat().st_size for file in (MARKER, *free)}
         if _marker_of(path) != marker:
             raise _Changed
-        if lacking:
-            logger.warning(
-                f"{path} is not uploaded to {store.url}: {lacking[0]} is missing, or a symbolic link out of the "
-                "checkpoint."
-            )
-            return []
-        sizes = {name: (path / name).stat().st_size for name in (MARKER, *names)}
         if there is not None:  # another checkpoint of this step, from before the run went back
             self._try(path, f"deleting the old {name}/{MARKER}", lambda: store.remove_file(f"{name}/{MARKER}"))
         self._sent.clear()
@@ -323,6 +338,12 @@ class Uploader:
         files = sorted((file for file in sizes if file != MARKER), key=lambda file: -sizes[file])
         in_parallel([partial(self._put, path, file, sizes[file]) for file in files], self.workers)
         listed = self._try(path, f"listing {name}", lambda: store.checkpoints().get(name, {}))
+        for file in files:
+            # The listing may lag behind; or another run has taken this for what an interrupted upload has left.
+            if listed.get(file) != sizes[file]:
+                look = partial(store.size, f"{name}/{file}")
+                if self._try(path, f"looking for {name}/{file}", look) != sizes[file]:
+                    self._put(path, file, sizes[file])
         for file in listed.keys() - sizes.keys() - {MARKER}:
             self._try(path, f"deleting the old {name}/{file}", partial(store.remove_file, f"{name}/{file}"))
         if _marker_of(path) != marker:
@@ -383,32 +404,35 @@ class Uploader:
         committed = [name for name, files in there.items() if MARKER in files]
         torn = [name for name in there if name not in committed and step_of(name) < step_of(uploaded.name)]
         # A listing that lags behind may lack a marker.
-        doomed = [name for name in torn if self.store.marker(name) is None]
-        run = self._run_at_hand()
+        torn = [name for name in torn if self.store.marker(name) is None]
+        run, surplus = self._run_at_hand(), list[str]()
         if self.save_total_limit:
             committed = self._runs.parts(committed, run)
             surplus = [name for name in reversed(committed[1:]) if name not in kept]
-            doomed += surplus[: max(len(committed) - self.save_total_limit, 0)]
-        for name in doomed:
+            surplus = surplus[: max(len(committed) - self.save_total_limit, 0)]
+            self._runs.forget(surplus)  # another run may have replaced one since its marker was read
+            surplus = self._runs.parts(surplus, run)
+        for name in torn + surplus:
             self.store.remove(name)
         waiting = {path.name for path in self.pending()} - {uploaded.name}
         for path in newest(self.output_dir, run)[self.keep_local :]:
             if path.name in kept | waiting:
                 continue
             # Gone from the store by its limit means that it was there.
-            if path.name in doomed or self.store.marker(path.name) == _marker_of(path):
+            if path.name in surplus or _is_marked(path, self.store.marker(path.name)):
                 with self.local_lock:
-                    remove(path)
+                    if path.exists():  # `rotate` may have been faster
+                        remove(path)
 
 
 def _names(paths: Iterable[Path]) -> str:
     return ", ".join(path.name for path in paths)
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
     """The files that the marker of a local checkpoint lists."""
     try:
-        return list(read_marker(path)["files"])
+        return read_marker(path)["files"]
     except ValueError:
         raise _Changed from None
 
@@ -422,3 +446,10 @@ def _marker_of(path: Path) -> bytes:
         return (path / MARKER).read_bytes()
     except OSError:
         raise _Changed from None
+
+
+def _is_marked(path: Path, data: bytes | None) -> bool:
+    try:
+        return data is not None and (path / MARKER).read_bytes() == data
+    except OSError:
+        return False

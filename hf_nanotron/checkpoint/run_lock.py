@@ -46,7 +46,13 @@ class RunLock:
             return None
         self.release()
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if not os.path.lexists(path) or not os.access(folder, os.W_OK | os.X_OK):
+                raise
+            _tell(path, error)  # it is of another user, say, or a symbolic link
+            return None
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -54,7 +60,7 @@ class RunLock:
             os.close(handle)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return f"{_holder(text)} is writing checkpoints into {os.path.abspath(folder)}"
-            logger.warning(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not be noticed.")
+            _tell(path, error)
             return None
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(this_process()).encode(), 0)
@@ -65,6 +71,10 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
         self._handle = self._path = None
+
+
+def _tell(path: Path, error: OSError) -> None:
+    logger.warning(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not be noticed.")
 
 
 def this_process() -> dict[str, Any]:

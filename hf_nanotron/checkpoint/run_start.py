@@ -9,12 +9,12 @@ from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
 from .manager import from_rank_0, marked_runs
-from .remote import RemoteStore
+from .remote import RemoteStore, step_of
 from .remote_runs import StoredRuns
 from .run_lock import RunLock
 from .runs import Run, begin_run, marked_run, read_record
 from .training_state import refuse_together, together
-from .verify import MARKER, StrPath, read_marker
+from .verify import StrPath, read_marker
 
 logger = logging.get_logger(__name__)
 LISTED = 5  # checkpoints in a message
@@ -60,7 +60,8 @@ def start_run(
     def begin() -> str | None:
         marked = marked_runs(output_dir)
         stored = StoredRuns(store) if store is not None and is_noted else None
-        records = [read_record(output_dir), _stored_record(stored)]
+        there = {} if stored is None else stored.store.patiently("looking for runs", stored.committed)
+        records = [read_record(output_dir), _stored_record(stored), *there.values()]
         known = [*marked.values(), *(run for run in records if run is not None)]
         before = None if source is None else marked_run(source) or Run()
         step = 0 if source is None else read_marker(source)["step"]
@@ -69,16 +70,17 @@ def start_run(
         others = {path.name: of for path, of in marked.items() if not run.has(of, _step(path))}
         if not is_noted:
             return None
+        places: dict[str, list[str]] = {}
         if source is not None and _is_in(source, output_dir):
             _tell_of_later(output_dir, run, others, step)
         else:
-            there = _stored_names(stored)
-            places = {f"output_dir={os.fspath(output_dir)!r}": list(others)}
-            if stored is not None and source is None:
-                places[f"remote_checkpoints={stored.store.url!r}"] = there
-            for place, names in places.items():
-                if names and (refusal := _judge(place, names, source is None, overwrite)):
-                    return refusal
+            places[f"output_dir={os.fspath(output_dir)!r}"] = list(others)
+        if stored is not None:
+            names = _of_others(there, run) if source is not None else list(there)
+            places[f"remote_checkpoints={stored.store.url!r}"] = names
+        for place, names in places.items():
+            if names and (refusal := _judge(place, names, source is None, overwrite)):
+                return refusal
         return None
 
     what = f"looking for other runs in {os.fspath(output_dir)}"
@@ -90,17 +92,17 @@ def _stored_record(stored: StoredRuns | None) -> Run | None:
     return None if stored is None else stored.store.patiently("looking for runs", stored.record)[0]
 
 
-def _stored_names(stored: StoredRuns | None) -> list[str]:
-    if stored is None:
-        return []
-    listed = stored.store.patiently("listing", stored.store.checkpoints)
-    return [name for name, files in listed.items() if MARKER in files]
+def _of_others(there: dict[str, Run | None], run: Run) -> list[str]:
+    """The checkpoints in the store that are of another run than the one that goes on. One without an id may be what
+    this run has left behind where it went back."""
+    found = ((name, of) for name, of in there.items() if of is not None)
+    return [name for name, of in found if of.id not in (run.id, "") and not run.has(of, step_of(name))]
 
 
 def _judge(place: str, names: list[str], is_fresh: bool, overwrite: bool | None) -> str | None:
     """Warn of checkpoints of other runs, or return why the run is refused."""
     has = f"{place} has checkpoints of another run ({_listed(names)}), and this one "
-    has += "starts afresh" if is_fresh else "goes on from a checkpoint of another folder"
+    has += "starts afresh" if is_fresh else "goes on from one that is not there"
     if overwrite is False:
         return (
             f"{has}, which overwrite_output_dir=False refuses. Use another folder, resume with "

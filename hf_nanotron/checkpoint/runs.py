@@ -11,19 +11,22 @@ that has no checkpoint yet. Checkpoints from before there were ids are one run, 
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .state_file import read_checked, write_checked
-from .verify import StrPath, read_marker
+from .verify import MARKER, StrPath, read_marker
 
 RECORD = "_run.json"  # pushes leave out what begins with "_"
 KEY = "run"  # of the marker, and in the `extra` of a training state
 TICK = 1e-3  # seconds between two branches, at least, whatever the clocks of their hosts say
+LATEST = 1e12  # seconds since 1970, where floats still tell ticks apart
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Run:
         for name, last in run.before:
             texts.append(name)
             numbers.append(last)
-        if not all(type(text) is str for text in texts) or not all(map(_is_number, numbers)):
+        is_run = all(type(text) is str for text in texts) and all(map(_is_number, numbers))
+        if not is_run or not -LATEST < run.began < LATEST:
             raise ValueError(f"{value!r} does not name a run.")
         return run
 
@@ -106,6 +110,21 @@ def latest(runs: Iterable[Run]) -> Run | None:
 
 def marked_run(checkpoint: StrPath) -> Run | None:
     """The run of a local checkpoint, None if it has no valid marker, or one that names no run in our way."""
+    try:
+        status = os.stat(Path(checkpoint, MARKER))
+    except OSError:
+        return None
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _run_of_file(os.path.abspath(checkpoint), state)
+
+
+@lru_cache(maxsize=1024)
+def _run_of_file(checkpoint: str, state: tuple[int, ...]) -> Run | None:
+    """Each save asks for all, and to read the marker of a thousand files takes a while.
+
+    Args:
+        state: of the marker; another file has another one.
+    """
     try:
         return run_of(read_marker(checkpoint))
     except ValueError:
