@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -36,6 +36,7 @@ from .checkpoint.training_state import (
     state_values,
     together,
 )
+from .checkpoint.verify import STATE_INDEX
 from .models.base import ParallelModel
 from .optim.link import OptimizerLink
 from .parallel.collectives import all_reduce
@@ -254,7 +255,7 @@ class CheckpointingTrainer(RemoteTrainer):
         if named is True:
             if self._store is not None:
                 fetch_newest_together(self.mesh, self._store, output_dir)
-            chosen = choose_together(self.mesh, output_dir)
+            chosen = choose_together(self.mesh, output_dir, needs=(STATE_INDEX, TRAINER_STATE_NAME))
             if chosen is None:
                 others = ", ".join(path.name for path in newest(output_dir)[:5])
                 raise ValueError(
@@ -310,14 +311,31 @@ class CheckpointingTrainer(RemoteTrainer):
             logger.warning(f"The best checkpoint that {TRAINER_STATE_NAME} names, {best}, is in no folder of this run.")
             self.state.best_model_checkpoint = None
         self._note_best(Path(cast(str, self.args.output_dir)))  # which may have moved, or come from a store
-        if self.state.logging_steps is None:
-            self.state.compute_steps(self.args, max_steps)
+        own = TrainerState()
+        own.compute_steps(self.args, max_steps)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if not getattr(self.state, name):
+                setattr(self.state, name, getattr(own, name))
         return progress
 
+    def _load_callback_state(self) -> None:
+        """
+        Raises:
+            ValueError: for states that the callbacks of this run do not take.
+        """
+        try:
+            super()._load_callback_state()
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{TRAINER_STATE_NAME} holds a state that its callback does not take ({error}); set "
+                "restore_callback_states_from_checkpoint=False, or use an earlier checkpoint."
+            ) from error
+
     def _is_of_run(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is in the output directory, or beside the one that was taken up."""
+        """Whether a checkpoint is of the run, in the output directory or beside the one that was taken up."""
         folders = {Path(cast(str, self.args.output_dir)), *(path.parent for path in self._saved)}
-        return checkpoint.resolve().parent in {folder.resolve() for folder in folders}
+        is_there = checkpoint.resolve().parent in {folder.resolve() for folder in folders}
+        return is_there and is_part(self._run, checkpoint)
 
     def _note_run(self) -> None:
         """In the folder and the store, by rank 0, when nothing but the first step can still fail."""

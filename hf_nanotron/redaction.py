@@ -24,6 +24,8 @@ _SECRET_WORDS = frozenset(
 _SECRET_LAST_WORDS = frozenset("pwd signature sig sas jwt cookie".split())
 # Before `key`, these make it a secret; a key of its own is one, too, as s3fs names its access key.
 _SECRET_KEYS = frozenset("access account api auth encryption license private secret service shared signing ssh".split())
+# A `key` of its own that names a column or a metric, such as `eval_loss`, or a number of one; access keys are longer.
+_PLAIN_KEY = re.compile(r"[a-z]{1,8}|[a-z]+(_[a-z]+)+|\d{1,8}")
 # Before `token`, these make it one of a tokenizer; all other tokens are secrets.
 _TOKENIZER = frozenset(
     "additional assistant audio begin bos boi cls decoder each end eoi eos fim first forced image last mask new next "
@@ -60,7 +62,7 @@ def is_secret(name: str) -> bool:
     after = dict(zip(words, words[1:], strict=False))  # of each word, the next one
     if _SECRET_WORDS & set(words) or last in _SECRET_LAST_WORDS or "connection_string" in "_".join(words):
         return True
-    if last in ("key", "keys") and (not before or before[-1] in _SECRET_KEYS):
+    if last in ("key", "keys") and (before[-1] in _SECRET_KEYS if before else last == "key"):
         return True
     if last == "token":
         return not before or before[-1] not in _TOKENIZER
@@ -162,7 +164,10 @@ def redacted(name: str, value: Any, mask: Any = MASK, known: Iterable[str] = ())
         known: as for `printable`.
     """
     known = tuple(known)
-    if value is None or isinstance(value, bool | int | float) and not is_secret(name):
+    # No secret is a fraction: a metric may have such a name.
+    if value is None or isinstance(value, float) or (isinstance(value, bool | int) and not is_secret(name)):
+        return value
+    if name == "key" and isinstance(value, str | int) and _PLAIN_KEY.fullmatch(str(value)):
         return value
     if is_secret(name) and not isinstance(value, bool):
         return mask if value or value == 0 else value

@@ -41,6 +41,14 @@ def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: object) 
         inside(tmp_path, name, "the index")
 
 
+def test_a_name_of_megabytes(tmp_path: Path) -> None:
+    """Is not looked at character by character, nor printed whole."""
+    for name in ("../" * 10_000_000, "x/" * 1000, "\n" * 1000):
+        with pytest.raises(ValueError, match="the index names .*only files inside") as error:
+            inside(tmp_path, name, "the index")
+        assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("name", ["x", "a/x", "..x", "a/x..y", "model-00001-of-00002.safetensors", "ä.json", "a b"])
 def test_a_good_name_is_a_path(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path, name, "the index") == tmp_path / name
@@ -74,3 +82,20 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     assert inside(snapshot, "model.safetensors", "the index") == snapshot / "model.safetensors"
     with pytest.raises(ValueError, match="symbolic link out of"):
         inside(snapshot, "out", "the index")
+
+
+def test_what_looks_like_the_cache_of_the_hub(tmp_path: Path) -> None:
+    """Its `blobs/` is a folder of its own, and the repository's folder has a name of the Hub's."""
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "123").write_text("")
+    for number, (name, blob) in enumerate({"models--a--b": "folder", "models--c--d": "file", "my--run": ""}.items()):
+        snapshot, blobs = tmp_path / name / "snapshots" / "abc", tmp_path / name / "blobs"
+        snapshot.mkdir(parents=True)
+        if blob == "folder":
+            blobs.symlink_to(tmp_path / "else")
+        else:
+            blobs.mkdir()
+            (blobs / "123").symlink_to(tmp_path / "else" / "123") if blob else (blobs / "123").write_text("")
+        (snapshot / "x").symlink_to(Path("..", "..", "blobs", "123"))
+        with pytest.raises(ValueError, match="symbolic link out of"):
+            inside(snapshot, "x", f"index {number}")

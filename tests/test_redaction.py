@@ -23,7 +23,7 @@ training.hub_token --hub-token
 PLAIN_NAMES = """
 eos_token pad_token bos_token image_token additional_special_tokens max_new_tokens include_num_input_tokens_seen
 average_tokens_across_devices length_column_name sort_key num_key_value_heads signature_columns tokenizer keys_to_ignore
-loss_per_token KeyError monkey passive secretary tokens key_value_dtype
+loss_per_token keys KeyError monkey passive secretary tokens key_value_dtype
 """.split()
 
 URLS = {
@@ -127,7 +127,12 @@ def test_values_of_fields() -> None:
     """Those that hold a secret become copies without; all others stay the same objects."""
     plain = {"steps": [1, 2.0], "name": "a run", "point": Point("a", 1), "token": None, "use_auth_token": True}
     assert redacted("options", plain) is plain and redacted("x", Options("me", "")) == Options("me", "")
+    plain = {"key": "eval_loss", "keys": ["input_ids"], "more": {"key": 3}, "loss_token": 0.5, "eval_signature": 1.5}
+    assert redacted("state", plain) is plain and redacted("key", "loss") == "loss"
     for name, value, right in (
+        ("key", "AKIAXXXX", None),
+        ("key", "minio-admin", None),
+        ("key", 123456789012, None),
         ("hub_token", SECRET, None),
         ("hub_token", 12345, None),
         ("hub_token", [SECRET], None),

@@ -36,7 +36,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     path = inside(folder, CONFIG_NAME, str(folder))
     read_json(path)  # by itself first: for a missing file, transformers' own message would speak of the Hub
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # or it would ask, and wait
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

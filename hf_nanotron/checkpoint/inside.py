@@ -8,7 +8,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 StrPath = str | os.PathLike[str]
 
+CACHED = ("models--", "datasets--", "spaces--")  # what the Hub's cache calls the folders of repositories
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
+LONGEST_SHOWN = 300  # characters of a name in a message
 LONGEST_PATH = 3072  # bytes of a name with its folders; with what comes before, a path may have 4096
 
 
@@ -31,7 +33,8 @@ def inside(folder: StrPath, name: object, source: str) -> Path:
         if is_inside(folder, path):
             return path
         fault = f"is a symbolic link out of {folder}, to {os.path.realpath(path)}"
-    raise ValueError(f"{source} names {name!r}, which {fault}; only files inside {folder} are read or written.")
+    said = repr(name) if len(repr(name)) <= LONGEST_SHOWN else f"{repr(name)[:LONGEST_SHOWN]}..."
+    raise ValueError(f"{source} names {said}, which {fault}; only files inside {folder} are read or written.")
 
 
 def is_inside(folder: StrPath, path: StrPath) -> bool:
@@ -56,6 +59,8 @@ def find_fault(name: object) -> str | None:
     """What is wrong with a relative name, None for a good one. Looks at no file."""
     if not isinstance(name, str):
         return "is not a file name"
+    if len(name) > LONGEST_PATH:  # before it is looked at character by character
+        return "is too long"
     parts = name.split("/")
     faults = {
         "is empty": not name,
@@ -79,9 +84,12 @@ def find_clash(names: Iterable[str]) -> str | None:
 
 
 def _blobs(home: Path) -> list[Path]:
-    """Where the files of a Hub cache's snapshot lie: `models--owner--name/blobs`, if `home` is in such a snapshot."""
+    """Where the files of a Hub cache's snapshot lie: `models--owner--name/blobs`, if `home` is in such a snapshot.
+
+    A folder itself: a link of this name could lead anywhere.
+    """
     return [
-        Path(os.path.realpath(folder.parent / "blobs"))
+        folder.parent / "blobs"
         for folder in (home, *home.parents)
-        if folder.name == "snapshots" and "--" in folder.parent.name
+        if folder.name == "snapshots" and folder.parent.name.startswith(CACHED)
     ]

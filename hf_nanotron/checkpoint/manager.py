@@ -24,7 +24,7 @@ from .commit import clean, remove
 from .own_files import delete_trace
 from .runs import Run, latest, marked_run, read_record
 from .training_state import together
-from .verify import StrPath, check, is_torn
+from .verify import StrPath, check, is_torn, read_marker
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def _at_hand(output_dir: StrPath, marked: dict[Path, Run]) -> Run | None:
 def is_part(run: Run, path: Path) -> bool:
     """Whether a checkpoint is committed and of `run`."""
     found = marked_run(path)
-    return found is not None and _is_part(run, path, found)
+    return found is not None and re.fullmatch(r".*-\d+", path.name) is not None and _is_part(run, path, found)
 
 
 def _is_part(run: Run, path: Path, found: Run) -> bool:
@@ -109,8 +109,13 @@ def _first(candidates: Iterable[Path], verify: Callable[[Path], None], warn: boo
     return None
 
 
-def choose_together(mesh: ParallelMesh, output_dir: StrPath, deep: bool = True) -> Path | None:
+def choose_together(
+    mesh: ParallelMesh, output_dir: StrPath, deep: bool = True, needs: Iterable[str] = ()
+) -> Path | None:
     """`choose`, by all ranks together, the same on each. What rank 0 sees is what counts, and rank 0 warns.
+
+    Args:
+        needs: files that the marker has to list.
 
     Raises:
         RuntimeError: if looking failed on another rank for a reason other than the checkpoints.
@@ -118,7 +123,9 @@ def choose_together(mesh: ParallelMesh, output_dir: StrPath, deep: bool = True) 
     listed = together(mesh, "looking for checkpoints", lambda: candidates(output_dir) if mesh.rank == 0 else [])
     names = from_rank_0(mesh, [path.name for path in listed])
     return _first(
-        (Path(output_dir, name) for name in names), lambda path: check_together(mesh, path, deep), warn=mesh.rank == 0
+        (Path(output_dir, name) for name in names),
+        lambda path: check_together(mesh, path, deep, needs),
+        warn=mesh.rank == 0,
     )
 
 
@@ -130,8 +137,11 @@ def from_rank_0(mesh: ParallelMesh, value: T) -> T:
     return values[0]
 
 
-def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True) -> None:
+def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, needs: Iterable[str] = ()) -> None:
     """`check`, each rank its share of the files.
+
+    Args:
+        needs: files that the marker has to list.
 
     Raises:
         ValueError: on every rank the same, if any rank has found a fault.
@@ -141,6 +151,9 @@ def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True) ->
     def find_fault() -> str | None:
         try:
             check(directory, deep, (mesh.world.rank, mesh.world.size))
+            listed = read_marker(directory)["files"]
+            if missing := [name for name in needs if name not in listed]:
+                return f"{directory} has no {missing[0]}: it was saved with save_only_model=True, or is forged."
         except ValueError as error:
             return str(error)
         return None

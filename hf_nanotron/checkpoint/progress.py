@@ -16,6 +16,7 @@ from .schema import (
     anything,
     boolean,
     each,
+    interval,
     load_json,
     mapping,
     number,
@@ -35,13 +36,24 @@ def _callback(value: Any) -> str | None:
     return each(one)(value) if isinstance(value, list) else one(value)
 
 
+def _callbacks(value: Any) -> str | None:
+    fault = mapping(_callback)(value)
+    if fault is None and "TrainerControl" in value:  # of which `attributes` could hide methods
+        return None if (fault := _CONTROL(value["TrainerControl"])) is None else f"['TrainerControl']{fault}"
+    return fault
+
+
+_CONTROL = record(
+    {}, {"args": mapping(boolean, text("should_[a-z_]+")), "attributes": mapping(boolean, text("should_[a-z_]+"))}
+)
+
 _KNOWN: dict[str, Rule] = {
     "epoch": optional(number),
     "global_step": whole(),
     "max_steps": whole(),
-    "logging_steps": optional(number),
-    "eval_steps": optional(number),
-    "save_steps": optional(number),
+    "logging_steps": optional(interval),
+    "eval_steps": optional(interval),
+    "save_steps": optional(interval),
     "train_batch_size": optional(whole()),
     "num_train_epochs": number,
     "num_input_tokens_seen": number,
@@ -55,13 +67,16 @@ _KNOWN: dict[str, Rule] = {
     "is_hyper_param_search": boolean,
     "trial_name": optional(text()),
     "trial_params": optional(mapping(anything, text())),
-    "stateful_callbacks": optional(mapping(_callback)),
+    "stateful_callbacks": optional(_callbacks),
 }
 LARGEST = 1 << 30  # bytes
 
 
-def check_progress(checkpoint: str | os.PathLike[str]) -> None:
-    """Refuse a `trainer_state.json` that Trainer could not go on from.
+def check_progress(checkpoint: str | os.PathLike[str], step: int) -> None:
+    """Refuse a `trainer_state.json` that Trainer could not go on from, or that is of another step.
+
+    Args:
+        step: of the marker.
 
     Raises:
         ValueError: naming the file, the key and what is wrong.
@@ -77,3 +92,5 @@ def check_progress(checkpoint: str | os.PathLike[str]) -> None:
             f"{path} has {', '.join(strangers[:5])}, which this release of transformers does not know; resume with the "
             "release that wrote it."
         )
+    if (found_step := found.get("global_step", 0)) != step:
+        raise ValueError(f"{path} is of step {found_step}, but the checkpoint of step {step}; {EARLIER}.")

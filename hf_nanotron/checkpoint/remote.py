@@ -36,6 +36,7 @@ T = TypeVar("T")
 # Bytes. An s3fs upload holds up to ten parts of each file in memory, of 50 MiB if nobody says otherwise.
 PART_BYTES = 8 << 20
 LARGEST_MARKER = 256 << 20  # bytes; a file of a checkpoint takes about a hundred
+LONGEST_CHAIN = 64  # texts of errors
 # Seconds in which some part of a file arrives, or the connection is given up; and in which a deletion or listing ends.
 STALL_SECONDS, LONG_SECONDS = 300.0, 3600.0
 
@@ -98,8 +99,14 @@ class RemoteStore:
         return StoreError(f"remote_checkpoints={self.url!r} {what}: {self.says(error)}", kind_of(error))
 
     def shown(self, error: BaseException) -> BaseException | None:
-        """The error as the cause that a traceback shows; None if a password is in it."""
-        return None if isinstance(error, StoreError) or printable(repr(error), self._secrets) != repr(error) else error
+        """The error as the cause that a traceback shows; None if a password is in it, or in one that led to it."""
+        texts: list[str] = []
+        each: BaseException | None = error
+        while each is not None and len(texts) < LONGEST_CHAIN:
+            texts += [repr(each), str(each), *getattr(each, "__notes__", ())]
+            each = each.__cause__ or each.__context__
+        is_clean = each is None and all(printable(text, self._secrets) == text for text in texts)
+        return error if is_clean and not isinstance(error, StoreError) else None
 
     # ---- patience ----
 

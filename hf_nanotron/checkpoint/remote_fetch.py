@@ -133,20 +133,22 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
 
 def _download(store: RemoteStore, name: str, data: bytes, directory: Path, workers: int = WORKERS) -> Path:
     """As `fetch`, by the marker of a remote checkpoint, to where `_clear_place` has nothing against it."""
-    files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
+    marker = parse_marker(data, f"{store.url}/{name}/{MARKER}")
+    files = marker["files"]
     if (directory / MARKER).is_dir():
         raise ValueError(f"{directory / MARKER} is a directory; remove it.")
     parts = directory / WRITTEN
     if parts.exists() or not _is_marked(directory, data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
+        (parts / MARKER).unlink(missing_ok=True)  # a link would be written through
         (parts / MARKER).write_bytes(data)  # so that what of it is here is known as the checkpoint's own
         (directory / MARKER).unlink(missing_ok=True)
     # First what is checked as a whole: the progress of the run, and the index, which has the checksums of other files.
     early = [file for file in (TRAINER_STATE_NAME, STATE_INDEX) if file in files]
     _complete(store, name, directory, {file: files[file] for file in early}, None, workers)
     if TRAINER_STATE_NAME in files:
-        check_progress(directory)
+        check_progress(directory, marker["step"])
     index = read_state_index(directory, files) if STATE_INDEX in files else None
     _complete(store, name, directory, files, index, workers)
     if not _is_marked(directory, data):
@@ -352,6 +354,7 @@ def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: St
     def leave_trace() -> None:
         if mesh.rank == 0:
             seen.parent.mkdir(parents=True, exist_ok=True)
+            seen.unlink(missing_ok=True)  # a link would make a file elsewhere
             seen.touch()
 
     together(mesh, what, leave_trace)

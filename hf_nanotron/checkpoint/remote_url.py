@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -65,8 +65,8 @@ class Place:
 
     protocol: str
     filesystem: Any
-    options: dict[str, Any]
     root: str
+    options: dict[str, Any] = field(repr=False)  # which may hold passwords
 
 
 def parse(url: str) -> Place:
@@ -112,7 +112,7 @@ def parse(url: str) -> Place:
             options[name] = unquote(options[name])
     if protocol in ("file", "local"):
         options["auto_mkdir"] = True
-    return Place(protocol, filesystem, options, root.rstrip("/"))
+    return Place(protocol, filesystem, root.rstrip("/"), options)
 
 
 def _quoted(package: str) -> str:

@@ -20,13 +20,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .schema import show
 from .state_file import read_checked, write_checked
 from .verify import MARKER, StrPath, read_marker
 
 RECORD = "_run.json"  # pushes leave out what begins with "_"
 KEY = "run"  # of the marker, and in the `extra` of a training state
+LATEST = 1 << 40  # seconds since 1970; a float tells one from the next TICK
 TICK = 1e-3  # seconds between two branches, at least, whatever the clocks of their hosts say
-LATEST = 1e12  # seconds since 1970, where floats still tell ticks apart
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class Run:
                 value["id"], value["branch"], value["began"], tuple((name, last) for name, last in value["before"])
             )
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{value!r} does not name a run.") from error
+            raise ValueError(f"{show(value)} does not name a run.") from error
         texts, numbers = [run.id, run.branch], [run.began]
         for name, last in run.before:
             texts.append(name)
             numbers.append(last)
-        is_run = all(type(text) is str for text in texts) and all(map(_is_number, numbers))
-        if not is_run or not -LATEST < run.began < LATEST:
-            raise ValueError(f"{value!r} does not name a run.")
+        is_like_ours = all(type(text) is str for text in texts) and all(map(_is_number, numbers))
+        if not is_like_ours or abs(run.began) > LATEST:
+            raise ValueError(f"{show(value)} does not name a run.")
         return run
 
 

@@ -13,6 +13,8 @@ NUMBERS = (int, float)
 MOST_WHOLE = 1 << 53
 # The optimizers that count the steps of each parameter: torch's, and our AdamW.
 COUNTING = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"}
+NEVER_NEGATIVE = ("lr", "initial_lr", "eps", "weight_decay")  # of a parameter group, where they are numbers
+COUNTS = ("last_epoch", "_step_count")  # of a scheduler
 BY_GROUP = ("base_lrs", "_last_lr")  # of a scheduler: one number for each parameter group
 
 
@@ -40,6 +42,8 @@ def check_like(saved: Any, own: Any, where: str) -> None:
         if isinstance(saved, bool):
             return
     elif isinstance(own, (*NUMBERS, torch.Tensor)):  # a learning rate may be a tensor of one element
+        if _is_finite(own) and not _is_finite(saved):
+            raise ValueError(f"{where} is {show(saved)}, which is not finite; {EARLIER}.")
         if is_number(saved) and (not isinstance(own, torch.Tensor) or own.numel() == 1):
             return
         if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor) and saved.shape == own.shape:
@@ -47,6 +51,11 @@ def check_like(saved: Any, own: Any, where: str) -> None:
     elif isinstance(saved, type(own)):
         return
     raise ValueError(f"{where} is {show(saved)}, but {type(own).__name__} in this run; {EARLIER}.")
+
+
+def _is_finite(value: Any) -> bool:
+    """Of anything that is no number: True."""
+    return bool(torch.as_tensor(value).isfinite().all()) if isinstance(value, float | torch.Tensor) else True
 
 
 def is_number(value: Any) -> bool:
@@ -86,6 +95,9 @@ def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kind
         check_like(one, own, f"{where}[{index}]")
         if one.get("amsgrad") and "exp_avg_sq" in kinds and "max_exp_avg_sq" not in kinds:
             raise ValueError(f"{where}[{index}] has amsgrad, but the state holds no max_exp_avg_sq; {EARLIER}.")
+        if negative := [key for key in NEVER_NEGATIVE if is_number(one.get(key)) and bool(one[key] < 0)]:
+            key = negative[0]
+            raise ValueError(f"{where}[{index}][{key!r}] is {show(one[key])}, which is negative; {EARLIER}.")
         if not all(0 <= beta < 1 for beta in one.get("betas", ())):
             raise ValueError(f"{where}[{index}]['betas'] is {show(one['betas'])}, not from 0 to below 1; {EARLIER}.")
 
@@ -97,13 +109,18 @@ def load_scheduler(scheduler: Any, saved: dict[str, Any], groups: int, where: st
         ValueError: naming the value that it could not.
     """
     own = scheduler.state_dict()
-    # A scheduler takes all keys as its attributes: one of them could hide a method.
-    if methods := [key for key in saved if key not in own and hasattr(type(scheduler), key)]:
+    # A scheduler takes all keys as its attributes: one of them could hide a method, or its optimizer.
+    if methods := [key for key in saved if key not in own and hasattr(scheduler, key)]:
         raise ValueError(
             f"{where} has {show(methods[0])}, which is no value of a {type(scheduler).__name__}; {EARLIER}."
         )
     check_like(saved, own, where)
+    for key in COUNTS:
+        if is_number(own.get(key)) and saved.get(key, 0) < 0 <= own[key]:
+            raise ValueError(f"{where}[{key!r}] is {show(saved[key])}, not a number of steps; {EARLIER}.")
     for key in BY_GROUP:
+        if any(rate < 0 for rate in saved.get(key, ())):
+            raise ValueError(f"{where}[{key!r}] is {show(saved[key])}, with a negative learning rate; {EARLIER}.")
         if key in own and len(saved.get(key, own[key])) != groups:
             raise ValueError(f"{where}[{key!r}] is {show(saved[key])}, where there are {groups} groups; {EARLIER}.")
     try:

@@ -20,6 +20,7 @@ from .safetensors_file import DTYPES
 Rule = Callable[[Any], str | None]
 
 MOST = 1 << 62  # elements, bytes or steps: sums of two fit 64 bits
+LARGEST_FLOAT = 10**308
 LONGEST_NAME = 4096  # characters of a tensor's name
 MOST_DIMENSIONS = 64  # of a tensor in torch
 MOST_BLOCK_BYTES = 64 << 20  # a reader holds a whole block
@@ -80,7 +81,16 @@ def whole(low: int = 0, high: int = MOST, multiple: int = 1) -> Rule:
 
 
 def number(value: Any) -> str | None:
-    return None if type(value) in (int, float) else f" is {show(value)}, not a number"
+    """Also nan and inf. A whole number is one that a float can be made of."""
+    is_known = type(value) is float or (type(value) is int and abs(value) < LARGEST_FLOAT)
+    return None if is_known else f" is {show(value)}, not a number"
+
+
+def interval(value: Any) -> str | None:
+    """A number of steps or a share of them, 0 for none."""
+    if type(value) in (int, float) and 0 <= value <= MOST:
+        return None
+    return f" is {show(value)}, not a number of steps"
 
 
 def boolean(value: Any) -> str | None:

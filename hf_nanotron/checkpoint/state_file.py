@@ -198,7 +198,8 @@ def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> Non
     """
     rest = json.dumps(body, separators=(",", ":"), allow_nan=False).removeprefix("{").encode() + b"\n"
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # a link would be written through
+    with open(temporary, "xb") as file:
         file.write(_first_line(rest) + rest)
         file.flush()
         if durable:

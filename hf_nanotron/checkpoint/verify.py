@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .generators import check_generators
 from .inside import inside
 from .progress import check_progress
 from .schema import MARKER as MARKER_KEYS, VALUES, VERSIONED, require, show
@@ -28,7 +29,8 @@ WRITTEN = ".written"  # there while a checkpoint is being written
 STATE_INDEX = f"{DIRECTORY}/{INDEX}"
 STATE_FILES = f"{DIRECTORY}/rank-*.safetensors"
 # What a resume reads as a whole; of the rest it verifies what it reads.
-READ_BY_RESUME = (TRAINER_STATE_NAME, "rng_state*.pth", STATE_INDEX)
+RNG_FILES = "rng_state*.pth"
+READ_BY_RESUME = (TRAINER_STATE_NAME, RNG_FILES, STATE_INDEX)
 
 
 def read_marker(directory: StrPath) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _marker(body: Any, where: object) -> dict[str, Any]:
     for name, entry in body["files"].items():
         if entry["crc32"] is None and not fnmatch(name, STATE_FILES):
             raise ValueError(f"{where} is damaged or forged: it has no checksum for {show(name)}.")
-    if MARKER in body["files"]:
+    if any(name.partition("/")[0] == MARKER for name in body["files"]):
         raise ValueError(f"{where} is damaged or forged: it names itself.")
     return body
 
@@ -105,7 +107,8 @@ def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1))
         ValueError: if there is no valid marker, or naming the file that is missing, cut off, damaged or unreadable.
     """
     directory, (first, count) = Path(directory), part
-    files: dict[str, Any] = read_marker(directory)["files"]
+    marker = read_marker(directory)
+    files: dict[str, Any] = marker["files"]
     if STATE_INDEX in files and TRAINER_STATE_NAME not in files:
         raise ValueError(f"{directory / MARKER} names no {TRAINER_STATE_NAME}, which says where the run was.")
     mine = sorted(files, key=lambda name: (-files[name]["bytes"], name))[first::count]
@@ -117,7 +120,10 @@ def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1))
             if deep or any(fnmatch(name, pattern) for pattern in READ_BY_RESUME):
                 check_sum(directory / name, files[name]["crc32"])
         if TRAINER_STATE_NAME in mine:
-            check_progress(directory)
+            check_progress(directory, marker["step"])
+        for name in mine:
+            if fnmatch(name, RNG_FILES):
+                check_generators(directory / name)
         if not deep:
             return
         has_blocks = [name for name in mine if files[name]["crc32"] is None]
