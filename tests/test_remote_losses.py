@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 from test_runs import X, Y, message, write
 
-from hf_nanotron.checkpoint import own_files, remote_fetch, remote_runs, remote_upload, run_start as run_start_module
+from hf_nanotron.checkpoint import (
+    own_files,
+    remote,
+    remote_fetch,
+    remote_runs,
+    remote_upload,
+    run_start as run_start_module,
+)
 from hf_nanotron.checkpoint.commit import begin, commit, describe
 from hf_nanotron.checkpoint.manager import checkpoints, newest
 from hf_nanotron.checkpoint.remote import RemoteStore
@@ -282,7 +289,7 @@ def write_with_best(folder: Path, run: Run, step: int, best: Any, path: Any = "/
     directory = folder / f"checkpoint-{step}"
     begin(directory)
     (directory / "config.json").write_text("{}")
-    state = {"best_global_step": best, "best_model_checkpoint": path}
+    state = {"global_step": step, "best_global_step": best, "best_model_checkpoint": path}
     (directory / "trainer_state.json").write_text(json.dumps(state))
     describe(directory, 0)
     commit(directory, 1, step, 1.0, run.to_dict())
@@ -387,9 +394,8 @@ def test_forged_files_that_are_huge_are_not_read(file: str, tmp_path: Path, monk
     send(uploader, 10)
     uploader.close()
     store.fs.pipe_file(f"{store.root}/{file}", b"x" * 5000)
-    for name in ("LARGEST_MARKER", "LARGEST_RECORD"):
-        monkeypatch.setattr(remote_runs, name, 4000)
-    monkeypatch.setattr(remote_fetch, "LARGEST_MARKER", 4000)
+    monkeypatch.setattr(remote_runs, "LARGEST_RECORD", 4000)
+    monkeypatch.setattr(remote, "LARGEST_MARKER", 4000)
     read = store.fs.cat_file
     monkeypatch.setattr(store.fs, "cat_file", lambda path: pytest.fail(path) if path.endswith(file) else read(path))
     assert fetch_newest(store, tmp_path / "new") == tmp_path / "new" / "checkpoint-10"

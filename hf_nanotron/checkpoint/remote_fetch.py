@@ -27,7 +27,7 @@ from .manager import newest, run_at_hand
 from .progress import check_progress
 from .remote import RemoteStore, in_parallel, step_of
 from .remote_errors import StoreError
-from .remote_runs import LARGEST_MARKER, StoredRuns, make_room
+from .remote_runs import StoredRuns, make_room
 from .runs import Run, latest, run_of, write_record
 from .state_index import StateIndex
 from .training_state import together

@@ -18,7 +18,7 @@ from .verify import MARKER, StrPath, parse_marker
 
 logger = logging.get_logger(__name__)
 WORKERS = 8  # markers at a time
-LARGEST_MARKER, LARGEST_RECORD = 256 << 20, 16 << 20  # bytes; each file or branch takes about a hundred
+LARGEST_RECORD = 16 << 20  # bytes; each branch takes about a hundred
 RECORD_SECONDS = 30.0  # for the record, which the start of a run waits for; uploads write it again
 
 
@@ -89,7 +89,7 @@ class StoredRuns:
         """The committed checkpoints, as the store lists them, the highest step first; None for the run of one whose
         marker is damaged."""
         listed = self.store.checkpoints().items()
-        names = [name for name, files in listed if 0 <= files.get(MARKER, -1) <= LARGEST_MARKER]
+        names = [name for name, files in listed if MARKER in files]
         return dict.fromkeys(names) | self.of(names)
 
     def look_for_others(self, run: Run | None, output_dir: StrPath) -> None:
