@@ -1,4 +1,4 @@
-"""Forged files that a resume reads besides the index: progress, generators, hyper-parameters, names of our own files."""
+"""Forged files that a resume reads besides the index: progress, generators, rates, names of our own files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_names_of_our_own_files_in_a_marker(checkpoint: Path) -> None:
 
 def test_a_checkpoint_without_what_a_resume_needs(checkpoint: Path) -> None:
     """Is passed over by `resume_from_checkpoint=True`."""
-    mesh = Rank(0).mesh.__class__()
+    mesh = Rank(0).mesh
     check_together(mesh, checkpoint, needs=(INDEX,))
     body = body_of(checkpoint / MARKER)
     files = {name: entry for name, entry in body["files"].items() if not name.startswith("training_state/")}
