@@ -28,6 +28,7 @@ from hf_nanotron.checkpoint.nanotron_format import step_folder
 from hf_nanotron.checkpoint.remote import RemoteStore
 from hf_nanotron.checkpoint.remote_fetch import fetch, fetch_newest, newest_remote
 from hf_nanotron.checkpoint.remote_upload import Uploader
+from hf_nanotron.checkpoint.runs import Run
 from hf_nanotron.checkpoint.state_file import read_checked, write_checked
 from hf_nanotron.checkpoint.state_read import StoredState
 from hf_nanotron.checkpoint.training_state import DIRECTORY
@@ -380,8 +381,19 @@ def test_links_out_are_neither_committed_nor_uploaded_nor_copied(tmp_path: Path)
 def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
     """`trainer_state.json` names it by a whole path, which Trainer would load."""
     run = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path / "out")), _saved={tmp_path / "old/checkpoint-2"}
+        args=SimpleNamespace(output_dir=str(tmp_path / "out")), _saved={tmp_path / "old/checkpoint-2"}, _run=Run()
     )
+    for folder, step in (("out", 3), ("old", 1), ("other", 3), ("out", 4)):
+        directory = tmp_path / folder / f"checkpoint-{step}"
+        begin(directory)
+        describe(directory, 0)
+        commit(directory, 1, step, 1.0, Run("a", "b", 1.0).to_dict() if step == 4 else None)
+    (tmp_path / "out" / "checkpoint-3").rename(tmp_path / "out" / "best")
+    shutil.copytree(tmp_path / "out" / "best", tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "checkpoint-5").mkdir()
+    (tmp_path / "out" / "checkpoint-6").symlink_to(tmp_path / "other" / "checkpoint-3")
     names = {"out/checkpoint-3": True, "old/checkpoint-1": True, "other/checkpoint-3": False, "out/../x/c": False}
+    # Of another run, without a marker, a link out, and not named as a run names them.
+    names |= dict.fromkeys(("out/checkpoint-4", "out/checkpoint-5", "out/checkpoint-6", "out/best"), False)
     for name, expected in names.items():
         assert CheckpointingTrainer._is_of_run(run, tmp_path / name) is expected, name  # type: ignore[arg-type]

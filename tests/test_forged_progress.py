@@ -1,4 +1,4 @@
-"""Forged files that a resume reads besides the index: progress, generators, hyper-parameters, our own names."""
+"""Forged files that a resume reads besides the index: progress, generators, rates, names of our own files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from hf_nanotron.checkpoint.state_file import write_checked
 from hf_nanotron.checkpoint.state_values import encode
 from hf_nanotron.checkpoint.training_state import load_training_state
 from hf_nanotron.checkpoint.verify import MARKER, check, checksum_of
-from hf_nanotron.parallel.config import ParallelConfig
-from hf_nanotron.parallel.mesh import ParallelMesh
 
 NAN, INF = {"$": "float", "value": "nan"}, {"$": "float", "value": "inf"}
 HUGE = 10**400
@@ -85,7 +83,7 @@ def test_names_of_our_own_files_in_a_marker(checkpoint: Path) -> None:
 
 def test_a_checkpoint_without_what_a_resume_needs(checkpoint: Path) -> None:
     """Is passed over by `resume_from_checkpoint=True`."""
-    mesh = ParallelMesh(ParallelConfig())
+    mesh = Rank(0).mesh
     check_together(mesh, checkpoint, needs=(INDEX,))
     body = body_of(checkpoint / MARKER)
     files = {name: entry for name, entry in body["files"].items() if not name.startswith("training_state/")}

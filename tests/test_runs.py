@@ -95,8 +95,9 @@ def test_a_clock_that_goes_back_does_not_turn_runs_around(monkeypatch: pytest.Mo
     [
         None, 3, "x", [], {}, *({**Y.to_dict(), **change} for change in (
             {"id": 1}, {"branch": None}, {"began": "1"}, {"began": float("nan")}, {"began": float("inf")},
-            {"began": True}, {"began": 1e300}, {"began": 2.0**41}, {"began": 10**400}, {"before": 7}, {"before": [["a"]]},
-            {"before": [[1, 2]]}, {"before": [["a", "2"]]},
+            {"began": True}, {"began": 1e300}, {"began": 2.0**41}, {"began": 10**400},
+            {"before": 7}, {"before": [["a"]]}, {"before": [[1, 2]]},
+            {"before": [["a", "2"]]},
         )),
     ],
 )  # fmt: skip
