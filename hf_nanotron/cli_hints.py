@@ -52,7 +52,6 @@ SYNONYMS: dict[str, str] = {
         "resume resume_checkpoint_path": "training.resume_from_checkpoint",
         "wandb use_wandb wandb_project": "training.report_to",
         "num_workers num_loading_workers": "training.dataloader_num_workers",
-        "overwrite_output_dir": "training.overwrite_output_dir",
         "model_name_or_path model_name model_path pretrained_model_name_or_path base_model hf_model": (
             "model.name_or_path"
         ),
