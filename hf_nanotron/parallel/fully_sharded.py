@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,7 @@ class FullyShardedWeights:
         root(None)
 
     def _device_mesh(self, group: Group) -> DeviceMesh:
-        handle = group.handle
+        handle: Any = group.handle
         if handle is None:  # experts of which each rank has others: nothing is divided, but units are alike
             handle = dist.new_group(list(group.ranks), use_local_synchronization=True)
         return DeviceMesh.from_group(handle, self.mesh.device.type)

@@ -160,7 +160,8 @@ class ParallelMesh:
             if multiprocessors is not None and self.device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
                 options.config.max_ctas = multiprocessors
-            new = dist.new_group(list(ranks), timeout=self._timeout, pg_options=options)
+            # Newer torch says that it may return a number, which ranks outside of the group get.
+            new: Any = dist.new_group(list(ranks), timeout=self._timeout, pg_options=options)
             if self.rank in ranks:
                 handle = new
         if handle is not None and self.device.type == "cuda":

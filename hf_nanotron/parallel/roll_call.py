@@ -45,13 +45,13 @@ class RollCall:
     def __init__(self, store: Any, rank: int) -> None:
         self.job = store
         self.rank = rank
-        self._store = dist.PrefixStore("roll_call", store)
+        self._store: Any = dist.PrefixStore("roll_call", store)  # whose `clone` some versions' stubs leave out
         self._waits_for: str | None = None
         self._caller = threading.get_ident()
         self._stamp, self._since = 0, 0.0
         self._stop = threading.Event()
         # A connection of its own: the other may be held by a rendezvous that waits for ever.
-        connection = self._store.clone()  # type: ignore[attr-defined]  # which torch's stubs leave out
+        connection = self._store.clone()
         self._answering = threading.Thread(target=self._answer, args=(connection,), daemon=True)
         self._answering.start()
         atexit.register(self._leave)
