@@ -32,12 +32,22 @@ T = TypeVar("T")
 
 def checkpoints(output_dir: StrPath) -> list[Path]:
     """All `checkpoint-N/`, committed or not, the highest step first."""
-    found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if match is not None and path.is_dir():
-            found[path] = int(match[1])
-    return sorted(found, key=lambda path: -found[path])
+    found = [
+        path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if is_checkpoint_name(path.name) and path.is_dir()
+    ]
+    return sorted(found, key=lambda path: step_of(path.name), reverse=True)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder is called `checkpoint-N`."""
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) is not None
+
+
+def step_of(name: str) -> int:
+    """The N of `checkpoint-N`."""
+    return int(name.rpartition("-")[2])
 
 
 def newest(output_dir: StrPath, run: Run | None = None) -> list[Path]:
@@ -67,7 +77,7 @@ def is_part(run: Run, path: Path) -> bool:
 
 
 def _is_part(run: Run, path: Path, found: Run) -> bool:
-    return run.has(found, int(path.name.rpartition("-")[2]))
+    return run.has(found, step_of(path.name))
 
 
 def candidates(output_dir: StrPath) -> list[Path]:

@@ -14,7 +14,6 @@ A listing may lag behind, and is never what decides: whether a file is there, an
 from __future__ import annotations
 
 import os
-import re
 import threading
 import uuid
 from collections import deque
@@ -23,9 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fsspec.callbacks import Callback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..redaction import printable, printable_url
+from .manager import is_checkpoint_name, step_of
 from .remote_errors import MISSING, StoreError, kind_of, reason
 from .remote_retry import Backoff, Retry
 from .remote_url import GCS, PROTOCOLS, S3, credentials, parse
@@ -226,7 +225,7 @@ class RemoteStore:
         for path, info in entries.items():
             name, _, file = path[len(self.root) + 1 :].partition("/")
             # Of anything else (a folder, which object stores show as an empty object, or a pipe) there are no bytes.
-            if file and info["type"] == "file" and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
+            if file and info["type"] == "file" and is_checkpoint_name(name):
                 found.setdefault(name, {})[file] = info["size"]
         return {name: found[name] for name in sorted(found, key=step_of, reverse=True)}
 
@@ -328,10 +327,6 @@ class _Progress(Callback):
     def seen(self) -> int:
         """A number that grows with each byte."""
         return self.value + (self.target.stat().st_size if self.target is not None and self.target.exists() else 0)
-
-
-def step_of(name: str) -> int:
-    return int(name.rpartition("-")[2])
 
 
 def in_parallel(actions: Iterable[Callable[[], None]], workers: int) -> None:

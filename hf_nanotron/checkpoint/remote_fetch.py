@@ -23,9 +23,9 @@ from transformers.utils import logging
 from ..parallel.mesh import ParallelMesh
 from .inside import find_clash, find_fault, inside
 from .long_action import together_for_long
-from .manager import newest, run_at_hand
+from .manager import newest, run_at_hand, step_of
 from .progress import check_progress
-from .remote import RemoteStore, in_parallel, step_of
+from .remote import RemoteStore, in_parallel
 from .remote_errors import StoreError
 from .remote_runs import StoredRuns, make_room
 from .runs import Run, latest, run_of, write_record

@@ -11,8 +11,9 @@ from typing import Any
 from transformers.utils import logging
 
 from .commit import remove
+from .manager import step_of
 from .own_files import set_aside
-from .remote import RemoteStore, in_parallel, step_of
+from .remote import RemoteStore, in_parallel
 from .runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
 from .verify import MARKER, StrPath, parse_marker
 

@@ -27,9 +27,9 @@ from transformers.utils import logging
 
 from .commit import remove
 from .inside import is_inside
-from .manager import is_part, newest, run_at_hand
+from .manager import is_part, newest, run_at_hand, step_of
 from .own_files import FREE
-from .remote import RemoteStore, in_parallel, step_of
+from .remote import RemoteStore, in_parallel
 from .remote_backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
 from .remote_runs import StoredRuns
 from .runs import Run

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
-from .manager import from_rank_0, marked_runs
-from .remote import RemoteStore, step_of
+from .manager import from_rank_0, marked_runs, step_of
+from .remote import RemoteStore
 from .remote_runs import StoredRuns
 from .run_lock import RunLock
 from .runs import Run, begin_run, marked_run, read_record
@@ -67,7 +67,7 @@ def start_run(
         step = 0 if source is None else read_marker(source)["step"]
         run = begin_run(known, before, step)
         found.append(run)
-        others = {path.name: of for path, of in marked.items() if not run.has(of, _step(path))}
+        others = {path.name: of for path, of in marked.items() if not run.has(of, step_of(path.name))}
         if not is_noted:
             return None
         places: dict[str, list[str]] = {}
@@ -135,7 +135,3 @@ def _listed(names: list[str]) -> str:
 def _is_in(source: str, output_dir: StrPath) -> bool:
     parent = Path(os.path.abspath(source)).parent
     return os.path.realpath(parent) == os.path.realpath(output_dir)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
