@@ -65,9 +65,9 @@ class FaultyStore(RemoteStore):
         self._note("list")
         return self.lag(super().checkpoints())
 
-    def read(self, file: str) -> bytes | None:
+    def read(self, file: str, *args: Any) -> bytes | None:
         self._note("read")
-        return super().read(file)
+        return super().read(file, *args)
 
     def remove_file(self, file: str) -> None:
         self._note("remove_file")

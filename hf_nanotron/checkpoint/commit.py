@@ -54,7 +54,7 @@ from .own_files import (
     unchanged,
 )
 from .schema import DESCRIPTION, require
-from .state_file import read_checked, write_checked
+from .state_file import read_checked, sync, write_checked
 from .verify import (
     FORMAT,
     MARKER,
@@ -91,8 +91,8 @@ def begin(directory: StrPath) -> None:
     (directory / WRITTEN).mkdir(parents=True)
     if there:
         write_checked(directory / WRITTEN / KEPT, {"files": states_of(directory, there)})
-    _sync(directory)
-    _sync(directory.parent)
+    sync(directory)
+    sync(directory.parent)
 
 
 def describe(directory: StrPath, rank: int, paths: Iterable[StrPath] = ()) -> None:
@@ -208,7 +208,7 @@ def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: 
     if STATE_INDEX not in files and any(fnmatch(name, STATE_FILES) for name in files):
         raise ValueError(f"{directory / STATE_INDEX} is missing; the training state is completed before the commit.")
     for folder in {(directory / name).parent for name in files}:
-        _sync(folder)
+        sync(folder)
     hub_weights = any("/" not in name and fnmatch(name, "model*.safetensors") for name in files)
     body = {"format": FORMAT, "version": VERSION, "step": step, "hub_weights": hub_weights}
     body |= {"run": run} if run is not None else {}
@@ -237,7 +237,7 @@ def remove(directory: Path) -> None:
     trace.mkdir(exist_ok=True)  # whatever is left after a kill was ours
     if os.path.lexists(marker):
         marker.replace(trace / MARKER)  # it says which files are the checkpoint's own
-    _sync(directory)
+    sync(directory)
     if os.path.ismount(directory):
         _delete(directory, directory)
         return
@@ -308,15 +308,6 @@ def _is_listed(name: str) -> bool:
 
 def _describe(directory: Path, path: Path) -> dict[str, Any]:
     """Length and crc32 (None where the training state's index has the checksums) of a file, which is then durable."""
-    _sync(path)
+    sync(path)
     has_blocks = fnmatch(path.relative_to(directory).as_posix(), STATE_FILES)
     return {"bytes": path.stat().st_size, "crc32": None if has_blocks else checksum_of(path)}
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's names, are on stable storage."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -233,13 +233,17 @@ class RemoteStore:
         """The bytes of a checkpoint's marker, None if it has none."""
         return self.read(f"{name}/{MARKER}")
 
-    def read(self, file: str) -> bytes | None:
-        """The bytes of a marker or another small file, None if there is none. Of one that is too large to be that:
-        nothing, which is as damaged."""
+    def read(self, file: str, largest: int | None = None) -> bytes | None:
+        """The bytes of a small file, None if there is none. Of one that is too large: nothing, which is as damaged.
+
+        Args:
+            largest: how many bytes it may have; None for as many as a marker.
+        """
+        most = LARGEST_MARKER if largest is None else largest
 
         def take(_: Callback) -> bytes:
             path = f"{self.root}/{file}"
-            return self.fs.cat_file(path) if self.fs.info(path)["size"] <= LARGEST_MARKER else b""
+            return self.fs.cat_file(path) if self.fs.info(path)["size"] <= most else b""
 
         try:
             return self._watched(take)

@@ -29,6 +29,7 @@ from .remote import RemoteStore, in_parallel
 from .remote_errors import StoreError
 from .remote_runs import StoredRuns, make_room
 from .runs import Run, latest, run_of, write_record
+from .state_file import sync
 from .state_index import StateIndex
 from .training_state import together
 from .verify import (
@@ -152,9 +153,9 @@ def _download(store: RemoteStore, name: str, data: bytes, directory: Path, worke
     index = read_state_index(directory, files) if STATE_INDEX in files else None
     _complete(store, name, directory, files, index, workers)
     if not _is_marked(directory, data):
-        _sync(directory)
+        sync(directory)
         _write(directory / MARKER, data, parts)
-        _sync(directory)
+        sync(directory)
     shutil.rmtree(parts, ignore_errors=True)
     return directory
 
@@ -249,7 +250,7 @@ def _get(
     except ValueError as error:
         raise ValueError(f"{url}: {str(error).replace(str(part), 'what came')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sync(part)
+    sync(part)
     os.replace(part, path)
 
 
@@ -257,16 +258,8 @@ def _write(path: Path, data: bytes, scratch: Path) -> None:
     scratch.mkdir(exist_ok=True)
     temporary = scratch / path.name
     temporary.write_bytes(data)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:

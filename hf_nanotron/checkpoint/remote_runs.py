@@ -74,7 +74,7 @@ class StoredRuns:
 
     def record(self) -> tuple[Run | None, str]:
         """The run that the store names as the one at hand, and who writes it: host, process and start, for people."""
-        if (self.store.size(RECORD) or 0) > LARGEST_RECORD or (data := self.store.read(RECORD)) is None:
+        if (data := self.store.read(RECORD, LARGEST_RECORD)) is None:
             return None, ""
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, RECORD).write_bytes(data)

@@ -82,9 +82,16 @@ def this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
 
+def in_words(said: Any) -> str:
+    """What `this_process` has noted, or what stands in its place, as text for people."""
+    try:
+        return f"a run on host {said['host']} (process {said['pid']}, started {said['start']})"
+    except (KeyError, TypeError):
+        return "another run"
+
+
 def _holder(text: bytes) -> str:
     try:
-        said = json.loads(text)
-        return f"a run on host {said['host']} (process {said['pid']}, started {said['start']})"
-    except (ValueError, KeyError, TypeError):  # it is just being written
-        return "another run"
+        return in_words(json.loads(text))
+    except ValueError:  # it is just being written
+        return in_words(None)

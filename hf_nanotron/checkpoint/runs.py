@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .run_lock import in_words
 from .schema import show
 from .state_file import read_checked, write_checked
 from .verify import MARKER, StrPath, read_marker
@@ -152,7 +153,6 @@ def read_record(output_dir: StrPath) -> Run | None:
 def writer_of(output_dir: StrPath) -> str:
     """Who has written the record: a text for people."""
     try:
-        said = read_checked(Path(output_dir, RECORD))["writer"]
-        return f"a run on host {said['host']} (process {said['pid']}, started {said['start']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another run"
+        return in_words(read_checked(Path(output_dir, RECORD)).get("writer"))
+    except (OSError, ValueError):
+        return in_words(None)

@@ -206,11 +206,16 @@ def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> Non
             os.fsync(file.fileno())
     os.replace(temporary, path)
     if durable:
-        directory = os.open(path.parent, os.O_RDONLY)  # the names of all files
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(path.parent)  # the names of all files
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on stable storage."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_checked(path: Path) -> dict[str, Any]:
