@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,30 @@ logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A committed checkpoint in the store, of which all files are there.
+
+    Attributes:
+        url: for messages.
+        data: the bytes of its marker.
+        step: optimizer steps.
+        files: name -> `bytes` and `crc32`.
+        run: whose it is.
+    """
+
+    name: str
+    url: str
+    data: bytes
+    step: int
+    files: dict[str, dict[str, Any]]
+    run: Run
+
+    def is_of(self, run: Run | None) -> bool:
+        """Whether it is a part of `run`; of any if that is None."""
+        return run is None or run.has(self.run, step_of(self.name))
+
+
 def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are passed over.
 
@@ -59,32 +84,32 @@ def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
     run = run or store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
-    return next(_committed(store, run), (None,))[0]
+    found = next(_committed(store, run), None)
+    return None if found is None else found.name
 
 
-def _committed(store: RemoteStore, run: Run | None) -> Iterator[tuple[str, bytes]]:
-    """The committed checkpoints of a run in the store, the newest first, with their markers; damaged ones are passed
-    over. Of any run if `run` is None.
+def _committed(store: RemoteStore, run: Run | None) -> Iterator[_Stored]:
+    """The committed checkpoints of a run in the store, the newest first; damaged ones are passed over. Of any run if
+    `run` is None.
     """
     for name, files in store.patiently("listing", store.checkpoints).items():
         try:
-            data = _read_marker(store, name, files)
-            of = None if data is None else run_of(parse_marker(data, f"{store.url}/{name}/{MARKER}"))
+            found = _find(store, name, files)
         except StoreError:
             raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
             _pass_over(store, name, error)
         else:
-            if data is not None and of is not None and (run is None or run.has(of, step_of(name))):
-                yield name, data
+            if found is not None and found.is_of(run):
+                yield found
 
 
 def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
     logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
 
 
-def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes | None:
-    """The bytes of a marker, of which all files are in the store; None if there is none.
+def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | None:
+    """A checkpoint by its marker, None if it has none.
 
     Args:
         there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
@@ -102,13 +127,14 @@ def _read_marker(store: RemoteStore, name: str, there: dict[str, int]) -> bytes 
     data = store.patiently("reading a marker", partial(store.marker, name))
     if data is None:
         return None
-    for file, entry in parse_marker(data, f"{where}/{MARKER}")["files"].items():
+    marker = parse_marker(data, f"{where}/{MARKER}")
+    for file, entry in marker["files"].items():
         if there.get(file) == entry["bytes"]:
             continue
         size = store.patiently("looking for a file", partial(store.size, f"{name}/{file}"))
         if size != entry["bytes"]:
             raise ValueError(f"{where}/{file} has {'no' if size is None else size} bytes, not {entry['bytes']}.")
-    return data
+    return _Stored(name, where, data, marker["step"], marker["files"], run_of(marker))
 
 
 def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WORKERS) -> Path:
@@ -125,42 +151,41 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
         RuntimeError: if a file cannot be fetched, naming its URL and the reason.
     """
     there = store.patiently("listing", store.checkpoints).get(name, {})
-    data, directory = _read_marker(store, name, there), Path(output_dir, name)
-    if data is None:
+    found, directory = _find(store, name, there), Path(output_dir, name)
+    if found is None:
         raise ValueError(f"{store.url}/{name} is not committed.")
-    _clear_place(store, name, data, directory)
-    return _download(store, name, data, directory, workers)
+    _clear_place(found, directory)
+    return _download(store, found, directory, workers)
 
 
-def _download(store: RemoteStore, name: str, data: bytes, directory: Path, workers: int = WORKERS) -> Path:
-    """As `fetch`, by the marker of a remote checkpoint, to where `_clear_place` has nothing against it."""
-    marker = parse_marker(data, f"{store.url}/{name}/{MARKER}")
-    files = marker["files"]
+def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int = WORKERS) -> Path:
+    """As `fetch`, to where `_clear_place` has nothing against it."""
+    files = found.files
     if (directory / MARKER).is_dir():
         raise ValueError(f"{directory / MARKER} is a directory; remove it.")
     parts = directory / WRITTEN
-    if parts.exists() or not _is_marked(directory, data):
+    if parts.exists() or not _is_marked(directory, found.data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
         (parts / MARKER).unlink(missing_ok=True)  # a link would be written through
-        (parts / MARKER).write_bytes(data)  # so that what of it is here is known as the checkpoint's own
+        (parts / MARKER).write_bytes(found.data)  # so that what of it is here is known as the checkpoint's own
         (directory / MARKER).unlink(missing_ok=True)
     # First what is checked as a whole: the progress of the run, and the index, which has the checksums of other files.
     early = [file for file in (TRAINER_STATE_NAME, STATE_INDEX) if file in files]
-    _complete(store, name, directory, {file: files[file] for file in early}, None, workers)
+    _complete(store, found, directory, early, None, workers)
     if TRAINER_STATE_NAME in files:
-        check_progress(directory, marker["step"])
+        check_progress(directory, found.step)
     index = read_state_index(directory, files) if STATE_INDEX in files else None
-    _complete(store, name, directory, files, index, workers)
-    if not _is_marked(directory, data):
+    _complete(store, found, directory, list(files), index, workers)
+    if not _is_marked(directory, found.data):
         sync(directory)
-        _write(directory / MARKER, data, parts)
+        _write(directory / MARKER, found.data, parts)
         sync(directory)
     shutil.rmtree(parts, ignore_errors=True)
     return directory
 
 
-def _clear_place(store: RemoteStore, name: str, data: bytes, directory: Path) -> None:
+def _clear_place(found: _Stored, directory: Path) -> None:
     """Make way for a download: what has the checkpoint's name here and is of another run is moved away; of a link,
     the link goes.
 
@@ -168,33 +193,32 @@ def _clear_place(store: RemoteStore, name: str, data: bytes, directory: Path) ->
         ValueError: naming the directory, the link or the file, if another program's directory is in the place, or a
             symbolic link in it would lead elsewhere.
     """
-    where = f"{store.url}/{name}"
-    make_room(directory, parse_marker(data, f"{where}/{MARKER}"))
+    make_room(directory, found.run)
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
-        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {where}.")
-    files = parse_marker(data, f"{store.url}/{name}/{MARKER}")["files"]
-    for file in (*files, f"{WRITTEN}/part"):
-        path = inside(directory, file, f"{store.url}/{name}")
+        raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {found.url}.")
+    for file in (*found.files, f"{WRITTEN}/part"):
+        path = inside(directory, file, found.url)
         for folder in path.relative_to(directory).parents:
             if (directory / folder).is_symlink():
-                raise ValueError(f"{directory / folder} is a symbolic link; remove it to fetch {store.url}/{name}.")
+                raise ValueError(f"{directory / folder} is a symbolic link; remove it to fetch {found.url}.")
 
 
 def _complete(
     store: RemoteStore,
-    name: str,
+    found: _Stored,
     directory: Path,
-    files: dict[str, Any],
+    names: list[str],
     index: StateIndex | None,
     workers: int,
 ) -> None:
-    """Download those of `files` that are not here, large ones first."""
-    wanted = [file for file in files if not _is_here(directory, file, files[file], index)]
+    """Download those files of these `names` that are not here, large ones first."""
+    files = found.files
+    wanted = [file for file in names if not _is_here(directory, file, files[file], index)]
     if wanted:
         (directory / WRITTEN).mkdir(exist_ok=True)
         (directory / MARKER).unlink(missing_ok=True)
     wanted.sort(key=lambda file: -files[file]["bytes"])
-    gets = [partial(_get, store, name, file, directory, files[file], index) for file in wanted]
+    gets = [partial(_get, store, found, file, directory, index) for file in wanted]
     in_parallel(gets, min(workers, store.transfers or workers))
 
 
@@ -222,33 +246,31 @@ def _check_content(path: Path, name: str, entry: dict[str, Any], index: StateInd
         check_blocks(path, index, name)
 
 
-def _get(
-    store: RemoteStore, name: str, file: str, directory: Path, entry: dict[str, Any], index: StateIndex | None
-) -> None:
+def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: StateIndex | None) -> None:
     """Download under another name, and give the file its own when it is complete.
 
     Raises:
         RuntimeError: if it cannot be fetched, or comes with another length.
         ValueError: if other bytes came than were uploaded.
     """
-    path, url = directory / file, f"{store.url}/{name}/{file}"
+    path, entry, remote = directory / file, found.files[file], f"{found.name}/{file}"
 
     def download() -> Path:
         part = directory / WRITTEN / uuid.uuid4().hex  # another one each time: an attempt may go on after it timed out
-        store.get(f"{name}/{file}", part)
+        store.get(remote, part)
         if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
             part.unlink(missing_ok=True)
             raise OSError(f"{came} of {entry['bytes']} bytes came")
         return part
 
     try:
-        part = store.patiently(f"downloading {name}/{file}", download)
+        part = store.patiently(f"downloading {remote}", download)
     except StoreError as error:
         raise RuntimeError(str(error)) from error
     try:
         _check_content(part, path.name, entry, index)
     except ValueError as error:
-        raise ValueError(f"{url}: {str(error).replace(str(part), 'what came')}") from error
+        raise ValueError(f"{found.url}/{file}: {str(error).replace(str(part), 'what came')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     sync(part)
     os.replace(part, path)
@@ -283,24 +305,24 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
 
 def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Path | None:
     """As `fetch_newest`, for one run."""
-    for name, data in _committed(store, run):
-        if _is_as_new(output_dir, step_of(name), run):
+    for found in _committed(store, run):
+        if _is_as_new(output_dir, step_of(found.name), run):
             return None
-        directory = Path(output_dir, name)
-        _clear_place(store, name, data, directory)
+        directory = Path(output_dir, found.name)
+        _clear_place(found, directory)
         try:
-            return _download(store, name, data, directory)
+            return _download(store, found, directory)
         except ValueError as error:
-            _pass_over(store, name, error)
+            _pass_over(store, found.name, error)
     return None
 
 
 def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> None:
     """Bring the best checkpoint, too, if the newest one here names it and the store has it: without it here, it would
     be forgotten, and deleted as surplus."""
-    found = next(iter(newest(output_dir, run)), None)
+    here = next(iter(newest(output_dir, run)), None)
     try:
-        state = json.loads((found / TRAINER_STATE_NAME).read_bytes()) if found is not None else {}
+        state = json.loads((here / TRAINER_STATE_NAME).read_bytes()) if here is not None else {}
         step = state["best_global_step"] if state["best_model_checkpoint"] else None
     except (OSError, ValueError, KeyError, TypeError):  # a resume says what is wrong
         return
@@ -310,12 +332,10 @@ def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Non
         return
     there = store.patiently("listing", store.checkpoints).get(name, {})
     try:
-        data = _read_marker(store, name, there)
-        of = None if data is None else run_of(parse_marker(data, f"{store.url}/{name}/{MARKER}"))
-        if data is None or of is None or not (run is None or run.has(of, step)):
-            return
-        _clear_place(store, name, data, directory)
-        _download(store, name, data, directory)
+        found = _find(store, name, there)
+        if found is not None and found.is_of(run):
+            _clear_place(found, directory)
+            _download(store, found, directory)
     except StoreError:
         raise
     except ValueError as error:

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
@@ -112,14 +111,14 @@ class StoredRuns:
             )
 
 
-def make_room(directory: Path, marker: dict[str, Any]) -> None:
+def make_room(directory: Path, stored: Run) -> None:
     """Before a stored checkpoint is fetched: what is here under its name and of another run is kept under another one,
     what the same run has left behind where it went back goes, and of a link the link.
 
     Args:
-        marker: that of the stored one.
+        stored: the run of the stored one.
     """
-    here, stored = marked_run(directory), run_of(marker)
+    here = marked_run(directory)
     if directory.is_symlink() or (here is not None and here.id == stored.id and here.branch != stored.branch):
         remove(directory)
     elif here is not None and here.id != stored.id:
