@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hf_nanotron.checkpoint.sharded_arguments import add_hub_to_sharded_arguments
+from hf_nanotron.convert.sharded_arguments import add_hub_to_sharded_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models.auto import AutoModelForCausalLM
-    from .models.families import register_plan
+    from .models.stock.families import register_plan
     from .parallel.config import ParallelConfig
     from .trainer import NanotronTrainer
     from .training_args import NanotronTrainingArguments
@@ -20,7 +20,7 @@ _HOME = {
     "NanotronTrainer": ".trainer",
     "NanotronTrainingArguments": ".training_args",
     "ParallelConfig": ".parallel.config",
-    "register_plan": ".models.families",
+    "register_plan": ".models.stock.families",
 }
 
 

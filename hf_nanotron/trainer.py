@@ -15,43 +15,43 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .agreeing import AgreeingTrainer
-from .checkpoint.training_state import together
-from .checkpointing import CheckpointingTrainer
-from .collective_calls import CollectiveTrainer
-from .control_flow import FlowTrainer
+from .arguments.policy import as_mapping
+from .arguments.recompute import layer_numbers, recomputes
+from .checkpoint.state.training_state import together
 from .data.loader import FillerBatch
 from .data.window_check import WindowCheck
-from .data_trainer import DataTrainer
-from .dp_accelerator import DataParallelAccelerator
-from .figures import FiguresTrainer
-from .gradient_trainer import GradientTrainer, users_callbacks
-from .models.attention import choose_attention, documents_of
 from .models.base import ParallelModel
-from .models.compile import compile_layers, restore_layers
-from .models.fp8 import use_fp8
-from .models.neftune import set_noise
 from .models.parallelize import parallelize
-from .models.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
 from .models.selfcheck import compare, try_whole
-from .models.sharding import refuse_frozen, shard_weights
-from .models.switches import Switches
-from .models.unwrap import refuse_meta, unwrap
+from .models.stock.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, check_scheduler, optimizer_choice
-from .optim.link import OptimizerLink
 from .optim.norm import global_norm
+from .optim.optimizer_link import OptimizerLink
 from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.mesh import ParallelMesh
-from .same_on_all_ranks import check_shared, compare_ranks, values_of
-from .train_step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
-from .trainer_methods import check_methods, is_overridden
+from .prepare.attention import choose_attention, documents_of
+from .prepare.checkpointing_switches import Switches
+from .prepare.compile import compile_layers, restore_layers
+from .prepare.fp8 import use_fp8
+from .prepare.neftune import set_noise
+from .prepare.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
+from .prepare.shard_weights import refuse_frozen, shard_weights
+from .training.accelerator import DataParallelAccelerator
+from .training.checkpointing import CheckpointingTrainer
+from .training.collective_calls import CollectiveTrainer
+from .training.data_order import DataTrainer
+from .training.flow_agreement import FlowTrainer
+from .training.gradients import GradientTrainer, users_callbacks
+from .training.run_report import FiguresTrainer
+from .training.same_on_all_ranks import check_shared, compare_ranks, values_of
+from .training.step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
+from .training.trainer_methods import check_methods, is_overridden
+from .training.window_agreement import AgreeingTrainer
 from .training_args import NanotronTrainingArguments
-from .training_args_policy import as_mapping
-from .training_args_recompute import layer_numbers, recomputes
 
 logger = logging.get_logger(__name__)
 

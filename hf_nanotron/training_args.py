@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 
-from hf_nanotron.launch import check_launch
-from hf_nanotron.ops.fp8 import RECIPES
-from hf_nanotron.parallel.config import ParallelConfig
-from hf_nanotron.parallel.roll_call import attend
-from hf_nanotron.training_args_policy import REFUSED, as_mapping, check_policy
-from hf_nanotron.training_args_recompute import check_recomputation, layer_numbers
-from hf_nanotron.training_args_secrets import SecretlessArguments
-from hf_nanotron.training_args_values import check_values, set_plain_values
+from .arguments.launch import check_launch
+from .arguments.policy import REFUSED, as_mapping, check_policy
+from .arguments.recompute import check_recomputation, layer_numbers
+from .arguments.secrets import SecretlessArguments
+from .arguments.values import check_values, set_plain_values
+from .ops.fp8 import RECIPES
+from .parallel.config import ParallelConfig
+from .parallel.roll_call import attend
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     """`transformers.TrainingArguments` plus the sizes of a parallel run; see `ParallelConfig` for their meaning.
 
     Every inherited field either does what transformers documents or raises here, at construction, before any process
-    group exists: `hf_nanotron.training_args_policy` holds the table. `gradient_accumulation_steps` is also the number
+    group exists: `hf_nanotron.arguments.policy` holds the table. `gradient_accumulation_steps` is also the number
     of micro-batches of the pipeline, and `bf16` means bfloat16 compute with fp32 master weights.
 
     Raises:

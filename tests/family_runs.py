@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_nanotron.models.releases import RELEASE
+from hf_nanotron.models.stock.releases import RELEASE
 
 HERE = Path(__file__).parent
 ALL_FAMILIES: dict[str, dict[str, Any]] = json.loads((HERE / "families.json").read_text())
@@ -27,7 +27,7 @@ def is_known_here(entry: dict[str, Any]) -> bool:
 
 
 FAMILIES = {name: entry for name, entry in ALL_FAMILIES.items() if is_known_here(entry)}
-# Types without a declared plan, which the tables of `models/families.py` cut. ("since": the release with a plan.)
+# Types without a declared plan, which the tables of `models/stock/families.py` cut. ("since": the release with a plan.)
 ALL_UNPLANNED: dict[str, dict[str, Any]] = json.loads((HERE / "families_unplanned.json").read_text())
 UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since" in entry and is_known_here(entry))}
 FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
@@ -131,14 +131,14 @@ def _errors(
     The error of a gradient is relative to the norm of the whole parameter's gradient, plus a ten
     thousandth of the global norm: a gradient that is zero but for rounding is compared with that.
     """
-    from hf_nanotron.checkpoint.hub import save_hub_model
+    from hf_nanotron.checkpoint.hub.model import save_hub_model
     from hf_nanotron.models.parallelize import parallelize
-    from hf_nanotron.models.sharding import shard_weights
     from hf_nanotron.optim.norm import global_norm
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
-    from hf_nanotron.train_step import TrainStep
+    from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.training.step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
     steps = sizes.pop("steps", STEPS)

@@ -19,8 +19,8 @@ from pool import WorkerPool
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_nanotron.models.anatomy import blocks, dissect
-from hf_nanotron.models.plan import make_plan, mixes_tokens
+from hf_nanotron.models.stock.anatomy import blocks, dissect
+from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
 ONE: dict[str, Any] = {"steps": 1}
@@ -139,8 +139,8 @@ def _check_round_trip(family: str, folder: Path) -> None:
 HEADER = """# Families
 
 Every causal-LM type of transformers {release} for which a tensor-, pipeline- or expert-parallel plan is
-declared, and those that the tables of `models/families.py` add. A tiny model of each trains under each layout, and
-its loss, its gradient norm and every gradient are compared with stock transformers in one process.
+declared, and those that the tables of `models/stock/families.py` add. A tiny model of each trains under each layout,
+and its loss, its gradient norm and every gradient are compared with stock transformers in one process.
 
 Made with Python {python}, gloo on two CPU cores, in fp32. To make it anew:
 

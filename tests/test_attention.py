@@ -16,8 +16,12 @@ from pool import WorkerPool
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from hf_nanotron.models.anatomy import blocks, decoder_layers, dissect
-from hf_nanotron.models.attention import (
+from hf_nanotron.models.stock.anatomy import blocks, decoder_layers, dissect
+from hf_nanotron.models.stock.families import FAST_ATTENTION, NO_DOCUMENTS
+from hf_nanotron.ops.attention import Case, attention, pick
+from hf_nanotron.ops.kernels import attention as attention_kernels
+from hf_nanotron.ops.kernels.attention import KERNELS, Problem
+from hf_nanotron.prepare.attention import (
     Attention,
     Documents,
     choose_attention,
@@ -25,10 +29,6 @@ from hf_nanotron.models.attention import (
     documents_of,
     why_stock,
 )
-from hf_nanotron.models.families import FAST_ATTENTION, NO_DOCUMENTS
-from hf_nanotron.ops import attention_kernels
-from hf_nanotron.ops.attention import Case, attention, pick
-from hf_nanotron.ops.attention_kernels import KERNELS, Problem
 
 LOSS, GRADIENT = 1e-6, 1e-5
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_nanotron.models import attention as module
+    from hf_nanotron.prepare import attention as module
 
     def choose(family: str, asked: str = "auto", dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
         model = tiny_model(family, attn_implementation=overrides.pop("attn_implementation", None), **overrides)
@@ -420,13 +420,13 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
     """Errors of losses and gradients, graphs captured after the first step, and the attention in the last."""
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.compile import compile_layers
     from hf_nanotron.models.parallelize import parallelize
-    from hf_nanotron.models.sharding import shard_weights
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
-    from hf_nanotron.train_step import TrainStep
+    from hf_nanotron.prepare.compile import compile_layers
+    from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.training.step import TrainStep
 
     torch._dynamo.reset()
     counters.clear()

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
+from hf_nanotron.data.padding import pad_sequence
 from hf_nanotron.models.parallelize import parallelize
-from hf_nanotron.padding import pad_sequence
 from hf_nanotron.parallel.mesh import ParallelMesh
 
 # ---- sizes that do not fit the model ----

@@ -23,9 +23,9 @@ from pool import JobError, WorkerPool
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from hf_nanotron.checkpoint import commit as commit_module, manager, state_file, verify
-from hf_nanotron.checkpoint.commit import begin, commit, describe, fail, failure, wait_for_ranks
-from hf_nanotron.checkpoint.manager import (
+from hf_nanotron.checkpoint.directory import commit as commit_module, retention as manager, verify
+from hf_nanotron.checkpoint.directory.commit import begin, commit, describe, fail, failure, wait_for_ranks
+from hf_nanotron.checkpoint.directory.retention import (
     check_together,
     checkpoints,
     choose,
@@ -33,11 +33,12 @@ from hf_nanotron.checkpoint.manager import (
     newest,
     rotate,
 )
-from hf_nanotron.checkpoint.state_file import StatePiece, write_rank
-from hf_nanotron.checkpoint.verify import check, is_committed, is_torn, read_marker
+from hf_nanotron.checkpoint.directory.verify import check, is_committed, is_torn, read_marker
+from hf_nanotron.checkpoint.state import file as state_file
+from hf_nanotron.checkpoint.state.file import StatePiece, write_rank
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.parallel.spec import ShardSpec
+from hf_nanotron.parallel.shard_spec import ShardSpec
 
 WORLD = 2
 TIMEOUT = 20.0  # seconds

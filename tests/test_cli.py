@@ -23,7 +23,8 @@ from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_nanotron import NanotronTrainingArguments, cli, cli_train
+from hf_nanotron import NanotronTrainingArguments
+from hf_nanotron.cli import main as cli, train as cli_train
 
 DATA = Path(__file__).parent / "data" / "nanotron"
 PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
@@ -78,7 +79,7 @@ def checkpoint() -> str:
 def test_help_is_there_without_torch() -> None:
     program = """
 import contextlib, io, sys
-from hf_nanotron.cli import main
+from hf_nanotron.cli.main import main
 for argv in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["convert", "--help"],
              ["convert", "nanotron-to-hub", "--help"], ["convert", "hub-to-nanotron", "--help"], ["generate"], []):
     out = io.StringIO()

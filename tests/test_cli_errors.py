@@ -14,8 +14,9 @@ import pytest
 from datasets import Dataset
 from test_cli import DATA, checkpoint, command, fresh, one_line, write_settings
 
-from hf_nanotron import NanotronTrainingArguments, cli_settings
-from hf_nanotron.cli_hints import FROM_NANOTRON, SYNONYMS
+from hf_nanotron import NanotronTrainingArguments
+from hf_nanotron.cli import settings as cli_settings
+from hf_nanotron.cli.hints import FROM_NANOTRON, SYNONYMS
 
 
 def shown(value: Any) -> str | None:
@@ -391,10 +392,10 @@ def test_commands(tmp_path: Path, argv: list[str], says: str) -> None:
 
 
 def run(*argv: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "hf_nanotron.cli"]
+    start = [sys.executable, "-m", "hf_nanotron.cli.main"]
     if processes > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        start += ["-m", "hf_nanotron.cli"]
+        start += ["-m", "hf_nanotron.cli.main"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, *argv], capture_output=True, text=True, timeout=240, env=environment)
 

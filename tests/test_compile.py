@@ -14,8 +14,8 @@ from family_runs import STEP_LENGTH, micro_batches, reference, tiny_model
 from pool import WorkerPool
 from torch._dynamo import lookup_backend
 
-from hf_nanotron.models.compile import backend_of
-from hf_nanotron.models.graph import rewriting
+from hf_nanotron.prepare.compile import backend_of
+from hf_nanotron.prepare.compile_passes import rewriting
 
 TOLERANCE = 1e-5
 
@@ -70,10 +70,10 @@ def test_restoring_finds_layers_with_new_hooks(pool: WorkerPool) -> None:
 
 
 def restore_after_a_hook() -> int:
-    from hf_nanotron.models.compile import compile_layers, restore_layers
     from hf_nanotron.models.parallelize import parallelize
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.prepare.compile import compile_layers, restore_layers
 
     model = parallelize(tiny_model("llama"), ParallelMesh(ParallelConfig()))
     compile_layers(model, "aot_eager", None)
@@ -90,13 +90,13 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
     """Errors of the gradients in each step, graphs captured, and breaks in them."""
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.compile import compile_layers
     from hf_nanotron.models.parallelize import parallelize
-    from hf_nanotron.models.sharding import shard_weights
     from hf_nanotron.optim.norm import global_norm
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
-    from hf_nanotron.train_step import TrainStep
+    from hf_nanotron.prepare.compile import compile_layers
+    from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.training.step import TrainStep
 
     torch._dynamo.reset()
     counters.clear()
@@ -127,10 +127,10 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
 def evaluate_after_compiling() -> int:
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.compile import compile_layers
     from hf_nanotron.models.parallelize import parallelize
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.prepare.compile import compile_layers
 
     torch._dynamo.reset()
     counters.clear()

@@ -16,11 +16,11 @@ from tiny import History, pad_batch, random_dataset, train_stock, training_argum
 from transformers import AutoModelForCausalLM as StockAuto, TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.models.compile import CompiledForward
 from hf_nanotron.ops.fp8_linear import Fp8Weight
-from hf_nanotron.parallel.gradients import BucketGradients, MemberGradient
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.parallel.zero import BucketWeights
+from hf_nanotron.parallel.zero.bucketed import BucketWeights
+from hf_nanotron.parallel.zero.gradients import BucketGradients, MemberGradient
+from hf_nanotron.prepare.compile import CompiledForward
 
 STEPS = 2
 FULL = {"activation_checkpointing": True}

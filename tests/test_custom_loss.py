@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.models.neftune import EmbeddingNoise
+from hf_nanotron.prepare.neftune import EmbeddingNoise
 
 STEPS, SAMPLES, EVALUATED = 3, 40, 7
 TOLERANCE = {"losses": 2e-5, "norms": 1e-4, "eval": 2e-5}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.dp_accelerator import AS_IT_IS, OVER_DATA_PARALLEL_RANKS, REFUSED as REFUSALS, UNUSED
+from hf_nanotron.training.accelerator import AS_IT_IS, OVER_DATA_PARALLEL_RANKS, REFUSED as REFUSALS, UNUSED
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "prepare": (lambda t: t.accelerator.prepare(t.model), "use it as it is"),

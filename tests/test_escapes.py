@@ -17,23 +17,24 @@ from safetensors.torch import save_file
 from test_forged import INDEX, NANOTRON, PROGRESS, body_of, sign, tensors, write_checkpoint
 from test_inside import ESCAPES
 
-from hf_nanotron.checkpoint import remote_fetch, state_file
-from hf_nanotron.checkpoint.commit import begin, commit, describe
-from hf_nanotron.checkpoint.conversion_folder import check_unchanged, copy_files
-from hf_nanotron.checkpoint.hub_weights import HubWeights
-from hf_nanotron.checkpoint.inside import refuse_links
-from hf_nanotron.checkpoint.manager import choose
-from hf_nanotron.checkpoint.nanotron_convert import index_hub, nanotron_to_hub
-from hf_nanotron.checkpoint.nanotron_format import step_folder
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_fetch import fetch, fetch_newest, newest_remote
-from hf_nanotron.checkpoint.remote_upload import Uploader
-from hf_nanotron.checkpoint.runs import Run
-from hf_nanotron.checkpoint.state_file import read_checked, write_checked
-from hf_nanotron.checkpoint.state_read import StoredState
-from hf_nanotron.checkpoint.training_state import DIRECTORY
-from hf_nanotron.checkpoint.verify import MARKER, check
-from hf_nanotron.checkpointing import CheckpointingTrainer
+from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
+from hf_nanotron.checkpoint.directory.retention import choose
+from hf_nanotron.checkpoint.directory.runs import Run
+from hf_nanotron.checkpoint.directory.verify import MARKER, check
+from hf_nanotron.checkpoint.files.inside import refuse_links
+from hf_nanotron.checkpoint.hub.weights import HubWeights
+from hf_nanotron.checkpoint.remote import fetch as remote_fetch
+from hf_nanotron.checkpoint.remote.fetch import fetch, fetch_newest, newest_remote
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
+from hf_nanotron.checkpoint.state import file as state_file
+from hf_nanotron.checkpoint.state.file import read_checked, write_checked
+from hf_nanotron.checkpoint.state.read import StoredState
+from hf_nanotron.checkpoint.state.training_state import DIRECTORY
+from hf_nanotron.convert.folder import check_unchanged, copy_files
+from hf_nanotron.convert.nanotron.convert import index_hub, nanotron_to_hub
+from hf_nanotron.convert.nanotron.format import step_folder
+from hf_nanotron.training.checkpointing import CheckpointingTrainer
 
 NAMES = [name for name in ESCAPES if isinstance(name, str)]
 SECRET = "of nobody else"

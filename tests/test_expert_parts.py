@@ -32,7 +32,8 @@ from test_experts_parity import ALL_TO_ONE, ONCE, check
 from test_mixture import start, train
 
 from hf_nanotron.parallel.config import ParallelConfig
-from hf_nanotron.parallel.expert_parts import (
+from hf_nanotron.parallel.ep.experts import ParallelExperts, capacity_of
+from hf_nanotron.parallel.ep.parts import (
     BYTES_PER_SECOND,
     MOST_PARTS,
     SECONDS_PER_PART,
@@ -41,7 +42,6 @@ from hf_nanotron.parallel.expert_parts import (
     start_all_to_all,
     suitable_parts,
 )
-from hf_nanotron.parallel.experts import ParallelExperts, capacity_of
 from hf_nanotron.parallel.mesh import Group, ParallelMesh
 
 PARTS = (2, 3, 100)  # 100: one expert a part

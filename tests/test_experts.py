@@ -1,4 +1,4 @@
-"""Experts of stock models computed by `parallel/experts.py`, alone and over several ranks, against stock eager code."""
+"""Experts of stock models (`parallel/ep/experts.py`), alone and over several ranks, against stock eager code."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_nanotron.ops.grouped_mm import add_expert_bias, add_grouped_product, grouped_linear
 from hf_nanotron.ops.permute import permute, sort_by_expert, sort_into_slots, unpermute
-from hf_nanotron.parallel.expert_exchange import TokensTravel, all_to_all, dispatch
-from hf_nanotron.parallel.experts import ALONE, ParallelExperts, capacity_of, experts_class
+from hf_nanotron.parallel.ep.exchange import TokensTravel, all_to_all, dispatch
+from hf_nanotron.parallel.ep.experts import ALONE, ParallelExperts, capacity_of, experts_class
 from hf_nanotron.parallel.mesh import Group
 
 MODELS = Path(transformers.__file__).parent / "models"

@@ -15,7 +15,7 @@ import torch
 from family_runs import compare, micro_batches, reference, tiny_model
 from pool import WorkerPool
 
-from hf_nanotron.models.plan import is_experts
+from hf_nanotron.models.stock.plan import is_experts
 
 TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "gradient": 1e-5}
 RANKS, EXPERTS = 4, 8

@@ -23,10 +23,10 @@ from pool import WorkerPool
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_nanotron import ParallelConfig, register_plan
-from hf_nanotron.models import families
-from hf_nanotron.models.anatomy import dissect
-from hf_nanotron.models.plan import make_plan
-from hf_nanotron.models.shard import tensor_specs
+from hf_nanotron.models.stock import families
+from hf_nanotron.models.stock.anatomy import dissect
+from hf_nanotron.models.stock.plan import make_plan
+from hf_nanotron.models.tensor_shards import tensor_specs
 
 # Relative to stock. A reduction that is left out or done twice misses them by three orders of magnitude.
 TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "gradient": 2e-5}
@@ -120,8 +120,8 @@ def test_layers_that_stock_keeps_in_fp32(pool: WorkerPool, family: str) -> None:
 
 
 def losses_by_precision(family: str) -> tuple[float, float]:
+    from hf_nanotron.models.moe.routers import find_routers, fp32_router
     from hf_nanotron.models.parallelize import parallelize
-    from hf_nanotron.models.routers import find_routers, fp32_router
     from hf_nanotron.parallel.mesh import ParallelMesh
 
     batch = {"input_ids": torch.arange(3, 35).view(2, 16), "labels": torch.arange(3, 35).view(2, 16)}

@@ -17,21 +17,22 @@ from test_training_state import Layout, simulated_mesh
 from torch import nn
 from transformers.optimization import get_scheduler
 
-from hf_nanotron.checkpoint import manager, state_file
-from hf_nanotron.checkpoint.commit import begin, commit, describe
-from hf_nanotron.checkpoint.hub_weights import HubWeights
-from hf_nanotron.checkpoint.manager import choose
-from hf_nanotron.checkpoint.nanotron_config import architecture
-from hf_nanotron.checkpoint.nanotron_format import find_shards, refuse_mup
-from hf_nanotron.checkpoint.nanotron_mapping import parameters
-from hf_nanotron.checkpoint.slices import Slice
-from hf_nanotron.checkpoint.state_file import read_checked, write_checked
-from hf_nanotron.checkpoint.state_read import StoredState
-from hf_nanotron.checkpoint.state_values import decode, encode
-from hf_nanotron.checkpoint.training_state import DIRECTORY, load_training_state, state_pieces, state_values
-from hf_nanotron.checkpoint.verify import MARKER, check, checksum_of, parse_marker, read_marker
-from hf_nanotron.parallel.segment import Segment
-from hf_nanotron.parallel.spec import ShardSpec, even_parts
+from hf_nanotron.checkpoint.directory import retention as manager
+from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
+from hf_nanotron.checkpoint.directory.retention import choose
+from hf_nanotron.checkpoint.directory.verify import MARKER, check, checksum_of, parse_marker, read_marker
+from hf_nanotron.checkpoint.hub.weights import HubWeights
+from hf_nanotron.checkpoint.state import file as state_file
+from hf_nanotron.checkpoint.state.file import read_checked, write_checked
+from hf_nanotron.checkpoint.state.read import StoredState
+from hf_nanotron.checkpoint.state.slices import Slice
+from hf_nanotron.checkpoint.state.training_state import DIRECTORY, load_training_state, state_pieces, state_values
+from hf_nanotron.checkpoint.state.values import decode, encode
+from hf_nanotron.convert.nanotron.config import architecture
+from hf_nanotron.convert.nanotron.format import find_shards, refuse_mup
+from hf_nanotron.convert.nanotron.mapping import parameters
+from hf_nanotron.parallel.shard_spec import ShardSpec, even_parts
+from hf_nanotron.parallel.zero.segment import Segment
 
 NANOTRON = Path(__file__).parent / "data" / "nanotron" / "tp2_pp2" / "2"
 INDEX = f"{DIRECTORY}/index.json"

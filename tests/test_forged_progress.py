@@ -14,14 +14,14 @@ import pytest
 import torch
 from test_forged import INDEX, PROGRESS, Rank, body_of, sign, write_checkpoint
 
-from hf_nanotron.checkpoint.conversion_folder import load_config
-from hf_nanotron.checkpoint.manager import check_together
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.runs import Run, write_record
-from hf_nanotron.checkpoint.state_file import write_checked
-from hf_nanotron.checkpoint.state_values import encode
-from hf_nanotron.checkpoint.training_state import load_training_state
-from hf_nanotron.checkpoint.verify import MARKER, check, checksum_of
+from hf_nanotron.checkpoint.directory.retention import check_together
+from hf_nanotron.checkpoint.directory.runs import Run, write_record
+from hf_nanotron.checkpoint.directory.verify import MARKER, check, checksum_of
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.state.file import write_checked
+from hf_nanotron.checkpoint.state.training_state import load_training_state
+from hf_nanotron.checkpoint.state.values import encode
+from hf_nanotron.convert.folder import load_config
 
 NAN, INF = {"$": "float", "value": "nan"}, {"$": "float", "value": "inf"}
 HUGE = 10**400

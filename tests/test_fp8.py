@@ -17,15 +17,15 @@ from tiny import local_gradients
 from torch import nn
 
 from hf_nanotron import NanotronTrainingArguments
-from hf_nanotron.models.fp8 import fp8_bytes, use_fp8
 from hf_nanotron.models.parallelize import parallelize
-from hf_nanotron.models.sharding import shard_weights
 from hf_nanotron.ops.fp8 import RECIPES, add_scaled_product, product, quantize, quantize_columns, quantize_rows, scales
 from hf_nanotron.ops.fp8_linear import Fp8Linear, WeightCopies, fp8_class
 from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.train_step import TrainStep
+from hf_nanotron.prepare.fp8 import fp8_bytes, use_fp8
+from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.training.step import TrainStep
 
 E4M3 = torch.float8_e4m3fn
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -281,7 +281,7 @@ def reference(recipe: str | None, skipped: tuple[int, ...] = ()) -> tuple[float,
 
 def fp8_errors(sizes: dict[str, Any], recipe: str, how: dict[str, Any], expected: tuple[float, Parts]) -> Any:
     """On one rank: the worst error of a gradient, the loss of this rank, and how many layers compute in FP8."""
-    from hf_nanotron.models.compile import compile_layers
+    from hf_nanotron.prepare.compile import compile_layers
 
     torch._dynamo.reset()
     mesh = ParallelMesh(ParallelConfig(**sizes))
@@ -315,8 +315,8 @@ def products_by_policy() -> dict[str | None, int]:
     """FP8 products of one step, forwards and input gradients, by what recomputes."""
     from unittest import mock
 
-    from hf_nanotron.models.recompute import recompute_selectively, recompute_wholly
     from hf_nanotron.ops import fp8_linear
+    from hf_nanotron.prepare.recompute import recompute_selectively, recompute_wholly
 
     counts: dict[str | None, int] = {}
     for policy, recompute in ((None, None), ("selective", recompute_selectively), ("full", recompute_wholly)):
@@ -475,7 +475,7 @@ def test_refused_arguments(tmp_path: Any, fields: dict[str, Any], message: str) 
 
 
 def test_device_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_nanotron.models.fp8 import check_device
+    from hf_nanotron.prepare.fp8 import check_device
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")

@@ -22,11 +22,11 @@ from hf_nanotron.models.base import ParallelModel
 from hf_nanotron.models.parallelize import parallelize
 from hf_nanotron.models.stage import AbsentLayer
 from hf_nanotron.parallel.collectives import all_reduce
-from hf_nanotron.parallel.fully_sharded import FullyShardedWeights
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.parallel.pipeline.schedule import build_table, compute_order
-from hf_nanotron.parallel.segment import Segment, ShardedWeights
-from hf_nanotron.parallel.spec import ShardSpec
+from hf_nanotron.parallel.shard_spec import ShardSpec
+from hf_nanotron.parallel.zero.fully_sharded import FullyShardedWeights
+from hf_nanotron.parallel.zero.segment import Segment, ShardedWeights
 
 GRADIENT_TOLERANCE = 1e-5  # of the largest value of the parameter's gradient
 LOSS_TOLERANCE = 1e-6

@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_nanotron.models.releases import OUTPUT_NAME, cache_in
+from hf_nanotron.models.stock.releases import OUTPUT_NAME, cache_in
 
 PROMPTS = torch.tensor(
     [

@@ -12,7 +12,7 @@ import torch
 from test_attention import masked
 
 from hf_nanotron.ops.attention import attention
-from hf_nanotron.ops.attention_kernels import flash_attention_4
+from hf_nanotron.ops.kernels.attention import flash_attention_4
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from hf_nanotron.ops.cross_entropy import ABSENT, IGNORED, token_statistics, write_gradient
 from hf_nanotron.ops.linear import add_product
-from hf_nanotron.parallel.loss import linear_causal_lm_loss
 from hf_nanotron.parallel.mesh import Group
+from hf_nanotron.parallel.tp.loss import linear_causal_lm_loss
 
 DEVICE = "cuda"
 ALONE = Group((0,), 0, None)

@@ -48,7 +48,7 @@ def product(left: torch.Tensor, right: torch.Tensor, counts: list[int]) -> torch
 def configs() -> list[Any]:
     if not torch.cuda.is_available():
         return []
-    from hf_nanotron.ops.grouped_triton import CONFIGS
+    from hf_nanotron.ops.kernels.grouped import CONFIGS
 
     return list(CONFIGS)
 
@@ -57,7 +57,7 @@ def configs() -> list[Any]:
 @pytest.mark.parametrize(("a", "b"), [(256, 384), (136, 72), (100, 36), (37, 19), (8, 1), (1, 256)])
 def test_weight_gradient(config: Any, a: int, b: int) -> None:
     """Every tiling, on uneven and empty experts, over poisoned memory and beside poisoned rows."""
-    from hf_nanotron.ops.grouped_triton import add_grouped_product as kernel
+    from hf_nanotron.ops.kernels.grouped import add_grouped_product as kernel
 
     rows = sum(COUNTS) + TAIL
     left, right = random(rows, a), random(rows, b, seed=1)

@@ -40,7 +40,7 @@ def operands(x: torch.Tensor, recipe: str, device: str = "cuda") -> Operands:
 def tiles() -> list[Any]:
     if not HAS_FP8:
         return []
-    from hf_nanotron.ops.fp8_triton import TILES
+    from hf_nanotron.ops.kernels.fp8 import TILES
 
     return list(TILES)
 
@@ -50,7 +50,7 @@ def tiles() -> list[Any]:
 @pytest.mark.parametrize(("tokens", "width"), [(256, 384), (203, 80), (1, 16), (130, 1000)])
 def test_quantize(recipe: str, tile: Any, tokens: int, width: int) -> None:
     """Every tile gives the bits of the CPU, in both orders, over poisoned memory."""
-    from hf_nanotron.ops.fp8_triton import quantize as kernel
+    from hf_nanotron.ops.kernels.fp8 import quantize as kernel
 
     x = random(tokens, width)
     expected = operands(x, recipe, "cpu")

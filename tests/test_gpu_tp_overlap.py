@@ -50,8 +50,8 @@ def transports(directory: str, _: Any) -> None:
     from hf_nanotron.ops.linear import Linear
     from hf_nanotron.parallel.collectives import all_gather, reduce_scatter
     from hf_nanotron.parallel.mesh import ParallelMesh
-    from hf_nanotron.parallel.overlap import Overlap
-    from hf_nanotron.parallel.peer import Messages, SymmetricMemory, make_transport
+    from hf_nanotron.parallel.tp.overlap import Overlap
+    from hf_nanotron.parallel.tp.transport import Messages, SymmetricMemory, make_transport
 
     mesh = ParallelMesh(ParallelConfig(tp_size=int(os.environ["WORLD_SIZE"])))
     transport = make_transport(mesh.tp, mesh.device)

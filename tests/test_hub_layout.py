@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
-from hf_nanotron.checkpoint.buffers import buffer_pieces, load_buffers
-from hf_nanotron.checkpoint.grids import Traced, copy_grids
-from hf_nanotron.checkpoint.hub_layout import HubLayout, hub_layout, layout_of
-from hf_nanotron.checkpoint.hub_weights import HubWeights
-from hf_nanotron.checkpoint.state_file import clear, commit, write_rank
-from hf_nanotron.parallel.spec import ShardSpec
+from hf_nanotron.checkpoint.hub.layout import HubLayout, hub_layout, layout_of
+from hf_nanotron.checkpoint.hub.trace import Traced, copy_grids
+from hf_nanotron.checkpoint.hub.weights import HubWeights
+from hf_nanotron.checkpoint.state.buffers import buffer_pieces, load_buffers
+from hf_nanotron.checkpoint.state.file import clear, commit, write_rank
+from hf_nanotron.parallel.shard_spec import ShardSpec
 
 Weights = dict[str, torch.Tensor]
 

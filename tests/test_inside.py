@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_nanotron.checkpoint.inside import inside
+from hf_nanotron.checkpoint.files.inside import inside
 
 # The ways in which a name can leave its folder, or be no name.
 ESCAPES = [

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.head import linear_head
 from hf_nanotron.models.parallelize import parallelize
-from hf_nanotron.models.sharding import shard_weights
 from hf_nanotron.ops.linear import Linear
-from hf_nanotron.parallel import loss as loss_module
-from hf_nanotron.parallel.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss
 from hf_nanotron.parallel.mesh import Group, ParallelMesh
-from hf_nanotron.parallel.vocabulary import vocabulary_parts
-from hf_nanotron.train_step import TrainStep
+from hf_nanotron.parallel.tp import loss as loss_module
+from hf_nanotron.parallel.tp.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss
+from hf_nanotron.parallel.tp.vocabulary import vocabulary_parts
+from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.training.step import TrainStep
 
 ALONE = Group((0,), 0, None)
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 13, 16, 120

@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.checkpoint.nanotron_convert import hub_to_nanotron, nanotron_to_hub
-from hf_nanotron.checkpoint.nonfinite_tensors import warn_nonfinite
-from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded, sharded_to_hub
-from hf_nanotron.models.foreign import why_not_causal
+from hf_nanotron.checkpoint.hub.nonfinite_tensors import warn_nonfinite
+from hf_nanotron.convert.nanotron.convert import hub_to_nanotron, nanotron_to_hub
+from hf_nanotron.convert.sharded import hub_to_sharded, sharded_to_hub
 from hf_nanotron.models.parallelize import parallelize
-from hf_nanotron.models.unwrap import unwrap
+from hf_nanotron.models.stock.foreign import why_not_causal
+from hf_nanotron.models.stock.unwrap import unwrap
 from hf_nanotron.parallel.mesh import ParallelMesh
 
 Figures = tuple[list[float], list[float], float]
@@ -291,7 +291,7 @@ class Warnings(logging.Handler):
 
 @pytest.fixture
 def warned() -> Any:
-    handler, logger = Warnings(), logging.getLogger("hf_nanotron.checkpoint.nonfinite_tensors")
+    handler, logger = Warnings(), logging.getLogger("hf_nanotron.checkpoint.hub.nonfinite_tensors")
     logger.addHandler(handler)
     yield handler.messages
     logger.removeHandler(handler)

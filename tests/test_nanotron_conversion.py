@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from hf_nanotron.checkpoint import nanotron_convert
-from hf_nanotron.checkpoint.hub_weights import HubWeights
-from hf_nanotron.checkpoint.nanotron_convert import hub_to_nanotron, nanotron_to_hub
-from hf_nanotron.checkpoint.nanotron_format import format_slices, parse_shape, parse_slices
-from hf_nanotron.checkpoint.nanotron_mapping import Architecture, check_tp, parameters, place_blocks, unstack
+from hf_nanotron.checkpoint.hub.weights import HubWeights
+from hf_nanotron.convert.nanotron import convert as nanotron_convert
+from hf_nanotron.convert.nanotron.convert import hub_to_nanotron, nanotron_to_hub
+from hf_nanotron.convert.nanotron.format import format_slices, parse_shape, parse_slices
+from hf_nanotron.convert.nanotron.mapping import Architecture, check_tp, parameters, place_blocks, unstack
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data" / "nanotron"

@@ -16,8 +16,8 @@ from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint.save import Save
-from hf_nanotron.nonfinite import FiniteLosses
+from hf_nanotron.checkpoint.directory.save import Save
+from hf_nanotron.training.nonfinite import FiniteLosses
 
 # Every layout divides the weights in another way.
 LAYOUTS: dict[str, dict[str, Any]] = {

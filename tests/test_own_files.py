@@ -14,15 +14,15 @@ from tiny import message, tiny_config
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto
-from hf_nanotron.checkpoint import commit as commit_module, own_files
-from hf_nanotron.checkpoint.commit import begin, commit, remove
-from hf_nanotron.checkpoint.conversion_folder import WEIGHTS, writing
-from hf_nanotron.checkpoint.hub import write_hub_config
-from hf_nanotron.checkpoint.manager import choose, newest, rotate
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_fetch import fetch_newest
-from hf_nanotron.checkpoint.remote_upload import Uploader
-from hf_nanotron.checkpoint.verify import check, is_committed, is_torn, read_marker
+from hf_nanotron.checkpoint.directory import commit as commit_module, own_files
+from hf_nanotron.checkpoint.directory.commit import begin, commit, remove
+from hf_nanotron.checkpoint.directory.retention import choose, newest, rotate
+from hf_nanotron.checkpoint.directory.verify import check, is_committed, is_torn, read_marker
+from hf_nanotron.checkpoint.hub.model import write_hub_config
+from hf_nanotron.checkpoint.remote.fetch import fetch_newest
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
+from hf_nanotron.convert.folder import WEIGHTS, writing
 
 Act = Callable[[Path], None]
 Tree = dict[str, str]

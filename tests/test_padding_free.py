@@ -17,7 +17,7 @@ from test_evaluation import Make, Result, Stream, assert_same, checkpoint, paral
 from tiny import History, pad_batch, random_dataset
 from transformers import DataCollatorWithFlattening, EvalPrediction
 
-from hf_nanotron.padding import pad_sequence
+from hf_nanotron.data.padding import pad_sequence
 
 SAMPLES, BATCH = 7, 2  # the last batch has one sample
 

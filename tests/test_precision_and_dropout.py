@@ -14,10 +14,10 @@ from transformers import Trainer, TrainingArguments
 
 from hf_nanotron import NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.models.parallelize import parallelize
-from hf_nanotron.models.sharding import shard_weights
 from hf_nanotron.parallel.collectives import all_gather
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.train_step import TrainStep
+from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.training.step import TrainStep
 
 DROPOUT = {"attention_dropout": 0.3}
 MICRO_BATCHES = 4  # of a step, over all data-parallel ranks

@@ -17,7 +17,7 @@ from pool import WorkerPool
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, Trainer as StockTrainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_nanotron.launch import check_launch
+from hf_nanotron.arguments.launch import check_launch
 
 STEPS = 6
 

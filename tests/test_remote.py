@@ -17,14 +17,14 @@ import fsspec
 import pytest
 from pool import WorkerPool
 
-from hf_nanotron.checkpoint import remote_fetch
-from hf_nanotron.checkpoint.commit import begin, commit, describe
-from hf_nanotron.checkpoint.manager import newest
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_fetch import fetch, fetch_newest, fetch_newest_together, newest_remote
-from hf_nanotron.checkpoint.remote_retry import Backoff
-from hf_nanotron.checkpoint.remote_upload import Uploader
-from hf_nanotron.checkpoint.verify import MARKER, check, is_committed
+from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
+from hf_nanotron.checkpoint.directory.retention import newest
+from hf_nanotron.checkpoint.directory.verify import MARKER, check, is_committed
+from hf_nanotron.checkpoint.remote import fetch as remote_fetch
+from hf_nanotron.checkpoint.remote.fetch import fetch, fetch_newest, fetch_newest_together, newest_remote
+from hf_nanotron.checkpoint.remote.retry import Backoff
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 
@@ -375,8 +375,8 @@ def test_one_rank_fetches_for_all(pool: WorkerPool, tmp_path: Path) -> None:
 END = """
 import sys
 from pathlib import Path
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_upload import Uploader
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
 Uploader(RemoteStore(sys.argv[1]), sys.argv[2]).submit(Path(sys.argv[2], "checkpoint-1"))
 """
 

@@ -18,14 +18,14 @@ from faulty_s3 import FaultyS3
 from pool import WorkerPool
 from test_remote import contents, write_checkpoint
 
-from hf_nanotron.checkpoint import remote
-from hf_nanotron.checkpoint.manager import newest
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_backlog import LocalSpace, beyond_retention, beyond_space
-from hf_nanotron.checkpoint.remote_fetch import fetch_newest
-from hf_nanotron.checkpoint.remote_retry import Backoff, Retry
-from hf_nanotron.checkpoint.remote_upload import Uploader
-from hf_nanotron.cli import main
+from hf_nanotron.checkpoint.directory.retention import newest
+from hf_nanotron.checkpoint.remote import store as remote
+from hf_nanotron.checkpoint.remote.backlog import LocalSpace, beyond_retention, beyond_space
+from hf_nanotron.checkpoint.remote.fetch import fetch_newest
+from hf_nanotron.checkpoint.remote.retry import Backoff, Retry
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
+from hf_nanotron.cli.main import main
 
 QUICK = Backoff(first=0.01, longest=0.02, start=5)
 OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 20}}
@@ -353,7 +353,7 @@ def train_while_the_store_is_down(output: str, url: str, signal_after: float | N
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RemoteStore, "put", fail)
-        patch.setattr("hf_nanotron.remote_trainer.logger.warning", warnings.append)
+        patch.setattr("hf_nanotron.training.remote.logger.warning", warnings.append)
         if signal_after and trainer.mesh.rank == 1:  # not the one that uploads
             wait = trainer._wait_for_uploads
 

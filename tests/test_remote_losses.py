@@ -12,24 +12,24 @@ from typing import Any
 import pytest
 from test_runs import X, Y, message, write
 
-from hf_nanotron.checkpoint import (
-    own_files,
-    remote,
-    remote_fetch,
-    remote_runs,
-    remote_upload,
+from hf_nanotron.checkpoint.directory import own_files
+from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
+from hf_nanotron.checkpoint.directory.retention import checkpoints, newest
+from hf_nanotron.checkpoint.directory.runs import RECORD, Run, marked_run, read_record, write_record
+from hf_nanotron.checkpoint.directory.verify import MARKER, check
+from hf_nanotron.checkpoint.remote import (
+    fetch as remote_fetch,
     run_start as run_start_module,
+    runs as remote_runs,
+    store as remote,
+    upload as remote_upload,
 )
-from hf_nanotron.checkpoint.commit import begin, commit, describe
-from hf_nanotron.checkpoint.manager import checkpoints, newest
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_backlog import LocalSpace
-from hf_nanotron.checkpoint.remote_fetch import fetch_newest
-from hf_nanotron.checkpoint.remote_retry import Backoff
-from hf_nanotron.checkpoint.remote_upload import Uploader
-from hf_nanotron.checkpoint.run_start import start_run
-from hf_nanotron.checkpoint.runs import RECORD, Run, marked_run, read_record, write_record
-from hf_nanotron.checkpoint.verify import MARKER, check
+from hf_nanotron.checkpoint.remote.backlog import LocalSpace
+from hf_nanotron.checkpoint.remote.fetch import fetch_newest
+from hf_nanotron.checkpoint.remote.retry import Backoff
+from hf_nanotron.checkpoint.remote.run_start import start_run
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 

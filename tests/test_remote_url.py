@@ -13,8 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_errors import (
+from hf_nanotron.checkpoint.remote.errors import (
     CLOCK,
     CREDENTIALS,
     FORBIDDEN,
@@ -28,8 +27,9 @@ from hf_nanotron.checkpoint.remote_errors import (
     StoreError,
     kind_of,
 )  # fmt: skip
-from hf_nanotron.checkpoint.remote_retry import Backoff
-from hf_nanotron.checkpoint.remote_url import PROTOCOLS, credentials, parse
+from hf_nanotron.checkpoint.remote.retry import Backoff
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.url import PROTOCOLS, credentials, parse
 from hf_nanotron.redaction import printable_url
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
-from hf_nanotron.models.router_balance import (
+from hf_nanotron.models.moe.balance import (
     UNLIKE_EXPERTS,
     BiasBalancer,
     RouterLoads,
@@ -26,7 +26,7 @@ from hf_nanotron.models.router_balance import (
     load_report,
     num_choices,
 )
-from hf_nanotron.models.routers import (
+from hf_nanotron.models.moe.routers import (
     Record,
     RouterLosses,
     RouterRecorder,
@@ -36,8 +36,7 @@ from hf_nanotron.models.routers import (
     sum_records,
 )
 from hf_nanotron.parallel.collectives import copy_to, reduce_from, split_sequence
-from hf_nanotron.parallel.mesh import Group
-from hf_nanotron.parallel.router_loss import (
+from hf_nanotron.parallel.ep.router_loss import (
     RouterSums,
     add,
     auxiliary_loss,
@@ -49,6 +48,7 @@ from hf_nanotron.parallel.router_loss import (
     unpack,
     z_loss,
 )
+from hf_nanotron.parallel.mesh import Group
 
 AUXILIARY = """
     deepseek_v4 ernie4_5_moe flex_olmo flint gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jamba

@@ -17,17 +17,27 @@ from test_checkpoint_manager import names
 from tiny import History, message, pad_batch, random_dataset, tiny_config, training_arguments
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint import manager, remote_runs, run_start, runs, verify
-from hf_nanotron.checkpoint.commit import begin, commit, describe
-from hf_nanotron.checkpoint.manager import candidates, choose, newest, rotate, run_at_hand
-from hf_nanotron.checkpoint.remote import RemoteStore
-from hf_nanotron.checkpoint.remote_fetch import fetch_newest, newest_remote
-from hf_nanotron.checkpoint.remote_upload import Uploader
-from hf_nanotron.checkpoint.run_lock import LOCK, RunLock, this_process
-from hf_nanotron.checkpoint.run_start import start_run
-from hf_nanotron.checkpoint.runs import RECORD, Run, begin_run, latest, marked_run, read_record, run_of, write_record
-from hf_nanotron.checkpoint.state_file import read_checked, write_checked
-from hf_nanotron.checkpoint.verify import MARKER, check, read_marker
+from hf_nanotron.checkpoint.directory import retention as manager, runs, verify
+from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
+from hf_nanotron.checkpoint.directory.retention import candidates, choose, newest, rotate, run_at_hand
+from hf_nanotron.checkpoint.directory.run_lock import LOCK, RunLock, this_process
+from hf_nanotron.checkpoint.directory.runs import (
+    RECORD,
+    Run,
+    begin_run,
+    latest,
+    marked_run,
+    read_record,
+    run_of,
+    write_record,
+)
+from hf_nanotron.checkpoint.directory.verify import MARKER, check, read_marker
+from hf_nanotron.checkpoint.remote import run_start, runs as remote_runs
+from hf_nanotron.checkpoint.remote.fetch import fetch_newest, newest_remote
+from hf_nanotron.checkpoint.remote.run_start import start_run
+from hf_nanotron.checkpoint.remote.store import RemoteStore
+from hf_nanotron.checkpoint.remote.upload import Uploader
+from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 
@@ -366,7 +376,7 @@ def test_the_lock_of_a_folder(pool: WorkerPool, tmp_path: Path) -> None:
 def test_a_lock_that_cannot_be_opened_is_told(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that can be written is not refused for its lock, and nothing is written through a link."""
     texts: list[str] = []
-    monkeypatch.setattr("hf_nanotron.checkpoint.run_lock.logger.warning", texts.append)
+    monkeypatch.setattr("hf_nanotron.checkpoint.directory.run_lock.logger.warning", texts.append)
     path, outside = tmp_path / LOCK, tmp_path / "outside"
     outside.write_text("theirs")
     if kind == "link":
@@ -379,7 +389,7 @@ def test_a_lock_that_cannot_be_opened_is_told(kind: str, tmp_path: Path, monkeyp
         def refuse(*_: Any, **__: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("hf_nanotron.checkpoint.run_lock.os.open", refuse)
+        monkeypatch.setattr("hf_nanotron.checkpoint.directory.run_lock.os.open", refuse)
     assert RunLock().acquire(tmp_path) is None
     assert len(texts) == 1 and str(path) in texts[0] and outside.read_text() == "theirs"
 
@@ -389,7 +399,7 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path, monkeypatch: pyt
         raise OSError(37, "No locks available")
 
     texts: list[str] = []
-    monkeypatch.setattr("hf_nanotron.checkpoint.run_lock.logger.warning", texts.append)
+    monkeypatch.setattr("hf_nanotron.checkpoint.directory.run_lock.logger.warning", texts.append)
     monkeypatch.setattr("fcntl.lockf", refuse)
     assert RunLock().acquire(tmp_path) is None and "No locks available" in texts[0]
 

@@ -23,8 +23,9 @@ from test_resume import contents
 from tiny import History, pad_batch, random_dataset, training_arguments
 from transformers import TrainerCallback
 
-from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments, checkpointing
-from hf_nanotron.checkpoint import save as save_module
+from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.checkpoint.directory import save as save_module
+from hf_nanotron.training import checkpointing
 
 
 class At(TrainerCallback):
@@ -336,7 +337,7 @@ def test_a_damaged_checkpoint_is_passed_over(pool: WorkerPool, start: Path, dama
 
 def test_a_run_starts_from_a_converted_repository(pool: WorkerPool, start: Path) -> None:
     """`hub_to_sharded` into step 0 of a run: the losses of a run that began with `from_pretrained`."""
-    from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded
+    from hf_nanotron.convert.sharded import hub_to_sharded
 
     sizes = {"zero_stage": 3, "bf16": True}
     expected, _ = pool.run(2, run, str(start / "plain"), sizes)[0]

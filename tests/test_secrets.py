@@ -25,7 +25,7 @@ import torch
 from hub_server import HubServer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from hf_nanotron import cli
+from hf_nanotron.cli import main as cli
 from hf_nanotron.training_args import NanotronTrainingArguments
 
 HF = "hf_" + "Zx9" * 12

@@ -23,13 +23,13 @@ from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint import sharded_convert
-from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded, sharded_to_hub
-from hf_nanotron.checkpoint.slices import Slice
-from hf_nanotron.checkpoint.state_file import MASTER, StatePiece, clear, commit, write_rank
-from hf_nanotron.checkpoint.state_read import StoredState
-from hf_nanotron.checkpoint.verify import check
-from hf_nanotron.parallel.spec import ShardSpec
+from hf_nanotron.checkpoint.directory.verify import check
+from hf_nanotron.checkpoint.state.file import MASTER, StatePiece, clear, commit, write_rank
+from hf_nanotron.checkpoint.state.read import StoredState
+from hf_nanotron.checkpoint.state.slices import Slice
+from hf_nanotron.convert import sharded as sharded_convert
+from hf_nanotron.convert.sharded import hub_to_sharded, sharded_to_hub
+from hf_nanotron.parallel.shard_spec import ShardSpec
 
 ROOT = Path(__file__).parent.parent
 Weights = dict[str, torch.Tensor]
@@ -287,7 +287,7 @@ def test_a_family_that_merges_experts(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from hf_nanotron.checkpoint.sharded_convert import hub_to_sharded, sharded_to_hub
+from hf_nanotron.convert.sharded import hub_to_sharded, sharded_to_hub
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
@@ -375,7 +375,9 @@ def test_commands(
 
 
 def test_help_is_there_without_torch() -> None:
-    program = "import sys; from hf_nanotron.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from hf_nanotron.cli.main import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
     for name in ("sharded_to_hub", "hub_to_sharded"):
         argv = [sys.executable, str(ROOT / "conversions" / f"{name}.py"), "--help"]

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from hf_nanotron import ParallelConfig
 from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel.collectives import gather_sequence, reduce_scatter, scatter_sum
-from hf_nanotron.parallel.held import ProductQueue
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.parallel.overlap import BlockOverlap, Overlap
-from hf_nanotron.parallel.peer import Messages
-from hf_nanotron.parallel.region import Region
-from hf_nanotron.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from hf_nanotron.parallel.tp.held_products import ProductQueue
+from hf_nanotron.parallel.tp.layers import ColumnParallelLinear, RowParallelLinear
+from hf_nanotron.parallel.tp.overlap import BlockOverlap, Overlap
+from hf_nanotron.parallel.tp.regions import Region
+from hf_nanotron.parallel.tp.transport import Messages
 
 TOLERANCE = 1e-5  # of the largest value of a parameter's gradient
 ON: dict[str, Any] = {"tp_overlap": True}
@@ -115,7 +115,7 @@ def test_compiled_blocks(pool: WorkerPool, tmp_path: Path, request: pytest.Fixtu
 
 
 def compiled_with(backend: str, path: str) -> Any:
-    from hf_nanotron.models import compile as module
+    from hf_nanotron.prepare import compile as module
 
     blocks = module.compile_layers
     with mock.patch.object(module, "compile_layers", lambda model, _, *rest: blocks(model, backend, *rest)):

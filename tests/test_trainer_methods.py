@@ -14,7 +14,7 @@ from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer as StockTrainer, TrainingArguments, set_seed
 
-from hf_nanotron.trainer_methods import CALLED, IRRELEVANT, OURS, calls_next, methods, walk
+from hf_nanotron.training.trainer_methods import CALLED, IRRELEVANT, OURS, calls_next, methods, walk
 
 
 def test_every_method_is_in_one_table() -> None:

@@ -20,9 +20,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_nanotron import NanotronTrainer
-from hf_nanotron.parallel.config import ParallelConfig
-from hf_nanotron.training_args import NanotronTrainingArguments
-from hf_nanotron.training_args_policy import (
+from hf_nanotron.arguments.policy import (
     ACCELERATOR_CONFIG,
     ENVIRONMENT,
     HONOURED,
@@ -31,6 +29,8 @@ from hf_nanotron.training_args_policy import (
     REFUSED_OPTIMIZERS,
     Refused,
 )
+from hf_nanotron.parallel.config import ParallelConfig
+from hf_nanotron.training_args import NanotronTrainingArguments
 
 ARGUMENTS: Any = NanotronTrainingArguments  # HfArgumentParser's annotations admit no class
 STOCK_FIELDS = {entry.name: entry for entry in dataclasses.fields(TrainingArguments)}

@@ -25,11 +25,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers.optimization import GreedyLR, get_scheduler
 
-from hf_nanotron.checkpoint.slices import Slice
-from hf_nanotron.checkpoint.state_file import StatePiece, clear, commit, write_rank
-from hf_nanotron.checkpoint.state_read import StoredState
-from hf_nanotron.checkpoint.state_values import decode, encode
-from hf_nanotron.checkpoint.training_state import (
+from hf_nanotron.checkpoint.state.file import StatePiece, clear, commit, write_rank
+from hf_nanotron.checkpoint.state.read import StoredState
+from hf_nanotron.checkpoint.state.slices import Slice
+from hf_nanotron.checkpoint.state.training_state import (
     DIRECTORY,
     is_owner,
     load_training_state,
@@ -37,10 +36,11 @@ from hf_nanotron.checkpoint.training_state import (
     state_values,
     together,
 )
+from hf_nanotron.checkpoint.state.values import decode, encode
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import Coordinates, Group, ParallelMesh
-from hf_nanotron.parallel.segment import Segment
-from hf_nanotron.parallel.spec import Ranges, ShardSpec, even_parts, head_parts
+from hf_nanotron.parallel.shard_spec import Ranges, ShardSpec, even_parts, head_parts
+from hf_nanotron.parallel.zero.segment import Segment
 
 SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {  # Hub name -> shape, cut dimension
     "norm": ((13,), None),

@@ -17,10 +17,10 @@ from tiny import History, pad_batch, random_dataset, tiny_config, train_stock, t
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint.sharded_convert import sharded_to_hub
+from hf_nanotron.convert.sharded import sharded_to_hub
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.parallel.vocabulary import TILE, gather_vocabulary, vocabulary_parts
+from hf_nanotron.parallel.tp.vocabulary import TILE, gather_vocabulary, vocabulary_parts
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 5, 7, 8])

@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.optim.adamw import AdamW
-from hf_nanotron.optim.link import OptimizerLink
-from hf_nanotron.parallel import gradients as gradients_module, zero as zero_module
+from hf_nanotron.optim.optimizer_link import OptimizerLink
 from hf_nanotron.parallel.collectives import all_reduce
+from hf_nanotron.parallel.zero import bucketed as zero_module, gradients as gradients_module
 
 SAMPLES = 160
 STAGES = (0, 1, 2, 3)
@@ -234,8 +234,8 @@ def count_collectives(directory: str, sizes: dict[str, Any]) -> tuple[list[list[
             model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch
         )
         # Small buckets, which `ddp_bucket_cap_mb` cannot ask for.
-        from hf_nanotron.models.sharding import shard_weights
-        from hf_nanotron.train_step import TrainStep
+        from hf_nanotron.prepare.shard_weights import shard_weights
+        from hf_nanotron.training.step import TrainStep
 
         trainer.weights = weights = shard_weights(model, model.dtype, 10_000)
         trainer._step = TrainStep(model, weights)

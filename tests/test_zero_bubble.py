@@ -14,11 +14,11 @@ from test_gradients import ACCUMULATION, TOLERANCE, Case, gradient_errors
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hf_nanotron.models.compile import backend_of, inductor_options
 from hf_nanotron.ops.linear import Linear, add_product
-from hf_nanotron.parallel import gradients
-from hf_nanotron.parallel.deferred import DeferredWork
-from hf_nanotron.parallel.gradients import GradientBuckets
+from hf_nanotron.parallel.zero import gradients
+from hf_nanotron.parallel.zero.deferred import DeferredWork
+from hf_nanotron.parallel.zero.gradients import GradientBuckets
+from hf_nanotron.prepare.compile import backend_of, inductor_options
 
 PP2: dict[str, Any] = {"pp_size": 2}
 SPLIT = {**PP2, "pp_schedule": "zb"}

@@ -20,7 +20,7 @@ from tp_overlap import measure
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_nanotron.ops.grouped_mm import add_grouped_product
-from hf_nanotron.parallel.experts import ParallelExperts, experts_class
+from hf_nanotron.parallel.ep.experts import ParallelExperts, experts_class
 from hf_nanotron.parallel.mesh import Group
 
 

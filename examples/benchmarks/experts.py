@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hf_nanotron.ops.gated import silu_and_multiply
 from hf_nanotron.ops.grouped_mm import grouped_linear
-from hf_nanotron.ops.grouped_triton import CONFIGS, add_grouped_product
+from hf_nanotron.ops.kernels.grouped import CONFIGS, add_grouped_product
 from hf_nanotron.ops.permute import gather_rows, permute, sort_by_expert, sum_rows, unpermute, unpermute_gradients
 
 BF16 = torch.bfloat16

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_nanotron.ops.fp8 import Operands, add_scaled_product, product, quantize, scales
-from hf_nanotron.ops.fp8_triton import TILES, quantize as quantize_kernel
+from hf_nanotron.ops.kernels.fp8 import TILES, quantize as quantize_kernel
 from hf_nanotron.ops.linear import add_product
 
 BF16, FP32 = torch.bfloat16, torch.float32

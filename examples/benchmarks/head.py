@@ -23,8 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from hf_nanotron.ops.linear import add_product
-from hf_nanotron.parallel.loss import linear_causal_lm_loss
 from hf_nanotron.parallel.mesh import Group
+from hf_nanotron.parallel.tp.loss import linear_causal_lm_loss
 
 ALONE = Group((0,), 0, None)
 MIB = 2**20

@@ -18,8 +18,8 @@ from hf_nanotron import ParallelConfig
 from hf_nanotron.ops.linear import Linear, add_product
 from hf_nanotron.parallel.collectives import all_gather, reduce_scatter
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.parallel.overlap import Overlap, multiply
-from hf_nanotron.parallel.peer import Messages, SymmetricMemory, make_transport
+from hf_nanotron.parallel.tp.overlap import Overlap, multiply
+from hf_nanotron.parallel.tp.transport import Messages, SymmetricMemory, make_transport
 
 # name: (hidden, samples, tokens of a sample, features of the first linears, features into the last) of a whole block
 BLOCKS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.loss import IGNORE_INDEX
+from ..parallel.tp.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

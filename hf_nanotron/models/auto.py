@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..checkpoint.hub import load_hub_weights
+from ..checkpoint.hub.model import load_hub_weights
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
 from .base import ParallelModel

@@ -14,36 +14,36 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checkpoint.hub import save_hub_model
-from ..checkpoint.hub_layout import HubLayout
-from ..checkpoint.training_state import refuse_together
+from ..checkpoint.hub.layout import HubLayout
+from ..checkpoint.hub.model import save_hub_model
+from ..checkpoint.state.training_state import refuse_together
 from ..data.vocabulary import Vocabulary
 from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
 from ..parallel.config import ParallelConfig
-from ..parallel.fully_sharded import FullyShardedWeights
-from ..parallel.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss, predicted_tokens
+from ..parallel.dropout_streams import LayerStreams
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
-from ..parallel.random import LayerStreams
-from ..parallel.segment import ShardedWeights
-from ..parallel.spec import ShardSpec
-from ..parallel.vocabulary import gather_vocabulary
-from .anatomy import Anatomy
-from .attention import Attention
+from ..parallel.shard_spec import ShardSpec
+from ..parallel.tp.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss, predicted_tokens
+from ..parallel.tp.vocabulary import gather_vocabulary
+from ..parallel.zero.fully_sharded import FullyShardedWeights
+from ..parallel.zero.segment import ShardedWeights
+from ..prepare.attention import Attention
+from ..prepare.checkpointing_switches import Switches
+from ..prepare.neftune import EmbeddingNoise
 from .calling import accepted, as_output
 from .cut import Cut, change_message
+from .generation import pipelined_forward, share_generators
 from .head import LinearHead, Prediction, is_plain, linear_head
-from .hooks import users_hooks
-from .inference import pipelined_forward, share_generators
 from .logits import MicroBatch, forward_with_logits, refuse_own_heads
 from .methods import WholeModel
-from .mixture import Mixture
-from .neftune import EmbeddingNoise
-from .own_forward import own_columns
+from .moe.mixture import Mixture
 from .prompts import check_prompts, refuse_foreign_ids
 from .stage import Stage
-from .switches import Switches
+from .stock.anatomy import Anatomy
+from .stock.hooks import users_hooks
+from .stock.own_forward import own_columns
 
 
 class ParallelModel(WholeModel, GenerationMixin):
@@ -146,7 +146,7 @@ class ParallelModel(WholeModel, GenerationMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
         """See `copying.copy_model`."""
-        from .copying import copy_model  # which takes off what modules above this one have put on
+        from ..prepare.copy_model import copy_model  # which takes off what modules above this one have put on
 
         return copy_model(self, memo)
 
@@ -370,7 +370,7 @@ class ParallelModel(WholeModel, GenerationMixin):
             self.train(training)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write a standard Hub repository, all ranks together. See `hf_nanotron.checkpoint.hub.save_hub_model`."""
+        """Write a standard Hub repository, all ranks together. See `save_hub_model`."""
         known = {"max_shard_size", "push_to_hub", "is_main_process", "state_dict", "safe_serialization"}
         if kwargs.get("state_dict") is not None:
             raise ValueError(

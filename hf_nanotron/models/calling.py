@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import BOUNDS, LONGEST
+from ..prepare.attention import BOUNDS, LONGEST
 
 # What is added to the user's batch here and in Trainer. What the batch itself holds is passed on: a `forward` that does
 # not take it says so, as under stock Trainer.

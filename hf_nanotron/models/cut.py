@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .stage import ABSENT
-from .torch_hooks import module_hook_message, weight_hook_message
+from .stock.torch_hooks import module_hook_message, weight_hook_message
 
 if TYPE_CHECKING:
     from .base import ParallelModel

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..ops.linear import Linear
 from .calling import ADDED, accepted, as_output
-from .own_forward import is_of_transformers, own_columns
+from .stock.own_forward import is_of_transformers, own_columns
 
 PROBED_TOKENS = 4
 

@@ -19,9 +19,9 @@ from torch.nn.modules.module import (
 )
 from transformers import PreTrainedModel
 
+from ..parallel.dropout_streams import GeneratorState, seed_from, seed_generators
 from ..parallel.mesh import ParallelMesh
-from ..parallel.random import GeneratorState, seed_from, seed_generators
-from ..parallel.spec import ShardSpec
+from ..parallel.shard_spec import ShardSpec
 from .base import ParallelModel
 from .methods import parameter_name
 from .stage import ABSENT

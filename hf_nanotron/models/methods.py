@@ -73,7 +73,7 @@ OURS = (
 )
 
 # As in transformers and torch, where each of them is right for a cut model too. What they write into weights, or
-# replace, the trainer sees (`parallel/written.py`, `cut.py`).
+# replace, the trainer sees (`parallel/zero/written.py`, `cut.py`).
 FINE: dict[str, tuple[str, ...]] = {
     "go through `_apply`": ("bfloat16", "cpu", "cuda", "double", "float", "half", "ipu", "mtia", "share_memory", "to",
                             "to_empty", "type", "xpu"),

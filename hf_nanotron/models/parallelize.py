@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.hub_layout import hub_layout
-from ..checkpoint.nonfinite_tensors import warn_nonfinite
+from ..checkpoint.hub.layout import hub_layout
+from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ..parallel.collectives import all_reduce
+from ..parallel.dropout_streams import LayerStreams, fields_of_chance, has_dropout
 from ..parallel.mesh import ParallelMesh
-from ..parallel.overlap import BlockOverlap, Overlap
-from ..parallel.peer import make_transport
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.pipeline.schedule import rank_of_stage
-from ..parallel.random import LayerStreams, fields_of_chance, has_dropout
-from ..parallel.region import (
+from ..parallel.shard_spec import ShardSpec
+from ..parallel.tp.overlap import BlockOverlap, Overlap
+from ..parallel.tp.regions import (
     Region,
     TokenRegion,
     WholeRegion,
@@ -30,20 +30,20 @@ from ..parallel.region import (
     split_argument,
     split_before,
 )
-from ..parallel.spec import ShardSpec
-from .anatomy import Anatomy, blocks, decoder_layers, dissect
+from ..parallel.tp.transport import make_transport
 from .base import ParallelModel, parallel_class
 from .cut import Cut, holding_weights
-from .families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
-from .foreign import why_not_causal
-from .hooks import users_hooks
-from .mixture import make_mixture
-from .plan import Plan, is_experts, make_plan
-from .shard import swap_layers, tensor_specs
+from .moe.mixture import make_mixture
 from .stage import ABSENT, Absent, AbsentLayer, Stage, put_stand_in, stand_in
-from .stages import EMBEDDING_COST, first_shared_layer, split_layers
-from .torch_hooks import weight_hook_message
-from .unwrap import class_of, unwrap
+from .stage_split import EMBEDDING_COST, first_shared_layer, split_layers
+from .stock.anatomy import Anatomy, blocks, decoder_layers, dissect
+from .stock.families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
+from .stock.foreign import why_not_causal
+from .stock.hooks import users_hooks
+from .stock.plan import Plan, is_experts, make_plan
+from .stock.torch_hooks import weight_hook_message
+from .stock.unwrap import class_of, unwrap
+from .tensor_shards import swap_layers, tensor_specs
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:

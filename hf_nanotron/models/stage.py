@@ -17,11 +17,11 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from .anatomy import Anatomy, decoder_layers
 from .calling import accepted
-from .families import CARRIES, RETURNS_TUPLE, row_of
-from .foreign import is_foreign_class
-from .releases import cache_in
+from .stock.anatomy import Anatomy, decoder_layers
+from .stock.families import CARRIES, RETURNS_TUPLE, row_of
+from .stock.foreign import is_foreign_class
+from .stock.releases import cache_in
 
 if TYPE_CHECKING:
     from .base import ParallelModel

@@ -9,9 +9,9 @@ import torch
 
 from ..parallel.collectives import all_gather
 from ..parallel.config import ParallelConfig
-from ..parallel.loss import chunk_size
 from ..parallel.mesh import ParallelMesh
-from ..parallel.segment import ShardedWeights
+from ..parallel.tp.loss import chunk_size
+from ..parallel.zero.segment import ShardedWeights
 from .flops import NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims, layer_configs
 
 # Tensors of optimizer state for each element, where no argument adds one.
@@ -100,7 +100,7 @@ def activation_bytes(
         micro_batches: of a step.
         item: bytes of an element of the compute dtype.
         recomputed: the share of the layers that recompute their activations, from 0 to 1.
-        selective: they keep products and attention (`models/recompute.py`).
+        selective: they keep products and attention (`prepare/recompute.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
         whole_logits: whether the slices of the vocabulary are joined for the loss (`models/logits.py`).
     """

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .attention_kernels import KERNELS, Gradients, Problem
+from .kernels.attention import KERNELS, Gradients, Problem
 
 HALF = (torch.float16, torch.bfloat16)
 

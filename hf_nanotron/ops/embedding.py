@@ -28,7 +28,7 @@ def add_rows(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None
         rows: `[tokens, width]`.
     """
     if total.is_cuda and total.is_contiguous():
-        from .embedding_triton import add_rows as add_rows_on_gpu  # needs Triton, which CPU builds of torch lack
+        from .kernels.embedding import add_rows as add_rows_on_gpu  # needs Triton, which CPU builds of torch lack
 
         add_rows_on_gpu(total, ids, rows.contiguous())
     else:

@@ -87,7 +87,7 @@ def quantize(x: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tenso
     tokens, width = x.shape
     if not x.is_cuda:
         return quantize_rows(x, row_scale), quantize_columns(x, column_scale)
-    from .fp8_triton import quantize as kernel
+    from .kernels.fp8 import quantize as kernel
 
     rows, columns = x.new_empty(x.shape, dtype=DTYPE), x.new_empty(width, aligned(tokens), dtype=DTYPE)
     kernel(x.contiguous(), row_scale, column_scale, rows, columns)
@@ -98,7 +98,7 @@ def quantize_rows(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None
     """`rows` of `Operands` alone, in `out` if there is one."""
     rows = x.new_empty(x.shape, dtype=DTYPE) if out is None else out
     if x.is_cuda:
-        from .fp8_triton import quantize as kernel
+        from .kernels.fp8 import quantize as kernel
 
         kernel(x.contiguous(), scale, None, rows, None)
         return rows
@@ -110,7 +110,7 @@ def quantize_columns(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tenso
     tokens, width = x.shape
     columns = x.new_empty(width, aligned(tokens), dtype=DTYPE)
     if x.is_cuda:
-        from .fp8_triton import quantize as kernel
+        from .kernels.fp8 import quantize as kernel
 
         kernel(x.contiguous(), None, scale, None, columns)
         return columns

@@ -20,7 +20,7 @@ def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
 class _SiluAndMultiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        from .gated_triton import forward
+        from .kernels.gated import forward
 
         x = x.contiguous()
         ctx.save_for_backward(x)
@@ -29,6 +29,6 @@ class _SiluAndMultiply(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        from .gated_triton import backward
+        from .kernels.gated import backward
 
         return backward(grad.contiguous(), ctx.saved_tensors[0])

@@ -55,7 +55,7 @@ def add_grouped_product(
         if overwrite:
             total.zero_()
     elif total.is_cuda and left.dtype == torch.bfloat16:
-        from .grouped_triton import add_grouped_product as kernel
+        from .kernels.grouped import add_grouped_product as kernel
 
         kernel(total, left.contiguous(), right.contiguous(), offsets, overwrite)
     else:
@@ -100,7 +100,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, spare
     if x.is_cuda and x.dtype == torch.bfloat16 and _grouped_mm is not None:
         # A width that is no multiple of 8 breaks the alignment of the output's rows.
         if _is_aligned(x) and _is_aligned(weight) and width * x.element_size() % ALIGNMENT == 0:
-            from .grouped_triton import zero_tail
+            from .kernels.grouped import zero_tail
 
             with _spare(spared):
                 out = _grouped_mm(x, weight, offs=offsets)

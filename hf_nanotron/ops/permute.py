@@ -90,7 +90,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def gather_rows(x: torch.Tensor, order: torch.Tensor, pairs_per_token: int) -> torch.Tensor:
     """`[N, H] -> [rows, H]`: the token of each row's pair, zeros for rows that are no pair. No gradient."""
     if _is_fused(x):
-        from .permute_triton import gather_rows as kernel
+        from .kernels.permute import gather_rows as kernel
 
         return kernel(x.contiguous(), order, pairs_per_token)
     if x.shape[0] == 0:
@@ -102,7 +102,7 @@ def gather_rows(x: torch.Tensor, order: torch.Tensor, pairs_per_token: int) -> t
 def sum_rows(y: torch.Tensor, inverse: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """`[rows, H] -> [N, H]`: the sum of each token's rows, times `weights` (`[N, K]`). No gradient."""
     if _is_fused(y):
-        from .permute_triton import sum_rows as kernel
+        from .kernels.permute import sum_rows as kernel
 
         return kernel(y.contiguous(), inverse, weights)
     if y.shape[0] == 0:
@@ -121,7 +121,7 @@ def unpermute_gradients(
     Each row of `y` and of `grad` is read once for both.
     """
     if _is_fused(y):
-        from .permute_triton import unpermute_gradients as kernel
+        from .kernels.permute import unpermute_gradients as kernel
 
         return kernel(grad.contiguous(), y, order, weights)
     wide = _wide(y.dtype)

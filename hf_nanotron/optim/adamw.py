@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..parallel.random import seed_from
+from ..parallel.dropout_streams import seed_from
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

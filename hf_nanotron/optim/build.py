@@ -11,7 +11,7 @@ from torch import nn
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from ..parallel.segment import Segment
+from ..parallel.zero.segment import Segment
 from .adamw import AdamW
 from .lion import Lion
 

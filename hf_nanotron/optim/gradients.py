@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from ..parallel.segment import Segment
-from ..parallel.spec import ShardSpec
+from ..parallel.shard_spec import ShardSpec
+from ..parallel.zero.segment import Segment
 
 
 @dataclass(frozen=True)

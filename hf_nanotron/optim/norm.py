@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ..parallel.buckets import is_owner
 from ..parallel.collectives import all_gather, all_reduce
 from ..parallel.mesh import ParallelMesh
-from ..parallel.segment import Segment
+from ..parallel.zero.buckets import is_owner
+from ..parallel.zero.segment import Segment
 
 
 class NonFiniteGradientError(ArithmeticError):

@@ -1,0 +1,1 @@
+"""What the training arguments mean, which are honoured and which are refused."""

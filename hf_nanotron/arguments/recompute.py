@@ -1,0 +1,74 @@
+"""What the training arguments say about recomputing activations, checked before any model exists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .policy import as_mapping
+
+if TYPE_CHECKING:
+    from ..training_args import NanotronTrainingArguments
+
+POLICIES = ("full", "selective")
+
+
+def check_recomputation(args: NanotronTrainingArguments) -> None:
+    """Refuse contradictions.
+
+    Raises:
+        ValueError: for a policy that there is not, a choice without `activation_checkpointing=True`, layers that cannot
+            be, or two choices of layers.
+    """
+    policy, layers = args.activation_checkpointing_policy, layer_numbers(args.activation_checkpointing_layers)
+    options = as_mapping(args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {})
+    if policy not in POLICIES:
+        raise ValueError(f"activation_checkpointing_policy={policy!r} is not one of {', '.join(map(repr, POLICIES))}.")
+    if not recomputes(args):
+        for name, value, default in (("policy", policy, "full"), ("layers", layers, None)):
+            if value != default:
+                raise ValueError(
+                    f"activation_checkpointing_{name}={value!r} without activation_checkpointing=True would do "
+                    f"nothing: set activation_checkpointing=True, or leave activation_checkpointing_{name} out."
+                )
+    if layers is not None and (not layers or min(layers) < 0):
+        raise ValueError(
+            f"activation_checkpointing_layers={layers!r} must name decoder layers of the whole model, from 0 on; leave "
+            "it out for all layers, or set activation_checkpointing=False for none."
+        )
+    if layers is not None and "every_n_layers" in options:
+        raise ValueError(
+            f"activation_checkpointing_layers={layers!r} and every_n_layers={options['every_n_layers']!r} of "
+            "activation_checkpointing_kwargs both choose layers: give one of them."
+        )
+    if policy == "selective":
+        for key in ("context_fn", "debug"):
+            if options.get(key):
+                raise ValueError(
+                    f"activation_checkpointing_kwargs sets {key!r} to {options[key]!r}, but "
+                    "activation_checkpointing_policy='selective' has a context_fn of its own, which excludes it: use "
+                    "activation_checkpointing_policy='full'."
+                )
+
+
+def recomputes(args: NanotronTrainingArguments) -> bool:
+    """Whether activations are recomputed, by the new or the deprecated name of the switch."""
+    new, old = args.activation_checkpointing, args.gradient_checkpointing
+    return bool(old if new is None else new)
+
+
+def layer_numbers(value: Any) -> list[int] | None:
+    """`activation_checkpointing_layers` from a list, or from text like "0,2", "0 2" or "[0, 2]".
+
+    Raises:
+        ValueError: for what is no list of integers.
+    """
+    if value is None:
+        return None
+    try:
+        text = value if isinstance(value, str) else ",".join(map(str, value))
+        return sorted({int(number) for number in text.strip("[]() ").replace(",", " ").split()})
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"activation_checkpointing_layers={value!r} must be a list of integers, or text like '0,2,4': decoder "
+            "layers of the whole model."
+        ) from None

@@ -1,0 +1,1 @@
+"""The folder of a checkpoint, and the folder of a run."""

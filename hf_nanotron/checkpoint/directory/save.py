@@ -1,0 +1,168 @@
+"""What one rank writes of a checkpoint: gathered by all ranks together, written by each alone, now or in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...parallel.mesh import ParallelMesh
+from ..state.file import StatePiece, commit as commit_state, write_rank
+from ..state.training_state import DIRECTORY
+from .commit import commit, describe, fail, wait_for_ranks
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way to the disk, as one rank sees it.
+
+    Args:
+        directory: the checkpoint, after `begin`.
+        step: optimizer steps.
+        files: what this rank has written already (or will, by `writes`).
+        writes: what is left to write besides the training state.
+        pieces: this rank's part of the training state.
+        values: the rest of it, equal on all ranks; None for a checkpoint without one (`save_only_model`).
+        timeout: seconds that rank 0 waits for the others.
+        run: which run this is a checkpoint of, for the marker.
+        on_committed: called on rank 0 with the directory, in the thread that has written it.
+    """
+
+    directory: Path
+    step: int
+    timeout: float
+    files: list[Path] = field(default_factory=list)
+    writes: list[Callable[[], None]] = field(default_factory=list)
+    pieces: list[StatePiece] = field(default_factory=list)
+    values: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+    on_committed: Callable[[Path], None] | None = None
+
+    def copy_to_host(self, copies: HostCopies) -> None:
+        """Make the training state independent of the training that goes on."""
+        for index, piece in enumerate(self.pieces):
+            name = f"{piece.spec.name}|{piece.start}"
+            tensors = {kind: copies.of(f"{name}|{kind}", tensor) for kind, tensor in piece.tensors.items()}
+            scalars = {
+                kind: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+                for kind, value in piece.scalars.items()
+            }
+            self.pieces[index] = replace(piece, tensors=tensors, scalars=scalars)
+        self.values = copy.deepcopy(self.values)
+        copies.wait()
+
+    def finish(self, mesh: ParallelMesh) -> None:
+        """Write, and on rank 0 commit when all ranks have written. Communicates through files alone.
+
+        Raises:
+            OSError, ValueError: if this rank could not write; rank 0 then learns of it.
+            RuntimeError, TimeoutError: on rank 0, if another rank could not.
+        """
+        try:
+            self._write(mesh.rank)
+            if mesh.rank == 0:
+                self._commit(mesh.world_size)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk may not take even that, and is what is to be told
+                fail(self.directory, mesh.rank, error)
+            raise
+        if mesh.rank == 0 and self.on_committed is not None:
+            self.on_committed(self.directory)
+
+    def _write(self, rank: int) -> None:
+        for write in self.writes:
+            write()
+        files = list(self.files)
+        if self.values is not None:
+            state = self.directory / DIRECTORY
+            write_rank(state, rank, self.pieces)
+            files += [path for path in [state / f"rank-{rank:05d}.safetensors"] if path.is_file()]
+        describe(self.directory, rank, files)
+
+    def _commit(self, world_size: int) -> None:
+        if self.values is not None:
+            wait_for_ranks(self.directory, world_size, self.timeout)
+            commit_state(self.directory / DIRECTORY, world_size, self.values)
+        commit(self.directory, world_size, self.step, self.timeout, self.run)
+
+
+class HostCopies:
+    """Copies of tensors on the host, in memory that is kept from save to save.
+
+    Memory that is new to the process costs more to get than to fill; pinned memory, for what lies on a GPU, much more.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of `tensor`, complete after `wait`. The one made before under this name is overwritten."""
+        kept = self._memory.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._memory[name] = kept
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+class BackgroundSave:
+    """At most one save at a time, in a thread. Its failure is raised in the thread that trains."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._directory: Path | None = None
+        self.copies = HostCopies()  # of one save at a time
+
+    def start(self, save: Save, mesh: ParallelMesh) -> None:
+        """Begin writing `save`, after the one before has ended."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                save.finish(mesh)
+            except BaseException as error:
+                self._error = error
+
+        self._directory = save.directory
+        # Not a daemon: the interpreter waits for a checkpoint that is being written.
+        self._thread = threading.Thread(target=run, name=f"save {save.directory.name}")
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def poll(self) -> Path | None:
+        """The directory of a save that has ended since the last call, None if there is none.
+
+        Raises:
+            RuntimeError: if it failed, naming the directory and the reason.
+        """
+        if self._thread is None or self._thread.is_alive():
+            return None
+        return self.wait()
+
+    def wait(self) -> Path | None:
+        """As `poll`, after waiting for a save that is under way."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        directory, error = self._directory, self._error
+        self._thread = self._error = self._directory = None
+        if error is not None:
+            raise RuntimeError(
+                f"saving {directory} in the background failed: {type(error).__name__}: {error}. The checkpoints before "
+                "it are untouched."
+            ) from error
+        return directory

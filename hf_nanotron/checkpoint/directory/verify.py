@@ -1,0 +1,209 @@
+"""Whether a checkpoint is complete: its marker, which `commit` explains, and the comparison of its files with it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..files.inside import inside
+from ..files.schema import MARKER as MARKER_KEYS, VALUES, VERSIONED, require, show
+from ..state.file import CHUNK_BYTES, INDEX, parse_checked, read_checked
+from ..state.generators import check_generators
+from ..state.index import StateIndex
+from ..state.progress import check_progress
+from ..state.training_state import DIRECTORY
+
+StrPath = str | os.PathLike[str]
+
+FORMAT = "hf_nanotron checkpoint"
+VERSION = 1
+MARKER = "committed.json"
+WRITTEN = ".written"  # there while a checkpoint is being written
+STATE_INDEX = f"{DIRECTORY}/{INDEX}"
+STATE_FILES = f"{DIRECTORY}/rank-*.safetensors"
+# What a resume reads as a whole; of the rest it verifies what it reads.
+RNG_FILES = "rng_state*.pth"
+READ_BY_RESUME = (TRAINER_STATE_NAME, RNG_FILES, STATE_INDEX)
+
+
+def read_marker(directory: StrPath) -> dict[str, Any]:
+    """The marker: `step`, `hub_weights` (whether the Hub's weights are in the checkpoint) and `files`.
+
+    Raises:
+        ValueError: if there is none, or it is damaged, forged, or of a later version.
+    """
+    directory = Path(directory)
+    path = directory / MARKER
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; resume_from_checkpoint takes a checkpoint of this run.")
+    try:
+        return _marker(read_checked(inside(directory, MARKER, str(directory))), path)
+    except FileNotFoundError:
+        if is_torn(directory):
+            raise ValueError(
+                f"{directory} is not committed: saving it was interrupted; resume from an earlier checkpoint, or with "
+                "resume_from_checkpoint=True from the newest committed one."
+            ) from None
+        raise ValueError(
+            f"{directory} is not committed: it has no {MARKER}, so its saving was interrupted, or it was written with "
+            "save_only_model=True or by another program; start from its weights with from_pretrained instead of "
+            "resume_from_checkpoint."
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+
+
+def parse_marker(data: bytes, where: object) -> dict[str, Any]:
+    """As `read_marker`, of the bytes that `where` held."""
+    return _marker(parse_checked(data, where), where)
+
+
+def _marker(body: Any, where: object) -> dict[str, Any]:
+    require(VERSIONED, body, where)
+    if body["format"] != FORMAT or body["version"] != VERSION:
+        raise ValueError(
+            f"{where} is of format {show(body['format'])}, version {body['version']}; this program reads {FORMAT!r}, "
+            f"version {VERSION}."
+        )
+    require(MARKER_KEYS, body, where)
+    for name, entry in body["files"].items():
+        if entry["crc32"] is None and not fnmatch(name, STATE_FILES):
+            raise ValueError(f"{where} is damaged or forged: it has no checksum for {show(name)}.")
+    if any(name.partition("/")[0] == MARKER for name in body["files"]):
+        raise ValueError(f"{where} is damaged or forged: it names itself.")
+    return body
+
+
+def is_committed(directory: StrPath) -> bool:
+    """Whether `directory` has a valid marker. Says nothing of its files; `check` does."""
+    try:
+        read_marker(directory)
+    except ValueError:
+        return False
+    return True
+
+
+def is_torn(directory: StrPath) -> bool:
+    """Whether `directory` is what an interrupted `begin`, save or `remove` has left. By other programs: False."""
+    directory = Path(directory)
+    return not (directory / MARKER).exists() and ((directory / WRITTEN).is_dir() or not any(directory.iterdir()))
+
+
+def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1)) -> None:
+    """Compare a checkpoint with its marker.
+
+    Args:
+        deep: read the files and compare checksums, not only lengths.
+        part: `(i, n)`: only share `i` of the files dealt to `n` ranks by size, so that together they read each once.
+
+    Raises:
+        ValueError: if there is no valid marker, or naming the file that is missing, cut off, damaged or unreadable.
+    """
+    directory, (first, count) = Path(directory), part
+    marker = read_marker(directory)
+    files: dict[str, Any] = marker["files"]
+    if STATE_INDEX in files and TRAINER_STATE_NAME not in files:
+        raise ValueError(f"{directory / MARKER} names no {TRAINER_STATE_NAME}, which says where the run was.")
+    mine = sorted(files, key=lambda name: (-files[name]["bytes"], name))[first::count]
+    for name in mine:
+        path = inside(directory, name, str(directory / MARKER))
+        check_length(path, files[name]["bytes"], f"{MARKER} names it")
+    try:
+        for name in mine:
+            if deep or any(fnmatch(name, pattern) for pattern in READ_BY_RESUME):
+                check_sum(directory / name, files[name]["crc32"])
+        if TRAINER_STATE_NAME in mine:
+            check_progress(directory, marker["step"])
+        for name in mine:
+            if fnmatch(name, RNG_FILES):
+                check_generators(directory / name)
+        if not deep:
+            return
+        has_blocks = [name for name in mine if files[name]["crc32"] is None]
+        index = read_state_index(directory, files) if has_blocks or STATE_INDEX in mine else None
+        for name in has_blocks:
+            assert index is not None
+            check_blocks(directory / name, index)
+    except OSError as error:
+        raise ValueError(f"{error.filename or directory} cannot be read ({error}).") from error
+
+
+def read_state_index(directory: Path, files: dict[str, Any]) -> StateIndex:
+    """The index of the training state, compared with the `files` of the marker.
+
+    Raises:
+        ValueError: naming the index and what is wrong.
+        OSError: if it cannot be read.
+    """
+    index = StateIndex.read(directory / DIRECTORY)
+    require(VALUES, index.values, f"{index.path}: values")
+    listed = {name.rpartition("/")[2]: entry["bytes"] for name, entry in files.items() if fnmatch(name, STATE_FILES)}
+    own = {name: entry["bytes"] for name, entry in index.files.items()}
+    for name in sorted(listed.keys() | own.keys()):
+        if listed.get(name) != own.get(name):
+            raise ValueError(
+                f"{index.path} is not the one of this checkpoint: {name} has {own.get(name, 'no')} bytes there, but "
+                f"{listed.get(name, 'no')} in {MARKER}; use an earlier checkpoint."
+            )
+    return index
+
+
+# ---- files ----
+
+
+def check_sum(path: Path, expected: str | None) -> None:
+    """Compare a file with its checksum, if it has one."""
+    if expected is not None and (found := checksum_of(path)) != expected:
+        raise ValueError(f"{path} is damaged: its crc32 is {found} instead of {expected}.")
+
+
+def checksum_of(path: Path) -> str:
+    checksum = 0
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(data, checksum)
+    return f"{checksum:08x}"
+
+
+def check_length(path: Path, expected: int, why: str) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, but {why}.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise ValueError(f"{path} is not a regular file, but {why}.")
+    if (size := status.st_size) != expected:
+        fault = "was cut off" if size < expected else "has grown"
+        raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}.")
+
+
+def check_blocks(path: Path, index: StateIndex, name: str | None = None) -> None:
+    """Compare a file of the training state with the checksums in its index, which cover every byte of it.
+
+    Args:
+        name: of the file in the index, if it has another one while it is written.
+    """
+    name = name or path.name
+    if name not in index.files:
+        raise ValueError(f"{path} is not a part of the training state: {INDEX} does not name it.")
+    with open(path, "rb") as file:
+        index.check_header(name, file.read(index.files[name]["header"][0]))
+        for what, offset, size, checksums in index.blocks(name):
+            file.seek(offset)
+            for number, found in enumerate(_block_sums(file, size, index.block_bytes)):
+                if found != checksums[number * 8 : number * 8 + 8]:
+                    raise ValueError(f"{path} is damaged: the checksum of {what}, block {number}, differs.")
+
+
+def _block_sums(file: BinaryIO, size: int, block: int) -> Iterator[str]:
+    for start in range(0, size, block):
+        yield f"{zlib.crc32(file.read(min(block, size - start))):08x}"

@@ -1,0 +1,1 @@
+"""The Hub's weights: layout, reading, writing."""

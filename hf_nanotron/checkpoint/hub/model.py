@@ -1,0 +1,281 @@
+"""A model from and to a standard Hub repository, tensor by tensor, in the layout that transformers gives its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ...parallel.mesh import Group
+from ...parallel.shard_spec import ShardSpec
+from ..directory.own_files import WEIGHTS, unlink_links
+from ..files.safetensors_file import Entry, write_safetensors
+from .layout import HubLayout, Part
+from .nonfinite_tensors import warn_nonfinite
+from .weights import HubWeights
+
+if TYPE_CHECKING:
+    from ...models.base import ParallelModel
+
+logger = logging.get_logger(__name__)
+
+
+def load_hub_weights(
+    model: ParallelModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
+) -> HubWeights:
+    """Fill `model` from a local Hub repository, each rank reading only the bytes of its own part.
+
+    The repository may have any layout that transformers would load: the one it saves, that of older versions, or the
+    model's own names and shapes. One that lacks a parameter, such as the head, is refused. A buffer that is not there
+    keeps its value.
+
+    Args:
+        parameters: names of those to fill; all of them, and the persistent buffers, if None.
+
+    Raises:
+        ValueError: naming the missing or damaged file or the tensors that are missing or of another shape.
+    """
+    weights, layout = HubWeights(directory), model.hub_layout
+    sources = weights.sources(layout)
+    missing = [name for name in sources.missing if name not in layout.buffers]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
+        )
+    if unused := sources.unused:
+        logger.warning(f"{directory}: the model has no place for {', '.join(unused[:5])} ({len(unused)} tensors).")
+    if len(sources.missing) > len(missing):
+        logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
+    # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
+    for name, grids in sources.grids.items():
+        weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
+    for name, spec in model.shard_specs.items():
+        if parameters is None or name in parameters:
+            part = weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)])
+            model.write_parameter(name, warn_nonfinite(name, part, str(directory)))
+    if parameters is None:
+        for name, buffer in held_buffers(model).items():
+            if name in sources.grids:
+                whole = ShardSpec(name, layout.shapes[name])
+                buffer.copy_(weights.read(whole, sources.grids[name], buffer.is_floating_point()))
+        model.hub_layout = layout.after_loading(sources)
+    return weights
+
+
+def save_hub_model(
+    model: ParallelModel,
+    directory: str | os.PathLike[str],
+    max_shard_size: str | int = "5GB",
+    write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None] = write_safetensors,
+) -> None:
+    """Write config, generation config and weights as a standard Hub repository. All ranks of the job together.
+
+    Every pipeline stage writes its own files, at the same time as the others; within a stage one rank writes, and the
+    tensor- and expert-parallel ranks send it their parts one tensor of the model at a time, which is the most it holds
+    besides the model (and one tensor of the file, where the two differ).
+
+    Args:
+        max_shard_size: largest file, bytes or a string such as `"5GB"`. A single larger tensor gets its own file.
+        write: takes a file's path, its header, and its tensors, which arrive while it iterates over them.
+    """
+    directory = Path(directory)
+    model.check_cut()
+    write_hub_config(model, directory)
+    _barrier(model.mesh.world)
+    write_hub_weights(model, directory, max_shard_size, write)
+    _barrier(model.mesh.world)
+
+
+def write_hub_config(model: ParallelModel, directory: Path) -> None:
+    """Everything of a Hub repository but the weights; old weights go. By rank 0 alone; others do nothing.
+
+    Old weights are files of the names that these have, as in transformers, and nothing is written through links.
+    """
+    if model.mesh.rank != 0:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    unlink_links(directory)
+    for old in directory.iterdir():
+        if re.fullmatch(WEIGHTS, old.name) and old.is_file():
+            old.unlink()
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
+    stock = model.stock_class
+    if stock._auto_class is not None:  # remote code goes with its weights, as in transformers
+        custom_object_save(stock.__new__(stock), directory, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def write_hub_weights(
+    model: ParallelModel,
+    directory: Path,
+    max_shard_size: str | int,
+    write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None],
+) -> list[Path]:
+    """Hand the weights to `write` file by file, on the ranks that write. All ranks together; returns this rank's."""
+    mesh, layout, written = model.mesh, model.hub_layout, []
+    owners = {name: _owner(model, part) for part in layout.parts for name in part.hub}
+    planned = layout.hub_dtypes(_planned_dtypes(model))
+    sizes = {name: dtype.itemsize for name, dtype in planned.items()}
+    files = plan_files(layout.hub_shapes, owners, sizes, parse_size(max_shard_size))
+    if mesh.rank == 0 and len(files) > 1:
+        write_index(directory, files, layout, sizes)
+        written.append(directory / SAFE_WEIGHTS_INDEX_NAME)
+    tensors = _arriving(model, [part for part in layout.parts if owners[part.hub[0]] == mesh.pp_rank])
+    if not is_writer(model):
+        for _ in tensors:
+            pass
+        return written
+    dtypes = layout.hub_dtypes(_held_dtypes(model))
+    for file_name, names in files.items():
+        if owners[names[0]] == mesh.pp_rank:
+            entries = [Entry(name, dtypes[name], layout.hub_shapes[name]) for name in names]
+            write(directory / file_name, entries, islice(tensors, len(names)))
+            written.append(directory / file_name)
+    return written
+
+
+def held_buffers(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Name -> persistent buffer, for those of this rank; it has them whole."""
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in model.hub_layout.buffers}
+
+
+def is_writer(model: ParallelModel) -> bool:
+    """Whether this rank writes what its pipeline stage holds."""
+    return model.mesh.dp_rank == 0 and model.mesh.tp_rank == 0
+
+
+def _owner(model: ParallelModel, part: Part) -> int:
+    """The pipeline rank that writes the tensors of a part.
+
+    Raises:
+        ValueError: if the tensors of the model are on several: the Hub has in one tensor what the pipeline parts.
+    """
+    owners = {model.hub_owners[name] for name in part.model}
+    if len(owners) > 1:
+        raise ValueError(
+            f"{part.hub[0]!r} in the Hub's files is made of {', '.join(part.model[:3])}, which are on pipeline ranks "
+            f"{sorted(owners)}; use pp_size=1 for a {model.stock_class.__name__}."
+        )
+    return owners.pop()
+
+
+def _planned_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
+    """Name -> dtype of every tensor of the model, as far as a rank knows that may not hold it."""
+    layout = model.hub_layout
+    usual = next((dtype for name, dtype in layout.dtypes.items() if name not in layout.buffers), model.dtype)
+    return {
+        name: model.dtype if dtype == usual and name not in layout.buffers else dtype
+        for name, dtype in layout.dtypes.items()
+    }
+
+
+def _held_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
+    """As `_planned_dtypes`, but those of the tensors that this rank holds are what they are."""
+    held = {name: buffer.dtype for name, buffer in held_buffers(model).items()}
+    for name, spec in model.shard_specs.items():
+        is_fully_sharded = model.sharded is not None and model.parallel.zero_stage == 3
+        held[spec.name] = model.dtype if is_fully_sharded else model.get_parameter(name).dtype
+    return _planned_dtypes(model) | held
+
+
+def _arriving(model: ParallelModel, parts: list[Part]) -> Iterator[torch.Tensor]:
+    """The Hub's tensors of a stage, one after the other, on the rank that writes; nothing on the others.
+
+    All ranks of the stage iterate together. In each part the tensors of the model are gathered when its first Hub
+    tensor is asked for, and let go with the last.
+    """
+    layout, buffers = model.hub_layout, held_buffers(model)
+    held = {layout.tied.get(spec.name, spec.name): name for name, spec in model.shard_specs.items()}
+    for part in parts:
+        whole = {name: buffers[name] if name in buffers else _gathered(model, held[name]) for name in part.model}
+        if is_writer(model):
+            for name in part.hub:
+                yield layout.tensors[name].made_of(cast(dict[str, torch.Tensor], whole))
+        del whole  # before the next ones are made
+
+
+def _gathered(model: ParallelModel, name: str) -> torch.Tensor | None:
+    """A whole parameter on the rank that writes. All ranks of the stage together."""
+    mesh, spec, part = model.mesh, model.shard_specs[name], model.whole_parameter(name)
+    if spec.axis == "ep":
+        return gather_whole(part, spec, mesh.ep) if mesh.coordinates.expert_copy == 0 else None
+    return gather_whole(part, spec, mesh.tp) if mesh.dp_rank == 0 else None
+
+
+def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:
+    """The whole tensor on the group's first rank (`part` itself where that is all), None on the others."""
+    if spec.dim is None or group.size == 1:
+        return part if group.rank == 0 else None
+    part = spec.padded(part).contiguous()  # ranks exchange tensors of one shape
+    parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == 0 else None
+    dist.gather(part, parts, dst=group.ranks[0], group=group.handle)
+    return None if parts is None else spec.assemble(parts)
+
+
+def plan_files(
+    shapes: dict[str, tuple[int, ...]], owners: dict[str, int], item_size: int | Mapping[str, int], max_bytes: int
+) -> dict[str, list[str]]:
+    """File name -> tensors, in the order of `shapes`, each file of one pipeline rank. The same on every rank.
+
+    Args:
+        item_size: bytes of an element, of all tensors or of each.
+    """
+    files: list[list[str]] = []
+    filling: dict[int, tuple[list[str], int]] = {}  # owner -> its last file, and the bytes in it
+    for name, shape in shapes.items():
+        size = (item_size if isinstance(item_size, int) else item_size[name]) * prod(shape)
+        names, filled = filling.get(owners[name], ([], 0))
+        if not names or filled + size > max_bytes:
+            names, filled = [], 0
+            files.append(names)
+        names.append(name)
+        filling[owners[name]] = names, filled + size
+    if len(files) == 1:
+        return {SAFE_WEIGHTS_NAME: files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
+
+
+def write_index(directory: Path, files: dict[str, list[str]], layout: HubLayout, sizes: dict[str, int]) -> None:
+    """Say which tensor is in which file. `sizes`: bytes of an element of each Hub tensor."""
+    parameters = sum(prod(shape) for name, shape in layout.shapes.items() if name not in layout.buffers)
+    index = {
+        "metadata": {
+            "total_parameters": parameters,
+            "total_size": sum(size * prod(layout.hub_shapes[name]) for name, size in sizes.items()),
+        },
+        "weight_map": {name: file_name for file_name, names in files.items() for name in names},
+    }
+    (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B", size.strip().upper())
+    if match is None:
+        raise ValueError(f"max_shard_size={size!r} is not a size; write it like '5GB' or '500MB'.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+def _barrier(group: Group) -> None:
+    if group.handle is not None:
+        dist.barrier(group=group.handle)

@@ -1,0 +1,1 @@
+"""The training state: masters, moments, values, buffers."""

@@ -1,0 +1,67 @@
+"""Whether what is to be saved is finite: weights, buffers, the optimizer's state. One pass over them on the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ...optim.norm import first_of
+from ...parallel.zero.segment import ShardedWeights
+from ..hub.model import held_buffers
+
+if TYPE_CHECKING:
+    from ...models.base import ParallelModel
+
+
+class NonFiniteWeightsError(ArithmeticError):
+    """A weight of the model, or the optimizer's state of one, is infinite or not a number, and was to be saved."""
+
+
+def first_nonfinite(
+    model: ParallelModel, weights: ShardedWeights, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[str, int] | None:
+    """The first weight or persistent buffer, in model order, with an element that is not finite in the compute dtype.
+
+    All ranks together, the same on each. The host waits for the device once.
+
+    Args:
+        weights: masters of what is trained; the rest is read from `model`.
+        optimizer: whose state of each weight is looked at, too, after all weights.
+
+    Returns:
+        what it is ("the weight 'lm_head.weight'") and the lowest rank that holds such an element; None if all are
+        finite.
+    """
+    largest = torch.finfo(weights.compute_dtype).max  # above, a master is rounded to infinity
+    named = [(_weight(segment.spec.name), segment.master.detach(), largest) for segment in weights.segments]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            own = parameter.detach()
+            own = own.to_local() if isinstance(own, DTensor) else own
+            named.append((_weight(model.shard_specs[name].name), own, largest))
+    for name, buffer in held_buffers(model).items():
+        if buffer.is_floating_point():
+            named.append((_weight(name), buffer, torch.finfo(buffer.dtype).max))
+    for segment in weights.segments:
+        state = {} if optimizer is None else optimizer.state.get(segment.master, {})
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.is_floating_point():
+                named.append((_state(segment.spec.name), value.detach(), torch.finfo(value.dtype).max))
+    named = [entry for entry in named if entry[1].numel()]
+    bad: list[str] = []
+    if named:
+        norms = torch._foreach_norm([tensor for _, tensor, _ in named], float("inf"))
+        fits = torch.stack([norm.double() <= limit for norm, (*_, limit) in zip(norms, named, strict=True)])
+        bad = [what for (what, *_), fit in zip(named, fits.tolist(), strict=True) if not fit]
+    names = list(dict.fromkeys([*model.hub_shapes, *sorted(model.hub_layout.buffers)]))
+    return first_of(bad, [*map(_weight, names), *map(_state, names)], model.mesh)
+
+
+def _weight(name: str) -> str:
+    return f"the weight {name!r}"
+
+
+def _state(name: str) -> str:
+    return f"the optimizer's state of {name!r}"

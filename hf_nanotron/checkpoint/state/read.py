@@ -1,0 +1,209 @@
+"""Read a training state (`state_file`) into any other layout: the blocks that a rank's slices touch, each verified."""
+
+from __future__ import annotations
+
+import copy
+import os
+import zlib
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.safetensors_file import DTYPES
+from .file import CHUNK_BYTES, INDEX
+from .index import StateIndex
+from .pieces import Piece, slice_of
+from .slices import Slice
+
+OPEN_FILES = 64  # the system's limit may be as low as 256
+
+
+class StoredState:
+    """A training state on disk.
+
+    Opening reads the index alone, and checks that the state is complete: that every file is there with its length, and
+    that every tensor is covered. It is the same on every rank, so if one refuses it, all do. `fill` reads.
+
+    Args:
+        directory: the `training_state/` of a checkpoint.
+
+    Attributes:
+        values: what was given to `commit`.
+        bytes_read: bytes of tensors read so far.
+
+    Raises:
+        ValueError: if the state is missing, incomplete or damaged, naming the file.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0
+        path = self.directory / INDEX
+        if not path.is_file():
+            raise ValueError(
+                f"{self.directory} holds no {INDEX}: saving was not finished, or it is not a training state; use an "
+                "earlier checkpoint."
+            )
+        self._index = index = StateIndex.read(self.directory)
+        self._block_bytes = index.block_bytes
+        self.values = index.values
+        for name, entry in index.files.items():
+            self._check_length(index.place(name), entry["bytes"])
+        self._pieces: dict[str, list[tuple[Slice, Piece]]] = {}
+        for piece in (piece for pieces in index.pieces_of.values() for piece in pieces):
+            self._pieces.setdefault(piece["name"], []).append((slice_of(piece), piece))
+        self._open: dict[str, int] = {}
+        self._verified: set[str] = set()
+        self._buffer = bytearray()
+
+    @staticmethod
+    def _check_length(path: Path, expected: int) -> None:
+        if not path.is_file():
+            fault = "is not a regular file" if path.exists() else "is missing"
+            raise ValueError(f"{path} {fault}, but {INDEX} names it; use an earlier checkpoint.")
+        if (size := path.stat().st_size) != expected:
+            raise ValueError(
+                f"{path} has {size} bytes instead of {expected}: it is damaged; use an earlier checkpoint."
+            )
+
+    # ---- what is there ----
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hub name -> shape of the whole tensor."""
+        return {name: pieces[0][0].global_shape for name, pieces in self._pieces.items()}
+
+    def kinds(self, name: str) -> dict[str, torch.dtype]:
+        """Kind -> dtype of what is stored for a tensor; nothing for an unknown name."""
+        tensors = self._pieces[name][0][1]["tensors"] if name in self._pieces else {}
+        return {kind: DTYPES[entry[0]] for kind, entry in tensors.items()}
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """What the optimizer keeps for the whole of a tensor, such as `step`."""
+        return copy.deepcopy(self._index.scalars.get(name, {}))
+
+    def check(self, wanted: Slice, kind: str) -> None:
+        """Refuse what `fill` could not read. Reads nothing.
+
+        Raises:
+            ValueError: if the tensor or the kind is not there, or the tensor has another shape.
+        """
+        where = self.directory / INDEX
+        if wanted.name not in self._pieces:
+            raise ValueError(f"{where} has no tensor {wanted.name!r}, which the model needs; is it of the same model?")
+        shape = self._pieces[wanted.name][0][0].global_shape
+        if shape != wanted.global_shape:
+            raise ValueError(
+                f"{wanted.name!r} in {where} has shape {shape}, but in the model {wanted.global_shape}; resume with "
+                "the config of the checkpoint."
+            )
+        if kind not in self.kinds(wanted.name):
+            raise ValueError(
+                f"{where} has no {kind!r} for {wanted.name!r}, only {', '.join(self.kinds(wanted.name))}; resume with "
+                "the optimizer that wrote it."
+            )
+
+    # ---- reading ----
+
+    def fill(self, wanted: Slice, kind: str, out: torch.Tensor) -> None:
+        """Read one kind of a slice into `out`, converted to its dtype.
+
+        Args:
+            out: 1-D, `wanted.numel` elements, on any device.
+
+        Raises:
+            ValueError: as `check`, or if bytes read are not those that were written, naming the file.
+        """
+        if wanted.numel == 0:
+            return
+        self.check(wanted, kind)
+        if out.shape != (wanted.numel,):
+            raise ValueError(f"{wanted.name!r}: {wanted.numel} elements do not fit shape {tuple(out.shape)}.")
+        out = out.detach()
+        in_place = out.device.type == "cpu" and out.is_contiguous()
+        host = out if in_place else torch.empty(out.shape, dtype=out.dtype)
+        filled = 0
+        for stored, piece in self._pieces[wanted.name]:
+            if not stored.is_near(wanted):
+                continue
+            dtype = DTYPES[piece["tensors"][kind][0]]
+            block = self._block_bytes // dtype.itemsize
+            for first, last in self._runs(stored, wanted, block):
+                run = stored.part(first * block, min(last * block, stored.numel))
+                values = torch.frombuffer(self._read(piece, kind, first, run.numel * dtype.itemsize), dtype=dtype)
+                for source, target in run.common(wanted):
+                    target.view(host).copy_(source.view(values))
+                    filled += prod(source.shape)
+        if filled != wanted.numel:
+            raise ValueError(
+                f"{self.directory / INDEX} holds {filled} of the {wanted.numel} values of {kind} of {wanted.name!r}, "
+                f"{wanted}; use an earlier checkpoint."
+            )
+        if not in_place:
+            out.copy_(host)
+
+    def _runs(self, stored: Slice, wanted: Slice, block: int) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of the blocks of `stored` that hold something of `wanted`, of at most one chunk each."""
+        spans = (span for source, _ in stored.common(wanted) for span in source.spans(block))
+        needed: list[list[int]] = []
+        for first, last in sorted((start // block, -(-stop // block)) for start, stop in spans):
+            if needed and first <= needed[-1][1]:
+                needed[-1][1] = max(needed[-1][1], last)
+            else:
+                needed.append([first, last])
+        most = max(CHUNK_BYTES // self._block_bytes, 1)
+        for first, last in needed:
+            for start in range(first, last, most):
+                yield start, min(start + most, last)
+
+    def _read(self, piece: Piece, kind: str, block: int, size: int) -> memoryview:
+        """`size` bytes of a stored tensor from the start of one of its blocks, verified. Valid until the next call."""
+        file, (_, begin, checksums) = piece["file"], piece["tensors"][kind]
+        if not self._buffer:
+            self._buffer = bytearray(max(CHUNK_BYTES, self._block_bytes))
+        data = memoryview(self._buffer)[:size]
+        self._read_into(file, self._index.files[file]["header"][0] + begin + block * self._block_bytes, data)
+        for i in range(-(-size // self._block_bytes)):
+            found = zlib.crc32(data[i * self._block_bytes : (i + 1) * self._block_bytes])
+            if found != int(checksums[(block + i) * 8 : (block + i + 1) * 8], 16):
+                raise ValueError(
+                    f"{self.directory / file} is damaged: the checksum of {kind} of {piece['name']!r}, block "
+                    f"{block + i}, differs; use an earlier checkpoint."
+                )
+        self.bytes_read += size
+        return data
+
+    def _read_into(self, file: str, offset: int, data: memoryview, handle: int | None = None) -> None:
+        handle, done = self._handle(file) if handle is None else handle, 0
+        while done < len(data):
+            count = os.preadv(handle, [data[done:]], offset + done)
+            if count == 0:
+                raise ValueError(f"{self.directory / file} ends early: it was cut off; use an earlier checkpoint.")
+            done += count
+
+    def _handle(self, file: str) -> int:
+        """A descriptor of a file, whose header is verified when it is first opened."""
+        if file not in self._open:
+            if len(self._open) == OPEN_FILES:
+                self.close()
+            self._open[file] = os.open(self.directory / file, os.O_RDONLY)
+        if file not in self._verified:
+            header = bytearray(self._index.files[file]["header"][0])
+            self._read_into(file, 0, memoryview(header), self._open[file])
+            self._index.check_header(file, header)
+            self._verified.add(file)
+        return self._open[file]
+
+    def close(self) -> None:
+        """Close the files. They open again when they are read."""
+        for handle in self._open.values():
+            os.close(handle)
+        self._open.clear()
+
+    def __enter__(self) -> StoredState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,221 @@
+"""Save and resume a run's masters, optimizer and scheduler, under any other layout. All ranks of the job together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ...parallel.collectives import all_reduce
+from ...parallel.mesh import ParallelMesh
+from ...parallel.zero.buckets import is_owner
+from ...parallel.zero.segment import Segment
+from ..files.schema import VALUES, require
+from .file import INDEX, MASTER, StatePiece
+from .read import StoredState
+from .saved_values import check_groups, check_scalars, load_scheduler
+from .slices import Slice
+from .values import encode
+
+T = TypeVar("T")
+
+DIRECTORY = "training_state"
+# Not what a step computes but how and on what: that is for the run that resumes.
+OWN_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable")
+
+
+def state_pieces(segments: Iterable[Segment], optimizer: Any, mesh: ParallelMesh) -> list[StatePiece]:
+    """What this rank writes: views of its masters and of the optimizer's tensors, no copies.
+
+    Raises:
+        ValueError: if the optimizer keeps something that belongs neither to each element nor to the whole parameter.
+    """
+    pieces = []
+    for segment in segments:
+        if not is_owner(segment.spec, mesh):
+            continue
+        tensors, scalars = {MASTER: segment.master.detach()}, {}
+        for kind, value in optimizer.state.get(segment.master, {}).items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                if kind == MASTER:
+                    raise ValueError(f"the optimizer calls a state of its own {MASTER!r}, which are the fp32 weights.")
+                tensors[kind] = value
+            elif value is not None:  # SGD has no momentum buffer before its first step
+                scalars[kind] = value
+        pieces.append(StatePiece(segment.spec, segment.start, segment.stop, tensors, scalars))
+    return pieces
+
+
+def state_values(mesh: ParallelMesh, optimizer: Any, scheduler: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """What is the same on every rank; rank 0 writes it.
+
+    Raises:
+        ValueError: naming what JSON cannot hold.
+    """
+    groups = [{k: v for k, v in group.items() if k not in OWN_SETTINGS} for group in optimizer.param_groups]
+    values = {
+        "layout": {"world_size": mesh.world_size, **asdict(mesh.parallel)},  # for people; nothing depends on it
+        "optimizer": {"class": type(optimizer).__name__, "groups": groups},
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "extra": extra,
+    }
+    for name, value in values.items():
+        encode(value, name)
+    return values
+
+
+def load_training_state(
+    directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment], optimizer: Any, scheduler: Any
+) -> dict[str, Any]:
+    """Restore masters, optimizer and scheduler from what a job of any layout has written. All ranks together.
+
+    The model's own parameters follow with `ShardedWeights.publish`. If this fails, masters and optimizer may hold a
+    part of the checkpoint: load another one, or stop.
+
+    Returns:
+        the `extra` of `state_values`.
+
+    Raises:
+        ValueError: if the state is missing, damaged or incomplete, of another model or another kind of optimizer.
+        RuntimeError: if another rank has failed, which says why itself.
+    """
+    folder = Path(directory) / DIRECTORY
+
+    def load() -> dict[str, Any]:
+        if not folder.is_dir():
+            raise ValueError(
+                f"{directory} has no {DIRECTORY}/ (it was saved with save_only_model=True, or by another program); "
+                "start from its weights with from_pretrained instead of resume_from_checkpoint."
+            )
+        with StoredState(folder) as stored:
+            values, where = run_values(stored), f"{stored.directory / INDEX}: values['scheduler']"
+            fill_from(stored, list(segments), optimizer)
+            if scheduler is not None and values["scheduler"] is not None:
+                load_scheduler(scheduler, values["scheduler"], len(optimizer.param_groups), where)
+            return values["extra"]
+
+    return together(mesh, "loading the training state", load)
+
+
+def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment]) -> None:
+    """Restore the fp32 masters alone. All ranks together.
+
+    Raises:
+        ValueError, RuntimeError: as `load_training_state`.
+    """
+
+    def load() -> None:
+        with StoredState(Path(directory) / DIRECTORY) as stored:
+            fill_masters(stored, segments)
+
+    together(mesh, "loading the weights", load)
+
+
+def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
+    """Masters of `segments` from a stored state."""
+    for segment in segments:
+        stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+
+
+def run_values(stored: StoredState) -> dict[str, Any]:
+    """`optimizer`, `scheduler` and `extra`, as `state_values` has made them.
+
+    Raises:
+        ValueError: naming the index, the key and what is wrong.
+    """
+    return require(VALUES, stored.values, f"{stored.directory / INDEX}: values")
+
+
+def has_training_state(directory: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint holds one."""
+    return (Path(directory) / DIRECTORY / INDEX).is_file()
+
+
+def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> None:
+    """Masters of `segments`, and of `optimizer` its state and hyper-parameters, from a stored state.
+
+    Raises:
+        ValueError: see `load_training_state`.
+    """
+    saved, name = run_values(stored)["optimizer"], type(optimizer).__name__
+    if saved is None:  # converted from the Hub: the optimizer starts afresh
+        fill_masters(stored, segments)
+        return
+    if saved["class"] != name or len(saved["groups"]) != len(optimizer.param_groups):
+        raise ValueError(
+            f"{stored.directory} was written by {saved['class']} with {len(saved['groups'])} parameter groups, but "
+            f"this run has {name} with {len(optimizer.param_groups)}; resume with the same `optim`, or start from "
+            "the weights with from_pretrained."
+        )
+    part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
+    stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
+    check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
+    for part in part_of.values():
+        stored.check(part, MASTER)
+    # The optimizer itself says in which dtype and where it keeps its state: it loads one whose tensors have no
+    # elements yet. They are then read straight to where they belong, and nothing is there twice.
+    state: dict[int, dict[str, Any]] = {}
+    groups, count = [], 0
+    for group, hyperparameters in zip(optimizer.param_groups, saved["groups"], strict=True):
+        numbers = range(count, count + len(group["params"]))
+        own = {key: value for key, value in group.items() if key in OWN_SETTINGS}
+        # What a group of a later torch has more keeps the value of this run.
+        groups.append({**group, **hyperparameters, **own, "params": list(numbers)})
+        for number, master in zip(numbers, group["params"], strict=True):
+            hub_name = part_of[master].name
+            kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind != MASTER}
+            empty = {kind: torch.empty(0, dtype=dtype) for kind, dtype in kinds.items()}
+            scalars = stored.scalars(hub_name)
+            check_scalars(scalars, optimizer, bool(empty), f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
+            if entry := {**empty, **scalars}:
+                state[number] = entry
+        count = numbers.stop
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for master, part in part_of.items():
+        stored.fill(part, MASTER, master.data)
+        entry = optimizer.state.get(master, {})
+        for kind in stored.kinds(part.name).keys() & entry.keys():
+            entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=entry[kind].device)
+            stored.fill(part, kind, entry[kind])
+
+
+def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
+    """Do `action` on every rank, and fail on all of them if one fails, so that none is left waiting.
+
+    Raises:
+        RuntimeError: if another rank has failed. Where `action` fails, its own error.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    failed = all_reduce(torch.tensor(float(failure is not None), device=mesh.device), mesh.world)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; their messages say why.")
+    return result
+
+
+def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
+    """Raise the same error on every rank if any rank has found something wrong. All ranks together.
+
+    Args:
+        message: what this rank has found, or None.
+
+    Raises:
+        ValueError: with the message of the first rank that has one.
+    """
+    if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
+        return
+    messages: list[str | None] = [message]
+    if mesh.world.handle is not None:
+        messages = [None] * mesh.world.size
+        dist.all_gather_object(messages, message, group=mesh.world.handle)
+    raise ValueError(next(found for found in messages if found is not None))

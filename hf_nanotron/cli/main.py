@@ -1,0 +1,220 @@
+"""The `hf-nanotron` command: generate, train, convert, upload.
+
+A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
+
+    torchrun --nproc-per-node 4 -m hf_nanotron.cli.main generate MODEL --prompt "Once" --tp-size 2 --pp-size 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..convert.nanotron.arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
+from ..convert.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
+from .errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
+from .upload import add_upload_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (default: `sys.argv`). Exits with 2 after an error that the user can repair."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    had_group = process_group() is not None
+    try:
+        with explained(args.explains) if args.explains and not args.traceback else contextlib.nullcontext():
+            args.run(args)
+    except Exception as error:
+        if args.traceback or not is_for_the_user(error):
+            raise
+        report(parser.prog, error)
+        sys.exit(STATUS)
+    group = process_group()
+    if group is not None and not had_group:
+        group.destroy_process_group()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command. Parsed arguments have `run`, which takes them."""
+    parser = Parser(
+        prog="hf-nanotron",
+        description="Parallel pretraining behind the transformers Trainer. Run a command under torchrun to shard it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(explains=None)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_train(commands)
+    _add_convert(commands)
+    add_upload_arguments(_add_command(commands, "upload", "send the checkpoints of a run to its store"))
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description or f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add_command(commands, "generate", "continue prompts with a model, sharded over the processes of the job")
+    parser.add_argument("model", metavar="MODEL", help="Hub id, or a folder with a model and its tokenizer")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for several prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="ranks that share every layer")
+    parser.add_argument("--pp-size", type=int, default=1, metavar="N", help="ranks that share the stack of layers")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: that of the checkpoint",
+    )
+    parser.add_argument("--cpu", action="store_true", help="do not use the accelerator")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="default: the model's own")
+    sampling.add_argument("--seed", type=int, metavar="N", help="default: another one each time")
+    parser.set_defaults(run=_generate)
+
+
+def _add_train(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "train",
+        "pretrain, or continue to, from a YAML file",
+        """\
+Pretrain, or continue to, from a YAML file:
+
+  model:                     # weights from the Hub or a folder, or a config for fresh ones
+    name_or_path: HuggingFaceTB/SmolLM2-1.7B
+    # config: {model_type: llama, hidden_size: 512, num_hidden_layers: 8, ...}
+  tokenizer: HuggingFaceTB/SmolLM2-1.7B
+  dataset:
+    path: corpus.jsonl       # or a folder of save_to_disk, or anything datasets.load_dataset takes
+    text_column: text        # to be tokenised and packed; leave out where there are input_ids
+    block_size: 2048
+    eval_split: test         # leave out for none
+  training:                  # fields of NanotronTrainingArguments
+    output_dir: out
+    max_steps: 1000
+    tp_size: 2
+
+Further keys: model.revision, model.dtype, model.attn_implementation, dataset.name, dataset.data_files,
+dataset.train_split, dataset.num_proc.""",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--key value",
+        help="override a training field (--max_steps 10), or any key (--model.name_or_path PATH)",
+    )
+    parser.set_defaults(run=_train, print_help=parser.print_help)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _add_command(
+        commands, "convert", "convert between the Hub and training states, or huggingface/nanotron's checkpoints"
+    )
+    directions = parser.add_subparsers(metavar="DIRECTION", required=True)
+    parser.set_defaults(explains="the checkpoint cannot be converted")
+    add_sharded_to_hub_arguments(
+        _add_command(directions, "sharded-to-hub", "the training state of a checkpoint into a Hub repository")
+    )
+    add_hub_to_sharded_arguments(
+        _add_command(directions, "hub-to-sharded", "a Hub repository into a checkpoint at step 0, for any layout")
+    )
+    add_nanotron_to_hub_arguments(
+        _add_command(directions, "nanotron-to-hub", "a nanotron checkpoint of any tp and pp into a Hub repository")
+    )
+    add_hub_to_nanotron_arguments(
+        _add_command(directions, "hub-to-nanotron", "a Hub checkpoint into a nanotron one, weights only")
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoTokenizer, set_seed
+
+    from ..models.auto import AutoModelForCausalLM
+    from ..parallel.config import ParallelConfig
+
+    for name in ("temperature", "top_p", "seed"):
+        if getattr(args, name) is not None and not args.do_sample:
+            raise ValueError(f"--{name.replace('_', '-')} needs --do-sample: without it nothing is drawn.")
+    for name, is_right, says in (
+        ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature is None or 0 < args.temperature < math.inf, "above 0"),
+        ("top_p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", args.seed is None or 0 <= args.seed < 2**32, "at least 0 and below 2**32"),
+    ):
+        if not is_right:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {says}.")
+    refuse_missing_path("MODEL", args.model, "folder")
+    parallel = ParallelConfig(tp_size=args.tp_size, pp_size=args.pp_size)
+    state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
+    if (copies := parallel.dp_size(state.num_processes)) > 1:
+        raise ValueError(
+            f"{state.num_processes} processes with tp_size={args.tp_size} x pp_size={args.pp_size} would hold {copies} "
+            f"copies of the model and generate the same text; start {parallel.model_parallel_size}, or raise a size."
+        )
+    with explained(f"the tokenizer of {args.model!r} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None and len(args.prompt) > 1:
+            raise ValueError(f"the tokenizer of {args.model} has no token to pad with; give one --prompt at a time.")
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(args.prompt, padding=len(args.prompt) > 1, return_tensors="pt")
+    if not inputs["attention_mask"].any(dim=1).all():
+        raise ValueError("a --prompt without tokens cannot be continued; give it some text.")
+
+    with explained(f"the model {args.model!r} cannot be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, parallel=parallel, dtype=args.dtype)
+    options: dict[str, Any] = {"temperature": args.temperature, "top_p": args.top_p}
+    if args.do_sample:
+        # A generation setting of None is none at all, where leaving it out means the model's own.
+        options = {name: value for name, value in options.items() if value is not None}
+        # torch starts every process at the same seed, which would draw the same text each time.
+        set_seed(args.seed if args.seed is not None else torch.seed() % 2**32)
+    else:
+        options["top_k"] = None
+    tokens = model.generate(
+        input_ids=inputs["input_ids"].to(model.mesh.device),
+        attention_mask=inputs["attention_mask"].to(model.mesh.device),
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    if state.is_main_process:
+        for prompt, text in zip(args.prompt, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            if len(args.prompt) > 1:
+                print(f"--- {prompt!r}")
+            print(text, flush=True)
+
+
+def _train(args: argparse.Namespace) -> None:
+    if {"-h", "--help"} & set(args.overrides):
+        args.print_help()
+        return
+    from .train import train
+
+    train(args.config, args.overrides)
+
+
+if __name__ == "__main__":
+    main()

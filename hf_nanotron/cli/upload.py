@@ -1,0 +1,46 @@
+"""`hf-nanotron upload`: send the checkpoints of an output directory to a store, as a run would have done."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
+    """The parsed arguments get `run`, which takes them."""
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="of a run, with its checkpoint-N/")
+    parser.add_argument("url", metavar="URL", help="as remote_checkpoints, such as s3://bucket/run")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after so long (default: for as long as it takes)"
+    )
+    parser.set_defaults(run=_upload)
+
+
+def _upload(args: argparse.Namespace) -> None:
+    import math
+    import time
+
+    from ..checkpoint.directory.retention import newest
+    from ..checkpoint.remote.bar import UploadBar
+    from ..checkpoint.remote.store import RemoteStore
+    from ..checkpoint.remote.upload import Uploader
+
+    if args.timeout is not None and not args.timeout >= 0:
+        raise ValueError(f"--timeout {args.timeout} must be at least 0.")
+    here = newest(args.output_dir)
+    if not here:
+        raise ValueError(f"{args.output_dir} has no committed checkpoint-N, so there is nothing to upload.")
+    deadline = time.monotonic() + (math.inf if args.timeout is None else args.timeout)
+    # Nothing is deleted here, where a run would keep but a few.
+    uploader = Uploader(RemoteStore(args.url), args.output_dir, keep_local=len(here))
+    uploader.submit_existing()
+    with UploadBar(uploader) as bar:
+        while not uploader.wait(0.2) and time.monotonic() < deadline:
+            bar.show()
+    missing, figures = uploader.what_is_missing(), uploader.figures
+    uploader.close()
+    if missing:
+        raise RuntimeError(missing)
+    if uploader.damaged:
+        raise RuntimeError(f"Not uploaded to {uploader.store.url}, because damaged: {', '.join(uploader.damaged)}.")
+    print(f"{uploader.store.url} has what is here: {figures.checkpoints} checkpoints were uploaded.")

@@ -1,0 +1,142 @@
+"""The folders that a conversion reads and writes: what belongs to one, and what a failure takes away again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from ..checkpoint.directory.own_files import files_in, is_from_a_save
+from ..checkpoint.directory.verify import MARKER, check_length, checksum_of, read_marker
+from ..checkpoint.files.inside import inside
+from ..checkpoint.state.training_state import DIRECTORY
+from .nanotron.format import read_json
+
+WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+TEXTS = (  # what else a Hub repository may hold; everything besides belongs to the run
+    CONFIG_NAME, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*", "additional_chat_templates",
+    "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def refuse_same(source: Path, destination: Path) -> None:
+    if source.resolve() == destination.resolve():
+        raise ValueError(f"{destination} would be read and written at once; name another folder.")
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    path = inside(folder, CONFIG_NAME, str(folder))
+    read_json(path)  # by itself first: for a missing file, transformers' own message would speak of the Hub
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # or it would ask, and wait
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
+    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything.
+
+    Raises:
+        ValueError: naming the file that is missing or differs.
+    """
+    if not (checkpoint / MARKER).exists():
+        return
+    for name, entry in read_marker(checkpoint)["files"].items():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            path = inside(checkpoint, name, str(checkpoint / MARKER))
+            check_length(path, entry["bytes"], f"{MARKER} names it")
+            if entry["crc32"] is not None and checksum_of(path) != entry["crc32"]:
+                raise ValueError(f"{path} is not as it was saved (its checksum differs): damaged, or edited since.")
+
+
+def matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in patterns)]
+
+
+def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
+    """Copy what matches, other than `config.json`.
+
+    Raises:
+        ValueError: for a symbolic link out of `source` (but for those of the Hub's cache), or what is no file.
+    """
+    for path in matches(source, patterns):
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            name = file.relative_to(source).as_posix()
+            inside(source, name, str(source))
+            if file.is_dir() or name == CONFIG_NAME:
+                continue
+            if not file.is_file():
+                raise ValueError(f"{file} is not a regular file, so it is not copied; remove it.")
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, destination / name)
+
+
+@contextmanager
+def writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> Iterator[None]:
+    """A folder for what is written inside the `with`; if that fails, it is taken away again.
+
+    Args:
+        owned: patterns of what may be in the folder with `overwrite`, and is removed.
+        key: the file that made it usable, which goes first.
+    """
+    existed = folder.exists()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if not overwrite:
+            raise ValueError(
+                f"{folder} is not empty: files of two models would mix. Name a new or empty folder, or set "
+                "`overwrite` (--overwrite) if it holds an earlier conversion."
+            )
+        _remove_conversion(folder, owned, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            _remove(path)
+        if not existed and folder.is_dir():
+            folder.rmdir()
+        raise
+
+
+def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str) -> None:
+    """Empty a folder that holds nothing but what a conversion writes.
+
+    Raises:
+        ValueError: naming what else there is, or if it is a file.
+    """
+    kept = sorted(set(folder.iterdir()) - set(matches(folder, owned))) if folder.is_dir() else [folder]
+    names = files_in(folder) if folder.is_dir() else ()
+    # Of a name like those of our weights, or beside our state, but none that a conversion gives.
+    kept += [
+        folder / name
+        for name in sorted(names)
+        if (fnmatch(name, WEIGHTS[0]) or name.startswith(f"{DIRECTORY}/")) and not is_from_a_save(name)
+    ]
+    if kept:
+        raise ValueError(
+            f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "
+            "new or empty folder."
+        )
+    (folder / key).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """As transformers writes its own."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

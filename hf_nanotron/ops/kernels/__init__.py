@@ -1,0 +1,1 @@
+"""Kernels: Triton, and those of attention libraries."""

@@ -1,0 +1,95 @@
+"""Between the gradients and an ordinary torch optimizer: hand them over, clip, skip, bring the weights back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..parallel.zero.segment import ShardedWeights
+
+
+class OptimizerLink:
+    """Makes `optimizer.step()` read the gradients of `weights` and publish the new weights.
+
+    Args:
+        optimizer: over the masters of `weights.segments`.
+        weights: what it updates.
+
+    Attributes:
+        overlap: leave new weights on their way when `step` returns; the forward waits for them.
+        skips_next: the next `step` changes nothing.
+        holds_gradients: those of a step that is still to be made are there.
+        compares: read all weights before a step, to see what was written into them unnoticed.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
+        self.optimizer, self.weights = optimizer, weights
+        self.overlap = self.skips_next = self.holds_gradients = self.compares = False
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def clip(self, norm: torch.Tensor, max_norm: float) -> None:
+        """Scale the gradients so that their norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
+
+        A fused optimizer divides by the inverse while it reads them, which costs no pass of its own.
+        """
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self._is_fused:
+            self.optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
+        elif gradients := [segment.gradient for segment in self.weights.segments]:
+            torch._foreach_mul_(gradients, scale)
+
+    def apply_clipping(self) -> None:
+        """Scale the gradients themselves, where the optimizer would do it while it reads them."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:
+            if gradients := [segment.gradient for segment in self.weights.segments]:
+                torch._foreach_div_(gradients, scale)
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether the optimizer can leave out a step by what only the device knows.
+
+        Not its first: torch's fused SGD would take memory that it has not written yet for its momentum.
+        """
+        return self._is_fused and bool(self.optimizer.state)
+
+    def skip_unless_finite(self, norm: torch.Tensor) -> None:
+        """Have the next `step` change nothing if `norm` is not finite. Needs `skips_on_device`."""
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+
+    @property
+    def _is_fused(self) -> bool:
+        # torch decides for the whole optimizer, but a group may say otherwise.
+        fused = all(group.get("fused", True) for group in self.optimizer.param_groups)
+        return fused and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    @property
+    def _writes_weights(self) -> bool:
+        # One that the user has made may write something else.
+        written = getattr(self.optimizer, "rounded", None)
+        return isinstance(written, dict) and all(written.get(s.master) is s.weight for s in self.weights.segments)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, *_: Any) -> None:
+        self.weights.take_written(self.compares)
+        for segment in self.weights.segments:
+            segment.master.grad = None if self.skips_next else segment.gradient
+
+    def _after(self, *_: Any) -> None:
+        self.holds_gradients = False
+        self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+        for segment in self.weights.segments:
+            segment.master.grad = None
+        if not self.skips_next:
+            self.weights.publish(rounded=self._writes_weights)
+            if not self.overlap:
+                self.weights.wait()
+        self.skips_next = False

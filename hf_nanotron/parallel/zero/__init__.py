@@ -1,0 +1,1 @@
+"""ZeRO: sharded weights, gradients and optimizer states."""

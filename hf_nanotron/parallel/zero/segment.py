@@ -1,0 +1,102 @@
+"""What one rank's optimizer updates: a flat piece of a parameter, with its fp32 master and its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..shard_spec import ShardSpec
+
+
+@dataclass
+class Segment:
+    """Elements `[start, stop)` of a flattened parameter (of this rank's part of it, of shape `spec.local_shape`).
+
+    Args:
+        name: of the parameter in the model.
+        spec: which part of the Hub's tensor this rank holds.
+        start, stop: half-open range, in elements.
+        master: the fp32 weights, `[stop - start]`. The optimizer's parameter.
+        gradient: the fp32 gradient, `[stop - start]`; valid after `ShardedWeights.finish`.
+        weight: these elements of what the model computes with, where that is not the master itself.
+    """
+
+    name: str
+    spec: ShardSpec
+    start: int
+    stop: int
+    master: nn.Parameter
+    gradient: torch.Tensor
+    weight: torch.Tensor | None = None
+
+
+class ShardedWeights(Protocol):
+    """Owns the weights and gradients of this rank's part of a model while it trains, by one of the ZeRO stages.
+
+    Built over a model whose parameters are whole (not yet divided over data-parallel ranks). One optimizer step calls
+    `begin`, then for every backward of a stage `before_backward` and `after_backward`, then `finish`; the optimizer
+    updates the masters of `segments` from their gradients; `publish` brings the new weights to the model. A schedule
+    that splits its backwards calls `start_deferring` and `stop_deferring` instead, and later `run_deferred`.
+    """
+
+    segments: list[Segment]
+    compute_dtype: torch.dtype
+
+    def begin(self) -> None:
+        """Start a new optimizer step: gradients count from zero."""
+
+    def before_backward(self, stage: int, is_last: bool) -> None:
+        """A backward of `stage` comes next; `is_last`: the last one of this optimizer step."""
+
+    def after_backward(self, stage: int, is_last: bool) -> None:
+        """That backward has been issued."""
+
+    def start_deferring(self, stage: int, micro_batch: int) -> None:
+        """A backward of `stage` comes next that leaves products of weight gradients to `run_deferred`."""
+
+    def stop_deferring(self) -> None:
+        """That backward has been issued."""
+
+    def run_deferred(self, stage: int, micro_batch: int, is_last: bool) -> None:
+        """Compute what that backward left; `is_last`: the last one of `stage` in this optimizer step."""
+
+    def finish(self) -> None:
+        """Make `gradient` of every segment the sum over all ranks."""
+
+    def publish(self, rounded: bool = False) -> None:
+        """Bring the masters, which the optimizer has updated, into the model's parameters.
+
+        Args:
+            rounded: the optimizer has written `weight` of every segment too.
+        """
+
+    def wait(self) -> None:
+        """Wait for weights on their way, so that the model's parameters can be read."""
+
+    def read_from_model(self) -> None:
+        """Take over weights that were written into the model's parameters with `write`."""
+
+    def take_written(self, compare: bool = False) -> None:
+        """Bring what others have written into the model's parameters to the masters (see `written.py`).
+
+        Args:
+            compare: read all weights, to see also what moved no version counter (`weight.data.copy_(...)`).
+
+        Raises:
+            ValueError: for data that the parameters cannot have.
+        """
+
+    def whole(self, name: str) -> torch.Tensor:
+        """This rank's part of a parameter, of shape `spec.local_shape`, in the compute dtype. All ranks together."""
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Set a parameter to `value` of shape `spec.local_shape` (not a master of its own: see `read_from_model`)."""
+
+    def bytes_held(self) -> dict[str, int]:
+        """Bytes of this rank's `parameters`, `gradients` and `masters` (without those that are parameters)."""
+
+    def close(self) -> None:
+        """Take the hooks off the model."""

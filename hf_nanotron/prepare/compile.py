@@ -1,0 +1,151 @@
+"""Compile a model part by part: whole decoder layers, or the blocks of one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Collection
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import lookup_backend
+from torch._inductor import list_mode_options
+
+from ..models.base import ParallelModel
+from ..models.stage import AbsentLayer
+from ..models.stock.anatomy import blocks_of, layer_stacks
+from ..models.stock.families import WRITES_WEIGHTS
+from ..parallel.ep.experts import ParallelExperts
+from .checkpointing_switches import SWITCH
+from .compile_passes import Backend, rewriting
+
+# What is handed to an operator stays as it is, for as long as somebody holds it.
+KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
+WITHOUT_CODE = ("eager", "aot_eager")  # backends that run a graph's operators one by one
+
+
+class CompiledForward:
+    """The forward of a compiled module: compiled while it trains, and stock otherwise.
+
+    Compiled code computes with the weights of the module that it was made for, so a copy of the module gets the stock
+    forward.
+    """
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any], stock: Callable[..., Any]) -> None:
+        self.module, self.compiled, self.stock = module, compiled, stock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled if self.module.training else self.stock)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.stock, memo)  # a method, of the module's copy
+
+
+def compile_layers(
+    model: ParallelModel, backend: str, mode: str | None, recomputed: Collection[int] = frozenset()
+) -> None:
+    """Compile the forward of every decoder layer, for training.
+
+    A layer is compiled whole where nothing happens between its blocks; else its attention, MLP and norm modules are,
+    one by one, and the hooks at their borders (communication, records of routers) stay outside. Layers of one kind
+    share their compiled graphs. Evaluation and generation, whose shapes change, run the stock forward. A mixture of
+    experts is not compiled itself, but its shared experts are.
+
+    Args:
+        backend, mode: as `torch.compile` takes them.
+        recomputed: numbers of the layers that will recompute activations, wholly or selectively.
+
+    Raises:
+        ValueError: for a backend that is not known to leave operands alone, where weight gradients are put off.
+    """
+    overlaps = model.parallel.overlaps_tp(model.mesh.device)  # linears one by one
+    chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
+    for part in compiled_parts(model, recomputed):
+        compiled = torch.compile(part.forward, backend=chosen)
+        part.forward = CompiledForward(part, compiled, part.forward)
+
+
+def restore_layers(model: ParallelModel) -> None:
+    """Take back what `compile_layers` has done."""
+    for part in model.modules():  # also those that would not be compiled now, because somebody has put hooks inside
+        forward = part.__dict__.get("forward")
+        is_stock = isinstance(forward, MethodType) and forward.__func__ is type(part).forward  # as copies have it
+        if isinstance(forward, CompiledForward) or is_stock:
+            del part.__dict__["forward"]
+
+
+@functools.cache  # compiled code is kept by its backend: another object would have everything compiled anew
+def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = True) -> Backend:
+    """The backend `name` of `torch.compile`, behind the changes that we make to graphs.
+
+    Args:
+        keeps_operands: see `inductor_options`.
+        joins: see `rewriting`.
+
+    Raises:
+        ValueError: for a backend of which nothing is known, with `keeps_operands`.
+    """
+    backend: Any = lookup_backend(name)
+    if name == "inductor":
+        backend = functools.partial(backend, config_patches=inductor_options(mode, keeps_operands))
+    elif keeps_operands and name not in WITHOUT_CODE:
+        raise ValueError(
+            f"torch_compile_backend={name!r} with pp_schedule='zb' or tp_overlap: it may write to the operands of "
+            "weight gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
+            "tp_overlap=False."
+        )
+    return rewriting(backend, joins)
+
+
+def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
+    """What inductor is told.
+
+    Args:
+        mode: of `torch.compile`.
+        keeps_operands: an operator may hold on to its inputs after it returns, for a weight gradient that is put off.
+            Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
+            inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
+    """
+    return {**(KEEPING if keeps_operands else {}), **list_mode_options(mode or "default")}
+
+
+def compiled_parts(model: ParallelModel, recomputed: Collection[int] = frozenset()) -> list[nn.Module]:
+    """The modules that are compiled, of all layers; see `parts_of`."""
+    layers = enumerate(layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack)
+    return [
+        part
+        for index, layer in layers
+        if not isinstance(layer, AbsentLayer)
+        for part in parts_of(layer, index in recomputed or getattr(layer, SWITCH, False))
+    ]
+
+
+def parts_of(layer: nn.Module, recomputes: bool) -> list[nn.Module]:
+    """A decoder layer without a hook or a mixture inside is one part, else what it consists of.
+
+    Args:
+        recomputes: whether it recomputes activations. If it writes to its weights, it is then no single part either.
+    """
+    parts = [layer]
+    inside = [module for module in layer.modules() if module is not layer]
+    writes = recomputes and any(cls.__name__ in WRITES_WEIGHTS for module in inside for cls in type(module).__mro__)
+    if writes or any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
+        parts = [part for block in blocks_of(layer).values() for part in _around_experts(block)]
+    return [part for part in parts if any(True for _ in part.parameters())]
+
+
+def _around_experts(block: nn.Module) -> list[nn.Module]:
+    """`block`, or what lies beside the experts in it."""
+    if not any(isinstance(module, ParallelExperts) for module in block.modules()):
+        return [block]
+    return [
+        child
+        for child in block.children()
+        if not isinstance(child, ParallelExperts) and any(isinstance(module, nn.Linear) for module in child.children())
+    ]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

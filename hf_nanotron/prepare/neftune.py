@@ -1,0 +1,63 @@
+"""Noise on the embeddings of a training model (NEFTune; Jain et al. 2023, arXiv:2310.05914).
+
+It is drawn from the place of a micro-batch in the run, as dropout is, so it is the same on every topology.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from ..parallel.dropout_streams import seed_from
+
+if TYPE_CHECKING:
+    from ..models.base import ParallelModel
+
+
+class EmbeddingNoise:
+    """Uniform noise of at most `alpha / sqrt(tokens * width)`, as transformers adds.
+
+    Args:
+        alpha: `neftune_noise_alpha`.
+        seed: of the run.
+    """
+
+    hook: RemovableHandle
+
+    def __init__(self, alpha: float, seed: int) -> None:
+        self.alpha, self.seed = alpha, seed
+        self._place: tuple[int, int] | None = None
+        self._length = 0
+
+    def begin(self, step: int, micro_batch: int, length: int) -> None:
+        """Where the run stands, and how many tokens the next micro-batch has before it is filled up."""
+        self._place, self._length = (step, micro_batch), length
+
+    def end(self) -> None:
+        self._place = None
+
+    def add(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """A forward hook of the embedding."""
+        if not module.training or self._place is None:
+            return None
+        generator = torch.Generator(output.device).manual_seed(seed_from(self.seed, *self._place, "embedding"))
+        batch, filled, width = output.shape
+        most = self.alpha / math.sqrt(self._length * width)
+        noise = torch.empty((batch, self._length, width), dtype=output.dtype, device=output.device)
+        noise.uniform_(-most, most, generator=generator)
+        return output + F.pad(noise, (0, 0, 0, filled - self._length))
+
+
+def set_noise(model: ParallelModel, alpha: float | None, seed: int) -> None:
+    """Have noise added to what the embedding of `model` returns in training steps; None takes it off."""
+    if model.noise is not None:
+        model.noise.hook.remove()
+        model.noise = None
+    if alpha is not None:
+        model.noise = EmbeddingNoise(alpha, seed)
+        model.noise.hook = model.get_input_embeddings().register_forward_hook(model.noise.add)

@@ -1,0 +1,174 @@
+"""Selective activation recomputation, and which layers recompute.
+
+What costs much time and saves little memory is kept: matrix products and attention. What lies between them (norms,
+rotary embeddings, gated activations, casts, residual sums) is computed again in the backward (Korthikanti et al. 2022,
+arXiv:2205.05198, after Chen et al. 2016, arXiv:1604.06174). Recomputing everything is transformers' own switch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import TracingContext
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..models.base import ParallelModel
+from ..models.stage import AbsentLayer
+from ..models.stock.anatomy import layer_stacks
+from ..models.stock.releases import cache_in
+from ..ops.keep import keeping_contexts
+from ..parallel.ep.experts import ParallelExperts
+from .compile import parts_of
+
+# Operators whose outputs are kept, by the beginning of their names. Gradients of ours are never run in a forward.
+KEPT = (
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"),
+    *("aten::_grouped_mm", "aten::_scaled_mm", "aten::_scaled_grouped_mm"),
+    *("hf_nanotron::linear", "hf_nanotron::joint_linear", "hf_nanotron::fp8_linear", "hf_nanotron::grouped"),
+    *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
+    *("aten::_cudnn_attention_forward", "hf_nanotron::attention", "flash_attn", "flex_attention"),
+    "_c10d_functional::",
+)
+
+
+def keeps(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the output of this call of an operator is kept.
+
+    An operator that writes to its arguments must run again. So must attention with dropout: one that is left out draws
+    no numbers, and the masks after it would be others than in the forward.
+    """
+    schema = getattr(op, "_schema", None)
+    if not (op.name() if schema is None else schema.name).startswith(KEPT):
+        return False
+    if schema is None:
+        return True
+    for index, argument in enumerate(schema.arguments):
+        if argument.name == "dropout_p":
+            value = args[index] if index < len(args) else kwargs.get("dropout_p", argument.default_value)
+            if value:
+                return False
+    return not schema.is_mutable
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(op, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """A `context_fn` of `torch.utils.checkpoint.checkpoint`, eager or inside `torch.compile`.
+
+    A compiler traces torch's own contexts, which mark what is to be kept in its graph. Code that it gave up on runs
+    with ours.
+    """
+    if TracingContext.try_get() is not None:
+        return create_selective_checkpoint_contexts(_policy)
+    return keeping_contexts(keeps)
+
+
+def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: int = 1) -> frozenset[int]:
+    """Which decoder layers recompute: `layers`, or each `every`-th, counted over the whole model as the Hub does.
+
+    Raises:
+        ValueError: for a layer that the model does not have; the same on every rank.
+    """
+    count = len(_layers(model))
+    if layers is None:
+        return frozenset(range(0, count, every))
+    if wrong := sorted(index for index in layers if not 0 <= index < count):
+        raise ValueError(
+            f"activation_checkpointing_layers={sorted(layers)} names layer {wrong[0]}, but {type(model).__name__} has "
+            f"{count} decoder layers: 0 to {count - 1}."
+        )
+    return frozenset(layers)
+
+
+def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
+    """Let exactly `layers` recompute everything, each by the switch that transformers has given it.
+
+    Args:
+        options: as in `recompute_selectively`.
+
+    Raises:
+        ValueError: if some layers were chosen of a model whose layers have no switch of their own.
+    """
+    every = _layers(model)
+    own = {i: layer for i, layer in every.items() if isinstance(layer, GradientCheckpointingLayer)}
+    odd = {type(x).__name__ for x in every.values() if not isinstance(x, GradientCheckpointingLayer | AbsentLayer)}
+    if odd and len(layers) < len(every):
+        raise ValueError(
+            f"{odd.pop()} of {type(model).__name__} has no switch of its own (it is no GradientCheckpointingLayer): "
+            "use activation_checkpointing_policy='selective', or all layers."
+        )
+    function = functools.partial(checkpoint, **_with_defaults(options, model))
+    for index, layer in own.items():
+        layer.gradient_checkpointing = index in layers
+        layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def recompute_selectively(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
+    """Let `layers` keep products and attention, and compute the rest again in the backward of a training step.
+
+    A layer recomputes whole where nothing happens between its blocks; else each block does, inside the hooks at its
+    border: what they send is not sent again, and what routers return is not recorded again; so it is in a layer that
+    writes to its weights. Experts recompute between their two products. To be called before `compile_layers`, which
+    compiles what this leaves.
+
+    Args:
+        options: of `torch.utils.checkpoint.checkpoint`. Unless they say otherwise, the state of random generators is
+            kept only if the model has dropout.
+    """
+    options = _with_defaults(options, model)
+    forward, compute = _recomputing("forward", options), _recomputing("compute", options)
+    for index, layer in _layers(model).items():
+        if index not in layers or isinstance(layer, AbsentLayer):
+            continue
+        for part in parts_of(layer, recomputes=True):
+            part.forward = MethodType(forward, part)
+        for module in layer.modules():
+            if isinstance(module, ParallelExperts):
+                module.compute = MethodType(compute, module)  # type: ignore[method-assign]
+
+
+def restore_recomputed(model: ParallelModel) -> None:
+    """Take back what `recompute_selectively` has done; `restore_layers` comes before."""
+    for module in model.modules():
+        for name in ("forward", "compute"):
+            method = module.__dict__.get(name)
+            if isinstance(method, MethodType) and method.__func__.__module__ == __name__:
+                del module.__dict__[name]
+
+
+def _with_defaults(options: Mapping[str, Any], model: ParallelModel) -> dict[str, Any]:
+    return {"preserve_rng_state": model.streams is not None, **options, "use_reentrant": False}
+
+
+def _layers(model: ParallelModel) -> dict[int, nn.Module]:
+    """Every decoder layer, stand-ins among them, by its number in the whole model."""
+    return dict(enumerate(layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack))
+
+
+def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """A method for instances, in the place of their class's method `name`."""
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stock = functools.partial(getattr(type(self), name), self, **kwargs)
+        # A key-value cache would be written a second time.
+        if not self.training or not torch.is_grad_enabled() or cache_in(kwargs) is not None:
+            return stock(*args)
+        first = next(iter((*args, *kwargs.values())), None)
+        return checkpoint(_beside, first, stock, *args, context_fn=selective_contexts, **options)
+
+    return method
+
+
+def _beside(first: Any, stock: Callable[..., Any], *args: Any) -> Any:
+    """`stock(*args)`. `checkpoint` keeps the random state of the devices of its positional tensors, and of no others:
+    without `first` among them, a block that is called with keywords would draw other masks when it recomputes."""
+    return stock(*args)
