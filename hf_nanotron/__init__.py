@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .models.auto import AutoModelForCausalLM
     from .models.stock.families import register_plan
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from .trainer import NanotronTrainer
     from .training_args import NanotronTrainingArguments
 
-__version__ = "0.1.0"
 __all__ = ["AutoModelForCausalLM", "NanotronTrainer", "NanotronTrainingArguments", "ParallelConfig", "register_plan"]
 
 _HOME = {

@@ -17,13 +17,12 @@ from transformers.utils import logging
 
 from .arguments.policy import as_mapping
 from .arguments.recompute import layer_numbers, recomputes
-from .checkpoint.state.training_state import together
 from .data.loader import FillerBatch
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.parallelize import parallelize
 from .models.selfcheck import compare, try_whole
-from .models.stock.unwrap import refuse_meta, unwrap
+from .models.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
@@ -33,6 +32,7 @@ from .optim.optimizer_link import OptimizerLink
 from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.mesh import ParallelMesh
+from .parallel.together import together
 from .prepare.attention import choose_attention, documents_of
 from .prepare.checkpointing_switches import Switches
 from .prepare.compile import compile_layers, restore_layers

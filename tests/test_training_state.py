@@ -34,12 +34,12 @@ from hf_nanotron.checkpoint.state.training_state import (
     load_training_state,
     state_pieces,
     state_values,
-    together,
 )
 from hf_nanotron.checkpoint.state.values import decode, encode
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import Coordinates, Group, ParallelMesh
 from hf_nanotron.parallel.shard_spec import Ranges, ShardSpec, even_parts, head_parts
+from hf_nanotron.parallel.together import together
 from hf_nanotron.parallel.zero.segment import Segment
 
 SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {  # Hub name -> shape, cut dimension

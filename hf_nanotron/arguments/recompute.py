@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .policy import as_mapping
-
-if TYPE_CHECKING:
-    from ..training_args import NanotronTrainingArguments
 
 POLICIES = ("full", "selective")
 
 
-def check_recomputation(args: NanotronTrainingArguments) -> None:
+class RecomputationArguments(Protocol):
+    """What is read of the training arguments here."""
+
+    activation_checkpointing: bool | None
+    activation_checkpointing_policy: str
+    activation_checkpointing_layers: Any
+    activation_checkpointing_kwargs: Any
+    gradient_checkpointing: bool | None
+    gradient_checkpointing_kwargs: Any
+
+
+def check_recomputation(args: RecomputationArguments) -> None:
     """Refuse contradictions.
 
     Raises:
@@ -50,7 +58,7 @@ def check_recomputation(args: NanotronTrainingArguments) -> None:
                 )
 
 
-def recomputes(args: NanotronTrainingArguments) -> bool:
+def recomputes(args: RecomputationArguments) -> bool:
     """Whether activations are recomputed, by the new or the deprecated name of the switch."""
     new, old = args.activation_checkpointing, args.gradient_checkpointing
     return bool(old if new is None else new)

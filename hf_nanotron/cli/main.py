@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..convert.nanotron.arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
 from ..convert.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
+from ..version import __version__
 from .errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
 from .upload import add_upload_arguments
 

@@ -17,7 +17,6 @@ from ..checkpoint.directory.own_files import files_in, is_from_a_save
 from ..checkpoint.directory.verify import MARKER, check_length, checksum_of, read_marker
 from ..checkpoint.files.inside import inside
 from ..checkpoint.state.training_state import DIRECTORY
-from .nanotron.format import read_json
 
 WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 TEXTS = (  # what else a Hub repository may hold; everything besides belongs to the run
@@ -140,3 +139,16 @@ def _remove(path: Path) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """As transformers writes its own."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; a missing or damaged file is refused by name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder is no complete checkpoint.")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Copy the checkpoint again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__} and not an object with keys. Copy the checkpoint again.")
+    return found

@@ -35,8 +35,17 @@ from ..checkpoint.state.read import StoredState
 from ..checkpoint.state.slices import Slice
 from ..checkpoint.state.training_state import DIRECTORY
 from ..parallel.shard_spec import ShardSpec
-from .folder import TEXTS, WEIGHTS, check_unchanged, copy_files, load_config, refuse_same, write_json, writing
-from .nanotron.format import read_json
+from .folder import (
+    TEXTS,
+    WEIGHTS,
+    check_unchanged,
+    copy_files,
+    load_config,
+    read_json,
+    refuse_same,
+    write_json,
+    writing,
+)
 
 logger = logging.get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.hub.layout import HubLayout
 from ..checkpoint.hub.model import save_hub_model
-from ..checkpoint.state.training_state import refuse_together
 from ..data.vocabulary import Vocabulary
 from ..ops.fp8_linear import WeightCopies
 from ..ops.linear import Linear
@@ -25,6 +24,7 @@ from ..parallel.dropout_streams import LayerStreams
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.shard_spec import ShardSpec
+from ..parallel.together import refuse_together
 from ..parallel.tp.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss, predicted_tokens
 from ..parallel.tp.vocabulary import gather_vocabulary
 from ..parallel.zero.fully_sharded import FullyShardedWeights

@@ -42,8 +42,8 @@ from .stock.foreign import why_not_causal
 from .stock.hooks import users_hooks
 from .stock.plan import Plan, is_experts, make_plan
 from .stock.torch_hooks import weight_hook_message
-from .stock.unwrap import class_of, unwrap
 from .tensor_shards import swap_layers, tensor_specs
+from .unwrap import class_of, unwrap
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:

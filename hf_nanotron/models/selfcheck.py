@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.state.training_state import together
 from ..parallel.dropout_streams import has_dropout
 from ..parallel.mesh import ParallelMesh
+from ..parallel.together import together
 from .base import ParallelModel
 from .calling import accepted, as_output
 from .generation import pipelined_forward

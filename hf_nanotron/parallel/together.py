@@ -1,4 +1,4 @@
-"""What one rank does for longer than the others may wait in one collective: downloading, waiting for a store."""
+"""Actions that all ranks do together, and that fail on all of them if they fail on one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,50 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
-from ..checkpoint.state.training_state import together
 from .collectives import all_reduce
 from .mesh import ParallelMesh
 
 T = TypeVar("T")
 LOOK_SECONDS = 0.5  # between two looks whether all ranks are done
+
+
+def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
+    """Do `action` on every rank, and fail on all of them if one fails, so that none is left waiting.
+
+    Raises:
+        RuntimeError: if another rank has failed. Where `action` fails, its own error.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    failed = all_reduce(torch.tensor(float(failure is not None), device=mesh.device), mesh.world)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; their messages say why.")
+    return result
+
+
+def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
+    """Raise the same error on every rank if any rank has found something wrong. All ranks together.
+
+    Args:
+        message: what this rank has found, or None.
+
+    Raises:
+        ValueError: with the message of the first rank that has one.
+    """
+    if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
+        return
+    messages: list[str | None] = [message]
+    if mesh.world.handle is not None:
+        messages = [None] * mesh.world.size
+        dist.all_gather_object(messages, message, group=mesh.world.handle)
+    raise ValueError(next(found for found in messages if found is not None))
 
 
 def together_for_long(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:

@@ -16,12 +16,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoint.directory.commit import begin
-from ..checkpoint.directory.own_files import unlink_link, unlink_links
 from ..checkpoint.directory.retention import check_together, choose_together, is_part, newest, rotate
 from ..checkpoint.directory.run_lock import RunLock, this_process
 from ..checkpoint.directory.runs import KEY, Run, write_record
 from ..checkpoint.directory.save import BackgroundSave, Save
 from ..checkpoint.directory.verify import STATE_INDEX
+from ..checkpoint.files.repository import unlink_link, unlink_links
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
 from ..checkpoint.hub.card import write_model_card
 from ..checkpoint.hub.model import load_hub_weights, save_hub_model, write_hub_config, write_hub_weights
@@ -35,11 +35,11 @@ from ..checkpoint.state.training_state import (
     load_training_state,
     state_pieces,
     state_values,
-    together,
 )
 from ..models.base import ParallelModel
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.collectives import all_reduce
+from ..parallel.together import together
 from ..parallel.zero.segment import ShardedWeights
 from ..redaction import redacted
 from ..training_args import NanotronTrainingArguments

@@ -19,13 +19,13 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from ..checkpoint.state.training_state import together
 from ..data.loader import FillerBatch
 from ..models.base import ParallelModel
 from ..models.stock.hooks import inner_hooks, users_hooks
 from ..models.stock.own_forward import OF_EVERY_LAYER, check_own_forward
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
+from ..parallel.together import together
 from ..parallel.tp.loss import IGNORE_INDEX
 from ..training_args import NanotronTrainingArguments
 from .same_on_all_ranks import compare_ranks

@@ -9,7 +9,6 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..checkpoint.state.training_state import refuse_together
 from ..models.base import ParallelModel
 from ..models.cut import hook_message
 from ..models.stock.torch_hooks import weight_hook_message
@@ -17,6 +16,7 @@ from ..optim.gradients import GradientHook, GradientHooks, GradientPart, HookHan
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
+from ..parallel.together import refuse_together
 from ..parallel.zero.copies import differing_weights
 from ..parallel.zero.segment import ShardedWeights
 from .same_on_all_ranks import compare_ranks

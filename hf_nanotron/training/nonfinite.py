@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from ..checkpoint.directory.retention import newest
 from ..checkpoint.state.finite_weights import NonFiniteWeightsError, first_nonfinite
-from ..checkpoint.state.training_state import together
 from ..models.base import ParallelModel
 from ..optim.finite import FiniteCheck
 from ..optim.norm import NonFiniteGradientError, describe_nonfinite
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.mesh import ParallelMesh
+from ..parallel.together import together
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..files.repository import TEXTS, WEIGHTS
 from ..state.file import read_checked
 from ..state.training_state import DIRECTORY
 from .verify import MARKER, WRITTEN, checksum_of
@@ -37,14 +38,7 @@ _ALWAYS = (
     rf"{re.escape(MARKER)}(\.tmp)?|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth"
     rf"|{DIRECTORY}/(rank-\d+\.(safetensors|json)|index\.json)(\.tmp)?"
 )
-WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-_TEXTS = (
-    r"config\.json|generation_config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|vocab\.(json|txt|model)|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
-    r"|(pre)?processor_config\.json|additional_chat_templates/[^/]+\.jinja"
-)
-_ANY = rf"{_ALWAYS}|{WEIGHTS}|{_TEXTS}"
-_REPOSITORY = rf"{WEIGHTS}|{_TEXTS}|training_args\.bin|additional_chat_templates"
+_ANY = rf"{_ALWAYS}|{WEIGHTS}|{TEXTS}"
 _TORN = rf"{_ANY}|{'|'.join(map(re.escape, FREE))}"
 # Beside `_ANY`, by which a checkpoint of another program is known.
 _OTHERS = rf"{DIRECTORY}|adapter_.*|(optimizer|scheduler|scaler|pytorch_model.*)\.(pt|bin)|.*\.safetensors"
@@ -165,22 +159,6 @@ def unchanged(directory: Path, states: dict[str, Any]) -> set[str]:
     """The files that are as `states_of` has found them."""
     there = [name for name in states if os.path.lexists(directory / name)]
     return {name for name, state in states_of(directory, there).items() if state == states[name]}
-
-
-def unlink_links(directory: Path) -> None:
-    """Before a model is saved into a folder that is in use: nothing of it is to be written through a link."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if re.fullmatch(_REPOSITORY, path.name):
-            unlink_link(path)
-
-
-def unlink_link(path: Path) -> None:
-    """Make way for a file of its own: a symbolic link, or one of several names of a file (a hard link), goes.
-
-    What it stands for belongs to another folder.
-    """
-    if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-        path.unlink()
 
 
 def _read(path: Path) -> dict[str, Any]:

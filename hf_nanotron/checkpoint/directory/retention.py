@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
-from ..state.training_state import together
+from ...parallel.together import together
 from .commit import clean, remove
 from .own_files import delete_trace
 from .runs import Run, latest, marked_run, read_record

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary
 
-from ... import __version__
 from ...parallel.mesh import ParallelMesh
 from ...redaction import printable, secrets_of
+from ...version import __version__
 
 
 def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from ...parallel.mesh import Group
 from ...parallel.shard_spec import ShardSpec
-from ..directory.own_files import WEIGHTS, unlink_links
+from ..files.repository import WEIGHTS, unlink_links
 from ..files.safetensors_file import Entry, write_safetensors
 from .layout import HubLayout, Part
 from .nonfinite_tensors import warn_nonfinite

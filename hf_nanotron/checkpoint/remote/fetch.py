@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
-from ...parallel.together import together_for_long
+from ...parallel.together import together, together_for_long
 from ..directory.retention import newest, run_at_hand, step_of
 from ..directory.runs import Run, latest, run_of, write_record
 from ..directory.verify import (
@@ -41,7 +41,6 @@ from ..files.inside import find_clash, find_fault, inside
 from ..state.file import sync
 from ..state.index import StateIndex
 from ..state.progress import check_progress
-from ..state.training_state import together
 from .errors import StoreError
 from .runs import StoredRuns, make_room
 from .store import RemoteStore, in_parallel

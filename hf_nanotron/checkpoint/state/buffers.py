@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...parallel.shard_spec import ShardSpec
+from ...parallel.together import together
 from ..hub.model import held_buffers, is_writer
 from .file import StatePiece
 from .read import StoredState
 from .slices import Slice
-from .training_state import DIRECTORY, together
+from .training_state import DIRECTORY
 
 if TYPE_CHECKING:
     from ...models.base import ParallelModel

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from ...parallel.collectives import all_reduce
 from ...parallel.mesh import ParallelMesh
+from ...parallel.together import together
 from ...parallel.zero.buckets import is_owner
 from ...parallel.zero.segment import Segment
 from ..files.schema import VALUES, require
@@ -182,40 +181,3 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         for kind in stored.kinds(part.name).keys() & entry.keys():
             entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=entry[kind].device)
             stored.fill(part, kind, entry[kind])
-
-
-def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
-    """Do `action` on every rank, and fail on all of them if one fails, so that none is left waiting.
-
-    Raises:
-        RuntimeError: if another rank has failed. Where `action` fails, its own error.
-    """
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    failed = all_reduce(torch.tensor(float(failure is not None), device=mesh.device), mesh.world)
-    if failure is not None:
-        raise failure
-    if failed:
-        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; their messages say why.")
-    return result
-
-
-def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
-    """Raise the same error on every rank if any rank has found something wrong. All ranks together.
-
-    Args:
-        message: what this rank has found, or None.
-
-    Raises:
-        ValueError: with the message of the first rank that has one.
-    """
-    if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
-        return
-    messages: list[str | None] = [message]
-    if mesh.world.handle is not None:
-        messages = [None] * mesh.world.size
-        dist.all_gather_object(messages, message, group=mesh.world.handle)
-    raise ValueError(next(found for found in messages if found is not None))

@@ -20,7 +20,7 @@ from ...checkpoint.files.inside import inside, refuse_links
 from ...checkpoint.hub.model import parse_size, plan_files
 from ...checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ...checkpoint.hub.weights import check_index, read_weight_map
-from ..folder import load_config
+from ..folder import load_config, read_json
 from . import config as nanotron_config
 from .format import (
     Shard,
@@ -30,7 +30,6 @@ from .format import (
     merge_shards,
     one_dtype,
     open_safetensors,
-    read_json,
     refuse_mup,
     refuse_strangers,
     step_folder,

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...checkpoint.files.inside import LONGEST_PATH, inside
+from ..folder import read_json
 from .mapping import Parameter, Slices, shard_slices
 from .tiling import shard_fault, stage_fault
 
@@ -313,16 +314,3 @@ def one_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
         if dtype != expected:
             raise ValueError(f"{where} is {dtype}, but {first} is {expected}: convert them to one dtype first.")
     return expected
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; a missing or damaged file is refused by name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder is no complete checkpoint.")
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Copy the checkpoint again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a {type(found).__name__} and not an object with keys. Copy the checkpoint again.")
-    return found
