@@ -15,8 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .arguments.policy import as_mapping
-from .arguments.recompute import layer_numbers, recomputes
 from .data.loader import FillerBatch
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
@@ -33,13 +31,9 @@ from .parallel.batch import batch_shape, ones_like_tokens
 from .parallel.collectives import all_reduce
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
-from .prepare.attention import choose_attention, documents_of
-from .prepare.checkpointing_switches import Switches
-from .prepare.compile import compile_layers, restore_layers
-from .prepare.fp8 import use_fp8
-from .prepare.neftune import set_noise
-from .prepare.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
-from .prepare.shard_weights import refuse_frozen, shard_weights
+from .prepare.attention import documents_of
+from .prepare.checkpointing_switches import note_switches
+from .prepare.setup import check_frozen, end_run, prepare_training, start_run
 from .training.accelerator import DataParallelAccelerator
 from .training.checkpointing import CheckpointingTrainer
 from .training.collective_calls import CollectiveTrainer
@@ -48,7 +42,8 @@ from .training.flow_agreement import FlowTrainer
 from .training.gradients import GradientTrainer, users_callbacks
 from .training.run_report import FiguresTrainer
 from .training.same_on_all_ranks import check_shared, compare_ranks, values_of
-from .training.step import DOCUMENTS, ROUTER_MASK, TrainStep, weigh
+from .training.step import TrainStep, weigh
+from .training.step_window import DOCUMENTS, ROUTER_MASK
 from .training.trainer_methods import check_methods, is_overridden
 from .training.window_agreement import AgreeingTrainer
 from .training_args import NanotronTrainingArguments
@@ -151,12 +146,12 @@ class NanotronTrainer(
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         model = self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
-        model.switches = Switches.read(model)
+        note_switches(model)
         return model
 
     def _set_up_training_state(self) -> None:
         """Weights, gradients and the step, for the model at hand."""
-        model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
+        model = self.model
         self.mesh = model.mesh
         self._check_model()
         self._note_frozen()
@@ -165,70 +160,14 @@ class NanotronTrainer(
         self.accelerator.mesh, self.accelerator.model = self.mesh, model
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
-        self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        refuse_frozen(model, self._trainable)
-        recipe, skipped = self.args.fp8, self.args.fp8_skip_layers
-        together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
-        self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
+        self.training_state = prepare_training(model, self.args)
+        self.weights, self._recomputed = self.training_state.weights, self.training_state.recomputed
         self._note_weights()
-        restore_layers(model)  # as an earlier trainer may have left them
-        restore_recomputed(model)
-        self._set_up_recomputation()
-        if self.args.torch_compile:
-            backend = self.args.torch_compile_backend or "inductor"
-            compile_layers(model, backend, self.args.torch_compile_mode, self._recomputed)
-        model.attention, chosen = choose_attention(
-            model, model.anatomy, compute_dtype, self.mesh.device, self.args.attention
-        )
-        logger.info(chosen)
-        self._step = TrainStep(model, self.weights)
-        model.z_loss = self.args.z_loss_coefficient
+        self._step = TrainStep(self.training_state)
         self._loads = {}
-        together(self.mesh, "setting up the experts", self._set_up_mixture)
-
-    def _set_up_recomputation(self) -> None:
-        """Which layers recompute their activations, and how.
-
-        Raises:
-            ValueError: for layers that the model does not have.
-        """
-        args, options = self.args, dict(as_mapping(self.args.activation_checkpointing_kwargs))
-        every = options.pop("every_n_layers", None) or 1
-        options.pop("offload", None)
-        chosen = layer_numbers(args.activation_checkpointing_layers)
-        self._recomputed = chosen_layers(self.model, chosen, every) if recomputes(args) else frozenset()
-        self._recompute_options = options
-        if args.activation_checkpointing_policy == "selective":
-            recompute_selectively(self.model, self._recomputed, options)
-
-    def _set_up_mixture(self) -> None:
-        """What the arguments say about experts.
-
-        Raises:
-            ValueError: for arguments about experts that the model has none of.
-        """
-        args, mixture = self.args, self.model.mixture
-        if mixture is not None:
-            dtype = self.weights.compute_dtype
-            mixture.configure(self.model, dtype, args.moe_capacity_factor, args.moe_bias_update_rate)
-            return
-        for name, off in (("moe_capacity_factor", None), ("moe_bias_update_rate", 0.0)):
-            if getattr(args, name) != off:
-                raise ValueError(f"{name}={getattr(args, name)}: {type(self.model).__name__} has no experts.")
 
     def _check_frozen(self) -> None:
-        named = dict(self.model.named_parameters())
-        trainable = {name for name, parameter in named.items() if parameter.requires_grad}
-        if changed := sorted(trainable ^ self._trainable):
-            raise ValueError(
-                f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, "
-                "which has divided the trainable ones among the ranks already; change it before."
-            )
-        if self.args.save_hub_weights == "last" and (frozen := sorted(named.keys() - trainable)):
-            raise ValueError(
-                f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): they are in the "
-                "Hub's files alone, so a checkpoint without those could not be resumed; use save_hub_weights='always'."
-            )
+        check_frozen(self.training_state, self.args.save_hub_weights)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         segments, order = self.weights.segments, list(self.model.hub_shapes)
@@ -301,18 +240,14 @@ class NanotronTrainer(
     ) -> tuple[nn.Module, Any]:
         """Optimizer and scheduler; nothing wraps the model."""
         self._window, self._stepped = [], -1  # of a run that was broken off
-        if self.model is not self._step.model:  # `model_init` made a new one
+        if self.model is not self.training_state.model:  # `model_init` made a new one
             self._set_up_training_state()
-        elif self.model.sharded is not self.weights:
+        elif self.model.weights is not self.weights:
             raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
-        if self.args.activation_checkpointing_policy == "selective":
-            self.model.activation_checkpointing_disable()  # which Trainer has switched on
-        elif self._recomputed:
-            recompute_wholly(self.model, self._recomputed, self._recompute_options)
+        start_run(self.training_state, self.args)
         self._take_written()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         together(self.mesh, "checking the loss", self._check_loss)
-        set_noise(self.model, self.args.neftune_noise_alpha, self.args.seed)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()
@@ -368,7 +303,7 @@ class NanotronTrainer(
             micro_batches = weigh(micro_batches, fillers, self.mesh)
         multiple = self.mesh.tp_size if self.mesh.parallel.sequence_parallel else 1
         for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
-            if self.model.attention is not None:
+            if self.training_state.attention is not None:
                 micro_batch[DOCUMENTS] = documents_of(batch, multiple)
             if isinstance(batch, FillerBatch):
                 micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
@@ -408,15 +343,12 @@ class NanotronTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_methods(self)  # also those put on it since it was made
-        self.model.switches = Switches.read(self.model)
+        note_switches(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
             gc.unfreeze()
-            set_noise(self.model, None, 0)
-            if self.model.switches is not None:
-                self.model.switches.restore(self.model)
-                self.model.switches = None
+            end_run(self.model)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self._link is not None

@@ -235,10 +235,11 @@ def count_collectives(directory: str, sizes: dict[str, Any]) -> tuple[list[list[
         )
         # Small buckets, which `ddp_bucket_cap_mb` cannot ask for.
         from hf_nanotron.prepare.shard_weights import shard_weights
+        from hf_nanotron.prepare.training_state import TrainingState
         from hf_nanotron.training.step import TrainStep
 
         trainer.weights = weights = shard_weights(model, model.dtype, 10_000)
-        trainer._step = TrainStep(model, weights)
+        trainer._step = TrainStep(TrainingState(model, weights))
         begin, before, after = weights.begin, weights.before_backward, weights.after_backward
 
         def on_begin() -> None:

@@ -37,13 +37,13 @@ READS_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_value
 WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "unit_norm", "identity")
 
 
-def tensor_specs(model: PreTrainedModel, anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
-    """A `ShardSpec` for every parameter of the whole `model`, keyed by its name. Changes nothing.
+def tensor_specs(anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
+    """A `ShardSpec` for every parameter of the whole model, keyed by its name. Changes nothing.
 
     Raises:
         ValueError: if heads, vocabulary, experts or features cannot be cut over the ranks.
     """
-    tp_size = mesh.tp_size
+    model, tp_size = anatomy.model, mesh.tp_size
     summed = tuple(name + "." for name in (*plan.regions, *plan.spread))
     whole = tuple(name + "." for name in plan.whole)
     after_sum = tuple(f"{name}." for name in plan.after_sum)

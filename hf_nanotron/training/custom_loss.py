@@ -59,7 +59,7 @@ class LossTrainer(Trainer):
         self._warn_of_parts()
         # Of a model that takes no number of tokens, `train_step.weigh` divides the plain loss.
         unscaled = self.model_accepts_loss_kwargs and model.plain_forward and not self._is_scaled
-        model.needs_logits = self._loss_of_outputs is not None or self._calls_whole_model or unscaled
+        model.training_loss.needs_logits = self._loss_of_outputs is not None or self._calls_whole_model or unscaled
         self._followed = self._whose_loss
         if not model.makes_logits:
             return

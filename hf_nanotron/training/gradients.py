@@ -10,8 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..models.base import ParallelModel
-from ..models.cut import hook_message
-from ..models.stock.torch_hooks import weight_hook_message
+from ..models.stock.torch_hooks import hook_message, weight_hook_message
 from ..optim.gradients import GradientHook, GradientHooks, GradientPart, HookHandle, chosen_weights, parts_of
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.collectives import all_reduce
@@ -96,12 +95,13 @@ class GradientTrainer(Trainer):
             ValueError: on every rank.
         """
         self.model.check_cut()
-        refuse_together(self.mesh, hook_message(self.model))
+        divided = None if self.mesh.pp_size == 1 else self.model.anatomy.backbone
+        refuse_together(self.mesh, hook_message(self.model, self.mesh.tp_size, divided))
 
     def _note_frozen(self) -> None:
         """Let every rank know which weights of the whole model are frozen. All ranks together."""
         model, names = self.model, list(self.model.weight_shapes)
-        frozen = model.cut.frozen_now(model)
+        frozen = model.frozen_now()
         held = {model.shard_specs[name].name for name in model.shard_specs}
         says = [float(name in held) - 2 * float(name in held and name in frozen) for name in names]
         told = all_reduce(torch.tensor(says, device=self.mesh.device), self.mesh.world).tolist()

@@ -185,7 +185,7 @@ def _held_dtypes(model: ShardedModel) -> dict[str, torch.dtype]:
     """As `_planned_dtypes`, but those of the tensors that this rank holds are what they are."""
     held = {name: buffer.dtype for name, buffer in held_buffers(model).items()}
     for name, spec in model.shard_specs.items():
-        is_fully_sharded = model.sharded is not None and model.parallel.zero_stage == 3
+        is_fully_sharded = model.weights is not None and model.parallel.zero_stage == 3
         held[spec.name] = model.dtype if is_fully_sharded else model.get_parameter(name).dtype
     return _planned_dtypes(model) | held
 
