@@ -24,11 +24,7 @@ def accepted(forward: Callable[..., Any], inputs: Mapping[str, Any], added: Coll
 
 
 def as_output(result: Any, has_labels: bool) -> Any:
-    """What a causal LM returned, with `loss` and `logits`: a `ModelOutput`, a dict, or a tuple with the loss first.
-
-    Raises:
-        ValueError: if there were labels and there is no loss.
-    """
+    """What a causal LM returned, with `loss` and `logits`: a `ModelOutput`, a dict, or a tuple with the loss first."""
     if isinstance(result, tuple) and not hasattr(result, "logits"):
         loss, logits = (*result[:2], None)[:2] if has_labels else (None, result[0])
         result = CausalLMOutputWithPast(loss=loss, logits=logits)

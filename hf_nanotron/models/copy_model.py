@@ -20,9 +20,6 @@ def copy_model(model: Model, memo: dict[int, Any]) -> Model:
 
     Args:
         memo: of `copy.deepcopy`.
-
-    Raises:
-        ValueError: for a model that ZeRO stage 3 has sharded.
     """
     memo[id(model.hub_layout)] = model.hub_layout  # never changes
     with contextlib.nullcontext() if model.weights is None else model.weights.copying(memo):

@@ -28,9 +28,6 @@ def pipelined_forward(model: ModelParts, stages: Sequence[Stage], inputs: dict[s
             layer stays on the rank that holds the layer.
         gather_logits: join the slices of the vocabulary and hand logits to every stage, else `logits` is None, and
             no key-value cache is made.
-
-    Raises:
-        ValueError: for inputs that a later stage could not know.
     """
     mesh, parallel = model.mesh, model.parallel
     for name in ("output_hidden_states", "output_attentions"):
@@ -82,9 +79,6 @@ def _stage_caches(model: ModelParts, stages: Sequence[Stage], cache: Cache) -> d
 
     Backbones derive masks and positions from the cache. A later stage of this rank must not meet layers that an earlier
     one has made longer in the same pass, so it gets throw-away copies of the layers that are not its own.
-
-    Raises:
-        ValueError: for a cache that cannot be copied without its contents.
     """
     first, *later = stages
     if later and any(isinstance(layer, StaticLayer) for layer in cache.layers):

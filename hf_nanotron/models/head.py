@@ -130,9 +130,6 @@ def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str
 
     Returns:
         What it multiplies its logits by.
-
-    Raises:
-        Exception: if it does anything else with them.
     """
     hidden_size = model.config.get_text_config().hidden_size
     hidden = torch.empty((1, PROBED_TOKENS, hidden_size), device="meta")

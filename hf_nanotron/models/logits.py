@@ -61,10 +61,6 @@ def whole_outputs(model: ModelParts, view: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def refuse_own_heads(model: ModelParts, output: Any) -> None:
-    """
-    Raises:
-        ValueError: for an output with the attention weights of this rank's heads alone.
-    """
     weights = output.get("attentions") if isinstance(output, dict) else None
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
     if model.mesh.tp_size > 1 and any(w is not None and w.dim() == 4 and w.shape[1] != heads for w in weights or ()):

@@ -55,9 +55,6 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     The order is: read the plans and check them on the whole model, so that every rank raises the same error; put
     stand-ins in the place of other stages' modules; cut the remaining layers over the tensor-parallel ranks; attach the
     hooks that communicate; make the stage views.
-
-    Raises:
-        ValueError: for a model without a plan, or sizes that do not fit it.
     """
     if isinstance(model, ParallelModel):
         raise ValueError(f"{type(model).__name__} is parallel already.")
@@ -121,11 +118,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
 
 
 def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Compare what the ranks hand over, but for the values of weights. All ranks together.
-
-    Raises:
-        ValueError: on every rank, if classes, shapes, dtypes or what is trained differ.
-    """
+    """Compare what the ranks hand over, but for the values of weights. All ranks together."""
     if mesh.world_size == 1:
         return
     parts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
@@ -142,11 +135,7 @@ def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None
 
 
 def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Refuse the sizes that a family cannot have.
-
-    Raises:
-        ValueError: with the reason.
-    """
+    """Refuse the sizes that a family cannot have."""
     kind = model.config.get_text_config().model_type
     refused = (
         (mesh.pp_size > 1, NO_PIPELINE, f"pp_size={mesh.pp_size}", "pp_size=1"),
@@ -163,11 +152,7 @@ def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None
 
 
 def _refuse_what_ranks_would_draw_differently(model: PreTrainedModel, mesh: ParallelMesh, plan: Plan) -> None:
-    """Refuse random numbers in what tensor-parallel ranks compute alike: each has a stream of its own.
-
-    Raises:
-        ValueError: naming the field of the config.
-    """
+    """Refuse random numbers in what tensor-parallel ranks compute alike: each has a stream of its own."""
     if mesh.tp_size == 1:
         return
     for name, value in fields_of_chance(model.config.get_text_config()).items():
@@ -227,11 +212,7 @@ def _stage_of(name: str, anatomy: Anatomy, layers_of_stage: tuple[range, ...]) -
 
 
 def _refuse_shared_stages(model: PreTrainedModel, stage_of: dict[str, int], tied: dict[str, str]) -> None:
-    """Refuse a parameter that modules of several stages share: each stage would train a copy of its own.
-
-    Raises:
-        ValueError: naming two places of it.
-    """
+    """Refuse a parameter that modules of several stages share: each stage would train a copy of its own."""
     places: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = places.setdefault(parameter, name)

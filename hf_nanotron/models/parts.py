@@ -116,11 +116,7 @@ class ModelParts(PreTrainedModel):
         return super().named_parameters(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained.
-
-        Raises:
-            ValueError: while the weights belong to a trainer, for another device or dtype than theirs.
-        """
+        """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained."""
         if self.weights is None:
             self.executor.forget_layouts()
             return super()._apply(fn, recurse)
@@ -134,11 +130,7 @@ class ModelParts(PreTrainedModel):
         return self
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """As in any module. A module's attribute of that name may be something else (a router's weight, in fp32).
-
-        Raises:
-            AttributeError: if there is no such parameter.
-        """
+        """As in any module. A module's attribute of that name may be something else (a router's weight, in fp32)."""
         owner, _, leaf = target.rpartition(".")
         parameter = self.get_submodule(owner)._parameters.get(leaf)
         if parameter is None:

@@ -19,10 +19,6 @@ def check_prompts(model: ModelParts, args: tuple[Any, ...], kwargs: Mapping[str,
     Args:
         args, kwargs: of `generate`.
         spans_replicas: whether ranks of other replicas take part, with prompts of their own.
-
-    Raises:
-        ValueError: on every rank that takes part, if ranks of one replica have different ones, or for an id that the
-            vocabulary does not have.
     """
     told = {name: value for name, value in kwargs.items() if name != "streamer"}  # which one rank may have alone
     if args:
@@ -40,9 +36,6 @@ def refuse_foreign_ids(model: ModelParts, inputs: Mapping[str, Any]) -> None:
 
     On a device, where the host would have to wait for it, the device stops at them, as it does in a whole embedding.
     One token a row, which generation has chosen itself, is not looked at there.
-
-    Raises:
-        ValueError: naming the id and the size of the vocabulary.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor):

@@ -59,9 +59,6 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
     """Run a whole model with weights; None where nothing is cut, or all of its code is transformers' own.
 
     All ranks together. The loss is that of rank 0, whose weights all of them will take.
-
-    Raises:
-        ValueError: if the model returns no loss. Whatever its own code raises.
     """
     if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
         return None
@@ -91,11 +88,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
 
 
 def compare(model: ParallelModel, trial: Trial | None) -> None:
-    """Run the cut model on the batch of a `Trial`. All ranks together.
-
-    Raises:
-        ValueError: if it computes another loss.
-    """
+    """Run the cut model on the batch of a `Trial`. All ranks together."""
     if trial is None:
         return
     mesh, inputs = model.mesh, {"input_ids": trial.ids, "labels": trial.ids, "use_cache": False}

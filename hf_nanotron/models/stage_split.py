@@ -27,9 +27,6 @@ def split_layers(
         last_cost: what the last stage does besides (head), same unit.
         layers_per_stage: the user's own split instead.
         last_cut: the layers from this one on share keys and values, and stay on one stage.
-
-    Raises:
-        ValueError: for more stages than layers, or a split that does not add up.
     """
     num_layers = len(layer_costs)
     if last_cut is not None:

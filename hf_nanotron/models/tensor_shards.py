@@ -38,11 +38,7 @@ WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "unit_norm", "identity")
 
 
 def tensor_specs(anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
-    """A `ShardSpec` for every parameter of the whole model, keyed by its name. Changes nothing.
-
-    Raises:
-        ValueError: if heads, vocabulary, experts or features cannot be cut over the ranks.
-    """
+    """A `ShardSpec` for every parameter of the whole model, keyed by its name. Changes nothing."""
     model, tp_size = anatomy.model, mesh.tp_size
     summed = tuple(name + "." for name in (*plan.regions, *plan.spread))
     whole = tuple(name + "." for name in plan.whole)

@@ -47,11 +47,7 @@ class MicroBatch:
         output.loss, self.logits = self.weigh(loss), None
 
     def weigh(self, loss: Any) -> torch.Tensor:
-        """What is differentiated for `loss`.
-
-        Raises:
-            ValueError: for a loss that is no scalar, or that depends on no weight.
-        """
+        """What is differentiated for `loss`."""
         if not self.counts:
             assert self.logits is not None
             return self.logits.float().sum() * 0.0

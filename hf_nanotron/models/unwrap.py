@@ -31,9 +31,6 @@ def unwrap(model: Any) -> Any:
     """`model` without `torch.compile`, `DistributedDataParallel`, `DataParallel` and what accelerate has put on.
 
     Compiled children and `forward`s set on instances by those tools are taken off too, in place.
-
-    Raises:
-        ValueError: for a model that is quantised, has adapters, or is divided by another tool.
     """
     model = _innermost(model)
     if isinstance(model, FullyShardedDataParallel):
@@ -62,11 +59,7 @@ def unwrap(model: Any) -> Any:
 
 
 def refuse_meta(model: nn.Module) -> None:
-    """Refuse weights that do not exist.
-
-    Raises:
-        ValueError: naming the first.
-    """
+    """Refuse weights that do not exist."""
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if empty:
         raise ValueError(
@@ -122,11 +115,7 @@ def _restore_forward(module: nn.Module) -> None:
 
 
 def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The class of `model`; of one whose `forward` was replaced on the instance, a subclass that has it.
-
-    Raises:
-        ValueError: for a function that is no method of `model`, which could not be called for a stage of it.
-    """
+    """The class of `model`; of one whose `forward` was replaced on the instance, a subclass that has it."""
     stock, forward = type(model), model.__dict__.pop("forward", None)
     if forward is None:
         return stock

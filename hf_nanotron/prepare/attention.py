@@ -219,11 +219,7 @@ def _attend(
     longest_document: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: `[B, heads, S, D]` -> `[B, S, heads, D]`.
-
-    Raises:
-        ValueError: for what `choose_attention` should have kept away.
-    """
+    """An attention function of transformers: `[B, heads, S, D]` -> `[B, S, heads, D]`."""
     causal = is_causal is not False and getattr(module, "is_causal", True)
     peculiar = [name for name in PECULIAR if kwargs.get(name) is not None]
     if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:

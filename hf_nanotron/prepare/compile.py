@@ -56,9 +56,6 @@ def compile_layers(
     Args:
         backend, mode: as `torch.compile` takes them.
         recomputed: numbers of the layers that will recompute activations, wholly or selectively.
-
-    Raises:
-        ValueError: for a backend that is not known to leave operands alone, where weight gradients are put off.
     """
     overlaps = model.parallel.overlaps_tp(model.mesh.device)  # linears one by one
     chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
@@ -84,9 +81,6 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = 
     Args:
         keeps_operands: see `inductor_options`.
         joins: see `rewriting`.
-
-    Raises:
-        ValueError: for a backend of which nothing is known, with `keeps_operands`.
     """
     backend: Any = lookup_backend(name)
     if name == "inductor":

@@ -33,9 +33,6 @@ def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int]
     Args:
         recipe: one of `ops.fp8.RECIPES`, or None for none.
         skip_layers: decoder layers that are left out, counted over the whole model; negative ones from its end.
-
-    Raises:
-        ValueError: on a GPU without FP8, for a layer that the model does not have, or if nothing is left.
     """
     for module in model.modules():
         if isinstance(module, Fp8Linear):
@@ -76,10 +73,6 @@ def fp8_bytes(model: ParallelModel) -> int:
 
 
 def check_device(device: torch.device) -> None:
-    """
-    Raises:
-        ValueError: for a GPU without FP8. On a CPU the same numbers are computed, slowly.
-    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(
@@ -104,10 +97,6 @@ def _candidates(model: ParallelModel) -> Iterator[tuple[str, int, Linear]]:
 
 
 def _skipped(model: ParallelModel, skip_layers: Sequence[int] | None) -> set[int]:
-    """
-    Raises:
-        ValueError: for a layer that the model does not have.
-    """
     count = max((len(layers) for _, layers in model.anatomy.layer_stacks()), default=0)
     for index in skip_layers or ():
         if not -count <= index < count:

@@ -72,11 +72,7 @@ def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
 
 
 def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: int = 1) -> frozenset[int]:
-    """Which decoder layers recompute: `layers`, or each `every`-th, counted over the whole model as the Hub does.
-
-    Raises:
-        ValueError: for a layer that the model does not have; the same on every rank.
-    """
+    """Which decoder layers recompute: `layers`, or each `every`-th, counted over the whole model as the Hub does."""
     count = len(model.anatomy.numbered_layers())
     if layers is None:
         return frozenset(range(0, count, every))
@@ -93,9 +89,6 @@ def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Map
 
     Args:
         options: as in `recompute_selectively`.
-
-    Raises:
-        ValueError: if some layers were chosen of a model whose layers have no switch of their own.
     """
     every = dict(model.anatomy.numbered_layers())
     own = {i: layer for i, layer in every.items() if isinstance(layer, GradientCheckpointingLayer)}

@@ -19,9 +19,6 @@ def refuse_frozen(model: ParallelModel, trainable: Collection[str]) -> None:
 
     Args:
         trainable: names of the parameters of this rank that require a gradient.
-
-    Raises:
-        ValueError: with the way out.
     """
     count = all_reduce(torch.tensor(float(len(trainable)), device=model.mesh.device), model.mesh.world)
     if not count:

@@ -24,7 +24,7 @@ class ShardedModel(Protocol):
         hub_shapes: shape of every tensor of the stock model, in its order.
         hub_owners: pipeline rank that holds (and writes) each of them.
         hub_layout: which tensors of the Hub's files they are.
-        sharded: what owns weights and gradients while the model trains, or None.
+        weights: what owns weights and gradients while the model trains, or None.
     """
 
     mesh: ParallelMesh
@@ -43,7 +43,7 @@ class ShardedModel(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
-    def sharded(self) -> object: ...
+    def weights(self) -> object: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 

@@ -29,11 +29,7 @@ UNLIKE_EXPERTS = ("longcat_flash", "zaya")
 
 
 def num_choices(config: PreTrainedConfig) -> int:
-    """How many experts a router of the model has to choose from; the most of any layer.
-
-    Raises:
-        ValueError: for a config that does not say.
-    """
+    """How many experts a router of the model has to choose from; the most of any layer."""
     config = config.get_text_config()
     for name in NUM_EXPERTS:
         value = getattr(config, name, None)
@@ -150,9 +146,6 @@ class BiasBalancer:
     Args:
         routers: those of the layers that this rank holds.
         update_rate: 0, the default, leaves the biases as they are; the paper uses 1e-3.
-
-    Raises:
-        ValueError: for a rate below 0, or a model whose biases cannot be updated in this way.
     """
 
     def __init__(self, model: PreTrainedModel, routers: Sequence[Router], update_rate: float = 0.0) -> None:

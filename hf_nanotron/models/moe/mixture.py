@@ -138,9 +138,6 @@ class Mixture:
             dtype: what the model computes in; its routers compute in fp32 all the same.
             capacity_factor: of the experts; None drops nothing.
             update_rate: of the correction biases (`BiasBalancer`).
-
-        Raises:
-            ValueError: for biases that the model does not have.
         """
         self.refresh(model)
         for experts in self.experts:

@@ -107,9 +107,6 @@ def router_losses(model: PreTrainedModel, output_router_logits: bool | None = No
 
     Args:
         output_router_logits: as passed to the stock forward; the config's if None.
-
-    Raises:
-        ValueError: for a coefficient that is no number, or a loss over routers that do not return logits.
     """
     config = model.config.get_text_config()
     if output_router_logits is None:
@@ -187,9 +184,6 @@ def sum_records(
     Args:
         mask: `[batch, sequence]`, 0 where a token does not count: the attention mask that the stock forward gets, over
             the tokens that the routers of this rank saw.
-
-    Raises:
-        ValueError: if logits have no gradient although the router is trained (reentrant checkpointing).
     """
     for record in records:
         logits = record.logits
@@ -213,9 +207,6 @@ def fp32_router(router: Router) -> None:
     their names and hooks stay, and so do the dtypes of the other outputs, such as routing weights (but HunYuan's, which
     follow its logits). A router that computes in fp32 already is left as it is, and in an fp32 model nothing changes.
     To be called after weights are initialised, because in a bfloat16 model `module.weight` is then a copy.
-
-    Raises:
-        ValueError: for a router of several layers (Zaya, Doge), and for one that changes its input in place.
     """
     module = router.module
     if module.__class__.__dict__.get("computes_in_fp32"):

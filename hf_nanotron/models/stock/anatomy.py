@@ -46,11 +46,7 @@ class Anatomy:
         return None
 
     def decoder_layers(self) -> nn.ModuleList:
-        """The decoder layers, stand-ins of absent ones among them.
-
-        Raises:
-            ValueError: if the model has no single stack of them.
-        """
+        """The decoder layers, stand-ins of absent ones among them."""
         if self.layers is None:
             raise ValueError(
                 f"{type(self.model).__name__} has no single stack of decoder layers (one of {', '.join(LAYERS)} in "

@@ -46,11 +46,7 @@ def _first(name: str) -> str:
 
 
 def check_own_forward(model: Any, stock_class: type[PreTrainedModel]) -> None:
-    """Refuse a `forward` of the user's that the stages of a pipeline cannot follow.
-
-    Raises:
-        ValueError: saying what it does.
-    """
+    """Refuse a `forward` of the user's that the stages of a pipeline cannot follow."""
     if is_of_transformers(stock_class.forward):
         return
     problem = _problem(model, stock_class)

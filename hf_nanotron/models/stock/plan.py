@@ -54,12 +54,7 @@ def mixes_tokens(block: nn.Module) -> bool:
 
 
 def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
-    """Decide about every weight of a whole stock model.
-
-    Raises:
-        ValueError: if nothing says how the model is cut, or a declared style is unknown, or the plan would count a part
-            of a block once for every rank.
-    """
+    """Decide about every weight of a whole stock model."""
     model, found = anatomy.model, anatomy.blocks()
     spread: dict[str, str] = {}  # block -> its experts
     if ep_size > 1:
@@ -141,11 +136,7 @@ def _holds(block: nn.Module, name: str) -> bool:
 
 
 def _check_regions(model: PreTrainedModel, regions: list[str], styles: dict[str, str]) -> None:
-    """Every path through a summed block must pass a cut layer: what does not would be counted once for every rank.
-
-    Raises:
-        ValueError: naming a linear that writes the block's output and is whole.
-    """
+    """Every path through a summed block must pass a cut layer: what does not would be counted once for every rank."""
     width = model.config.get_text_config().hidden_size
     for region in regions:
         for name, module in model.get_submodule(region).named_modules():

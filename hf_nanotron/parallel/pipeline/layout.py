@@ -22,11 +22,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: tuple[torch.Tensor | None, ...]) -> Layout:
-        """The layout of what a stage made.
-
-        Raises:
-            ValueError: for more tensors or dimensions than a header holds, or another dtype.
-        """
+        """The layout of what a stage made."""
         for x in tensors:
             if x is not None and (x.dtype not in DTYPES or x.dim() > MAX_DIMS):
                 raise ValueError(f"a stage cannot send a tensor of {x.dim()} dimensions and dtype {x.dtype}.")

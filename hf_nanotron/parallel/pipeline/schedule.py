@@ -100,11 +100,7 @@ def _sequence(kind: Kind, rank: int, pp_size: int, virtual_stages: int, groups: 
 
 
 def build_table(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> tuple[tuple[Tick, ...], ...]:
-    """Play `orders` tick by tick and return each rank's ticks.
-
-    Raises:
-        RuntimeError: if some rank waits for a result that never comes.
-    """
+    """Play `orders` tick by tick and return each rank's ticks."""
     pp_size = len(orders)
     position = [0] * pp_size
     done: set[Action] = set()
