@@ -26,14 +26,12 @@ SIZES = (
 
 @dataclass
 class Cut:
-    """Of a stock model, when it was cut.
+    """What the stock model was when it was sharded.
 
     Attributes:
         modules: name -> module of this rank, for those that hold weights themselves, and their stand-ins.
-        sizes: fields of its config.
-        embeddings: names of the weights of its embeddings, on any rank.
-        frozen: names of its frozen weights, on any rank. A trainer brings it up to date.
-        tried_hooks: (module, hook) of those inside its backbone, with which the cut model computes what it did.
+        embeddings, frozen: names of those weights, on any rank. A trainer brings `frozen` up to date.
+        tried_hooks: (module, hook) inside its backbone, with which the sharded model computes what it did.
     """
 
     modules: dict[str, nn.Module]
@@ -55,10 +53,7 @@ class Cut:
         return frozenset(n for n in self.frozen if n not in held) | {n for n, trained in held.items() if not trained}
 
     def change_message(self, model: PreTrainedModel, specs: Mapping[str, ShardSpec]) -> str | None:
-        """What was changed in `model` since that no weight could follow; None if nothing.
-
-        It names the first replaced module, new or lost weight, or changed size.
-        """
+        """The first thing changed in `model` since that its weights could not follow; None if nothing was."""
         for name, size in sizes_of(model.config).items():
             if size != self.sizes[name]:
                 return (

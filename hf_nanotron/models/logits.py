@@ -1,11 +1,8 @@
 """Whole logits while a model trains: for a loss that is not the model's own.
 
-The last stage computes logits over its slice of the vocabulary, and joins the slices inside the call of the head, so
-that hooks on the head, the model's own `forward` and its loss function find what they would find in one process. Every
-tensor-parallel rank then computes the same loss, and the gradient of a slice is our slice of the whole gradient.
-
-Under sequence parallelism the `forward` sees sequences as the batch has them. They are filled up where they enter the
-backbone, and joined and cut to their length where they leave it.
+The slices of the vocabulary are joined inside the call of the head, so that hooks on it, the model's own `forward` and
+its loss function find what they would find in one process. Under sequence parallelism, sequences are padded where they
+enter the backbone, and joined and trimmed where they leave it. See `docs/design/models.md`.
 """
 
 from __future__ import annotations
@@ -45,8 +42,7 @@ def forward_with_logits(model: ModelParts, view: Any, inputs: dict[str, Any]) ->
 def whole_outputs(model: ModelParts, view: Any) -> Iterator[list[torch.Tensor]]:
     """Let the backbone and the head of `view` return what they would in one process, whoever calls them. May be nested.
 
-    Returns:
-        Where the logits are put that the head has made last.
+    Yields a list that holds the logits that the head made last.
     """
     if (outer := view.__dict__.get("made_logits")) is not None:
         yield outer

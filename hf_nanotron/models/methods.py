@@ -1,7 +1,6 @@
-"""What the methods of `PreTrainedModel` that read or write weights do on a cut model.
+"""What the methods of `PreTrainedModel` that read or write weights do on a sharded model.
 
-Each public method of transformers' and torch's is in one of three tables. A release that adds one fails the test that
-walks over them.
+Each public method of transformers and torch is in one of three tables; a test fails on one that is in none.
 """
 
 from __future__ import annotations

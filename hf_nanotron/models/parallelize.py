@@ -50,11 +50,9 @@ from .unwrap import class_of, unwrap
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
-    """Cut `model` (whole, on the meta device or with weights) down to what this rank of `mesh` holds.
+    """Shard `model` (on the meta device or with weights) in place: keep what this rank of `mesh` holds.
 
-    The order is: read the plans and check them on the whole model, so that every rank raises the same error; put
-    stand-ins in the place of other stages' modules; cut the remaining layers over the tensor-parallel ranks; attach the
-    hooks that communicate; make the stage views.
+    Plans are read and checked on the whole model, so that every rank raises the same error.
     """
     if isinstance(model, ParallelModel):
         raise ValueError(f"{type(model).__name__} is parallel already.")

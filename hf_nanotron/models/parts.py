@@ -32,34 +32,28 @@ from .weight_store import WeightStore
 
 
 class ModelParts(PreTrainedModel):
-    """The part of a parallel model that its forward, its stages and its methods are written for.
+    """What a parallel model's stages, methods and forward are written for. Made by `parallelize`.
 
     Attributes:
         mesh: where this rank stands.
         anatomy: names of the model's parts.
-        cut: what the stock model was when it was cut.
+        cut: what the stock model was when it was sharded.
         shard_specs: parameter name -> which part of the Hub tensor it is, for the parameters of this rank.
         hub_shapes: shape of every tensor of the Hub checkpoint, in model order.
         hub_owners: pipeline rank that holds (and writes) each of them.
         hub_layout: which tensors of the Hub's files they are.
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
-        stages: the pipeline stages of this rank, in model order.
         streams: seeds of dropout, or None if the model has none.
         mixture: losses over the routers and loads of the experts, or None for a dense model.
-        sharded: what owns weights and gradients while the model trains, of the trainer that took it last.
+        weights: the trainer's, while one owns them.
+        training_loss: how the loss is made while it trains.
+        decorations: what training has put on it.
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
         names_attention: whether the user named its attention, which is kept then.
-        attention: what stands for the stock attention while it trains, or None.
-        fp8: the FP8 copies of its weights, or None if it computes without.
-        switches: what the user has said about recomputation, while a training run goes by its arguments.
-        z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
-        needs_logits: make whole logits while training, for whoever computes the loss from them; set by the trainer.
-        noise: what is added to embeddings in training steps, or None.
-        micro_batch: the one that a trainer runs now, where `makes_logits`.
-        vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not cut.
+        vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not sharded.
         vocab_start: id of the first of ours.
         head_is_cut: whether the tensor-parallel ranks share the vocabulary.
-        head_is_hooked: whether the user had hooked the head before the model was cut, which a stage without it forgets.
+        head_is_hooked: whether the user had hooked the head of the stock model, which a stage without it forgets.
     """
 
     mesh: ParallelMesh

@@ -16,9 +16,7 @@ from .parts import ModelParts
 def check_prompts(model: ModelParts, args: tuple[Any, ...], kwargs: Mapping[str, Any], spans_replicas: bool) -> None:
     """Compare the prompts and settings that the ranks of a replica generate from. All of them together.
 
-    Args:
-        args, kwargs: of `generate`.
-        spans_replicas: whether ranks of other replicas take part, with prompts of their own.
+    `spans_replicas`: ranks of other replicas take part, with prompts of their own.
     """
     told = {name: value for name, value in kwargs.items() if name != "streamer"}  # which one rank may have alone
     if args:
@@ -32,10 +30,10 @@ def check_prompts(model: ModelParts, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def refuse_foreign_ids(model: ModelParts, inputs: Mapping[str, Any]) -> None:
-    """Refuse ids that the model does not know; cut embeddings would take zeros for them.
+    """Refuse ids outside the vocabulary, for which a sharded embedding would return zeros.
 
-    On a device, where the host would have to wait for it, the device stops at them, as it does in a whole embedding.
-    One token a row, which generation has chosen itself, is not looked at there.
+    On a GPU the check is an assertion on the device. One token a row, which generation has chosen, is not checked
+    there.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor):

@@ -1,8 +1,6 @@
-"""A trial of code that is not transformers' own: the cut model must compute the loss of the whole one.
+"""A trial of code that is not transformers' own: the sharded model must compute the loss of the whole one.
 
-Nobody but its author knows what a block, or a hook, of the user's does with a partial sum, or a backbone with the
-embedding of a stage that has none. So one small batch goes through the whole model, and, once it is cut, through all
-ranks together.
+One small batch goes through the whole model, and, once it is sharded, through all ranks together.
 """
 
 from __future__ import annotations
@@ -42,12 +40,9 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What a whole model computes.
+    """What a whole model computes from `ids`, `[ROWS, S]`: its loss, the same on every rank.
 
-    Attributes:
-        classes: names of its classes that have code of their own, and of hooks inside its backbone.
-        ids: `[ROWS, S]`, on the device of the mesh.
-        loss: of the whole model, the same on every rank.
+    `classes`: names of its classes that have code of their own, and of hooks inside its backbone.
     """
 
     classes: tuple[str, ...]
@@ -56,9 +51,10 @@ class Trial:
 
 
 def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
-    """Run a whole model with weights; None where nothing is cut, or all of its code is transformers' own.
+    """Run a whole model with weights, on all ranks; None if it is not sharded, or if all of its code is transformers'
+    own.
 
-    All ranks together. The loss is that of rank 0, whose weights all of them will take.
+    The loss is that of rank 0, whose weights all ranks will take.
     """
     if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
         return None

@@ -21,12 +21,8 @@ def split_layers(
 ) -> tuple[range, ...]:
     """Contiguous layers for each stage, the costliest stage as cheap as possible.
 
-    Args:
-        layer_costs: cost of each decoder layer, any unit (matmul parameters here).
-        first_cost: what the first stage does besides (embedding), same unit.
-        last_cost: what the last stage does besides (head), same unit.
-        layers_per_stage: the user's own split instead.
-        last_cut: the layers from this one on share keys and values, and stay on one stage.
+    Costs are in one unit, any (here parameters of matmuls). `first_cost` and `last_cost` are for embedding and head.
+    Layers from `last_cut` on share keys and values, and stay on one stage.
     """
     num_layers = len(layer_costs)
     if last_cut is not None:

@@ -18,11 +18,10 @@ from .parts import ModelParts
 def stock_forward(
     model: ModelParts, view: PreTrainedModel, loss_weight: torch.Tensor | None = None, **inputs: Any
 ) -> CausalLMOutputWithPast:
-    """The forward that transformers (or the user) wrote, over `view`; logits are this rank's slice, or None where
-    the loss of a training model is fused with the head, or whole where `makes_logits`.
+    """The forward that transformers (or the user) wrote, over `view`.
 
-    Args:
-        loss_weight: what the plain loss is multiplied by.
+    `logits` are whole where `makes_logits`, None where the loss is fused with the head, else this rank's slice.
+    `loss_weight` multiplies the plain loss.
     """
     has_labels, makes_logits = inputs.get("labels") is not None, model.makes_logits
     inputs = accepted(model.stock_class.forward, {**inputs, "return_dict": True})

@@ -195,11 +195,7 @@ def _get(model: nn.Module, name: str) -> Any:
 def swap_layers(
     model: PreTrainedModel, mesh: ParallelMesh, plan: Plan, specs: dict[str, ShardSpec], absent: tuple[type, ...]
 ) -> None:
-    """Let every module of `plan` that `model` still holds have this rank's part of its weights.
-
-    Args:
-        absent: classes of stand-ins for modules of other stages.
-    """
+    """Let every module of `plan` that is no stand-in (`absent`) have this rank's part of its weights."""
     for region in plan.regions:
         block = _present(model, region, absent)
         if block is not None:

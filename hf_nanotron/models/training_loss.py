@@ -17,13 +17,12 @@ class MicroBatch:
 
     Attributes:
         share: what its loss is multiplied by.
-        counts: False for one that only keeps this rank in step with others: its loss is zero, whatever computes it.
-        loss: what computes the loss from `(outputs, labels, items)` on the last stage; the model itself if None.
-        labels: for `loss`; the model is called without them.
-        items: for `loss`: the predicted tokens of the step.
-        filled: id of a tensor -> the same, filled up to a length that sequence parallelism can cut.
-        by_caller: whoever calls the model computes the loss, so the stage leaves it alone.
-        logits: those that the head made, whole.
+        counts: False for one that only keeps this rank in step with others, and whose loss is zero.
+        loss: `(outputs, labels, items)` -> loss, on the last stage; the model's own if None.
+        items: the predicted tokens of the step.
+        filled: id of a tensor -> the same, padded to a length that sequence parallelism can split.
+        by_caller: whoever calls the model computes the loss.
+        logits: whole ones that the head made.
     """
 
     share: float | torch.Tensor = 1.0

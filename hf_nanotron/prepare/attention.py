@@ -1,10 +1,8 @@
 """Which attention a model trains with, and the documents that its rows are packed with.
 
-transformers takes attention functions by name (`AttentionInterface`). Ours keep to the contract of its flash attention:
-a layer says all that is peculiar about it in keyword arguments, such as `sliding_window`, and there is no mask. The
-names are not in `AttentionMaskInterface`, where transformers then makes none: no `[B, 1, S, S]`, and no question to the
-GPU whether a row is packed. What a mask would say must therefore be known of a batch before: `documents_of` reads it
-on the host. Where it cannot, and in evaluation and generation, the model's own attention runs.
+Ours are attention functions of transformers, with the contract of its flash attention: everything is in keyword
+arguments, and there is no mask. What a mask would say is read of a batch on the host (`documents_of`). Where it cannot
+be, and in evaluation and generation, the model's own attention runs. See `docs/design/models.md`.
 """
 
 from __future__ import annotations
@@ -54,12 +52,9 @@ BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch, on the host.
+    """The documents of a batch, on the host: `bounds` `[documents + 1]`, int32, counted over the tokens of all rows.
 
-    Attributes:
-        bounds: `[documents + 1]`, int32, counted over the tokens of all rows.
-        longest: tokens of the longest.
-        packed: whether a row has several.
+    `packed`: a row has several.
     """
 
     bounds: torch.Tensor
@@ -69,12 +64,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model trains with.
-
-    Attributes:
-        kind: key of `KERNELS`.
-        takes_documents: whether the model hands keyword arguments on to its attention.
-    """
+    """What a model trains with. `takes_documents`: it hands keyword arguments on to its attention."""
 
     kind: str
     takes_documents: bool
@@ -93,11 +83,9 @@ class Attention:
 def choose_attention(
     anatomy: Anatomy, dtype: torch.dtype, device: torch.device, asked: str = "auto"
 ) -> tuple[Attention | None, str]:
-    """What a model trains with, or None for its own attention, and a sentence for the log.
+    """What a model that computes in `dtype` trains with, None for its own attention, and a sentence for the log.
 
-    Args:
-        dtype: in which it computes.
-        asked: `"auto"`: by measurement; `"stock"`: the model's own.
+    `asked`: `"auto"`, by measurement, or `"stock"`.
     """
     model = anatomy.model
     own = f"attention: the model's own ({model.config.get_text_config()._attn_implementation})"
@@ -146,11 +134,11 @@ def takes_documents(model: PreTrainedModel) -> bool:
 
 
 def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
-    """The documents of `batch`, its rows filled up to a multiple of `multiple` tokens; None if it needs a mask.
+    """The documents of `batch`, its rows padded to a multiple of `multiple` tokens; None if it needs a mask.
 
     As in transformers, a document begins where `position_ids` do not go on by one, and with an `attention_mask` there
-    are none. Padding on the right needs no mask: no token before it sees it, and nothing is predicted from it. The
-    tensors had better be on the host, as they come from the collator: a GPU would be waited for.
+    are none. Right padding needs no mask: no token before it sees it, and nothing is predicted from it. Tensors should
+    be on the host, as they come from the collator, or a GPU is waited for.
     """
     shape, mask, positions = batch_shape(batch), batch.get("attention_mask"), batch.get("position_ids")
     known = KNOWN_INPUTS | (BOUNDS_OF_STOCK if positions is not None and mask is None else frozenset())

@@ -25,14 +25,11 @@ KINDS = (Linear, ColumnParallelLinear, RowParallelLinear)
 
 
 def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int] | None = None) -> WeightCopies | None:
-    """Have the linear layers of the decoder layers compute in FP8 while they train, or no longer.
+    """Have the linear layers of the decoder layers compute in FP8 while they train; no longer, if `recipe` is None.
 
     Head, embedding, routers, norms and experts stay as they are, and so do linears whose sizes (on this rank) are no
-    multiples of 16. Call it before `shard_weights`, and before blocks are compiled.
-
-    Args:
-        recipe: one of `ops.fp8.RECIPES`, or None for none.
-        skip_layers: decoder layers that are left out, counted over the whole model; negative ones from its end.
+    multiples of 16. `skip_layers` are numbers in the whole model, negative ones from its end. Call it before
+    `shard_weights`, and before layers are compiled.
     """
     for module in model.modules():
         if isinstance(module, Fp8Linear):

@@ -46,7 +46,7 @@ class PreparationArguments(RecomputationArguments, Protocol):
 def prepare_training(model: ParallelModel, args: PreparationArguments) -> TrainingState:
     """Shard the weights of `model`, and have it compute as `args` say. All ranks together.
 
-    The model may have been prepared before, by another trainer, which loses it.
+    A model that another trainer has prepared is taken from it.
     """
     mesh, dtype = model.mesh, torch.bfloat16 if args.bf16 else model.dtype
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)

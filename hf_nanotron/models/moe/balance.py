@@ -62,10 +62,8 @@ def chosen_experts(record: Record) -> torch.Tensor:
 class RouterLoads:
     """How many tokens each expert of each layer got in the micro-batches of a step.
 
-    Args:
-        names: the routers of the *whole* model in order, the same on every rank, so that one sum over the stages joins
-            their rows.
-        num_experts: `num_choices` of the config.
+    `names` are the routers of the whole model, the same on every rank, so that one sum over the stages joins their
+    rows.
     """
 
     def __init__(self, names: Sequence[str], num_experts: int, device: torch.device | str | None = None) -> None:
@@ -85,9 +83,8 @@ class RouterLoads:
     def take(self, group: Group) -> dict[str, torch.Tensor]:
         """Name -> counts `[E]` of the step, summed over `group`; then counting starts anew.
 
-        Args:
-            group: all ranks but those that hold the same tokens of the same layers: the data-parallel ranks of every
-                stage (and the ranks that split a sequence), not the tensor-parallel ones.
+        `group`: one rank for each set of tokens of a layer, so data-parallel ranks, stages, and ranks that split a
+        sequence.
         """
         summed = all_reduce(self.counts, group).clone()
         self.counts.zero_()
@@ -138,14 +135,11 @@ def correction_bias(model: PreTrainedModel, router: Router) -> torch.Tensor | No
 
 
 class BiasBalancer:
-    """Evens out the load by the correction biases (Wang et al. 2024, arXiv:2408.15664, algorithm 1).
+    """Evens out the load by the correction biases (Wang et al. 2024, arXiv:2408.15664, algorithm 1; `update_rate`
+    1e-3).
 
     After each step, the bias of an expert with more than the mean load falls by `update_rate`, that of one with less
     rises by it. The biases choose experts but do not weigh them, so no gradient is changed.
-
-    Args:
-        routers: those of the layers that this rank holds.
-        update_rate: 0, the default, leaves the biases as they are; the paper uses 1e-3.
     """
 
     def __init__(self, model: PreTrainedModel, routers: Sequence[Router], update_rate: float = 0.0) -> None:
@@ -180,11 +174,7 @@ class BiasBalancer:
 
     @torch.no_grad()
     def step(self, counts: Mapping[str, torch.Tensor]) -> None:
-        """Move the biases, after `optimizer.step()`. The same on every rank that holds a copy of a layer.
-
-        Args:
-            counts: of the step, over all data-parallel ranks (`RouterLoads.take`).
-        """
+        """Move the biases, after `optimizer.step()`, by `counts` over all data-parallel ranks."""
         for name, bias in self._biases.items():
             load = counts[name][: bias.numel()].double()
             bias += self.update_rate * torch.sign(load.mean() - load).view_as(bias).to(bias)

@@ -1,6 +1,6 @@
-"""Which weights of a stock model are cut over the tensor-parallel ranks, and how: declared plans and our tables.
+"""Which weights of a stock model are sharded over the tensor-parallel ranks, and how.
 
-Only declarations are used (`config.base_model_tp_plan` and the `_tp_plan` of the class), never the code in transformers
+Only declarations of transformers are used (`config.base_model_tp_plan`, the `_tp_plan` of the class), never its code
 that acts on them. What is missing or wrong there is in `families.py`.
 """
 
@@ -24,13 +24,13 @@ FEEDING_MODULES = ("indexer", "router", "gate")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is cut.
+    """How a model is sharded.
 
-    Args:
+    Attributes:
         styles: module or bare parameter -> style (`"colwise"`, `"rowwise"`, `"packed_colwise"`, `"packed_rowwise"`,
             `"qkv"`, `"heads"`, `"norm"`, `"unit_norm"`, `"vocabulary"`, `"experts"`).
         regions: blocks whose partial outputs are summed.
-        whole: blocks without cut weights that mix tokens.
+        whole: blocks without sharded weights that mix tokens.
         spread: blocks whose experts are spread over the expert-parallel ranks.
         after_sum: modules inside `regions` that work on the sum already.
     """

@@ -29,8 +29,7 @@ def weight_hook_message(parameters: Iterable[tuple[str, nn.Parameter]]) -> str |
 def module_hook_message(model: nn.Module, tp_size: int, divided: str | None) -> str | None:
     """Why backward hooks of modules are refused; None if each sees what it sees in the stock model.
 
-    Args:
-        divided: name of the module that no rank calls as a whole, if there is one. Nor does it call those around it.
+    `divided`: a module that no rank calls as a whole, nor those around it.
     """
     for name, module in model.named_modules():
         if not users_hooks(module, BACKWARD):

@@ -151,10 +151,9 @@ def split_backwards(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> 
     """Give every backward's weight gradients an action of their own, where the rank would wait: ZB-H1.
 
     Qi et al. 2023 (arXiv:2401.10241). Forwards and backwards keep their order; each of the three kinds takes one tick.
-    A rank runs its oldest weight gradient when its next forward or backward has no input yet, or when one more forward
-    would have more micro-batches hold memory than on the fullest rank of `orders` (each does from its forward to its
-    weight gradient). So the peak over the ranks does not rise, and a rank idles for `pp_size - 1` ticks. In `orders`,
-    with backwards of two ticks, it idles for three times as many.
+    A rank runs its oldest weight gradient when its next action has no input yet, or when one more forward would hold
+    more micro-batches than the fullest rank of `orders`. So the peak of memory does not rise, and a rank idles for
+    `pp_size - 1` ticks, a third of what it idles for in `orders`.
     """
     most = max(_most_held(order) for order in orders)
     position, held = [0] * len(orders), [0] * len(orders)
