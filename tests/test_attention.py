@@ -327,7 +327,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         (choose("llama", attention_dropout=0.1), "attention_dropout"),
         (choose("llama", attn_implementation="eager"), "sdpa"),
         (choose("gemma2"), "sdpa"),  # soft-caps: stock attends eagerly
-        (choose("qwen3_next"), "not proven"),
+        (choose("qwen3_next"), "not tested"),
     )
     for (found, sentence), reason in refused:
         assert found is None and sentence.startswith("attention: the model's own") and reason in sentence

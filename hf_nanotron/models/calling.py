@@ -32,7 +32,7 @@ def as_output(result: Any, has_labels: bool) -> Any:
         result = CausalLMOutputWithPast(loss=result.get("loss"), logits=result.get("logits"))
     if has_labels and getattr(result, "loss", None) is None:
         raise ValueError(
-            f"the model was given labels and returned no loss, only a {type(result).__name__}: its `forward` must "
-            "return (loss, logits, ...), or an output with `loss`."
+            f"the model was called with labels but returned no loss, only a {type(result).__name__}: its `forward` "
+            "must return (loss, logits, ...), or an output with `loss`."
         )
     return result

@@ -57,11 +57,11 @@ class Cut:
         for name, size in sizes_of(model.config).items():
             if size != self.sizes[name]:
                 return (
-                    f"config.{name} is {size}, but the model was cut with {name}={self.sizes[name]}. Change the stock "
-                    "model, then hand it over."
+                    f"config.{name} is {size}, but the model was sharded with {name}={self.sizes[name]}. Change the "
+                    "stock model before it is sharded."
                 )
         instead = (
-            "Change the stock model, then hand it over; to set weights, write into them (`copy_`, load_state_dict)."
+            "Change the stock model before it is sharded; to set weights, write into them (`copy_`, load_state_dict)."
         )
         for name, module in self.modules.items():
             owner_name, _, leaf = name.rpartition(".")
@@ -70,14 +70,14 @@ class Cut:
             except AttributeError:
                 same = False
             if not same:
-                return f"the module {name} was replaced or removed after the model was cut. {instead}"
+                return f"the module {name} was replaced or removed after the model was sharded. {instead}"
         parameters = dict(model.named_parameters())
         for name in sorted(parameters.keys() ^ specs.keys()):
-            what = "added to the model" if name in parameters else "taken from the model, or tied to another,"
-            return f"the weight {name} was {what} after it was cut. {instead}"
+            what = "added to the model" if name in parameters else "removed from the model, or tied to another,"
+            return f"the weight {name} was {what} after it was sharded. {instead}"
         for name, parameter in parameters.items():
             if tuple(parameter.shape) != (shape := specs[name].local_shape):
-                return f"{name} has shape {tuple(parameter.shape)}; this rank's part of it is {shape}. {instead}"
+                return f"{name} has shape {tuple(parameter.shape)}; this rank's shard of it is {shape}. {instead}"
         return None
 
 

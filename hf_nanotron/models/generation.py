@@ -80,8 +80,8 @@ def _stage_caches(model: ModelParts, stages: Sequence[Stage], cache: Cache) -> d
     first, *later = stages
     if later and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
-            "a static key-value cache cannot serve an interleaved pipeline, whose stages on one rank all need it as it "
-            "was before the pass; use the dynamic cache (the default)."
+            "a static key-value cache is not supported with an interleaved pipeline (pp_virtual_stages > 1); use the "
+            "dynamic cache (the default)."
         )
     while cache.layer_class_to_replicate is not None and len(cache) < model.config.get_text_config().num_hidden_layers:
         cache.layers.append(cache.layer_class_to_replicate())

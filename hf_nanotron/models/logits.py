@@ -61,8 +61,8 @@ def refuse_own_heads(model: ModelParts, output: Any) -> None:
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
     if model.mesh.tp_size > 1 and any(w is not None and w.dim() == 4 and w.shape[1] != heads for w in weights or ()):
         raise ValueError(
-            f"output_attentions=True at tp_size={model.mesh.tp_size}: a rank has the attention weights of its own "
-            "heads alone; use tp_size=1."
+            f"output_attentions=True at tp_size={model.mesh.tp_size}: each rank only has the attention weights of "
+            "its own heads; use tp_size=1."
         )
 
 
@@ -75,8 +75,8 @@ def _whole_vocabulary(model: ModelParts, view: Any, micro_batch: MicroBatch | No
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         if micro_batch is not None and micro_batch.logits is not None and model.streams is not None:
             raise ValueError(
-                "the model was called twice for one micro-batch: dropout masks follow from the place of a micro-batch "
-                "in the run, so both calls would draw the same ones; set the dropout of its config to 0."
+                "the model was called twice for one micro-batch: dropout masks depend on the position of a "
+                "micro-batch in the run, so both calls would use the same masks; set dropout to 0 in its config."
             )
         logits = model.whole_logits(type(head).forward(head, *args, **kwargs))
         made[:] = [logits]
@@ -110,9 +110,10 @@ def _whole_sequences(model: ModelParts, view: Any, micro_batch: MicroBatch | Non
         if length % group.size:
             if any(id(x) not in micro_batch.filled for x in given if x.shape[1] == length):
                 raise ValueError(
-                    f"sequence_parallel needs sequences of a multiple of {group.size} tokens; this batch has {length}, "
-                    "and the model's forward, or compute_loss, calls its backbone with tensors of its own. Pad in the "
-                    f"collator (pad_to_multiple_of={group.size}) or use sequence_parallel=False."
+                    f"sequence_parallel needs sequence lengths that are multiples of {group.size}; this batch has "
+                    f"{length} tokens, and it cannot be padded automatically, because the model's forward, or "
+                    "compute_loss, calls the backbone with its own tensors. Pad in the collator "
+                    f" (pad_to_multiple_of={group.size}) or use sequence_parallel=False."
                 )
             args = tuple(micro_batch.filled.get(id(x), x) for x in args)
             kwargs = micro_batch.fill(kwargs)

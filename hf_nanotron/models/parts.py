@@ -118,8 +118,8 @@ class ModelParts(PreTrainedModel):
         want = fn(have)
         if (want.dtype, want.device.type) != (have.dtype, have.device.type):
             raise ValueError(
-                f"a trainer owns the weights of this model, as {have.dtype} on {have.device.type}: they cannot go to "
-                f"{want.dtype} on {want.device.type}. Save the model and load it where you want it."
+                f"a trainer owns the weights of this model ({have.dtype} on {have.device.type}), so they cannot be "
+                f"moved to {want.dtype} on {want.device.type}. Save the model and load it there."
             )
         return self
 

@@ -42,4 +42,6 @@ def refuse_foreign_ids(model: ModelParts, inputs: Mapping[str, Any]) -> None:
         if found := foreign_id(inputs, model.vocabulary):
             raise ValueError(f"{found}. {ADVICE}")
     elif model.mesh.tp_size > 1 and ids.shape[-1] > 1:
-        torch._assert_async(((ids >= 0) & (ids < model.vocabulary.inputs)).all(), "an id outside the vocabulary")
+        torch._assert_async(
+            ((ids >= 0) & (ids < model.vocabulary.inputs)).all(), "a token id is outside the vocabulary"
+        )

@@ -30,11 +30,11 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the loss; what 16 b
 COARSE = 3e-3
 
 ADVICE = (
-    "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to "
-    "them, or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later "
-    "pipeline stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block "
-    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1, pp_size=1. "
-    "A hook is given what its module has on this rank."
+    "Under tensor parallelism, attention and MLP blocks return partial sums, which are reduced over the ranks "
+    "afterwards, so nothing may be added to or computed from them inside the block; with sequence_parallel a decoder "
+    "layer sees a slice of the tokens; a later pipeline stage has neither the embedding nor earlier layers. Move the "
+    "code to the decoder layer, or replicate the block with register_plan(<class of the block>, {'': None}), or use "
+    "sequence_parallel=False, tp_size=1, pp_size=1. A hook gets the tensors of this rank."
 )
 
 
@@ -98,7 +98,9 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
             else:
                 loss = model.parallel_forward(gather_logits=False, **inputs).loss
     except Exception as error:  # whatever that code raises
-        raise ValueError(f"{code} fails when the model is cut ({type(error).__name__}: {error}). {ADVICE}") from error
+        raise ValueError(
+            f"{code} fails when the model is sharded ({type(error).__name__}: {error}). {ADVICE}"
+        ) from error
     if not has_dropout(model.config):  # or nothing was tried as it trains
         model.cut.tried_hooks = frozenset(inner_hooks(model, model.anatomy.backbone))
     model.__dict__.pop("linear_head", None)  # found anew, for what the trainer makes of the model
@@ -106,7 +108,7 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
     got, tolerance = float(loss), TOLERANCE.get(model.dtype, COARSE)
     if not abs(got - trial.loss) <= tolerance * abs(trial.loss):
         raise ValueError(
-            f"{code} computes a loss of {got:.6g} when the model is cut, and {trial.loss:.6g} in the whole model. "
+            f"{code} computes a loss of {got:.6g} when the model is sharded, and {trial.loss:.6g} when it is not. "
             + ADVICE
         )
 

@@ -29,13 +29,13 @@ def split_layers(
         if num_stages > last_cut + 1:
             raise ValueError(
                 f"{num_stages} pipeline stages (pp_size x pp_virtual_stages): layers {last_cut} to {num_layers - 1} "
-                "use the keys and values of each other and stay on one stage, so at most "
-                f"{last_cut + 1} stages work."
+                "share keys and values and must be on one stage, so use at most "
+                f"{last_cut + 1} stages."
             )
         if layers_per_stage is not None and num_layers - layers_per_stage[-1] > last_cut:
             raise ValueError(
-                f"pp_layers_per_stage={list(layers_per_stage)}: layers {last_cut} to {num_layers - 1} use the keys and "
-                f"values of each other; the last stage needs at least {num_layers - last_cut} layers."
+                f"pp_layers_per_stage={list(layers_per_stage)}: layers {last_cut} to {num_layers - 1} share keys and "
+                f"values, so the last stage needs at least {num_layers - last_cut} layers."
             )
         if layers_per_stage is None:
             joined = [*layer_costs[:last_cut], sum(layer_costs[last_cut:])]

@@ -65,12 +65,12 @@ def stock_forward(
         output = as_output(model.stock_class.forward(view, **inputs), has_labels)
     if output.logits.scale != scale:
         raise ValueError(
-            f"logits were multiplied by {output.logits.scale}, and by {scale} when the model was tried: its config "
-            "has changed since. Make the model anew."
+            f"logits were multiplied by {output.logits.scale}, but by {scale} when the model was checked: its config "
+            "has changed since. Create the model again."
         )
     if output.loss is not output.logits.loss or output.loss._version:
         raise ValueError(
-            f"the forward of {model.stock_class.__name__} has changed its loss, which it did not when the model was "
-            "tried; set model.plain_forward = False, and it is handed whole logits."
+            f"the forward of {model.stock_class.__name__} changed its loss, which it did not when the model was "
+            "checked; set model.plain_forward = False, so that it gets full logits."
         )
     return type(output)(**{name: value for name, value in output.items() if name != "logits"})

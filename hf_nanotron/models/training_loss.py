@@ -52,11 +52,11 @@ class MicroBatch:
             return self.logits.float().sum() * 0.0
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(f"a loss is a tensor of one element, but the loss of this micro-batch is {what}.")
+            raise ValueError(f"the loss must be a tensor with one element, but the loss of this micro-batch is {what}.")
         if not loss.requires_grad:
             raise ValueError(
                 "the loss of this micro-batch has no gradient: it does not depend on the logits, or was computed from "
-                "a detached copy of them, so it would train nothing."
+                "a detached copy of them."
             )
         return loss.reshape(()) * self.share
 

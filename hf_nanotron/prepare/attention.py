@@ -93,11 +93,11 @@ def choose_attention(
         return None, own
     reason = why_stock(anatomy)
     if reason is None and (device.type != "cuda" or dtype not in HALF):
-        reason = f"it computes in {dtype} on {device.type}; faster kernels take 16 bits on CUDA"
+        reason = f"it computes in {dtype} on {device.type}; faster kernels need 16 bits on CUDA"
     if reason is not None:
         return None, f"{own}: {reason}"
     takes = takes_documents(model)
-    packing = "" if takes else "; packed documents by the model's own"
+    packing = "" if takes else "; the model's own for packed documents"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return Attention("torch", takes), f"attention: torch's kernels{packing}"
     module, missing = flash_attention_4()
@@ -117,13 +117,13 @@ def why_stock(anatomy: Anatomy) -> str | None:
     parts = [module for _, block in anatomy.blocks() for module in block.modules()]
     configs = [part.config for part in parts if isinstance(getattr(part, "config", None), PreTrainedConfig)]
     reasons = (
-        (getattr(model, "names_attention", False), "it was named when the model was made"),
-        (config._attn_implementation != "sdpa", "faster kernels stand for 'sdpa' alone"),
-        (config.model_type not in FAST_ATTENTION, f"{config.model_type!r} was not proven to take another"),
-        (bool(chance), f"{', '.join(chance)} above 0, and faster kernels know no dropout"),
-        (any(own is not config for own in configs), "its blocks have configs of their own"),
-        (anatomy.is_foreign or any(map(is_foreign, parts)), "code of its own may make masks of its own"),
-        (any(getattr(part, "is_causal", True) is False for part in parts), "a block of it is not causal"),
+        (getattr(model, "names_attention", False), "attn_implementation was given"),
+        (config._attn_implementation != "sdpa", "faster kernels only replace 'sdpa'"),
+        (config.model_type not in FAST_ATTENTION, f"{config.model_type!r} is not tested with faster kernels"),
+        (bool(chance), f"{', '.join(chance)} above 0, and faster kernels have no dropout"),
+        (any(own is not config for own in configs), "its blocks have their own configs"),
+        (anatomy.is_foreign or any(map(is_foreign, parts)), "custom code may make its own masks"),
+        (any(getattr(part, "is_causal", True) is False for part in parts), "one of its blocks is not causal"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
@@ -212,11 +212,13 @@ def _attend(
     peculiar = [name for name in PECULIAR if kwargs.get(name) is not None]
     if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:
         what = ", ".join(peculiar) or ("dropout" if dropout else "a mask, or keys of another length")
-        raise ValueError(f"{type(module).__name__} attends with {what}; train it with attention='stock'.")
+        raise ValueError(
+            f"{type(module).__name__} attends with {what}, which faster kernels do not support; use attention='stock'."
+        )
     if packed and document_bounds is None:
         raise ValueError(
-            f"{type(module).__name__} was not told where documents begin: its model does not hand keyword arguments "
-            "on. Train it with attention='stock'."
+            f"{type(module).__name__} does not get document boundaries: its model does not pass keyword arguments on. "
+            "Use attention='stock'."
         )
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     kernel = pick(kernels, Case(query.device.type == "cuda", query.dtype, query.shape[-1], packed, window))

@@ -79,8 +79,8 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = 
         backend = functools.partial(backend, config_patches=inductor_options(mode, keeps_operands))
     elif keeps_operands and name not in WITHOUT_CODE:
         raise ValueError(
-            f"torch_compile_backend={name!r} with pp_schedule='zb' or tp_overlap: it may write to the operands of "
-            "weight gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
+            f"torch_compile_backend={name!r} with pp_schedule='zb' or tp_overlap: it may overwrite the operands "
+            "of deferred weight gradients; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
             "tp_overlap=False."
         )
     return rewriting(backend, joins)

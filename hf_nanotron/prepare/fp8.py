@@ -53,8 +53,8 @@ def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int]
         )
     if odd:
         logger.info(
-            f"fp8={recipe!r}: {len(odd)} linear layers whose sizes are no multiples of {ALIGNMENT} stay in bf16: "
-            + ", ".join(odd)
+            f"fp8={recipe!r}: {len(odd)} linear layers stay in bf16, because their sizes are not multiples of "
+            f"{ALIGNMENT}: " + ", ".join(odd)
         )
     copies = WeightCopies(recipe)
     for module in chosen:
@@ -73,7 +73,7 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(
-            f"fp8: {torch.cuda.get_device_name(device)} has compute capability {capability}; FP8 products need "
+            f"fp8: {torch.cuda.get_device_name(device)} has compute capability {capability}; FP8 matmuls need "
             f"{'.'.join(map(str, CAPABILITY))} or above (Ada, Hopper). Use fp8=None."
         )
 

@@ -90,8 +90,8 @@ def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Map
     odd = {type(x).__name__ for x in every.values() if not isinstance(x, GradientCheckpointingLayer | AbsentLayer)}
     if odd and len(layers) < len(every):
         raise ValueError(
-            f"{odd.pop()} of {type(model).__name__} has no switch of its own (it is no GradientCheckpointingLayer): "
-            "use activation_checkpointing_policy='selective', or all layers."
+            f"{odd.pop()} of {type(model).__name__} cannot be switched separately (it is not a "
+            "GradientCheckpointingLayer): use activation_checkpointing_policy='selective', or all layers."
         )
     function = functools.partial(checkpoint, **_with_defaults(options, model))
     for index, layer in own.items():

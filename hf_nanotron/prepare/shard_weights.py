@@ -19,9 +19,9 @@ def refuse_frozen(model: ParallelModel, trainable: Collection[str]) -> None:
     count = all_reduce(torch.tensor(float(len(trainable)), device=model.mesh.device), model.mesh.world)
     if not count:
         raise ValueError(
-            f"no parameter of {model.stock_class.__name__} requires a gradient, so there is nothing to train; set "
-            "model.requires_grad_(True), or that of the parameters to be trained, before the trainer is made (PEFT's "
-            "merge_and_unload() leaves all of them frozen)."
+            f"no parameter of {model.stock_class.__name__} requires a gradient, so there is nothing to train; call "
+            "model.requires_grad_(True), or set it for the parameters to train, before the trainer is made (PEFT's "
+            "merge_and_unload() leaves all parameters frozen)."
         )
 
 

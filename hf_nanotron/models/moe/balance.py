@@ -144,7 +144,9 @@ class BiasBalancer:
 
     def __init__(self, model: PreTrainedModel, routers: Sequence[Router], update_rate: float = 0.0) -> None:
         if update_rate < 0:
-            raise ValueError(f"update_rate={update_rate} is below 0; use 0 to leave correction biases as they are.")
+            raise ValueError(
+                f"moe_bias_update_rate={update_rate} is below 0; use 0 to leave correction biases unchanged."
+            )
         self.update_rate = update_rate
         self._biases: dict[str, torch.Tensor] = {}
         if not update_rate:
@@ -152,23 +154,24 @@ class BiasBalancer:
         name = type(model).__name__
         if _type(model.config.get_text_config()) in UNLIKE_EXPERTS:
             raise ValueError(
-                f"{name} routes to experts that compute nothing, which an even load is wrong for; use rate 0."
+                f"{name} routes to experts without computation, for which an even load is wrong; use "
+                "moe_bias_update_rate=0."
             )
         for router in routers:
             bias = correction_bias(model, router)
             if bias is None:
                 raise ValueError(
-                    f"{router.name} of {name} has no correction bias; balance it by output_router_logits=True."
+                    f"{router.name} of {name} has no correction bias; use output_router_logits=True to balance it."
                 )
             if isinstance(bias, nn.Parameter):
                 raise ValueError(
                     f"moe_bias_update_rate={update_rate}: the correction bias of {router.name} is a parameter of "
-                    f"{name}, which bf16 rounds and ZeRO may divide; balance it by output_router_logits=True."
+                    f"{name}, which bf16 rounds and ZeRO may shard; use output_router_logits=True to balance it."
                 )
             if bias.dtype != torch.float32:
                 raise ValueError(
-                    f"the correction bias of {router.name} is {bias.dtype}, in which steps of {update_rate} vanish; "
-                    "keep it in float32."
+                    f"the correction bias of {router.name} is {bias.dtype}, which rounds steps of {update_rate} to "
+                    "zero; keep it in float32."
                 )
             self._biases[router.name] = bias
 

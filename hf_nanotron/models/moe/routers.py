@@ -24,7 +24,7 @@ from ...parallel.ep.router_loss import RouterSums, add, auxiliary_loss, scale_gr
 
 # Modules whose recorded "logits" are something else, and what.
 NOT_LOGITS = {
-    "DogeCDMoE": "scores of product keys, of which no expert has one of its own",
+    "DogeCDMoE": "scores of product keys, not of experts",
     "Gemma4TextRouter": "probabilities",
 }
 
@@ -106,14 +106,14 @@ def router_losses(model: PreTrainedModel, output_router_logits: bool | None = No
     z_coefficient = getattr(config, "router_z_loss_coef", None) or 0.0
     for name, value in (("router_aux_loss_coef", coefficient), ("router_z_loss_coef", z_coefficient)):
         if not isinstance(value, int | float):
-            raise ValueError(f"{name}={value!r} is no number; set it, or use output_router_logits=False.")
+            raise ValueError(f"{name}={value!r} is not a number; set it, or use output_router_logits=False.")
     if not balances and not z_coefficient:
         return None
     for router in find_routers(model):
         kind = next((c.__name__ for c in type(router.module).__mro__ if c.__name__ in NOT_LOGITS), None)
         if kind is not None:
             raise ValueError(
-                f"{type(model).__name__} records {NOT_LOGITS[kind]} in the place of router logits; losses over them "
+                f"{type(model).__name__} records {NOT_LOGITS[kind]} instead of router logits; losses over them "
                 "are not supported: use output_router_logits=False and no router_z_loss_coef."
             )
     if not balances:
@@ -173,8 +173,8 @@ def sum_records(
         trained = any(p.requires_grad for p in record.router.module.parameters())
         if trained and torch.is_grad_enabled() and not logits.requires_grad:
             raise ValueError(
-                f"the logits of {record.router.name} have no gradient: activation checkpointing hides it; "
-                "use_reentrant=False keeps it."
+                f"the logits of {record.router.name} have no gradient: reentrant activation checkpointing "
+                "drops it; set use_reentrant=False."
             )
         sums = add(sums, sum_over_tokens(logits, losses.num_experts, losses.top_k, mask))
     return sums
@@ -196,7 +196,7 @@ def fp32_router(router: Router) -> None:
     if getattr(module, "input_jitter_noise", 0.0):
         raise ValueError(
             f"{router.name} scales its input in place by input_jitter_noise={module.input_jitter_noise}, and the "
-            "experts read it afterwards; a router in fp32 works on a copy: set input_jitter_noise=0."
+            "experts read it afterwards, but a router in fp32 works on a copy: set input_jitter_noise=0."
         )
     if isinstance(module._parameters.get("weight"), nn.Parameter):
         exact, dtypes = _in_low_precision(module, router.index)
@@ -206,8 +206,8 @@ def fp32_router(router: Router) -> None:
     linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
     if len(linears) != 1:
         raise ValueError(
-            f"{router.name} is a {type(module).__name__} of {len(linears)} linear layers; fp32 logits need a router "
-            "that has one: leave this model's routers in its own precision."
+            f"{router.name} is a {type(module).__name__} of {len(linears)} linear layers; routers with one linear "
+            "layer only can compute in fp32."
         )
     if not linears[0].__class__.__dict__.get("computes_in_fp32"):
         _swap_class(linears[0], 0, None)

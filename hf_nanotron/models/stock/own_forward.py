@@ -50,8 +50,8 @@ def check_own_forward(model: Any, stock_class: type[PreTrainedModel]) -> None:
     problem = _problem(model, stock_class)
     if problem is not None:
         raise ValueError(
-            f"pp_size={model.mesh.pp_size}: the forward of {stock_class.__name__} {problem}. The stages of a pipeline "
-            "call the backbone once for each micro-batch, and none has all layers; use pp_size=1."
+            f"pp_size={model.mesh.pp_size}: the forward of {stock_class.__name__} {problem}. Pipeline stages call "
+            "the backbone once for each micro-batch, and none has all layers; use pp_size=1."
         )
 
 

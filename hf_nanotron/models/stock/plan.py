@@ -64,8 +64,8 @@ def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
                     spread[path] = join(path, name)
         if not spread:
             raise ValueError(
-                f"ep_size={ep_size}: {type(model).__name__} ({model.config.model_type!r}) has no experts behind "
-                "transformers' common interface to spread over ranks; use ep_size=1."
+                f"ep_size={ep_size}: {type(model).__name__} ({model.config.model_type!r}) has no experts with "
+                "transformers' common interface; use ep_size=1."
             )
     styles = _cut_styles(anatomy, found) if tp_size > 1 else {}
     for path, experts in spread.items():
@@ -99,8 +99,8 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
                 continue
             if style not in STYLES:
                 raise ValueError(
-                    f"{type(model).__name__}: the plan cuts {name!r} as {style!r}, which this version does not know "
-                    f"(it knows {', '.join(STYLES)}); use tp_size=1, or say how with register_plan."
+                    f"{type(model).__name__}: the plan shards {name!r} as {style!r}, which this version does not "
+                    f"support (it supports {', '.join(STYLES)}); use tp_size=1, or another plan (register_plan)."
                 )
             if STYLES[style] is not None:
                 styles[name] = str(STYLES[style])
@@ -108,7 +108,8 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
     if not any(name.startswith(join(anatomy.backbone, "")) for name in styles) and not overrides:
         raise ValueError(
             f"{type(model).__name__}: its config ({model.config.model_type!r}) declares no tensor-parallel plan "
-            "(`base_model_tp_plan`) and register_plan was told none, so its layers cannot be cut; use tp_size=1."
+            "(`base_model_tp_plan`) and none was registered with register_plan, so its layers cannot be sharded; "
+            "use tp_size=1."
         )
     for path, rows in overrides.items():
         block = model.get_submodule(path)
@@ -147,6 +148,6 @@ def _check_regions(model: PreTrainedModel, regions: list[str], styles: dict[str,
             if writes and not feeds and path not in styles:
                 raise ValueError(
                     f"{type(model).__name__}: the outputs of {region!r} are summed over the tensor-parallel ranks, but "
-                    f"{path!r} is whole on each of them, so it would count tp_size times. Say how it is cut with "
+                    f"{path!r} is replicated, so it would be counted tp_size times. Say how to shard it with "
                     f"register_plan({type(model.get_submodule(region)).__name__!r}, ...), or use tp_size=1."
                 )

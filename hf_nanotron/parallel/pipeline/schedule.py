@@ -112,7 +112,9 @@ def build_table(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> tupl
             ready = action is not None and _inputs(action, num_stages) <= done
             actions.append(action if ready else None)
         if not any(actions):
-            raise RuntimeError(f"the schedule stops: {[orders[r][position[r] :][:1] for r in range(pp_size)]}")
+            raise RuntimeError(
+                f"deadlock in the pipeline schedule: {[orders[r][position[r] :][:1] for r in range(pp_size)]}"
+            )
         transfers = sorted(
             transfer for action in actions if action and (transfer := _transfer(action, pp_size, num_stages))
         )
@@ -176,7 +178,9 @@ def split_backwards(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> 
             split[rank].append(action)
             now.append(action)
         if not now:
-            raise RuntimeError(f"the schedule stops: {[o[position[r] :][:1] for r, o in enumerate(orders)]}")
+            raise RuntimeError(
+                f"deadlock in the pipeline schedule: {[o[position[r] :][:1] for r, o in enumerate(orders)]}"
+            )
         done.update(now)
     return tuple(tuple(actions) for actions in split)
 
