@@ -59,9 +59,13 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "vocabulary": (
         {"tp_size": 2},
         {"vocab_size": 1},
-        ["tp_size=2", "larger than the vocabulary of 1", "as one of [1]."],
+        ["tp_size=2", "larger than the vocabulary of 1", "must be one of [1]."],
     ),
-    "intermediate": ({"tp_size": 2}, {"intermediate_size": 49}, ["tp_size=2", "49 features", "mlp", "as one of [1]."]),
+    "intermediate": (
+        {"tp_size": 2},
+        {"intermediate_size": 49},
+        ["tp_size=2", "49 features", "mlp", "must be one of [1]."],
+    ),
     "stages": ({"pp_size": 2}, {"num_hidden_layers": 1}, ["2 pipeline stages", "1 decoder layers", "at most 1"]),
     "split": (
         {"pp_size": 2, "pp_layers_per_stage": (1, 2)},
@@ -75,7 +79,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     ),
     "tp plan": ({"tp_size": 2}, GPT2, ["gpt2", "no tensor-parallel plan", "tp_size=1"]),
     "pp plan": ({"pp_size": 2}, HRM, ["pp_size=2", "hrm_text", "split into stages", "use pp_size=1"]),
-    "experts": ({"ep_size": 2}, {**MOE, "num_experts": 7}, ["ep_size=2", "the 7 experts", "as one of [1, 7]."]),
+    "experts": ({"ep_size": 2}, {**MOE, "num_experts": 7}, ["ep_size=2", "the 7 experts", "must be one of [1, 7]."]),
     "no experts": ({"ep_size": 2}, {}, ["ep_size=2", "llama", "no experts", "use ep_size=1"]),
     "expert ranks": ({"ep_size": 4, "tp_size": 2}, MOE, ["ep_size=4", "size 1 x tp_size=2 = 2", "one of [1, 2]."]),
     "quantised": ({"tp_size": 2}, {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "plain"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_methods import FINE, OURS, methods_of
 from pool import WorkerPool
 from test_bad_input import agree, message_of
 from test_gradients import stock_model
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM as StockAuto, PreTrainedModel, Tra
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.models.base import ParallelModel
-from hf_nanotron.models.methods import FINE, OURS, REFUSED, methods_of
+from hf_nanotron.models.methods import REFUSED
 
 ROWS = random_dataset(32, seed=5)
 HEAD, EMBEDDING, GATE = "lm_head.weight", "model.embed_tokens.weight", "model.layers.3.mlp.gate_proj.weight"

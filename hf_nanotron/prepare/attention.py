@@ -2,7 +2,7 @@
 
 Ours are attention functions of transformers, with the contract of its flash attention: everything is in keyword
 arguments, and there is no mask. What a mask would say is read of a batch on the host (`documents_of`). Where it cannot
-be, and in evaluation and generation, the model's own attention runs. See `docs/design/models.md`.
+be, and in evaluation and generation, the model's own attention runs. See `docs/design/training_state.md`.
 """
 
 from __future__ import annotations
