@@ -249,7 +249,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         # Hidden from transformers, which would switch TF32 on, and accelerate, which would whatever `tf32` says.
         chosen, backend, mode = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if chosen is None:
             chosen = self.bf16 and self.device.type == "cuda"
         self.torch_compile = chosen or backend is not None or mode is not None

@@ -23,7 +23,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..parallel.tp.loss import IGNORE_INDEX
+from ..ops.cross_entropy import IGNORE_INDEX
 from .cursor import why_not_resumable
 from .hashing import combined, of_the_model, sample_hash
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..parallel.batch import EMBEDDINGS, batch_shape
-from ..parallel.tp.loss import IGNORE_INDEX
 
 # `[B, S]`, by name: what a token gets that only fills a sequence up.
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}

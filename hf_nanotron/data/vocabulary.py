@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.tp.loss import IGNORE_INDEX
+from ..ops.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels.attention import KERNELS, Gradients, Problem
+from .kernels.attention import KERNELS, Gradients, Problem, Saved
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -80,7 +80,7 @@ def attention(
     return output[..., : value.shape[-1]].contiguous() if missing else output
 
 
-# ---- the operator ----
+# ---- the operator. The schemas are its signatures: one inferred from types would make the window symbolic ----
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? longest, float scale, int? window, str kernel)"
@@ -104,32 +104,16 @@ def _problem(
 
 
 @torch.library.custom_op("hf_nanotron::attention", mutates_args=(), schema=SCHEMA)
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, bounds, longest, scale, window, kernel = inputs
     problem = _problem(query, bounds, longest, scale, window)
     output, sums = KERNELS[kernel].forward(_rows_of(query), _rows_of(key), _rows_of(value), problem)
     return output.contiguous(), sums.contiguous()
 
 
 @_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, _, value, bounds, *_, kernel = inputs
     batch, length, heads = query.shape[:3]
     rows = KERNELS[kernel].dense and bounds is None
     sums = (batch, heads, length) if rows else (heads, batch * length)
@@ -138,39 +122,15 @@ def _(
 
 
 @torch.library.custom_op("hf_nanotron::attention_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def _attention_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> Gradients:
+def _attention_backward(*inputs: Any) -> Gradients:
+    grad, query, key, value, output, sums, bounds, longest, scale, window, kernel = inputs
     problem = _problem(query, bounds, longest, scale, window)
-    tensors = [_rows_of(x) for x in (grad, query, key, value)]
-    dq, dk, dv = KERNELS[kernel].backward(*tensors, output, sums, problem)
-    return dq, dk, dv
+    saved = Saved(_rows_of(query), _rows_of(key), _rows_of(value), output, sums)
+    return KERNELS[kernel].backward(_rows_of(grad), saved, problem)
 
 
 @_attention_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> Gradients:
+def _(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Gradients:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

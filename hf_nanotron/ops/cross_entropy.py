@@ -14,7 +14,7 @@ try:
 except ImportError:  # without CUDA nothing of it is needed
     triton = None
 
-IGNORED = -100  # a target that predicts nothing: its logits are not read, its gradient is zero
+IGNORE_INDEX = -100  # a target that predicts nothing: its logits are not read, its gradient is zero
 ABSENT = -1  # a target in another rank's slice of the vocabulary
 BLOCK = 4096  # logits that a program reads at a time
 WARPS = 8
@@ -27,7 +27,7 @@ def token_statistics(
 
     Args:
         logits: `[T, V]`, each row contiguous.
-        target: `[T]` int64, a column of `logits`, `ABSENT` or `IGNORED`.
+        target: `[T]` int64, a column of `logits`, `ABSENT` or `IGNORE_INDEX`.
 
     Returns:
         The maximum, the sum of `exp(x - maximum)`, and the target's logit (0 if absent), each `[T]` in fp32 (fp64).
@@ -42,7 +42,7 @@ def token_statistics(
                 )
         return maximum, total, chosen
     values = _exact(logits) * scale
-    ignored, present = target == IGNORED, target >= 0
+    ignored, present = target == IGNORE_INDEX, target >= 0
     maximum = values.amax(-1).masked_fill_(ignored, 0.0)
     chosen = values.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill_(~present, 0.0)
     total = values.sub_(maximum.unsqueeze(-1)).exp_().sum(-1).masked_fill_(ignored, 1.0)
@@ -76,7 +76,7 @@ def write_gradient(
     gradient = (_exact(logits) * scale).sub_(maximum.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1))
     at_target = -weight.masked_fill(target < 0, 0.0)
     gradient.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), at_target.unsqueeze(-1))
-    logits.copy_(gradient.masked_fill_((target == IGNORED).unsqueeze(-1), 0.0))
+    logits.copy_(gradient.masked_fill_((target == IGNORE_INDEX).unsqueeze(-1), 0.0))
 
 
 def _exact(logits: torch.Tensor) -> torch.Tensor:

@@ -45,9 +45,7 @@ def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
 
 
-@torch.library.custom_op(
-    "hf_nanotron::joint_linear", mutates_args=(), schema="(Tensor input, Tensor[] weights, Tensor[] keys) -> Tensor"
-)
+@torch.library.custom_op("hf_nanotron::joint_linear", mutates_args=())
 def joint_linear(input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
     """The outputs of linear layers one behind the other: `[..., sum of out]`.
 
@@ -67,15 +65,11 @@ def joint_linear(input: torch.Tensor, weights: list[torch.Tensor], keys: list[to
 
 
 @joint_linear.register_fake
-def _(input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
+def _(input: torch.Tensor, weights: list[torch.Tensor], *_: Any) -> torch.Tensor:
     return input.new_empty((*input.shape[:-1], sum(len(weight) for weight in weights)))
 
 
-@torch.library.custom_op(
-    "hf_nanotron::joint_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor input, Tensor[] weights, Tensor[] keys) -> Tensor",
-)
+@torch.library.custom_op("hf_nanotron::joint_linear_backward", mutates_args=())
 def _backward(
     grad: torch.Tensor, input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]
 ) -> torch.Tensor:
@@ -96,7 +90,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: torch.Tensor, input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
+def _(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
     return input.new_empty(input.shape)
 
 

@@ -103,25 +103,19 @@ def weight_gradient_of(key: torch.Tensor) -> WeightGradient:
     return _totals[int(key.item())]
 
 
-@torch.library.custom_op(
-    "hf_nanotron::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias, Tensor key) -> Tensor"
-)
+@torch.library.custom_op("hf_nanotron::linear", mutates_args=())
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
     return _multiply(input, weight, bias, _products.get(int(key.item())))
 
 
 @_linear.register_fake
-def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
     return F.linear(input, weight, bias)
 
 
 # It returns the gradient of the input, and adds that of the weight to its memory besides. A compiler may leave out an
 # operator whose result nobody reads: there must be an input that has a gradient.
-@torch.library.custom_op(
-    "hf_nanotron::linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor input, Tensor weight, Tensor key) -> Tensor",
-)
+@torch.library.custom_op("hf_nanotron::linear_backward", mutates_args=())
 def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     number = int(key.item())
     _add_product(_totals[number], grad, input, _products.get(number))
@@ -129,7 +123,7 @@ def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tens
 
 
 @_linear_backward.register_fake
-def _(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(input)
 
 

@@ -171,7 +171,7 @@ class AdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"].copy_(round_stochastically(v, bits >> 16 & 0xFFFF))
 
     def _update_on_gpu(self, group: dict[str, Any], numbers: dict[nn.Parameter, int]) -> None:
-        from ..ops.adamw import adamw  # needs Triton, which CPU builds of torch lack
+        from ..ops.kernels.adamw import adamw  # needs Triton, which CPU builds of torch lack
 
         device = next(iter(numbers)).device
         grad_scale, found_inf = (

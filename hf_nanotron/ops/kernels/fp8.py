@@ -1,8 +1,4 @@
-"""The Triton kernels of `fp8.py`.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""The Triton kernels of `fp8.py`."""
 
 from __future__ import annotations
 
@@ -10,13 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "FP8 on a GPU needs triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 
 class Tile(NamedTuple):

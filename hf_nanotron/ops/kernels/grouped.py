@@ -1,8 +1,4 @@
-"""The Triton kernels of `grouped_mm.py`.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""The Triton kernels of `grouped_mm.py`."""
 
 from __future__ import annotations
 
@@ -10,13 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "Experts on a GPU need triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 
 class Config(NamedTuple):

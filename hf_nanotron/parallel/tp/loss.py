@@ -11,12 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.columns import multiply, multiply_back
-from ...ops.cross_entropy import ABSENT, IGNORED, token_statistics, write_gradient
+from ...ops.cross_entropy import ABSENT, IGNORE_INDEX, token_statistics, write_gradient
 from ...ops.linear import WeightGradient, add_product, can_add_product
 from ..collectives import all_reduce
 from ..mesh import Group
-
-IGNORE_INDEX = IGNORED
 
 # Where the head and the loss are one, the logits of this many tokens exist at a time. Each chunk reads and writes the
 # weight's fp32 gradient, so few tokens are slow. On an H100, twice as many would be at most 5 % faster.
@@ -157,7 +155,7 @@ class _LinearLoss(torch.autograd.Function):
         exact = torch.promote_types(weight.dtype, torch.float32)
         wants = [wanted and head.differentiates for wanted in ctx.needs_input_grad[:3]]
         column = target - head.start
-        column = column.masked_fill_((column < 0) | (column >= len(weight)), ABSENT).masked_fill_(~keep, IGNORED)
+        column = column.masked_fill_((column < 0) | (column >= len(weight)), ABSENT).masked_fill_(~keep, IGNORE_INDEX)
         share = keep.to(exact) / items  # what a token's loss counts in the sum
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants[0] else None

@@ -1,20 +1,10 @@
-"""AdamW in one pass over memory, as a Triton kernel. `optim/adamw.py` says what it computes, and does so on the CPU.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""AdamW in one pass over memory, as a Triton kernel. `optim/adamw.py` says what it computes, and does so on the CPU."""
 
 from __future__ import annotations
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "AdamW on a GPU needs triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 BLOCK = 1024
 
