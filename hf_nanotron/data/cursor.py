@@ -39,11 +39,7 @@ class Cursor:
         return {**asdict(self), "order": dict(self.order), "state": self.state}
 
     def check(self, order: dict[str, Any]) -> None:
-        """Refuse to go on in another order.
-
-        Raises:
-            ValueError: naming what differs.
-        """
+        """Refuse to go on in another order."""
         own = ("group", FINGERPRINT)  # of the run that began; compared with care
         names = [name for name in self.order if name not in own and self.order[name] != order.get(name)]
         if names:

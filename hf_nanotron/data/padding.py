@@ -30,9 +30,6 @@ def pad_sequence(batch: dict[str, Any], multiple: int, ours: tuple[str, ...] = (
 
     Args:
         ours: entries of the batch that are not for the model, and stay as they are.
-
-    Raises:
-        ValueError: if the batch holds a tensor over tokens that it does not know how to fill.
     """
     rows, length = batch_shape(batch)
     missing = -length % multiple

@@ -52,10 +52,6 @@ def check_same_data(mesh: ParallelMesh, loader: Any, what: str, reads: bool = Tr
 
     Returns:
         The fingerprint that all ranks have, or None.
-
-    Raises:
-        ValueError: on every rank, if lengths differ, or samples or their order in data that does not draw them anew
-            each time.
     """
     dataset = dataset_of(loader)
     hashes = row_hashes(dataset) if reads and dataset is not None else {}

@@ -40,9 +40,6 @@ def add_grouped_product(
         left, right: `[rows, a]` and `[rows, b]` of one dtype, sorted by expert; bf16 on CUDA, else that of `total`.
         offsets: `[experts]`, int32: where each expert's rows end.
         overwrite: `total` is taken as zero, whatever it holds. Experts without rows get zeros.
-
-    Raises:
-        ValueError: if the shapes do not fit together.
     """
     experts, a, b = total.shape
     if left.shape != (left.shape[0], a) or right.shape != (left.shape[0], b) or offsets.shape != (experts,):
@@ -144,9 +141,6 @@ def grouped_linear(
 
     Returns:
         `[rows, out]`; zeros in rows from `offsets[-1]` on.
-
-    Raises:
-        ValueError: if the shapes do not fit together, or the dtypes differ.
     """
     experts, wide = weight.shape[0], weight.shape[1 if transposed else 2]
     if x.dim() != 2 or x.shape[1] != wide or offsets.shape != (experts,):

@@ -187,9 +187,6 @@ def unpermute(y: torch.Tensor, sorting: Sorting, weights: torch.Tensor | None = 
 
     Args:
         weights: `[N, K]`, of any floating dtype; None means ones.
-
-    Raises:
-        ValueError: if `weights` are of another shape.
     """
     shape = sorting.inverse.shape
     if weights is None:

@@ -211,11 +211,7 @@ class AdamW(torch.optim.Optimizer):
         return stream_keys(self.seed, number), first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which makes everything fp32; the moments get their type back, exactly.
-
-        Raises:
-            ValueError: if it is of a torch.optim.AdamW that computes something else.
-        """
+        """As torch's, which makes everything fp32; the moments get their type back, exactly."""
         for option in ("amsgrad", "maximize"):
             if any(group.get(option) for group in state_dict["param_groups"]):
                 raise ValueError(

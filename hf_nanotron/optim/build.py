@@ -29,9 +29,6 @@ def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: st
     """Refuse an optimizer that would compute something else on a part of a matrix.
 
     One that is not in the list above says `elementwise = True` on its class.
-
-    Raises:
-        ValueError: naming it, the argument it came by, and the ones that work.
     """
     if optimizer_class not in _KNOWN and not getattr(optimizer_class, "elementwise", False):
         raise ValueError(
@@ -42,11 +39,7 @@ def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: st
 
 
 def check_scheduler(args: TrainingArguments) -> None:
-    """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given.
-
-    Raises:
-        ValueError: naming `lr_scheduler_type`, and the wrong or missing key of `lr_scheduler_kwargs`.
-    """
+    """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given."""
     name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
     kwargs = dict(kwargs) if isinstance(kwargs, Mapping) else {}
     made_with = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -127,10 +120,6 @@ def adopt_optimizer(
     Args:
         names: the model's parameters, as they were when the optimizer was made -> their names.
         order: names of the Hub's tensors in model order, the same on every rank.
-
-    Raises:
-        ValueError: if it is not element-wise, has state already, holds a parameter that is not the model's, or lacks
-            one that is to be trained.
     """
     check_elementwise(type(optimizer), "optimizers")
     if optimizer.state:

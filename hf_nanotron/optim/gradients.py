@@ -67,11 +67,7 @@ class GradientHooks:
         return [sorted(names) for names, _ in self._hooks.values()]
 
     def run(self, segments: Sequence[Segment]) -> None:
-        """Call the hooks, in the order in which they were added, on every segment of theirs.
-
-        Raises:
-            ValueError: if one returns a tensor of another shape.
-        """
+        """Call the hooks, in the order in which they were added, on every segment of theirs."""
         for names, hook in tuple(self._hooks.values()):
             for gradient, part in parts_of(segments):
                 if part.name not in names:
@@ -110,9 +106,6 @@ def chosen_weights(pattern: str, trainable: Mapping[str, bool], tied: Mapping[st
     Args:
         trainable: name of every weight of the whole model -> whether it is trained.
         tied: name -> that of the weight it is tied to, which stands for both.
-
-    Raises:
-        ValueError: if it means none, or frozen ones alone.
     """
     known = [*trainable, *tied]
     found = {tied.get(name, name) for name in known if name == pattern or fnmatchcase(name, pattern)}

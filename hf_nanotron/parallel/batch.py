@@ -11,11 +11,7 @@ IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
 
 
 def batch_shape(batch: Mapping[str, Any]) -> torch.Size:
-    """`[B, S]` of a batch with `input_ids` `[B, S]`, or `inputs_embeds` `[B, S, H]` in their place.
-
-    Raises:
-        ValueError: if it has neither.
-    """
+    """`[B, S]` of a batch with `input_ids` `[B, S]`, or `inputs_embeds` `[B, S, H]` in their place."""
     ids, embeddings = batch.get(IDS), batch.get(EMBEDDINGS)
     if ids is not None:
         return ids.shape

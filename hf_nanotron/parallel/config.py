@@ -18,10 +18,6 @@ REMOVED = {
 
 
 def refuse_removed(options: Collection[str]) -> None:
-    """
-    Raises:
-        ValueError: if one of `options` was removed, saying what to do.
-    """
     if found := [sentence for option, sentence in REMOVED.items() if option in options]:
         raise ValueError(" ".join(found))
 
@@ -178,11 +174,7 @@ class ParallelConfig:
         return self.dp_size(world_size) // self.dp_replicate_size if self.zero_stage else 1
 
     def expert_copies(self, world_size: int) -> int:
-        """Copies of the experts that share one set of their ZeRO shards; 1 if nothing is sharded.
-
-        Raises:
-            ValueError: if `ep_size` does not divide the ranks that share a set of ZeRO shards.
-        """
+        """Copies of the experts that share one set of their ZeRO shards; 1 if nothing is sharded."""
         ranks = self.dp_size(world_size) * self.tp_size
         block = self.shard_size(world_size) * self.tp_size if self.zero_stage else ranks
         if block % self.ep_size:
@@ -194,11 +186,7 @@ class ParallelConfig:
         return block // self.ep_size if self.zero_stage else 1
 
     def check_micro_batches(self, gradient_accumulation_steps: int) -> None:
-        """Check that there are enough micro-batches for the schedule.
-
-        Raises:
-            ValueError: if the schedule needs more micro-batches.
-        """
+        """Check that there are enough micro-batches for the schedule."""
         if self.pp_size > 1 and self.pp_schedule != "afab" and gradient_accumulation_steps < self.pp_size:
             raise ValueError(
                 f"gradient_accumulation_steps={gradient_accumulation_steps} is the number of micro-batches of the "

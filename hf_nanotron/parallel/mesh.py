@@ -166,11 +166,7 @@ class ParallelMesh:
         return handle
 
     def assemble(self, call: str, detail: str = "", group: Group | None = None) -> None:
-        """Wait until every rank (of `group`, if given) has come to the same `call` with the same `detail`.
-
-        Raises:
-            ValueError: if some rank makes another call, or can never come.
-        """
+        """Wait until every rank (of `group`, if given) has come to the same `call` with the same `detail`."""
         ranks = range(self.world_size) if group is None else group.ranks
         if len(ranks) > 1:
             attend().call(call, detail, ranks, self._timeout or dist.default_pg_timeout)

@@ -41,9 +41,6 @@ def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
 
     Args:
         message: what this rank has found, or None.
-
-    Raises:
-        ValueError: with the message of the first rank that has one.
     """
     if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
         return

@@ -56,9 +56,6 @@ def all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: Gro
         x: whose rows from `sum(sent)` on go nowhere.
         sent: how many rows each rank gets from us; what the others have of us in their `received`. May be 0.
         received: how many we get from each.
-
-    Raises:
-        ValueError: if the numbers do not fit the rows or the group.
     """
     if len(sent) != group.size or len(received) != group.size or sum(sent) > x.shape[0]:
         raise ValueError(f"{sent} rows to and {received} from {group.size} ranks do not fit a tensor of {x.shape[0]}.")
@@ -190,9 +187,6 @@ def dispatch(
 
     Returns:
         The rows for our experts, sorted by local expert, `[rows, H]`, and the way home.
-
-    Raises:
-        ValueError: if the group's size does not divide the number of experts.
     """
     if num_experts % group.size:
         raise ValueError(

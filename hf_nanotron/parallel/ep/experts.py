@@ -136,9 +136,6 @@ def experts_class(stock_class: type[nn.Module]) -> type[ParallelExperts]:
     """The subclass of a stock class of experts that computes them over a group.
 
     Give an instance this class (`experts.__class__ = ...`), its part of the parameters, and its attributes.
-
-    Raises:
-        ValueError: if the class does not follow the interface of transformers' `use_experts_implementation`.
     """
     if not hasattr(stock_class, "_apply_gate"):
         raise ValueError(

@@ -63,11 +63,7 @@ def pack(sums: RouterSums) -> torch.Tensor:
 
 
 def unpack(received: torch.Tensor, num_experts: int) -> RouterSums:
-    """The sums that the previous stage sent.
-
-    Raises:
-        ValueError: if it sent something else.
-    """
+    """The sums that the previous stage sent."""
     if received.shape != (2 * num_experts + 2,) or received.dtype != torch.float32:
         raise ValueError(
             f"sums over routers of {num_experts} experts are float32 of shape ({2 * num_experts + 2},); received "
@@ -82,11 +78,7 @@ def empty(num_experts: int, device: torch.device | str | None = None) -> RouterS
 
 
 def add(sums: RouterSums, layer_sums: RouterSums) -> RouterSums:
-    """The sums of both.
-
-    Raises:
-        ValueError: if they count different numbers of experts.
-    """
+    """The sums of both."""
     if sums.packed.shape != layer_sums.packed.shape:
         raise ValueError(
             f"routers of {sums.num_experts} and of {layer_sums.num_experts} experts cannot share a load-balancing loss."
@@ -142,9 +134,6 @@ def sum_over_tokens(logits: torch.Tensor, num_experts: int, top_k: int, mask: to
         num_experts: `E`, or 0 to leave out what only the load-balancing loss needs.
         top_k: experts per token that count as chosen.
         mask: any shape with as many elements as there are tokens, in their order; 0 where a token does not count.
-
-    Raises:
-        ValueError: if the shapes do not fit.
     """
     if logits.dim() != 2 or (num_experts and logits.shape[1] != num_experts):
         raise ValueError(f"expected router logits [tokens, {num_experts or 'experts'}], got {tuple(logits.shape)}.")

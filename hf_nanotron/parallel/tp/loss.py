@@ -277,9 +277,6 @@ def linear_causal_lm_loss(
 
     Returns:
         A scalar in fp32 (fp64 for fp64 weights), the same on every rank of `group`.
-
-    Raises:
-        ValueError: if there is not one label for each position of `hidden`, or for a chunk of no tokens.
     """
     if chunk is None:
         chunk = chunk_size(labels.numel(), len(weight) * weight.element_size())

@@ -23,9 +23,6 @@ def vocabulary_parts(size: int, tp_size: int) -> tuple[Ranges, ...]:
 
     Otherwise all slices but the last are whole tiles, if there are enough of them, and differ by one tile at most. The
     first slice is always the longest.
-
-    Raises:
-        ValueError: if there are fewer ids than ranks.
     """
     if size < tp_size:
         raise ValueError(f"a vocabulary of {size} cannot be cut over {tp_size} ranks.")

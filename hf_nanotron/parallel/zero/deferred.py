@@ -39,11 +39,7 @@ class DeferredWork:
             self._queues[self._open].append((work, kept, [operand._version for operand in kept]))
 
     def run(self, stage: int, micro_batch: int) -> None:
-        """Do what was left, in the order in which it came.
-
-        Raises:
-            RuntimeError: if somebody has written to an operand since.
-        """
+        """Do what was left, in the order in which it came."""
         queue = self._queues.pop((stage, micro_batch))
         while queue:
             work, operands, versions = queue.popleft()

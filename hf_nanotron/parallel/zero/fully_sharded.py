@@ -72,10 +72,6 @@ class FullyShardedWeights:
         specs: name -> which part of the Hub's tensor a parameter is.
         stage_of: name -> pipeline stage of a parameter.
         compute_dtype: what the model computes in.
-
-    Raises:
-        ValueError: if there is nothing to divide, if units miss or share a parameter, or if the model is fully sharded
-            already and computes in another dtype.
     """
 
     def __init__(
@@ -274,11 +270,7 @@ def _local(shard: DTensor) -> torch.Tensor:
 
 
 def _owned_parameters(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
-    """The parameters of every unit, without those of units that lie inside it.
-
-    Raises:
-        ValueError: if a parameter is in no unit, or in two. (torch 2.11 would untie a parameter of two units silently.)
-    """
+    """The parameters of every unit, without those of units that lie inside it."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen: dict[nn.Parameter, int] = {}
     owned: list[list[nn.Parameter]] = [[] for _ in units]

@@ -84,9 +84,6 @@ class ShardedWeights(Protocol):
 
         Args:
             compare: read all weights, to see also what moved no version counter (`weight.data.copy_(...)`).
-
-        Raises:
-            ValueError: for data that the parameters cannot have.
         """
 
     def whole(self, name: str) -> torch.Tensor:

@@ -40,9 +40,6 @@ class Place:
 
         Nothing waits for the device. `weight.data.copy_(...)` moves no version counter, so it is seen with `compare`
         alone, which reads the weights.
-
-        Raises:
-            ValueError: if the parameter was given data of another shape.
         """
         parameter = self.parameter
         has_moved = parameter.data_ptr() != self.address
