@@ -139,7 +139,7 @@ def test_generate_samples(pool: WorkerPool, world: int, sizes: list[str]) -> Non
         (1, ["--temperature", "0.5"], "--temperature needs --do-sample"),
         (1, ["--prompt", "x", "--tp-size", "2"], "does not divide the world size 1"),
         (1, ["--prompt", ""], "is empty"),
-        (2, [], "would hold 2 copies"),
+        (2, [], "would hold 2 replicas"),
         (2, ["--pp-size", "2", "--tp-size", "0"], "tp_size=0"),
     ],
 )

@@ -23,8 +23,8 @@ class Cursor:
         step: optimizer steps done.
         epoch: epochs begun; it is over only when `samples` is 0 of the next.
         samples: of this epoch, over all data-parallel ranks.
-        order: what the order of samples depends on, so that another order is not taken for the same.
-        state: `state_dict` of a stream behind these samples.
+        order: what the order of samples depends on, to detect another order.
+        state: `state_dict` of a stream after these samples.
         refused: why there is no such state.
     """
 
@@ -77,7 +77,7 @@ class EpochShape:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What is left of a run.
+    """What remains of a run.
 
     Attributes:
         epoch, samples: where its data begins.
@@ -97,12 +97,9 @@ class Resumption:
 def resume_at(cursor: Cursor, shape: EpochShape, num_train_epochs: float, max_steps: int) -> Resumption:
     """The rest of a run over data with a length, with sizes that may be new.
 
-    Windows are counted from the cursor, so any sizes go on with the next sample. With `num_train_epochs` the run ends
-    with the sample that it would have ended with, in as many steps as that takes.
-
-    Args:
-        num_train_epochs: of the whole run; 1.5 ends in the middle of the second.
-        max_steps: of the whole run; used instead if positive.
+    Windows are counted from the cursor, so any sizes continue with the next sample. With `num_train_epochs` (1.5 ends
+    in the middle of the second) the run ends with the same sample as before, in as many steps as that takes;
+    `max_steps` takes precedence if positive.
     """
     epoch, samples = cursor.epoch, cursor.samples
     if shape.rounds(samples) == 0:  # a rest that `drop_last` leaves out
@@ -140,10 +137,7 @@ def why_not_resumable(stream: Any) -> str | None:
 
 
 def shuffle_buffer(source: Any) -> int:
-    """Samples held back by a shuffle in the pipeline of a `datasets.IterableDataset`; 0 if none are.
-
-    datasets has no public way to ask. A buffer of one holds nothing back.
-    """
+    """Samples in the shuffle buffer of a `datasets.IterableDataset`; 0 if none. datasets has no public way to ask."""
     if source is None:
         return 0
     own = source.buffer_size if type(source).__name__ == "BufferShuffledExamplesIterable" else 0

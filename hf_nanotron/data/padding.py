@@ -26,10 +26,9 @@ KNOWN = frozenset((*FILLS, *BOUNDS, *LONGEST, EMBEDDINGS, "cache_position", "seq
 
 
 def pad_sequence(batch: dict[str, Any], multiple: int, ours: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Fill sequences up on the right to a multiple of `multiple` tokens, without changing the loss.
+    """Pad sequences on the right to a multiple of `multiple` tokens, without changing the loss.
 
-    Args:
-        ours: entries of the batch that are not for the model, and stay as they are.
+    Entries named in `ours` are not for the model, and stay as they are.
     """
     rows, length = batch_shape(batch)
     missing = -length % multiple
@@ -78,9 +77,8 @@ def _filled(name: str, value: Any, rows: int, length: int, missing: int, multipl
 def _filled_bounds(bounds: torch.Tensor, rows: int, length: int, missing: int) -> torch.Tensor:
     """One more document at the end of each row. Reads no value, so that a GPU is not waited for.
 
-    Args:
-        bounds: `[documents + 1]`, counted over the tokens of all rows, where rows begin with a document; or
-            `[rows, documents + 1]`, counted in each row.
+    `bounds` are `[documents + 1]`, counted over the tokens of all rows (which begin with a document), or `[rows,
+    documents + 1]`, counted in each row.
     """
     if bounds.dim() > 1 or rows == 1:
         return F.pad(bounds, (0, 1), value=length + missing)

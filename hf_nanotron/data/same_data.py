@@ -23,13 +23,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class HeldData:
-    """What a rank says of the data that it holds; `UNKNOWN` where it cannot.
-
-    Attributes:
-        samples: of the dataset.
-        batches: that the loader gives this rank in an epoch.
-        print: `fingerprint` of the dataset.
-    """
+    """A rank's data: samples of the dataset, batches per epoch, its `fingerprint`; `UNKNOWN` where it cannot say."""
 
     samples: int
     batches: int
@@ -44,14 +38,10 @@ def dataset_of(loader: Any) -> Any:
 
 
 def check_same_data(mesh: ParallelMesh, loader: Any, what: str, reads: bool = True) -> int | None:
-    """Compare what ranks hold. All ranks together.
+    """Compare the data of all ranks, which call together; the common fingerprint, or None.
 
-    Args:
-        what: for the error, such as `"training"`.
-        reads: compare samples, not lengths alone.
-
-    Returns:
-        The fingerprint that all ranks have, or None.
+    Lengths must be equal, and (with `reads`) samples and their order, unless the data draws them anew each time. `what`
+    names the data in an error, such as `"training"`.
     """
     dataset = dataset_of(loader)
     hashes = row_hashes(dataset) if reads and dataset is not None else {}

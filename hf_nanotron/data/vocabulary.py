@@ -13,12 +13,7 @@ from ..ops.cross_entropy import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many ids a model knows.
-
-    Attributes:
-        inputs: rows of the whole token embedding.
-        outputs: rows of the whole head, which is what labels may name.
-    """
+    """Number of ids of a model: rows of the whole token embedding, and of the whole head, which labels refer to."""
 
     inputs: int
     outputs: int
@@ -26,13 +21,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ForeignId:
-    """An id that the vocabulary does not have.
-
-    Attributes:
-        column: of the batch, such as `"labels"`.
-        sample: its row in the batch.
-        size: the ids that would be right are 0 to `size - 1`.
-    """
+    """An id outside the vocabulary (0 to `size - 1`), in a `column` such as `"labels"` and a row of the batch."""
 
     column: str
     value: int
@@ -55,10 +44,9 @@ ADVICE = (
 
 
 def foreign_id(batch: Mapping[str, Any], vocabulary: Vocabulary) -> ForeignId | None:
-    """The first id of a batch that the model does not know; None if it knows all.
+    """The first id of a batch outside the vocabulary, or None. Waits for tensors on a device.
 
-    Labels are those that the loss reads: `shift_labels`, or `labels` without the first of each row. A tensor on a
-    device makes the host wait for it.
+    Labels are those that the loss reads: `shift_labels`, or `labels` without the first of each row.
     """
     found = _outside(batch, "input_ids", vocabulary.inputs, ignored=False)
     if found is None and isinstance(batch.get("shift_labels"), torch.Tensor):

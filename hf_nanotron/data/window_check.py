@@ -27,10 +27,9 @@ COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, OTHER_ORDER = range(6)
 
 
 class WindowCheck:
-    """Sums what ranks tell of their windows, and raises one error on all of them for a window that must not be used.
+    """Sums what ranks report of their windows, and raises one error on all ranks of `group` for an invalid window.
 
-    Args:
-        group: the ranks that take part, whole replicas.
+    `group` consists of whole replicas.
     """
 
     def __init__(self, mesh: ParallelMesh, vocabulary: Vocabulary, group: Group | None = None) -> None:
@@ -45,15 +44,15 @@ class WindowCheck:
         after: HostCopy | None = None,
         order: int = 0,
     ) -> PendingWindow:
-        """Tell of this rank's window. All ranks of the group together.
+        """Report this rank's window. All ranks of the group together.
 
         Args:
-            window: micro-batches; one without any takes part too. A batch that a loader has put on the device is
-                copied back, which waits for it.
-            count: what is to be summed over the data-parallel ranks.
+            window: micro-batches, or none. A batch that a loader has put on the device is copied back, which waits for
+                it.
+            count: to be summed over the data-parallel ranks.
             failure: why the window could not be read.
             after: see `EarlySums.start`.
-            order: `DataParallelLoader.order`, from which the replicas are dealt their batches; 0 without such a loader.
+            order: `DataParallelLoader.order`; 0 without such a loader.
         """
         group = self._sums.group
         model, leads = self.mesh.model, self.mesh.model.rank == 0
@@ -73,10 +72,9 @@ class WindowCheck:
         return PendingWindow(window, foreign, failure, order, self._sums.start(told, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
-        """What the ranks told, in the order of this module's constants. All ranks of the group together.
+        """The sums, in the order of this module's constants. All ranks of the group together.
 
-        Args:
-            where: which window it is, such as `"optimizer step 3"`.
+        `where` names the window in an error, such as `"optimizer step 3"`.
 
         Raises:
             ValueError: on every rank, if ranks of one replica have read different samples, if ranks have different

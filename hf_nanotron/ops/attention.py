@@ -19,14 +19,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Case(NamedTuple):
-    """What decides which kernel runs. None of it differs between the micro-batches of a run.
-
-    Attributes:
-        on_cuda: whether the tensors are on a GPU.
-        dtype: of queries, keys and values.
-        head_dim: of queries and keys; values may have fewer, and are filled up.
-        packed: whether there are bounds of documents.
-        window: tokens that a token sees, itself included; None for all before it.
+    """What decides which kernel runs; the same for all micro-batches of a run. Values may have fewer features than
+    `head_dim`. A token sees `window` tokens including itself, or all before it.
     """
 
     on_cuda: bool
@@ -37,11 +31,11 @@ class Case(NamedTuple):
 
 
 def pick(kernels: tuple[str, ...], case: Case) -> str | None:
-    """The first of `kernels`, names in `KERNELS`, that takes `case`; None where torch's own operator is as fast.
+    """The first of `kernels`, names in `KERNELS`, that supports `case`; None where torch's own operator is as fast.
 
-    The order is by measurement, forward and backward in TFLOP/s, H100, bf16: whole rows, FlashAttention-4 442 and 567
-    for heads of 64 and 128, cuDNN (what torch's operator runs) 384 and 525; documents of 1,024 tokens, 292 and 195 for
-    FlashAttention-4 and for torch's variable-length kernel, heads of 128.
+    Measured on an H100 in bf16, forward and backward: whole rows, FlashAttention-4 442 and 567 TFLOP/s for heads of 64
+    and 128, cuDNN (torch's operator) 384 and 525; documents of 1,024 tokens with heads of 128, FlashAttention-4 292,
+    torch's variable-length kernel 195.
     """
     halves = case.on_cuda and case.dtype in HALF
     if "fa4" in kernels and halves and case.head_dim in (64, 96, 128):
@@ -63,16 +57,12 @@ def attention(
     bounds: torch.Tensor | None = None,
     longest: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention by one of `KERNELS`.
+    """Causal attention by one of `KERNELS`; returns `[B, S, heads, D of value]`, contiguous.
 
     Args:
         query, key, value: `[B, S, heads, D]`, `[B, S, kv_heads, D]` and `[B, S, kv_heads, D or less]`.
-        kernel: its name in `KERNELS`, as from `pick`.
         scale, window, bounds: as in `Problem`.
-        longest: tokens of the longest document, on the host. A number would have every packing compiled anew.
-
-    Returns:
-        `[B, S, heads, D of value]`, contiguous.
+        longest: tokens of the longest document, a tensor on the host: a number would recompile for every packing.
     """
     missing = query.shape[-1] - value.shape[-1]
     filled = F.pad(value, (0, missing)) if missing else value

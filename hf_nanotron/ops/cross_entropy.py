@@ -23,15 +23,10 @@ WARPS = 8
 def token_statistics(
     logits: torch.Tensor, target: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the loss of each token needs of `scale * logits`. One read.
+    """Maximum of `scale * logits`, sum of `exp(x - maximum)`, and the target's logit (0 if absent). One read.
 
-    Args:
-        logits: `[T, V]`, each row contiguous.
-        target: `[T]` int64, a column of `logits`, `ABSENT` or `IGNORE_INDEX`.
-
-    Returns:
-        The maximum, the sum of `exp(x - maximum)`, and the target's logit (0 if absent), each `[T]` in fp32 (fp64).
-        Ignored tokens have 0, 1 and 0.
+    `logits` are `[T, V]` with contiguous rows; `target` is `[T]` int64, a column, `ABSENT` or `IGNORE_INDEX`. Each
+    result is `[T]` in fp32 (fp64); ignored tokens have 0, 1 and 0.
     """
     if _has_kernel(logits):
         maximum, total, chosen = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device)
@@ -57,14 +52,10 @@ def write_gradient(
     weight: torch.Tensor,
     scale: float = 1.0,
 ) -> None:
-    """Overwrite `logits` with `factor * exp(scale * logits - maximum)`, less `weight` at the target.
+    """Overwrite `logits` with `factor * exp(scale * logits - maximum)`, less `weight` at the target. One read, one
+    write.
 
-    One read, one write.
-
-    Args:
-        logits: `[T, V]`, each row contiguous.
-        target: as in `token_statistics`; the rows of ignored tokens become zero.
-        maximum, factor, weight: `[T]` in fp32 (fp64).
+    `maximum`, `factor` and `weight` are `[T]` in fp32 (fp64); rows of ignored tokens become zero.
     """
     if _has_kernel(logits):
         if logits.numel():

@@ -29,11 +29,11 @@ class ScaledWeightGradient(WeightGradient, Protocol):
 
 
 class WeightCopies:
-    """How long FP8 copies of weights are good for: one object for all layers of a model.
+    """The lifetime of FP8 copies of weights, shared by all layers of a model.
 
-    Weights change between optimizer steps alone. Within one, a copy is made when it is needed first (by then weights on
-    their way from other ranks have come) and serves all micro-batches. Outside of one, copies are made anew each time.
-    1 byte a weight stays allocated: the transposed copy, which only a backward needs, is made by each.
+    Weights change only between optimizer steps. Within a step, a copy is made on first use (by then gathered weights
+    have arrived) and serves all micro-batches; outside of a step, each use makes its own. 1 byte per weight stays
+    allocated; the transposed copy is made by each backward that needs it.
     """
 
     def __init__(self, recipe: str) -> None:
@@ -178,13 +178,7 @@ _linear.register_autograd(_gradients, setup_context=_keep)
 
 
 class Fp8Linear(Linear):
-    """A `Linear` that computes in FP8 while it trains, and exactly otherwise.
-
-    Attributes:
-        copies: of the weights of its model.
-        recipe: of the scales.
-        stock_class: what the layer is without FP8.
-    """
+    """A `Linear` that computes in FP8 while it trains, and exactly otherwise. Without FP8 it is a `stock_class`."""
 
     stock_class: ClassVar[type[Linear]]
     copies: WeightCopies

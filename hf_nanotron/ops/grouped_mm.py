@@ -36,10 +36,9 @@ def add_grouped_product(
     """`total[e] += left[rows of e].T @ right[rows of e]`, without rounding the products to the operands' dtype.
 
     Args:
-        total: `[experts, a, b]`, contiguous; fp32, or the operands' dtype.
+        total: `[experts, a, b]`, contiguous; fp32, or the operands' dtype. `overwrite` takes it as zero.
         left, right: `[rows, a]` and `[rows, b]` of one dtype, sorted by expert; bf16 on CUDA, else that of `total`.
-        offsets: `[experts]`, int32: where each expert's rows end.
-        overwrite: `total` is taken as zero, whatever it holds. Experts without rows get zeros.
+        offsets: `[experts]`, int32: the end of each expert's rows.
     """
     experts, a, b = total.shape
     if left.shape != (left.shape[0], a) or right.shape != (left.shape[0], b) or offsets.shape != (experts,):
@@ -131,16 +130,13 @@ def grouped_linear(
     transposed: bool = False,
     gradient_sink: GroupedWeightGradient | None = None,
 ) -> torch.Tensor:
-    """Each row times the weight of its expert.
+    """Each row times the weight of its expert: `[rows, out]`, zeros from row `offsets[-1]` on.
 
     Args:
         x: `[rows, in]`, sorted by expert.
         weight: `[experts, out, in]`, or `[experts, in, out]` if `transposed`.
-        offsets: `[experts]`, int32, on the device of `x`: where each expert's rows end.
-        gradient_sink: gets the weight's gradient as a product, if it takes it; else autograd gets the gradient.
-
-    Returns:
-        `[rows, out]`; zeros in rows from `offsets[-1]` on.
+        offsets: `[experts]`, int32, on the device of `x`: the end of each expert's rows.
+        gradient_sink: accumulates the weight's gradient if it accepts the dtype; else autograd gets the gradient.
     """
     experts, wide = weight.shape[0], weight.shape[1 if transposed else 2]
     if x.dim() != 2 or x.shape[1] != wide or offsets.shape != (experts,):

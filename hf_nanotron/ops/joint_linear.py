@@ -22,13 +22,10 @@ class JointWeightGradient(WeightGradient, Protocol):
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
     ) -> bool:
-        """`add_product` for this weight and `others` at once, if their memory follows this one's; else do nothing.
+        """`add_product` for this weight and `others` at once, if their memory follows this one's; returns whether it
+        did.
 
-        Args:
-            grad_output: `[tokens, sum of out]`, in the order of the weights.
-
-        Returns:
-            Whether it was added.
+        `grad_output` is `[tokens, sum of out]`, in the order of the weights.
         """
 
 
@@ -47,12 +44,9 @@ def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 @torch.library.custom_op("hf_nanotron::joint_linear", mutates_args=())
 def joint_linear(input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
-    """The outputs of linear layers one behind the other: `[..., sum of out]`.
+    """The outputs of linear layers concatenated, `[..., sum of out]`, for an input `[..., in]` and weights `[out, in]`.
 
-    Args:
-        input: `[..., in]`.
-        weights: `[out, in]` each.
-        keys: of the memory of their gradients, see `ops.linear`.
+    `keys` are those of the memory of their gradients, see `ops.linear`.
     """
     whole = joined(weights)
     if whole is not None:

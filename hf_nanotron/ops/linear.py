@@ -35,13 +35,10 @@ class Products(Protocol):
 
 
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
-    """`total += grad_output.T @ input` in the kernel of the product, which is not rounded to the operands' dtype.
+    """`total += grad_output.T @ input` in the matmul kernel, not rounded to the operands' dtype.
 
-    Args:
-        total: `[out, in]`, fp32.
-        grad_output: `[tokens, out]`, fp32, or bf16 on CUDA.
-        input: `[tokens, in]`, of the same dtype.
-        overwrite: `total` is taken as zero, whatever it holds: the first product of a step spares a pass that zeroes.
+    `total` is `[out, in]` in fp32 (`overwrite` takes it as zero, which saves zeroing it); `grad_output` `[tokens, out]`
+    and `input` `[tokens, in]` are fp32, or bf16 on CUDA.
     """
     beta = 0.0 if overwrite else 1.0
     for part in product_parts(grad_output):

@@ -17,11 +17,8 @@ import torch
 class Problem(NamedTuple):
     """The arguments of a kernel besides its tensors, `[B, S, heads, D]`.
 
-    Attributes:
-        bounds: `[documents + 1]`, int32, on the device; None if each row is a document.
-        longest: tokens of the longest document.
-        scale: of the scores.
-        window: tokens that a token sees, itself included; None for all before it.
+    `bounds` are `[documents + 1]`, int32, on the device (None if each row is a document), `longest` the tokens of the
+    longest document. A token sees `window` tokens including itself, or all before it.
     """
 
     bounds: torch.Tensor | None
@@ -54,10 +51,10 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Kernel(NamedTuple):
     """One way to compute attention.
 
-    Attributes:
-        forward: `(q, k, v, problem)` -> the output `[B, S, heads, D]` and the logarithms of the sums of exponentials.
+    Args:
+        forward: `(q, k, v, problem)` -> the output `[B, S, heads, D]` and the log-sum-exp of the scores.
         backward: `(grad, saved, problem)` -> gradients of q, k and v.
-        dense: whether the logarithms of whole rows are `[B, heads, S]`; they are `[heads, B * S]` else.
+        dense: whether the log-sum-exp of whole rows is `[B, heads, S]` instead of `[heads, B * S]`.
     """
 
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Problem], Forward]

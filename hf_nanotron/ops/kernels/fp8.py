@@ -81,11 +81,9 @@ def quantize(
     """Write `rows` and `columns` of `fp8.Operands`, or one of them.
 
     Args:
-        x: `[tokens, width]`, contiguous; FP8 numbers already if there is no scale.
-        row_scale: `[]`, or `[tokens]`; None without `rows`.
-        column_scale: `[]`, or `[width]`; None to transpose `x` as it is.
-        rows: `[tokens, width]`, contiguous, or None.
-        columns: `[width, tokens]`, contiguous, the tokens filled up to some multiple, or None.
+        x: `[tokens, width]`, contiguous; FP8 values already if there is no scale.
+        row_scale, column_scale: `[]`, or `[tokens]` and `[width]`; without `column_scale`, `x` is transposed as it is.
+        rows, columns: `[tokens, width]` and `[width, padded tokens]`, contiguous.
     """
     tokens, width = x.shape
     padded = tokens if columns is None else columns.shape[1]

@@ -116,13 +116,7 @@ def add_grouped_product(
     overwrite: bool,
     config: Config = CONFIGS[0],
 ) -> None:
-    """`total[e] (+)= left[rows of e].T @ right[rows of e]`; see `grouped_mm.add_grouped_product`.
-
-    Args:
-        total: `[experts, a, b]`, contiguous, of any floating dtype.
-        left, right: `[rows, a]` and `[rows, b]`, contiguous, bf16, not empty.
-        offsets: `[experts]`, int32, on the device.
-    """
+    """As `grouped_mm.add_grouped_product`, for contiguous, nonempty bf16 operands; `total` of any floating dtype."""
     experts, a, b = total.shape
     with torch.cuda.device_of(total):
         _product_kernel[(triton.cdiv(a, config.a) * triton.cdiv(b, config.b), experts)](

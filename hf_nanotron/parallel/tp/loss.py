@@ -76,7 +76,7 @@ def causal_lm_loss(
         logits: `[B, S, V_local]`, this rank's slice; all ranks of `group` hold the same positions.
         labels: `[B, S]` global ids, `-100` where nothing is predicted; shifted here unless `shift_labels` is given.
         start: first global id of our slice.
-        num_items_in_batch: what the summed loss is divided by; the number of predicted tokens if None.
+        num_items_in_batch: divisor of the summed loss; the number of predicted tokens if None.
         z_loss: coefficient of `log(Z)^2`, added for each predicted token.
 
     Returns:
@@ -134,11 +134,10 @@ class _Head:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """The summed loss over `items`, its gradients found on the way.
+    """The summed loss over `items`, with gradients computed in the forward, a chunk of tokens at a time.
 
-    A chunk of tokens at a time goes through the head, the softmax, and back through the head, so that the logits of one
-    chunk are all that ever exists. The gradients wait for the backward, which multiplies them by its own; those that a
-    sink took cannot be, and are right for a gradient of one only.
+    Only the logits of one chunk exist at once. The backward multiplies the stored gradients by its own; those that a
+    sink took cannot be scaled, and are right for a gradient of one only.
     """
 
     @staticmethod
@@ -260,20 +259,20 @@ def linear_causal_lm_loss(
 ) -> torch.Tensor:
     """`causal_lm_loss` of `scale * (hidden @ weight.T + bias)`, without the logits.
 
-    Tokens go through head and loss in chunks, forwards and backwards at once (Hsu et al. 2024, arXiv:2410.10989,
-    section 3.2). It takes three matrix products, as the head alone does, and one chunk of logits of memory. Under
-    tensor parallelism the gradient of `hidden` is this rank's part of a sum, which the caller sums.
+    Tokens go through head and loss in chunks, forward and backward at once (Hsu et al. 2024, arXiv:2410.10989, section
+    3.2): three matmuls, as the head alone, and the memory of one chunk of logits. Under tensor parallelism the gradient
+    of `hidden` is partial; the caller sums it.
 
     Args:
         hidden: `[B, S, H]`, the same on every rank of `group`.
         weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
         bias: `[V_local]` or None.
         labels, start, group, num_items_in_batch, shift_labels, z_loss: as in `causal_lm_loss`.
-        chunk: tokens at a time, the same on every rank of `group`; chosen if None (see `chunk_size`), for slices of one
+        chunk: tokens at a time, the same on every rank of `group`; by default see `chunk_size`, for slices of one
             length.
-        scale: what the head's output is multiplied by.
-        weight_gradient: where the weight's gradient is accumulated, if it takes products in a forward
-            (`EarlyWeightGradient`); autograd then sees none. Else autograd gets it in the dtype of `weight`.
+        scale: multiplies the head's output.
+        weight_gradient: accumulates the weight's gradient if it accepts products in a forward (`EarlyWeightGradient`),
+            and autograd gets none; else autograd gets it in the dtype of `weight`.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 weights), the same on every rank of `group`.

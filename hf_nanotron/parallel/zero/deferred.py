@@ -10,9 +10,9 @@ import torch
 
 
 class DeferredWork:
-    """What backwards leave for later, by stage and micro-batch (zero bubble; Qi et al. 2023, arXiv:2401.10241).
+    """Work that backwards defer, by stage and micro-batch (zero bubble; Qi et al. 2023, arXiv:2401.10241).
 
-    Between `start` and `stop`, work is put in a queue. It keeps its operands alive, and frees each as it is done.
+    Between `start` and `stop`, work is queued. The queue keeps operands alive, and frees each when it is done.
     """
 
     def __init__(self) -> None:

@@ -17,13 +17,7 @@ from .segment import Segment
 
 @dataclass
 class Place:
-    """Where a parameter is to lie.
-
-    Args:
-        name: of the parameter.
-        view: its memory, in its shape.
-        segment: what this rank's optimizer updates of it, if anything.
-    """
+    """Where a parameter is: `view` is its memory, in its shape; `segment` what this rank's optimizer updates of it."""
 
     name: str
     parameter: nn.Parameter
