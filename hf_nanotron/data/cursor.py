@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ANEW = "pass ignore_data_skip=True to start the data anew"
+ANEW = "pass ignore_data_skip=True to start the data from the beginning"
 FINGERPRINT = "fingerprint"  # its key in an `order`; older checkpoints have none, and some data
 OTHER_DATA = (
-    "the samples of this run are not those that the checkpoint was trained on, or are in another order, so that some "
-    "would be trained on twice and others never. A shuffle or split without a seed is another one in every run: give "
-    f"it a seed, or save the prepared data once. To go on with new data, {ANEW}."
+    "the samples of this run, or their order, differ from those of the checkpoint, so that some would be trained on "
+    "twice and others never. A shuffle or split without a seed differs in every run: set a seed, or save the prepared "
+    f"data once. To continue with new data, {ANEW}."
 )
 
 
@@ -45,8 +45,8 @@ class Cursor:
         if names:
             before, now = (", ".join(f"{name}={found.get(name)!r}" for name in names) for found in (self.order, order))
             raise ValueError(
-                f"the checkpoint is in the middle of data with {before}, but this run has {now}: samples would be "
-                f"repeated or left out. Resume with the same data, or {ANEW}."
+                f"the checkpoint was saved in the middle of data with {before}, but this run has {now}: samples "
+                f"would be repeated or skipped. Resume with the same data, or {ANEW}."
             )
 
 
@@ -124,14 +124,14 @@ def why_not_resumable(stream: Any) -> str | None:
     """Why a stream cannot go on in the middle of an epoch; None if it can."""
     if not (callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None))):
         return (
-            f"the stream ({type(stream).__name__}) has no state_dict and load_state_dict, so all samples before would "
-            "have to be read again. Give it these two methods, or use a datasets.IterableDataset, which has them"
+            f"the stream ({type(stream).__name__}) has no state_dict and load_state_dict, so all earlier samples would "
+            "have to be read again. Add these two methods, or use a datasets.IterableDataset, which has them"
         )
     if size := shuffle_buffer(getattr(stream, "_ex_iterable", None)):
         return (
-            f"the stream has a shuffle buffer (buffer_size={size}), and its state_dict leaves out the samples in it: "
-            "they would never be trained on. Shuffle the rows where they are stored; shuffle(buffer_size=1) shuffles "
-            "the shards and reads several in turn, and can be resumed"
+            f"the stream has a shuffle buffer (buffer_size={size}), and its state_dict omits the samples in it: they "
+            "would never be trained on. Shuffle the stored rows instead; shuffle(buffer_size=1) shuffles the shards "
+            "and reads several in turn, and can be resumed"
         )
     return None
 

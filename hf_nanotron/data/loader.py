@@ -132,7 +132,7 @@ class DataParallelStream(IterableDataset):
                 source.load_state_dict(start.state)
             except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise ValueError(
-                    f"the checkpoint's state of the stream is not one of a {type(source).__name__} "
+                    f"the checkpoint's state of the stream is not valid for a {type(source).__name__} "
                     f"({type(error).__name__}: {error}); use an earlier checkpoint."
                 ) from error
         for share in deal(batched(source, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
@@ -347,7 +347,7 @@ def build_loader(
         if kwargs.get("num_workers", 0) > 1:
             raise ValueError(
                 f"dataloader_num_workers={kwargs['num_workers']} with an IterableDataset: several workers would each "
-                "read a part of the stream and change its order; use 0 or 1."
+                "read a part of the stream and change its order; use dataloader_num_workers=0 or 1."
             )
         stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions)
         return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)

@@ -69,7 +69,7 @@ def _filled(name: str, value: Any, rows: int, length: int, missing: int, multipl
         return value
     raise ValueError(
         f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {length}, and its "
-        f"{name!r} of shape {tuple(value.shape)} ({value.dtype}) cannot be filled up. Pad in the collator "
+        f"{name!r} of shape {tuple(value.shape)} ({value.dtype}) cannot be padded. Pad in the collator "
         f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
     )
 

@@ -31,15 +31,15 @@ class ForeignId:
     def __str__(self) -> str:
         ignored = "" if self.column == "input_ids" else f", or {IGNORE_INDEX} for a token that is not predicted"
         return (
-            f"sample {self.sample}: {self.column} has the id {self.value}, and the vocabulary has {self.size} "
+            f"sample {self.sample}: {self.column} contains the id {self.value}, but the vocabulary has {self.size} "
             f"(ids 0 to {self.size - 1}{ignored})"
         )
 
 
 ADVICE = (
     "If tokens were added to the tokenizer, resize the stock model first "
-    "(model.resize_token_embeddings(len(tokenizer))) and hand it over again; otherwise, tokenise with this model's own "
-    "tokenizer."
+    "(model.resize_token_embeddings(len(tokenizer))) and pass it to the trainer again; otherwise, tokenize with this "
+    "model's own tokenizer."
 )
 
 

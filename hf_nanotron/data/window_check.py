@@ -141,19 +141,20 @@ class WindowReport:
 
 WHY = (
     "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-parallel and pipeline "
-    "ranks) must read the same. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
+    "ranks) must read the same samples. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
     "train_test_split(), stream.shuffle(), random.shuffle before the trainer is made), if an order or a crop comes "
     "from the operating system's entropy, if a file was still being written while some ranks read it, or if a loader "
-    "deals its batches over all processes (DistributedSampler over args.world_size). Give a seed (shuffle(seed=42)), "
-    "save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's global generator, "
-    "which Trainer seeds with args.seed, and deal over data-parallel ranks (trainer.mesh.dp_rank of args.dp_size)."
+    "distributes its batches over all processes (DistributedSampler over args.world_size). Set a seed "
+    "(shuffle(seed=42)), save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's "
+    "global generator, which Trainer seeds with args.seed, and distribute over data-parallel ranks "
+    "(trainer.mesh.dp_rank of args.dp_size)."
 )
 
 
 WHY_DEALT = (
-    "Every rank reads all of the data in one order, and the trainer deals it over data-parallel ranks. In another "
-    "order on each, or over parts of their own (split_dataset_by_node), samples would be trained on twice or never. "
-    "Give a stream or a sampler a seed that is the same on every rank, and let it yield all samples on every rank."
+    "Every rank reads all of the data in one order, and the trainer distributes it over data-parallel ranks. With a "
+    "different order or a different part on each rank (split_dataset_by_node), samples would be trained on twice or "
+    "never. Seed a stream or a sampler alike on every rank, and let it yield all samples on every rank."
 )
 
 
@@ -182,8 +183,8 @@ def explain(reports: Sequence[WindowReport], where: str) -> Exception:
         return ValueError(f"{where}: {differ} of different replicas read the data in different orders. {WHY_DEALT}")
     sizes = ", ".join(f"{report.size} on rank {report.rank}" for report in reports[:16])
     return ValueError(
-        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some has ended earlier. Give "
-        "every data-parallel rank the same number of batches."
+        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some ended earlier. Every "
+        "data-parallel rank needs the same number of batches."
     )
 
 

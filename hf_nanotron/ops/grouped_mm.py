@@ -43,7 +43,7 @@ def add_grouped_product(
     experts, a, b = total.shape
     if left.shape != (left.shape[0], a) or right.shape != (left.shape[0], b) or offsets.shape != (experts,):
         raise ValueError(
-            f"The gradient of weights {tuple(total.shape)} is the product of [rows, {a}] and [rows, {b}] with "
+            f"the gradient of weights {tuple(total.shape)} is the product of [rows, {a}] and [rows, {b}] with "
             f"[{experts}] offsets, not of {tuple(left.shape)} and {tuple(right.shape)} with {tuple(offsets.shape)}."
         )
     if left.shape[0] == 0:
@@ -141,11 +141,11 @@ def grouped_linear(
     experts, wide = weight.shape[0], weight.shape[1 if transposed else 2]
     if x.dim() != 2 or x.shape[1] != wide or offsets.shape != (experts,):
         raise ValueError(
-            f"Weights {tuple(weight.shape)}{' (transposed)' if transposed else ''} take rows [rows, {wide}] and "
+            f"weights {tuple(weight.shape)}{' (transposed)' if transposed else ''} take rows [rows, {wide}] and "
             f"[{experts}] offsets, not {tuple(x.shape)} and {tuple(offsets.shape)}."
         )
     if x.dtype != weight.dtype:
-        raise ValueError(f"Rows are {x.dtype}, the experts' weights {weight.dtype}; cast the rows.")
+        raise ValueError(f"rows are {x.dtype}, but the experts' weights {weight.dtype}; cast the rows.")
     sink = gradient_sink
     if sink is not None and not sink.takes_product(x.dtype):
         sink = None

@@ -40,7 +40,7 @@ class _Kept:
     def next(self, op: Any) -> Any:
         """The kept output of the next call of `op`, which is then dropped."""
         if not self._outputs[op]:
-            raise RuntimeError(f"nothing is kept of {op}: a region that recomputes selectively has one backward.")
+            raise RuntimeError(f"no kept output of {op} is left: selective recomputation supports one backward.")
         return self._outputs[op].popleft()[0]
 
     def end_forward(self) -> None:

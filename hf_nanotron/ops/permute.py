@@ -184,5 +184,5 @@ def unpermute(y: torch.Tensor, sorting: Sorting, weights: torch.Tensor | None = 
     if weights is None:
         return _Sum.apply(y, sorting.order, sorting.inverse)
     if weights.shape != shape:
-        raise ValueError(f"Weights of {tuple(shape)} pairs have that shape, not {tuple(weights.shape)}.")
+        raise ValueError(f"expected weights of shape {tuple(shape)}, got {tuple(weights.shape)}.")
     return _Unpermute.apply(y, sorting.order, sorting.inverse, weights.contiguous())

@@ -214,7 +214,7 @@ class AdamW(torch.optim.Optimizer):
         for option in ("amsgrad", "maximize"):
             if any(group.get(option) for group in state_dict["param_groups"]):
                 raise ValueError(
-                    f"the state is of an AdamW with {option}=True, which this one does not compute; load it with "
+                    f"the state is that of an AdamW with {option}=True, which this one does not support; use "
                     f"torch.optim.AdamW, such as optimizer_cls_and_kwargs=(torch.optim.AdamW, {{'{option}': True}})."
                 )
         super().load_state_dict(state_dict)

@@ -18,8 +18,8 @@ def batch_shape(batch: Mapping[str, Any]) -> torch.Size:
     if embeddings is not None:
         return embeddings.shape[:2]
     raise ValueError(
-        f"the batches have neither {IDS} nor {EMBEDDINGS} (they have {sorted(batch)}); tokenise the data set, or say "
-        "with `data_collator` what a batch is."
+        f"the batches have neither {IDS} nor {EMBEDDINGS} (they have {sorted(batch)}); tokenize the dataset, or "
+        "build batches with a `data_collator`."
     )
 
 

@@ -32,7 +32,7 @@ def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed:
-        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; their messages say why.")
+        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; see their error messages.")
     return result
 
 

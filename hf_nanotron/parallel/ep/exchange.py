@@ -180,7 +180,7 @@ def dispatch(
     """
     if num_experts % group.size:
         raise ValueError(
-            f"{num_experts} experts cannot be divided over {group.size} expert-parallel ranks; take a number that "
+            f"{num_experts} experts cannot be divided over {group.size} expert-parallel ranks; use an ep_size that "
             f"divides {num_experts}."
         )
     if capacity is not None:

@@ -106,9 +106,9 @@ class ParallelExperts(nn.Module):
             return out
         if inner.shape[1] != self.intermediate_dim:
             raise ValueError(
-                f"{type(self).__name__} normalizes the output of each expert, which must be whole: of its "
-                f"{self.intermediate_dim} features this rank has {inner.shape[1]}; cut these experts over "
-                "expert-parallel ranks, not over tensor-parallel ones."
+                f"{type(self).__name__} normalizes the output of each expert, so experts cannot be sharded by "
+                f"tensor parallelism (this rank has {inner.shape[1]} of {self.intermediate_dim} features); use ep_size "
+                "instead."
             )
         return self.post_expert_norm(out)
 
@@ -135,8 +135,7 @@ def experts_class(stock_class: type[nn.Module]) -> type[ParallelExperts]:
     """The subclass of a stock class of experts that computes them over a group, for `experts.__class__ = ...`."""
     if not hasattr(stock_class, "_apply_gate"):
         raise ValueError(
-            f"{stock_class.__name__} is not one of the experts classes of transformers that share one interface "
-            "(use_experts_implementation), so its experts cannot be computed in parallel; use expert and tensor "
-            "parallel sizes of 1 for its experts."
+            f"{stock_class.__name__} is not one of the experts classes of transformers with the interface of "
+            "use_experts_implementation, so its experts cannot be computed in parallel; use ep_size=1 and tp_size=1."
         )
     return type(f"Parallel{stock_class.__name__}", (ParallelExperts, stock_class), {"__doc__": ParallelExperts.__doc__})

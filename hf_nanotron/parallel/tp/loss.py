@@ -192,7 +192,7 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were handed out already; compute the loss again.")
+            raise RuntimeError("the gradients of this loss have already been used; compute the loss again.")
         gradients, ctx.gradients = ctx.gradients, None
         if ctx.added_early:
             # What is in the sink cannot be scaled any more. Not a number ends the step, without waiting for the GPU.
@@ -280,12 +280,12 @@ def linear_causal_lm_loss(
     if chunk is None:
         chunk = chunk_size(labels.numel(), len(weight) * weight.element_size())
     if chunk < 1:
-        raise ValueError(f"chunk={chunk}: at least one token goes through the head at a time.")
+        raise ValueError(f"chunk={chunk} must be at least 1 token.")
     target, keep, items = _targets(labels, shift_labels, num_items_in_batch, hidden.device)
     if target.numel() != hidden[..., 0].numel():
         raise ValueError(
-            f"{target.numel()} labels for hidden states of shape {tuple(hidden.shape)}: the fused loss needs one for "
-            "each position."
+            f"{target.numel()} labels for hidden states of shape {tuple(hidden.shape)}: the fused loss needs one label "
+            "per position."
         )
     differentiates = torch.is_grad_enabled()
     sink = _early_sink(weight_gradient, weight, hidden.dtype) if differentiates else None

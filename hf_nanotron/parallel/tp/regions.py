@@ -175,7 +175,7 @@ def split_before(module: nn.Module, group: Group, dim: int = 1) -> None:
         length = hidden_of(args, kwargs).shape[dim]
         if length % group.size:
             raise ValueError(
-                f"sequence_parallel cuts the sequence over tp_size={group.size} ranks, which does not divide its "
+                f"sequence_parallel shards the sequence over tp_size={group.size} ranks, which does not divide its "
                 f"{length} tokens; pad to a multiple of {group.size} or use sequence_parallel=False."
             )
         return replace_hidden(args, kwargs, lambda x: split_sequence(x, group, dim))

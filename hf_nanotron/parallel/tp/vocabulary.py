@@ -25,7 +25,7 @@ def vocabulary_parts(size: int, tp_size: int) -> tuple[Ranges, ...]:
     the longest.
     """
     if size < tp_size:
-        raise ValueError(f"a vocabulary of {size} cannot be cut over {tp_size} ranks.")
+        raise ValueError(f"a vocabulary of {size} cannot be sharded over {tp_size} ranks.")
     if size % tp_size == 0:
         return even_parts(size, tp_size)
     tile = TILE if size >= TILE * tp_size else 1

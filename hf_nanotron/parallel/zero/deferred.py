@@ -45,8 +45,8 @@ class DeferredWork:
             work, operands, versions = queue.popleft()
             if [operand._version for operand in operands] != versions:
                 raise RuntimeError(
-                    f"an operand of a weight gradient of stage {stage} was changed in place after its backward, before "
-                    "the gradient was computed; pp_schedule='1f1b' computes it in the backward."
+                    f"an operand of a weight gradient of stage {stage} was modified in place after its backward, "
+                    "before the gradient was computed; use pp_schedule='1f1b', which computes it in the backward."
                 )
             work(*operands)
 

@@ -80,7 +80,7 @@ class FullyShardedWeights:
         compute_dtype: torch.dtype,
     ) -> None:
         if mesh.shard.handle is None:
-            raise ValueError("fully sharded weights need several data-parallel ranks to be divided over.")
+            raise ValueError("fully sharded weights need at least two data-parallel ranks.")
         units = [unit for unit in units if any(True for module in unit for _ in module.parameters())]
         owned = _owned_parameters(model, units)
         stages = _stages_of_units(model, owned, stage_of)
@@ -92,8 +92,8 @@ class FullyShardedWeights:
             self._shard(model, units, groups)
         elif _computing_dtype(units[0]) != compute_dtype:
             raise ValueError(
-                f"the model is fully sharded already and computes in {_computing_dtype(units[0])}, not in "
-                f"{compute_dtype}; load it anew."
+                f"the model is already fully sharded and computes in {_computing_dtype(units[0])}, not in "
+                f"{compute_dtype}; load it again."
             )
         _prefetch_neighbours(model, units, stages)
         self._parameters = {name: cast(DTensor, parameter) for name, parameter in model.named_parameters()}
@@ -175,7 +175,7 @@ class FullyShardedWeights:
 
     def start_deferring(self, stage: int, micro_batch: int) -> None:
         """`ParallelConfig` refuses schedules that split backwards: every backward reduces here."""
-        raise NotImplementedError("stage 3 cannot put weight gradients off")
+        raise NotImplementedError("ZeRO-3 cannot defer weight gradients")
 
     def stop_deferring(self) -> None:
         """Never started."""
@@ -278,10 +278,12 @@ def _owned_parameters(model: nn.Module, units: Sequence[Sequence[nn.Module]]) ->
             if other == index:
                 owned[index].append(parameter)
             elif not all(module in inner for module in units[other]):
-                raise ValueError(f"parameter {names[parameter]} is in two units; modules that share it are to be one.")
+                raise ValueError(
+                    f"parameter {names[parameter]} is in two units; put modules that share it into one unit."
+                )
     missing = [name for parameter, name in names.items() if parameter not in seen]
     if missing or any(module is model for unit in units for module in unit):
-        raise ValueError(f"{type(model).__name__}: stages would not gather {missing or 'the model as a whole'}.")
+        raise ValueError(f"{type(model).__name__}: no unit gathers {missing or 'the model as a whole'}.")
     return owned
 
 

@@ -42,8 +42,8 @@ class Place:
         if has_moved:
             if parameter.shape != self.view.shape:
                 raise ValueError(
-                    f"the data of {self.name} was replaced by a tensor of shape {tuple(parameter.shape)}; this rank's "
-                    f"part of it has {tuple(self.view.shape)}."
+                    f"the data of {self.name} was replaced by a tensor of shape {tuple(parameter.shape)}, but this "
+                    f"rank's part has shape {tuple(self.view.shape)}."
                 )
             self.view.copy_(parameter.data)
             parameter.data = self.view
