@@ -20,7 +20,7 @@ from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.families import FAST_ATTENTION, NO_DOCUMENTS
 from hf_nanotron.ops.attention import Case, attention, pick
 from hf_nanotron.ops.kernels import attention as attention_kernels
-from hf_nanotron.ops.kernels.attention import KERNELS, Problem
+from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
 from hf_nanotron.prepare.attention import (
     Attention,
     Documents,
@@ -114,7 +114,7 @@ class FakeFlashAttention4:
         problem = self._problem(q, options)
         lse = lse.transpose(0, 1).flatten(1) if problem.bounds is None else lse
         dout, q, k, v, out = (x if x.dim() == 4 else x[None] for x in (dout, q, k, v, out))
-        found = KERNELS["by_document"].backward(dout, q, k, v, out, lse, problem)
+        found = KERNELS["by_document"].backward(dout, Saved(q, k, v, out, lse), problem)
         return [memory.copy_(x.view(memory.shape)) for memory, x in zip((dq, dk, dv), found, strict=True)]
 
 

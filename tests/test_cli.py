@@ -23,7 +23,6 @@ from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli import main as cli, train as cli_train
 
 DATA = Path(__file__).parent / "data" / "nanotron"
@@ -139,8 +138,8 @@ def test_generate_samples(pool: WorkerPool, world: int, sizes: list[str]) -> Non
     [
         (1, ["--temperature", "0.5"], "--temperature needs --do-sample"),
         (1, ["--prompt", "x", "--tp-size", "2"], "does not divide the world size 1"),
-        (1, ["--prompt", ""], "without tokens"),
-        (2, [], "would hold 2 copies"),
+        (1, ["--prompt", ""], "is empty"),
+        (2, [], "would hold 2 replicas"),
         (2, ["--pp-size", "2", "--tp-size", "0"], "tp_size=0"),
     ],
 )
@@ -331,8 +330,8 @@ def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None
         (1, ["--dataset.block_size", "5000"], "too short"),
         (1, ["--tokenizer", "null"], "needs tokenizer"),
         (1, ["--model.config.vocab_size", "7"], "smaller than the tokenizer's 120"),
-        (1, ["--model.config.hidden_sise", "7"], "nearest known one is model.config.hidden_size"),
-        (1, ["--model.config.model_type", "lama"], "nearest known one is model.config.model_type=llama"),
+        (1, ["--model.config.hidden_sise", "7"], "did you mean model.config.hidden_size?"),
+        (1, ["--model.config.model_type", "lama"], "did you mean model.config.model_type=llama?"),
         (1, ["--model.config", "null"], "either name_or_path"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -346,21 +345,21 @@ def test_train_refuses(pool: WorkerPool, tmp_path: Path, world: int, overrides: 
 @pytest.mark.parametrize(
     ("text", "overrides", "says"),
     [
-        ("trainning: {}", [], "unknown key trainning; the nearest known one is training."),
-        ("training: {max_step: 1}", [], "unknown key training.max_step; the nearest known one is training.max_steps."),
-        ("", ["--learning-rat", "1"], "the nearest known one is training.learning_rate."),
-        ("", ["--model.nameorpath", "x"], "the nearest known one is model.name_or_path."),
-        ("dataset: {split: a}", [], "unknown key dataset.split; the nearest known one is dataset."),
+        ("trainning: {}", [], "unknown key trainning; did you mean training?"),
+        ("training: {max_step: 1}", [], "unknown key training.max_step; did you mean training.max_steps?"),
+        ("", ["--learning-rat", "1"], "did you mean training.learning_rate?"),
+        ("", ["--model.nameorpath", "x"], "did you mean model.name_or_path?"),
+        ("dataset: {split: a}", [], "unknown key dataset.split; did you mean dataset?"),
         ("model: llama", [], "must be a mapping"),
-        ("model: llama", ["--model.name_or_path", "x"], "holds no keys"),
+        ("model: llama", ["--model.name_or_path", "x"], "not a section"),
         ("[1]", [], "holds a list"),
-        ("a: [", [], "is not YAML"),
-        ("", ["max_steps", "3"], "follows no --key"),
+        ("a: [", [], "is not valid YAML"),
+        ("", ["max_steps", "3"], "is not preceded by a --key"),
     ],
 )
 def test_settings_refuse(tmp_path: Path, text: str, overrides: list[str], says: str) -> None:
     assert says in one_line(command("train", write_settings(tmp_path, text), *overrides))
-    assert "there is no file" in one_line(command("train", str(tmp_path / "absent.yaml")))
+    assert "file not found" in one_line(command("train", str(tmp_path / "absent.yaml")))
 
 
 def test_settings(tmp_path: Path) -> None:
@@ -390,13 +389,11 @@ def test_settings(tmp_path: Path) -> None:
     assert "NanotronTrainingArguments" in command("train", path, "--help")[1]
 
 
-@pytest.mark.parametrize("value", ["auto", "null"])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_parts_of_experts_by_the_tokens(tmp_path: Path, value: str, in_file: bool) -> None:
-    text = f"training: {{output_dir: {tmp_path}, use_cpu: true, ep_parts: {value if in_file else 1}}}\n"
-    overrides = [] if in_file else ["--ep_parts", value]
-    sections, _ = cli_train.read_settings(Path(write_settings(tmp_path, text)), overrides)
-    assert NanotronTrainingArguments(**sections["training"]).parallel.ep_parts is None
+def test_a_removed_key_is_refused(tmp_path: Path, in_file: bool) -> None:
+    text = f"training: {{output_dir: {tmp_path}, {'ep_parts: auto' if in_file else 'use_cpu: true'}}}\n"
+    with pytest.raises(ValueError, match="^ep_parts was removed: .* Delete the setting"):
+        cli_train.read_settings(Path(write_settings(tmp_path, text)), [] if in_file else ["--ep_parts", "2"])
 
 
 def test_packing_keeps_every_token() -> None:

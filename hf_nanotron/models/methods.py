@@ -1,6 +1,6 @@
 """What the methods of `PreTrainedModel` that read or write weights do on a sharded model.
 
-`REFUSED`, or written here, or right as it is: `tests/model_methods.py` has each public method of transformers and torch.
+Each public method of transformers and torch is refused, written here, or right as it is (`tests/model_methods.py`).
 """
 
 from __future__ import annotations

@@ -226,8 +226,6 @@ def swap_layers(
             experts = cast(ParallelExperts, module)
             if any(name == block or name.startswith(block + ".") for block in plan.spread):
                 experts.group = mesh.ep
-                if mesh.parallel.ep_parts is not None:
-                    experts.parts = mesh.parallel.ep_parts
             else:
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward

@@ -7,8 +7,7 @@ function here waits for the device. Elsewhere the experts are a loop on the host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -37,18 +36,14 @@ def add_grouped_product(
     """`total[e] += left[rows of e].T @ right[rows of e]`, without rounding the products to the operands' dtype.
 
     Args:
-        total: `[experts, a, b]`, contiguous; fp32, or the operands' dtype.
+        total: `[experts, a, b]`, contiguous; fp32, or the operands' dtype. `overwrite` takes it as zero.
         left, right: `[rows, a]` and `[rows, b]` of one dtype, sorted by expert; bf16 on CUDA, else that of `total`.
-        offsets: `[experts]`, int32: where each expert's rows end.
-        overwrite: `total` is taken as zero, whatever it holds. Experts without rows get zeros.
-
-    Raises:
-        ValueError: if the shapes do not fit together.
+        offsets: `[experts]`, int32: the end of each expert's rows.
     """
     experts, a, b = total.shape
     if left.shape != (left.shape[0], a) or right.shape != (left.shape[0], b) or offsets.shape != (experts,):
         raise ValueError(
-            f"The gradient of weights {tuple(total.shape)} is the product of [rows, {a}] and [rows, {b}] with "
+            f"the gradient of weights {tuple(total.shape)} is the product of [rows, {a}] and [rows, {b}] with "
             f"[{experts}] offsets, not of {tuple(left.shape)} and {tuple(right.shape)} with {tuple(offsets.shape)}."
         )
     if left.shape[0] == 0:
@@ -76,22 +71,7 @@ def _is_aligned(x: torch.Tensor) -> bool:
     return x.data_ptr() % ALIGNMENT == 0 and step % ALIGNMENT == 0 and min(x.stride()[-2:]) == 1
 
 
-@contextmanager
-def _spare(multiprocessors: int) -> Iterator[None]:
-    """Let torch's kernel leave some to others. It has one thread block on each, and those that find theirs taken, by
-    a communication, run after all the others: in twice the time."""
-    if not multiprocessors:
-        yield
-        return
-    before = torch._C._get_sm_carveout_experimental()
-    torch._C._set_sm_carveout_experimental(multiprocessors)
-    try:
-        yield
-    finally:
-        torch._C._set_sm_carveout_experimental(before)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, spared: int) -> torch.Tensor:
+def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`[rows, a] @ [experts, a, b] -> [rows, b]`, zeros in rows of no expert."""
     x = x.contiguous()
     rows, width = x.shape[0], weight.shape[2]
@@ -102,8 +82,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, spare
         if _is_aligned(x) and _is_aligned(weight) and width * x.element_size() % ALIGNMENT == 0:
             from .kernels.grouped import zero_tail
 
-            with _spare(spared):
-                out = _grouped_mm(x, weight, offs=offsets)
+            out = _grouped_mm(x, weight, offs=offsets)
             zero_tail(out, offsets)
             return out
     out = x.new_zeros(rows, width)
@@ -121,11 +100,10 @@ class _GroupedLinear(torch.autograd.Function):
         offsets: torch.Tensor,
         transposed: bool,
         sink: GroupedWeightGradient | None,
-        spared: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, offsets)
-        ctx.transposed, ctx.sink, ctx.spared = transposed, sink, spared
-        return _product(x, weight if transposed else weight.transpose(1, 2), offsets, spared)
+        ctx.transposed, ctx.sink = transposed, sink
+        return _product(x, weight if transposed else weight.transpose(1, 2), offsets)
 
     @staticmethod
     @once_differentiable
@@ -141,8 +119,8 @@ class _GroupedLinear(torch.autograd.Function):
                 add_grouped_product(grad_weight, left, right, offsets, overwrite=True)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, weight.transpose(1, 2) if ctx.transposed else weight, offsets, ctx.spared)
-        return grad_x, grad_weight, None, None, None, None
+            grad_x = _product(grad, weight.transpose(1, 2) if ctx.transposed else weight, offsets)
+        return grad_x, grad_weight, None, None, None
 
 
 def grouped_linear(
@@ -151,35 +129,27 @@ def grouped_linear(
     offsets: torch.Tensor,
     transposed: bool = False,
     gradient_sink: GroupedWeightGradient | None = None,
-    spared: int = 0,
 ) -> torch.Tensor:
-    """Each row times the weight of its expert.
+    """Each row times the weight of its expert: `[rows, out]`, zeros from row `offsets[-1]` on.
 
     Args:
         x: `[rows, in]`, sorted by expert.
         weight: `[experts, out, in]`, or `[experts, in, out]` if `transposed`.
-        offsets: `[experts]`, int32, on the device of `x`: where each expert's rows end.
-        gradient_sink: gets the weight's gradient as a product, if it takes it; else autograd gets the gradient.
-        spared: multiprocessors left to what runs beside the product, on CUDA.
-
-    Returns:
-        `[rows, out]`; zeros in rows from `offsets[-1]` on.
-
-    Raises:
-        ValueError: if the shapes do not fit together, or the dtypes differ.
+        offsets: `[experts]`, int32, on the device of `x`: the end of each expert's rows.
+        gradient_sink: accumulates the weight's gradient if it accepts the dtype; else autograd gets the gradient.
     """
     experts, wide = weight.shape[0], weight.shape[1 if transposed else 2]
     if x.dim() != 2 or x.shape[1] != wide or offsets.shape != (experts,):
         raise ValueError(
-            f"Weights {tuple(weight.shape)}{' (transposed)' if transposed else ''} take rows [rows, {wide}] and "
+            f"weights {tuple(weight.shape)}{' (transposed)' if transposed else ''} take rows [rows, {wide}] and "
             f"[{experts}] offsets, not {tuple(x.shape)} and {tuple(offsets.shape)}."
         )
     if x.dtype != weight.dtype:
-        raise ValueError(f"Rows are {x.dtype}, the experts' weights {weight.dtype}; cast the rows.")
+        raise ValueError(f"rows are {x.dtype}, but the experts' weights {weight.dtype}; cast the rows.")
     sink = gradient_sink
     if sink is not None and not sink.takes_product(x.dtype):
         sink = None
-    return _GroupedLinear.apply(x, weight, offsets, transposed, sink, spared)
+    return _GroupedLinear.apply(x, weight, offsets, transposed, sink)
 
 
 class _AddExpertBias(torch.autograd.Function):

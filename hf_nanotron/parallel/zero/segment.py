@@ -19,10 +19,9 @@ class Segment:
     Args:
         name: of the parameter in the model.
         spec: which part of the Hub's tensor this rank holds.
-        start, stop: half-open range, in elements.
         master: the fp32 weights, `[stop - start]`. The optimizer's parameter.
         gradient: the fp32 gradient, `[stop - start]`; valid after `ShardedWeights.finish`.
-        weight: these elements of what the model computes with, where that is not the master itself.
+        weight: these elements of what the model computes with, unless that is the master itself.
     """
 
     name: str
@@ -37,10 +36,9 @@ class Segment:
 class ShardedWeights(Protocol):
     """Owns the weights and gradients of this rank's part of a model while it trains, by one of the ZeRO stages.
 
-    Built over a model whose parameters are whole (not yet divided over data-parallel ranks). One optimizer step calls
-    `begin`, then for every backward of a stage `before_backward` and `after_backward`, then `finish`; the optimizer
-    updates the masters of `segments` from their gradients; `publish` brings the new weights to the model. A schedule
-    that splits its backwards calls `start_deferring` and `stop_deferring` instead, and later `run_deferred`.
+    Built over a model with whole parameters. An optimizer step calls `begin`, then for every backward of a stage
+    `before_backward` and `after_backward` (or `start_deferring` and `stop_deferring`, and later `run_deferred`), then
+    `finish`; the optimizer updates the masters of `segments` from their gradients; `publish` copies them to the model.
     """
 
     segments: list[Segment]
@@ -68,11 +66,7 @@ class ShardedWeights(Protocol):
         """Make `gradient` of every segment the sum over all ranks."""
 
     def publish(self, rounded: bool = False) -> None:
-        """Bring the masters, which the optimizer has updated, into the model's parameters.
-
-        Args:
-            rounded: the optimizer has written `weight` of every segment too.
-        """
+        """Copy the masters to the model's parameters; if `rounded`, the optimizer has written every `weight`."""
 
     def wait(self) -> None:
         """Wait for weights on their way, so that the model's parameters can be read."""
@@ -81,13 +75,9 @@ class ShardedWeights(Protocol):
         """Take over weights that were written into the model's parameters with `write`."""
 
     def take_written(self, compare: bool = False) -> None:
-        """Bring what others have written into the model's parameters to the masters (see `written.py`).
+        """Copy what others have written into the model's parameters to the masters (see `written.py`).
 
-        Args:
-            compare: read all weights, to see also what moved no version counter (`weight.data.copy_(...)`).
-
-        Raises:
-            ValueError: for data that the parameters cannot have.
+        With `compare`, read all weights, to detect also writes that move no version counter (`weight.data.copy_(...)`).
         """
 
     def whole(self, name: str) -> torch.Tensor:
