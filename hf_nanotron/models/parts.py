@@ -20,6 +20,7 @@ from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.shard_spec import ShardSpec
 from ..parallel.tp.loss import causal_lm_loss, predicted_tokens
 from ..parallel.tp.vocabulary import gather_vocabulary
+from ..parallel.zero.segment import WeightStore
 from .cut import Cut
 from .decorations import Decorations
 from .head import LinearHead, Prediction, is_plain, linear_head
@@ -28,7 +29,6 @@ from .stock.anatomy import Anatomy
 from .stock.hooks import users_hooks
 from .stock.own_forward import own_columns
 from .training_loss import TrainingLoss
-from .weight_store import WeightStore
 
 
 class ModelParts(PreTrainedModel):
