@@ -340,7 +340,7 @@ def test_peculiar_attention_is_refused() -> None:
     with Attention("torch", True).training(model.config, False), pytest.raises(ValueError, match="dropout"):
         model(**batch_of())
     model = tiny_model("llama", attn_implementation=None).train()
-    with Attention("torch", True).training(model.config, True), pytest.raises(ValueError, match="documents begin"):
+    with Attention("torch", True).training(model.config, True), pytest.raises(ValueError, match="document boundaries"):
         model(**batch_of())
 
 

@@ -212,7 +212,7 @@ DAMAGES = {
     "index names an absent file": ["model-00002-of-00002.safetensors is missing", "index.json names it"],
     "index names an absent tensor": ["model.safetensors has no tensor", "q_proj", "index.json"],
     "index truncated": ["model.safetensors.index.json is truncated or damaged", "fetch it again"],
-    "argument": ["does not know ['no_such_argument']", "revision", "dtype"],
+    "argument": ["unknown arguments ['no_such_argument']", "revision", "dtype"],
 }
 
 
