@@ -27,10 +27,9 @@ COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, OTHER_ORDER = range(6)
 
 
 class WindowCheck:
-    """Sums what ranks tell of their windows, and raises one error on all of them for a window that must not be used.
+    """Sums what ranks report of their windows, and raises one error on all ranks of `group` for an invalid window.
 
-    Args:
-        group: the ranks that take part, whole replicas.
+    `group` consists of whole replicas.
     """
 
     def __init__(self, mesh: ParallelMesh, vocabulary: Vocabulary, group: Group | None = None) -> None:
@@ -45,15 +44,15 @@ class WindowCheck:
         after: HostCopy | None = None,
         order: int = 0,
     ) -> PendingWindow:
-        """Tell of this rank's window. All ranks of the group together.
+        """Report this rank's window. All ranks of the group together.
 
         Args:
-            window: micro-batches; one without any takes part too. A batch that a loader has put on the device is
-                copied back, which waits for it.
-            count: what is to be summed over the data-parallel ranks.
+            window: micro-batches, or none. A batch that a loader has put on the device is copied back, which waits for
+                it.
+            count: to be summed over the data-parallel ranks.
             failure: why the window could not be read.
             after: see `EarlySums.start`.
-            order: `DataParallelLoader.order`, from which the replicas are dealt their batches; 0 without such a loader.
+            order: `DataParallelLoader.order`; 0 without such a loader.
         """
         group = self._sums.group
         model, leads = self.mesh.model, self.mesh.model.rank == 0
@@ -73,10 +72,9 @@ class WindowCheck:
         return PendingWindow(window, foreign, failure, order, self._sums.start(told, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
-        """What the ranks told, in the order of this module's constants. All ranks of the group together.
+        """The sums, in the order of this module's constants. All ranks of the group together.
 
-        Args:
-            where: which window it is, such as `"optimizer step 3"`.
+        `where` names the window in an error, such as `"optimizer step 3"`.
 
         Raises:
             ValueError: on every rank, if ranks of one replica have read different samples, if ranks have different
@@ -143,19 +141,20 @@ class WindowReport:
 
 WHY = (
     "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-parallel and pipeline "
-    "ranks) must read the same. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
+    "ranks) must read the same samples. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
     "train_test_split(), stream.shuffle(), random.shuffle before the trainer is made), if an order or a crop comes "
     "from the operating system's entropy, if a file was still being written while some ranks read it, or if a loader "
-    "deals its batches over all processes (DistributedSampler over args.world_size). Give a seed (shuffle(seed=42)), "
-    "save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's global generator, "
-    "which Trainer seeds with args.seed, and deal over data-parallel ranks (trainer.mesh.dp_rank of args.dp_size)."
+    "distributes its batches over all processes (DistributedSampler over args.world_size). Set a seed "
+    "(shuffle(seed=42)), save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's "
+    "global generator, which Trainer seeds with args.seed, and distribute over data-parallel ranks "
+    "(trainer.mesh.dp_rank of args.dp_size)."
 )
 
 
 WHY_DEALT = (
-    "Every rank reads all of the data in one order, and the trainer deals it over data-parallel ranks. In another "
-    "order on each, or over parts of their own (split_dataset_by_node), samples would be trained on twice or never. "
-    "Give a stream or a sampler a seed that is the same on every rank, and let it yield all samples on every rank."
+    "Every rank reads all of the data in one order, and the trainer distributes it over data-parallel ranks. With a "
+    "different order or a different part on each rank (split_dataset_by_node), samples would be trained on twice or "
+    "never. Seed a stream or a sampler alike on every rank, and let it yield all samples on every rank."
 )
 
 
@@ -184,8 +183,8 @@ def explain(reports: Sequence[WindowReport], where: str) -> Exception:
         return ValueError(f"{where}: {differ} of different replicas read the data in different orders. {WHY_DEALT}")
     sizes = ", ".join(f"{report.size} on rank {report.rank}" for report in reports[:16])
     return ValueError(
-        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some has ended earlier. Give "
-        "every data-parallel rank the same number of batches."
+        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some ended earlier. Every "
+        "data-parallel rank needs the same number of batches."
     )
 
 

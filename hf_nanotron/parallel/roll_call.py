@@ -35,12 +35,7 @@ LIBRARIES = ("hf_nanotron", "accelerate", "transformers")
 
 
 class RollCall:
-    """This process as the others of its job see it.
-
-    Args:
-        store: of the process group; keys get a prefix of their own.
-        rank: of this process.
-    """
+    """This process as the other ranks see it, by a prefix of the process group's store."""
 
     def __init__(self, store: Any, rank: int) -> None:
         self.job = store
@@ -205,11 +200,7 @@ ENDED = "has ended"
 def locate(frame: FrameType | None) -> tuple[str, str, int]:
     """Whether a thread is in a `collective` of torch, in a `library` that may wait for one, or in `other` code.
 
-    Args:
-        frame: the innermost.
-
-    Returns:
-        kind, the place for people, and a number that is the same as long as the thread has not moved.
+    Returns the kind, the place for people, and a number that stays the same as long as the thread does not move.
     """
     kind: str | None = None
     place, position = "", []

@@ -24,10 +24,8 @@ from ..mesh import Group
 
 
 def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-    """Send the first `sent[0]` rows to the first rank of `group`, and so on. No gradient.
-
-    Returns:
-        `[sum(received), ...]`, what was received, in order of ranks.
+    """Send the first `sent[0]` rows to the first rank of `group`, and so on; returns `[sum(received), ...]`. No
+    gradient.
     """
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group.handle)
@@ -52,13 +50,7 @@ class _AllToAll(torch.autograd.Function):
 def all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
     """`[rows, ...] -> [sum(received), ...]`: rows go to the ranks of `group` in order; gradients go back.
 
-    Args:
-        x: whose rows from `sum(sent)` on go nowhere.
-        sent: how many rows each rank gets from us; what the others have of us in their `received`. May be 0.
-        received: how many we get from each.
-
-    Raises:
-        ValueError: if the numbers do not fit the rows or the group.
+    `sent` and `received` are row counts per rank; rows of `x` from `sum(sent)` on are not sent.
     """
     if len(sent) != group.size or len(received) != group.size or sum(sent) > x.shape[0]:
         raise ValueError(f"{sent} rows to and {received} from {group.size} ranks do not fit a tensor of {x.shape[0]}.")
@@ -69,8 +61,8 @@ class Way(Protocol):
     """Where the rows of one layer came from.
 
     Attributes:
-        offsets: `[local experts]`, int32: where each local expert's rows end.
-        counts: `[experts]`, int32, of the whole group: how many of our pairs each has; None if nobody counted.
+        offsets: `[local experts]`, int32: the end of each local expert's rows.
+        counts: `[experts]`, int32, of the whole group: how many of our pairs each has; None if not counted.
     """
 
     @property
@@ -104,12 +96,11 @@ class Stay:
 
 @dataclass(frozen=True)
 class TokensTravel:
-    """Each token is on each rank of its experts.
+    """Each token is on each rank that owns one of its experts.
 
     Args:
-        home: our tokens, sorted by rank; `[N, K]` pairs of which those alone have a row that are a token's first for
-            their rank.
-        here: pairs of the tokens that we received and our experts, sorted by expert.
+        home: our tokens, sorted by rank; of a token's pairs, only the first for each rank has a row.
+        here: pairs of the received tokens and our experts, sorted by expert.
         weights: `[received tokens, K]`.
         sent, received: rows to and from each rank.
     """
@@ -177,26 +168,19 @@ def dispatch(
     group: Group,
     capacity: int | None = None,
 ) -> tuple[torch.Tensor, Way]:
-    """Bring tokens to the ranks of their experts.
+    """Send tokens to the ranks of their experts. Returns rows sorted by local expert, `[rows, H]`, and the way home.
 
-    The host waits for the device once, for the numbers of rows; with one rank, or with a capacity, it does not.
+    The host waits for the device once, for the numbers of rows; not with one rank or with a capacity.
 
     Args:
         x: `[N, H]`. Ranks may have different N, also 0.
         top_k_index: `[N, K]`: expert of the whole group; below 0 or from `num_experts` on means none.
-        weights: `[N, K]`, of any floating dtype: by which the outputs of each token's experts are summed.
-        capacity: send exactly so many rows to each expert, filled up with zeros; pairs beyond them are dropped. The
-            same on all ranks.
-
-    Returns:
-        The rows for our experts, sorted by local expert, `[rows, H]`, and the way home.
-
-    Raises:
-        ValueError: if the group's size does not divide the number of experts.
+        weights: `[N, K]`, of any floating dtype: routing weights.
+        capacity: rows for each expert, padded with zeros; pairs beyond it are dropped. The same on all ranks.
     """
     if num_experts % group.size:
         raise ValueError(
-            f"{num_experts} experts cannot be divided over {group.size} expert-parallel ranks; take a number that "
+            f"{num_experts} experts cannot be divided over {group.size} expert-parallel ranks; use an ep_size that "
             f"divides {num_experts}."
         )
     if capacity is not None:

@@ -30,10 +30,10 @@ class HeldGradient(Protocol):
 
 
 class ProductQueue:
-    """Products of the running backward, oldest first. At the end of the backward it is empty.
+    """Products of the running backward, oldest first; empty at its end.
 
-    What is held must not be overwritten by whoever handed it in: autograd does not, because it sees our reference;
-    compiled code must be told (`prepare/compile.py`).
+    Operands that are held must not be overwritten: autograd does not, because it sees our reference; compiled code must
+    be told (`prepare/compile.py`).
     """
 
     def __init__(self) -> None:

@@ -32,13 +32,10 @@ from .transport import Exchange, Transport, cut
 
 
 class Overlap:
-    """Gathers and sums of one tensor-parallel group, of tensors `[B, S, H]` cut along `S`.
+    """Gathers and sums of one tensor-parallel group, of tensors `[B, S, H]` sharded along `S`.
 
-    Args:
-        group: the tensor-parallel ranks.
-        transport: of this group, for nobody else.
-        pieces: into which the tokens of one rank are cut where products are made of them as they arrive, or before
-            they leave: the first piece is what nothing hides.
+    `transport` is used for nothing else. The tokens of a rank are processed in `pieces` as they arrive or before they
+    leave: only the first piece is exposed.
     """
 
     def __init__(self, group: Group, transport: Transport, pieces: int = 2) -> None:
@@ -171,12 +168,7 @@ class _Mark:
 
 
 class BlockOverlap:
-    """What one attention or MLP module does between its gather and its sum.
-
-    Args:
-        shared: of its tensor-parallel group.
-        block: its linears are cut already.
-    """
+    """What one attention or MLP module, whose linears are sharded already, does between its gather and its sum."""
 
     def __init__(self, shared: Overlap, block: nn.Module) -> None:
         self.shared = shared

@@ -26,11 +26,9 @@ class Exchange(Protocol):
     `close`."""
 
     def swap(self, step: int, piece: int, chunk: torch.Tensor, into: torch.Tensor | None = None) -> None:
-        """Start a piece of step `step`. `chunk` must stay as it is until `close`.
+        """Start a piece of step `step`, one of `cut`. `chunk` must not change until `close`.
 
-        Args:
-            chunk: the piece, which is that of `cut`.
-            into: where the received piece is to be, of its shape; else memory of the transport.
+        The received piece is put `into` a tensor of its shape, or else in memory of the transport.
         """
 
     def place(self, chunk: torch.Tensor, into: torch.Tensor) -> None:
@@ -124,12 +122,8 @@ class _MessageExchange:
 class SymmetricMemory:
     """Memory of each rank that the others write to, over NVLink, with a semaphore for each pair of ranks.
 
-    Writers push: a chunk goes straight from the tensor it is in to the reader's memory. Nothing of this needs
-    multicast.
-
-    Args:
-        group: ranks of one host, each with its GPU.
-        device: this rank's.
+    Writers push from the tensor straight to the reader's memory. No multicast is needed. The ranks of `group` are on
+    one host, each with its own GPU.
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:

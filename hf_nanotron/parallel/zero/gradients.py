@@ -25,9 +25,7 @@ IN_FLIGHT = 2  # buckets of sharded gradients that are being reduced while the n
 class BucketGradients:
     """The fp32 gradients of one bucket.
 
-    Args:
-        sharded: keep our shard alone (ZeRO-2); the whole bucket exists only while a backward fills it.
-        deferred: takes products in backwards that put them off.
+    With `sharded`, only our shard is kept (ZeRO-2); the whole bucket exists only while a backward fills it.
     """
 
     def __init__(self, bucket: Bucket, sharded: bool, device: torch.device, deferred: DeferredWork) -> None:
@@ -163,10 +161,9 @@ class MemberGradient:
         self.is_fresh = False
 
     def takes_early(self) -> bool:
-        """Whether a forward may add a product, which nothing can take back. Makes room for it.
+        """Whether a forward may add a product, which cannot be undone. Makes room for it.
 
-        Outside a step nobody may: that forward may have no backward. Inside, the memory is free but for a sharded
-        bucket's, out of which an earlier micro-batch may still be reduced.
+        Only inside a step, where a backward is sure to follow.
         """
         if self.owner.takes_early:
             self.owner.absorb()
@@ -184,17 +181,17 @@ class GradientBuckets:
 
     Autograd's gradient of a parameter is added to its fp32 memory after each backward and freed; linear layers add
     theirs directly. In the last backward of a stage (in every backward, if `sharded`) a bucket is reduced as soon as
-    its last gradient has arrived: reduce-scattered in place over `bucket.shard`, then summed over `bucket.rest`.
-    Buckets are reduced in one order on all ranks, whichever parameters get no gradient.
+    its last gradient has arrived: reduce-scattered in place over `bucket.shard`, then summed over `bucket.rest`. The
+    order of buckets is the same on all ranks, whichever parameters get no gradient.
 
-    A backward may be split (`start_deferring`): the products, and the reductions that follow them, then run in
-    `run_deferred`, as if that were the backward. What autograd returns for other parameters is added at once, but to a
-    sharded bucket, which would then be whole for longer: there it waits too.
+    A backward may be split (`start_deferring`): weight gradients, and the reductions after them, then run in
+    `run_deferred`. Autograd's gradients of other parameters are added at once, except in a sharded bucket, which would
+    have to stay whole for longer.
 
     Args:
         buckets: in the order in which backward completes them.
-        sharded: keep only this rank's shard of the sums between micro-batches (ZeRO-2), at the price of a
-            reduce-scatter for every micro-batch.
+        sharded: keep only this rank's shard of the sums between micro-batches (ZeRO-2), at the cost of a reduce-scatter
+            per micro-batch.
     """
 
     def __init__(self, buckets: Sequence[Bucket], sharded: bool, device: torch.device) -> None:
