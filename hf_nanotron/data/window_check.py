@@ -1,8 +1,8 @@
-"""Whether the ranks of one replica have read the same samples, and samples that the model can take.
+"""Whether the ranks of one replica have read the same samples, and samples that the model accepts.
 
-Every rank reads its batches itself, as under DDP. The ranks that together hold one copy of the model must read the
-same ones: otherwise a later pipeline stage learns the labels of other samples, and tensor-parallel ranks look up other
-tokens. So each window is hashed on the host, and the hashes travel in the sum that counts the tokens of the step.
+Every rank reads its batches itself, as under DDP, and all ranks of one model replica must read the same: otherwise a
+later pipeline stage uses labels of other samples, and tensor-parallel ranks look up other tokens. So each window is
+hashed on the host, and the hashes are added to the sum that counts the tokens of the step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A linear layer whose three products are in FP8, with fp32 weight gradients as those of `linear.py`.
+"""A linear layer whose three matmuls are in FP8, with fp32 weight gradients as in `linear.py`.
 
-Everything between the operators is plain and is traced with the block around it: what finds scales runs inside the
-kernels that make the numbers, and layers that read one input (queries, keys and values) share its FP8 copy, because a
-compiler computes the same thing once. For the backward only the transposed FP8 input is kept, half of what bf16 keeps.
+Everything between the operators is traced with the block around it: scales are computed inside the kernels that produce
+the values, and layers with the same input (queries, keys and values) share its FP8 copy by common subexpression
+elimination. The backward keeps only the transposed FP8 input, half of what bf16 keeps.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Tokens on their way to the ranks that own their experts, and what becomes of them on its way home.
+"""Tokens are sent to the ranks that own their experts, and their outputs back.
 
-Rank r of n owns the experts `[r * E / n, (r + 1) * E / n)` (Lepikhin et al. 2020, arXiv:2006.16668). A token travels
-once to each rank that owns experts of its choice, however many these are, and its choice travels with it (as from node
-to node in DeepSeek-AI 2024, arXiv:2412.19437). There its pairs with these experts are sorted by expert and computed,
-their outputs are summed with the routing weights, and one row travels home, to be added to those of other ranks. With
-K of E experts, n * (1 - (1 - K / E) ** (E / n)) rows leave for a token instead of K: of eight, 2 on two ranks, 3.6 on
-four and 5.3 on eight. Gradients take the same ways back.
+Rank r of n owns experts `[r * E / n, (r + 1) * E / n)` (Lepikhin et al. 2020, arXiv:2006.16668). A token is sent once
+to each rank that owns experts of its choice, with its choice (as between nodes in DeepSeek-AI 2024, arXiv:2412.19437).
+That rank sorts its pairs by expert, sums their outputs with the routing weights and returns one row, to be added to
+those of other ranks. For K of E experts, n * (1 - (1 - K / E) ** (E / n)) rows are sent per token instead of K.
 
-With a capacity, the pairs of a token and an expert travel, in slots of which there are as many for each expert.
+With a capacity, pairs of a token and an expert are sent, in an equal number of slots for each expert.
 """
 
 from __future__ import annotations

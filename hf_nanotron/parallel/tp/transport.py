@@ -1,9 +1,8 @@
-"""Chunks that travel between the ranks of a group while this rank computes.
+"""Chunks that are exchanged between the ranks of a group while they compute.
 
-An `Exchange` takes one chunk to each other rank and brings one from each, in steps: in step `s` a rank sends to the
-rank `s` places after it, and receives from the one `s` places before. Two transports do it: copies by the copy engines
-into memory that GPUs of a host see of each other, which takes no multiprocessor from the matrix products; and messages
-through the process group, which work everywhere.
+An `Exchange` sends one chunk to each other rank and receives one from each: in step `s` to the rank `s` places after,
+from the rank `s` places before. Two transports: copy engines write into memory that GPUs of a host share, which takes
+no multiprocessor from matmuls; and messages through the process group, which work everywhere.
 """
 
 from __future__ import annotations
