@@ -133,7 +133,7 @@ def _(input: torch.Tensor, *others: Any) -> torch.Tensor:
     return input.new_empty(input.shape[0], weight.shape[0])
 
 
-# It returns the gradient of the input, and adds that of the weight to its memory besides: see `linear_backward`.
+# It returns the gradient of the input, and also adds that of the weight to its memory: see `linear_backward`.
 @torch.library.custom_op("hf_nanotron::fp8_linear_backward", mutates_args=())
 def _linear_backward(
     grad_rows: torch.Tensor,

@@ -102,7 +102,7 @@ class Overlap:
         return partial.finish(self)
 
     def drop(self) -> None:
-        """Let go of an output under way. A recomputation never asks for the one at its end."""
+        """Drop an output that is being sent. A recomputation never asks for the one at its end."""
         if self._sent is not None:
             self._sent[0].exchange.close()
             self._sent = None
@@ -126,7 +126,7 @@ class Overlap:
 
 
 class _Partial:
-    """A tensor `[B, S, H]` whose parts are on their way to be summed."""
+    """A tensor `[B, S, H]` whose parts are being sent to be summed."""
 
     def __init__(self, whole: torch.Tensor, exchange: Exchange, pieces: int) -> None:
         self.whole, self.exchange, self.pieces = whole.detach(), exchange, pieces

@@ -31,7 +31,7 @@ class Exchange(Protocol):
         """
 
     def place(self, chunk: torch.Tensor, into: torch.Tensor) -> None:
-        """Copy `chunk` to `into` beside the computation, until `close`. Before the first swap: it would wait for it."""
+        """Copy `chunk` to `into` during the computation, until `close`. To be called before the first swap."""
 
     def wait(self, step: int, piece: int) -> torch.Tensor:
         """The piece received in step `step`, valid until `close`: what is computed from now on may read it."""
@@ -45,7 +45,7 @@ class Transport(Protocol):
         """An exchange of chunks of one shape. All ranks of the group open theirs in the same order."""
 
     def close(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
 
 
 def cut(chunk: torch.Tensor, pieces: int) -> tuple[torch.Tensor, ...]:

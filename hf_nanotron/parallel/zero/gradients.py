@@ -52,7 +52,7 @@ class BucketGradients:
         return self.whole
 
     def absorb(self) -> None:
-        """Add the reduced micro-batch of a sharded bucket to our shard, and let go of the whole. Once is enough."""
+        """Add the reduced micro-batch of a sharded bucket to our shard, and free the whole. Once is enough."""
         if not self.in_flight:
             return
         assert self.whole is not None

@@ -68,7 +68,7 @@ class ShardedWeights(Protocol):
         """Copy the masters to the model's parameters; if `rounded`, the optimizer has written every `weight`."""
 
     def wait(self) -> None:
-        """Wait for weights on their way, so that the model's parameters can be read."""
+        """Wait for weights that are being gathered, so that the model's parameters can be read."""
 
     def read_from_model(self) -> None:
         """Take over weights that were written into the model's parameters with `write`."""
