@@ -207,19 +207,12 @@ def rotate(output_dir: StrPath, limit: int | None, keep: Iterable[StrPath] = (),
             delete_trace(path)
     kept = {Path(path).resolve() for path in (committed[0], *keep)}
     older = found[found.index(committed[0]) + 1 :]
-    doomed = [path for path in older if _is_torn(path) and path.resolve() not in kept]
+    doomed = [path for path in older if is_torn(path) and path.resolve() not in kept]
     if limit is not None and limit > 0:
         kept.update(path.resolve() for path in islice(filter(_has_all_files, committed), 1))
         surplus = [path for path in reversed(committed) if path.resolve() not in kept]
         doomed += surplus[: max(len(committed) - limit, 0)]
     return [path for path in doomed if _removed(path)]
-
-
-def _is_torn(path: Path) -> bool:
-    try:
-        return is_torn(path)
-    except OSError:  # it cannot be read, which is no reason to end a run
-        return False
 
 
 def _removed(path: Path) -> bool:

@@ -91,9 +91,15 @@ def is_committed(directory: StrPath) -> bool:
 
 
 def is_torn(directory: StrPath) -> bool:
-    """Whether `directory` is what an interrupted `begin`, save or `remove` has left. By other programs: False."""
+    """Whether `directory` is what an interrupted `begin`, save or `remove` has left.
+
+    False for those of other programs, and for what cannot be read: another thread may just have deleted it.
+    """
     directory = Path(directory)
-    return not (directory / MARKER).exists() and ((directory / WRITTEN).is_dir() or not any(directory.iterdir()))
+    try:
+        return not (directory / MARKER).exists() and ((directory / WRITTEN).is_dir() or not any(directory.iterdir()))
+    except OSError:
+        return False
 
 
 def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1)) -> None:
@@ -170,6 +176,15 @@ def checksum_of(path: Path) -> str:
         while data := file.read(CHUNK_BYTES):
             checksum = zlib.crc32(data, checksum)
     return f"{checksum:08x}"
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None if it is gone, or no regular file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def check_length(path: Path, expected: int, why: str) -> None:

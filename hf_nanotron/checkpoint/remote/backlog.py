@@ -7,6 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..directory.own_files import files_in
+from ..directory.verify import size_of
+
 
 @dataclass(frozen=True)
 class LocalSpace:
@@ -58,14 +61,8 @@ def beyond_space(waiting: list[Path], kept: Collection[str], space: LocalSpace) 
 
 
 def bytes_of(directory: Path) -> int:
-    """Of all files in a directory; 0 if it is gone."""
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # deleted meanwhile
-            pass
-    return total
+    """Of all files in a directory, as far as they are there: another thread may be deleting it."""
+    return sum(size_of(directory / name) or 0 for name in files_in(directory))
 
 
 def in_words(size: float) -> str:

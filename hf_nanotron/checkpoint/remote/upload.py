@@ -29,7 +29,7 @@ from ..directory.commit import remove
 from ..directory.own_files import FREE
 from ..directory.retention import is_part, newest, run_at_hand, step_of
 from ..directory.runs import Run
-from ..directory.verify import MARKER, StrPath, is_committed, read_marker
+from ..directory.verify import MARKER, StrPath, is_committed, read_marker, size_of
 from ..files.inside import is_inside
 from .backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
 from .runs import StoredRuns
@@ -305,13 +305,12 @@ class Uploader:
         """Whether all files are there as its marker lists them. If not, it takes the place of no other in the store."""
         marker = _marker_of(path)
         for name, entry in _listed(path).items():
-            file = path / name
-            is_there = is_inside(path, file) and file.is_file()
-            if is_there and file.stat().st_size == entry["bytes"]:
+            size = size_of(path / name) if is_inside(path, path / name) else None
+            if size == entry["bytes"]:
                 continue
             if _marker_of(path) != marker:
                 raise _Changed
-            fault = "has another length" if is_there else "is missing, or a symbolic link out of it"
+            fault = "is missing, or a symbolic link out of it" if size is None else "has another length"
             self.damaged.append(path.name)
             logger.warning(f"{path} is damaged and not uploaded to {self.store.url}: {name} {fault}.")
             return False
@@ -326,9 +325,9 @@ class Uploader:
         if there == marker:  # with all checksums, so it is exactly this checkpoint
             return []
         # README.md goes along for people; other files that no marker lists are somebody's notes.
-        free = [file for file in FREE if is_inside(path, path / file) and (path / file).is_file()]
-        sizes = {file: entry["bytes"] for file, entry in _listed(path).items()}
-        sizes |= {file: (path / file).stat().st_size for file in (MARKER, *free)}
+        free = {file: size_of(path / file) for file in FREE if is_inside(path, path / file)}
+        sizes = {file: size for file, size in free.items() if size is not None}
+        sizes |= {file: entry["bytes"] for file, entry in _listed(path).items()} | {MARKER: len(marker)}
         if _marker_of(path) != marker:
             raise _Changed
         if there is not None:  # another checkpoint of this step, from before the run went back
