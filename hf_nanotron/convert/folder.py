@@ -79,12 +79,15 @@ def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None
 
 
 @contextmanager
-def writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> Iterator[None]:
+def writing(
+    folder: Path, owned: tuple[str, ...], key: str, overwrite: bool, inner: tuple[str, ...] | None = None
+) -> Iterator[None]:
     """A folder for what is written inside the `with`; if that fails, it is taken away again.
 
     Args:
         owned: patterns of what may be in the folder with `overwrite`, and is removed.
         key: the file that made it usable, which goes first.
+        inner: patterns of the files in its folders; None for what is in a checkpoint or a Hub repository.
     """
     existed = folder.exists()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -93,7 +96,7 @@ def writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> 
                 f"{folder} is not empty: files of two models would mix. Name a new or empty folder, or set "
                 "`overwrite` (--overwrite) if it holds an earlier conversion."
             )
-        _remove_conversion(folder, owned, key)
+        _remove_conversion(folder, owned, key, inner)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -105,20 +108,19 @@ def writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> 
         raise
 
 
-def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str) -> None:
+def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str, inner: tuple[str, ...] | None) -> None:
     """Empty a folder that holds nothing but what a conversion writes.
 
     Raises:
         ValueError: naming what else there is, or if it is a file.
     """
     kept = sorted(set(folder.iterdir()) - set(matches(folder, owned))) if folder.is_dir() else [folder]
-    names = files_in(folder) if folder.is_dir() else ()
-    # Of a name like those of our weights, or beside our state, but none that a conversion gives.
-    kept += [
-        folder / name
-        for name in sorted(names)
-        if (fnmatch(name, WEIGHTS[0]) or name.startswith(f"{DIRECTORY}/")) and not is_from_a_save(name)
-    ]
+    names = sorted(files_in(folder)) if folder.is_dir() else ()
+    if inner is None:  # of a name like those of our weights, or beside our state, but none that a conversion gives
+        like_ours = (name for name in names if fnmatch(name, WEIGHTS[0]) or name.startswith(f"{DIRECTORY}/"))
+        kept += [folder / name for name in like_ours if not is_from_a_save(name)]
+    else:
+        kept += [folder / name for name in names if "/" in name and not any(fnmatch(name, each) for each in inner)]
     if kept:
         raise ValueError(
             f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..checkpoint.directory.commit import begin, commit as commit_checkpoint, describe
 from ..checkpoint.directory.verify import MARKER, WRITTEN
-from ..checkpoint.files.safetensors_file import Entry as FileEntry, write_safetensors
 from ..checkpoint.hub.layout import HubLayout, HubSources, layout_of
-from ..checkpoint.hub.model import parse_size, plan_files, write_index
+from ..checkpoint.hub.model import parse_size, plan_files, write_repository_weights
 from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ..checkpoint.hub.weights import HubWeights
 from ..checkpoint.state.buffers import BUFFER, buffer_piece, read_buffer
@@ -94,7 +92,10 @@ def sharded_to_hub(
         check_unchanged(source, (*TEXTS, *WEIGHTS) if frozen and frozen_from is None else TEXTS)
         dtypes = _dtypes(stored, layout, weights, target)
         with writing(destination, (*WEIGHTS, *TEXTS), CONFIG_NAME, overwrite):
-            _write_weights(destination, layout, _weights_of(stored, layout, weights, dtypes), dtypes, limit)
+            tensors = _weights_of(stored, layout, weights, dtypes)
+            write_repository_weights(
+                destination, layout.hub_shapes, layout.hub_dtypes(dtypes), tensors, limit, layout.numel
+            )
             copy_files(source, destination, TEXTS)
             fields = read_json(source / CONFIG_NAME)
             fields.pop("torch_dtype", None)
@@ -136,7 +137,7 @@ def hub_to_sharded(
     limit = parse_size(max_shard_size)
     sources = _check_weights(HubWeights(source), layout)
     shapes = {name: shape for name, shape in layout.shapes.items() if name in sources.grids}
-    groups = plan_files(shapes, dict.fromkeys(shapes, 0), torch.float32.itemsize, limit).values()
+    groups = plan_files(shapes, dict.fromkeys(shapes, 0), dict.fromkeys(shapes, torch.float32), limit).values()
     folder = destination / DIRECTORY
     owned = (*WEIGHTS, *TEXTS, DIRECTORY, TRAINER_STATE_NAME, MARKER, WRITTEN)
     with writing(destination, owned, MARKER, overwrite):
@@ -267,24 +268,6 @@ def _whole(
             f"{name!r} has values that float16 cannot hold (beyond 65504); convert to bfloat16 or float32."
         )
     return tensor
-
-
-def _write_weights(
-    folder: Path,
-    layout: HubLayout,
-    tensors: Iterator[torch.Tensor],
-    model_dtypes: dict[str, torch.dtype],
-    max_bytes: int,
-) -> None:
-    """Write the Hub's tensors, which come in the layout's order, into files, and an index where there are more."""
-    shapes, dtypes = layout.hub_shapes, layout.hub_dtypes(model_dtypes)
-    sizes = {name: dtype.itemsize for name, dtype in dtypes.items()}
-    files = plan_files(shapes, dict.fromkeys(shapes, 0), sizes, max_bytes)
-    for file_name, names in files.items():
-        listed = [FileEntry(name, dtypes[name], shapes[name]) for name in names]
-        write_safetensors(folder / file_name, listed, islice(tensors, len(names)))
-    if len(files) > 1:
-        write_index(folder, files, layout, sizes)
 
 
 def _target_dtype(name: str, config: PreTrainedConfig, source: Path) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Write a safetensors file while its tensors arrive, holding one at a time.
+"""Open a safetensors file, and write one while its tensors arrive, holding one at a time.
 
 The format: eight bytes with the length of a JSON header, the header, the bytes of the tensors one after the other
 (https://huggingface.co/docs/safetensors).
@@ -11,8 +11,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 DTYPES = {  # as safetensors names them
     "F64": torch.float64,
@@ -38,6 +40,18 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def open_safetensors(path: Path, advice: str) -> Any:
+    """A handle of `safe_open`, which compares the header with the file's length.
+
+    Raises:
+        ValueError: for what is no complete safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); {advice}.") from error
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:

@@ -179,6 +179,11 @@ class HubLayout:
         """Name -> shape of every tensor of the files, in the order in which they are written."""
         return {name: self.tensors[name].shape for part in self.parts for name in part.hub}
 
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return sum(torch.Size(shape).numel() for name, shape in self.shapes.items() if name not in self.buffers)
+
     def hub_dtypes(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
         """Dtypes of the files' tensors, given those of the model's (all sources of a tensor have one)."""
         return {name: dtypes[self.tensors[name].sources[0]] for name in self.hub_shapes}

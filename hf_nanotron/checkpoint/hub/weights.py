@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...parallel.shard_spec import ShardSpec
 from ..files.inside import inside
-from ..files.safetensors_file import DTYPES
+from ..files.safetensors_file import DTYPES, open_safetensors
 from ..files.schema import HUB_INDEX, load_json, require
 from .layout import HubLayout, HubSources
 from .trace import Grid, Side, Sizes
@@ -34,7 +34,7 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
     if not index.exists():
         return None
     if not index.is_file() or index.stat().st_size > LARGEST_INDEX:
-        raise ValueError(f"{index} is not a file of at most {LARGEST_INDEX >> 20} MiB; fetch it again.")
+        raise ValueError(f"{index} is not a file of at most {LARGEST_INDEX >> 20} MiB; {AGAIN}.")
     body = require(HUB_INDEX, load_json(index.read_bytes(), index, AGAIN), index, AGAIN)
     for name in set(body["weight_map"].values()):
         inside(directory, name, str(index))
@@ -94,10 +94,7 @@ class HubWeights:
             if not path.is_file():
                 fault = "is not a regular file" if path.exists() else "is missing"
                 raise ValueError(f"{path} {fault}, but {SAFE_WEIGHTS_INDEX_NAME} names it; fetch it again.")
-            try:
-                self._open[name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
+            self._open[name] = open_safetensors(path, AGAIN)
         return self._open[name]
 
     def __contains__(self, name: str) -> bool:
@@ -107,11 +104,12 @@ class HubWeights:
         return list(self._file_of)
 
     def _slice(self, name: str) -> Any:
-        path = self.directory / self._file_of[name]
         try:
             return self._file(self._file_of[name]).get_slice(name)
         except SafetensorError as error:
-            raise ValueError(f"{path} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so.") from error
+            raise ValueError(
+                f"{self.file_of(name)} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so."
+            ) from error
 
     def shapes(self) -> dict[str, Sizes]:
         """Name -> shape of every tensor. Reads headers alone."""
@@ -119,6 +117,9 @@ class HubWeights:
 
     def _shape(self, name: str) -> Sizes:
         return tuple(self._slice(name).get_shape())
+
+    def file_of(self, name: str) -> Path:
+        return self.directory / self._file_of[name]
 
     def sources(self, layout: HubLayout) -> HubSources:
         """Where the tensors of a model are in this repository.
@@ -147,7 +148,7 @@ class HubWeights:
         if not is_float:
             return
         for source in {name} if grids is None else {grid.name for grid in grids}:
-            if (dtype := self._slice(source).get_dtype()) not in FLOATS:
+            if (dtype := self.dtype_name(source)) not in FLOATS:
                 raise ValueError(
                     f"{source!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(FLOATS)}: "
                     "a quantised checkpoint cannot be cut; use the one it was made from."
@@ -187,8 +188,12 @@ class HubWeights:
         names = sorted({grid.name for grid in grids})
         return reduce(torch.promote_types, map(self._dtype, names))
 
+    def dtype_name(self, name: str) -> str:
+        """As safetensors calls it."""
+        return self._slice(name).get_dtype()
+
     def _dtype(self, name: str) -> torch.dtype:
-        if (dtype := self._slice(name).get_dtype()) not in DTYPES:
+        if (dtype := self.dtype_name(name)) not in DTYPES:
             raise ValueError(f"{name!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(DTYPES)}.")
         return DTYPES[dtype]
 

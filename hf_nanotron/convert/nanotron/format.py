@@ -18,16 +18,16 @@ from typing import Any, cast
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...checkpoint.files.inside import LONGEST_PATH, inside
+from ...checkpoint.files.safetensors_file import DTYPES, open_safetensors
 from ..folder import read_json
 from .mapping import Parameter, Slices, shard_slices
 from .tiling import shard_fault, stage_fault
 
 VERSION = "1.5"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SUPPORTED = ("BF16", "F16", "F32")
 SLICES_KEY, SHAPE_KEY = "local_global_slices_pairs", "unsharded_shape"
 _SHARD_FILE = re.compile(
     r"model_(?P<kind>\w+?)_pp-rank-(?P<stage>\d+)-of-(?P<pp>\d+)_tp-rank-(?P<rank>\d+)-of-(?P<tp>\d+)\.safetensors"
@@ -45,7 +45,7 @@ class Shard:
     name: str
     tp_rank: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     pairs: tuple[tuple[Slices, Slices], ...]
     tp: int | None = None
     pp_rank: int | None = None
@@ -161,11 +161,11 @@ def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
 
 
 def _read_header(path: Path, parameter: Parameter, tp_rank: int) -> Shard:
-    with open_safetensors(path) as file:
+    with _open(path) as file:
         if list(file.keys()) != ["data"]:
             raise ValueError(f"{path}: holds {list(file.keys())} instead of the single tensor 'data' of nanotron.")
         tensor, metadata = file.get_slice("data"), file.metadata() or {}
-        shape, dtype = tuple(tensor.get_shape()), torch_dtype(path, tensor.get_dtype())
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
     pairs: tuple[tuple[Slices, Slices], ...]
     if parameter.cut is None:
         everything = (slice(None),) * len(shape)
@@ -279,38 +279,30 @@ def write_run_files(
     (folder / "checkpoint_metadata.json").write_text(json.dumps(metadata, indent=2))
 
 
-def open_safetensors(path: Path) -> Any:
-    """A safetensors handle, after checking the header against the file's length.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is truncated or something else.
-    """
+def _open(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Copy the checkpoint again.")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}). Copy the checkpoint again.") from error
+    return open_safetensors(path, "copy the checkpoint again")
 
 
 def load_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor of a safetensors file; nothing else of the file is read."""
-    with open_safetensors(path) as file:
+    with _open(path) as file:
         return file.get_tensor(name)
 
 
-def torch_dtype(path: Path, name: str) -> torch.dtype:
-    """The dtype that a header calls `name`; `path` is for the refusal."""
-    if name not in DTYPES:
-        raise ValueError(f"{path}: dtype {name} is not supported; only {', '.join(DTYPES)} are.")
-    return DTYPES[name]
+def one_dtype(dtypes: dict[str, str]) -> torch.dtype:
+    """The dtype that all tensors share: a mix would lose precision on loading, as the configuration states one.
 
-
-def one_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype that all tensors share: a mix would lose precision on loading, as the configuration states one."""
+    Args:
+        dtypes: where a tensor is -> its dtype, as safetensors calls it.
+    """
     first, expected = next(iter(dtypes.items()))
     for where, dtype in dtypes.items():
+        if dtype not in SUPPORTED:
+            raise ValueError(f"{where}: dtype {dtype} is not supported; only {', '.join(SUPPORTED)} are.")
         if dtype != expected:
-            raise ValueError(f"{where} is {dtype}, but {first} is {expected}: convert them to one dtype first.")
-    return expected
+            raise ValueError(
+                f"{where} is {DTYPES[dtype]}, but {first} is {DTYPES[expected]}: convert them to one dtype first."
+            )
+    return DTYPES[expected]

@@ -10,7 +10,6 @@ Source of the layout: nanotron at commit 2411b022 (checkpoint format 1.5), `mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -249,11 +248,6 @@ def check_tp(architecture: Architecture, tp: int) -> None:
         raise ValueError(
             f"tp={tp} does not divide {named}; use one of {works}.{_PADS if 'vocab_size' in indivisible else ''}"
         )
-
-
-def stack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Hub tensors of one parameter, `(rows, *columns)` each -> the nanotron parameter, `(sum of rows, *columns)`."""
-    return torch.cat(list(tensors))
 
 
 def unstack(whole: torch.Tensor, parameter: Parameter, index: int, architecture: Architecture) -> torch.Tensor:
