@@ -39,6 +39,7 @@ from hf_nanotron.checkpoint.directory.retention import (
 )
 from hf_nanotron.checkpoint.directory.runs import Run, marked_run
 from hf_nanotron.checkpoint.directory.verify import check, is_committed, is_torn, read_marker
+from hf_nanotron.checkpoint.files.checked import write_checked
 from hf_nanotron.checkpoint.remote.backlog import bytes_of
 from hf_nanotron.checkpoint.state import file as state_file
 from hf_nanotron.checkpoint.state.file import StatePiece, write_rank
@@ -231,7 +232,7 @@ def test_torn_marker_is_refused_at_every_length(tmp_path: Path) -> None:
 def test_later_version_is_refused_and_not_deleted(tmp_path: Path) -> None:
     directory = save(tmp_path, 5)
     body = {"format": verify.FORMAT, "version": 2, "step": 5, "files": {}}
-    state_file.write_checked(directory / "committed.json", body)
+    write_checked(directory / "committed.json", body)
     with pytest.raises(ValueError, match="version 2; this program reads .* version 1"):
         check(directory)
     save(tmp_path, 6)

@@ -21,6 +21,7 @@ from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
 from hf_nanotron.checkpoint.directory.retention import choose
 from hf_nanotron.checkpoint.directory.runs import Run
 from hf_nanotron.checkpoint.directory.verify import MARKER, check
+from hf_nanotron.checkpoint.files.checked import read_checked, write_checked
 from hf_nanotron.checkpoint.files.inside import refuse_links
 from hf_nanotron.checkpoint.hub.weights import HubWeights
 from hf_nanotron.checkpoint.remote import fetch as remote_fetch
@@ -28,7 +29,6 @@ from hf_nanotron.checkpoint.remote.fetch import fetch, fetch_newest, newest_remo
 from hf_nanotron.checkpoint.remote.store import RemoteStore
 from hf_nanotron.checkpoint.remote.upload import Uploader
 from hf_nanotron.checkpoint.state import file as state_file
-from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.checkpoint.state.read import StoredState
 from hf_nanotron.checkpoint.state.training_state import DIRECTORY
 from hf_nanotron.convert.folder import check_unchanged, copy_files

@@ -16,9 +16,10 @@ from test_forged import INDEX, PROGRESS, Rank, body_of, sign, write_checkpoint
 
 from hf_nanotron.checkpoint.directory.retention import check_together
 from hf_nanotron.checkpoint.directory.runs import Run, write_record
-from hf_nanotron.checkpoint.directory.verify import MARKER, check, checksum_of
+from hf_nanotron.checkpoint.directory.verify import MARKER, check
+from hf_nanotron.checkpoint.files.checked import write_checked
+from hf_nanotron.checkpoint.files.disk import checksum_of
 from hf_nanotron.checkpoint.remote.store import RemoteStore
-from hf_nanotron.checkpoint.state.file import write_checked
 from hf_nanotron.checkpoint.state.training_state import load_training_state
 from hf_nanotron.checkpoint.state.values import encode
 from hf_nanotron.convert.folder import load_config

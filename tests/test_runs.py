@@ -32,12 +32,12 @@ from hf_nanotron.checkpoint.directory.runs import (
     write_record,
 )
 from hf_nanotron.checkpoint.directory.verify import MARKER, check, read_marker
+from hf_nanotron.checkpoint.files.checked import read_checked, write_checked
 from hf_nanotron.checkpoint.remote import run_start, runs as remote_runs
 from hf_nanotron.checkpoint.remote.fetch import fetch_newest, newest_remote
 from hf_nanotron.checkpoint.remote.run_start import start_run
 from hf_nanotron.checkpoint.remote.store import RemoteStore
 from hf_nanotron.checkpoint.remote.upload import Uploader
-from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 

@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoint.directory.own_files import files_in, is_from_a_save
-from ..checkpoint.directory.verify import MARKER, check_length, checksum_of, read_marker
+from ..checkpoint.directory.verify import MARKER, read_marker
+from ..checkpoint.files.disk import check_length, checksum_of
 from ..checkpoint.files.inside import inside
 from ..checkpoint.state.training_state import DIRECTORY
 

@@ -36,9 +36,10 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..files.checked import read_checked, write_checked
+from ..files.disk import StrPath, check_length, checksum_of, sync
 from ..files.inside import inside, is_inside
 from ..files.schema import DESCRIPTION, require
-from ..state.file import read_checked, sync, write_checked
 from .own_files import (
     FREE,
     HIDDEN,
@@ -55,18 +56,7 @@ from .own_files import (
     states_of,
     unchanged,
 )
-from .verify import (
-    FORMAT,
-    MARKER,
-    STATE_FILES,
-    STATE_INDEX,
-    VERSION,
-    WRITTEN,
-    StrPath,
-    check_length,
-    checksum_of,
-    is_torn,
-)
+from .verify import FORMAT, MARKER, STATE_FILES, STATE_INDEX, VERSION, WRITTEN, is_torn
 
 logger = logging.get_logger(__name__)
 LONGEST_PAUSE = 1.0  # seconds between two looks for what other ranks have written

@@ -20,10 +20,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..files.checked import read_checked
+from ..files.disk import checksum_of
 from ..files.repository import TEXTS, WEIGHTS
-from ..state.file import read_checked
 from ..state.training_state import DIRECTORY
-from .verify import MARKER, WRITTEN, checksum_of
+from .verify import MARKER, WRITTEN
 
 logger = logging.get_logger(__name__)
 

@@ -21,10 +21,11 @@ from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
 from ...parallel.together import together
+from ..files.disk import StrPath
 from .commit import clean, remove
 from .own_files import delete_trace
 from .runs import Run, latest, marked_run, read_record
-from .verify import StrPath, check, is_torn, read_marker
+from .verify import check, is_torn, read_marker
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .verify import StrPath
+from ..files.disk import StrPath
 
 logger = logging.get_logger(__name__)
 LOCK = "_run.lock"  # pushes leave out what begins with "_"

@@ -20,10 +20,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..files.checked import read_checked, write_checked
+from ..files.disk import StrPath
 from ..files.schema import show
-from ..state.file import read_checked, write_checked
 from .run_lock import in_words
-from .verify import MARKER, StrPath, read_marker
+from .verify import MARKER, read_marker
 
 RECORD = "_run.json"  # pushes leave out what begins with "_"
 KEY = "run"  # of the marker, and in the `extra` of a training state

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-StrPath = str | os.PathLike[str]
+from .disk import StrPath
 
 CACHED = ("models--", "datasets--", "spaces--")  # what the Hub's cache calls the folders of repositories
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems

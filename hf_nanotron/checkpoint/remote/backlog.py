@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..directory.own_files import files_in
-from ..directory.verify import size_of
+from ..files.disk import size_of
 
 
 @dataclass(frozen=True)

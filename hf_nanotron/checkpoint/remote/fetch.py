@@ -29,7 +29,6 @@ from ..directory.verify import (
     MARKER,
     STATE_INDEX,
     WRITTEN,
-    StrPath,
     check,
     check_blocks,
     check_sum,
@@ -37,8 +36,8 @@ from ..directory.verify import (
     parse_marker,
     read_state_index,
 )
+from ..files.disk import StrPath, sync
 from ..files.inside import find_clash, find_fault, inside
-from ..state.file import sync
 from ..state.index import StateIndex
 from ..state.progress import check_progress
 from .errors import StoreError

@@ -12,7 +12,8 @@ from ...parallel.together import refuse_together, together
 from ..directory.retention import from_rank_0, marked_runs, step_of
 from ..directory.run_lock import RunLock
 from ..directory.runs import Run, begin_run, marked_run, read_record
-from ..directory.verify import StrPath, read_marker
+from ..directory.verify import read_marker
+from ..files.disk import StrPath
 from .runs import StoredRuns
 from .store import RemoteStore
 

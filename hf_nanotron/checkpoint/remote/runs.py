@@ -13,7 +13,8 @@ from ..directory.commit import remove
 from ..directory.own_files import set_aside
 from ..directory.retention import step_of
 from ..directory.runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
-from ..directory.verify import MARKER, StrPath, parse_marker
+from ..directory.verify import MARKER, parse_marker
+from ..files.disk import StrPath
 from .store import RemoteStore, in_parallel
 
 logger = logging.get_logger(__name__)

@@ -29,7 +29,8 @@ from ..directory.commit import remove
 from ..directory.own_files import FREE
 from ..directory.retention import is_part, newest, run_at_hand, step_of
 from ..directory.runs import Run
-from ..directory.verify import MARKER, StrPath, is_committed, read_marker, size_of
+from ..directory.verify import MARKER, is_committed, read_marker
+from ..files.disk import StrPath, size_of
 from ..files.inside import is_inside
 from .backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
 from .runs import StoredRuns

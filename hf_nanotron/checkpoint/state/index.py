@@ -6,17 +6,18 @@ other without gaps, and each file's own header, which is under the index's check
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.checked import read_checked
+from ..files.disk import StrPath, crc32
 from ..files.inside import inside
 from ..files.safetensors_file import DTYPES
 from ..files.schema import EARLIER, INDEX as INDEX_KEYS, RANK, VERSIONED, load_json, require, show
-from .file import DIGEST, FORMAT, INDEX, VERSION, read_checked
+from .file import DIGEST, FORMAT, INDEX, VERSION
 from .pieces import Piece, check_complete, digest, find_fault, tensor_name
 from .values import decode
 
@@ -42,7 +43,7 @@ class StateIndex:
     values: dict[str, Any]
 
     @classmethod
-    def read(cls, directory: str | os.PathLike[str]) -> StateIndex:
+    def read(cls, directory: StrPath) -> StateIndex:
         """The index of a `training_state/`. Reads no other file.
 
         Raises:
@@ -110,6 +111,15 @@ class StateIndex:
             for kind, (dtype, offset, _) in piece["tensors"].items():
                 end = offset + numel * DTYPES[dtype].itemsize
                 yield tensor_name(piece, kind), {"dtype": dtype, "shape": [numel], "data_offsets": [offset, end]}
+
+    def check_block(self, path: Path, what: str, number: int, data: bytes | memoryview, checksums: str) -> None:
+        """Compare a block of a tensor, as it was read from `path`, with its checksum.
+
+        Raises:
+            ValueError: naming the file, the tensor and the block.
+        """
+        if crc32(data) != checksums[number * 8 : number * 8 + 8]:
+            raise ValueError(f"{path} is damaged: the checksum of {what}, block {number}, differs; {EARLIER}.")
 
     def blocks(self, file: str) -> Iterator[tuple[str, int, int, str]]:
         """The tensors of a file in the order of their bytes: what, first byte in the file, bytes, checksums."""
