@@ -10,7 +10,6 @@ that has no checkpoint yet. Checkpoints from before there were ids are one run, 
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import time
@@ -22,14 +21,15 @@ from typing import Any
 
 from ..files.checked import read_checked, write_checked
 from ..files.disk import StrPath
-from ..files.schema import show
+from ..files.schema import each, finite, record, row, show, text
 from .run_lock import in_words
 from .verify import MARKER, read_marker
 
 RECORD = "_run.json"  # pushes leave out what begins with "_"
 KEY = "run"  # of the marker, and in the `extra` of a training state
-LATEST = 1 << 40  # seconds since 1970; a float tells one from the next TICK
 TICK = 1e-3  # seconds between two branches, at least, whatever the clocks of their hosts say
+# What a marker or the record says of its run. A float tells a `began` from the next TICK.
+RUN = record({"id": text(), "branch": text(), "began": finite(1 << 40), "before": each(row(text(), finite(1 << 63)))})
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,9 @@ class Run:
         Raises:
             ValueError: if it is not what `to_dict` has made.
         """
-        try:
-            run = cls(
-                value["id"], value["branch"], value["began"], tuple((name, last) for name, last in value["before"])
-            )
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{show(value)} does not name a run.") from error
-        texts, numbers = [run.id, run.branch], [run.began]
-        for name, last in run.before:
-            texts.append(name)
-            numbers.append(last)
-        is_like_ours = all(type(text) is str for text in texts) and all(map(_is_number, numbers))
-        if not is_like_ours or abs(run.began) > LATEST:
+        if RUN(value) is not None:
             raise ValueError(f"{show(value)} does not name a run.")
-        return run
-
-
-def _is_number(value: Any) -> bool:
-    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
+        return cls(value["id"], value["branch"], value["began"], tuple((name, last) for name, last in value["before"]))
 
 
 def run_of(marker: dict[str, Any]) -> Run:

@@ -86,6 +86,14 @@ def number(value: Any) -> str | None:
     return None if is_known else f" is {show(value)}, not a number"
 
 
+def finite(most: int) -> Rule:
+    def rule(value: Any) -> str | None:
+        is_known = type(value) in (int, float) and -most <= value <= most  # nan compares as False
+        return None if is_known else f" is {show(value)}, not a number from {-most} to {most}"
+
+    return rule
+
+
 def interval(value: Any) -> str | None:
     """A number of steps or a share of them, 0 for none."""
     if type(value) in (int, float) and 0 <= value <= MOST:
