@@ -86,6 +86,14 @@ def is_committed(directory: StrPath) -> bool:
     return True
 
 
+def is_marked(directory: Path, data: bytes | None) -> bool:
+    """Whether the marker of `directory` is exactly `data`, with all checksums; None is that of no checkpoint."""
+    try:
+        return data is not None and (directory / MARKER).read_bytes() == data
+    except OSError:
+        return False
+
+
 def is_torn(directory: StrPath) -> bool:
     """Whether `directory` is what an interrupted `begin`, save or `remove` has left.
 

@@ -32,6 +32,7 @@ from ..directory.verify import (
     check,
     check_blocks,
     check_sum,
+    is_marked,
     is_torn,
     parse_marker,
     read_state_index,
@@ -42,7 +43,7 @@ from ..state.index import StateIndex
 from ..state.progress import check_progress
 from .errors import StoreError
 from .runs import StoredRuns, make_room
-from .store import RemoteStore, in_parallel
+from .store import Listing, RemoteStore, in_parallel
 
 logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
@@ -81,16 +82,16 @@ def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     Raises:
         ValueError: if the store cannot be listed, naming it and the reason.
     """
-    run = run or store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
-    found = next(_committed(store, run), None)
+    at_hand, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
+    found = next(_committed(store, listed, run or at_hand), None)
     return None if found is None else found.name
 
 
-def _committed(store: RemoteStore, run: Run | None) -> Iterator[_Stored]:
-    """The committed checkpoints of a run in the store, the newest first; damaged ones are passed over. Of any run if
-    `run` is None.
+def _committed(store: RemoteStore, listed: Listing, run: Run | None) -> Iterator[_Stored]:
+    """The committed checkpoints of a run in the store, the newest first; damaged ones are skipped. Of any run if `run`
+    is None.
     """
-    for name, files in store.patiently("listing", store.checkpoints).items():
+    for name, files in listed.items():
         try:
             found = _find(store, name, files)
         except StoreError:
@@ -162,7 +163,7 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
     if (directory / MARKER).is_dir():
         raise ValueError(f"{directory / MARKER} is a directory; remove it.")
     parts = directory / WRITTEN
-    if parts.exists() or not _is_marked(directory, found.data):
+    if parts.exists() or not is_marked(directory, found.data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
         (parts / MARKER).unlink(missing_ok=True)  # a link would be written through
@@ -175,7 +176,7 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
         check_progress(directory, found.step)
     index = read_state_index(directory, files) if STATE_INDEX in files else None
     _complete(store, found, directory, list(files), index, workers)
-    if not _is_marked(directory, found.data):
+    if not is_marked(directory, found.data):
         sync(directory)
         _write(directory / MARKER, found.data, parts)
         sync(directory)
@@ -218,11 +219,6 @@ def _complete(
     wanted.sort(key=lambda file: -files[file]["bytes"])
     gets = [partial(_get, store, found, file, directory, index) for file in wanted]
     in_parallel(gets, min(workers, store.transfers or workers))
-
-
-def _is_marked(directory: Path, data: bytes) -> bool:
-    path = directory / MARKER
-    return path.is_file() and path.read_bytes() == data
 
 
 def _is_here(directory: Path, file: str, entry: dict[str, Any], index: StateIndex | None) -> bool:
@@ -291,19 +287,19 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
     Raises:
         ValueError, RuntimeError: as `newest_remote` and `fetch`.
     """
-    looked_up = store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
-    run = latest(found for found in (run_at_hand(output_dir), looked_up) if found is not None)
-    fetched = _fetch_newest_of(store, output_dir, run)
-    _fetch_best(store, output_dir, run)
+    stored, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
+    run = latest(found for found in (run_at_hand(output_dir), stored) if found is not None)
+    fetched = _fetch_newest_of(store, listed, output_dir, run)
+    _fetch_best(store, listed, output_dir, run)
     if run is not None and run_at_hand(output_dir) != run:  # it has no checkpoint; the resume goes by what is here
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_record(output_dir, run, {"url": store.url})
     return fetched
 
 
-def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Path | None:
+def _fetch_newest_of(store: RemoteStore, listed: Listing, output_dir: StrPath, run: Run | None) -> Path | None:
     """As `fetch_newest`, for one run."""
-    for found in _committed(store, run):
+    for found in _committed(store, listed, run):
         if _is_as_new(output_dir, step_of(found.name), run):
             return None
         directory = Path(output_dir, found.name)
@@ -315,7 +311,7 @@ def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -
     return None
 
 
-def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> None:
+def _fetch_best(store: RemoteStore, listed: Listing, output_dir: StrPath, run: Run | None) -> None:
     """Bring the best checkpoint, too, if the newest one here names it and the store has it: without it here, it would
     be forgotten, and deleted as surplus."""
     here = next(iter(newest(output_dir, run)), None)
@@ -328,9 +324,8 @@ def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Non
     directory = Path(output_dir, name)
     if type(step) is not int or step < 1 or directory.exists() and not is_torn(directory):
         return
-    there = store.patiently("listing", store.checkpoints).get(name, {})
     try:
-        found = _find(store, name, there)
+        found = _find(store, name, listed.get(name, {}))
         if found is not None and found.is_of(run):
             _clear_place(found, directory)
             _download(store, found, directory)

@@ -15,7 +15,7 @@ from ..directory.retention import step_of
 from ..directory.runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
 from ..directory.verify import MARKER, parse_marker
 from ..files.disk import StrPath
-from .store import RemoteStore, in_parallel
+from .store import Listing, RemoteStore, in_parallel
 
 logger = logging.get_logger(__name__)
 WORKERS = 8  # markers at a time
@@ -80,17 +80,18 @@ class StoredRuns:
             Path(folder, RECORD).write_bytes(data)
             return read_record(folder), writer_of(folder)
 
-    def at_hand(self) -> Run | None:
-        """The run that was started last, of those that are in the store."""
+    def at_hand(self) -> tuple[Run | None, Listing]:
+        """The run that was started last, of those that are in the store, and what the store lists."""
         record, _ = self.record()
-        found = self.committed().values()
-        return latest(run for run in (record, *found) if run is not None)
+        listed = self.store.checkpoints()
+        found = self.committed(listed).values()
+        return latest(run for run in (record, *found) if run is not None), listed
 
-    def committed(self) -> dict[str, Run | None]:
+    def committed(self, listed: Listing | None = None) -> dict[str, Run | None]:
         """The committed checkpoints, as the store lists them, the highest step first; None for the run of one whose
         marker is damaged."""
-        listed = self.store.checkpoints().items()
-        names = [name for name, files in listed if MARKER in files]
+        listed = self.store.checkpoints() if listed is None else listed
+        names = [name for name, files in listed.items() if MARKER in files]
         return dict.fromkeys(names) | self.of(names)
 
     def look_for_others(self, run: Run | None, output_dir: StrPath) -> None:

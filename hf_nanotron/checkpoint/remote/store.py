@@ -31,6 +31,7 @@ from .retry import Backoff, Retry
 from .url import GCS, PROTOCOLS, S3, credentials, parse
 
 T = TypeVar("T")
+Listing = dict[str, dict[str, int]]  # checkpoint -> bytes of every file by its path within
 
 # Bytes. An s3fs upload holds up to ten parts of each file in memory, of 50 MiB if nobody says otherwise.
 PART_BYTES = 8 << 20
@@ -199,14 +200,13 @@ class RemoteStore:
         except Exception as error:
             raise self.refusal("cannot be written", error) from self.shown(error)
 
-    def checkpoints(self) -> dict[str, dict[str, int]]:
-        """All `checkpoint-N`, committed or not, the highest step first: bytes of every file by its path within. As the
-        store lists them, which may lag behind.
+    def checkpoints(self) -> Listing:
+        """All `checkpoint-N`, committed or not, the highest step first. As the store lists them, which may lag behind.
 
         Raises:
             StoreError: if the store cannot be listed, naming the URL and the reason.
         """
-        found: dict[str, dict[str, int]] = {}
+        found: Listing = {}
 
         def find(_: Callback) -> Any:
             self.fs.invalidate_cache()
