@@ -81,12 +81,19 @@ def write_rank(directory: StrPath, rank: int, pieces: Iterable[StatePiece], bloc
     stem = Path(directory) / f"rank-{rank:05d}"
     path = stem.with_suffix(".safetensors")
     listed = [piece for piece in pieces if piece.stop > piece.start]
-    slices = [Slice.of(piece.spec, piece.start, piece.stop) for piece in listed]
+    slices = [Slice(piece.spec, piece.start, piece.stop) for piece in listed]
     found = [(i, kind, tensor) for i, piece in enumerate(listed) for kind, tensor in piece.tensors.items()]
     # Wide elements first, as safetensors has it: every tensor then starts at a multiple of its element size.
     found.sort(key=lambda item: -item[2].element_size())
     placed: list[Piece] = [
-        {"name": p.name, "shape": p.global_shape, "dim": p.dim, "ranges": p.ranges, "start": p.start, "stop": p.stop}
+        {
+            "name": p.name,
+            "shape": p.global_shape,
+            "dim": p.spec.dim,
+            "ranges": p.ranges,
+            "start": p.start,
+            "stop": p.stop,
+        }
         for p in slices
     ]
     header: dict[str, Entry] = {}

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ...parallel.shard_spec import ShardSpec
 from ..files.safetensors_file import DTYPES
 from ..files.schema import show
 from .slices import Slice, find_fault as find_gap
@@ -31,7 +32,9 @@ def digest(pieces: Iterable[Piece]) -> str:
 def slice_of(piece: Piece) -> Slice:
     """The slice that a piece of the index describes."""
     ranges = tuple((start, stop) for start, stop in piece["ranges"])
-    return Slice(piece["name"], tuple(piece["shape"]), piece["dim"], ranges, piece["start"], piece["stop"])
+    return Slice(
+        ShardSpec(piece["name"], tuple(piece["shape"]), piece["dim"], (ranges,)), piece["start"], piece["stop"]
+    )
 
 
 def check_complete(index: Path, pieces: list[Piece]) -> None:

@@ -118,7 +118,7 @@ def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments
 def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
     """Masters of `segments` from a stored state."""
     for segment in segments:
-        stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+        stored.fill(Slice(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
 
 
 def run_values(stored: StoredState) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             f"this run has {name} with {len(optimizer.param_groups)}; resume with the same `optim`, or start from "
             "the weights with from_pretrained."
         )
-    part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
+    part_of = {segment.master: Slice(segment.spec, segment.start, segment.stop) for segment in segments}
     stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
     check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():
