@@ -24,7 +24,7 @@ from ..files.checked import read_checked, write_checked
 from ..files.disk import CHUNK_BYTES, StrPath, crc32, durable_file
 from ..files.safetensors_file import DTYPE_NAMES, DTYPES, Entry, bytes_of_tensor, header_of
 from ..files.schema import MOST_BLOCK_BYTES, RANK, require
-from .pieces import Piece, check_complete, digest, find_fault
+from .pieces import check_complete, digest, find_fault, place_of
 from .slices import Slice
 from .values import encode
 
@@ -85,17 +85,7 @@ def write_rank(directory: StrPath, rank: int, pieces: Iterable[StatePiece], bloc
     found = [(i, kind, tensor) for i, piece in enumerate(listed) for kind, tensor in piece.tensors.items()]
     # Wide elements first, as safetensors has it: every tensor then starts at a multiple of its element size.
     found.sort(key=lambda item: -item[2].element_size())
-    placed: list[Piece] = [
-        {
-            "name": p.name,
-            "shape": p.global_shape,
-            "dim": p.spec.dim,
-            "ranges": p.ranges,
-            "start": p.start,
-            "stop": p.stop,
-        }
-        for p in slices
-    ]
+    placed = [place_of(each) for each in slices]
     header: dict[str, Entry] = {}
     places: list[dict[str, list[Any]]] = [{} for _ in listed]
     offset = 0

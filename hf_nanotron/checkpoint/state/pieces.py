@@ -29,12 +29,17 @@ def digest(pieces: Iterable[Piece]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
+def place_of(part: Slice) -> Piece:
+    """What the index says of a slice, besides its tensors."""
+    where = {"name": part.name, "shape": part.global_shape, "dim": part.spec.dim, "ranges": part.ranges}
+    return {**where, "start": part.start, "stop": part.stop}
+
+
 def slice_of(piece: Piece) -> Slice:
     """The slice that a piece of the index describes."""
     ranges = tuple((start, stop) for start, stop in piece["ranges"])
-    return Slice(
-        ShardSpec(piece["name"], tuple(piece["shape"]), piece["dim"], (ranges,)), piece["start"], piece["stop"]
-    )
+    spec = ShardSpec(piece["name"], tuple(piece["shape"]), piece["dim"], (ranges,))
+    return Slice(spec, piece["start"], piece["stop"])
 
 
 def check_complete(index: Path, pieces: list[Piece]) -> None:

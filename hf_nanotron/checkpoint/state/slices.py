@@ -98,7 +98,7 @@ class Slice:
 
     @property
     def ranges(self) -> Ranges:
-        """Half-open ranges of `spec.dim` that make up the part, joined in this order; none if it is the whole tensor."""
+        """Half-open ranges of `spec.dim` that make up the part, joined in this order; none for a whole tensor."""
         return () if self.spec.dim is None else self.spec.ranges
 
     @property
