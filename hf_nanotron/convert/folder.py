@@ -42,11 +42,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
-    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything.
-
-    Raises:
-        ValueError: naming the file that is missing or differs.
-    """
+    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything."""
     if not (checkpoint / MARKER).exists():
         return
     for name, entry in read_marker(checkpoint)["files"].items():
@@ -62,11 +58,7 @@ def matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copy what matches, other than `config.json`.
-
-    Raises:
-        ValueError: for a symbolic link out of `source` (but for those of the Hub's cache), or what is no file.
-    """
+    """Copy what matches, other than `config.json`."""
     for path in matches(source, patterns):
         for file in path.rglob("*") if path.is_dir() else [path]:
             name = file.relative_to(source).as_posix()
@@ -110,11 +102,7 @@ def writing(
 
 
 def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str, inner: tuple[str, ...] | None) -> None:
-    """Empty a folder that holds nothing but what a conversion writes.
-
-    Raises:
-        ValueError: naming what else there is, or if it is a file.
-    """
+    """Empty a folder that holds nothing but what a conversion writes."""
     kept = sorted(set(folder.iterdir()) - set(matches(folder, owned))) if folder.is_dir() else [folder]
     names = sorted(files_in(folder)) if folder.is_dir() else ()
     if inner is None:  # of a name like those of our weights, or beside our state, but none that a conversion gives

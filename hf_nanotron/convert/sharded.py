@@ -169,11 +169,7 @@ def _state_folder(checkpoint: Path) -> Path:
 
 
 def _not_stored(stored: StoredState, layout: HubLayout) -> list[str]:
-    """The tensors of the model of which the state holds nothing: they were frozen.
-
-    Raises:
-        ValueError: if it holds a tensor in another shape, without masters, or of another model.
-    """
+    """The tensors of the model of which the state holds nothing: they were frozen."""
     shapes = stored.shapes()
     if foreign := sorted(shapes.keys() - layout.shapes.keys()):
         raise ValueError(
@@ -247,11 +243,7 @@ def _weights_of(
 def _whole(
     name: str, stored: StoredState, layout: HubLayout, frozen: Frozen | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A tensor of the model.
-
-    Raises:
-        ValueError: if it does not fit float16.
-    """
+    """A tensor of the model."""
     shape = layout.shapes[name]
     if not stored.kinds(name):
         assert frozen is not None
@@ -302,11 +294,7 @@ def _downloads() -> list[str]:
 
 
 def _check_weights(weights: HubWeights, layout: HubLayout) -> HubSources:
-    """Refuse weights that the model could not take. Reads headers alone.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Refuse weights that the model could not take. Reads headers alone."""
     sources = weights.sources(layout)
     for name, shape in layout.shapes.items():
         if name in sources.grids or name not in layout.buffers:

@@ -94,10 +94,6 @@ def describe(directory: StrPath, rank: int, paths: Iterable[StrPath] = ()) -> No
     Args:
         directory: the checkpoint, after `begin`.
         paths: the files, below `directory`.
-
-    Raises:
-        ValueError: if a path is not in `directory`.
-        OSError: if a file cannot be read or the directory is gone.
     """
     directory = Path(directory)
     entries = {}
@@ -109,11 +105,7 @@ def describe(directory: StrPath, rank: int, paths: Iterable[StrPath] = ()) -> No
 
 
 def fail(directory: StrPath, rank: int, error: BaseException | str) -> None:
-    """Say that this rank could not write its part: `commit` raises with this text instead of waiting on.
-
-    Raises:
-        OSError: if not even that can be written.
-    """
+    """Say that this rank could not write its part: `commit` raises with this text instead of waiting on."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     path = Path(directory) / WRITTEN / f"{_stem(rank)}.failed"
     temporary = path.with_suffix(".tmp")
@@ -212,9 +204,6 @@ def remove(directory: Path) -> None:
     """Delete a checkpoint: first it stops being one, then it loses its name, then its files go.
 
     Its own files go, those of others stay in the folder, with a warning. Of a symbolic link the link goes alone.
-
-    Raises:
-        OSError: if it cannot be deleted; then it is as it was, unless single files could not go.
     """
     if directory.is_symlink():
         directory.unlink()

@@ -90,9 +90,6 @@ def delete_own(directory: Path) -> list[str]:
 
     Returns:
         what is left and not its own, sorted; if nothing is, the folder is gone.
-
-    Raises:
-        OSError: if an own file could not be deleted.
     """
     folders = {directory / DIRECTORY}
     for name in sorted(own_files(directory)):

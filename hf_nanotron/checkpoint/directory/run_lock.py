@@ -37,9 +37,6 @@ class RunLock:
 
         Returns:
             None, or who holds it: a sentence with the folder, the host, the process and its start.
-
-        Raises:
-            OSError: if the file cannot be written.
         """
         path = Path(folder, LOCK)
         if self._handle is not None and self._path == path:

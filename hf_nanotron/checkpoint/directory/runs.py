@@ -57,21 +57,13 @@ class Run:
 
     @classmethod
     def from_dict(cls, value: Any) -> Run:
-        """
-        Raises:
-            ValueError: if it is not what `to_dict` has made.
-        """
         if RUN(value) is not None:
             raise ValueError(f"{show(value)} does not name a run.")
         return cls(value["id"], value["branch"], value["began"], tuple((name, last) for name, last in value["before"]))
 
 
 def run_of(marker: dict[str, Any]) -> Run:
-    """The run of a marker; of one from before there were ids, the run that all those are.
-
-    Raises:
-        ValueError: if the marker names it in another way than ours do.
-    """
+    """The run of a marker; of one from before there were ids, the run that all those are."""
     return Run.from_dict(marker[KEY]) if KEY in marker else Run()
 
 

@@ -144,11 +144,7 @@ class BackgroundSave:
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> Path | None:
-        """The directory of a save that has ended since the last call, None if there is none.
-
-        Raises:
-            RuntimeError: if it failed, naming the directory and the reason.
-        """
+        """The directory of a save that has ended since the last call, None if there is none."""
         if self._thread is None or self._thread.is_alive():
             return None
         return self.wait()

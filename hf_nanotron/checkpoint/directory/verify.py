@@ -30,11 +30,7 @@ READ_BY_RESUME = (TRAINER_STATE_NAME, RNG_FILES, STATE_INDEX)
 
 
 def read_marker(directory: StrPath) -> dict[str, Any]:
-    """The marker: `step`, `hub_weights` (whether the Hub's weights are in the checkpoint) and `files`.
-
-    Raises:
-        ValueError: if there is none, or it is damaged, forged, or of a later version.
-    """
+    """The marker: `step`, `hub_weights` (whether the Hub's weights are in the checkpoint) and `files`."""
     directory = Path(directory)
     path = directory / MARKER
     if not directory.is_dir():
@@ -146,12 +142,7 @@ def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1))
 
 
 def read_state_index(directory: Path, files: dict[str, Any]) -> StateIndex:
-    """The index of the training state, compared with the `files` of the marker.
-
-    Raises:
-        ValueError: naming the index and what is wrong.
-        OSError: if it cannot be read.
-    """
+    """The index of the training state, compared with the `files` of the marker."""
     index = StateIndex.read(directory / DIRECTORY)
     require(VALUES, index.values, f"{index.path}: values")
     listed = {name.rpartition("/")[2]: entry["bytes"] for name, entry in files.items() if fnmatch(name, STATE_FILES)}

@@ -31,12 +31,7 @@ def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> Non
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """What `write_checked` wrote.
-
-    Raises:
-        ValueError: if a byte is not as it was written, or what is there is no file of JSON.
-        OSError: if it cannot be read.
-    """
+    """What `write_checked` wrote."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
         raise ValueError(f"{path} is not a regular file; {EARLIER}.")

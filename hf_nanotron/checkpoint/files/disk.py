@@ -43,10 +43,6 @@ def size_of(path: Path) -> int | None:
 
 
 def check_length(path: Path, expected: int, why: str) -> None:
-    """
-    Raises:
-        ValueError: naming the file and what is wrong, and `why` it should be there.
-    """
     try:
         status = path.stat()
     except FileNotFoundError:

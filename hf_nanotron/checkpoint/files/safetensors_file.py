@@ -45,11 +45,7 @@ class Entry:
 
 
 def open_safetensors(path: Path, advice: str) -> Any:
-    """A handle of `safe_open`, which compares the header with the file's length.
-
-    Raises:
-        ValueError: for what is no complete safetensors file.
-    """
+    """A handle of `safe_open`, which compares the header with the file's length."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -79,11 +75,7 @@ def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:
-    """Write `tensors`, which come in the order of `entries`. The file survives a power failure.
-
-    Raises:
-        ValueError: if a tensor is not what its entry says, or one is missing.
-    """
+    """Write `tensors`, which come in the order of `entries`. The file survives a power failure."""
     with durable_file(path) as file:
         file.write(header_of(entries, {}))
         for entry, tensor in zip(entries, tensors, strict=True):

@@ -28,10 +28,6 @@ EARLIER = "use an earlier checkpoint"
 
 
 def load_json(data: bytes | str, where: object, advice: str = EARLIER) -> Any:
-    """
-    Raises:
-        ValueError: naming `where`, for what is no JSON, is nested too deeply, or has a key twice.
-    """
     try:
         return json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -39,11 +35,7 @@ def load_json(data: bytes | str, where: object, advice: str = EARLIER) -> Any:
 
 
 def require(rule: Rule, value: Any, where: object, advice: str = EARLIER) -> Any:
-    """`value` itself.
-
-    Raises:
-        ValueError: naming `where`, the key and what is wrong.
-    """
+    """`value` itself, if `rule` accepts it; else a ValueError that names `where`, the key and what is wrong."""
     if (fault := rule(value)) is not None:
         raise ValueError(f"{where} is damaged or forged: {fault.lstrip('. ')}; {advice}.")
     return value

@@ -106,9 +106,6 @@ class HubLayout:
         reverted: which of them are undone on the way to the files.
         prefix: `base_model_prefix` of the model.
         optional: patterns of names in files that no warning is given for.
-
-    Raises:
-        ValueError: for a conversion that is no rearrangement, or that loses something, naming the architecture.
     """
 
     architecture: str
@@ -196,9 +193,6 @@ class HubLayout:
         Args:
             available: name -> shape of what it holds.
             where: how to call it in an error message.
-
-        Raises:
-            ValueError: naming the first tensor, in model order, that is there in another shape, or not wholly.
         """
         conversions = deepcopy(self.conversions)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -274,9 +268,6 @@ def hub_layout(model: PreTrainedModel, tied: Mapping[str, str] | None = None) ->
 
     Args:
         tied: parameter -> the parameter it shares storage with; default: what the model declares and has.
-
-    Raises:
-        ValueError: if its family's conversions cannot be expressed, naming it.
     """
     state = model.state_dict(keep_vars=True)
     ignored = set(model._keys_to_ignore_on_save or ())
@@ -307,11 +298,7 @@ def hub_layout(model: PreTrainedModel, tied: Mapping[str, str] | None = None) ->
 
 
 def layout_of(config: PreTrainedConfig) -> HubLayout:
-    """The layout of the causal LM of a config. Makes the stock model on the meta device, without any weights.
-
-    Raises:
-        ValueError: as `hub_layout`.
-    """
+    """The layout of the causal LM of a config. Makes the stock model on the meta device, without any weights."""
     with torch.device("meta"):
         return hub_layout(AutoModelForCausalLM.from_config(config))
 

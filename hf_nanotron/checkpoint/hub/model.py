@@ -156,11 +156,7 @@ def is_writer(model: ShardedModel) -> bool:
 
 
 def _owner(model: ShardedModel, part: Part) -> int:
-    """The pipeline rank that writes the tensors of a part.
-
-    Raises:
-        ValueError: if the tensors of the model are on several: the Hub has in one tensor what the pipeline parts.
-    """
+    """The pipeline rank that writes the tensors of a part."""
     owners = {model.hub_owners[name] for name in part.model}
     if len(owners) > 1:
         raise ValueError(
@@ -280,11 +276,7 @@ def _write_index(
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number."""
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B", size.strip().upper())

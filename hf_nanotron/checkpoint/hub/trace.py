@@ -299,11 +299,7 @@ def _reshape(plain: torch.Tensor, traced: Traced, *_: Any, **__: Any) -> Traced:
 
 
 def _unflatten(grid: Grid, shape: Sizes) -> Grid:
-    """A grid in a 1-D tensor as one in a tensor of `shape`.
-
-    Raises:
-        ValueError: if the elements are no grid there.
-    """
+    """A grid in a 1-D tensor as one in a tensor of `shape`."""
     strides, axis = row_strides(shape), 0
     axes: list[tuple[int, int]] = []
     while axis < len(grid.sizes):

@@ -25,11 +25,7 @@ FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 
 def read_weight_map(directory: Path) -> dict[str, str] | None:
-    """Tensor -> file of a repository of several files, by its index; None if it has none.
-
-    Raises:
-        ValueError: for an index that is damaged or forged, or names a file outside of `directory`.
-    """
+    """Tensor -> file of a repository of several files, by its index; None if it has none."""
     index = inside(directory, SAFE_WEIGHTS_INDEX_NAME, str(directory))
     if not index.exists():
         return None
@@ -47,9 +43,6 @@ def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, 
     Args:
         file_of: of the index.
         held: file -> the tensors in it.
-
-    Raises:
-        ValueError: naming the tensor and the files.
     """
     holder: dict[str, str] = {}
     for file, names in held.items():
@@ -122,11 +115,7 @@ class HubWeights:
         return self.directory / self._file_of[name]
 
     def sources(self, layout: HubLayout) -> HubSources:
-        """Where the tensors of a model are in this repository.
-
-        Raises:
-            ValueError: if one has another shape than in the model.
-        """
+        """Where the tensors of a model are in this repository."""
         return layout.sources(self.shapes(), str(self.directory))
 
     def check(self, name: str, shape: Sizes, grids: tuple[Grid, ...] | None = None, is_float: bool = True) -> None:
@@ -161,9 +150,6 @@ class HubWeights:
 
         Args:
             grids, is_float: as in `check`.
-
-        Raises:
-            ValueError: as `check`.
         """
         self.check(spec.name, spec.global_shape, grids, is_float)
         grids = grids or (Grid.whole(spec.name, spec.global_shape),)

@@ -78,9 +78,6 @@ def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
 
     Args:
         run: whose; None for the run that was started last, of those in the store.
-
-    Raises:
-        ValueError: if the store cannot be listed, naming it and the reason.
     """
     at_hand, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
     found = next(_committed(store, listed, run or at_hand), None)
@@ -113,9 +110,6 @@ def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | Non
     Args:
         there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
             itself: a listing may lag behind.
-
-    Raises:
-        ValueError: if it is damaged or a file is missing, or if a name in the store could not be one here.
     """
     where = f"{store.url}/{name}"
     for file in there:
@@ -143,11 +137,6 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
 
     Returns:
         the local checkpoint, committed.
-
-    Raises:
-        ValueError: if the remote one is not complete, damaged or forged, or if another program's directory or a
-            symbolic link is in its place.
-        RuntimeError: if a file cannot be fetched, naming its URL and the reason.
     """
     there = store.patiently("listing", store.checkpoints).get(name, {})
     found, directory = _find(store, name, there), Path(output_dir, name)
@@ -187,10 +176,6 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
 def _clear_place(found: _Stored, directory: Path) -> None:
     """Make way for a download: what has the checkpoint's name here and is of another run is moved away; of a link,
     the link goes.
-
-    Raises:
-        ValueError: naming the directory, the link or the file, if another program's directory is in the place, or a
-            symbolic link in it would lead elsewhere.
     """
     make_room(directory, found.run)
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
@@ -241,12 +226,7 @@ def _check_content(path: Path, name: str, entry: dict[str, Any], index: StateInd
 
 
 def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: StateIndex | None) -> None:
-    """Download under another name, and give the file its own when it is complete.
-
-    Raises:
-        RuntimeError: if it cannot be fetched, or comes with another length.
-        ValueError: if other bytes came than were uploaded.
-    """
+    """Download under another name, and give the file its own when it is complete."""
     path, entry, remote = directory / file, found.files[file], f"{found.name}/{file}"
 
     def download() -> Path:
@@ -283,9 +263,6 @@ def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
 
     Returns:
         what was fetched, None if there was nothing to fetch.
-
-    Raises:
-        ValueError, RuntimeError: as `newest_remote` and `fetch`.
     """
     stored, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
     run = latest(found for found in (run_at_hand(output_dir), stored) if found is not None)

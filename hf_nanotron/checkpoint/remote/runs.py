@@ -32,11 +32,7 @@ class StoredRuns:
         self._told = ""
 
     def of(self, names: Iterable[str]) -> dict[str, Run]:
-        """The run of each of these committed checkpoints; without those whose marker is gone or damaged.
-
-        Raises:
-            Exception: if the store does not answer.
-        """
+        """The run of each of these committed checkpoints; without those whose marker is gone or damaged."""
         names = list(names)
         in_parallel([partial(self._read, name) for name in names if name not in self._known], WORKERS)
         return {name: run for name in names if (run := self._known[name]) is not None}

@@ -27,9 +27,7 @@ class Changed(Exception):
 class Attempt(Protocol):
     """Does `action`, named `what`, again until it succeeds, for as long as the checkpoint at `path` waits.
 
-    Raises:
-        Stopped: when the program ends.
-        Changed: when the checkpoint no longer waits, or is gone.
+    Raises `Changed` when it no longer does, or is gone, and `Stopped` when the program ends.
     """
 
     def __call__(self, path: Path, what: str, action: Callable[[], T]) -> T: ...

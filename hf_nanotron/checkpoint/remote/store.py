@@ -111,11 +111,7 @@ class RemoteStore:
     # ---- patience ----
 
     def patiently(self, what: str, action: Callable[[], T]) -> T:
-        """`action`, again for a while where waiting may help: for the start of a run, which needs the store.
-
-        Raises:
-            StoreError: naming the URL and the reason.
-        """
+        """`action`, again for a while where waiting may help: for the start of a run, which needs the store."""
 
         def ends(error: Exception, seconds: float) -> bool:
             return kind_of(error).lasts or seconds >= self.retry.backoff.start
@@ -149,9 +145,6 @@ class RemoteStore:
 
         Args:
             seconds: without progress; `stall_seconds` if None.
-
-        Raises:
-            TimeoutError: if there was none.
         """
         seconds = self.stall_seconds if seconds is None else seconds
         progress, done = _Progress(), threading.Event()
@@ -178,12 +171,7 @@ class RemoteStore:
     # ---- checkpoints ----
 
     def check_writable(self) -> None:
-        """Write, and delete again, an empty object: what fails here would fail after the first checkpoint.
-
-        Raises:
-            StoreError: naming the URL and the reason: at once for one that lasts, such as a bucket that does not exist
-                or wrong credentials; for an outage after `Backoff.start` seconds.
-        """
+        """Write, and delete again, an empty object: what fails here would fail after the first checkpoint."""
         self.patiently("writing", self._probe)
 
     def _probe(self) -> None:
@@ -201,11 +189,7 @@ class RemoteStore:
             raise self.refusal("cannot be written", error) from self.shown(error)
 
     def checkpoints(self) -> Listing:
-        """All `checkpoint-N`, committed or not, the highest step first. As the store lists them, which may lag behind.
-
-        Raises:
-            StoreError: if the store cannot be listed, naming the URL and the reason.
-        """
+        """All `checkpoint-N`, committed or not, the highest step first, as the store lists them: it may lag behind."""
         found: Listing = {}
 
         def find(_: Callback) -> Any:

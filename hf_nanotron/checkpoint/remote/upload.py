@@ -67,9 +67,6 @@ class Uploader:
         save_total_limit: how many committed ones stay in the store; None or 0: all.
         workers: files at a time.
         space: what the checkpoints that wait may take.
-
-    Raises:
-        ValueError: for a store that cannot be written, naming it and the reason; for numbers below 1.
     """
 
     def __init__(
@@ -112,9 +109,6 @@ class Uploader:
 
         Args:
             keep: checkpoints that are deleted on neither side from now on, such as the best one; replaces the last one.
-
-        Raises:
-            ValueError: if it is not committed.
         """
         path = Path(path)
         if not is_committed(path):

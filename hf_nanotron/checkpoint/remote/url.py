@@ -70,11 +70,6 @@ class Place:
 
 
 def parse(url: str) -> Place:
-    """
-    Raises:
-        ValueError: if `url` has no protocol, one that does not work, or parts that the protocol does not take.
-        ImportError: if the protocol's package is not installed, naming what brings it.
-    """
     said = f"remote_checkpoints={printable_url(url)!r}"
     protocol, separator, rest = url.partition("://")
     if not separator or not rest.strip("/"):

@@ -72,9 +72,6 @@ def write_rank(directory: StrPath, rank: int, pieces: Iterable[StatePiece], bloc
     Args:
         directory: the `training_state/` of the checkpoint, after `clear`.
         block_bytes: bytes under one checksum, a multiple of 8 up to 64 MiB.
-
-    Raises:
-        ValueError: for a tensor that is not 1-D, has another length than its piece, or a dtype that cannot be stored.
     """
     if not 8 <= block_bytes <= MOST_BLOCK_BYTES or block_bytes % 8:
         raise ValueError(f"block_bytes={block_bytes} is not a multiple of 8 up to {MOST_BLOCK_BYTES}.")

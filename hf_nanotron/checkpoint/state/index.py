@@ -44,12 +44,7 @@ class StateIndex:
 
     @classmethod
     def read(cls, directory: StrPath) -> StateIndex:
-        """The index of a `training_state/`. Reads no other file.
-
-        Raises:
-            ValueError: naming the index, the key and what is wrong, for one that is damaged, forged or incomplete.
-            FileNotFoundError: if there is none.
-        """
+        """The index of a `training_state/`. Reads no other file."""
         path = inside(directory, INDEX, str(directory))
         body = require(VERSIONED, read_checked(path), path)
         if body["version"] != VERSION or body["format"] != FORMAT:
@@ -71,19 +66,10 @@ class StateIndex:
         return cls(path, body["block_bytes"], body["files"], pieces_of, scalars, values)
 
     def place(self, file: str) -> Path:
-        """Where a file is.
-
-        Raises:
-            ValueError: for a symbolic link out of the folder.
-        """
         return inside(self.path.parent, file, str(self.path))
 
     def check_header(self, file: str, header: bytes | bytearray) -> None:
-        """Compare a file's header, as it was read, with its checksum and with what the index says of its tensors.
-
-        Raises:
-            ValueError: naming the file.
-        """
+        """Compare a file's header, as it was read, with its checksum and with what the index says of its tensors."""
         path, (length, checksum) = self.path.parent / file, self.files[file]["header"]
         if len(header) != length or zlib.crc32(header) != checksum:
             raise ValueError(f"{path} is damaged: the checksum of its header differs; {EARLIER}.")
@@ -113,11 +99,7 @@ class StateIndex:
                 yield tensor_name(piece, kind), {"dtype": dtype, "shape": [numel], "data_offsets": [offset, end]}
 
     def check_block(self, path: Path, what: str, number: int, data: bytes | memoryview, checksums: str) -> None:
-        """Compare a block of a tensor, as it was read from `path`, with its checksum.
-
-        Raises:
-            ValueError: naming the file, the tensor and the block.
-        """
+        """Refuse a block of a tensor, as it was read from `path`, whose checksum differs."""
         if crc32(data) != checksums[number * 8 : number * 8 + 8]:
             raise ValueError(f"{path} is damaged: the checksum of {what}, block {number}, differs; {EARLIER}.")
 

@@ -43,11 +43,7 @@ def slice_of(piece: Piece) -> Slice:
 
 
 def check_complete(index: Path, pieces: list[Piece]) -> None:
-    """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once.
-
-    Raises:
-        ValueError: naming the tensor, the kind, the elements, and the files with the pieces that are there.
-    """
+    """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once."""
     kinds: dict[tuple[str, str], list[Piece]] = {}
     for piece in pieces:
         for kind in piece["tensors"]:

@@ -77,10 +77,6 @@ def check_progress(checkpoint: str | os.PathLike[str], step: int) -> None:
 
     Args:
         step: of the marker.
-
-    Raises:
-        ValueError: naming the file, the key and what is wrong.
-        OSError: if it cannot be read.
     """
     path = Path(checkpoint, TRAINER_STATE_NAME)
     if not path.is_file() or path.stat().st_size > LARGEST:

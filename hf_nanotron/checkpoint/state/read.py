@@ -102,9 +102,6 @@ class StoredState:
 
         Args:
             out: 1-D, `wanted.numel` elements, on any device.
-
-        Raises:
-            ValueError: as `check`, or if bytes read are not those that were written, naming the file.
         """
         if wanted.numel == 0:
             return

@@ -25,9 +25,6 @@ def encode(value: Any, path: str, depth: int = 0) -> Any:
 
     Args:
         path: how to call `value` in an error message, such as `"scheduler"`.
-
-    Raises:
-        ValueError: naming the first value inside that cannot be stored (a function, an object of a class).
     """
     if depth > DEEPEST:
         raise ValueError(f"{path[:200]}... is nested more than {DEEPEST} times, which a training state cannot hold.")
@@ -78,9 +75,6 @@ def decode(value: Any, where: str = "the training state", depth: int = 0) -> Any
 
     Args:
         where: how to call `value` in an error message.
-
-    Raises:
-        ValueError: for what `encode` does not write, such as a tag of a later version.
     """
     if depth > 2 * DEEPEST:
         raise ValueError(f"{where} is nested more than {DEEPEST} times.")

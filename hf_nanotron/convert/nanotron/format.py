@@ -53,12 +53,7 @@ class Shard:
 
 
 def step_folder(path: Path) -> Path:
-    """The step folder of a nanotron checkpoint: `path` itself, or the step that its `latest.txt` names.
-
-    Raises:
-        FileNotFoundError: if `path` is neither.
-        ValueError: if `latest.txt` names a step outside of `path`.
-    """
+    """The step folder of a nanotron checkpoint: `path` itself, or the step that its `latest.txt` names."""
     if (path / "model_config.json").is_file():
         return path
     latest = path / "latest.txt"
@@ -143,9 +138,6 @@ def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
 
     Args:
         shards: of each parameter, in model order.
-
-    Raises:
-        ValueError: naming a file.
     """
     cut = [group[0] for group in shards if group[0].tp is not None]
     metadata = step / "checkpoint_metadata.json"
@@ -203,11 +195,7 @@ def refuse_strangers(step: Path, wanted: Iterable[Parameter]) -> None:
 
 
 def refuse_mup(step: Path) -> None:
-    """Refuse a run under spectral muP, which only `config.yaml` (may be absent) tells: its Llama attention differs.
-
-    Raises:
-        ValueError: if the run set `use_mup`.
-    """
+    """Refuse a run under spectral muP, which only `config.yaml` (may be absent) tells: its Llama attention differs."""
     path = step / "config.yaml"
     try:
         found: Any = yaml.safe_load(path.read_bytes()) if path.is_file() else None

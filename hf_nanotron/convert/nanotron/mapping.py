@@ -166,9 +166,6 @@ def shard_slices(parameter: Parameter, tp: int, rank: int) -> list[tuple[Slices,
 
     Stacked parts are cut one by one, so that a rank's shard is its share of q, then of k, then of v. A parameter of
     one part leaves the local slice open, as nanotron does.
-
-    Raises:
-        ValueError: if `tp` does not divide a part.
     """
     cut, shape = parameter.cut, parameter.shape
     if cut is None:
@@ -194,9 +191,6 @@ def place_blocks(architecture: Architecture, pp: int) -> dict[str, int]:
     nanotron fills the stages in order and moves on once the compute so far *exceeds* the stage's equal share, where
     a decoder layer costs its matrix sizes and the head its own, so that a large vocabulary thins out the last stage.
     Following it, a run with this pp finds the files under the very names it looks for first.
-
-    Raises:
-        ValueError: if that rule leaves a stage without any block.
     """
     ranks = _fill_stages(architecture, max(pp, 1))
     if max(ranks.values()) != pp - 1:
@@ -230,11 +224,7 @@ _PADS = " nanotron cuts a vocabulary into equal parts; resize_token_embeddings(p
 
 
 def check_tp(architecture: Architecture, tp: int) -> None:
-    """Refuse a tensor-parallel size that nanotron could not cut this model by.
-
-    Raises:
-        ValueError: naming every size that `tp` does not divide, and the values of `tp` that work.
-    """
+    """Refuse a tensor-parallel size that nanotron could not cut this model by."""
     counts = {
         "num_attention_heads": architecture.heads,
         "num_key_value_heads": architecture.kv_heads,
