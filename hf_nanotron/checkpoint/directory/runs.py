@@ -34,18 +34,12 @@ RUN = record({"id": text(), "branch": text(), "began": finite(1 << 40), "before"
 
 @dataclass(frozen=True)
 class Run:
-    """A branch of a run.
+    """A branch of a run."""
 
-    Args:
-        id: of the run.
-        branch: of this `train()`.
-        began: when it did, seconds since 1970.
-        before: the branches that it goes on from, the oldest first, each with the last step that counts.
-    """
-
-    id: str = ""
-    branch: str = ""
-    began: float = 0.0
+    id: str = ""  # of the run
+    branch: str = ""  # of this `train()`
+    began: float = 0.0  # when it did, seconds since 1970
+    # the branches that it goes on from, the oldest first, each with the last step that counts
     before: tuple[tuple[str, int], ...] = ()
 
     def has(self, other: Run, step: int) -> bool:

@@ -35,16 +35,11 @@ FORMER_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old fil
 
 @dataclass(frozen=True)
 class HubTensor:
-    """A tensor of the files.
-
-    Args:
-        shape: its shape there.
-        grids: which elements of which tensors of the model it is made of, and which are zero.
-    """
+    """A tensor of the files."""
 
     name: str
-    shape: Sizes
-    grids: tuple[Grid, ...]
+    shape: Sizes  # its shape there
+    grids: tuple[Grid, ...]  # which elements of which tensors of the model it is made of, and which are zero
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
@@ -62,62 +57,40 @@ class HubTensor:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of the files and of the model that are made of each other alone: what is gathered at once.
+    """Tensors of the files and of the model that are made of each other alone: what is gathered at once."""
 
-    Args:
-        model: names of the tensors of the model.
-        hub: names of those of the files.
-    """
-
-    model: tuple[str, ...]
-    hub: tuple[str, ...]
+    model: tuple[str, ...]  # names of the tensors of the model
+    hub: tuple[str, ...]  # names of those of the files
 
 
 @dataclass(frozen=True)
 class HubSources:
-    """What a repository offers a model.
+    """What a repository offers a model."""
 
-    Args:
-        grids: name in the model -> the elements of the repository's tensors that it is made of.
-        missing: tensors of the model that are not there.
-        unused: tensors of the repository for which the model has no place.
-        used: the indices of the layout's `conversions` that took part.
-    """
-
+    # name in the model -> the elements of the repository's tensors that it is made of
     grids: dict[str, tuple[Grid, ...]]
-    missing: list[str]
-    unused: list[str]
-    used: frozenset[int] = frozenset()
+    missing: list[str]  # tensors of the model that are not there
+    unused: list[str]  # tensors of the repository for which the model has no place
+    used: frozenset[int] = frozenset()  # the indices of the layout's `conversions` that took part
 
 
 @dataclass(frozen=True)
 class HubLayout:
-    """How the Hub stores a model.
+    """How the Hub stores a model."""
 
-    Args:
-        architecture: name of the stock class.
-        shapes: name -> shape of the stock model's tensors, in its order: parameters, a tied one under the name of its
-            source, and persistent buffers.
-        dtypes: their dtypes in the stock model.
-        buffers: which of them are buffers.
-        tied: parameter -> the name of its source, for those that are not stored.
-        config: of the model.
-        conversions: from the files to the model, as transformers applies them, the legacy ones included.
-        reverted: which of them are undone on the way to the files.
-        prefix: `base_model_prefix` of the model.
-        optional: patterns of names in files that no warning is given for.
-    """
-
-    architecture: str
+    architecture: str  # name of the stock class
+    # name -> shape of the stock model's tensors, in its order: parameters, a tied one under the name of its source, and
+    # persistent buffers
     shapes: dict[str, Sizes]
-    dtypes: dict[str, torch.dtype]
-    buffers: frozenset[str]
-    tied: dict[str, str]
-    config: PreTrainedConfig
+    dtypes: dict[str, torch.dtype]  # their dtypes in the stock model
+    buffers: frozenset[str]  # which of them are buffers
+    tied: dict[str, str]  # parameter -> the name of its source, for those that are not stored
+    config: PreTrainedConfig  # of the model
+    # from the files to the model, as transformers applies them, the legacy ones included
     conversions: tuple[WeightTransform, ...] = ()
-    reverted: frozenset[int] = frozenset()
-    prefix: str = ""
-    optional: tuple[str, ...] = ()
+    reverted: frozenset[int] = frozenset()  # which of them are undone on the way to the files
+    prefix: str = ""  # `base_model_prefix` of the model
+    optional: tuple[str, ...] = ()  # patterns of names in files that no warning is given for
     tensors: dict[str, HubTensor] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -13,15 +13,11 @@ from ..files.disk import size_of
 
 @dataclass(frozen=True)
 class LocalSpace:
-    """What checkpoints that wait for their upload may take of the local disk.
+    """What checkpoints that wait for their upload may take of the local disk."""
 
-    Attributes:
-        limit: how many may wait; None for as many as there is room for.
-        min_free: bytes that stay free on the disk; None for as many as the newest checkpoint has, so that there is
-            room for the next one.
-    """
-
-    limit: int | None = None
+    limit: int | None = None  # how many may wait; None for as many as there is room for
+    # bytes that stay free on the disk; None for as many as the newest checkpoint has, so that there is room for the
+    # next one
     min_free: float | None = None
 
 

@@ -51,22 +51,14 @@ WORKERS = 4  # files at a time
 
 @dataclass(frozen=True)
 class _Stored:
-    """A committed checkpoint in the store, of which all files are there.
-
-    Attributes:
-        url: for messages.
-        data: the bytes of its marker.
-        step: optimizer steps.
-        files: name -> `bytes` and `crc32`.
-        run: whose it is.
-    """
+    """A committed checkpoint in the store, of which all files are there."""
 
     name: str
-    url: str
-    data: bytes
-    step: int
-    files: dict[str, dict[str, Any]]
-    run: Run
+    url: str  # for messages
+    data: bytes  # the bytes of its marker
+    step: int  # optimizer steps
+    files: dict[str, dict[str, Any]]  # name -> `bytes` and `crc32`
+    run: Run  # whose it is
 
     def is_of(self, run: Run | None) -> bool:
         """Whether it is a part of `run`; of any if that is None."""

@@ -18,17 +18,11 @@ LOG_SECONDS = 60.0  # between two log lines about a store that fails
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait for a store that fails.
+    """How long to wait for a store that fails."""
 
-    Attributes:
-        first: seconds before the second attempt, doubled for each further one.
-        longest: seconds between two attempts, at most.
-        start: seconds after which the start of a run, which needs the store, gives up. Uploads never do.
-    """
-
-    first: float = 2.0
-    longest: float = 60.0
-    start: float = 300.0
+    first: float = 2.0  # seconds before the second attempt, doubled for each further one
+    longest: float = 60.0  # seconds between two attempts, at most
+    start: float = 300.0  # seconds after which the start of a run, which needs the store, gives up. Uploads never do
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""

@@ -13,19 +13,13 @@ from ...redaction import credentials_in, printable_url, secrets_of
 
 @dataclass(frozen=True)
 class Protocol:
-    """How fsspec reaches a store.
+    """How fsspec reaches a store."""
 
-    Attributes:
-        package: that fsspec needs for it, None if fsspec alone will do.
-        install: for pip.
-        host: what comes after `//`: "bucket", a "server", a server that may be left out ("default"), or "none".
-        transfers: that one connection can take at a time; None for as many as one likes.
-    """
-
-    package: str | None = None
-    install: str = ""
+    package: str | None = None  # that fsspec needs for it, None if fsspec alone will do
+    install: str = ""  # for pip
+    # what comes after `//`: "bucket", a "server", a server that may be left out ("default"), or "none"
     host: str = "bucket"
-    transfers: int | None = None
+    transfers: int | None = None  # that one connection can take at a time; None for as many as one likes
 
 
 S3 = Protocol("s3fs", "hf-nanotron[remote]")

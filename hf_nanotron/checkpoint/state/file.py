@@ -38,19 +38,13 @@ MASTER = "master"
 
 @dataclass
 class StatePiece:
-    """What a rank writes of one parameter.
+    """What a rank writes of one parameter."""
 
-    Args:
-        spec: which part of the Hub's tensor the rank holds.
-        start, stop: the elements `[start, stop)` of that part, flattened, that it writes.
-        tensors: kind (`"master"`, `"exp_avg"`, ...) -> 1-D tensor of `stop - start` elements.
-        scalars: what the optimizer keeps for the whole parameter, such as `step`; numbers or 0-dim tensors.
-    """
-
-    spec: ShardSpec
-    start: int
+    spec: ShardSpec  # which part of the Hub's tensor the rank holds
+    start: int  # the elements `[start, stop)` of that part, flattened, that it writes
     stop: int
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # kind (`"master"`, `"exp_avg"`, ...) -> 1-D tensor of `stop - start` elements
+    # what the optimizer keeps for the whole parameter, such as `step`; numbers or 0-dim tensors
     scalars: dict[str, Any] = field(default_factory=dict)
 
 

@@ -24,23 +24,14 @@ from .values import decode
 
 @dataclass(frozen=True)
 class StateIndex:
-    """What `index.json` says.
+    """What `index.json` says."""
 
-    Attributes:
-        path: of the index.
-        block_bytes: bytes under one checksum.
-        files: name -> `bytes` and `header` (its length and crc32).
-        pieces_of: file -> its pieces, each with the keys of `schema.RANK`.
-        scalars: tensor -> what the optimizer keeps for the whole of it, decoded.
-        values: what was given to `state_file.commit`.
-    """
-
-    path: Path
-    block_bytes: int
-    files: dict[str, Any]
-    pieces_of: dict[str, list[Piece]]
-    scalars: dict[str, dict[str, Any]]
-    values: dict[str, Any]
+    path: Path  # of the index
+    block_bytes: int  # bytes under one checksum
+    files: dict[str, Any]  # name -> `bytes` and `header` (its length and crc32)
+    pieces_of: dict[str, list[Piece]]  # file -> its pieces, each with the keys of `schema.RANK`
+    scalars: dict[str, dict[str, Any]]  # tensor -> what the optimizer keeps for the whole of it, decoded
+    values: dict[str, Any]  # what was given to `state_file.commit`
 
     @classmethod
     def read(cls, directory: StrPath) -> StateIndex:

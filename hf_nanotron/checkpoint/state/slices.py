@@ -21,19 +21,12 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """A box of the whole tensor, and where its elements lie in 1-D data.
+    """A box of the whole tensor, and where its elements lie in 1-D data."""
 
-    Args:
-        start: its first corner in the whole tensor.
-        shape: its extent in each dimension.
-        offset: where the first corner's element lies in the data.
-        strides: how far apart neighbours in each dimension lie in the data.
-    """
-
-    start: Sizes
-    shape: Sizes
-    offset: int
-    strides: Sizes
+    start: Sizes  # its first corner in the whole tensor
+    shape: Sizes  # its extent in each dimension
+    offset: int  # where the first corner's element lies in the data
+    strides: Sizes  # how far apart neighbours in each dimension lie in the data
 
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """The box's elements of `data` (1-D, contiguous), shape `shape`, without a copy."""
