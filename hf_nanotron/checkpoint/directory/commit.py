@@ -90,10 +90,6 @@ def describe(directory: StrPath, rank: int, paths: Iterable[StrPath] = ()) -> No
 
     By every rank, once, when all that it writes is written: from here on rank 0 may commit. Small files may be left to
     rank 0; each one described here is one that it need not read.
-
-    Args:
-        directory: the checkpoint, after `begin`.
-        paths: the files, below `directory`.
     """
     directory = Path(directory)
     entries = {}
@@ -122,9 +118,6 @@ def failure(directory: StrPath) -> str | None:
 
 def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
     """Return when all ranks have called `describe`.
-
-    Args:
-        timeout: seconds.
 
     Raises:
         RuntimeError: as soon as a rank has called `fail`, with its text.
@@ -157,9 +150,6 @@ def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: 
     """Make `directory` a checkpoint, by its marker. By rank 0; when this returns, it would survive a power failure.
 
     Args:
-        world_size: how many ranks call `describe`, rank 0 among them.
-        step: optimizer steps.
-        timeout: seconds to wait for the ranks.
         run: which run this is a checkpoint of, as `Run.to_dict` writes it; None for a conversion.
 
     Raises:

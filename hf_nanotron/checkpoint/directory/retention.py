@@ -101,9 +101,6 @@ def choose(output_dir: StrPath, verify: Callable[[Path], None] = check) -> Path 
     Warns of each one passed over, and why.
 
     For `resume_from_checkpoint=True`. A directory that the user has named is `check`ed, and its error is theirs.
-
-    Args:
-        verify: raises ValueError for a checkpoint that cannot be used, as `check` does.
     """
     return _first(candidates(output_dir), verify, warn=True)
 
@@ -151,9 +148,6 @@ def from_rank_0(mesh: ParallelMesh, value: T) -> T:
 def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, needs: Iterable[str] = ()) -> None:
     """`check`, each rank its share of the files.
 
-    Args:
-        needs: files that the marker has to list.
-
     Raises:
         ValueError: on every rank the same, if any rank has found a fault.
         RuntimeError: if checking failed on another rank for another reason.
@@ -191,7 +185,6 @@ def rotate(output_dir: StrPath, limit: int | None, keep: Iterable[StrPath] = (),
 
     Args:
         limit: `save_total_limit`; None or 0: no committed checkpoint is deleted.
-        keep: the best checkpoint, the one just written, any being uploaded.
         run: whose checkpoints count; None for those of the run at hand.
 
     Returns:

@@ -67,7 +67,6 @@ def begin_run(known: Iterable[Run], source: Run | None = None, step: int = 0) ->
     Args:
         known: the runs in the folder and in the store.
         source: the run of the checkpoint that is resumed; None for a fresh run.
-        step: of that checkpoint.
     """
     branch = secrets.token_hex(6)
     began = max([time.time(), *(run.began + TICK for run in known)])
@@ -94,11 +93,7 @@ def marked_run(checkpoint: StrPath) -> Run | None:
 
 @lru_cache(maxsize=1024)
 def _run_of_file(checkpoint: str, state: tuple[int, ...]) -> Run | None:
-    """Each save asks for all, and to read the marker of a thousand files takes a while.
-
-    Args:
-        state: of the marker; another file has another one.
-    """
+    """Each save asks for all, and to read the marker of a thousand files takes a while."""
     try:
         return run_of(read_marker(checkpoint))
     except ValueError:
@@ -106,11 +101,7 @@ def _run_of_file(checkpoint: str, state: tuple[int, ...]) -> Run | None:
 
 
 def write_record(output_dir: StrPath, run: Run, writer: dict[str, Any]) -> None:
-    """Note in the folder which run is at hand, from now on.
-
-    Args:
-        writer: host, pid and such, for people.
-    """
+    """Note in the folder which run is at hand, from now on."""
     write_checked(Path(output_dir, RECORD), {**run.to_dict(), "writer": writer})
 
 

@@ -17,8 +17,7 @@ LARGEST = 4 << 30  # bytes of a JSON file that is read
 def write_checked(path: Path, body: dict[str, Any], durable: bool = True) -> None:
     """Write JSON with a checksum of itself in its first line, all at once: a reader finds the whole file or none.
 
-    Args:
-        durable: do not return before the file would survive a power failure.
+    A `durable` one survives a power failure from the return on.
     """
     rest = json.dumps(body, separators=(",", ":"), allow_nan=False).removeprefix("{").encode() + b"\n"
     temporary = path.with_name(path.name + ".tmp")

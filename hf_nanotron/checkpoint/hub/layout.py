@@ -161,12 +161,7 @@ class HubLayout:
     # ---- from the files ----
 
     def sources(self, available: Mapping[str, Sizes], where: str = "the files") -> HubSources:
-        """Find the model's tensors among those of a repository, in any layout that transformers would load.
-
-        Args:
-            available: name -> shape of what it holds.
-            where: how to call it in an error message.
-        """
+        """Find the model's tensors among those of a repository, in any layout that transformers would load."""
         conversions = deepcopy(self.conversions)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]

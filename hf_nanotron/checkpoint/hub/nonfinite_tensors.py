@@ -13,12 +13,7 @@ CHUNK = 1 << 24  # elements that are looked at in one go, so that a copy of a la
 
 
 def warn_nonfinite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """Say so if `tensor` has nan or inf; returns it.
-
-    Args:
-        name: of the tensor, for the message.
-        where: what it was read from, for the message.
-    """
+    """Say so if `tensor` has nan or inf; returns it."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return tensor
     flat = tensor.detach().reshape(-1)

@@ -41,7 +41,6 @@ def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, 
     """Refuse files that hold a tensor twice, or another than the index says: which counts would depend on the reader.
 
     Args:
-        file_of: of the index.
         held: file -> the tensors in it.
     """
     holder: dict[str, str] = {}
@@ -56,9 +55,6 @@ def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, 
 
 class HubWeights:
     """The tensors of a local Hub repository, read by slices.
-
-    Args:
-        directory: holds `model.safetensors`, or an index and the files it names.
 
     Raises:
         ValueError: if a file is missing or damaged, naming it.
@@ -122,7 +118,6 @@ class HubWeights:
         """Refuse a tensor of the model that cannot be taken from here. Reads none of its bytes.
 
         Args:
-            name: of the tensor in the model.
             grids: what of this repository it is made of; the tensor of its own name if None.
             is_float: False for a buffer of whole numbers.
 
@@ -147,9 +142,6 @@ class HubWeights:
         """This rank's part of a tensor of the model, and no other bytes of it.
 
         Of a tensor whose rows the files interleave with others' (gate and up, in a few families) those are read too.
-
-        Args:
-            grids, is_float: as in `check`.
         """
         self.check(spec.name, spec.global_shape, grids, is_float)
         grids = grids or (Grid.whole(spec.name, spec.global_shape),)

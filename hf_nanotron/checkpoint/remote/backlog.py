@@ -22,12 +22,7 @@ class LocalSpace:
 
 
 def beyond_retention(waiting: list[Path], kept: Collection[str], save_total_limit: int | None) -> list[Path]:
-    """Those that the store would not keep: after their upload, newer ones would have them deleted at once.
-
-    Args:
-        waiting: oldest first, each once.
-        kept: names that are never deleted.
-    """
+    """Those that the store would not keep: after their upload, newer ones would have them deleted at once."""
     if not waiting or not save_total_limit:
         return []
     surplus = [path for path in waiting if path.name not in (waiting[-1].name, *kept)]
@@ -35,12 +30,7 @@ def beyond_retention(waiting: list[Path], kept: Collection[str], save_total_limi
 
 
 def beyond_space(waiting: list[Path], kept: Collection[str], space: LocalSpace) -> list[Path]:
-    """Those to give up, the oldest first, until the rest is within `space`. Never the newest one.
-
-    Args:
-        waiting: oldest first, each once.
-        kept: names that are never given up, such as the best one.
-    """
+    """Those to give up, the oldest first, until the rest is within `space`. Never the newest one."""
     if not waiting:
         return []
     newest, count = waiting[-1], len(waiting)

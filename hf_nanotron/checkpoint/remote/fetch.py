@@ -126,9 +126,6 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
     """Download a committed checkpoint: what its marker lists, but for the files that are here already, and no more.
 
     By one process for each directory. Every file is compared with its checksum before it gets its name.
-
-    Returns:
-        the local checkpoint, committed.
     """
     there = store.patiently("listing", store.checkpoints).get(name, {})
     found, directory = _find(store, name, there), Path(output_dir, name)
@@ -251,11 +248,7 @@ def _write(path: Path, data: bytes, scratch: Path) -> None:
 
 
 def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
-    """Bring the newest remote checkpoint here, unless a complete local one is as new; and the best one so far.
-
-    Returns:
-        what was fetched, None if there was nothing to fetch.
-    """
+    """Bring the newest remote checkpoint here, unless a complete local one is as new; and the best one so far."""
     stored, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
     run = latest(found for found in (run_at_hand(output_dir), stored) if found is not None)
     fetched = _fetch_newest_of(store, listed, output_dir, run)

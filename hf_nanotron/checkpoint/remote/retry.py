@@ -62,7 +62,6 @@ class Retry:
         Args:
             what: the action in words, such as "uploading checkpoint-2".
             ends: whether to give up, by an error and the seconds since the first attempt. The error is then raised.
-            says: an error in words.
             pause: waits for so many seconds. May raise, which ends the attempts.
         """
         start, failures = self.clock(), 0

@@ -48,9 +48,6 @@ def start_run(
     """The run that begins, or goes on, with this `train()`. The same on every rank. Writes nothing.
 
     Args:
-        source: the checkpoint that is resumed, None for a fresh run.
-        overwrite: `overwrite_output_dir`.
-        store: of `remote_checkpoints`.
         is_noted: whether the run saves by itself, and so has to agree with what is in the folder.
 
     Raises:

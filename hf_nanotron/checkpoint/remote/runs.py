@@ -112,9 +112,6 @@ class StoredRuns:
 def make_room(directory: Path, stored: Run) -> None:
     """Before a stored checkpoint is fetched: what is here under its name and of another run is kept under another one,
     what the same run has left behind where it went back goes, and of a link the link.
-
-    Args:
-        stored: the run of the stored one.
     """
     here = marked_run(directory)
     if directory.is_symlink() or (here is not None and here.id == stored.id and here.branch != stored.branch):

@@ -36,7 +36,6 @@ class Attempt(Protocol):
 class Sender:
     """
     Args:
-        workers: files at a time.
         attempt: does whatever asks the store.
 
     Attributes:

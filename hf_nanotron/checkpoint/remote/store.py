@@ -49,12 +49,9 @@ class RemoteStore:
     read by a new connection alone, and those to servers do not outlive an outage.
 
     Args:
-        url: a directory or bucket with a protocol.
         storage_options: for the protocol's fsspec class, such as `{"endpoint_url": ...}` for S3.
-        backoff: how long to wait for a store that fails.
 
     Attributes:
-        url: without passwords, to be printed.
         retry: repeats what has failed, and counts it.
         transfers: that the store takes at a time, None for as many as one likes.
 
@@ -142,9 +139,6 @@ class RemoteStore:
     def _watched(self, action: Callable[[Callback], T], seconds: float | None = None) -> T:
         """`action` in a thread, which is left alone if it makes no progress. It may never end: no connection of a
         dead server does for some packages.
-
-        Args:
-            seconds: without progress; `stall_seconds` if None.
         """
         seconds = self.stall_seconds if seconds is None else seconds
         progress, done = _Progress(), threading.Event()

@@ -61,12 +61,9 @@ class Uploader:
     """Sends checkpoints to a store, one after the other, from a thread of its own. On rank 0 only.
 
     Args:
-        output_dir: where the local `checkpoint-N/` are.
         keep_local: how many committed local checkpoints stay when uploaded. One that is not uploaded stays too, unless
             `space` or `save_total_limit` says otherwise.
         save_total_limit: how many committed ones stay in the store; None or 0: all.
-        workers: files at a time.
-        space: what the checkpoints that wait may take.
     """
 
     def __init__(
@@ -154,11 +151,7 @@ class Uploader:
         return done + sent, done + max(sum(map(bytes_of, waiting)), sent)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Return when everything is uploaded, or after so many seconds; None: for as long as it takes.
-
-        Returns:
-            whether everything is.
-        """
+        """Wait until everything is uploaded, or `timeout` seconds. Returns whether everything is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, timeout)
 

@@ -64,7 +64,6 @@ def write_rank(directory: StrPath, rank: int, pieces: Iterable[StatePiece], bloc
     without pieces writes the JSON alone.
 
     Args:
-        directory: the `training_state/` of the checkpoint, after `clear`.
         block_bytes: bytes under one checksum, a multiple of 8 up to 64 MiB.
     """
     if not 8 <= block_bytes <= MOST_BLOCK_BYTES or block_bytes % 8:

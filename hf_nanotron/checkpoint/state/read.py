@@ -27,9 +27,6 @@ class StoredState:
     Opening reads the index alone, and checks that the state is complete: that every file is there with its length, and
     that every tensor is covered. It is the same on every rank, so if one refuses it, all do. `fill` reads.
 
-    Args:
-        directory: the `training_state/` of a checkpoint.
-
     Attributes:
         values: what was given to `commit`.
         bytes_read: bytes of tensors read so far.

@@ -75,11 +75,7 @@ def check_scalars(saved: dict[str, Any], optimizer: Any, is_stepped: bool, where
 
 
 def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kinds: set[str], where: str) -> None:
-    """Refuse parameter groups of an optimizer that its steps could not use.
-
-    Args:
-        kinds: what the state holds for tensors of the model.
-    """
+    """Refuse parameter groups of an optimizer that its steps could not use."""
     for index, (one, own) in enumerate(zip(saved, groups, strict=True)):
         if "params" in one:
             raise ValueError(f"{where}[{index}] lists parameters, which no training state does; {EARLIER}.")

@@ -134,11 +134,7 @@ def find_shards(step: Path, parameter: Parameter) -> list[Shard]:
 
 
 def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
-    """Refuse files of several jobs: other sizes, or stages that no one job can have.
-
-    Args:
-        shards: of each parameter, in model order.
-    """
+    """Refuse files of several jobs: other sizes, or stages that no one job can have."""
     cut = [group[0] for group in shards if group[0].tp is not None]
     metadata = step / "checkpoint_metadata.json"
     tp = read_json(metadata).get("tp") if metadata.is_file() else None

@@ -18,7 +18,6 @@ def shard_fault(
     What the ranks of a size hold tiles the parameter, so shards without a fault do.
 
     Args:
-        shape: of the tensor in the file.
         pairs: (local, global) slices of the header.
     """
     try:
