@@ -425,7 +425,7 @@ def test_damaged_ones_are_passed_over_with_a_warning_each(tmp_path: Path, warnin
         [("checkpoint-5", "interrupted"), ("rank-00000.safetensors", "damaged"), ("trainer_state.json", "missing")],
         strict=True,
     ):
-        assert "passed over" in text and all(part in text for part in parts)
+        assert "skipping" in text and all(part in text for part in parts)
     for step in (1, 2):
         flip(tmp_path / f"checkpoint-{step}" / "config.json", random.Random(step))
     assert choose(tmp_path) is None
@@ -507,7 +507,7 @@ def test_deletion_that_fails_is_a_warning(tmp_path: Path, warnings: list[str], m
 
     monkeypatch.setattr(manager, "remove", refuse)
     assert rotate(tmp_path, 1) == []
-    assert len(warnings) == 1 and "checkpoint-1 could not be deleted" in warnings[0]
+    assert len(warnings) == 1 and "could not delete" in warnings[0] and "checkpoint-1" in warnings[0]
 
 
 # ---- all ranks of a job ----

@@ -442,7 +442,7 @@ def test_one_thing_is_not_taken_for_another(checkpoint: Path, what: str, monkeyp
     texts: list[str] = []
     monkeypatch.setattr(manager.logger, "warning", texts.append)
     assert choose(checkpoint.parent) == before
-    assert len(texts) == 1 and "checkpoint-2 is passed over" in texts[0]
+    assert len(texts) == 1 and "skipping checkpoint-2" in texts[0]
     with pytest.raises(ValueError, match=r"(index\.json|rank-0000\d\.safetensors)"):
         rank = Rank(0)
         load_training_state(checkpoint, rank.mesh, rank.segments, rank.optimizer, rank.scheduler)
@@ -506,7 +506,7 @@ def test_a_bad_marker_falls_back(checkpoint: Path, what: str, monkeypatch: pytes
     texts: list[str] = []
     monkeypatch.setattr(manager.logger, "warning", texts.append)
     assert choose(checkpoint.parent) == before
-    assert len(texts) == 1 and texts[0].startswith("checkpoint-2 is passed over")
+    assert len(texts) == 1 and texts[0].startswith("skipping checkpoint-2")
     with pytest.raises(ValueError, match=MARKER):
         check(checkpoint, deep=False)  # a checkpoint that is named
 

@@ -83,7 +83,7 @@ def test_names_of_our_own_files_in_a_marker(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_without_what_a_resume_needs(checkpoint: Path) -> None:
-    """Is passed over by `resume_from_checkpoint=True`."""
+    """Is skipped by `resume_from_checkpoint=True`."""
     mesh = Rank(0).mesh
     check_together(mesh, checkpoint, needs=(INDEX,))
     body = body_of(checkpoint / MARKER)

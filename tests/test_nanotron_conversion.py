@@ -513,7 +513,7 @@ def test_files_are_of_one_run(sample: Path) -> None:
         folder / "model_weight.safetensors": "mixes shards",
         folder / "model_weight_pp-rank-0-of-2_tp-rank-0-of-2 (copy).safetensors": "mixes shards",
         folder / "model_weight_pp-rank-1-of-2_tp-rank-0-of-2.safetensors": "mixes shards",
-        folder / "model_weight_pp-rank-0-of-2_tp-rank-5-of-2.safetensors": "ranks that a job has not",
+        folder / "model_weight_pp-rank-0-of-2_tp-rank-5-of-2.safetensors": "ranks that do not exist",
         folder / "model_weight_pp-rank-00-of-2_tp-rank-0-of-2.safetensors": "mixes shards",
     }
     for path, says in extra.items():
@@ -537,7 +537,7 @@ def test_files_are_of_one_run(sample: Path) -> None:
     renamed(
         "pp-rank-0", "pp-rank-1", layer, r"model.decoder.1 is held by stage 0, and model.decoder.0 before it by stage 1"
     )
-    renamed("pp-rank-0", "pp-rank-7", shards, "ranks that a job has not")
+    renamed("pp-rank-0", "pp-rank-7", shards, "ranks that do not exist")
     renamed("of-2_tp", "of-3_tp", shards, "are of different topologies: two runs are mixed")
     shutil.rmtree(folder)
     shutil.copytree(DATA / "tp1_pp1/2" / folder.relative_to(sample / "2"), folder)
@@ -587,7 +587,7 @@ def test_masters_are_those_of_the_weights(sample: Path, tmp_path: Path) -> None:
         "optimizer_copy.pt",
     ):
         shutil.copy(file[0, 0], folder / name)
-        refused("the optimizer file of no rank, or of one that has another file")
+        refused("does not belong to any rank, or to one that has another file")
         (folder / name).unlink()
     for path in file.values():
         path.unlink()
@@ -643,7 +643,7 @@ def test_incomplete_configurations_are_refused(sample: Path, tmp_path: Path) -> 
     path.unlink()
     refuse_to_hub(sample, FileNotFoundError, "model_config.json is missing")
     (sample / "latest.txt").unlink()
-    refuse_to_hub(sample, FileNotFoundError, "no nanotron checkpoint")
+    refuse_to_hub(sample, FileNotFoundError, "not a nanotron checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -653,7 +653,7 @@ def test_incomplete_configurations_are_refused(sample: Path, tmp_path: Path) -> 
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 16}, "head_dim=16"),
-        ({"intermediate_size": 32}, r"gate_proj.* has shape \(64, 32\), but the config makes it \(32, 32\)"),
+        ({"intermediate_size": 32}, r"gate_proj.* has shape \(64, 32\), but the config implies \(32, 32\)"),
         ({"num_hidden_layers": 5}, "has no tensor 'model.layers.4"),
         ({"num_hidden_layers": 3}, "no place for the tensor model.layers.3"),
     ],
@@ -682,7 +682,7 @@ def test_damaged_hub_folders_and_wrong_arguments_are_refused(tmp_path: Path) -> 
         hub_to_nanotron(folder, out)
     (folder / "model.safetensors.index.json").unlink()
     weights.unlink()
-    with pytest.raises(ValueError, match="holds neither model.safetensors"):
+    with pytest.raises(ValueError, match="contains neither model.safetensors"):
         hub_to_nanotron(folder, out)
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         hub_to_nanotron(tmp_path / "nowhere", out)
@@ -707,7 +707,7 @@ def test_destinations(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="no conversion writes optimizer_"):
         hub_to_nanotron(hub, sample, overwrite=True)
     for convert, folder in ((nanotron_to_hub, sample), (hub_to_nanotron, hub)):
-        with pytest.raises(ValueError, match="name another folder"):
+        with pytest.raises(ValueError, match="source and destination are the same folder"):
             convert(folder, folder, overwrite=True)
     assert sorted(sample.rglob("*")) == before
 
@@ -742,4 +742,4 @@ def test_scripts_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFi
     assert_same_tensors(hub_tensors(tmp_path / "hub"), hub_tensors(DATA / "expected" / "llama-fp32"))
     with pytest.raises(SystemExit, match="1"):
         run_script("nanotron_to_hub", str(tmp_path / "nowhere"), str(tmp_path / "out"))
-    assert "nowhere is no nanotron checkpoint" in capsys.readouterr().err
+    assert "nowhere is not a nanotron checkpoint" in capsys.readouterr().err

@@ -29,7 +29,7 @@ TEXTS = (  # what else a Hub repository may hold; everything besides belongs to 
 
 def refuse_same(source: Path, destination: Path) -> None:
     if source.resolve() == destination.resolve():
-        raise ValueError(f"{destination} would be read and written at once; name another folder.")
+        raise ValueError(f"source and destination are the same folder ({destination}); choose another destination.")
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -50,7 +50,7 @@ def check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
             path = inside(checkpoint, name, str(checkpoint / MARKER))
             check_length(path, entry["bytes"], f"{MARKER} names it")
             if entry["crc32"] is not None and checksum_of(path) != entry["crc32"]:
-                raise ValueError(f"{path} is not as it was saved (its checksum differs): damaged, or edited since.")
+                raise ValueError(f"{path} differs from what was saved (its checksum differs): damaged or edited.")
 
 
 def matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -86,7 +86,7 @@ def writing(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         if not overwrite:
             raise ValueError(
-                f"{folder} is not empty: files of two models would mix. Name a new or empty folder, or set "
+                f"{folder} is not empty: files of two models would mix. Choose a new or empty folder, or set "
                 "`overwrite` (--overwrite) if it holds an earlier conversion."
             )
         _remove_conversion(folder, owned, key, inner)
@@ -112,8 +112,8 @@ def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str, inner: tu
         kept += [folder / name for name in names if "/" in name and not any(fnmatch(name, each) for each in inner)]
     if kept:
         raise ValueError(
-            f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "
-            "new or empty folder."
+            f"refusing to overwrite {folder}: no conversion writes {', '.join(path.name for path in kept[:5])}. "
+            "Choose a new or empty folder."
         )
     (folder / key).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -135,7 +135,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object; a missing or damaged file is refused by name."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder is no complete checkpoint.")
+        raise FileNotFoundError(f"{path} is missing: the folder is not a complete checkpoint.")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

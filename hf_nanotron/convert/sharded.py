@@ -174,8 +174,8 @@ def _not_stored(stored: StoredState, layout: HubLayout) -> list[str]:
     if foreign := sorted(shapes.keys() - layout.shapes.keys()):
         raise ValueError(
             f"{stored.directory} holds {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''} "
-            f"({len(foreign)} tensors), for which the {layout.architecture} of {CONFIG_NAME} has no place: the two are "
-            "not of one model."
+            f"({len(foreign)} tensors), which the {layout.architecture} of {CONFIG_NAME} does not have: they are of "
+            "different models."
         )
     for name, shape in layout.shapes.items():
         if name in shapes:
@@ -209,9 +209,8 @@ def _open_frozen(frozen: list[str], layout: HubLayout, folder: Path) -> Frozen:
     if weights is None or sources is None or missing:
         raise ValueError(
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} ({len(missing)} tensors) were not trained, "
-            f"so the training state has nothing of them, and {folder} holds no weights of them either. Name a Hub "
-            "repository that does, such as a later checkpoint or what the run began with, as `frozen_from` "
-            "(--frozen-from)."
+            f"so neither the training state nor {folder} contains them. Name a Hub repository that does, such as a "
+            "later checkpoint or what the run started from, as `frozen_from` (--frozen-from)."
         )
     for name in frozen:
         weights.check(name, layout.shapes[name], sources.grids[name], layout.dtypes[name].is_floating_point)
@@ -282,11 +281,11 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise FileNotFoundError(f"{source} is not there.")
+        raise FileNotFoundError(f"{source} does not exist.")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", *_downloads()]))
     except OSError as error:
-        raise FileNotFoundError(f"{source} is neither a folder nor to be had from the Hub: {error}") from error
+        raise FileNotFoundError(f"{source} is neither a folder nor available on the Hub: {error}") from error
 
 
 def _downloads() -> list[str]:
@@ -301,8 +300,8 @@ def _check_weights(weights: HubWeights, layout: HubLayout) -> HubSources:
             weights.check(name, shape, sources.grids.get(name), layout.dtypes[name].is_floating_point)
     if unused := sources.unused:
         logger.warning(
-            f"{weights.directory}: {layout.architecture} has no place for {', '.join(unused[:5])} ({len(unused)} "
-            "tensors): they are left out."
+            f"{weights.directory}: ignoring tensors that {layout.architecture} does not have: {', '.join(unused[:5])} "
+            f"({len(unused)})."
         )
     return sources
 

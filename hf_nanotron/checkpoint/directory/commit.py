@@ -248,7 +248,7 @@ def _delete(hidden: Path, directory: Path) -> None:
         (directory / WRITTEN).rename(trace / WRITTEN)
     shutil.rmtree(trace, ignore_errors=True)
     listed = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-    logger.warning(f"{directory}: the checkpoint is deleted, and what no run has written stays there: {listed}.")
+    logger.warning(f"{directory}: deleted the checkpoint, kept the files that no run has written: {listed}.")
 
 
 def _stem(rank: int) -> str:

@@ -121,7 +121,7 @@ def set_aside(path: Path, why: str = "is not a checkpoint of this program") -> P
     """Give what is in the way of a save another name, beside the checkpoint: `_kept-checkpoint-5`."""
     target = free_name(path)
     path.rename(target)
-    logger.warning(f"{path} {why}: it is kept as {target.name}.")
+    logger.warning(f"{path} {why}; renamed it to {target.name}.")
     return target
 
 
@@ -132,7 +132,7 @@ def move_aside(directory: Path, names: Iterable[str]) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).rename(target / name)
     if moved:
-        logger.warning(f"{', '.join(moved)} in {directory}: no run has written that, and it is kept in {target.name}.")
+        logger.warning(f"{directory}: moved {', '.join(moved)} to {target.name}, because no run has written them.")
 
 
 def free_name(path: Path) -> Path:

@@ -98,7 +98,7 @@ def candidates(output_dir: StrPath) -> list[Path]:
 def choose(output_dir: StrPath, verify: Callable[[Path], None] = check) -> Path | None:
     """The newest checkpoint of the run at hand that `verify` accepts, None if there is none.
 
-    Warns of each one passed over, and why.
+    Warns of each one skipped, and why.
 
     For `resume_from_checkpoint=True`. A directory that the user has named is `check`ed, and its error is theirs.
     """
@@ -111,7 +111,7 @@ def _first(candidates: Iterable[Path], verify: Callable[[Path], None], warn: boo
             verify(path)
         except ValueError as error:
             if warn:
-                logger.warning(f"{path.name} is passed over, and an earlier checkpoint is looked for: {error}")
+                logger.warning(f"skipping {path.name}, trying an earlier checkpoint: {error}")
         else:
             return path
     return None
@@ -213,7 +213,7 @@ def _removed(path: Path) -> bool:
     try:
         remove(path)
     except OSError as error:  # no reason to end a run
-        logger.warning(f"{path} could not be deleted: {error}")
+        logger.warning(f"could not delete {path}: {error}")
         return False
     return True
 

@@ -71,7 +71,7 @@ class RunLock:
 
 
 def _tell(path: Path, error: OSError) -> None:
-    logger.warning(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not be noticed.")
+    logger.warning(f"cannot lock {path} ({error.strerror}): a second run in this folder will not be detected.")
 
 
 def this_process() -> dict[str, Any]:

@@ -114,12 +114,12 @@ class HubLayout:
             self._check_whole(tensor.name, tensor.shape, tensor.grids)
         if lost := [name for name, count in counts.items() if count != torch.Size(self.shapes[name]).numel()]:
             raise ValueError(
-                f"{self.architecture}: {', '.join(lost[:5])} ({len(lost)} tensors) are not wholly in the Hub's layout."
+                f"{self.architecture}: the Hub's layout does not cover all of {', '.join(lost[:5])} ({len(lost)} tensors)."
             )
 
     def _check_whole(self, name: str, shape: Sizes, grids: Iterable[Grid]) -> None:
         if sum(grid.numel for grid in grids) != torch.Size(shape).numel():
-            raise ValueError(f"{self.architecture}: the elements of {name!r} do not come from one place each.")
+            raise ValueError(f"{self.architecture}: each element of {name!r} must come from exactly one place.")
 
     # ---- to the files ----
 
@@ -204,7 +204,7 @@ class HubLayout:
             except (ValueError, KeyError, RuntimeError, IndexError) as error:
                 stored = sorted(name for names in conversion.layer_targets.values() for name in names)
                 raise ValueError(
-                    f"{first!r} of {self.architecture} cannot be put together from what {where} has, "
+                    f"{first!r} of {self.architecture} cannot be assembled from the tensors in {where}, "
                     f"{', '.join(stored[:3])} ({len(stored)} tensors): {error}"
                 ) from error
             for name, value in made.items():
@@ -215,7 +215,7 @@ class HubLayout:
                     made_of = sorted({grid.name for grid in tensor.grids} - {name})
                     origin = f" (of {', '.join(made_of[:3])}{', ...' if len(made_of) > 3 else ''})" if made_of else ""
                     raise ValueError(
-                        f"{name!r} in {where}{origin} has shape {tuple(tensor.shape)}, but the config makes it "
+                        f"{name!r} in {where}{origin} has shape {tuple(tensor.shape)}, but the config implies "
                         f"{known[name]}."
                     )
                 self._check_whole(name, known[name], [grid for grid in tensor.grids if grid.name != ZEROS])

@@ -52,7 +52,9 @@ def load_hub_weights(
             f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
         )
     if unused := sources.unused:
-        logger.warning(f"{directory}: the model has no place for {', '.join(unused[:5])} ({len(unused)} tensors).")
+        logger.warning(
+            f"{directory}: ignoring tensors that the model does not have: {', '.join(unused[:5])} ({len(unused)})."
+        )
     if len(sources.missing) > len(missing):
         logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
     # Every rank checks every tensor: one that failed alone would leave the others waiting for it.

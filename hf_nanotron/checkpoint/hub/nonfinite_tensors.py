@@ -22,7 +22,7 @@ def warn_nonfinite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
     bad = sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
     if bad:
         logger.warning(
-            f"{name!r} in {where} has {bad} of {tensor.numel()} values that are not finite (nan or inf): a model with "
-            "them computes nan, and cannot be trained. Use an earlier checkpoint."
+            f"{bad} of {tensor.numel()} values of {name!r} in {where} are not finite (nan or inf): the model outputs "
+            "nan and cannot be trained. Use an earlier checkpoint."
         )
     return tensor

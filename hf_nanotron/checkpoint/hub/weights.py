@@ -71,8 +71,8 @@ class HubWeights:
             self._file_of = dict.fromkeys(self._file(SAFE_WEIGHTS_NAME).keys(), SAFE_WEIGHTS_NAME)
         else:
             raise ValueError(
-                f"{self.directory} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; weights in other "
-                "formats are to be saved again as safetensors (`save_pretrained` of a current transformers)."
+                f"{self.directory} contains neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save weights in "
+                "other formats as safetensors first (`save_pretrained` of a current transformers)."
             )
         held = {name: self._file(name).keys() for name in sorted(set(self._file_of.values()))}
         check_index(self.directory, self._file_of, held)
@@ -128,14 +128,14 @@ class HubWeights:
             if name not in self._file_of:
                 raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
             if (stored := self._shape(name)) != shape:
-                raise ValueError(f"{name!r} in {self.directory} has shape {stored}, but the config makes it {shape}.")
+                raise ValueError(f"{name!r} in {self.directory} has shape {stored}, but the config implies {shape}.")
         if not is_float:
             return
         for source in {name} if grids is None else {grid.name for grid in grids}:
             if (dtype := self.dtype_name(source)) not in FLOATS:
                 raise ValueError(
                     f"{source!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(FLOATS)}: "
-                    "a quantised checkpoint cannot be cut; use the one it was made from."
+                    "a quantized checkpoint cannot be sharded; use the one it was made from."
                 )
 
     def read(self, spec: ShardSpec, grids: tuple[Grid, ...] | None = None, is_float: bool = True) -> torch.Tensor:

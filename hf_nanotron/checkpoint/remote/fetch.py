@@ -93,7 +93,7 @@ def _committed(store: RemoteStore, listed: Listing, run: Run | None) -> Iterator
 
 
 def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
-    logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
+    logger.warning(f"skipping {store.url}/{name}, trying an earlier checkpoint: {error}")
 
 
 def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | None:
@@ -106,9 +106,9 @@ def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | Non
     where = f"{store.url}/{name}"
     for file in there:
         if (fault := find_fault(file)) is not None:
-            raise ValueError(f"{where} holds an object {file!r}, whose name {fault}; delete it there.")
+            raise ValueError(f"{where} contains an object {file!r}, whose name {fault}; delete it there.")
     if (clash := find_clash(there)) is not None:
-        raise ValueError(f"{where} holds {clash!r} as a file and as a folder; delete what is not of the checkpoint.")
+        raise ValueError(f"{where} contains {clash!r} as a file and as a folder; delete the wrong one.")
     data = store.patiently("reading a marker", partial(store.marker, name))
     if data is None:
         return None
@@ -118,7 +118,8 @@ def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | Non
             continue
         size = store.patiently("looking for a file", partial(store.size, f"{name}/{file}"))
         if size != entry["bytes"]:
-            raise ValueError(f"{where}/{file} has {'no' if size is None else size} bytes, not {entry['bytes']}.")
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{where}/{file} {found}; its marker lists {entry['bytes']} bytes.")
     return _Stored(name, where, data, marker["step"], marker["files"], run_of(marker))
 
 
@@ -223,7 +224,7 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
         store.get(remote, part)
         if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
             part.unlink(missing_ok=True)
-            raise OSError(f"{came} of {entry['bytes']} bytes came")
+            raise OSError(f"received {came} of {entry['bytes']} bytes")
         return part
 
     try:
@@ -233,7 +234,7 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
     try:
         _check_content(part, path.name, entry, index)
     except ValueError as error:
-        raise ValueError(f"{found.url}/{file}: {str(error).replace(str(part), 'what came')}") from error
+        raise ValueError(f"{found.url}/{file}: {str(error).replace(str(part), 'the downloaded file')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     sync(part)
     os.replace(part, path)
@@ -294,7 +295,7 @@ def _fetch_best(store: RemoteStore, listed: Listing, output_dir: StrPath, run: R
     except StoreError:
         raise
     except ValueError as error:
-        logger.warning(f"{store.url}/{name}, the best checkpoint so far, is not fetched: {error}")
+        logger.warning(f"could not fetch the best checkpoint so far, {store.url}/{name}: {error}")
 
 
 def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:

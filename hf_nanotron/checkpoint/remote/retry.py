@@ -98,8 +98,8 @@ class Retry:
             if self._said_at is None or now - self._said_at >= LOG_SECONDS:
                 self._said_at = now
                 logger.warning(
-                    f"{self.name}: {text}. {self._failures} attempts have failed in {self.failing_seconds:.0f} s; the "
-                    f"next one comes in {seconds:g} s.{self.note()}"
+                    f"{self.name}: {text}. {self._failures} attempts have failed in {self.failing_seconds:.0f} s; "
+                    f"retrying in {seconds:g} s.{self.note()}"
                 )
         finally:
             self._saying.release()
@@ -108,5 +108,5 @@ class Retry:
         since, failures, self.failing_since, self._failures = self.failing_since, self._failures, None, 0
         if since is not None and self._said_at is not None and self._said_at >= since:
             logger.warning(
-                f"{self.name} answers again after {self.clock() - since:.0f} s; {failures} attempts had failed."
+                f"{self.name} responds again after {self.clock() - since:.0f} s and {failures} failed attempts."
             )

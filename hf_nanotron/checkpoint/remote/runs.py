@@ -66,7 +66,7 @@ class StoredRuns:
         try:
             self.store.put(Path(output_dir, RECORD), RECORD, seconds=RECORD_SECONDS)
         except Exception as error:  # each package has its own
-            logger.warning(f"{self.store.url}/{RECORD} could not be written: {type(error).__name__}.")
+            logger.warning(f"could not write {self.store.url}/{RECORD}: {type(error).__name__}.")
 
     def record(self) -> tuple[Run | None, str]:
         """The run that the store names as the one at hand, and who writes it: host, process and start, for people."""
@@ -104,8 +104,8 @@ class StoredRuns:
         if other is not None and other.branch not in (run.branch, self._told) and other.began > run.began:
             self._told = other.branch
             logger.warning(
-                f"remote_checkpoints={self.store.url!r} is written by {writer}, too, which started later: they "
-                "replace each other's checkpoints. Stop one, or give each a URL of its own."
+                f"remote_checkpoints={self.store.url!r} is also written by {writer}, which started later: the two runs "
+                "overwrite each other's checkpoints. Stop one of them, or give each its own URL."
             )
 
 
@@ -117,4 +117,4 @@ def make_room(directory: Path, stored: Run) -> None:
     if directory.is_symlink() or (here is not None and here.id == stored.id and here.branch != stored.branch):
         remove(directory)
     elif here is not None and here.id != stored.id:
-        set_aside(directory, "is of another run than what is fetched")
+        set_aside(directory, "belongs to another run than the checkpoint that is fetched")

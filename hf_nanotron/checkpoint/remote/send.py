@@ -99,7 +99,7 @@ class Sender:
                 raise Changed
             self.store.put(path / file, remote, partial(self.sent.__setitem__, file))
             if (arrived := self.store.size(remote)) != size:
-                raise OSError(f"{'no' if arrived is None else arrived} bytes arrived of {size}")
+                raise OSError(f"{arrived or 0} of {size} bytes arrived")
 
         self.attempt(path, f"uploading {remote}", send)
         self.sent[file] = size

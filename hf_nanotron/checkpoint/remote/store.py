@@ -118,7 +118,7 @@ class RemoteStore:
         except StoreError:
             raise
         except Exception as error:  # each package has its own
-            raise self.refusal(f"failed at {what}", error) from self.shown(error)
+            raise self.refusal(f"failed while {what}", error) from self.shown(error)
 
     def repeat(self, what: str, action: Callable[[], T], ends: Callable[[Exception, float], bool], **options: Any) -> T:
         """`self.retry`, with a new connection where the old one may be the reason."""
@@ -156,7 +156,7 @@ class RemoteStore:
         seen = 0
         while not done.wait(seconds):
             if (now := progress.seen()) == seen:
-                raise TimeoutError(f"nothing came through in {seconds:g} s")
+                raise TimeoutError(f"no data was transferred in {seconds:g} s")
             seen = now
         if errors:
             raise errors[0]

@@ -163,9 +163,9 @@ class Uploader:
         names = ", ".join(f"{path.name} ({in_words(bytes_of(path))})" for path in waiting)
         why = f" The last failure: {self.store.retry.last_error}." if self.store.retry.failing_since is not None else ""
         return (
-            f"Not uploaded to {self.store.url}: {names}.{why} Each is complete in {self.output_dir}. The next run with "
-            f"this output_dir and remote_checkpoints uploads what is newer than all in the store, and so does: "
-            f"hf-nanotron upload {self.output_dir} {self.store.url}"
+            f"Not uploaded to {self.store.url}: {names}.{why} They are complete in {self.output_dir}. The next run "
+            f"with this output_dir and remote_checkpoints uploads those newer than the newest one in the store; or "
+            f"run: hf-nanotron upload {self.output_dir} {self.store.url}"
         )
 
     def close(self) -> None:
@@ -200,16 +200,15 @@ class Uploader:
         if surplus := beyond_retention(mine, self._spared(), self.save_total_limit):
             self._drop(surplus)
             logger.warning(
-                f"{_names(surplus)} not uploaded to {url}, and deleted here: {self.save_total_limit} newer checkpoints "
-                "wait for their upload, and save_total_limit keeps no more."
+                f"deleted {_names(surplus)} before the upload to {url}: {self.save_total_limit} newer checkpoints are "
+                "waiting for theirs, and save_total_limit keeps no more."
             )
         mine = [path for path in mine if path not in surplus]
         if doomed := beyond_space(mine, self._spared(), self.space):
             self._drop(doomed)
             logger.warning(
-                f"{_names(doomed)} not uploaded to {url}, and deleted here to make room: {len(mine)} checkpoints "
-                f"waited for their upload (remote_pending_limit={self.space.limit}), {free} were free "
-                "(remote_min_free_gb)."
+                f"deleted {_names(doomed)} before the upload to {url}, to free disk space: {len(mine)} checkpoints "
+                f"were waiting (remote_pending_limit={self.space.limit}), and {free} were free (remote_min_free_gb)."
             )
 
     def _mine(self) -> list[Path]:
@@ -233,7 +232,7 @@ class Uploader:
                     if path.exists():
                         remove(path)
             except OSError as error:  # no reason to end a run
-                logger.warning(f"{path} could not be deleted: {error}")
+                logger.warning(f"could not delete {path}: {error}")
 
     # ---- in the thread ----
 
@@ -258,9 +257,9 @@ class Uploader:
                 if path in self._waiting and is_committed(path):
                     continue  # there is another checkpoint of this step now
                 if path in self._waiting:
-                    logger.warning(f"{path} is gone, so it is not uploaded to {self.store.url}.")
+                    logger.warning(f"{path} no longer exists, so it is not uploaded to {self.store.url}.")
             except Exception as error:  # reading it failed, say: no reason to end a run
-                logger.warning(f"uploading {path} is begun again, because it failed: {self.store.says(error)}")
+                logger.warning(f"restarting the upload of {path}, which failed: {self.store.says(error)}")
                 with self._changed:
                     self._changed.wait_for(lambda: self._stop, self.store.retry.backoff.longest)
                 continue
@@ -314,7 +313,7 @@ class Uploader:
         try:
             self._delete(uploaded)
         except Exception as error:  # each package has its own
-            logger.warning(f"surplus checkpoints could not be deleted at {self.store.url}: {self.store.says(error)}")
+            logger.warning(f"could not delete surplus checkpoints at {self.store.url}: {self.store.says(error)}")
 
     def _delete(self, uploaded: Path) -> None:
         kept = {*self._kept, uploaded.name}

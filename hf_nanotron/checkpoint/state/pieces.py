@@ -53,7 +53,7 @@ def check_complete(index: Path, pieces: list[Piece]) -> None:
         if fault is not None:
             files = sorted({piece["file"] for piece in stored})
             raise ValueError(
-                f"{index}: {kind} of {name!r} is not there once as a whole: {fault} (its pieces are in "
+                f"{index}: {kind} of {name!r} is not stored exactly once: {fault} (its pieces are in "
                 f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}); use an earlier checkpoint."
             )
 

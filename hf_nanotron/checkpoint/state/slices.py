@@ -210,12 +210,12 @@ def _interval_fault(intervals: list[tuple[int, int]], size: int) -> str | None:
     reached = 0
     for start, stop in [*sorted(i for i in intervals if i[0] < i[1]), (size, size)]:
         if start > reached:
-            return f"there is nothing for elements {reached}:{start}"
+            return f"elements {reached}:{start} are missing"
         if start < reached:
             return (
-                f"there is more than one value for elements {start}:{min(stop, reached)}"
+                f"elements {start}:{min(stop, reached)} are stored more than once"
                 if start < size
-                else (f"there are elements {size}:{reached} beyond its end")
+                else (f"elements {size}:{reached} are beyond its end")
             )
         reached = stop
     return None

@@ -59,8 +59,8 @@ def step_folder(path: Path) -> Path:
     latest = path / "latest.txt"
     if not latest.is_file():
         raise FileNotFoundError(
-            f"{path} is no nanotron checkpoint: it has neither latest.txt nor model_config.json. Name the folder that "
-            "holds latest.txt, or one step's folder."
+            f"{path} is not a nanotron checkpoint: it has neither latest.txt nor model_config.json. Name the folder "
+            "that holds latest.txt, or one step's folder."
         )
     with open(latest, "rb") as file:
         name = file.read(LONGEST_PATH).decode(errors="surrogateescape").strip()
@@ -119,7 +119,7 @@ def find_shards(step: Path, parameter: Parameter) -> list[Shard]:
         raise ValueError(f"{folder} mixes shards of several topologies ({sorted(present)}): keep one.")
     pp, tp, stage = sizes.pop() if sizes else (1, 1, 0)
     if stage >= pp or tp < 1 or any(rank >= tp for rank in files):
-        raise ValueError(f"{folder} has shards of ranks that a job has not: {sorted(present)}.")
+        raise ValueError(f"{folder} has shards of ranks that do not exist: {sorted(present)}.")
     missing = [rank for rank in range(tp) if rank not in files]
     if missing:
         raise FileNotFoundError(
@@ -151,7 +151,7 @@ def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
 def _read_header(path: Path, parameter: Parameter, tp_rank: int) -> Shard:
     with _open(path) as file:
         if list(file.keys()) != ["data"]:
-            raise ValueError(f"{path}: holds {list(file.keys())} instead of the single tensor 'data' of nanotron.")
+            raise ValueError(f"{path}: holds {list(file.keys())} instead of nanotron's single tensor 'data'.")
         tensor, metadata = file.get_slice("data"), file.metadata() or {}
         shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
     pairs: tuple[tuple[Slices, Slices], ...]
