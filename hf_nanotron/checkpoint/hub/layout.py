@@ -114,7 +114,7 @@ class HubLayout:
             self._check_whole(tensor.name, tensor.shape, tensor.grids)
         if lost := [name for name, count in counts.items() if count != torch.Size(self.shapes[name]).numel()]:
             raise ValueError(
-                f"{self.architecture}: the Hub's layout does not cover all of {', '.join(lost[:5])} ({len(lost)} tensors)."
+                f"{self.architecture}: the Hub's layout does not cover {', '.join(lost[:5])} ({len(lost)} tensors)."
             )
 
     def _check_whole(self, name: str, shape: Sizes, grids: Iterable[Grid]) -> None:

@@ -82,7 +82,7 @@ class HubWeights:
             path = inside(self.directory, name, str(self.directory / SAFE_WEIGHTS_INDEX_NAME))
             if not path.is_file():
                 fault = "is not a regular file" if path.exists() else "is missing"
-                raise ValueError(f"{path} {fault}, but {SAFE_WEIGHTS_INDEX_NAME} names it; fetch it again.")
+                raise ValueError(f"{path} {fault}, but {SAFE_WEIGHTS_INDEX_NAME} names it; {AGAIN}.")
             self._open[name] = open_safetensors(path, AGAIN)
         return self._open[name]
 

@@ -66,7 +66,7 @@ class _Stored:
 
 
 def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
-    """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are passed over.
+    """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are skipped.
 
     Args:
         run: whose; None for the run that was started last, of those in the store.
