@@ -371,8 +371,8 @@ REFUSALS = [
     ("random", {}, "longer", "samples=11, but this run has samples=12"),
     ("random", {"data_seed": 8}, "", "data_seed=7, but this run has data_seed=8"),
     ("random", {"train_sampling_strategy": "sequential"}, "", "kind='random'"),
-    ("memory", {}, "buffer", "epoch 0 behind sample 8: the stream has a shuffle buffer"),
-    ("torch", {}, "stateless", "epoch 0 behind sample 8: the stream .* has no state_dict"),
+    ("memory", {}, "buffer", "epoch 0 after sample 8: the stream has a shuffle buffer"),
+    ("torch", {}, "stateless", "epoch 0 after sample 8: the stream .* has no state_dict"),
     ("random", {}, "memory", "kind='random', samples=11, data_seed=7, but this run has kind='stream'"),
 ]
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory.save import Save
-from hf_nanotron.training.nonfinite import FiniteLosses
+from hf_nanotron.training.nonfinite import FiniteLosses, NonFiniteGuard
 
 # Every layout divides the weights in another way.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -214,9 +214,9 @@ class SlowSave:
     """Holds a background save until the next save looks for it."""
 
     def __init__(self, trainer: NanotronTrainer) -> None:
-        self.begin, self.go_on = trainer._finish_background_save, threading.Event()
+        self.begin, self.go_on = trainer._checkpointer.finish, threading.Event()
         write = Save._write
-        trainer._finish_background_save = self.finish  # type: ignore[method-assign]
+        trainer._checkpointer.finish = self.finish  # type: ignore[method-assign]
         Save._write = lambda save, rank: (self.go_on.wait(60), write(save, rank))  # type: ignore[method-assign]
         self.restore = lambda: setattr(Save, "_write", write)
 
@@ -257,11 +257,11 @@ def each_way(output_dir: str) -> dict[str, Any]:
         out[f"{name}: committed"] = sorted(path.parent.name for path in Path(output_dir, name).glob("*/committed.json"))
     # a checkpoint of an earlier version: resumed, the run says what it holds
     every["max_steps"] = 3
-    refuse, trainer = NanotronTrainer._refuse_nonfinite, make(f"{output_dir}/old", [callback], **every)
+    refuse, trainer = NonFiniteGuard.refuse_to_save, make(f"{output_dir}/old", [callback], **every)
     callback.act, callback.trainer = write_moment, trainer
-    NanotronTrainer._refuse_nonfinite = lambda *_, **__: None  # type: ignore[method-assign]
+    NonFiniteGuard.refuse_to_save = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.train()
-    NanotronTrainer._refuse_nonfinite = refuse  # type: ignore[method-assign]
+    NonFiniteGuard.refuse_to_save = refuse  # type: ignore[method-assign]
     for name, source in {"resume": f"{output_dir}/old/checkpoint-3", "resume the newest": True}.items():
         with pytest.raises(ArithmeticError) as error:
             make(f"{output_dir}/old", **{**every, "max_steps": 5}).train(resume_from_checkpoint=source)
@@ -286,7 +286,7 @@ def test_nothing_of_a_checkpoint_that_is_not_finite_is_written(pool: WorkerPool,
     assert got["a moment without state"] == "nothing was raised"  # the weights are finite
     assert (tmp_path / "a moment without state/checkpoint-3/committed.json").is_file()
     for way in ("resume", "resume the newest"):
-        assert f"cannot be resumed: the optimizer's state of {name!r} is not finite there" in got[way], got
+        assert f"checkpoint-3: the optimizer's state of {name!r} is not finite there" in got[way], got
         assert got[way].endswith(f"Resume from {tmp_path / 'old' / 'checkpoint-2'}."), got
     assert got["goes on"] == 4
 
