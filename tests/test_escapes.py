@@ -34,7 +34,8 @@ from hf_nanotron.checkpoint.state.training_state import DIRECTORY
 from hf_nanotron.convert.folder import check_unchanged, copy_files
 from hf_nanotron.convert.nanotron.convert import nanotron_to_hub
 from hf_nanotron.convert.nanotron.format import step_folder
-from hf_nanotron.training.checkpointing import CheckpointingTrainer
+from hf_nanotron.training.checkpointer import Checkpointer
+from hf_nanotron.training.remote import RemoteUploads
 
 NAMES = [name for name in ESCAPES if isinstance(name, str)]
 SECRET = "of nobody else"
@@ -376,9 +377,8 @@ def test_links_out_are_neither_committed_nor_uploaded_nor_copied(tmp_path: Path)
 
 def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
     """`trainer_state.json` names it by a whole path, which Trainer would load."""
-    run = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path / "out")), _saved={tmp_path / "old/checkpoint-2"}, _run=Run()
-    )
+    args: Any = SimpleNamespace(output_dir=str(tmp_path / "out"))
+    checkpointer = Checkpointer(args, RemoteUploads(args), on_committed=print)
     for folder, step in (("out", 3), ("old", 1), ("other", 3), ("out", 4)):
         directory = tmp_path / folder / f"checkpoint-{step}"
         begin(directory)
@@ -392,4 +392,4 @@ def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
     # Of another run, without a marker, a link out, and not named as a run names them.
     names |= dict.fromkeys(("out/checkpoint-4", "out/checkpoint-5", "out/checkpoint-6", "out/best"), False)
     for name, expected in names.items():
-        assert CheckpointingTrainer._is_of_run(run, tmp_path / name) is expected, name  # type: ignore[arg-type]
+        assert checkpointer.is_of_run(tmp_path / name) is expected, name

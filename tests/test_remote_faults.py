@@ -353,19 +353,19 @@ def train_while_the_store_is_down(output: str, url: str, signal_after: float | N
         patch.setattr(RemoteStore, "put", fail)
         patch.setattr("hf_nanotron.training.remote.logger.warning", warnings.append)
         if signal_after and trainer.mesh.rank == 1:  # not the one that uploads
-            wait = trainer._wait_for_uploads
+            wait = trainer._uploads.wait
 
-            def signalled() -> None:
+            def signalled(signals: Any) -> None:
                 threading.Timer(signal_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
-                wait()
+                wait(signals)
 
-            trainer._wait_for_uploads = signalled  # type: ignore[method-assign]
+            trainer._uploads.wait = signalled  # type: ignore[method-assign]
         start = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - start
     history = trainer.state.log_history
-    if trainer._uploader is not None:
-        trainer._uploader.close()
+    if trainer._uploads.uploader is not None:
+        trainer._uploads.uploader.close()
     trainer.mesh.close()
     return {"warnings": warnings, "history": history, "seconds": seconds}
 
