@@ -1,7 +1,7 @@
 """Write the tables of the documentation that are made from the code, between `<!-- table: NAME -->` and `<!-- end -->`.
 
-    python docs/settings/tables.py            # write them
-    python docs/settings/tables.py --check    # exit with 1 if a page is not up to date
+python docs/settings/tables.py            # write them
+python docs/settings/tables.py --check    # exit with 1 if a page is not up to date
 """
 
 from __future__ import annotations
