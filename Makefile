@@ -19,9 +19,10 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup-venv
 demo: venv ## train a small Llama in parallel on this machine, then generate with plain transformers
 	@PYTHON=$(BIN)/python examples/stdlib_llama/run.sh
 
-# Two files at a time: while ranks of one wait for each other, the other computes.
+# Three tests at a time on two cores: while the ranks of one wait for each other, those of the others compute. A worker
+# that has nothing left takes over tests of another.
 test: venv ## run the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests
 
 lint: venv ## ruff, mypy and the order of the rooms, changing nothing
 	@$(BIN)/ruff check .

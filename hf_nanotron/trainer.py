@@ -10,7 +10,6 @@ in `training/`, in classes that know nothing of a Trainer.
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -144,7 +143,8 @@ class NanotronTrainer(Trainer):
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
         self.add_callback(self.throughput)
-        self.add_callback(FreezeGarbage())
+        self._garbage = FreezeGarbage()
+        self.add_callback(self._garbage)
         logger.info(
             f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
@@ -200,7 +200,7 @@ class NanotronTrainer(Trainer):
                 self.weights.wait()
                 return result
         finally:
-            gc.unfreeze()
+            self._garbage.release()
             end_run(self.model)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:

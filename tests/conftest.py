@@ -45,7 +45,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    FROM_WORKERS.update(json.loads(getattr(node, "workeroutput", {}).get("tables", "{}")))
+    for name, table in json.loads(getattr(node, "workeroutput", {}).get("tables", "{}")).items():
+        known = FROM_WORKERS.setdefault(name, table)
+        if known is not table:  # another worker has run tests of the same module
+            known["ROWS"] = known["ROWS"] | table["ROWS"] if name == "test_families" else known["ROWS"] + table["ROWS"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ ALL_UNPLANNED: dict[str, dict[str, Any]] = json.loads((HERE / "families_unplanne
 UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since" in entry and is_known_here(entry))}
 FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
 KNOWN = {**FAMILIES, **UNPLANNED}
-STEP_LENGTH, STEPS, MICRO_BATCHES, TOKENS = 0.05, 2, 4, 8
+STEP_LENGTH, TOKENS = 0.05, 8
+# Of each step. The second of two sees what the update of the first has changed; one alone is for what differs in the
+# gradients only.
+TWO_STEPS, ONE_STEP = (4, 2), (2,)
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
@@ -66,14 +71,16 @@ def _tie_routers(model: PreTrainedModel) -> None:
 CHANGES = {"tied routers": _tie_routers}
 
 
-def micro_batches(model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1) -> list[list[dict[str, Any]]]:
-    """For each step, this data-parallel rank's of the step's micro-batches."""
+def micro_batches(
+    model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1, numbers: tuple[int, ...] = TWO_STEPS
+) -> list[list[dict[str, Any]]]:
+    """For each step, this data-parallel rank's of the step's micro-batches, of which there are `numbers` in all."""
     generator = torch.Generator().manual_seed(2)
     vocabulary = model.config.get_text_config().vocab_size
     steps = []
-    for _ in range(STEPS):
+    for number in numbers:
         batches = []
-        for index in range(MICRO_BATCHES):
+        for index in range(number):
             ids = torch.randint(3, min(vocabulary, 100), (1, TOKENS), generator=generator)
             labels = ids.clone()
             labels[:, : 3 * index] = -100
@@ -87,11 +94,15 @@ def micro_batches(model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1) ->
     return steps
 
 
-def reference(family: str, **overrides: Any) -> dict[str, Any]:
-    """Losses, gradient norms and gradients of stock transformers in one process."""
+def reference(family: str, numbers: tuple[int, ...] = TWO_STEPS, **overrides: Any) -> dict[str, Any]:
+    """Losses, gradient norms and gradients of stock transformers in one process.
+
+    The gradients of a step are one flat tensor, which is read much faster than one for each parameter. `"places"` has
+    the shape and the first element of each.
+    """
     model = tiny_model(family, **overrides).train()
     result: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
-    for batches in micro_batches(model):
+    for batches in micro_batches(model, numbers=numbers):
         model.zero_grad()
         loss = torch.zeros(())
         for batch in batches:
@@ -101,11 +112,20 @@ def reference(family: str, **overrides: Any) -> dict[str, Any]:
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
         result["losses"].append(float(loss))
         result["norms"].append(float(torch.stack([g.norm() for g in gradients.values()]).norm()))
-        result["gradients"].append(gradients)
+        result["gradients"].append(torch.cat([gradient.flatten() for gradient in gradients.values()]))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter -= STEP_LENGTH / result["norms"][-1] * gradients[name]
+    starts = accumulate((parameter.numel() for parameter in model.parameters()), initial=0)
+    named = zip(model.named_parameters(), starts, strict=False)
+    result["places"] = {name: (tuple(parameter.shape), start) for (name, parameter), start in named}
     return result
+
+
+def whole_gradient(expected: dict[str, Any], step: int, name: str) -> torch.Tensor:
+    """Of the parameter of that name in the Hub's checkpoint."""
+    shape, start = expected["places"][name]
+    return expected["gradients"][step][start : start + math.prod(shape)].view(shape)
 
 
 def compare(
@@ -114,13 +134,18 @@ def compare(
     """Train under each of `layouts` and return its errors, or the sentence with which the model was refused.
 
     Args:
-        path: file of the `reference`.
+        path: file of the `reference`, or of one for each of the `"micro_batches"` that layouts ask for.
         layouts: fields of `ParallelConfig`, and `"save"`: the name under which to save the model in `folder` before it
-            trains; `"steps"`: how many of the reference's to take; `"checkpointing"`: recompute activations; `"wrong"`:
-            leave out the sums over tensor-parallel ranks.
+            trains; `"micro_batches"`: of each step, if not `TWO_STEPS`; `"checkpointing"`: recompute activations;
+            `"wrong"`: leave out the sums over tensor-parallel ranks.
     """
-    expected = torch.load(path)
-    return [_errors(family, expected, dict(layout), overrides, folder) for layout in layouts]
+    found = torch.load(path)
+    results = []
+    for layout in layouts:
+        numbers = layout.get("micro_batches", TWO_STEPS)
+        expected = found if "losses" in found else found[numbers]
+        results.append(_errors(family, expected, {**layout, "micro_batches": numbers}, overrides, folder))
+    return results
 
 
 def _errors(
@@ -142,7 +167,7 @@ def _errors(
     from hf_nanotron.training.step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
-    steps = sizes.pop("steps", STEPS)
+    numbers = sizes.pop("micro_batches")
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
         try:
@@ -161,7 +186,7 @@ def _errors(
         weights = shard_weights(model, torch.float32, 1 << 16)
         step = TrainStep(TrainingState(model, weights))
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)[:steps]):
+        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers)):
             loss = step.run(batches, index)
             loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
             loss = float(all_reduce(loss.detach().clone(), mesh.world))
@@ -170,7 +195,7 @@ def _errors(
             errors["norm"] = max(errors["norm"], abs(norm / expected["norms"][index] - 1))
             floor = 1e-4 * expected["norms"][index]
             for segment in weights.segments:
-                whole = expected["gradients"][index][segment.spec.name]
+                whole = whole_gradient(expected, index, segment.spec.name)
                 wanted = segment.spec.slice(whole).reshape(-1)[segment.start : segment.stop]
                 error = float((segment.gradient - wanted).norm() / (whole.norm() + floor))
                 errors["gradient"] = max(errors["gradient"], error)

@@ -5,6 +5,7 @@ The layouts of two axes take two optimizer steps, the others one: they differ in
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from family_runs import FAMILIES, KNOWN, compare, reference, tiny_model
+from family_runs import FAMILIES, KNOWN, ONE_STEP, TWO_STEPS, compare, reference, tiny_model
 from pool import WorkerPool
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,7 +24,7 @@ from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
-ONE: dict[str, Any] = {"steps": 1}
+ONE: dict[str, Any] = {"micro_batches": ONE_STEP}
 DENSE: dict[str, dict[str, Any]] = {
     "tp 2 sp": {"tp_size": 2, **ONE},
     "tp 2": {"tp_size": 2, **WHOLE, **ONE},
@@ -63,6 +64,7 @@ def planned_types() -> list[str]:
     return found
 
 
+@functools.cache
 def describe(family: str) -> dict[str, Any]:
     """What the plan makes of a family's blocks.
 
@@ -93,7 +95,7 @@ def make_row(pool: WorkerPool, family: str, columns: list[str], folder: Path) ->
         AssertionError: if ranks disagree about a refusal, or the Hub files differ from those that stock writes.
     """
     path = folder / "reference.pt"
-    torch.save(reference(family), path)
+    torch.save({numbers: reference(family, numbers) for numbers in (TWO_STEPS, ONE_STEP)}, path)
     row: dict[str, Cell] = {}
     for ranks in sorted({ranks_of(name) for name in columns}, reverse=True):
         names = [name for name in columns if ranks_of(name) == ranks]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +17,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
+
+from torch.distributed import TCPStore
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 TIMEOUT = 240.0
@@ -39,6 +40,9 @@ class WorkerPool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["preloaded"])
         self._workers: list[tuple[Any, Connection]] = []
+        # Ranks that wait at it are called; at a file they would look again and again, with pauses.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._jobs = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Results by rank.
@@ -53,12 +57,11 @@ class WorkerPool:
             process.start()
             theirs.close()  # so that a worker that dies ends its pipe
             self._workers.append((process, ours))
-        with tempfile.TemporaryDirectory() as directory:
-            store = os.path.join(directory, "store")
-            connections = {self._workers[rank][1]: rank for rank in range(world_size)}
-            for connection, rank in connections.items():
-                connection.send((function, args, rank, world_size, store))
-            return self._collect(connections)
+        self._jobs += 1
+        connections = {self._workers[rank][1]: rank for rank in range(world_size)}
+        for connection, rank in connections.items():
+            connection.send((function, args, rank, world_size, (self._store.port, f"job{self._jobs}")))
+        return self._collect(connections)
 
     def _collect(self, connections: dict[Connection, int]) -> list[Any]:
         results: dict[int, Any] = {}
@@ -107,7 +110,7 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    gc.freeze = gc.unfreeze = lambda: None  # what a trainer freezes stays visible
+    gc.disable()  # jobs are short, and `_leave` collects after each
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()
@@ -123,7 +126,7 @@ def _serve(connection: Connection) -> None:
         connection.send(message)
 
 
-def _enter(rank: int, world_size: int, store: str) -> None:
+def _enter(rank: int, world_size: int, store: tuple[int, str]) -> None:
     import torch.distributed as dist
 
     os.environ.update(
@@ -134,9 +137,9 @@ def _enter(rank: int, world_size: int, store: str) -> None:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
         return
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
-    )
+    port, prefix = store
+    client = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    dist.init_process_group("gloo", store=client, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
 
 
 def _leave() -> None:

@@ -142,7 +142,7 @@ def run_steps(output: str, overrides: dict[str, Any], resume: bool = False, stoc
 )
 def test_resume_is_exact(pool: WorkerPool, tmp_path: Path, world_size: int, overrides: dict[str, Any]) -> None:
     output = tmp_path / "out"
-    stock_model("llama").save_pretrained(tmp_path / "start")
+    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "start")
     losses = pool.run(world_size, run_steps, str(output), overrides)[0]
     expected = stock_weights(output / "checkpoint-4")
     assert not equal(expected, stock_weights(output / "checkpoint-2"))
@@ -154,7 +154,7 @@ def test_resume_is_exact(pool: WorkerPool, tmp_path: Path, world_size: int, over
 def test_resume_with_another_dp(pool: WorkerPool, tmp_path: Path) -> None:
     """Two data-parallel ranks go on as one, at the same global batch: the same samples, the same weights."""
     output = tmp_path / "out"
-    stock_model("llama").save_pretrained(tmp_path / "start")
+    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "start")
     losses = pool.run(2, run_steps, str(output), {"gradient_accumulation_steps": 1})[0]
     expected = stock_weights(output / "checkpoint-4")
     resumed = pool.run(1, run_steps, str(output), {"gradient_accumulation_steps": 2}, True)[0]
@@ -164,7 +164,7 @@ def test_resume_with_another_dp(pool: WorkerPool, tmp_path: Path) -> None:
 
 
 def test_a_stock_model_is_cut_in_place(pool: WorkerPool, tmp_path: Path) -> None:
-    stock_model("llama").save_pretrained(tmp_path / "start")
+    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "start")
     overrides = {"tp_size": 2, "gradient_accumulation_steps": 2}
     loaded = pool.run(2, run_steps, str(tmp_path / "out"), overrides)
     handed_over = pool.run(2, run_steps, str(tmp_path / "other"), overrides, False, True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_runs import STEP_LENGTH, micro_batches, reference, tiny_model
+from family_runs import STEP_LENGTH, micro_batches, reference, tiny_model, whole_gradient
 from pool import WorkerPool
 from torch._dynamo import lookup_backend
 
@@ -112,7 +112,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
         norm = float(global_norm(weights.segments, mesh))
         floor = 1e-4 * expected["norms"][index]
         for segment in weights.segments:
-            whole = expected["gradients"][index][segment.spec.name]
+            whole = whole_gradient(expected, index, segment.spec.name)
             wanted = segment.spec.slice(whole).reshape(-1)[segment.start : segment.stop]
             errors.append(float((segment.gradient - wanted).norm() / (whole.norm() + floor)))
             segment.master.data.add_(segment.gradient, alpha=-STEP_LENGTH / norm)

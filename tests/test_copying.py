@@ -53,7 +53,7 @@ def make_trainer(model: Any, rows: int, *callbacks: TrainerCallback, **values: A
 def test_a_copy_is_a_model_of_its_own(
     pool: WorkerPool, tmp_path: Path, ranks: int, cases: list[dict[str, Any]]
 ) -> None:
-    stock_model("llama").save_pretrained(tmp_path / "begin")
+    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "begin")
     for rank in pool.run(ranks, copy_and_train, str(tmp_path), cases):
         for index, (case, (broken, history, logits)) in enumerate(zip(cases, rank, strict=True)):
             assert not broken, case
@@ -113,7 +113,7 @@ def copy_once(folder: Path, index: int, case: dict[str, Any]) -> tuple[list[str]
 
 def test_the_gradients_of_a_copy(pool: WorkerPool) -> None:
     """By plain autograd, before any trainer takes it: nothing adds to the memory of the model's trainer."""
-    stock = stock_model("llama").train()
+    stock = stock_model("llama", num_hidden_layers=2).train()
     stock(**plain(0)).loss.backward()
     (gradients,) = pool.run(1, copied_gradients)
     for name, parameter in stock.named_parameters():
@@ -121,7 +121,7 @@ def test_the_gradients_of_a_copy(pool: WorkerPool) -> None:
 
 
 def copied_gradients() -> dict[str, torch.Tensor]:
-    trainer = make_trainer(stock_model("llama"), 1, **SELECTIVE, **COMPILED)
+    trainer = make_trainer(stock_model("llama", num_hidden_layers=2), 1, **SELECTIVE, **COMPILED)
     twin = copy.deepcopy(trainer.model).train()
     twin(**plain(0)).loss.backward()
     assert not any(segment.gradient.any() for segment in trainer.weights.segments)
@@ -228,7 +228,7 @@ def dropout_losses(cases: list[dict[str, Any]]) -> list[list[list[float]]]:
     """Losses of a copy, of another copy with another seed, and of the model itself with the first one's."""
     results = []
     for case in cases:
-        model = make_trainer(stock_model("llama", attention_dropout=0.3), 1, **case).model
+        model = make_trainer(stock_model("llama", num_hidden_layers=2, attention_dropout=0.3), 1, **case).model
         models, losses = [copy.deepcopy(model), copy.deepcopy(model), model], []
         for each, seed in zip(models, (7, 8, 7), strict=True):
             history = History()
@@ -245,7 +245,9 @@ def test_fully_sharded_weights_are_not_copied(pool: WorkerPool) -> None:
 
 
 def copy_fully_sharded() -> None:
-    model = AutoModelForCausalLM.from_config(stock_model("llama").config, parallel=ParallelConfig(zero_stage=3))
+    model = AutoModelForCausalLM.from_config(
+        stock_model("llama", num_hidden_layers=2).config, parallel=ParallelConfig(zero_stage=3)
+    )
     twin = copy.deepcopy(model)  # not yet
     trainer = make_trainer(twin, 1, zero_stage=3)
     copy.deepcopy(trainer.model)

@@ -21,7 +21,7 @@ from hf_nanotron.models.base import ParallelModel
 from hf_nanotron.models.methods import REFUSED
 
 ROWS = random_dataset(32, seed=5)
-HEAD, EMBEDDING, GATE = "lm_head.weight", "model.embed_tokens.weight", "model.layers.3.mlp.gate_proj.weight"
+HEAD, EMBEDDING, GATE = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.gate_proj.weight"
 LAYOUTS: list[dict[str, Any]] = [
     {},
     {"tp_size": 2},
@@ -145,7 +145,7 @@ WRONG: dict[str, list[str]] = {
 def measure(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     """Before and while a trainer owns the model, whose embedding and second layer are frozen."""
     args = NanotronTrainingArguments(**training_arguments(gradient_accumulation_steps=2, **sizes))
-    model = AutoModelForCausalLM.from_config(tiny_config(), args.parallel)
+    model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), args.parallel)
     for name, weight in model.named_parameters():
         weight.requires_grad_(not name.startswith(("model.embed", "model.layers.1.")))
     before = {name: value for name, value in calls(model).items() if not name.startswith("trainable")}
@@ -160,7 +160,7 @@ def measure(sizes: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=label)
 def test_methods_answer_for_the_whole_model(pool: WorkerPool, sizes: dict[str, Any]) -> None:
-    stock = stock_model("llama")
+    stock = stock_model("llama", num_hidden_layers=2)
     for name, weight in stock.named_parameters():
         weight.requires_grad_(not name.startswith(("model.embed", "model.layers.1.")))
     counts = {
@@ -252,7 +252,7 @@ def stock_train_on(directory: str, how: str, new: dict[str, torch.Tensor]) -> Hi
 
 def new_weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(9)
-    return {name: value.clone() for name, value in stock_model("llama").state_dict().items()}
+    return {name: value.clone() for name, value in stock_model("llama", num_hidden_layers=2).state_dict().items()}
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=label)
@@ -305,7 +305,7 @@ def bf16_checkpoint() -> str:
     """One whose weights are bf16 numbers, so that rounding them comes to the same before and after."""
     import tempfile
 
-    directory, model = tempfile.mkdtemp(), stock_model("llama")
+    directory, model = tempfile.mkdtemp(), stock_model("llama", num_hidden_layers=2)
     model.to(torch.bfloat16).float().save_pretrained(directory)
     return directory
 
@@ -313,7 +313,7 @@ def bf16_checkpoint() -> str:
 def replacing(sizes: dict[str, Any]) -> dict[str, str | None]:
     def run(action: Any) -> str | None:
         args = NanotronTrainingArguments(**training_arguments(max_steps=2, **sizes))
-        model = AutoModelForCausalLM.from_config(tiny_config(), args.parallel)
+        model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), args.parallel)
         trainer = NanotronTrainer(model=model, args=args, train_dataset=ROWS, data_collator=pad_batch)
         action(model)
         return message_of(trainer.train)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_runs import FAMILIES, KNOWN, UNPLANNED, compare, reference, tiny_model
+from family_runs import FAMILIES, KNOWN, ONE_STEP, UNPLANNED, compare, reference, tiny_model
 from family_table import COLUMNS, DENSE, ROUND_TRIP, SPARSE, Cell, as_record, describe, make_row, planned_types
 from pool import WorkerPool
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -108,7 +108,7 @@ def test_every_tiny_config_is_of_a_type_with_a_plan() -> None:
 def test_a_wrong_reduction_cannot_pass(pool: WorkerPool, tmp_path: Path, family: str) -> None:
     """Gradients that are parts on each tensor-parallel rank, and are not summed."""
     path = tmp_path / "reference.pt"
-    torch.save(reference(family), path)
+    torch.save(reference(family, ONE_STEP), path)
     layouts = [{**COLUMNS[name], "wrong": True} for name in ("tp 2 sp",)]
     for rank in pool.run(2, compare, family, str(path), layouts, {}):
         for errors in rank:

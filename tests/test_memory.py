@@ -55,7 +55,7 @@ class Held(TrainerCallback):
         self.bytes = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gc.unfreeze()  # what the trainer has hidden from the collector is hidden from `get_objects` too
+        assert not gc.isenabled()  # by `pool.py`, so that the trainer hides nothing from `get_objects`
         gc.collect()
         self.bytes = tensor_bytes()
 

@@ -447,7 +447,7 @@ def test_a_run_moves_to_another_machine(pool: WorkerPool, tmp_path: Path, asynch
     """It uploads what it commits; an empty output directory elsewhere goes on from the store."""
     from test_gradients import stock_model
 
-    stock_model("llama").save_pretrained(tmp_path / "start")
+    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "start")
     url = f"file://{tmp_path}/store"
     whole = pool.run(2, train_with_a_store, str(tmp_path / "whole"), f"{url}-whole", 8, False, asynchronous)[0]
     first = pool.run(2, train_with_a_store, str(tmp_path / "here"), url, 6, False, asynchronous)[0]

@@ -346,7 +346,10 @@ def train_while_the_store_is_down(output: str, url: str, signal_after: float | N
     values |= {"save_on_signal": 30.0 if signal_after else 0.0}
     args = NanotronTrainingArguments(**training_arguments(output_dir=output, **values))
     trainer = NanotronTrainer(
-        model=stock_model("llama"), args=args, train_dataset=random_dataset(8), data_collator=pad_batch
+        model=stock_model("llama", num_hidden_layers=2),
+        args=args,
+        train_dataset=random_dataset(8),
+        data_collator=pad_batch,
     )
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,6 @@
 """A run saved on one topology goes on with the same losses on any other.
 
-Six steps without interruption on topology A; the checkpoint of step 3 goes on on topology B, with the short last step
+Four steps without interruption on topology A; the checkpoint of step 2 goes on on topology B, with the short last step
 of an epoch and then with another epoch. `--full-matrix` runs every A x B; otherwise each A meets itself and another.
 Experts have topologies of their own, and start over from other weights, so that all that counts is read from the
 checkpoint.
@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
-GLOBAL_BATCH, SAMPLES, STEPS, SAVED = 8, 28, 6, 3
+GLOBAL_BATCH, SAMPLES, STEPS, SAVED = 8, 20, 4, 2
 CHECKPOINT, LAST = f"checkpoint-{SAVED}", f"checkpoint-{STEPS}"
 INTERLEAVED = {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
 # world size, samples of a micro-batch, sizes; the number of micro-batches follows from the global batch
@@ -74,7 +74,7 @@ HEADER = f"{'family':11s} {'saved on':22s} resumed on"
 @functools.cache
 def start(family: str) -> str:
     directory = tempfile.mkdtemp()
-    stock_model(family, **FAMILIES[family][0]).save_pretrained(directory)
+    stock_model(family, num_hidden_layers=4, **FAMILIES[family][0]).save_pretrained(directory)  # for four stages
     return directory
 
 

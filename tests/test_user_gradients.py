@@ -25,7 +25,7 @@ from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingA
 from hf_nanotron.optim.gradients import GradientPart
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DOWN, KEYS = "model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.k_proj.weight"
+DOWN, KEYS = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 HOOKED = (EMBEDDING, HEAD, DOWN, KEYS, "model.norm.weight")
 ROWS = random_dataset(48, seed=3)
 BATCH, STEPS = 4, 4
@@ -211,10 +211,10 @@ def refusals(sizes: dict[str, Any], names: list[str]) -> dict[str, str | None]:
     args = NanotronTrainingArguments(**arguments(**sizes))
 
     def cut() -> Any:
-        return AutoModelForCausalLM.from_config(tiny_config(), args.parallel)
+        return AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), args.parallel)
 
     def stock() -> None:
-        model = stock_model("llama")
+        model = stock_model("llama", num_hidden_layers=2)
         model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: None)
         trainer_of(model, sizes)
 
@@ -310,7 +310,7 @@ def test_a_callback_that_sees_no_gradients_is_told(caplog: pytest.LogCaptureFixt
 
     logging.enable_propagation()
     try:
-        trainer_of(stock_model("llama"), {"output_dir": tempfile.mkdtemp()}, Silent()).train()
+        trainer_of(stock_model("llama", num_hidden_layers=2), {"output_dir": tempfile.mkdtemp()}, Silent()).train()
     finally:
         logging.disable_propagation()
     assert "Silent.on_pre_optimizer_step" in caplog.text and "NanotronTrainer.gradients()" in caplog.text

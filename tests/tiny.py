@@ -98,7 +98,7 @@ class History(TrainerCallback):
 def training_arguments(**overrides: Any) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(),
-        "max_steps": 5,
+        "max_steps": 4,
         "per_device_train_batch_size": 1,
         "learning_rate": 5e-3,
         "weight_decay": 0.1,

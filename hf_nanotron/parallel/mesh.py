@@ -7,15 +7,16 @@ Ranks are laid out as `(pp, dp, tp)` with `tp` fastest, so that the ranks that t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 from .config import ParallelConfig
+from .gone_meshes import Handles, meshes_of_job
 from .roll_call import attend
 
 MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
@@ -45,6 +46,7 @@ class Group:
     ranks: tuple[int, ...]
     rank: int
     handle: dist.ProcessGroup | None
+    handles: Handles | None = field(default=None, repr=False, compare=False)  # are destroyed when nothing holds them
 
     @property
     def size(self) -> int:
@@ -58,7 +60,8 @@ class Group:
 class ParallelMesh:
     """The ranks of a job arranged by `ParallelConfig`, with a `Group` for each kind of communication.
 
-    Building a mesh is a collective operation. Besides `tp`, `dp` and `pp` there are `shard` (data-parallel ranks that
+    Building a mesh is a collective operation; the process groups of earlier meshes that no rank holds any more are
+    destroyed then. Besides `tp`, `dp` and `pp` there are `shard` (data-parallel ranks that
     share one set of ZeRO shards; neighbours, to be within one node), `replica` (ranks that hold the same shard) and
     `model` (all ranks of one model replica). Experts have axes over the `dp` and `tp` ranks of a pipeline stage: `ep`
     (neighbours with different experts), and `expert_shard` and `expert_replica`, which correspond to `shard` and
@@ -78,6 +81,10 @@ class ParallelMesh:
         self._timeout = timeout
         # Before the groups are made: ranks of other sizes would wait for each other in them.
         self.assemble("making a parallel model or a NanotronTrainer", f" with {parallel}")
+        self._handles = Handles()
+        if self.world_size > 1:
+            meshes_of_job().destroy_gone()
+            meshes_of_job().add(self._handles)
         self.dp_size = parallel.dp_size(self.world_size)
         self.shard_size = parallel.shard_size(self.world_size)
         self.ep_size = parallel.ep_size
@@ -87,7 +94,6 @@ class ParallelMesh:
         self.coordinates = self.coordinates_of(self.rank)
         self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
         self._groups: dict[str, Group] = {}
-        self._handles: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
         self._at_close: list[Callable[[], None]] = []
 
         self.tp = self.group("tp", lambda c: (c.pp, c.dp))
@@ -137,12 +143,19 @@ class ParallelMesh:
         if handle not in self._handles:
             self._handles[handle] = self._new_handle(partition, multiprocessors)
         mine = tuple(classes[key(self.coordinates)])
-        self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle])
+        self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle], self._handles)
         return self._groups[name]
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""
         return self.group(f"kv_replicas_{replicas}", lambda c: (c.pp, c.tp // replicas, c.shard))
+
+    def alone_with_handle(self) -> dist.ProcessGroup:
+        """A process group of this rank alone, for torch's own code, which takes no `Group`. Made on first use."""
+        if "alone" not in self._handles:
+            new: Any = dist.new_group([self.rank], use_local_synchronization=True)
+            self._handles["alone"] = new
+        return cast(dist.ProcessGroup, self._handles["alone"])
 
     def _new_handle(
         self, partition: tuple[tuple[int, ...], ...], multiprocessors: int | None
@@ -173,9 +186,8 @@ class ParallelMesh:
     def set_timeout(self, timeout: timedelta) -> None:
         """How long a collective of this mesh may take before the job is taken down."""
         self._timeout = timeout
-        for handle in self._handles.values():
-            if handle is not None:
-                dist.distributed_c10d._set_pg_timeout(timeout, handle)
+        for handle in self._handles.present():
+            dist.distributed_c10d._set_pg_timeout(timeout, handle)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelMesh:
         """A copy of a model stands where the model stands."""
@@ -197,8 +209,5 @@ class ParallelMesh:
         """Destroy the process groups of this mesh (not the default one). The mesh cannot be used afterwards."""
         while self._at_close:
             self._at_close.pop()()
-        for handle in self._handles.values():
-            if handle is not None:
-                dist.destroy_process_group(handle)
-        self._handles.clear()
+        self._handles.destroy()
         self._groups.clear()

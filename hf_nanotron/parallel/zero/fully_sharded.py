@@ -127,9 +127,8 @@ class FullyShardedWeights:
         root(None)
 
     def _device_mesh(self, group: Group) -> DeviceMesh:
-        handle: Any = group.handle
-        if handle is None:  # experts of which each rank has others: nothing is divided, but units are alike
-            handle = dist.new_group(list(group.ranks), use_local_synchronization=True)
+        # Of experts each rank may have others: nothing is divided then, but units are alike.
+        handle = group.handle or self.mesh.alone_with_handle()
         return DeviceMesh.from_group(handle, self.mesh.device.type)
 
     def _make_segments(self, specs: dict[str, ShardSpec]) -> list[Segment]:
