@@ -2,68 +2,88 @@
 
 The loop, the callbacks, logging, evaluation and pushing are Trainer's own. What is replaced: where a step's gradients
 come from (`training_step`), which samples a rank reads, how gradients are clipped, and how checkpoints are written.
+
+This is the only file that overrides Trainer. Overrides stand in the order in which Trainer calls them; what they do is
+in `training/`, in classes that know nothing of a Trainer.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
 
-from .data.loader import FillerBatch
+from .checkpoint.directory.save import Save
+from .checkpoint.files.repository import unlink_link, unlink_links
+from .checkpoint.hub.card import write_model_card
+from .checkpoint.hub.model import save_hub_model
+from .checkpoint.state.buffers import load_buffers
+from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
+from .data.loader import DataParallelLoader, FillerBatch
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.parallelize import parallelize
 from .models.selfcheck import compare, try_whole
 from .models.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
+from .monitor.memory import MemoryReport
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, check_scheduler, optimizer_choice
+from .optim.gradients import GradientHook, GradientPart, HookHandle
 from .optim.norm import global_norm
 from .optim.optimizer_link import OptimizerLink
-from .parallel.batch import batch_shape, ones_like_tokens
-from .parallel.collectives import all_reduce
+from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
-from .prepare.attention import documents_of
+from .parallel.zero.segment import ShardedWeights
 from .prepare.checkpointing_switches import note_switches
 from .prepare.setup import check_frozen, end_run, prepare_training, start_run
+from .prepare.training_state import TrainingState
+from .redaction import redacted
 from .training.accelerator import DataParallelAccelerator
-from .training.checkpointing import CheckpointingTrainer
-from .training.collective_calls import CollectiveTrainer
-from .training.data_order import DataTrainer
-from .training.flow_agreement import FlowTrainer
-from .training.gradients import GradientTrainer, users_callbacks
-from .training.run_report import FiguresTrainer
+from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
+from .training.custom_loss import LossChoice
+from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
+from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
+from .training.flow_agreement import FlowAgreement
+from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
+from .training.micro_batches import Window, make_micro_batches
+from .training.nonfinite import NonFiniteGuard
+from .training.optimizer import group_of, link_optimizer
+from .training.remote import RemoteUploads
+from .training.run_report import RunReport, logs_next, report_memory
 from .training.same_on_all_ranks import check_shared, compare_ranks, values_of
-from .training.step import TrainStep, weigh
-from .training.step_window import DOCUMENTS, ROUTER_MASK
+from .training.signals import StopSignals
+from .training.step import TrainStep
 from .training.trainer_methods import check_methods, is_overridden
-from .training.window_agreement import AgreeingTrainer
+from .training.window_agreement import WindowAgreement, evaluated_tokens
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 
-class NanotronTrainer(
-    CollectiveTrainer,
-    FlowTrainer,
-    FiguresTrainer,
-    AgreeingTrainer,
-    GradientTrainer,
-    DataTrainer,
-    CheckpointingTrainer,
-):
+class NanotronTrainer(Trainer):
     """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
-    same sizes, or a stock causal LM, which is cut in place.
+    same sizes, or a stock causal LM, which is sharded in place.
+
+    Attributes:
+        mesh: where this rank stands.
+        weights: the model's, divided among the ranks.
+        memory_report: bytes of this rank, once it trains.
 
     Raises:
         ValueError: for an argument that cannot be honoured, naming it and what to use instead.
@@ -72,6 +92,15 @@ class NanotronTrainer(
     args: NanotronTrainingArguments
     model: ParallelModel
     accelerator: DataParallelAccelerator
+    mesh: ParallelMesh
+    weights: ShardedWeights
+    throughput: Throughput
+    memory_report: MemoryReport
+    training_state: TrainingState
+    _step: TrainStep
+    _names: dict[torch.nn.Parameter, str]  # of the parameters that a user's optimizer was made over
+
+    # ---- construction ----
 
     def __init__(
         self,
@@ -94,20 +123,26 @@ class NanotronTrainer(
         if model is not None:
             model = self._parallel_model(model, args)
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
-        self._link: OptimizerLink | None = None
         self._stepped = -1  # the last step that was run
+        self._link: OptimizerLink | None = None
+        self._flow: FlowAgreement | None = None
+        self._data_order, self._gradients, self._uploads = DataOrder(args), GradientAccess(), RemoteUploads(args)
+        self._checkpointer = Checkpointer(args, self._uploads, self._push_committed)
+        self._signals = StopSignals(args.save_on_signal)
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         super().__init__(model, args, *positional, **kwargs)
+        self.callback_handler.callbacks.insert(0, DataProgress(self._data_order))
         self.neftune_noise_alpha = None  # Trainer's own hook would draw other noise on each rank
         compare_ranks(self.model.mesh, values_of(self))
-        self._set_up_training_state()
+        self._take_up_model()
         if self.optimizer is not None:
             self.create_optimizer()
-        self._open_remote()
+        self._uploads.open()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
+        self._report = RunReport(self.throughput)
         self.add_callback(self.throughput)
         self.add_callback(FreezeGarbage())
         logger.info(
@@ -115,15 +150,692 @@ class NanotronTrainer(
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
         )
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's, for which the ranks of a replica are one process where data is dealt or results are joined."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator = DataParallelAccelerator.adopt(self.accelerator)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without `torch_compile_backend`: accelerate compiles nothing here, but would switch TF32 on for it."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.accelerator = DataParallelAccelerator.adopt(self.accelerator)
+    # Trainer assigns them when it is made, and reads them in each evaluation.
 
-    # ---- model and optimizer ----
+    @property
+    def gather_function(self) -> Callable[[Any], Any]:
+        """Joins evaluation results over the data-parallel ranks, in the order of one process."""
+        return lambda data: self._evaluation.gather(data)
+
+    @gather_function.setter
+    def gather_function(self, value: Any) -> None:
+        """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
+
+    @property
+    def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
+        """The user's function, which sees the batch of this rank alone, as in one process."""
+        function = self._preprocess_logits
+        return None if function is None else lambda *data: self._evaluation.preprocess(function, *data)
+
+    @preprocess_logits_for_metrics.setter
+    def preprocess_logits_for_metrics(self, value: Callable[[Any, Any], Any] | None) -> None:
+        self._preprocess_logits = value
+
+    # ---- train ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest committed checkpoint that is undamaged.
+
+        Raises:
+            ValueError: if the named checkpoint is not complete, or there is none at all.
+        """
+        check_methods(self)  # also those put on it since it was made
+        note_switches(self.model)
+        try:
+            self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
+            self._guard.begin_run()
+            with self._checkpointer.running(resume_from_checkpoint) as source:
+                with self._signals:
+                    result = super().train(source, *args, **kwargs)
+                    self._uploads.wait(self._signals)
+                self.weights.wait()
+                return result
+        finally:
+            gc.unfreeze()
+            end_run(self.model)
+
+    def call_model_init(self, trial: Any = None) -> ParallelModel:
+        """Shards the model that `model_init` returns."""
+        model = self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
+        note_switches(model)
+        return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Reads this rank's part of the weights that are not in the training state."""
+        load_weights(resume_from_checkpoint, self.model, self.weights)
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Trainer's, from the cursor of the checkpoint on, and with flags that act on all ranks."""
+        is_subclass = type(self).__module__.partition(".")[0] != "hf_nanotron"
+        self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass)
+        self._data_order.begin_run(resume_from_checkpoint)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
+
+    # ---- data ----
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Sampler[int] | None] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataParallelLoader:
+        """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
+        sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
+        if isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
+            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        else:
+            dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
+        loader = make_loader(self.args, self.model.mesh, dataset, sampler, collate, batch_size, is_training)
+        if dataloader_key is not None and self.args.dataloader_persistent_workers:
+            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """By `data_seed` alone, at any sizes; groups by length as the run began."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return self._data_order.train_sampler(
+            dataset, lambda: self.get_total_train_batch_size(self.args), self.processing_class
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        """By `data_seed` alone, at any sizes."""
+        return self._data_order.eval_sampler(eval_dataset, self.processing_class)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take.
+
+        Raises:
+            ValueError: if ranks have other data, or the run cannot go on with the next sample.
+        """
+        self._data_order.compare(self.model.mesh, dataloader)
+        epochs, steps, examples, samples, batch, rounds, max_steps = super().set_initial_training_values(
+            args, dataloader
+        )
+        epochs, max_steps = self._data_order.plan(
+            dataloader, self.train_dataset, self._train_batch_size, batch, epochs, max_steps
+        )
+        return epochs, steps, examples, samples, batch, rounds, max_steps
+
+    def get_tp_size(self) -> int:
+        """Ranks that see the same batch: what Trainer divides by wherever it counts batches by the world size."""
+        return self.args.parallel.model_parallel_size
+
+    # ---- state, model and optimizer of a run ----
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """Trainer's, for the best checkpoint of this run alone, and with the progress that the cursor says."""
+        epoch, rounds = super()._init_training_state(max_steps, *args)
+        self._checkpointer.take_up(self.state, max_steps)
+        return self._data_order.progress(epoch, rounds, self.state)
+
+    def _load_callback_state(self) -> None:
+        """Trainer's, with an error that says what to do.
+
+        Raises:
+            ValueError: for states that the callbacks of this run do not take.
+        """
+        try:
+            super()._load_callback_state()
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{TRAINER_STATE_NAME} holds a state that its callback does not take ({error}); set "
+                "restore_callback_states_from_checkpoint=False, or use an earlier checkpoint."
+            ) from error
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        """Optimizer and scheduler over this rank's parts of the weights; nothing wraps the model."""
+        self._window, self._stepped = [], -1  # of a run that was broken off
+        if self.model is not self.training_state.model:  # `model_init` made a new one
+            self._take_up_model()
+        elif self.model.weights is not self.weights:
+            raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
+        start_run(self.training_state, self.args)
+        self._written.take()
+        together(self.mesh, "checking the frozen parameters", self._check_frozen)
+        together(self.mesh, "checking the loss", self._check_loss)
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_optimizer()
+        self._link_optimizer()  # an override may have made its own
+        self.create_scheduler(num_training_steps=max_steps)
+        self.model_wrapped = self.model
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        assert self.optimizer is not None
+        self.memory_report = report_memory(
+            self.args, self.model, self.weights, self.optimizer, self.training_state.recomputed, self.train_dataset
+        )
+        together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
+        return self.model, train_dataloader
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Over this rank's parts of the weights; one that the user has made over the model is given them."""
+        segments, order = self.weights.segments, list(self.model.hub_shapes)
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            choice = self._optimizer_choice()
+            self.optimizer = build_optimizer(segments, order, decayed, self.args.weight_decay, *choice)
+        elif self._names:
+            adopt_optimizer(self.optimizer, self._names, segments, order)
+            self._names = {}
+        self._link_optimizer()
+        return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Reads this rank's part of the training state.
+
+        Raises:
+            NonFiniteWeightsError: if the checkpoint holds weights that are not finite.
+        """
+        if checkpoint is not None:
+            assert self.optimizer is not None
+            self.weights.wait()
+            load_training_state(checkpoint, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
+            load_buffers(checkpoint, self.model)
+            self.weights.publish()
+            self._guard.refuse_to_resume(checkpoint, self.optimizer)
+
+    # ---- an epoch ----
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Trainer's, when ranks agree on flags, weights, hooks and loss; of a resumed epoch, what is left of it."""
+        assert self._flow is not None
+        loader, checkpoint = kwargs["train_dataloader"], kwargs["resume_from_checkpoint"]
+        self._flow.begin_epoch(self.control, self.state.global_step)
+        self._windows.begin_epoch(loader)
+        self._written.take()  # what callbacks wrote when the run or the epoch began
+        with self._guard.filtering(), self._gradients.watching(self.mesh, self.callback_handler.callbacks):
+            rest = self._data_order.begin_epoch(
+                loader, kwargs["epoch"], kwargs["steps_in_epoch"], self.state, checkpoint
+            )
+            if rest is not None:  # for Trainer a short epoch from its first batch on: it has nothing to skip
+                kwargs.update(epochs_trained=-1, steps_in_epoch=rest.rounds, num_update_steps_per_epoch=rest.steps)
+                if not rest.samples:
+                    self._load_rng_state(checkpoint)
+            together(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
+            compare_ranks(self.mesh, self._loss.whose)
+            stops = self.control.should_training_stop
+            super()._run_epoch(**kwargs)
+            if rest is not None and rest.samples and loader.rounds == 0:
+                self.control.should_training_stop = stops  # nothing was left of a stream: on to the next epoch
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; then the ranks of a replica go on from the state of its first: they must draw the same crops."""
+        super()._load_rng_state(checkpoint)
+        share_host_generators(self.model.mesh.model)
+
+    # ---- a window ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; ranks tell each other where reading fails."""
+        window = super().get_batch_samples(self._windows.until_failure(epoch_iterator), *args, **kwargs)
+        if (checkpoint := self._data_order.rng_to_restore()) is not None:
+            self._load_rng_state(checkpoint)
+        return window
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Predicted tokens of a window over all data-parallel ranks, in the sum that compares what they have read."""
+        if self._evaluation.is_predicting:
+            return evaluated_tokens(batch_samples[0])
+        step, across_devices = self.state.global_step + 1, self.args.average_tokens_across_devices
+        return self._windows.count_tokens(batch_samples, step, device, across_devices)
+
+    # ---- a step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Collect micro-batches until the window is full, then run the schedule over all of them.
+
+        Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
+        """
+        self._refuse_stray_call()
+        self._checkpointer.finish(wait=False)
+        self._windows.before_micro_batch(inputs, self.state.global_step + 1)
+        if self.args.include_num_input_tokens_seen != "no":  # Trainer communicates after each micro-batch
+            self._windows.read_verdict()
+        self._window.append((inputs, num_items_in_batch))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+        return self._run_step(window)
+
+    def _run_step(self, window: Window) -> torch.Tensor:
+        """A whole step but for the optimizer's part: micro-batches, schedule, hooks, norm, verdict, report."""
+        assert self._link is not None
+        step, mixture, batches = self.state.global_step, self.model.mixture, [batch for batch, _ in window]
+        has_items = self._check_labels(window)
+        loss_choice = self._follow_loss()
+        micro_batches = make_micro_batches(
+            window,
+            self._prepare_inputs,
+            self.mesh,
+            loss_choice.is_mean_of_means,
+            self.training_state.attention is not None,
+        )
+        self._windows.read_verdict()
+        if mixture is not None:
+            mixture.counts_loads = bool(self.args.moe_bias_update_rate) or logs_next(self.args, self.state)
+        self._stepped = step
+        self._written.check_slots()
+        loss = self._step.run(micro_batches, step, loss_choice.of_step(batches, has_items))
+        self._gradients.run_hooks(self._link)
+        self._norm = global_norm(self.weights.segments, self.mesh)
+        is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
+        self._empty_cache()
+        mean_loss, told = self._report.sum_step(self.mesh, loss, batches, self._signals.received is not None)
+        if mixture is not None and mixture.counts_loads:
+            self._report.loads = mixture.balance(is_finite)
+        self._checkpointer.stop_if_told(told, self._signals.received, self.control)
+        return self._guard.filtered(mean_loss, self._tr_loss)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one batch, as `Trainer.compute_loss` in one process; a step sums those of all ranks.
+
+        While a model trains, it is called for a subclass that overrides it, and for a model with hooks.
+        """
+        loss, outputs = self._loss.of_batch(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, without waiting for the copy to the device."""
+        if isinstance(data, torch.Tensor):
+            return to_device(data, self.args.device)
+        return super()._prepare_input(data)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None for a batch that only keeps this rank in step."""
+        return 0 if isinstance(inputs, FillerBatch) else super().floating_point_ops(inputs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Trainer's; a batch that only keeps this rank in step has no tokens."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        if isinstance(inputs, FillerBatch):
+            inputs = {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        super()._track_num_input_tokens(inputs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """By the norm over the whole model."""
+        assert self._link is not None
+        self._link.clip(NanotronTrainer._get_grad_norm(self, model), self.args.max_grad_norm)
+        return self._norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        """Over the whole model, before clipping.
+
+        Raises:
+            ValueError: if the step was not run.
+        """
+        if self._stepped != self.state.global_step:
+            raise ValueError(
+                "training_step did not call super() for the last micro-batch of this step, with which the step runs. "
+                "To leave a batch out, give it labels of -100."
+            )
+        return self._norm
+
+    # ---- log, evaluate, save ----
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
+        assert self._flow is not None
+        for _ in self._flow.turns(lambda: self.control, self.state.global_step):
+            control = self.control
+            if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+                self._guard.check()
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds throughput, memory, loads of experts and uploads to lines with a loss; redacts secrets."""
+        self.weights.wait()  # callbacks that look at the weights find the new ones
+        if "loss" in logs:
+            logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
+            self._guard.filter_logs(logs)
+            logs.update(self._uploads.metrics())
+        correct_speed(logs, self._evaluation.rounds)
+        for name in [name for name, value in logs.items() if isinstance(value, str)]:
+            logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
+        super().log(logs, start_time)
+
+    def store_flos(self) -> None:
+        """Trainer sums over all ranks; those that see the same batch count once."""
+        self.current_flos /= self.get_tp_size()  # type: ignore[assignment]
+        super().store_flos()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; flags that were set meanwhile act on all ranks."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if self._flow is not None:
+            self._flow.agree(self.control)
+        return metrics
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether to save under `save_strategy="best"`: also when told to stop."""
+        return super()._determine_best_metric(*args, **kwargs) or self._checkpointer.was_told_to_stop
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes `checkpoint-N/` by all ranks, and commits it; with `async_save` the training goes on meanwhile."""
+        args, step, checkpointer = self.args, self.state.global_step, self._checkpointer
+        self._guard.refuse_to_save(f"checkpoint-{step}", step, None if args.save_only_model else self.optimizer)
+        together(self.mesh, "the save before", checkpointer.finish)
+        self.store_flos()
+        folder = Path(self._get_output_dir(trial=trial))
+        save = checkpointer.begin(folder, step)
+        if save is None:
+            return
+        is_last = self.control.should_training_stop or step >= self.state.max_steps
+        with_weights = args.save_hub_weights == "always" or is_last
+        if with_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
+            self.save_model(str(save.directory), _internal_call=True)  # as Trainer does
+        else:
+            checkpointer.write_model(save, self.model, with_weights)
+        checkpointer.note_best(self.state, folder)
+        together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
+        checkpointer.finish_save(save, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes a Hub repository, all ranks together (see `save_hub_model`)."""
+        directory = Path(output_dir or cast(str, self.args.output_dir))
+        what = f"the model in {output_dir or self.args.output_dir}"
+        self._guard.refuse_to_save(what, self.state.global_step)
+        check_shared(self.mesh, directory, "output_dir")
+        save_hub_model(self.model, directory)
+        self._write_companions(directory)
+
+    # ---- the end ----
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after the last save; it would delete the last checkpoint if another is the best."""
+        self._guard.check()
+        steps = self.state.global_step - self._initial_global_step  # Trainer divides by all of them
+        self._total_loss_scalar += self._guard.missing(self._total_loss_scalar + self._tr_loss.item(), steps)
+        together(self.mesh, "the last save", self._checkpointer.finish)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # to which `rotate` has kept
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        """Reads this rank's part of the weights."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        self._checkpointer.finish()
+        self.weights.wait()
+        self._load_from_checkpoint(best)
+        if has_training_state(best):
+            load_masters(best, self.mesh, self.weights.segments)
+            load_buffers(best, self.model)
+            self.weights.publish()
+            self.weights.wait()
+
+    # ---- evaluation and prediction ----
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, on every rank."""
+        self.mesh.assemble("evaluate", samples_in_words(self.eval_dataset if eval_dataset is None else eval_dataset))
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Trainer's, on every rank; its speed is that of all ranks."""
+        self.mesh.assemble("predict", samples_in_words(test_dataset))
+        output = super().predict(test_dataset, *args, **kwargs)
+        correct_speed(output.metrics or {}, self._evaluation.rounds)
+        return output
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, over batches that all ranks have compared.
+
+        Raises:
+            ValueError: on every rank, for data that differs between them, or ids that the model does not know.
+        """
+        with self._guard.evaluating(), self._evaluation.over(dataloader, description) as announced:
+            output = super().evaluation_loop(announced, description, *args, **kwargs)
+            return self._evaluation.with_samples_of_all(output)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Trainer's; for the plain loss alone, no rank makes whole logits."""
+        self._evaluation.compare_by_hand(inputs)
+        loss_choice = self._loss
+        if prediction_loss_only and "labels" in inputs and not loss_choice.is_own:
+            with torch.no_grad():
+                loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
+            return loss.detach(), None, None
+        with self._evaluation.predicting(self.model if loss_choice.is_overridden else None):
+            return super().prediction_step(model, {**inputs, "use_cache": False}, prediction_loss_only, ignore_keys)
+
+    # ---- called by users ----
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, on every rank."""
+        self.mesh.assemble("save_model", f" to {output_dir or self.args.output_dir or '.'}")
+        super().save_model(output_dir, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, on every rank."""
+        self.mesh.assemble("push_to_hub")
+        return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(self, language: str | None = None, **fields: Any) -> None:  # type: ignore[override]
+        """As `Trainer.create_model_card`, with the batch and parallel sizes of this run; on rank 0."""
+        if self.is_world_process_zero():
+            path = Path(cast(str, self.args.output_dir), "README.md")
+            unlink_link(path)
+            write_model_card(self, self.mesh, path, language=language, **fields)
+
+    def get_num_trainable_parameters(self) -> int:
+        """Trainable parameters of the whole model, not of this rank."""
+        return self.model.num_parameters(only_trainable=True)
+
+    def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Any:
+        """The parameter group that updates a parameter of the model (or one of that name); without one, the parts of
+        parameters that each group updates on this rank.
+
+        Raises:
+            ValueError: without an optimizer, or for a parameter that none of its groups updates on this rank.
+        """
+        if param is None:
+            return super().get_optimizer_group()
+        return group_of(param, self.optimizer, self.model, self.weights)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise ValueError(
+            "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
+            "one job per trial."
+        )
+
+    # ---- what Trainer does not have ----
+
+    def add_gradient_hook(self, name: str, hook: GradientHook) -> HookHandle:
+        """Have `hook(gradient, part)` called in each optimizer step, before the gradient is measured and clipped.
+
+        It stands for `weight.register_hook`, on any topology; add it on every rank. Each rank calls it for what it
+        holds of the weights: `gradient` is a flat fp32 tensor `[elements]`, summed over micro-batches and ranks, and
+        `part` says which elements they are (`GradientPart`; `part.of(whole)` takes the same ones out of a tensor of the
+        whole weight's shape, such as a mask). The hook may change `gradient` in place, or return another of its shape.
+        Several ranks may hold copies of the same elements, and are to change them alike. Weight decay goes by the
+        weights, not by their gradients, as in torch.
+
+        Args:
+            name: of a weight in the stock model, or a pattern of names with `*`.
+
+        Returns:
+            A handle; `remove()` takes the hook away.
+
+        Raises:
+            ValueError: for a name or pattern that no trainable weight has.
+        """
+        return self._gradients.add_hook(self.model, name, hook)
+
+    def gradients(self) -> Iterator[tuple[str, GradientPart, torch.Tensor]]:
+        """What this rank holds of the step's gradients, in `on_pre_optimizer_step`: (name, part, gradient).
+
+        As there in stock training they are summed over micro-batches and ranks, and clipped; changes in place take
+        effect on the update. Each gradient is a flat fp32 tensor `[elements]`, and `part` says which elements of the
+        weight they are (see `add_gradient_hook`). The parameters' own `grad` is None.
+
+        Raises:
+            ValueError: where there are no gradients: before a step's backwards, and after its update.
+        """
+        return self._gradients.read(self._link)
+
+    def data_cursor(self) -> dict[str, Any] | None:
+        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours."""
+        return self._data_order.cursor(self.control, self.train_dataset)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What the training state of a checkpoint holds besides, the same on every rank."""
+        return {CURSOR: self.data_cursor()}
+
+    # ---- parts of the overrides ----
+
+    def _refuse_stray_call(self) -> None:
+        """
+        Raises:
+            ValueError: if `training_step` is not called by Trainer's loop, once for each batch.
+        """
+        if not self.is_in_train:
+            raise ValueError(
+                "training_step was called outside of train(): it collects the micro-batches of a step, and runs the "
+                "pipeline over all of them. Call train(max_steps=...), or model.eval() and the model for a loss alone."
+            )
+        if self._stepped == self.state.global_step:
+            raise ValueError(
+                "training_step was called again after the last micro-batch of a step, whose gradients are reduced by "
+                "then. Call super().training_step once for each batch; use gradient_accumulation_steps for more."
+            )
+
+    def _check_labels(self, window: Window) -> bool:
+        """Whether the predicted tokens of a window are counted, which takes `labels`.
+
+        Raises:
+            ValueError: for a window without labels, where the loss needs them or other ranks have some.
+        """
+        inputs, items = window[-1]
+        if isinstance(items, torch.Tensor):
+            return True
+        self._windows.read_verdict()  # of what is wrong with the data, rather than of this
+        if self._loss.needs_labels or self._windows.counted:
+            raise ValueError(
+                f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+            )
+        return False
+
+    @property
+    def _loss(self) -> LossChoice:
+        """Whose loss is trained now."""
+        is_overridden = "compute_loss" in vars(self) or type(self).compute_loss is not NanotronTrainer.compute_loss
+        return LossChoice(
+            self.model,
+            self.args,
+            self.compute_loss,
+            is_overridden,
+            type(self).__name__,
+            self.compute_loss_func,
+            self.label_smoother,
+            self.model_accepts_loss_kwargs,
+            self.loss_is_scaled_for_ga,
+        )
+
+    def _check_loss(self) -> None:
+        """See `LossChoice.check`."""
+        loss_choice = self._loss
+        self._checked_loss = loss_choice.whose
+        loss_choice.check()
+
+    def _follow_loss(self) -> LossChoice:
+        """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch.
+
+        Raises:
+            ValueError: see `LossChoice.check`.
+        """
+        loss_choice = self._loss
+        if loss_choice.whose != self._checked_loss:
+            self._check_loss()
+        return loss_choice
+
+    def _empty_cache(self) -> None:
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        if is_overridden(self, "get_optimizer_cls_and_kwargs"):
+            choice = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            check_elementwise(choice[0], "get_optimizer_cls_and_kwargs")
+            return choice
+        return optimizer_choice(self.args, getattr(torch, self.args.optim_state_dtype))
+
+    def _link_optimizer(self) -> None:
+        """See `link_optimizer`. New weights are compared if a callback is called before the next forward."""
+        events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
+        compares = any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
+        self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, compares)
+
+    def _write_own_files(self, save: Save) -> None:
+        """What this rank can do alone: the small files, and its part of the training state, still in its place."""
+        if not self.args.save_only_model:
+            assert self.optimizer is not None
+            self.weights.take_written(compare=self._link is not None and self._link.compares)
+            self._checkpointer.add_training_state(
+                save, self.model, self.weights, self.optimizer, self.lr_scheduler, self.extra_state()
+            )
+            self._save_rng_state(str(save.directory))
+            (save.directory / DIRECTORY).mkdir(exist_ok=True)
+        if self.mesh.rank == 0:
+            self._write_companions(save.directory)
+            write_trainer_state(self.state, (*self.callback_handler.callbacks, self.control), save.directory)
+
+    def _write_companions(self, directory: Path) -> None:
+        """Tokenizer and arguments, by rank 0."""
+        if self.args.should_save:
+            args = copy.copy(self.args)
+            args.logging_nan_inf_filter = self._guard.asked_to_filter
+            write_companions(args, self.processing_class or getattr(self.data_collator, "tokenizer", None), directory)
+
+    def _push_committed(self, directory: Path) -> None:
+        """With `push_to_hub`."""
+        if self.args.push_to_hub:
+            if self.is_world_process_zero():
+                unlink_links(Path(cast(str, self.args.output_dir)))
+            self._push_from_checkpoint(str(directory))
 
     def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
         model = unwrap(model)
@@ -144,241 +856,32 @@ class NanotronTrainer(
             model.streams.seed = args.seed
         return model
 
-    def call_model_init(self, trial: Any = None) -> ParallelModel:
-        model = self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
-        note_switches(model)
-        return model
+    def _take_up_model(self) -> None:
+        """Train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
+        self._set_up_training_state()
+        self._checkpointer.mesh = self._uploads.mesh = self.mesh
+        self._guard = NonFiniteGuard(self.args, self.model, self.weights, self._checkpointer.where_to_resume)
+        self._windows = WindowAgreement(self.window_check, self._guard)
+        self._evaluation = EvaluationRun(self.window_check, self.accelerator)
 
     def _set_up_training_state(self) -> None:
         """Weights, gradients and the step, for the model at hand."""
         model = self.model
         self.mesh = model.mesh
-        self._check_model()
-        self._note_frozen()
+        check_model(model)
+        note_frozen(model)
         self.mesh.set_timeout(self.args.ddp_timeout_delta)
         self.window_check = WindowCheck(self.mesh, model.vocabulary)
         self.accelerator.mesh, self.accelerator.model = self.mesh, model
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self.training_state = prepare_training(model, self.args)
-        self.weights, self._recomputed = self.training_state.weights, self.training_state.recomputed
-        self._note_weights()
+        self.weights = self.training_state.weights
+        self._written = WrittenWeights(model, self.weights)
         self._step = TrainStep(self.training_state)
-        self._loads = {}
 
     def _check_frozen(self) -> None:
         check_frozen(self.training_state, self.args.save_hub_weights)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        segments, order = self.weights.segments, list(self.model.hub_shapes)
-        if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(self.model))
-            choice = self._optimizer_choice()
-            self.optimizer = build_optimizer(segments, order, decayed, self.args.weight_decay, *choice)
-        elif self._names:
-            adopt_optimizer(self.optimizer, self._names, segments, order)
-            self._names = {}
-        self._link_optimizer()
-        return self.optimizer
-
-    def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        if self.optimizer_cls_and_kwargs is not None:
-            return self.optimizer_cls_and_kwargs
-        if is_overridden(self, "get_optimizer_cls_and_kwargs"):
-            choice = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            check_elementwise(choice[0], "get_optimizer_cls_and_kwargs")
-            return choice
-        return optimizer_choice(self.args, getattr(torch, self.args.optim_state_dtype))
-
-    def _link_optimizer(self) -> None:
-        """Let the optimizer update this rank's segments, whoever has made it, over them or over the model."""
-        optimizer, segments = self.optimizer, self.weights.segments
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"create_optimizer must set self.optimizer; it is {type(optimizer).__name__}.")
-        masters = {segment.master for segment in segments}
-        if any(parameter not in masters for group in optimizer.param_groups for parameter in group["params"]):
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
-            adopt_optimizer(optimizer, names, segments, list(self.model.hub_shapes))
-        if self._link is None or self._link.optimizer is not optimizer or self._link.weights is not self.weights:
-            self._link = OptimizerLink(optimizer, self.weights)
-        self._link.compares = self._callbacks_read_weights()
-        self._link.overlap = not self._link.compares
-
-    def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Any:
-        """The parameter group that updates a parameter of the model (or one of that name); without one, the parts of
-        parameters that each group updates on this rank.
-
-        Raises:
-            ValueError: without an optimizer, or for a parameter that none of its groups updates on this rank.
-        """
-        if param is None:
-            return super().get_optimizer_group()
-        if self.optimizer is None:
-            raise ValueError("there is no optimizer yet: call create_optimizer() or train() before.")
-        named = dict(self.model.named_parameters())
-        names = [name for name, parameter in named.items() if param is parameter or param == name]
-        masters = {segment.master for segment in self.weights.segments if segment.name in names}
-        for group in self.optimizer.param_groups:
-            if masters & set(group["params"]):
-                return group
-        name = param if isinstance(param, str) else "".join(names)
-        if not names and name not in self.model.hub_shapes:
-            raise ValueError(f"{name or 'the tensor'} is no parameter of the model.")
-        raise ValueError(f"{name} is updated by other ranks, or frozen: no group has a part of it on this rank.")
-
-    def get_num_trainable_parameters(self) -> int:
-        """Trainable parameters of the whole model, not of this rank."""
-        return self.model.num_parameters(only_trainable=True)
-
-    def _callbacks_read_weights(self) -> bool:
-        """Whether a callback of the user's is called between an optimizer step and the next forward."""
-        events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
-        return any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        """Optimizer and scheduler; nothing wraps the model."""
-        self._window, self._stepped = [], -1  # of a run that was broken off
-        if self.model is not self.training_state.model:  # `model_init` made a new one
-            self._set_up_training_state()
-        elif self.model.weights is not self.weights:
-            raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
-        start_run(self.training_state, self.args)
-        self._take_written()
-        together(self.mesh, "checking the frozen parameters", self._check_frozen)
-        together(self.mesh, "checking the loss", self._check_loss)
-        if self._created_lr_scheduler:
-            self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.create_optimizer()
-        self._link_optimizer()  # an override may have made its own
-        self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = self.model
-        if resume_from_checkpoint is not None:
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.callback_handler.train_dataloader = train_dataloader
-        self._report_memory()
-        together(self.mesh, "noting which run is at hand", self._note_run)
-        return self.model, train_dataloader
-
-    # ---- one step ----
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Collect micro-batches until the window is full, then run the schedule over all of them.
-
-        Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
-        """
-        if not self.is_in_train:
-            raise ValueError(
-                "training_step was called outside of train(): it collects the micro-batches of a step, and runs the "
-                "pipeline over all of them. Call train(max_steps=...), or model.eval() and the model for a loss alone."
-            )
-        if self._stepped == self.state.global_step:
-            raise ValueError(
-                "training_step was called again after the last micro-batch of a step, whose gradients are reduced by "
-                "then. Call super().training_step once for each batch; use gradient_accumulation_steps for more."
-            )
-        self._finish_background_save(wait=False)
-        self._before_micro_batch(inputs)
-        self._window.append((inputs, num_items_in_batch))
-        if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
-        has_items = isinstance(num_items_in_batch, torch.Tensor)
-        if not has_items:
-            self._read_verdict()  # of what is wrong with the data, rather than of this
-        if not has_items and (self._needs_labels or self._counted):  # other ranks may have labels
-            raise ValueError(
-                f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
-                "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
-            )
-        self._follow_loss()
-        # A stream may end inside a window; Trainer then carries micro-batches over, each with the count of its own.
-        micro_batches = [{**self._prepare_inputs(b), "num_items_in_batch": count} for b, count in self._window]
-        if not (self.model.makes_logits or self._is_scaled or self.model_accepts_loss_kwargs):
-            fillers = [isinstance(batch, FillerBatch) for batch, _ in self._window]
-            micro_batches = weigh(micro_batches, fillers, self.mesh)
-        multiple = self.mesh.tp_size if self.mesh.parallel.sequence_parallel else 1
-        for micro_batch, (batch, _) in zip(micro_batches, self._window, strict=True):
-            if self.training_state.attention is not None:
-                micro_batch[DOCUMENTS] = documents_of(batch, multiple)
-            if isinstance(batch, FillerBatch):
-                micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
-        batches = [batch for batch, _ in self._window]
-        self._window = []
-        self._read_verdict()
-        mixture = self.model.mixture
-        if mixture is not None:
-            mixture.counts_loads = bool(self.args.moe_bias_update_rate) or self._logs_this_step()
-        self._stepped = self.state.global_step
-        self._check_slots()
-        loss = self._step.run(micro_batches, self.state.global_step, self._step_loss(batches, has_items))
-        self._run_gradient_hooks()
-        self._norm = global_norm(self.weights.segments, self.mesh)
-        is_finite = self._judge(self._norm, loss)
-        tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)
-        length = max(batch_shape(batch)[1] for batch in batches)
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
-        speaks = self.mesh.is_last_stage and self.mesh.tp_rank == 0
-        # One sum over the job: the loss lives on the last stage, and every rank reports it.
-        signalled = float(self._signals.received is not None)
-        told = to_device(torch.tensor([0.0, tokens * speaks, signalled], dtype=torch.float64), loss.device)
-        told[0] = loss * speaks
-        told = all_reduce(told, self.mesh.world)
-        if mixture is not None and mixture.counts_loads:
-            self._loads = mixture.balance(is_finite)
-        self._stop_if_told(told[2])
-        self.throughput.add_tokens(told[1], length)
-        return self._filtered(told[0].float())
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        if self._evaluates:
-            return self._items_of_batch(batch_samples[0])
-        return super()._get_num_items_in_batch(batch_samples, device)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        check_methods(self)  # also those put on it since it was made
-        note_switches(self.model)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            gc.unfreeze()
-            end_run(self.model)
-
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        assert self._link is not None
-        self._link.clip(NanotronTrainer._get_grad_norm(self, model), self.args.max_grad_norm)
-        return self._norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        if self._stepped != self.state.global_step:
-            raise ValueError(
-                "training_step did not call super() for the last micro-batch of this step, with which the step runs. "
-                "To leave a batch out, give it labels of -100."
-            )
-        return self._norm
-
-    # ---- data ----
-
-    def get_tp_size(self) -> int:
-        """Ranks that see the same batch: what Trainer divides by wherever it counts batches by the world size."""
-        return self.args.parallel.model_parallel_size
-
-    def _prepare_input(self, data: Any) -> Any:
-        if isinstance(data, torch.Tensor):
-            return to_device(data, self.args.device)
-        return super()._prepare_input(data)
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
-            "one job per trial."
-        )
 
 
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -205,10 +205,10 @@ def damage(directory: Path, how: str) -> None:
 DAMAGES = {
     "missing tensor": ["lacks 1 tensors of LlamaForCausalLM", "model.layers.3.self_attn.q_proj.weight"],
     "other shape": ["model.layers.3.self_attn.q_proj.weight", "(31, 32)", "(32, 32)"],
-    "integers": ["model.layers.3.self_attn.q_proj.weight", "I8", "quantised"],
+    "integers": ["model.layers.3.self_attn.q_proj.weight", "I8", "quantized"],
     "truncated": ["model.safetensors is truncated or damaged", "fetch it again"],
     "empty": ["model.safetensors is truncated or damaged", "fetch it again"],
-    "other format": ["holds neither model.safetensors nor model.safetensors.index.json", "save_pretrained"],
+    "other format": ["contains neither model.safetensors nor model.safetensors.index.json", "save_pretrained"],
     "index names an absent file": ["model-00002-of-00002.safetensors is missing", "index.json names it"],
     "index names an absent tensor": ["model.safetensors has no tensor", "q_proj", "index.json"],
     "index truncated": ["model.safetensors.index.json is truncated or damaged", "fetch it again"],

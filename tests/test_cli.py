@@ -328,7 +328,7 @@ def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None
         (1, ["--dataset.text_column", "null"], "without input_ids"),
         (1, ["--dataset.block_size", "0"], "block_size=0"),
         (1, ["--dataset.block_size", "5000"], "too short"),
-        (1, ["--tokenizer", "null"], "needs tokenizer"),
+        (1, ["--tokenizer", "null"], "needs a tokenizer"),
         (1, ["--model.config.vocab_size", "7"], "smaller than the tokenizer's 120"),
         (1, ["--model.config.hidden_sise", "7"], "did you mean model.config.hidden_size?"),
         (1, ["--model.config.model_type", "lama"], "did you mean model.config.model_type=llama?"),

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.prepare.neftune import EmbeddingNoise
+from hf_nanotron.training.run_report import report_memory
 
 STEPS, SAMPLES, EVALUATED = 3, 40, 7
 TOLERANCE = {"losses": 2e-5, "norms": 1e-4, "eval": 2e-5}
@@ -634,8 +635,8 @@ def test_a_plain_run_makes_no_logits() -> None:
         trainer = make_alone(kind)
         assert trainer.model.makes_logits == (kind != "quiet")
         trainer.create_optimizer()
-        trainer._report_memory()
-        reports[kind] = trainer.memory_report.activations
+        made = trainer.args, trainer.model, trainer.weights, trainer.optimizer
+        reports[kind] = report_memory(*made, frozenset(), trainer.train_dataset).activations
     logits = 2 * 15 * VOCABULARY * 4
     assert reports["doubling forward"] - reports["quiet"] > 1.5 * logits  # three of them instead of one chunk
 

@@ -18,11 +18,16 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from pool import WorkerPool
 from test_data_order import SAMPLES, Steps, checkpoint, merged, numbered, parallel_maker, samples_of
-from tiny import pad_batch
+from tiny import pad_batch, training_arguments
 from torch.utils.data import SequentialSampler
+from transformers import TrainerControl, TrainerState
 
+from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.data.cursor import Cursor, EpochShape, resume_at, why_not_resumable
 from hf_nanotron.data.loader import Position, build_loader
+from hf_nanotron.parallel.config import ParallelConfig
+from hf_nanotron.parallel.mesh import ParallelMesh
+from hf_nanotron.training.data_order import DataOrder, make_loader
 
 # ---- the arithmetic ----
 
@@ -371,8 +376,8 @@ REFUSALS = [
     ("random", {}, "longer", "samples=11, but this run has samples=12"),
     ("random", {"data_seed": 8}, "", "data_seed=7, but this run has data_seed=8"),
     ("random", {"train_sampling_strategy": "sequential"}, "", "kind='random'"),
-    ("memory", {}, "buffer", "epoch 0 behind sample 8: the stream has a shuffle buffer"),
-    ("torch", {}, "stateless", "epoch 0 behind sample 8: the stream .* has no state_dict"),
+    ("memory", {}, "buffer", "epoch 0 after sample 8: the stream has a shuffle buffer"),
+    ("torch", {}, "stateless", "epoch 0 after sample 8: the stream .* has no state_dict"),
     ("random", {}, "memory", "kind='random', samples=11, data_seed=7, but this run has kind='stream'"),
 ]
 
@@ -406,3 +411,47 @@ def test_the_data_can_be_started_anew(pool: WorkerPool, saved: Any) -> None:
 
 def train_anew(directory: str, jobs: list[tuple[Any, ...]]) -> list[Result]:
     return [train(directory, *job, ignore_data_skip=True) for job in jobs]
+
+
+# ---- the order of a run, without a trainer ----
+
+
+def begin(args: NanotronTrainingArguments, mesh: ParallelMesh, checkpoint: str | None) -> tuple[DataOrder, Any, Any]:
+    """A run of 11 samples by windows of 4, its loader, and how many epochs and steps it has."""
+    order, data = DataOrder(args), numbered()
+    order.begin_run(checkpoint)
+    sampler = order.train_sampler(data, lambda: 4)
+    batches = make_loader(args, mesh, data, sampler, pad_batch, batch_size=2, is_training=True)
+    order.compare(mesh, batches)
+    return order, batches, order.plan(batches, data, batch_size=2, global_batch=4, epochs=2, max_steps=6)
+
+
+def test_the_order_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cursor after a step, and what is left of the epoch for a run that goes on from it."""
+    args = NanotronTrainingArguments(
+        **training_arguments(output_dir=str(tmp_path), gradient_accumulation_steps=2, num_train_epochs=2, max_steps=-1)
+    )
+    mesh, state, control = ParallelMesh(ParallelConfig()), TrainerState(), TrainerControl()
+    order, batches, planned = begin(args, mesh, None)
+    assert planned == (2, 6) and order.progress(0, 0, state) == (0, 0)
+    assert order.begin_epoch(batches, 0, 6, state, None) is None
+    all_of_them, reading = ids(begin(args, mesh, None)[1]), iter(batches)
+    assert ids([next(reading), next(reading)]) == all_of_them[:4]
+    state.global_step = 1
+    order.end_step(state)
+    cursor = order.cursor(control, numbered())
+    assert cursor is not None and (cursor["step"], cursor["epoch"], cursor["samples"]) == (1, 0, 4)
+    assert state.epoch == pytest.approx(2 / 6) and order.rng_to_restore() is None
+    control.should_epoch_stop = True
+    ended = order.cursor(control, numbered())
+    assert ended is not None and (ended["epoch"], ended["samples"]) == (1, 0)
+
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    monkeypatch.setattr("hf_nanotron.training.data_order.read_cursor", lambda _: Cursor(**cursor))
+    order, batches, planned = begin(args, mesh, str(tmp_path))
+    assert planned == (2, 6) and order.progress(7, 7, state) == (0, 2)
+    rest = order.begin_epoch(batches, 0, 6, state, str(tmp_path))
+    assert rest is not None and (rest.samples, rest.rounds, rest.steps) == (4, 4, 2)
+    assert ids(batches) == all_of_them[4:]
+    assert order.rng_to_restore() == str(tmp_path) and order.rng_to_restore() is None
+    assert order.begin_epoch(batches, 1, 6, state, str(tmp_path)) is None

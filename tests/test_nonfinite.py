@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory.save import Save
-from hf_nanotron.training.nonfinite import FiniteLosses
+from hf_nanotron.optim.norm import NonFiniteGradientError
+from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.training.nonfinite import FiniteLosses, NonFiniteGuard
 
 # Every layout divides the weights in another way.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -214,9 +217,9 @@ class SlowSave:
     """Holds a background save until the next save looks for it."""
 
     def __init__(self, trainer: NanotronTrainer) -> None:
-        self.begin, self.go_on = trainer._finish_background_save, threading.Event()
+        self.begin, self.go_on = trainer._checkpointer.finish, threading.Event()
         write = Save._write
-        trainer._finish_background_save = self.finish  # type: ignore[method-assign]
+        trainer._checkpointer.finish = self.finish  # type: ignore[method-assign]
         Save._write = lambda save, rank: (self.go_on.wait(60), write(save, rank))  # type: ignore[method-assign]
         self.restore = lambda: setattr(Save, "_write", write)
 
@@ -257,11 +260,11 @@ def each_way(output_dir: str) -> dict[str, Any]:
         out[f"{name}: committed"] = sorted(path.parent.name for path in Path(output_dir, name).glob("*/committed.json"))
     # a checkpoint of an earlier version: resumed, the run says what it holds
     every["max_steps"] = 3
-    refuse, trainer = NanotronTrainer._refuse_nonfinite, make(f"{output_dir}/old", [callback], **every)
+    refuse, trainer = NonFiniteGuard.refuse_to_save, make(f"{output_dir}/old", [callback], **every)
     callback.act, callback.trainer = write_moment, trainer
-    NanotronTrainer._refuse_nonfinite = lambda *_, **__: None  # type: ignore[method-assign]
+    NonFiniteGuard.refuse_to_save = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.train()
-    NanotronTrainer._refuse_nonfinite = refuse  # type: ignore[method-assign]
+    NonFiniteGuard.refuse_to_save = refuse  # type: ignore[method-assign]
     for name, source in {"resume": f"{output_dir}/old/checkpoint-3", "resume the newest": True}.items():
         with pytest.raises(ArithmeticError) as error:
             make(f"{output_dir}/old", **{**every, "max_steps": 5}).train(resume_from_checkpoint=source)
@@ -286,7 +289,7 @@ def test_nothing_of_a_checkpoint_that_is_not_finite_is_written(pool: WorkerPool,
     assert got["a moment without state"] == "nothing was raised"  # the weights are finite
     assert (tmp_path / "a moment without state/checkpoint-3/committed.json").is_file()
     for way in ("resume", "resume the newest"):
-        assert f"cannot be resumed: the optimizer's state of {name!r} is not finite there" in got[way], got
+        assert f"checkpoint-3: the optimizer's state of {name!r} is not finite there" in got[way], got
         assert got[way].endswith(f"Resume from {tmp_path / 'old' / 'checkpoint-2'}."), got
     assert got["goes on"] == 4
 
@@ -300,6 +303,45 @@ def test_sums_of_finite_losses() -> None:
     assert losses.close() and losses.missing(12.0, 4) == 0.0
     losses.add(nan, torch.tensor(0.0))
     assert not losses.close() and losses.missing(12.0, 4) == 4.0 and math.isnan(losses.missing(0.0, 1))
+
+
+def make_guard(output_dir: str, **arguments: Any) -> NonFiniteGuard:
+    """Without a trainer."""
+    args = NanotronTrainingArguments(**training_arguments(output_dir=output_dir, **arguments))
+    model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=1), parallel=args.parallel)
+    weights = shard_weights(model, torch.float32, args.gradient_bucket_bytes)
+    return NonFiniteGuard(args, model, weights, lambda besides=None: "Resume from checkpoint-2")
+
+
+def test_steps_in_a_row(tmp_path: Path) -> None:
+    """One that is not finite is skipped, and one after a finite one; two in a row end the run."""
+    guard = make_guard(str(tmp_path), skip_nonfinite_steps=True, max_skipped_steps=1)
+    link: Any = SimpleNamespace(skips_on_device=False, skips_next=None)
+    loss = torch.tensor(1.0)
+    for step, norm in enumerate((math.nan, 1.0, math.inf), 1):
+        judged = guard.judge(step, torch.tensor(norm), loss, link)
+        assert judged == math.isfinite(norm) and link.skips_next is not judged
+    with pytest.raises(NonFiniteGradientError, match="^step 4: .* 2 steps in a row .* those of step 2, .* Resume from"):
+        guard.judge(4, torch.tensor(math.nan), loss, link)
+    guard.begin_run()
+    link.skips_on_device, link.skip_unless_finite = True, lambda norm: None
+    assert guard.judge(5, torch.tensor(math.nan), loss, link) and guard.arriving is not None  # nobody has waited
+    assert not guard.check() and guard.arriving is None and guard.check()
+
+
+def test_a_mean_over_no_finite_loss(tmp_path: Path) -> None:
+    guard, logged = make_guard(str(tmp_path), logging_nan_inf_filter=True), torch.tensor(0.0)
+    with guard.filtering():
+        assert not guard.args.logging_nan_inf_filter and guard.asked_to_filter
+        with guard.evaluating():
+            assert guard.args.logging_nan_inf_filter
+        logs = {"loss": guard.filtered(torch.tensor(math.nan), logged).item()}
+        assert logs["loss"] == 0.0
+        guard.filter_logs(logs)
+        assert math.isnan(logs["loss"])
+        assert guard.filtered(torch.tensor(3.0), logged) == 3.0
+    assert guard.args.logging_nan_inf_filter and guard.missing(3.0, 2) == 3.0
+    assert math.isnan(guard.filtered(torch.tensor(math.nan), logged))
 
 
 @pytest.mark.parametrize("value", [0, -1, "many", True, None, 2.5])

@@ -8,13 +8,13 @@ import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pool import WorkerPool
 from test_checkpoint_manager import names
 from tiny import History, message, pad_batch, random_dataset, tiny_config, training_arguments
+from transformers import TrainerState
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory import retention as manager, runs, verify
@@ -32,14 +32,16 @@ from hf_nanotron.checkpoint.directory.runs import (
     write_record,
 )
 from hf_nanotron.checkpoint.directory.verify import MARKER, check, read_marker
+from hf_nanotron.checkpoint.files.checked import read_checked, write_checked
 from hf_nanotron.checkpoint.remote import run_start, runs as remote_runs
 from hf_nanotron.checkpoint.remote.fetch import fetch_newest, newest_remote
 from hf_nanotron.checkpoint.remote.run_start import start_run
 from hf_nanotron.checkpoint.remote.store import RemoteStore
 from hf_nanotron.checkpoint.remote.upload import Uploader
-from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
+from hf_nanotron.training.checkpointer import Checkpointer
+from hf_nanotron.training.remote import RemoteUploads
 
 X, Y = Run("x", "x", 100.0), Run("y", "y", 200.0)
 
@@ -235,29 +237,55 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     same = start_noted(mesh, here, str(here / "checkpoint-30"), False)
     assert not told and same.id == first.id and same.before == ((first.branch, 30),)
     back = start_noted(mesh, here, f"{here}/checkpoint-10/", False)
-    assert "goes back to step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
+    assert "resumes from step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
     said = message(lambda: start_run(mesh, here, None, False))
     assert "has checkpoints of another run (checkpoint-30, checkpoint-20, checkpoint-10), and this one starts" in said
     assert str(here) in said and "overwrite_output_dir=False refuses" in said and read_record(here) == back
     assert start_noted(mesh, here, None, True).id != first.id and not told
     fresh = start_noted(mesh, here, None, None)
-    assert "starts afresh. They are neither resumed" in told.pop() and read_record(here) == fresh
+    assert (
+        "starts from scratch. resume_from_checkpoint=True does not resume them" in told.pop()
+        and read_record(here) == fresh
+    )
     write(tmp_path / "there", X, 7)
     said = message(lambda: start_run(mesh, here, str(tmp_path / "there" / "checkpoint-7"), False))
-    assert "goes on from one that is not there, which overwrite_output_dir=False refuses" in said
+    assert "resumes from a checkpoint that is not there, which overwrite_output_dir=False refuses" in said
     assert start_run(mesh, tmp_path / "there", None, False, is_noted=False).id  # a run that saves nothing by itself
     assert not (tmp_path / "there" / RECORD).exists()
 
 
+def make_checkpointer(output_dir: Path) -> Checkpointer:
+    """Without a trainer."""
+    args = NanotronTrainingArguments(output_dir=str(output_dir), use_cpu=True)
+    uploads = RemoteUploads(args)
+    checkpointer = Checkpointer(args, uploads, on_committed=lambda directory: None)
+    checkpointer.mesh = uploads.mesh = ParallelMesh(ParallelConfig())
+    return checkpointer
+
+
+def test_the_checkpoint_to_resume_is_one_of_the_run(tmp_path: Path) -> None:
+    """Also what a message advises, of a folder in which another run has saved later steps."""
+    write(tmp_path, X, 90)
+    write(tmp_path, Y, 10, 20)
+    checkpointer = make_checkpointer(tmp_path)
+    assert checkpointer.where_to_resume() == f"Resume from {tmp_path / 'checkpoint-20'}"  # of the run at hand
+    for source, own in ((None, None), (str(tmp_path / "checkpoint-10"), "checkpoint-10")):
+        with checkpointer.running(source) as resumed:
+            assert resumed == source
+            advice = f"Resume from {tmp_path / own}" if own else "There is no checkpoint before it: start again"
+            assert checkpointer.where_to_resume() == advice
+    assert checkpointer.where_to_resume(besides=source).startswith("There is no checkpoint before it")
+
+
 def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
     """A step that this run has not saved may be there from another."""
-    state = SimpleNamespace(best_global_step=10, best_model_checkpoint=None)
-    trainer: Any = SimpleNamespace(state=state, mesh=ParallelMesh(ParallelConfig()), _saved=set(), _run=Y)
+    state, checkpointer = TrainerState(best_global_step=10), make_checkpointer(tmp_path)
+    checkpointer.run = Y
     write(tmp_path, X, 10)
-    NanotronTrainer._note_best(trainer, tmp_path)
+    checkpointer.note_best(state, tmp_path)
     assert state.best_model_checkpoint is None
-    trainer._run = begin_run([X, Y], X, 10)
-    NanotronTrainer._note_best(trainer, tmp_path)
+    checkpointer.run = begin_run([X, Y], X, 10)
+    checkpointer.note_best(state, tmp_path)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
 
 

@@ -74,7 +74,7 @@ class Standstill(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
-            self.trainer._background.wait()
+            self.trainer._checkpointer.background.wait()
             if dist.is_initialized():
                 dist.barrier()
             if torch.cuda.is_available():

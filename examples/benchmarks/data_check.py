@@ -51,14 +51,14 @@ class Unchecked(WindowCheck):
 class Alternating(TrainerCallback):
     """Marks the clock in each step, and changes the check after each block."""
 
-    def __init__(self, trainer: Timed) -> None:
+    def __init__(self, trainer: NanotronTrainer) -> None:
         self.trainer, self.clock = trainer, Clock()
         self.checks = {"checked": trainer.window_check, "unchecked": Unchecked(trainer.mesh, trainer.model.vocabulary)}
         self.kinds: list[str] = []  # of the window of each step
 
     def choose(self, step: int) -> None:
         kind = list(self.checks)[step // BLOCK % 2]
-        self.trainer.window_check = self.checks[kind]
+        self.trainer._windows.check = self.checks[kind]
         self.kinds.append(kind)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -75,20 +75,21 @@ class Alternating(TrainerCallback):
         return [n for n in range(first, first + count) if self.kinds[n] == kind == self.kinds[n - 1] and n % BLOCK > 1]
 
 
-class Timed(NanotronTrainer):
-    """Notes for how long the host waits in each step."""
+def time_waits(trainer: NanotronTrainer) -> defaultdict[int, float]:
+    """For how many seconds the host waits in each step, filled in while the trainer trains."""
+    waits: defaultdict[int, float] = defaultdict(float)
+    read = trainer._windows.read_verdict
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.waits: defaultdict[int, float] = defaultdict(float)  # seconds, by step
-        super().__init__(*args, **kwargs)
-
-    def _read_verdict(self) -> None:
+    def timed() -> None:
         began = time.perf_counter()
-        super()._read_verdict()
-        self.waits[self.state.global_step] += time.perf_counter() - began
+        read()
+        waits[trainer.state.global_step] += time.perf_counter() - began
+
+    trainer._windows.read_verdict = timed  # type: ignore[method-assign]
+    return waits
 
 
-def read_once(trainer: Timed, window: list[dict[str, torch.Tensor]], repeats: int = 30) -> float | None:
+def read_once(trainer: NanotronTrainer, window: list[dict[str, torch.Tensor]], repeats: int = 30) -> float | None:
     """Milliseconds for handing a window from the first rank of a replica to the others, as Megatron does."""
     group = trainer.mesh.model
     if group.size == 1:
@@ -142,8 +143,8 @@ def main() -> None:
     rows = torch.randint(0, config.vocab_size, (samples, cli.sequence_length), generator=generator)
     data = [{"input_ids": row, "labels": row} for row in rows]
     model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
-    trainer = Timed(model=model, args=args, train_dataset=data, data_collator=default_data_collator)  # type: ignore
-    alternating = Alternating(trainer)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=data, data_collator=default_data_collator)  # type: ignore
+    waits, alternating = time_waits(trainer), Alternating(trainer)
     trainer.add_callback(alternating)
     trainer.train()
     intervals = [0.0, *alternating.clock.seconds(0, steps - 1)]  # interval n ends in step n
@@ -151,7 +152,7 @@ def main() -> None:
     for kind in alternating.checks:
         counted = alternating.steps(kind, warmup, timed)
         result[f"{kind}_steps_per_second"] = round(1 / statistics.median(intervals[n] for n in counted), 4)
-        result[f"{kind}_host_wait_ms"] = round(1e3 * statistics.median(trainer.waits[n] for n in counted), 3)
+        result[f"{kind}_host_wait_ms"] = round(1e3 * statistics.median(waits[n] for n in counted), 3)
     result["ratio"] = round(result["checked_steps_per_second"] / result["unchecked_steps_per_second"], 4)
     window = [default_data_collator(data[:1]) for _ in range(args.gradient_accumulation_steps)]
     check = alternating.checks["checked"]

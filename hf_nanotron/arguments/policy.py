@@ -282,7 +282,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "label_smoothing_factor": Refused(
         lambda value, _: isinstance(value, int | float) and 0 <= value < 1,
-        "it is the share of the probability that is spread over the vocabulary",
+        "it is the probability mass that is spread over the vocabulary",
         "a number from 0 to below 1",
     ),
     "fp16": Refused((False,), "it needs loss scaling, which is not implemented", "bf16=True"),

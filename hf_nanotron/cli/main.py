@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..convert.nanotron.arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
-from ..convert.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
+from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
 from .errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
 from .upload import add_upload_arguments
@@ -148,20 +147,8 @@ def _add_convert(commands: Any) -> None:
     )
     directions = parser.add_subparsers(metavar="DIRECTION", required=True)
     parser.set_defaults(explains="the checkpoint cannot be converted")
-    add_sharded_to_hub_arguments(
-        _add_command(directions, "sharded-to-hub", "convert the training state of a checkpoint to a Hub repository")
-    )
-    add_hub_to_sharded_arguments(
-        _add_command(directions, "hub-to-sharded", "convert a Hub repository to a checkpoint at step 0, for any layout")
-    )
-    add_nanotron_to_hub_arguments(
-        _add_command(
-            directions, "nanotron-to-hub", "convert a nanotron checkpoint of any tp and pp to a Hub repository"
-        )
-    )
-    add_hub_to_nanotron_arguments(
-        _add_command(directions, "hub-to-nanotron", "convert a Hub checkpoint to a nanotron checkpoint, weights only")
-    )
+    for direction, conversion in CONVERSIONS.items():
+        add_arguments(_add_command(directions, direction, conversion.summary), direction)
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -1,12 +1,12 @@
 """Which samples each data-parallel rank reads, and in which order.
 
-The order is that of a stock `transformers.Trainer` in one process: batch `k` of the epoch goes to data-parallel rank
-`k % dp_size`, so one optimizer step sees the same samples for every `dp_size` at the same global batch. Where the last
-round does not reach every rank, the others get a filler of one sample without labels. It adds nothing to loss or
-gradient, and no sample is seen twice.
+The order is that of a stock `transformers.Trainer` in one process: batch `k` of the epoch goes to data-parallel rank `k
+% dp_size`, so an optimizer step sees the same samples for every `dp_size` at the same global batch. If the last round
+does not reach every rank, the others get a filler of one sample without labels, which adds nothing to loss or gradient;
+no sample is seen twice.
 
-For a run that is to be resumed, each batch brings along where its round ends (`Position`). A loader reads ahead, in
-worker processes too; what counts is the position of the batch that it has handed out last.
+In a run that may be resumed, each batch records where its round ends (`Position`). Loaders prefetch, so the position is
+that of the last batch yielded.
 """
 
 from __future__ import annotations

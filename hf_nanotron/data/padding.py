@@ -1,7 +1,7 @@
-"""What fills a batch up where sequence parallelism needs longer sequences: tokens that no real token sees.
+"""Padding where sequence parallelism needs longer sequences: tokens that no real token sees.
 
-Tokens are added on the right, where a causal model lets nothing look at them, and they predict nothing. Among packed
-documents they are a document of their own, which also keeps recurrent layers and positions of real tokens as they are.
+Tokens are added on the right, where a causal model ignores them, and predict nothing. Among packed documents they are a
+document of their own, which also keeps recurrent layers and positions of real tokens unchanged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whether the ranks of one replica have read the same samples, and samples that the model can take.
+"""Whether the ranks of one replica have read the same samples, and samples that the model accepts.
 
-Every rank reads its batches itself, as under DDP. The ranks that together hold one copy of the model must read the
-same ones: otherwise a later pipeline stage learns the labels of other samples, and tensor-parallel ranks look up other
-tokens. So each window is hashed on the host, and the hashes travel in the sum that counts the tokens of the step.
+Every rank reads its batches itself, as under DDP, and all ranks of one model replica must read the same: otherwise a
+later pipeline stage uses labels of other samples, and tensor-parallel ranks look up other tokens. So each window is
+hashed on the host, and the hashes are added to the sum that counts the tokens of the step.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class WindowCheck:
             if model.size > 1:  # zero in the sum if all have the leader's; the seed keeps replicas from cancelling out
                 own = window_hash(window, self.mesh.dp_rank)
                 disagreement = (model.size - 1) * own if leads else -own
-        except Exception as error:  # a batch that is no batch: told to all ranks, like one that could not be read
+        except Exception as error:  # an invalid batch: reported to all ranks, like one that could not be read
             failure = failure or error
         other_order = (group.size - 1) * order if group.rank == 0 else -order
         faults = int(bool(foreign or failure))
-        told = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order]
-        return PendingWindow(window, foreign, failure, order, self._sums.start(told, after))
+        sent = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order]
+        return PendingWindow(window, foreign, failure, order, self._sums.start(sent, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
         """The sums, in the order of this module's constants. All ranks of the group together.
@@ -98,7 +98,7 @@ class WindowCheck:
 
 @dataclass
 class PendingWindow:
-    """A window that ranks have told of, and whose verdict is not read yet."""
+    """A window that ranks have reported, and whose sums have not been read yet."""
 
     window: Window
     foreign: list[tuple[int, ForeignId]]

@@ -99,10 +99,12 @@ def active_weights(name: str, shape: tuple[int, ...], config: Any) -> float:
 def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence_length: int) -> float:
     """Forward and backward FLOPs of one token of a decoder, causal attention counted once.
 
-    `6 * (matmul weights of the layers that a token meets + vocabulary * hidden) + 3 * sum over layers of heads * (query
-    dim + value dim) * sequence`. Embedding look-up and activation recomputation are not counted (model FLOPs, Chowdhery
-    et al. 2022, arXiv:2204.02311). Every layer counts as full causal attention, and none if the config has no attention
-    heads; of recurrences (Mamba) the projections count, the scan does not.
+    `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
+    + 3 * sum over layers of heads * (query dim + value dim) * sequence`.
+
+    Embedding look-up and activation recomputation are not counted (model FLOPs, Chowdhery et al. 2022,
+    arXiv:2204.02311). Every layer counts as full causal attention, and none if the config has no attention heads; of
+    recurrences (Mamba) the projections count, the scan does not.
     """
     text = config.get_text_config()
     layers = sum(active_weights(name, shape, text) for name, shape in shapes.items())

@@ -1,9 +1,9 @@
-"""Causal attention that is one operator for a compiler, whichever kernel computes it.
+"""Causal attention as one operator for a compiler, whichever kernel computes it.
 
 Layouts are those of flash attention (Dao, 2023): queries `[B, S, heads, D]`, keys and values `[B, S, kv_heads, D]`,
-where `kv_heads` divides `heads` and nothing is repeated. A token sees itself and what comes before it in its row, or in
-its *document*: rows may be packed with several. Their bounds `[documents + 1]` count the tokens of all rows, as the
-`cu_seqlens` of variable-length kernels do, so no document goes over the end of a row.
+where `kv_heads` divides `heads`. A token sees itself and earlier tokens of its row, or of its document in a packed row.
+Bounds of documents, `[documents + 1]`, count the tokens of all rows, as `cu_seqlens` do; no document crosses the end of
+a row.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""FP8 numbers: scales, operands in both orders, and products of them (Micikevicius et al. 2022, arXiv:2209.05433).
+"""FP8: scales, operands in both orders, and their products (Micikevicius et al. 2022, arXiv:2209.05433).
 
-A matrix becomes e4m3 numbers times a scale: one of the whole matrix ("tensorwise"), or one of each row and, in the
-transposed copy, one of each column ("rowwise"). Scales are those of the numbers at hand, so nothing is remembered from
-step to step. Gradients are e4m3 too: with a scale of their own it reaches 15 bits below the largest of them at its full
-precision, and rounds half as coarsely as e5m2.
+A matrix becomes e4m3 values times a scale: one for the whole matrix ("tensorwise"), or one per row and, in the
+transposed copy, per column ("rowwise"). Scales are computed from the current values, so there is no state between
+steps. Gradients are e4m3 too: with a scale of their own it covers 15 bits below the largest value at full precision,
+and rounds half as coarsely as e5m2.
 
-The products of Hopper's tensor cores read both operands along the summed dimension, so what is a factor of two products
-is needed in both orders. One kernel makes them in one pass. On other devices than CUDA the same numbers are multiplied
-in fp32.
+Hopper's tensor cores read both operands along the summed dimension, so a factor of two products is needed in both
+orders; one kernel makes both in one pass. Devices other than CUDA multiply the same values in fp32.
 """
 
 from __future__ import annotations

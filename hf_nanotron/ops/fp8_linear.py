@@ -1,8 +1,8 @@
-"""A linear layer whose three products are in FP8, with fp32 weight gradients as those of `linear.py`.
+"""A linear layer whose three matmuls are in FP8, with fp32 weight gradients as in `linear.py`.
 
-Everything between the operators is plain and is traced with the block around it: what finds scales runs inside the
-kernels that make the numbers, and layers that read one input (queries, keys and values) share its FP8 copy, because a
-compiler computes the same thing once. For the backward only the transposed FP8 input is kept, half of what bf16 keeps.
+Everything between the operators is traced with the block around it: scales are computed inside the kernels that produce
+the values, and layers with the same input (queries, keys and values) share its FP8 copy by common subexpression
+elimination. The backward keeps only the transposed FP8 input, half of what bf16 keeps.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _(input: torch.Tensor, *others: Any) -> torch.Tensor:
     return input.new_empty(input.shape[0], weight.shape[0])
 
 
-# It returns the gradient of the input, and adds that of the weight to its memory besides: see `linear_backward`.
+# It returns the gradient of the input, and also adds that of the weight to its memory: see `linear_backward`.
 @torch.library.custom_op("hf_nanotron::fp8_linear_backward", mutates_args=())
 def _linear_backward(
     grad_rows: torch.Tensor,

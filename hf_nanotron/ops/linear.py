@@ -110,8 +110,8 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: 
     return F.linear(input, weight, bias)
 
 
-# It returns the gradient of the input, and adds that of the weight to its memory besides. A compiler may leave out an
-# operator whose result nobody reads: there must be an input that has a gradient.
+# It returns the gradient of the input, and also adds that of the weight to its memory. A compiler may remove an
+# operator whose result is not used: there must be an input that has a gradient.
 @torch.library.custom_op("hf_nanotron::linear_backward", mutates_args=())
 def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     number = int(key.item())
@@ -160,7 +160,7 @@ class Linear(nn.Linear):
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        # The operator also where products overlap with communication: it is one to whoever keeps outputs for later.
+        # The operator also where products overlap with communication: selective checkpointing recognizes it.
         if torch.compiler.is_compiling() or self.products is not None:
             if self._key is None or not trains or not input.requires_grad:
                 return F.linear(input, self.weight, bias)

@@ -69,7 +69,7 @@ class ParallelMesh:
     """
 
     def __init__(self, parallel: ParallelConfig, timeout: timedelta | None = None) -> None:
-        # Unless told so, accelerate takes every process of a job without an accelerator for a job of its own.
+        # Without cpu=True, accelerate takes every process of a job without an accelerator for a job of its own.
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.parallel = parallel
         self.world_size: int = state.num_processes

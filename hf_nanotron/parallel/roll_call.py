@@ -1,11 +1,11 @@
-"""Calls that every rank must make: ranks that do something else are noticed within seconds, not at a timeout.
+"""Calls that every rank must make: ranks that do something else are detected within seconds, not at a timeout.
 
-Before such a call communicates, each rank announces it in the rendezvous store of the job and waits for the others. A
-rank that announces another call ends both at once. A rank that does not come is asked where it is: a thread of each
-process answers once a second. Ranks that have ended, or that wait for the others themselves, never come, and the call
-ends with their names. Ranks that are at work (they download, read data, write a file) are waited for.
+Before such a call communicates, each rank announces it in the job's rendezvous store and waits for the others. A rank
+that announces another call ends both at once. A rank that does not arrive is asked where it is, which a thread of each
+process answers once a second: one that has ended, or waits itself, will never arrive, and the call fails; one that is
+busy (downloading, reading data, writing a file) is waited for.
 
-The store holds one set of keys for the call at hand and one number for each rank. Training steps are not announced.
+The store holds one set of keys for the current call and one number per rank. Training steps are not announced.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.utils.data import IterableDataset, Sampler, SequentialSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
@@ -23,8 +23,7 @@ from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
 from ..data.loader import DataParallelLoader, Position, build_loader
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
-from ..models.base import ParallelModel
-from ..parallel.dropout_streams import share_host_generators
+from ..parallel.mesh import ParallelMesh
 from ..training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -32,275 +31,266 @@ logger = logging.get_logger(__name__)
 CURSOR = "data_cursor"  # its key in the `extra` of a training state
 
 
-class DataTrainer(Trainer):
-    """A Trainer whose data order is that of one process, before and after a resume, at any sizes.
+def make_loader(
+    args: NanotronTrainingArguments,
+    mesh: ParallelMesh,
+    dataset: Any,
+    sampler: Sampler[int] | None,
+    collate: Any,
+    batch_size: int,
+    is_training: bool,
+) -> DataParallelLoader:
+    """A loader by the training arguments, over the data-parallel ranks of `mesh`.
+
+    Args:
+        batch_size: samples of one rank.
+    """
+    # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
+    seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
+    loader = build_loader(
+        dataset,
+        sampler,
+        collate,
+        batch_size,
+        mesh.dp_rank,
+        mesh.dp_size,
+        args.dataloader_drop_last,
+        data_seed(args),
+        positions=is_training,
+        worker_init_fn=seeding if is_training and not isinstance(dataset, IterableDataset) else None,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
+    loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
+    return loader
+
+
+def data_seed(args: NanotronTrainingArguments) -> int:
+    """Of the order of the samples."""
+    return args.data_seed if args.data_seed is not None else args.seed
+
+
+class DataOrder:
+    """The samples of a run come in the order of one process, before and after a resume, at any sizes.
 
     Trainer itself would count `global_step` batches of the new sizes. Here a checkpoint says how many samples were
     trained on, and the rest of the epoch is cut anew from there. A loader of the user's own
     (`get_train_dataloader`) has no cursor; it is resumed as Trainer does.
     """
 
-    args: NanotronTrainingArguments
-    model: ParallelModel
+    def __init__(self, args: NanotronTrainingArguments) -> None:
+        self.args = args
+        self.begin_run(None)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def begin_run(self, checkpoint: str | None) -> None:
+        """Forget the run before, and read the cursor that this one goes on from.
+
+        Args:
+            checkpoint: that is resumed, if any.
+        """
         self._cursor: Cursor | None = None
         self._resumed: Cursor | None = None
+        self._resumed_step = 0
         self._rest: Resumption | None = None
         self._rng_checkpoint: str | None = None
         self._fingerprint: int | None = None
-        super().__init__(*args, **kwargs)
-        # First, so that all others find the epoch right.
-        self.callback_handler.callbacks.insert(0, DataProgress(self))
+        self._goes_on = checkpoint is not None and not self.args.ignore_data_skip
+        if checkpoint is not None and self._goes_on:
+            self._resumed = read_cursor(checkpoint)
+            self._resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
-    # ---- loaders ----
+    # ---- samplers ----
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Any], Sampler[int] | None] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataParallelLoader:
-        sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
-        if isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
-            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        else:
-            dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
-        args, mesh = self.args, self.model.mesh
-        loader = build_loader(
-            dataset,
-            sampler,
-            collate,
-            batch_size,
-            mesh.dp_rank,
-            mesh.dp_size,
-            args.dataloader_drop_last,
-            self._data_seed,
-            positions=is_training,
-            # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
-            if is_training and not isinstance(dataset, IterableDataset)
-            else None,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-        )
-        loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
-        if dataloader_key is not None and args.dataloader_persistent_workers:
-            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
-        return loader
+    def train_sampler(
+        self, dataset: Any, global_batch: Callable[[], int], tokenizer: Any = None
+    ) -> Sampler[int] | None:
+        """None for a stream.
 
-    @property
-    def _data_seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        Args:
+            global_batch: samples of an optimizer step, over all ranks.
+            tokenizer: knows which column has the lengths.
+        """
         if isinstance(dataset, IterableDataset):
             return None
         if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(dataset)
         if self.args.train_sampling_strategy == "group_by_length":
-            return self._length_sampler(dataset, self._length_group())
-        return SeedableRandomSampler(dataset, data_seed=self._data_seed)
+            return self._length_sampler(dataset, self._length_group(global_batch()), tokenizer)
+        return SeedableRandomSampler(dataset, data_seed=data_seed(self.args))
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        if isinstance(eval_dataset, IterableDataset):
+    def eval_sampler(self, dataset: Any, tokenizer: Any = None) -> Sampler[int] | None:
+        """None for a stream."""
+        if isinstance(dataset, IterableDataset):
             return None
         if self.args.train_sampling_strategy == "group_by_length":
-            return self._length_sampler(eval_dataset, self.args.eval_batch_size)
-        return SequentialSampler(eval_dataset)
+            return self._length_sampler(dataset, self.args.eval_batch_size, tokenizer)
+        return SequentialSampler(dataset)
 
-    def _length_sampler(self, dataset: Any, batch_size: int) -> LengthGroupedSampler:
+    def _length_sampler(self, dataset: Any, batch_size: int, tokenizer: Any) -> LengthGroupedSampler:
         column = self.args.length_column_name
-        names = getattr(self.processing_class, "model_input_names", [None])
         return LengthGroupedSampler(
             batch_size,
             dataset=dataset,
             lengths=list(dataset[column]) if column in getattr(dataset, "column_names", ()) else None,
-            model_input_name=names[0],
-            generator=torch.Generator().manual_seed(self._data_seed),
+            model_input_name=getattr(tokenizer, "model_input_names", [None])[0],
+            generator=torch.Generator().manual_seed(data_seed(self.args)),
         )
 
-    def _length_group(self) -> int:
+    def _length_group(self, global_batch: int) -> int:
         """Samples that are sorted by length together: the global batch with which the run began."""
         saved = self._resumed.order.get("group") if self._resumed is not None else None
-        return saved or self.get_total_train_batch_size(self.args)
+        return saved or global_batch
 
     # ---- the cursor ----
 
-    def data_cursor(self) -> dict[str, Any] | None:
-        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours."""
+    def cursor(self, control: TrainerControl, dataset: Any) -> dict[str, Any] | None:
+        """See `NanotronTrainer.data_cursor`."""
         cursor = self._cursor
         if cursor is None:
             return None
-        if self.control.should_epoch_stop and cursor.samples:  # a callback has had enough of this epoch
+        if control.should_epoch_stop and cursor.samples:  # a callback has had enough of this epoch
             cursor = replace(cursor, epoch=cursor.epoch + 1, samples=0, state=None)
         if cursor.samples and cursor.order["kind"] == "stream":
-            cursor = replace(cursor, refused=why_not_resumable(self.train_dataset))
+            cursor = replace(cursor, refused=why_not_resumable(dataset))
             try:
                 encode(cursor.state, "the stream's state_dict")
             except ValueError as error:
                 cursor = replace(cursor, state=None, refused=str(error).rstrip("."))
         return cursor.to_dict()
 
-    def extra_state(self) -> dict[str, Any]:
-        """For the training state of a checkpoint."""
-        return {CURSOR: self.data_cursor()}
-
-    def _read_cursor(self, checkpoint: str) -> Cursor | None:
-        folder = Path(checkpoint) / DIRECTORY
-        if not folder.is_dir():
-            return None
-        with StoredState(folder) as stored:
-            found = run_values(stored)["extra"].get(CURSOR)
-        known = {field.name for field in fields(Cursor)}
-        return None if found is None else Cursor(**{key: value for key, value in found.items() if key in known})
-
-    def _data_order(self, loader: DataParallelLoader) -> dict[str, Any]:
-        if isinstance(self.train_dataset, IterableDataset):
+    def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
+        if isinstance(dataset, IterableDataset):
             return {"kind": "stream", FINGERPRINT: self._fingerprint}
         kind = self.args.train_sampling_strategy
         return {
             "kind": kind,
             "samples": len(loader.dataset),  # type: ignore[arg-type]
-            "data_seed": None if kind == "sequential" else self._data_seed,
-            "group": self._length_group() if kind == "group_by_length" else None,
+            "data_seed": None if kind == "sequential" else data_seed(self.args),
+            "group": self._length_group(global_batch) if kind == "group_by_length" else None,
             FINGERPRINT: self._fingerprint,
         }
 
     # ---- the loop ----
 
-    def _inner_training_loop(
-        self,
-        batch_size: int | None = None,
-        args: Any = None,
-        resume_from_checkpoint: str | None = None,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Any:
-        self._cursor, self._resumed, self._rest, self._rng_checkpoint = None, None, None, None
-        self._goes_on = resume_from_checkpoint is not None and not self.args.ignore_data_skip
-        if resume_from_checkpoint is not None and self._goes_on:
-            self._resumed = self._read_cursor(resume_from_checkpoint)
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            self._resumed_step = state.global_step
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
+    def compare(self, mesh: ParallelMesh, loader: Any) -> None:
+        """Learn whether all ranks have the same data. All ranks together.
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take.
+        Raises:
+            ValueError: on every rank.
+        """
+        self._mesh = mesh
+        self._fingerprint = check_same_data(mesh, loader, "training")
+
+    def plan(
+        self, loader: Any, dataset: Any, batch_size: int, global_batch: int, epochs: int, max_steps: int
+    ) -> tuple[int, int]:
+        """Epochs and steps of the run: of a resumed one, those that its remaining samples take. After `compare`.
+
+        Args:
+            dataset: of the trainer.
+            batch_size: samples of one rank.
+            epochs, max_steps: as Trainer has reckoned them, for a run from the beginning.
 
         Raises:
             ValueError: if the run cannot go on with the next sample.
         """
-        self._fingerprint = check_same_data(self.model.mesh, dataloader, "training")
-        epochs, steps, *others, rounds, max_steps = super().set_initial_training_values(args, dataloader)
-        if not (isinstance(dataloader, DataParallelLoader) and dataloader.tracks_position):
+        self._is_stream, self._batch_size = isinstance(dataset, IterableDataset), batch_size
+        if not (isinstance(loader, DataParallelLoader) and loader.tracks_position):
             self._resumed = None
-            return epochs, steps, *others, rounds, max_steps
-        order = self._data_order(dataloader)
-        is_stream = isinstance(self.train_dataset, IterableDataset)
-        refused = why_not_resumable(self.train_dataset) if is_stream else None
+            return epochs, max_steps
+        args, order = self.args, self._order(loader, dataset, global_batch)
+        refused = why_not_resumable(dataset) if self._is_stream else None
         if refused and args.save_strategy != "no" and not args.save_only_model:
-            logger.warning(f"A run cannot be resumed in the middle of this data: {refused}.")
+            logger.warning(f"A run on this data can be resumed only where an epoch ends: {refused}.")
         self._cursor = Cursor(0, 0, 0, order)
         if not self._goes_on:
-            return epochs, steps, *others, rounds, max_steps
-        if self._resumed is None and self._resumed_step == 0:  # converted from the Hub: no data was seen
-            return epochs, steps, *others, rounds, max_steps
-        if self._resumed is None:
-            raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")
+            return epochs, max_steps
         cursor = self._resumed
+        if cursor is None and self._resumed_step == 0:  # converted from the Hub: no data was seen
+            return epochs, max_steps
+        if cursor is None:
+            raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")
         cursor.check(order)
-        if not is_stream:
-            shape = EpochShape(
-                order["samples"],
-                self._train_batch_size,
-                self.model.mesh.dp_size,
-                args.gradient_accumulation_steps,
-                args.dataloader_drop_last,
-            )
-            self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
-            epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
-        else:
+        if self._is_stream:
             refused = refused or (
                 cursor.refused or "the checkpoint has no state of it" if cursor.state is None else None
             )
             if cursor.samples and refused:
                 raise ValueError(
-                    f"cannot resume in epoch {cursor.epoch} behind sample {cursor.samples}: {refused}; or {ANEW}."
+                    f"cannot resume in epoch {cursor.epoch} after sample {cursor.samples}: {refused}; or {ANEW}."
                 )
             # Trainer counts the epoch of a stream as `max_steps` steps.
             in_epoch = max_steps * args.gradient_accumulation_steps
             self._rest = Resumption(cursor.epoch, cursor.samples, in_epoch, max_steps, epochs, max_steps)
             if cursor.step >= max_steps:
                 epochs = cursor.epoch
+        else:
+            accumulation, drops = args.gradient_accumulation_steps, args.dataloader_drop_last
+            shape = EpochShape(order["samples"], batch_size, self._mesh.dp_size, accumulation, drops)
+            self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
+            epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
         before = cursor.order.get(FINGERPRINT)
         if self._fingerprint is not None and before not in (None, self._fingerprint):
             # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
-            if is_repeatable(self.model.mesh, dataset_of(dataloader), self._fingerprint):
+            if is_repeatable(self._mesh, dataset_of(loader), self._fingerprint):
                 raise ValueError(OTHER_DATA)
         # With the fingerprint of this run: an older checkpoint may have none.
         self._cursor = replace(cursor, epoch=self._rest.epoch, samples=self._rest.samples, order=order)
-        return epochs, steps, *others, rounds, max_steps
+        return epochs, max_steps
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epoch, rounds = super()._init_training_state(*args, **kwargs)
-        return (epoch, rounds) if self._rest is None else (self._rest.epoch, self._rounds_before(self._rest))
+    def progress(self, epoch: int, rounds: int, state: TrainerState) -> tuple[int, int]:
+        """Epochs and rounds that a run has behind it.
 
-    def _rounds_before(self, rest: Resumption) -> int:
+        Args:
+            epoch, rounds: as Trainer has reckoned them.
+        """
+        return (epoch, rounds) if self._rest is None else (self._rest.epoch, self._rounds_before(self._rest, state))
+
+    def _rounds_before(self, rest: Resumption, state: TrainerState) -> int:
         """Rounds of this run's sizes that a resumed epoch has behind it: for its progress only."""
-        if isinstance(self.train_dataset, IterableDataset):
-            return max(round(((self.state.epoch or 0.0) - rest.epoch) * rest.rounds), 0)
-        return -(-rest.samples // (self._train_batch_size * self.model.mesh.dp_size))
+        if self._is_stream:
+            return max(round(((state.epoch or 0.0) - rest.epoch) * rest.rounds), 0)
+        return -(-rest.samples // (self._batch_size * self._mesh.dp_size))
 
-    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
-        loader, epoch, rest = kwargs["train_dataloader"], kwargs["epoch"], self._rest
-        self._loader = loader
-        self._epoch, self._rounds_done, self._rounds_in_epoch = epoch, 0, kwargs["steps_in_epoch"]
+    def begin_epoch(
+        self, loader: Any, epoch: int, rounds: int, state: TrainerState, checkpoint: str | None
+    ) -> Resumption | None:
+        """What is left of an epoch that is resumed, from which `loader` then reads; None for one from its beginning.
+
+        Args:
+            rounds: of the epoch, as Trainer has reckoned them.
+            checkpoint: that the run resumes.
+        """
+        rest = self._rest
+        self._loader, self._epoch, self._rounds_done, self._rounds_in_epoch = loader, epoch, 0, rounds
         if rest is None or epoch != rest.epoch or self._cursor is None:
-            super()._run_epoch(**kwargs)
-            return
+            return None
         self._rest = None
-        is_stream = isinstance(self.train_dataset, IterableDataset)
-        self._rounds_done = self._rounds_before(rest)
-        self._rounds_in_epoch = rest.rounds if is_stream else self._rounds_done + rest.rounds
+        self._rounds_done = self._rounds_before(rest, state)
+        self._rounds_in_epoch = rest.rounds if self._is_stream else self._rounds_done + rest.rounds
         if rest.samples:
             loader.start_at(Position(rest.samples, self._cursor.state))
-            # Reading the first window may draw random numbers that were drawn before the checkpoint.
-            self._rng_checkpoint = kwargs["resume_from_checkpoint"]
-        else:
-            self._load_rng_state(kwargs["resume_from_checkpoint"])
-        # For Trainer this is a short epoch from its first batch on; it has nothing to skip.
-        kwargs.update(epochs_trained=-1, steps_in_epoch=rest.rounds, num_update_steps_per_epoch=rest.steps)
-        stops = self.control.should_training_stop
-        super()._run_epoch(**kwargs)
-        if loader.rounds == 0 and rest.samples:
-            self.control.should_training_stop = stops  # nothing was left of a stream: on to the next epoch
+            self._rng_checkpoint = checkpoint
+        return rest
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer's; then the ranks of a replica go on from the state of its first: they must draw the same crops."""
-        super()._load_rng_state(checkpoint)
-        share_host_generators(self.model.mesh.model)
+    def rng_to_restore(self) -> str | None:
+        """Once, when the first window of a resumed epoch has been read: the checkpoint that has the random state.
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        window = super().get_batch_samples(*args, **kwargs)
-        if self._rng_checkpoint is not None:
-            self._load_rng_state(self._rng_checkpoint)
-            self._rng_checkpoint = None
-        return window
+        Reading that window may draw random numbers that were drawn before the checkpoint.
+        """
+        checkpoint, self._rng_checkpoint = self._rng_checkpoint, None
+        return checkpoint
 
-    def _on_step_end(self) -> None:
+    def end_step(self, state: TrainerState) -> None:
+        """Move the cursor behind the window of the step, and note the fraction of the epoch that is done."""
         if self._cursor is None:
             return
         loader = self._loader
-        self.state.epoch = self._epoch + (self._rounds_done + loader.rounds) / self._rounds_in_epoch
-        order, step = self._cursor.order, self.state.global_step
+        state.epoch = self._epoch + (self._rounds_done + loader.rounds) / self._rounds_in_epoch
+        order, step = self._cursor.order, state.global_step
         if loader.is_finished:
             self._cursor = Cursor(step, self._epoch + 1, 0, order)
             return
@@ -308,10 +298,21 @@ class DataTrainer(Trainer):
 
 
 class DataProgress(TrainerCallback):
-    """Keeps the cursor, and the fraction of the epoch that is done."""
+    """Calls `DataOrder.end_step`. First of the callbacks, so that all others find the epoch right."""
 
-    def __init__(self, trainer: DataTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, data_order: DataOrder) -> None:
+        self.data_order = data_order
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._on_step_end()
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.data_order.end_step(state)
+
+
+def read_cursor(checkpoint: str) -> Cursor | None:
+    """Of a checkpoint; None if it has no training state, or one without a cursor."""
+    folder = Path(checkpoint) / DIRECTORY
+    if not folder.is_dir():
+        return None
+    with StoredState(folder) as stored:
+        found = run_values(stored)["extra"].get(CURSOR)
+    known = {field.name for field in fields(Cursor)}
+    return None if found is None else Cursor(**{key: value for key, value in found.items() if key in known})

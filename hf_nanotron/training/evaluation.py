@@ -1,4 +1,4 @@
-"""Evaluation and prediction of a parallel model, with the figures of one process."""
+"""Evaluation and prediction of a parallel model, with the metrics of one process."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import recursively_apply
-from torch import nn
 from torch.nn import functional as F
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..data.loader import DataParallelLoader, DataParallelStream, order_of
 from ..data.same_data import check_same_data
 from ..data.window_check import WindowCheck
+from ..models.base import ParallelModel
 from ..models.logits import whole_outputs
 from ..parallel.collectives import all_gather, all_reduce
-from ..parallel.mesh import ParallelMesh
 from ..parallel.tp.loss import IGNORE_INDEX
-from ..redaction import redacted
-from .custom_loss import LossTrainer
 
 
 class AnnouncedLoader:
@@ -52,77 +50,72 @@ def correct_speed(metrics: dict[str, float], rounds: int) -> None:
             metrics[name] = round(rounds / runtime, 3)
 
 
+def samples_in_words(dataset: Any) -> str:
+    """For people, and compared between ranks: how many samples `dataset` has."""
+    if isinstance(dataset, dict):
+        return "".join(f" {name!r}{samples_in_words(part)}" for name, part in dataset.items())
+    if isinstance(dataset, str):  # a name in `eval_dataset`
+        return f" {dataset!r}"
+    return f" over {len(dataset)} samples" if has_length(dataset) else ""
+
+
 def is_stream(loader: Any) -> bool:
     return isinstance(getattr(loader, "dataset", None), DataParallelStream)
 
 
-class EvaluatingTrainer(LossTrainer):
-    """A Trainer whose evaluation loop reads each sample once and joins results over data-parallel ranks alone."""
+class EvaluationRun:
+    """What an evaluation is at, so that each sample is read once and results are joined over data-parallel ranks alone.
 
-    mesh: ParallelMesh
-    window_check: WindowCheck
+    Args:
+        check: compares batches between ranks.
+        accelerator: of the trainer, for loaders that it has prepared.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._evaluated: DataParallelLoader | None = None
-        self._announced: Any = None  # the loader of the evaluation that is going on, whoever made it
+    Attributes:
+        rounds: batches of this rank in the last evaluation.
+        is_predicting: whether `prediction_step` is computing a loss or logits.
+    """
+
+    def __init__(self, check: WindowCheck, accelerator: Accelerator) -> None:
+        self.check, self.mesh, self._accelerator = check, check.mesh, accelerator
+        self.rounds = 0
+        self.is_predicting = False
         self._description: str | None = None  # of the evaluation that is going on
-        self._rounds = 0  # batches of this rank in the last one
-        super().__init__(*args, **kwargs)
+        self._announced: Any = None  # its loader, whoever made it
+        self._evaluated: DataParallelLoader | None = None  # the same, if it is ours
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's, over batches that all ranks have compared.
+    # ---- batches in ----
+
+    @contextlib.contextmanager
+    def over(self, loader: Any, description: str) -> Iterator[Any]:
+        """During an evaluation: the loader to evaluate over, whose batches all ranks compare.
 
         Raises:
             ValueError: on every rank, for data that differs between them, or ids that the model does not know.
         """
-        check_same_data(self.mesh, dataloader, description.lower(), reads=not is_stream(dataloader))
-        announced: Any = AnnouncedLoader(dataloader, self._announce)
-        self._description = description
-        self._announced = dataloader
-        self._evaluated = dataloader if isinstance(dataloader, DataParallelLoader) else None
+        check_same_data(self.mesh, loader, description.lower(), reads=not is_stream(loader))
+        self._description, self._announced = description, loader
+        self._evaluated = loader if isinstance(loader, DataParallelLoader) else None
         try:
-            output = super().evaluation_loop(announced, description, *args, **kwargs)
-            if self._evaluated is not None and is_stream(dataloader):
-                # A stream has no length, and Trainer counts what this rank saw of it.
-                seen = torch.tensor(self._evaluated.samples_read, device=self.mesh.device)
-                output = output._replace(num_samples=int(all_reduce(seen, self.mesh.dp)))
+            yield AnnouncedLoader(loader, self._announce)
         finally:
             self._description = self._evaluated = self._announced = None
-        return output
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        correct_speed(logs, self._rounds)
-        for name in [name for name, value in logs.items() if isinstance(value, str)]:
-            logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
-        super().log(logs, *args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        output = super().predict(*args, **kwargs)
-        correct_speed(output.metrics or {}, self._rounds)
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        if self._description is None:  # called by hand
-            self._compare(inputs, "prediction_step")
-        if prediction_loss_only and "labels" in inputs and not self._has_own_loss:
-            with torch.no_grad():
-                loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
-            return loss.detach(), None, None
-        inputs = {**inputs, "use_cache": False}
-        self._evaluates = True
-        view = self.model if self._overrides_compute_loss else None  # it may call the backbone and the head itself
-        try:
-            with contextlib.nullcontext() if view is None else whole_outputs(self.model, view):
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._evaluates = False
+    def with_samples_of_all(self, output: EvalLoopOutput) -> EvalLoopOutput:
+        """A stream has no length, and Trainer counts what this rank saw of it. Inside of `over`."""
+        if self._evaluated is None or not is_stream(self._evaluated):
+            return output
+        seen = torch.tensor(self._evaluated.samples_read, device=self.mesh.device)
+        return output._replace(num_samples=int(all_reduce(seen, self.mesh.dp)))
 
     def _announce(self, inputs: Any, number: int) -> None:
         """Tell all ranks of batch `number` of an evaluation, or of the end of its data."""
         self._compare(inputs, f"{self._description}, batch {number}")
-        self._rounds = number - (inputs is None)
+        self.rounds = number - (inputs is None)
+
+    def compare_by_hand(self, inputs: Any) -> None:
+        """Compare the batch of a `prediction_step` that no evaluation has called."""
+        if self._description is None:
+            self._compare(inputs, "prediction_step")
 
     def _compare(self, inputs: Any, where: str) -> None:
         """Learn whether ranks have the same batch.
@@ -131,26 +124,35 @@ class EvaluatingTrainer(LossTrainer):
             ValueError, RuntimeError: see `WindowCheck.judge`.
         """
         window = [] if inputs is None else [inputs]
-        self.window_check.judge(self.window_check.start(window, order=order_of(self._evaluated)), where)
+        self.check.judge(self.check.start(window, order=order_of(self._evaluated)), where)
 
-    @property
-    def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
-        """The user's function, which sees the batch of this rank alone, as in one process."""
-        return self._preprocess_own_logits if self._preprocess_logits is not None else None
+    @contextlib.contextmanager
+    def predicting(self, view: ParallelModel | None) -> Iterator[None]:
+        """While `prediction_step` computes.
 
-    @preprocess_logits_for_metrics.setter
-    def preprocess_logits_for_metrics(self, value: Callable[[Any, Any], Any] | None) -> None:
-        self._preprocess_logits = value
+        Args:
+            view: a model whose backbone and head the user's code may call itself.
+        """
+        self.is_predicting = True
+        try:
+            with contextlib.nullcontext() if view is None else whole_outputs(view, view):
+                yield
+        finally:
+            self.is_predicting = False
 
-    def _preprocess_own_logits(self, padded_logits: Any, padded_labels: Any) -> Any:
-        """Trainer pads to the longest batch of the round first; a maximum, say, would make tokens of that padding."""
-        assert self._preprocess_logits is not None
+    # ---- results out ----
+
+    def preprocess(self, function: Callable[[Any, Any], Any], padded_logits: Any, padded_labels: Any) -> Any:
+        """Call the user's `function` on the batch of this rank alone, as in one process.
+
+        Trainer pads to the longest batch of the round first; a maximum, say, would make tokens of that padding.
+        """
         filled = _filled_up(padded_logits)
 
         def cut(data: torch.Tensor) -> torch.Tensor:
             return data[:, : data.shape[1] - filled] if filled and data.dim() > 1 else data
 
-        result = self._preprocess_logits(recursively_apply(cut, padded_logits), recursively_apply(cut, padded_labels))
+        result = function(recursively_apply(cut, padded_logits), recursively_apply(cut, padded_labels))
         return recursively_apply(self._pad_to_longest, result)
 
     def _pad_to_longest(self, data: torch.Tensor) -> torch.Tensor:
@@ -161,16 +163,8 @@ class EvaluatingTrainer(LossTrainer):
         longest = all_reduce(torch.tensor(length, device=data.device), self.mesh.dp, torch.distributed.ReduceOp.MAX)
         return F.pad(data, (0, 0) * (data.dim() - 2) + (0, int(longest) - length), value=IGNORE_INDEX)
 
-    @property
-    def gather_function(self) -> Callable[[Any], Any]:
-        """Join evaluation results over the data-parallel ranks, in the order of one process."""
-        return self._gather_rows
-
-    @gather_function.setter
-    def gather_function(self, value: Any) -> None:
-        """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
-
-    def _gather_rows(self, data: Any) -> Any:
+    def gather(self, data: Any) -> Any:
+        """Join results over the data-parallel ranks, in the order of one process."""
         return recursively_apply(self._gather_tensor, data)
 
     def _gather_tensor(self, data: torch.Tensor) -> torch.Tensor:
@@ -190,7 +184,7 @@ class EvaluatingTrainer(LossTrainer):
 
     def _cut_repeated(self, rows: torch.Tensor) -> torch.Tensor:
         """As accelerate for a loader that it has prepared: without the rows with which it has filled the last round."""
-        state = self.accelerator.gradient_state
+        state = self._accelerator.gradient_state
         is_prepared = self._evaluated is None and state.in_dataloader and state.active_dataloader is self._announced
         return rows[: state.remainder] if is_prepared and state.end_of_dataloader and state.remainder > 0 else rows
 

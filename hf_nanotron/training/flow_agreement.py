@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.utils import logging
 
 from ..ops.host_copy import HostCopy
@@ -22,110 +22,96 @@ STOCK_CALLBACKS = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
 STOCK_MODULES = ("transformers.integrations", "transformers.utils.notebook", "hf_nanotron")
 
 
-class FlowTrainer(Trainer):
-    """A Trainer whose ranks agree on the flags of `control`.
+class FlowAgreement:
+    """Lets the ranks of one run agree on the flags of `control`. Made by all ranks together.
 
-    The sum that carries them starts after the callbacks of a step, and a rank without flags does not wait for it. If
-    every rank has one (each does where the step logs, saves or is the last), all flags act at once. If only some do,
+    The sum that carries the flags starts after the callbacks of a step, and a rank without flags does not wait for it.
+    If every rank has one (each does where the step logs, saves or is the last), all flags act at once. If only some do,
     all ranks learn of it while the next step is computed, and act at its end. Where ranks wait for each other anyway
     (the ends of epochs, log lines, evaluations, saves) flags act at once. Without callbacks of the user's, and on one
     process, nothing is sent.
+
+    Args:
+        callbacks: of the trainer, a list that it goes on using.
+        is_subclass: whether the trainer is the user's subclass, which may set flags itself.
     """
 
-    mesh: ParallelMesh
-    _agrees: bool = False
-    _asked: HostCopy | None = None
-    _keeper: KeepWhole
-    _agreed_at: int = 0  # step
+    def __init__(self, mesh: ParallelMesh, callbacks: list[TrainerCallback], is_subclass: bool = False) -> None:
+        self.mesh, self._callbacks = mesh, callbacks
+        self._asked: HostCopy | None = None
+        self._agreed_at = 0  # step
+        self._keeper = FlagKeeper()
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, FlagKeeper)]
+        own = is_subclass or any(map(_is_foreign, callbacks))
+        self.agrees = mesh.world_size > 1 and bool(self._sum([own]).read()[0])
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        callbacks = self.callback_handler.callbacks
-        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, KeepWhole)]
-        own = type(self).__module__.partition(".")[0] != "hf_nanotron" or any(map(_is_foreign, callbacks))
-        self._asked, self._keeper = None, KeepWhole()
-        self._agrees = self.mesh.world_size > 1 and bool(self._sum([own]).read()[0])
-        return super()._inner_training_loop(*args, **kwargs)
+    def begin_epoch(self, control: TrainerControl, step: int) -> None:
+        """Agree on what was asked for when the run, or the epoch, began."""
+        self._agreed_at = step
+        self.agree(control)
+        if self.agrees:
+            others = [callback for callback in self._callbacks if callback is not self._keeper]
+            self._callbacks[:] = [*others, self._keeper]
 
-    # ---- where ranks agree ----
+    def turns(self, get_control: Callable[[], TrainerControl], step: int) -> Iterator[None]:
+        """One turn for each time that Trainer is to look at the flags and act: twice where it logs.
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        self._agreed_at = self.state.global_step
-        self._agree_now()  # on what was asked for when the run, or the epoch, began
-        if self._agrees:
-            callbacks = self.callback_handler.callbacks
-            callbacks[:] = [callback for callback in callbacks if callback is not self._keeper] + [self._keeper]
-        return super()._run_epoch(*args, **kwargs)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if not self._agrees:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+        Args:
+            get_control: the trainer's, which callbacks may replace.
+            step: optimizer steps so far.
+        """
+        if not self.agrees:
+            yield
             return
-        control, ends_step = self.control, self.state.global_step != self._agreed_at
-        self._agreed_at = self.state.global_step
+        control, ends_step = get_control(), step != self._agreed_at
+        self._agreed_at = step
         self._keeper.give_back(control)
         if ends_step:
-            self._agree_after_step()
+            self._agree_after_step(control)
         else:
-            self._agree_now()
-        logs = control.should_log
-        if logs:  # first, and alone: what its callbacks ask for is for all ranks, too
+            self.agree(control)
+        if control.should_log:  # first, and alone: what its callbacks ask for is for all ranks, too
             evaluates, saves = control.should_evaluate, control.should_save
             control.should_evaluate = control.should_save = False
             self._keeper.only_logs = True
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            yield
             self._keeper.only_logs = False
-            control = self.control
+            control = get_control()
             self._keeper.give_back(control)
             control.should_evaluate |= evaluates
             control.should_save |= saves
-            self._agree_now()
+            self.agree(control)
         acts = control.should_evaluate or control.should_save
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        yield
         if acts:
-            self._agree_now()
+            self.agree(get_control())
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        metrics = super()._evaluate(*args, **kwargs)
-        self._agree_now()
-        return metrics
+    def agree(self, control: TrainerControl) -> None:
+        """Give every rank the flags of all, now."""
+        if self.agrees:
+            _set(control, self._sum(_flags(control)).read())
+            self._take_asked(control)
 
-    # ---- how ----
-
-    def _agree_now(self) -> None:
-        """Every rank has the flags of all."""
-        if self._agrees:
-            self._set(self._sum(self._flags()).read())
-            self._take_asked()
-
-    def _agree_after_step(self) -> None:
-        self._take_asked()
-        flags = self._flags()
+    def _agree_after_step(self, control: TrainerControl) -> None:
+        self._take_asked(control)
+        flags = _flags(control)
         counted = self._sum([*flags, any(flags)])
         if not any(flags):
             self._asked = counted  # to be read when it has arrived for long
             return
         *counts, ranks = counted.read().tolist()
         if ranks == self.mesh.world_size:
-            self._set(torch.tensor(counts))
+            _set(control, torch.tensor(counts))
             return
         self._asked = counted
         for name in FLAGS:
-            setattr(self.control, name, False)
+            setattr(control, name, False)
 
-    def _take_asked(self) -> None:
+    def _take_asked(self, control: TrainerControl) -> None:
         """Set what some rank asked for after the step before."""
         asked, self._asked = self._asked, None
         if asked is not None:
-            self._set(asked.read())
-
-    def _flags(self) -> list[bool]:
-        return [bool(getattr(self.control, name)) for name in FLAGS]
-
-    def _set(self, counts: torch.Tensor) -> None:
-        for name, count in zip(FLAGS, counts.tolist(), strict=False):
-            if count and not getattr(self.control, name):
-                logger.info(f"{name} was set on another rank.")
-                setattr(self.control, name, True)
+            _set(control, asked.read())
 
     def _sum(self, values: list[bool]) -> HostCopy:
         """How many ranks say yes to each."""
@@ -135,8 +121,8 @@ class FlowTrainer(Trainer):
         return HostCopy(all_reduce(mine.to(self.mesh.device, non_blocking=True), self.mesh.world))
 
 
-class KeepWhole(TrainerCallback):
-    """Keeps flags back until ranks agree: of what asks to stop in the middle of a step, and of what a log line sets.
+class FlagKeeper(TrainerCallback):
+    """Keeps flags back until ranks agree: those that stop in the middle of a step, and those that a log line sets.
 
     Attributes:
         only_logs: whether Trainer has been called to log, and is not to save or evaluate yet.
@@ -166,6 +152,17 @@ class KeepWhole(TrainerCallback):
         for name in self._kept:
             setattr(control, name, True)
         self._kept.clear()
+
+
+def _flags(control: TrainerControl) -> list[bool]:
+    return [bool(getattr(control, name)) for name in FLAGS]
+
+
+def _set(control: TrainerControl, counts: torch.Tensor) -> None:
+    for name, count in zip(FLAGS, counts.tolist(), strict=False):
+        if count and not getattr(control, name):
+            logger.info(f"{name} was set on another rank.")
+            setattr(control, name, True)
 
 
 def _is_foreign(callback: Any) -> bool:

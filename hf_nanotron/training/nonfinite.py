@@ -1,24 +1,23 @@
-"""The part of the trainer that watches for losses, gradients and weights that are not finite.
+"""Losses, gradients and weights that are not finite: skipped within a limit, logged as what they are, never saved.
 
 Losses and gradients are watched without waiting for the device, weights before they are saved.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, cast
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
-from ..checkpoint.directory.retention import newest
 from ..checkpoint.state.finite_weights import NonFiniteWeightsError, first_nonfinite
 from ..models.base import ParallelModel
+from ..ops.host_copy import HostCopy
 from ..optim.finite import FiniteCheck
 from ..optim.norm import NonFiniteGradientError, describe_nonfinite
 from ..optim.optimizer_link import OptimizerLink
-from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
@@ -26,76 +25,102 @@ from ..training_args import NanotronTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class FiniteTrainer(Trainer):
+class Advice(Protocol):
+    """`Checkpointer.where_to_resume`."""
+
+    def __call__(self, besides: str | None = None) -> str: ...
+
+
+class NonFiniteGuard:
     """Has steps whose gradient is not finite left out and reported, once, before anything could overwrite it.
 
     Such a step ends the run, or is one of at most `max_skipped_steps` in a row. Weights that are not finite are not
     saved. A loss that is not finite is no part of a logged mean; where there is no other, the mean is NaN.
+
+    Args:
+        model, weights: those that are trained.
+        advice: what to resume from, for messages.
     """
 
-    args: NanotronTrainingArguments
-    model: ParallelModel
-    mesh: ParallelMesh
-    weights: ShardedWeights
-    _link: OptimizerLink | None
-    _unchecked: FiniteCheck | None = None
-    _skipped: int = 0  # steps in a row
-    _filters_losses: bool = False
-    _finite_losses: FiniteLosses
+    def __init__(
+        self, args: NanotronTrainingArguments, model: ParallelModel, weights: ShardedWeights, advice: Advice
+    ) -> None:
+        self.args, self.model, self.weights, self._advice = args, model, weights, advice
+        self.begin_run()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._unchecked, self._skipped = None, 0  # of a run that was broken off
-        self._finite_losses = FiniteLosses(self.args.device)
-        return super().train(*args, **kwargs)
+    def begin_run(self) -> None:
+        """Forget a run that was broken off."""
+        self._unchecked: FiniteCheck | None = None
+        self._skipped = 0  # steps in a row
+        self._filters = False
+        self._losses = FiniteLosses(self.args.device)
 
     # ---- losses ----
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # Trainer's own test of the loss makes the host wait in each micro-batch; `_filtered` does it on the device.
-        self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
-        try:
-            return super()._run_epoch(*args, **kwargs)
-        finally:
-            self.args.logging_nan_inf_filter, self._filters_losses = self._filters_losses, False
+    @property
+    def asked_to_filter(self) -> bool:
+        """`logging_nan_inf_filter` as the user has set it."""
+        return self.args.logging_nan_inf_filter or self._filters
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        asked = self.args.logging_nan_inf_filter  # which Trainer reads for the losses of batches, too
-        self.args.logging_nan_inf_filter |= self._filters_losses
+    @contextlib.contextmanager
+    def filtering(self) -> Iterator[None]:
+        """Switch off Trainer's own test of the loss, for which the host waits in each micro-batch."""
+        self._filters, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            yield
+        finally:
+            self.args.logging_nan_inf_filter, self._filters = self._filters, False
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch it on again: Trainer reads it for the losses of evaluation batches, too."""
+        asked = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = self.asked_to_filter
+        try:
+            yield
         finally:
             self.args.logging_nan_inf_filter = asked
 
-    def _filtered(self, loss: torch.Tensor) -> torch.Tensor:
-        """What to add to Trainer's sum of losses for a step's `loss`."""
-        if not self._filters_losses:
-            return loss
-        return self._finite_losses.add(loss, self._tr_loss)
+    def filtered(self, loss: torch.Tensor, logged: torch.Tensor) -> torch.Tensor:
+        """What to add to `logged`, Trainer's sum of losses, for a step's `loss`."""
+        return self._losses.add(loss, logged) if self._filters else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._filters_losses and not self._finite_losses.close():
+    def filter_logs(self, logs: dict[str, float]) -> None:
+        """A mean over no finite loss is NaN."""
+        if "loss" in logs and self._filters and not self._losses.close():
             logs["loss"] = float("nan")
-        super().log(logs, start_time)
+
+    def missing(self, total: float, steps: int) -> float:
+        """What Trainer's sum `total` over the run's `steps` lacks for those that had no finite loss."""
+        if not self.args.logging_nan_inf_filter:
+            return 0.0
+        self._losses.close()
+        return self._losses.missing(total, steps)
 
     # ---- gradients ----
 
-    def _judge(self, norm: torch.Tensor, loss: torch.Tensor) -> bool:
+    @property
+    def arriving(self) -> HostCopy | None:
+        """The verdict on the last step that `check` will wait for."""
+        return None if self._unchecked is None else self._unchecked.verdict
+
+    def judge(self, step: int, norm: torch.Tensor, loss: torch.Tensor, link: OptimizerLink) -> bool:
         """Have the step left out if `norm` is not finite. False if the host knows already that it is not.
 
         Args:
+            step: its number, from 1.
             norm: of the step's gradient, over the whole model.
             loss: this rank's part.
         """
-        assert self._link is not None
-        self._unchecked = FiniteCheck(self.state.global_step + 1, norm, loss)
+        self._unchecked = FiniteCheck(step, norm, loss)
         # Biases of routers are moved by the host.
-        if self._link.skips_on_device and not self.args.moe_bias_update_rate:
-            self._link.skip_unless_finite(norm)
+        if link.skips_on_device and not self.args.moe_bias_update_rate:
+            link.skip_unless_finite(norm)
             return True
-        self._link.skips_next = not self._check_gradient()
-        return not self._link.skips_next
+        link.skips_next = not self.check()
+        return not link.skips_next
 
-    def _check_gradient(self) -> bool:
+    def check(self) -> bool:
         """Whether the last step's gradient was finite. Reports one that was not, once; the step is left out.
 
         Raises:
@@ -108,108 +133,63 @@ class FiniteTrainer(Trainer):
         if check.is_finite():
             self._skipped = 0
             return True
-        order = list(self.model.hub_shapes)
-        what = describe_nonfinite(self.weights.segments, order, check.loss, check.norm, self.mesh)
-        what = f"step {check.step}: {what}"
         self._skipped += 1
-        if self.args.skip_nonfinite_steps and self._skipped <= self.args.max_skipped_steps:
-            logger.warning(f"{what} The step is left out (skip_nonfinite_steps=True).")
+        args, order = self.args, list(self.model.hub_shapes)
+        what = describe_nonfinite(self.weights.segments, order, check.loss, check.norm, self.model.mesh)
+        what = f"step {check.step}: {what}"
+        if args.skip_nonfinite_steps and self._skipped <= args.max_skipped_steps:
+            logger.warning(f"{what} Skipping this step (skip_nonfinite_steps=True).")
             return False
-        if self.args.skip_nonfinite_steps:
+        choice = "; or skip such steps with skip_nonfinite_steps=True."
+        if args.skip_nonfinite_steps:
             what += (
                 f" {self._skipped} steps in a row had such a gradient, more than max_skipped_steps="
-                f"{self.args.max_skipped_steps}: leaving steps out does not help."
+                f"{args.max_skipped_steps}."
             )
+            choice = "; max_skipped_steps sets how many steps in a row may be skipped."
         bad = first_nonfinite(self.model, self.weights)
         state = f"The weights are those of step {check.step - self._skipped}"
         if bad is not None:
             raise NonFiniteGradientError(
                 f"{what} {state}, and not finite themselves: the first is {bad[0]}, on rank {bad[1]}. "
-                f"{self._where_to_resume()} and lower the learning rate."
+                f"{self._advice()} and lower the learning rate."
             )
         raise NonFiniteGradientError(
-            f"{what} {state}, and no checkpoint was touched. {self._where_to_resume()} and lower the learning rate, or "
-            "look at this step's data"
-            + (
-                "; max_skipped_steps sets how many steps in a row may be left out."
-                if self.args.skip_nonfinite_steps
-                else ", or leave such steps out with skip_nonfinite_steps=True."
-            )
+            f"{what} {state}, and no checkpoint was touched. {self._advice()} and lower the learning rate, or look at "
+            f"this step's data{choice}"
         )
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        control = self.control
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            self._check_gradient()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_gradient()
-        if self.args.logging_nan_inf_filter:
-            self._finite_losses.close()
-            steps = self.state.global_step - self._initial_global_step
-            # Trainer divides by all steps.
-            self._total_loss_scalar += self._finite_losses.missing(
-                self._total_loss_scalar + self._tr_loss.item(), steps
-            )
-        return super()._finalize_training(*args, **kwargs)
 
     # ---- weights ----
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_nonfinite(f"checkpoint-{self.state.global_step}", with_state=not self.args.save_only_model)
-        super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._refuse_nonfinite(f"the model in {output_dir or self.args.output_dir}", with_state=False)
-        super()._save(output_dir, state_dict)
-
-    def _refuse_nonfinite(self, what: str, with_state: bool) -> None:
+    def refuse_to_save(self, what: str, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """
         Args:
-            with_state: whether the optimizer's state is to be saved, too. One that is not finite ends the next step.
+            optimizer: whose state is to be saved, too. One that is not finite ends the next step.
 
         Raises:
             NonFiniteWeightsError: on every rank, if a weight is not finite on any. Nothing is written.
         """
         if self.model.weights is self.weights:  # what callbacks have written into the weights is what is saved
-            together(self.mesh, f"saving {what}", lambda: self.weights.take_written(compare=True))
-        bad = first_nonfinite(self.model, self.weights, self.optimizer if with_state else None)
+            together(self.model.mesh, f"saving {what}", lambda: self.weights.take_written(compare=True))
+        bad = first_nonfinite(self.model, self.weights, optimizer)
         if bad is not None:
             raise NonFiniteWeightsError(
-                f"{what} is not saved: {bad[0]} is not finite, on rank {bad[1]}, after step "
-                f"{self.state.global_step}. {self._where_to_resume()} and lower the learning rate; "
-                "model.save_pretrained(directory) writes the weights as they are."
+                f"{what} is not saved: {bad[0]} is not finite, on rank {bad[1]}, after step {step}. {self._advice()} "
+                "and lower the learning rate; model.save_pretrained(directory) writes the weights as they are."
             )
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def refuse_to_resume(self, checkpoint: str, optimizer: torch.optim.Optimizer | None) -> None:
         """
         Raises:
             NonFiniteWeightsError: if the checkpoint, which another program or an earlier version may have written,
                 holds weights that are not finite.
         """
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (bad := first_nonfinite(self.model, self.weights, self.optimizer)) is not None:
+        bad = first_nonfinite(self.model, self.weights, optimizer)
+        if bad is not None:
             raise NonFiniteWeightsError(
-                f"{checkpoint} cannot be resumed: {bad[0]} is not finite there, on rank {bad[1]}. "
-                f"{self._where_to_resume(besides=checkpoint)}."
+                f"cannot resume from {checkpoint}: {bad[0]} is not finite there, on rank {bad[1]}. "
+                f"{self._advice(besides=checkpoint)}."
             )
-
-    def _where_to_resume(self, besides: str | None = None) -> str:
-        """What to do about weights that are lost, up to an "and". All ranks together.
-
-        Args:
-            besides: a checkpoint that is no use, nor are later ones.
-        """
-        try:
-            finish = cast(Any, self)._finish_background_save
-            together(self.mesh, "the save before", finish)  # it is the one to resume from
-        except Exception as error:
-            logger.warning(f"{type(error).__name__}: {error}")
-        kept = newest(self.args.output_dir) if self.args.output_dir else []
-        if besides is not None and Path(besides).resolve() in (paths := [path.resolve() for path in kept]):
-            kept = kept[paths.index(Path(besides).resolve()) + 1 :]
-        return f"Resume from {kept[0]}" if kept else "There is no checkpoint before it: start anew"
 
 
 class FiniteLosses:

@@ -1,7 +1,6 @@
 """Experts over a group of ranks: each token goes to the ranks that own its experts, and their outputs come back.
 
-How tokens travel is in `exchange.py`, the products of sorted rows in `ops/grouped_mm.py`. The stock router and the
-stock block around stay.
+`exchange.py` sends the tokens, `ops/grouped_mm.py` multiplies sorted rows. Stock router and stock block are unchanged.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Losses over the router logits of a mixture of experts, from sums that travel with the boundary of a stage.
+"""Losses over the router logits of a mixture of experts, from sums that are passed from stage to stage.
 
-The load-balancing loss of transformers' models couples all layers: it is `E * sum_e f_e * p_e`, where `f_e` (how often
-expert `e` is among the `k` best) and `p_e` (its mean probability) are means over the tokens *of all layers*, taken
-before they are multiplied (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6, over all layers). So each stage adds
-the sums of its layers to those it received and passes them on: `2 E + 2` numbers a micro-batch. The last stage knows
-everything. The loss is linear in the probabilities, and their gradient is the same for every token of an expert:
-what flows back through the boundary is all that the layers of other stages need.
+The load-balancing loss is `E * sum_e f_e * p_e`, where `f_e` (how often expert `e` is among the `k` best) and `p_e`
+(its mean probability) are means over the tokens of all layers, taken before they are multiplied (Fedus et al. 2021,
+arXiv:2101.03961, equations 4 to 6). So each stage adds the sums of its layers, `2 E + 2` numbers per micro-batch, and
+the last one computes the loss. It is linear in the probabilities, and their gradient is the same for every token of an
+expert, so the gradient of the sums is all that other stages need.
 
 The z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5) is a mean over the same tokens of all layers.
 """

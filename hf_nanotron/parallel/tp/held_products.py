@@ -1,7 +1,7 @@
-"""Weight gradients that wait for communication to hide.
+"""Weight gradients that are delayed to overlap with communication.
 
-In a backward nothing depends on a weight's gradient, but everything waits for tokens that travel between
-tensor-parallel ranks. So the products that make weight gradients are held back, and run while tokens travel.
+In a backward nothing depends on a weight's gradient, but everything waits for tokens that are sent between
+tensor-parallel ranks. So the matmuls of weight gradients are held back, and run while tokens are sent.
 """
 
 from __future__ import annotations

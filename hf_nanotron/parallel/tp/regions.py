@@ -193,7 +193,7 @@ def join_after(module: nn.Module, group: Group, dim: int = 1) -> None:
 
 
 def own_ids_before(module: nn.Module, group: Group) -> None:
-    """Cut what a block that works on this rank's tokens is handed for every token besides (ids), while training."""
+    """Shard the other per-token arguments (ids) of a block that works on this rank's tokens, while training."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not module.training:

@@ -1,4 +1,4 @@
-"""Weight gradients put off: what a backward would have done with its operands, done later in the same order."""
+"""Deferred weight gradients: what a backward would have done with its operands, done later in the same order."""
 
 from __future__ import annotations
 

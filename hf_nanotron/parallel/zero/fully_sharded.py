@@ -187,7 +187,7 @@ class FullyShardedWeights:
     def finish(self) -> None:
         """Sum over the ranks that hold the same shards; over stages at last, when every backward is done."""
         for name in self._gradients:
-            self._parameters[name].grad = None  # whoever zeroes or clips `grad`s of the model finds none
+            self._parameters[name].grad = None  # code that zeroes or clips `grad`s of the model finds none
         works = [
             dist.all_reduce(total.gradients, group=total.group.handle, async_op=True)
             for total in sorted(self._sums, key=lambda total: total.spans_stages)
@@ -251,7 +251,7 @@ class FullyShardedWeights:
         return {"parameters": parameters, "gradients": gradients, "masters": 0}
 
     def close(self) -> None:
-        """Let go of the gradients. `fully_shard` cannot be undone: the model stays sharded, and works so."""
+        """Drop the gradients. `fully_shard` cannot be undone: the model stays sharded, and works so."""
         for name in self._gradients:
             self._parameters[name].grad = None
         self._sums.clear()

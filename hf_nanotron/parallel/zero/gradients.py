@@ -52,7 +52,7 @@ class BucketGradients:
         return self.whole
 
     def absorb(self) -> None:
-        """Add the reduced micro-batch of a sharded bucket to our shard, and let go of the whole. Once is enough."""
+        """Add the reduced micro-batch of a sharded bucket to our shard, and free the whole. Once is enough."""
         if not self.in_flight:
             return
         assert self.whole is not None
@@ -86,15 +86,15 @@ class MemberGradient:
         return can_add_product(self.owner.shard, dtype)
 
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-        self.owner.deferred.do(self._add_product, grad_output, input)
+        self.owner.deferred.do(partial(self._add, add_product), grad_output, input)
 
     def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
-        self.owner.deferred.do(self._add_grouped_product, left, right, offsets)
+        self.owner.deferred.do(partial(self._add, add_grouped_product), left, right, offsets)
 
     def add_scaled_product(
         self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
     ) -> None:
-        self.owner.deferred.do(self._add_scaled_product, grad_output, input, grad_scale, input_scale)
+        self.owner.deferred.do(partial(self._add, add_scaled_product), grad_output, input, grad_scale, input_scale)
 
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
@@ -113,8 +113,8 @@ class MemberGradient:
     def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         self.owner.deferred.do(self._add_rows, ids, rows)
 
-    def _add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-        add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
+    def _add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
+        product(self.view(), *operands, overwrite=self.is_fresh)
         self.is_fresh = False
 
     def hold(self) -> None:
@@ -135,23 +135,13 @@ class MemberGradient:
         if len({each.is_fresh for each in members}) > 1:  # one of them has another use, which came before
             parts = grad_output.split([len(each.member.parameter) for each in members], dim=1)
             for each, part in zip(members, parts, strict=True):
-                each._add_product(part, input)
+                each._add(add_product, part, input)
             return
         start, stop = self.member.offset, members[-1].member.offset + members[-1].member.numel
         view = self.owner.fill()[start:stop].view(-1, input.shape[-1])
         add_product(view, grad_output, input, overwrite=self.is_fresh)
         for each in members:
             each.is_fresh = False
-
-    def _add_scaled_product(
-        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
-    ) -> None:
-        add_scaled_product(self.view(), grad_output, input, grad_scale, input_scale, overwrite=self.is_fresh)
-        self.is_fresh = False
-
-    def _add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
-        add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)
-        self.is_fresh = False
 
     def _add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         view = self.view()

@@ -1,0 +1,307 @@
+"""How a trainer saves and resumes: a checkpoint is a Hub repository with the training state beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..checkpoint.directory.commit import begin
+from ..checkpoint.directory.retention import (
+    check_together,
+    choose_together,
+    is_part,
+    newest,
+    rotate,
+    run_at_hand,
+)
+from ..checkpoint.directory.run_lock import RunLock, this_process
+from ..checkpoint.directory.runs import KEY, Run, write_record
+from ..checkpoint.directory.save import BackgroundSave, Save
+from ..checkpoint.directory.verify import STATE_INDEX
+from ..checkpoint.files.safetensors_file import Entry, write_safetensors
+from ..checkpoint.hub.model import load_hub_weights, write_hub_config, write_hub_weights
+from ..checkpoint.remote.fetch import fetch_newest_together
+from ..checkpoint.remote.run_start import lock_together, start_run
+from ..checkpoint.state.buffers import buffer_pieces
+from ..checkpoint.state.training_state import has_training_state, state_pieces, state_values
+from ..models.base import ParallelModel
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import ParallelMesh
+from ..parallel.together import together
+from ..parallel.zero.segment import ShardedWeights
+from ..redaction import redacted
+from ..training_args import NanotronTrainingArguments
+from .remote import RemoteUploads
+
+logger = logging.get_logger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of a trainer's runs: written by all ranks, committed at last, resumed on any topology.
+
+    Args:
+        uploads: what takes committed checkpoints to a store.
+        on_committed: called on every rank, in the thread that trains, with each checkpoint that is complete.
+
+    Attributes:
+        mesh: of the model at hand; given by the trainer.
+        run: that this call of `train` is a part of.
+        was_told_to_stop: whether a signal ends this call of `train`.
+    """
+
+    mesh: ParallelMesh
+
+    def __init__(
+        self, args: NanotronTrainingArguments, uploads: RemoteUploads, on_committed: Callable[[Path], None]
+    ) -> None:
+        self.args, self._uploads, self._on_committed = args, uploads, on_committed
+        self.run, self.was_told_to_stop = Run(), False
+        self.background = BackgroundSave()
+        self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
+        self._lock = RunLock()
+
+    # ---- one call of `train` ----
+
+    @contextlib.contextmanager
+    def running(self, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
+        """Around a run, which holds the lock of its folder: the checkpoint that it resumes, if any.
+
+        Raises:
+            ValueError: see `NanotronTrainer.train`.
+        """
+        together(self.mesh, "the save of the run before", self.finish)
+        self._saved.clear()
+        self.was_told_to_stop = False
+        args, store, output_dir = self.args, self._uploads.store, cast(str, self.args.output_dir)
+        saves = args.save_strategy != "no"
+        if saves:
+            lock_together(self.mesh, self._lock, output_dir)
+        try:
+            source = self.choose(resume_from_checkpoint)
+            self.run = start_run(self.mesh, output_dir, source, args.overwrite_output_dir, store, is_noted=saves)
+            self._uploads.begin_run(self.run)
+            yield source
+        finally:
+            if not self.background.is_busy:  # otherwise until it has written, and the process or the next run ends
+                self._lock.release()
+
+    def choose(self, named: str | bool | None) -> str | None:
+        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
+
+        Raises:
+            ValueError: if the named checkpoint is not complete, or there is none at all.
+        """
+        if not named:
+            return None
+        if named is not True:
+            source = os.fspath(named)
+            check_together(self.mesh, source, deep=False)  # what is read of it is verified then
+            self._saved.add(Path(source).resolve())  # with no step left, what was resumed is not written anew
+            return source
+        output_dir = cast(str, self.args.output_dir)
+        if self._uploads.store is not None:
+            fetch_newest_together(self.mesh, self._uploads.store, output_dir)
+        chosen = choose_together(self.mesh, output_dir, needs=(STATE_INDEX, TRAINER_STATE_NAME))
+        if chosen is None:
+            others = ", ".join(path.name for path in newest(output_dir)[:5])
+            hint = f" of the run that was started last. To resume another run, name one of: {others}."
+            raise ValueError(f"No valid checkpoint found in output directory ({output_dir}){hint if others else ''}")
+        self._saved.add(chosen.resolve())
+        return str(chosen)
+
+    def note_run(self) -> None:
+        """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
+        if self.args.save_strategy != "no" and self.mesh.rank == 0:
+            write_record(cast(str, self.args.output_dir), self.run, this_process())
+            if self._uploads.uploader is not None:
+                self._uploads.uploader.note_run()
+
+    def stop_if_told(self, told: torch.Tensor, received: str | None, control: TrainerControl) -> None:
+        """Save and stop after this step if any rank has received a signal.
+
+        Args:
+            told: how many ranks have.
+            received: the signal of this rank.
+        """
+        if self.args.save_on_signal and told.item():
+            logger.warning(f"{received or 'Another rank was told to stop'}: saving, then stopping.")
+            control.should_save = control.should_training_stop = self.was_told_to_stop = True
+
+    def where_to_resume(self, besides: str | None = None) -> str:
+        """What to do about weights that are lost, up to an "and". All ranks together.
+
+        Args:
+            besides: a checkpoint that is no use, nor are later ones.
+        """
+        try:
+            together(self.mesh, "the save before", self.finish)  # it is the one to resume from
+        except Exception as error:
+            logger.warning(f"{type(error).__name__}: {error}")
+        output_dir = self.args.output_dir
+        run = self.run if self.run.branch or not output_dir else run_at_hand(output_dir)
+        kept = newest(output_dir, run) if output_dir else []
+        if besides is not None and Path(besides).resolve() in (paths := [path.resolve() for path in kept]):
+            kept = kept[paths.index(Path(besides).resolve()) + 1 :]
+        return f"Resume from {kept[0]}" if kept else "There is no checkpoint before it: start again"
+
+    # ---- saving ----
+
+    def begin(self, folder: Path, step: int) -> Save | None:
+        """Begin `checkpoint-N/`, after the save before has ended; None if this run has it already.
+
+        Args:
+            folder: of the run.
+        """
+        mesh, directory = self.mesh, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if directory.resolve() in self._saved:  # at the end of an epoch, say, that is also a step to save at
+            return None
+        self._saved.add(directory.resolve())
+        together(mesh, f"saving {directory}", lambda: begin(directory) if mesh.rank == 0 else None)
+        return Save(directory, step, self.args.ddp_timeout, run=self.run.to_dict())
+
+    def write_model(self, save: Save, model: ParallelModel, with_weights: bool) -> None:
+        """The Hub's files: weights now or, with `async_save`, as copies for later."""
+        together(self.mesh, f"saving {save.directory}", lambda: write_hub_config(model, save.directory))
+        if not with_weights:
+            return
+        errors: list[Exception] = []
+
+        def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
+            if self.args.async_save:
+                copies = [self.background.copies.of(e.name, t) for e, t in zip(entries, tensors, strict=True)]
+                save.writes.append(partial(write_safetensors, path, entries, copies))
+                return
+            try:
+                write_safetensors(path, entries, tensors)
+            except Exception as error:
+                errors.append(error)
+                for _ in tensors:  # which other ranks go on sending
+                    pass
+
+        def raise_error() -> None:
+            if errors:
+                raise errors[0]
+
+        save.files = write_hub_weights(model, save.directory, "5GB", write)
+        together(self.mesh, f"saving {save.directory}", raise_error)
+
+    def add_training_state(
+        self,
+        save: Save,
+        model: ParallelModel,
+        weights: ShardedWeights,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        extra: dict[str, Any],
+    ) -> None:
+        """This rank's part of the training state, still in its place."""
+        save.pieces = state_pieces(weights.segments, optimizer, self.mesh) + buffer_pieces(model)
+        save.values = state_values(self.mesh, optimizer, scheduler, {**extra, KEY: self.run.to_dict()})
+
+    def finish_save(self, save: Save, best: str | None) -> None:
+        """Write what is left, now or in the background, and commit.
+
+        Args:
+            best: a checkpoint that is kept in any case.
+        """
+        save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
+        if self.args.async_save:
+            save.copy_to_host(self.background.copies)
+            self.background.start(save, self.mesh)
+        else:
+            together(self.mesh, f"saving {save.directory}", lambda: save.finish(self.mesh))
+            self._on_committed(save.directory)
+
+    def finish(self, wait: bool = True) -> None:
+        """Take note of a background save that has ended.
+
+        Raises:
+            RuntimeError: if it failed.
+        """
+        directory = self.background.wait() if wait else self.background.poll()
+        if directory is not None:
+            self._on_committed(directory)
+
+    def _retain(self, directory: Path, keep: tuple[Path, ...]) -> None:
+        """Upload a committed checkpoint, and delete older ones; on rank 0, in the thread that has written it."""
+        limit, uploader = self.args.save_total_limit, self._uploads.uploader
+        if uploader is None:
+            rotate(directory.parent, limit, (directory, *keep), self.run)
+            return
+        uploader.submit(directory, keep)
+        with uploader.local_lock:
+            rotate(directory.parent, limit, (directory, *keep, *uploader.pending()), self.run)
+
+    # ---- the best checkpoint ----
+
+    def note_best(self, state: TrainerState, folder: Path) -> None:
+        """The best checkpoint so far, if it is there. On every rank: all of them load it in the end."""
+        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        exists = bool(state.best_global_step) and self.mesh.rank == 0 and best.exists()
+        exists = exists and (best.resolve() in self._saved or is_part(self.run, best))  # not what another run has left
+        if all_reduce(torch.tensor(float(exists), device=self.mesh.device), self.mesh.world):
+            state.best_model_checkpoint = str(best)
+
+    def take_up(self, state: TrainerState, max_steps: int) -> None:
+        """What a resumed `trainer_state.json` says goes on in this run, and in its folder. All ranks together."""
+        best = state.best_model_checkpoint
+        if best is not None and not self.is_of_run(Path(best)):
+            logger.warning(f"ignoring the best checkpoint in {TRAINER_STATE_NAME}, {best}: it is not one of this run.")
+            state.best_model_checkpoint = None
+        self.note_best(state, Path(cast(str, self.args.output_dir)))  # which may have moved, or come from a store
+        own = TrainerState()
+        own.compute_steps(self.args, max_steps)
+        for name in ("logging_steps", "eval_steps", "save_steps"):  # a checkpoint converted from the Hub has none
+            if not getattr(state, name):
+                setattr(state, name, getattr(own, name))
+
+    def is_of_run(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is of the run, in the output directory or beside the one that was taken up."""
+        folders = {Path(cast(str, self.args.output_dir)), *(path.parent for path in self._saved)}
+        is_there = checkpoint.resolve().parent in {folder.resolve() for folder in folders}
+        return is_there and is_part(self.run, checkpoint)
+
+
+# ---- small files ----
+
+
+def write_companions(args: NanotronTrainingArguments, tokenizer: Any, directory: Path) -> None:
+    """Tokenizer, if there is one, and arguments, which are pickled without secrets."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    torch.save(args, directory / "training_args.bin")
+
+
+def write_trainer_state(state: TrainerState, holders: Iterable[Any], directory: Path) -> None:
+    """Step, log history and the states of `holders` (callbacks, control), as Trainer writes them."""
+    for holder in holders:
+        if isinstance(holder, ExportableState):
+            name, own = type(holder).__name__, redacted("", holder.state(), None)
+            states = cast(dict[str, Any], state.stateful_callbacks)
+            if isinstance(states.get(name), list):
+                states[name].append(own)
+            else:
+                states[name] = own
+    state.save_to_json(str(directory / TRAINER_STATE_NAME))
+
+
+def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights) -> None:
+    """Those that are not in the training state, which follows with the optimizer: the frozen ones, or all."""
+    if not has_training_state(checkpoint):
+        load_hub_weights(model, checkpoint)
+        weights.read_from_model()
+        return
+    trained = {segment.name for segment in weights.segments}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name not in trained]
+    if frozen:
+        load_hub_weights(model, checkpoint, frozen)

@@ -1,0 +1,45 @@
+"""The micro-batches of a step, made of the window that Trainer hands over batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..data.loader import FillerBatch
+from ..parallel.batch import ones_like_tokens
+from ..parallel.mesh import ParallelMesh
+from ..prepare.attention import documents_of
+from .step import weigh
+from .step_window import DOCUMENTS, ROUTER_MASK
+
+Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
+
+
+def make_micro_batches(
+    window: Window,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    mesh: ParallelMesh,
+    weigh_equally: bool,
+    finds_documents: bool,
+) -> list[dict[str, Any]]:
+    """What `TrainStep.run` takes. All data-parallel ranks together.
+
+    Args:
+        window: batches, each with its `num_items_in_batch`. A stream may end inside a window; Trainer then carries
+            micro-batches over, each with the count of its own.
+        prepare: brings a batch to the device.
+        weigh_equally: for a model that returns the mean over each micro-batch.
+        finds_documents: whether the attention is told of documents.
+    """
+    micro_batches = [{**prepare(batch), "num_items_in_batch": count} for batch, count in window]
+    if weigh_equally:
+        micro_batches = weigh(micro_batches, [isinstance(batch, FillerBatch) for batch, _ in window], mesh)
+    multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
+    for micro_batch, (batch, _) in zip(micro_batches, window, strict=True):
+        if finds_documents:
+            micro_batch[DOCUMENTS] = documents_of(batch, multiple)
+        if isinstance(batch, FillerBatch):
+            micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
+    return micro_batches
