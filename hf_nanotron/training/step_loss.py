@@ -39,10 +39,7 @@ class StepLoss:
     ) -> tuple[dict[str, Any], MicroBatch]:
         """The inputs of the model for one micro-batch, and what its last stage knows besides.
 
-        Args:
-            batch: as it was read, on the device.
-            filled: the same, filled up to a length that sequence parallelism can cut.
-            counts: whether it has a loss.
+        `filled` is `batch` padded to a length that sequence parallelism can split; `counts`: it has a loss.
         """
         inputs = dict(batch)
         items = inputs.pop("num_items_in_batch")
@@ -57,13 +54,7 @@ class StepLoss:
 
 
 class BatchStage:
-    """The one stage of a model whose loss is computed by a caller of the whole model.
-
-    Args:
-        model: what `of_batch` calls.
-        stage: the model's.
-        of_batch: see `StepLoss`.
-    """
+    """The one stage of a model whose loss is computed by `of_batch` (of a `StepLoss`), which calls the whole model."""
 
     def __init__(self, model: ParallelModel, stage: Stage, of_batch: Callable[..., torch.Tensor]) -> None:
         self.index, self.is_first, self.is_last = stage.index, stage.is_first, stage.is_last
@@ -83,8 +74,8 @@ class BatchStage:
             loss = self._of_batch(given, micro_batch.items)
         if model.mesh.tp_size > 1 and micro_batch.logits is None:
             raise ValueError(
-                f"compute_loss has called neither the model nor its head. At tp_size={model.mesh.tp_size} a weight is "
-                "this rank's part of it, so a loss made from weights would be that of a part. Call model(**inputs), or "
+                f"compute_loss called neither the model nor its head. With tp_size={model.mesh.tp_size} each rank only "
+                "has a shard of each weight, so a loss computed from weights would be wrong. Call model(**inputs), or "
                 "model.get_output_embeddings()(hidden), or use tp_size=1."
             )
         micro_batch.logits = None
