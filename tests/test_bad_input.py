@@ -301,16 +301,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "matrix optimizer": (
         lambda: build_trainer(optimizers=(torch.optim.Muon([nn.Parameter(torch.ones(1, 1))]), None)),
-        "optimizers: Muon is not known to work element by element.*elementwise = True",
+        "optimizers: Muon is not known to be element-wise.*elementwise = True",
     ),
     "optimizer with state": (
         lambda: build_trainer(optimizers=(torch.optim.Adagrad([nn.Parameter(torch.ones(1))]), None)),
-        "optimizers: Adagrad has state already.*optimizer_cls_and_kwargs",
+        "optimizers: Adagrad already has state.*optimizer_cls_and_kwargs",
     ),
     "scheduler alone": (lambda: build_trainer(optimizers=(None, object())), r"\(None, scheduler\).*lr_scheduler_type"),
     "optimizer class": (
         lambda: build_trainer(optimizer_cls_and_kwargs=(torch.optim.Muon, {})).train(),
-        "Muon is not known to work element by element.*AdamW",
+        "Muon is not known to be element-wise.*AdamW",
     ),
     "search": (lambda: build_trainer().hyperparameter_search(), "hyperparameter_search.*one job per trial"),
     "labels": (

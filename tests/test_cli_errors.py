@@ -222,7 +222,7 @@ SECTIONS: list[tuple[list[str], str]] = [
     ([*IDS, "--dataset.path={tmp}/short.jsonl"], "a sample has 3 input_ids and 2 labels"),
     (["--model.config.num_key_value_heads", "3"], "num_key_value_heads=3 does not divide"),
     (["--lr_scheduler_type", "warmup_stable_decay"], "'num_decay_steps'"),
-    (["--training.lr_scheduler_kwargs.cycles=1"], "cycles=1 is nothing that lr_scheduler_type='constant' takes"),
+    (["--training.lr_scheduler_kwargs.cycles=1"], "cycles=1 is not a key of lr_scheduler_type='constant'"),
     (["--include_num_input_tokens_seen", "some"], "include_num_input_tokens_seen='some': 'some' is not one of"),
     (["--dataset.train_split", "nope"], "cannot be read"),
     (["--dataset.text_column", "texts"], "text_column='texts' is not one of text, id"),

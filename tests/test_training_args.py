@@ -256,7 +256,7 @@ def test_unknown_field_is_refused(build: Any, monkeypatch: pytest.MonkeyPatch) -
     """As a newer transformers' would be: here, a field taken out of the table."""
     monkeypatch.delitem(HONOURED, "seed")
     build()
-    with pytest.raises(ValueError, match=r"seed=1 is refused: .* does not know"):
+    with pytest.raises(ValueError, match=r"seed=1 is refused: .* does not support"):
         build(seed=1)
 
 

@@ -275,7 +275,7 @@ MESSAGES: dict[str, list[str]] = {
     "stock": HOOK, "accumulated": HOOK, "between": HOOK, "begin": HOOK, "step": HOOK,
     "head": ["lm_head", "tp_size=2", "backward hook", "Remove"],
     "layer": ["model.layers.0", "tp_size=2", "backward hook"],
-    "wrong name": ["'model.nothing.*'", "matches none", "model.embed_tokens.weight"],
+    "wrong name": ["'model.nothing.*'", "matches no weight", "model.embed_tokens.weight"],
     "no gradients": ["no gradients now", "on_pre_optimizer_step"],
     "wrong shape": ["returned shape (1,)", "part.of(whole)"],
     "frozen": ["is frozen", "layers.0.mlp"],

@@ -39,7 +39,7 @@ def test_slices(size: int, tp_size: int) -> None:
 
 
 def test_fewer_ids_than_ranks() -> None:
-    with pytest.raises(ValueError, match="a vocabulary of 3 cannot be cut over 4 ranks"):
+    with pytest.raises(ValueError, match="a vocabulary of 3 cannot be sharded over 4 ranks"):
         vocabulary_parts(3, 4)
 
 
