@@ -1,23 +1,14 @@
-"""When a checkpoint is complete: its files, the marker that is written last, and the comparison of the two.
+"""When a checkpoint is complete: its files, and the marker that is written last.
 
-All ranks write `checkpoint-N/` in place, with the same calls in a synchronous save and in a background thread; nothing
-here communicates but through files:
+All ranks write `checkpoint-N/` in place, now or in a background thread, and communicate through files alone:
 
 1. `begin`, by rank 0 before any rank writes;
 2. every rank writes its files, then `describe`s the large ones while they are in its page cache (or says `fail`);
 3. `commit`, by rank 0: waits for all descriptions, describes what is left, and writes `committed.json`.
 
-`committed.json` is JSON with a checksum of itself in its first line: format, version, step, whether the Hub's weights
-are there, and for every file its length and crc32. `training_state/rank-*.safetensors` have no crc32 there: the state's
-own index has one for each of their blocks, made from the tensors themselves, and is under the marker's. A second sum
-over the same bytes would only make saving read them all again. `check` compares those blocks.
-
-Not listed, so free to be edited, removed or added later: `README.md`, which people edit and no run reads, hidden files,
-which belong to Hub and file system tools, symbolic links out of the checkpoint, what was in the folder before the save,
-and whatever appears after the commit. Everything else is part of the run. While a checkpoint is being written it has a
-directory `.written/`, by which one that was interrupted is told from one of another program.
-
-`begin` and `remove` delete a checkpoint's own files alone (`own_files.py`). Of a symbolic link the link goes.
+The marker lists each file with its length and crc32. `training_state/rank-*.safetensors` have none there: the state's
+index, which the marker covers, has one for each of their blocks. Not listed: `README.md`, hidden files, links out of
+the checkpoint, what was there before the save, what appears later. `.written/` is there while a checkpoint is written.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Which checkpoints of a run there are, which one a resume takes, and which ones are deleted.
 
-A folder may hold checkpoints of several runs, and those that a run left behind when it went back. Only those of the run
-at hand (`runs.py`) are resumed from, count and are deleted. Others go when a checkpoint of the same step is saved.
-
-`checkpoints`, `newest`, `choose` and `rotate` look at files only, so any thread or process may call them. What is named
-`..._together` is for all ranks of a job, which read each byte of a checkpoint once between them.
+Only checkpoints of the run at hand (`runs.py`) are resumed from, counted and deleted. What is named `..._together` is
+for all ranks of a job, which read each byte of a checkpoint once between them; the rest may be called by any thread.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """Which run a checkpoint is of, and which one is at hand in a folder or a store.
 
-A run has an id, made by its first `train()` and kept by all that resume it. Each `train()` begins a branch. A marker
-names the run, the branch, when the branch began, and the branches before it, each with the last step that counts. So
-where a run went back to an earlier checkpoint, what it had written after that is no longer a part of it.
-
-The run at hand is the branch that began last. Its start is in the markers, and in `_run.json` beside them, for a branch
-that has no checkpoint yet. Checkpoints from before there were ids are one run, older than all others.
+A run has an id, which resumes keep; each `train()` begins a branch of it. A marker names the run, the branch, when it
+began, and the branches before it, each with the last step that counts. The run at hand is the branch that began last,
+by the markers and by `_run.json` beside them. Checkpoints from before there were ids are one run, older than all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Resume from a store: the newest committed remote checkpoint comes into the output directory.
 
-Everything after that is a resume from a local checkpoint, with all its checks. A download that was interrupted has no
-marker, so it is not taken for a checkpoint, and the next one fetches only what is missing.
+An interrupted download has no marker, so it is not taken for a checkpoint; the next one fetches only what is missing.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
 """A place for checkpoints outside the machine, by fsspec URL: `s3://bucket/run`, `gs://...`, `file:///...`.
 
-Below the URL lie the same `checkpoint-N/` as in the output directory. The marker (`committed.json`) is the last object
-written and the first one removed: a checkpoint that has it is complete, whatever was interrupted. What an interrupted
-multipart upload leaves in a bucket is invisible here; a lifecycle rule of the bucket is what ends it.
-
-Credentials, region and endpoint come from the usual places of the protocol's package (for S3 the environment with
-`AWS_ENDPOINT_URL`, `~/.aws`, fsspec's configuration) or from `storage_options`; host, user and password of a server
-may be in the URL.
-
-A listing may lag behind, and is never what decides: whether a file is there, and how long it is, its own entry says.
+Below the URL lie the same `checkpoint-N/` as in the output directory. The marker (`committed.json`) is written last and
+removed first. Credentials, region and endpoint come from the usual places of the protocol's package, from the URL of a
+server, or from `storage_options`. A listing may lag behind: whether a file is there, its own entry decides.
 """
 
 from __future__ import annotations

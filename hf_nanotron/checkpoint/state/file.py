@@ -1,12 +1,8 @@
 """The files of a training state: fp32 masters and optimizer state by Hub name and slice. Written here.
 
-`training_state/` holds a safetensors file for each rank that writes and, written last, `index.json`: what every tensor
-is (Hub name, shape, slice, kind, dtype), where it lies, checksums, and all values that are not tensors. No file depends
-on the number of ranks that read, and there is no pickle.
-
-Tensors are 1-D, `<hub name>|<kind>|<start>` in the file's own header, so any safetensors tool reads them. The header
-also has a digest of where in their Hub tensors they lie, and is compared with the index. Checksums are
-crc32 of blocks of 1 MiB: a reader that wants a part of a tensor verifies exactly the bytes it has read.
+`training_state/` holds a safetensors file for each rank that writes and, written last, `index.json`. Tensors are 1-D,
+`<hub name>|<kind>|<start>`. Checksums are crc32 of blocks of 1 MiB, so a reader verifies exactly the bytes that it
+reads, on any number of ranks. The header of a file has a digest of where in their Hub tensors its pieces lie.
 """
 
 from __future__ import annotations
