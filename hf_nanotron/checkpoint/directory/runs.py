@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..files.checked import read_checked, write_checked
+from ..files.checked import parse_checked, read_checked, write_checked
 from ..files.disk import StrPath
 from ..files.schema import each, finite, record, row, show, text
 from .run_lock import in_words
@@ -110,9 +110,10 @@ def read_record(output_dir: StrPath) -> Run | None:
         return None
 
 
-def writer_of(output_dir: StrPath) -> str:
-    """Who has written the record: a text for people."""
+def parse_record(data: bytes) -> tuple[Run | None, str]:
+    """What `write_record` has noted, of these bytes, and who has: a text for people."""
     try:
-        return in_words(read_checked(Path(output_dir, RECORD)).get("writer"))
-    except (OSError, ValueError):
-        return in_words(None)
+        body = parse_checked(data, RECORD)
+        return Run.from_dict(body), in_words(body.get("writer"))
+    except ValueError:
+        return None, in_words(None)

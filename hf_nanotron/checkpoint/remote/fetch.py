@@ -36,7 +36,7 @@ from ..directory.verify import (
     parse_marker,
     read_state_index,
 )
-from ..files.disk import StrPath, sync
+from ..files.disk import StrPath, durable_file, size_of, sync
 from ..files.inside import find_clash, find_fault, inside
 from ..state.index import StateIndex
 from ..state.progress import check_progress
@@ -85,13 +85,13 @@ def _committed(store: RemoteStore, listed: Listing, run: Run | None) -> Iterator
         except StoreError:
             raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
-            _pass_over(store, name, error)
+            _warn_skipped(store, name, error)
         else:
             if found is not None and found.is_of(run):
                 yield found
 
 
-def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
+def _warn_skipped(store: RemoteStore, name: str, error: ValueError) -> None:
     logger.warning(f"skipping {store.url}/{name}, trying an earlier checkpoint: {error}")
 
 
@@ -156,7 +156,10 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
     _complete(store, found, directory, list(files), index, workers)
     if not is_marked(directory, found.data):
         sync(directory)
-        _write(directory / MARKER, found.data, parts)
+        parts.mkdir(exist_ok=True)
+        with durable_file(parts / MARKER) as file:
+            file.write(found.data)
+        os.replace(parts / MARKER, directory / MARKER)
         sync(directory)
     shutil.rmtree(parts, ignore_errors=True)
     return directory
@@ -177,12 +180,7 @@ def _clear_place(found: _Stored, directory: Path) -> None:
 
 
 def _complete(
-    store: RemoteStore,
-    found: _Stored,
-    directory: Path,
-    names: list[str],
-    index: StateIndex | None,
-    workers: int,
+    store: RemoteStore, found: _Stored, directory: Path, names: list[str], index: StateIndex | None, workers: int
 ) -> None:
     """Download those files of these `names` that are not here, large ones first."""
     files = found.files
@@ -198,9 +196,9 @@ def _complete(
 def _is_here(directory: Path, file: str, entry: dict[str, Any], index: StateIndex | None) -> bool:
     """Whether a local file has the length and the checksum that the remote marker names."""
     path = directory / file
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
-        return False
     try:
+        if size_of(path) != entry["bytes"]:
+            return False
         _check_content(path, path.name, entry, index)
     except (ValueError, OSError):
         return False
@@ -221,9 +219,9 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
     def download() -> Path:
         part = directory / WRITTEN / uuid.uuid4().hex  # another one each time: an attempt may go on after it timed out
         store.get(remote, part)
-        if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
+        if (came := size_of(part)) != entry["bytes"]:
             part.unlink(missing_ok=True)
-            raise OSError(f"received {came} of {entry['bytes']} bytes")
+            raise OSError(f"received {came or 0} of {entry['bytes']} bytes")
         return part
 
     try:
@@ -237,14 +235,6 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
     path.parent.mkdir(parents=True, exist_ok=True)
     sync(part)
     os.replace(part, path)
-
-
-def _write(path: Path, data: bytes, scratch: Path) -> None:
-    scratch.mkdir(exist_ok=True)
-    temporary = scratch / path.name
-    temporary.write_bytes(data)
-    sync(temporary)
-    os.replace(temporary, path)
 
 
 def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
@@ -269,7 +259,7 @@ def _fetch_newest_of(store: RemoteStore, listed: Listing, output_dir: StrPath, r
         try:
             return _download(store, found, directory)
         except ValueError as error:
-            _pass_over(store, found.name, error)
+            _warn_skipped(store, found.name, error)
     return None
 
 
