@@ -236,7 +236,7 @@ class CheckpointingTrainer(RemoteTrainer):
                 self.mesh, output_dir, source, self.args.overwrite_output_dir, self._store, is_noted=saves
             )
             if self._store is not None:
-                together(self.mesh, "listing the remote checkpoints", self._submit_existing)
+                together(self.mesh, "listing the local checkpoints to upload", self._submit_existing)
             with self._signals:
                 result = super().train(source, *args, **kwargs)
                 self._wait_for_uploads()
