@@ -13,8 +13,8 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from forged import INDEX, NANOTRON, PROGRESS, body_of, sign, tensors, write_checkpoint
 from safetensors.torch import save_file
-from test_forged import INDEX, NANOTRON, PROGRESS, body_of, sign, tensors, write_checkpoint
 from test_inside import ESCAPES
 
 from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
