@@ -108,13 +108,7 @@ def failure(directory: StrPath) -> str | None:
 
 
 def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
-    """Return when all ranks have called `describe`.
-
-    Raises:
-        RuntimeError: as soon as a rank has called `fail`, with its text.
-        TimeoutError: naming the ranks that have not described their files in time.
-        ValueError: if `directory` is not being written.
-    """
+    """Return when all ranks have called `describe`; raise as soon as one has called `fail`, or after `timeout` seconds."""
     folder = Path(directory) / WRITTEN
     deadline, pause = time.monotonic() + timeout, 0.01
     while True:
@@ -140,12 +134,7 @@ def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
 def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: dict[str, Any] | None = None) -> None:
     """Make `directory` a checkpoint, by its marker. By rank 0; when this returns, it would survive a power failure.
 
-    Args:
-        run: which run this is a checkpoint of, as `Run.to_dict` writes it; None for a conversion.
-
-    Raises:
-        RuntimeError, TimeoutError, ValueError: as `wait_for_ranks`.
-        ValueError: if a file is no longer what a rank has described.
+    Raises as `wait_for_ranks`. `run` says whose checkpoint it is, as `Run.to_dict` writes it; None for a conversion.
     """
     directory = Path(directory)
     wait_for_ranks(directory, world_size, timeout)

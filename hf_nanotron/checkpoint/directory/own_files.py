@@ -84,8 +84,7 @@ def own_files(directory: Path) -> set[str]:
 def delete_own(directory: Path) -> list[str]:
     """Delete the own files of a checkpoint that has no marker any more, and the folders that are empty then.
 
-    Returns:
-        what is left and not its own, sorted; if nothing is, the folder is gone.
+    Returns what is left and not its own, sorted; if nothing is, the folder is gone.
     """
     folders = {directory / DIRECTORY}
     for name in sorted(own_files(directory)):

@@ -59,11 +59,9 @@ def run_of(marker: dict[str, Any]) -> Run:
 
 
 def begin_run(known: Iterable[Run], source: Run | None = None, step: int = 0) -> Run:
-    """A new branch, which began after all that are known.
+    """A new branch, which began after all that are `known`, in the folder and in the store.
 
-    Args:
-        known: the runs in the folder and in the store.
-        source: the run of the checkpoint that is resumed; None for a fresh run.
+    It goes on from the run `source` at `step`; None for a fresh run.
     """
     branch = secrets.token_hex(6)
     began = max([time.time(), *(run.began + TICK for run in known)])

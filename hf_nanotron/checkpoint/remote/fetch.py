@@ -67,8 +67,7 @@ class _Stored:
 def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are skipped.
 
-    Args:
-        run: whose; None for the run that was started last, of those in the store.
+    Of `run`; None for the run that was started last, of those in the store.
     """
     at_hand, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
     found = next(_committed(store, listed, run or at_hand), None)
@@ -76,9 +75,7 @@ def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
 
 
 def _committed(store: RemoteStore, listed: Listing, run: Run | None) -> Iterator[_Stored]:
-    """The committed checkpoints of a run in the store, the newest first; damaged ones are skipped. Of any run if `run`
-    is None.
-    """
+    """The committed checkpoints of a run (None: of any), the newest first; damaged ones are skipped."""
     for name, files in listed.items():
         try:
             found = _find(store, name, files)
@@ -98,9 +95,7 @@ def _warn_skipped(store: RemoteStore, name: str, error: ValueError) -> None:
 def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | None:
     """A checkpoint by its marker, None if it has none.
 
-    Args:
-        there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
-            itself: a listing may lag behind.
+    A file that the listing lacks, or has with another length, is asked for itself: a listing may lag behind.
     """
     where = f"{store.url}/{name}"
     for file in there:
@@ -166,9 +161,7 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
 
 
 def _clear_place(found: _Stored, directory: Path) -> None:
-    """Make way for a download: what has the checkpoint's name here and is of another run is moved away; of a link,
-    the link goes.
-    """
+    """Move away what has the checkpoint's name here and is of another run; of a link, the link goes."""
     make_room(directory, found.run)
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
         raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {found.url}.")
@@ -301,11 +294,8 @@ def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:
 
 
 def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: StrPath) -> None:
-    """`fetch_newest`, once for each file system: by rank 0, and by the first rank of each node that does not see
-    rank 0's directory. All ranks together.
-
-    Raises:
-        ValueError, RuntimeError: as `fetch_newest`, on the rank concerned; RuntimeError on the others.
+    """`fetch_newest`, once for each file system: by rank 0, and by the first rank of each node that does not see rank
+    0's directory. All ranks together: where one fails, the others raise RuntimeError.
     """
     what, seen = f"fetching a checkpoint from {store.url}", Path(output_dir, ".rank-0-was-here")
 

@@ -206,10 +206,8 @@ class RemoteStore:
         return self.read(f"{name}/{MARKER}")
 
     def read(self, file: str, largest: int | None = None) -> bytes | None:
-        """The bytes of a small file, None if there is none. Of one that is too large: nothing, which is as damaged.
-
-        Args:
-            largest: how many bytes it may have; None for as many as a marker.
+        """The bytes of a small file, None if there is none. Of one larger than `largest` (None: than a marker may be):
+        nothing, which is as damaged.
         """
         most = LARGEST_MARKER if largest is None else largest
 
@@ -241,11 +239,9 @@ class RemoteStore:
         progress: Callable[[int], None] = lambda _: None,
         seconds: float | None = None,
     ) -> None:
-        """Upload a file.
+        """Upload a file. `progress` is called with the bytes that have arrived.
 
-        Args:
-            progress: called with the bytes that have arrived.
-            seconds: after which it fails if nothing comes through; None for as many as a large file takes.
+        Fails if no data is transferred for `seconds`; None for as many as a large file takes.
         """
 
         def send(callback: Any) -> None:

@@ -79,8 +79,7 @@ class Uploader:
     def submit(self, path: StrPath, keep: Iterable[StrPath] = ()) -> None:
         """Upload a committed checkpoint. Returns at once, whether the store answers or not.
 
-        Args:
-            keep: checkpoints that are deleted on neither side from now on, such as the best one; replaces the last one.
+        From now on the checkpoints in `keep`, such as the best one, are deleted on neither side.
         """
         path = Path(path)
         if not is_committed(path):

@@ -57,10 +57,7 @@ def write_rank(directory: StrPath, rank: int, pieces: Iterable[StatePiece], bloc
     """Write the pieces of one rank: `rank-00003.safetensors`, and `rank-00003.json` for `commit`.
 
     Communicates with nobody. Holds no more host memory than one chunk of 16 MiB, also for tensors on a GPU. A rank
-    without pieces writes the JSON alone.
-
-    Args:
-        block_bytes: bytes under one checksum, a multiple of 8 up to 64 MiB.
+    without pieces writes the JSON alone. `block_bytes`, under one checksum, is a multiple of 8 up to 64 MiB.
     """
     if not 8 <= block_bytes <= MOST_BLOCK_BYTES or block_bytes % 8:
         raise ValueError(f"block_bytes={block_bytes} is not a multiple of 8 up to {MOST_BLOCK_BYTES}.")
@@ -125,14 +122,7 @@ def _write_tensor(file: IO[bytes], tensor: torch.Tensor, block_bytes: int) -> st
 def commit(directory: StrPath, ranks: int, values: dict[str, Any]) -> None:
     """Join what `ranks` ranks have written, and write `index.json`, without which there is no training state.
 
-    By one rank, after all others have returned from `write_rank`.
-
-    Args:
-        values: all that is not a tensor per parameter, for `StoredState.values`.
-
-    Raises:
-        ValueError: if a rank has written nothing, if a parameter is not there exactly once, or if `values` holds
-            something that JSON cannot (see `state_values.encode`).
+    By one rank, after all others have returned from `write_rank`. `values`: all that is not a tensor per parameter.
     """
     directory = Path(directory)
     body: dict[str, Any] = {"format": FORMAT, "version": VERSION, "block_bytes": None}
