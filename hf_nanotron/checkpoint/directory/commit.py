@@ -108,7 +108,7 @@ def failure(directory: StrPath) -> str | None:
 
 
 def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
-    """Return when all ranks have called `describe`; raise as soon as one has called `fail`, or after `timeout` seconds."""
+    """Return when all ranks have called `describe`; raise once one has called `fail`, or after `timeout` seconds."""
     folder = Path(directory) / WRITTEN
     deadline, pause = time.monotonic() + timeout, 0.01
     while True:

@@ -137,7 +137,7 @@ def from_rank_0(mesh: ParallelMesh, value: T) -> T:
 
 
 def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, needs: Iterable[str] = ()) -> None:
-    """`check`, each rank its share of the files. A fault that any rank finds is a ValueError on every rank, the same."""
+    """`check`, each rank its share of the files. A fault that any rank finds is the same ValueError on every rank."""
 
     def find_fault() -> str | None:
         try:
