@@ -261,7 +261,7 @@ class Uploader:
         return fault is not None
 
     def _try(self, path: Path, what: str, action: Callable[[], T]) -> T:
-        """`Attempt`."""
+        """See `Attempt`."""
 
         def pause(seconds: float) -> None:
             with self._changed:
