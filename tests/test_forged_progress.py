@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_forged import INDEX, PROGRESS, Rank, body_of, sign, write_checkpoint
+from forged import INDEX, PROGRESS, Rank, body_of, checkpoint_fixture, made_fixture, sign  # noqa: F401 - fixtures
 
 from hf_nanotron.checkpoint.directory.retention import check_together
 from hf_nanotron.checkpoint.directory.runs import Run, write_record
@@ -26,16 +25,6 @@ from hf_nanotron.convert.folder import load_config
 
 NAN, INF = {"$": "float", "value": "nan"}, {"$": "float", "value": "inf"}
 HUGE = 10**400
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("made"), 2)
-
-
-@pytest.fixture
-def checkpoint(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "checkpoint-2")
 
 
 def refused(action: Callable[[], Any], what: object) -> None:

@@ -337,7 +337,7 @@ def test_a_checkpoint_of_another_program_is_kept_whole(name: str, tmp_path: Path
     save(tmp_path, 5)
     check(directory)
     assert tree(tmp_path / "_kept-checkpoint-5") == before and "notes.txt" not in tree(directory)
-    assert len(told) == 1 and "kept as _kept-checkpoint-5" in told[0]
+    assert len(told) == 1 and "renamed it to _kept-checkpoint-5" in told[0]
     rotate(tmp_path, 1)
     assert tree(tmp_path / "_kept-checkpoint-5") == before
     assert [path.name for path in newest(tmp_path)] == ["checkpoint-5"]

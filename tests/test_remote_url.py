@@ -86,7 +86,7 @@ def test_buckets() -> None:
 
 REFUSED = [
     ("http://host/run", "unsupported protocol 'http'; use one of s3, s3a, gs, "),
-    ("https://user:word@host/run", r"remote_checkpoints='https://\*\*\*@host/run': no checkpoints"),
+    ("https://user:word@host/run", r"remote_checkpoints='https://\*\*\*@host/run': unsupported protocol"),
     ("github://org:repo@main/path", "protocol 'github'"),
     ("zip://a.zip", "protocol 'zip'"),
     ("simplecache::s3://bucket/run", "protocol 'simplecache::s3'"),
@@ -101,9 +101,9 @@ REFUSED = [
     ("s3://key@bucket/run", r"'s3://\*\*\*@bucket/run': s3fs does not accept a user"),
     ("gs://me:word@bucket/run", "gcsfs does not accept a user or password"),
     ("s3://bucket/run?X-Amz-Signature=word", r"run\?X-Amz-Signature=\*\*\*' must not contain a query"),
-    ("s3://bucket/run#1", "no fragment"),
-    ("ftp://me:word@host:port/run", "the port is a number"),
-    ("ftp://me:wo/rd@host/run", "the port is a number"),
+    ("s3://bucket/run#1", "must not contain a query or a fragment"),
+    ("ftp://me:word@host:port/run", "the port must be a number"),
+    ("ftp://me:wo/rd@host/run", "the port must be a number"),
     ("", "is not a URL"),
     ("/a/folder", "is not a URL"),
 ]

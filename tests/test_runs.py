@@ -239,7 +239,7 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     back = start_noted(mesh, here, f"{here}/checkpoint-10/", False)
     assert "resumes from step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
     said = message(lambda: start_run(mesh, here, None, False))
-    assert "has checkpoints of another run (checkpoint-30, checkpoint-20, checkpoint-10), and this one starts" in said
+    assert "contains checkpoints of another run (checkpoint-30, checkpoint-20, checkpoint-10), and this run" in said
     assert str(here) in said and "overwrite_output_dir=False refuses" in said and read_record(here) == back
     assert start_noted(mesh, here, None, True).id != first.id and not told
     fresh = start_noted(mesh, here, None, None)
@@ -342,7 +342,9 @@ def test_a_store_whose_last_run_has_no_checkpoint(tmp_path: Path, told: list[str
     assert newest_remote(store) is None and fetch_newest(store, tmp_path / "full") is None
     assert chosen(tmp_path / "full") is None
     said = message(lambda: start_run(ParallelMesh(ParallelConfig()), tmp_path / "other", None, False, store))
-    assert f"remote_checkpoints='{store.url}' has checkpoints of another run (checkpoint-20, checkpoint-10)" in said
+    assert (
+        f"remote_checkpoints='{store.url}' contains checkpoints of another run (checkpoint-20, checkpoint-10)" in said
+    )
     # Two runs that go on with one store: the first is told, once, who has come later.
     old = Uploader(store, here)
     old.run = X

@@ -447,7 +447,7 @@ def test_files_beside_the_state_are_compared_with_the_marker(checkpoint: Path, t
 def test_other_models_are_refused(checkpoint: Path) -> None:
     (checkpoint / "committed.json").unlink(missing_ok=True)
     edit_config(checkpoint, num_hidden_layers=1)
-    refuse(sharded_to_hub, checkpoint, r"holds model.layers.1.*\(9 tensors\), for which the LlamaForCausalLM")
+    refuse(sharded_to_hub, checkpoint, r"holds model.layers.1.*\(9 tensors\), which the LlamaForCausalLM")
     edit_config(checkpoint, num_hidden_layers=3)
     refuse(sharded_to_hub, checkpoint, r"model.layers.2.*\(9 tensors\) were not trained")
     refuse(hub_to_sharded, checkpoint, "has no tensor 'model.layers.2.")

@@ -39,10 +39,10 @@ def _upload(args: argparse.Namespace) -> None:
     with UploadBar(uploader) as bar:
         while not uploader.wait(0.2) and time.monotonic() < deadline:
             bar.show()
-    missing, figures = uploader.what_is_missing(), uploader.figures
+    missing = uploader.what_is_missing()
     uploader.close()
     if missing:
         raise RuntimeError(missing)
     if uploader.damaged:
         raise RuntimeError(f"Damaged and not uploaded to {uploader.store.url}: {', '.join(uploader.damaged)}.")
-    print(f"{uploader.store.url} is up to date: {figures.checkpoints} checkpoints were uploaded.")
+    print(f"{uploader.store.url} is up to date: {uploader.uploaded} checkpoints were uploaded.")

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..checkpoint.directory.commit import begin, commit as commit_checkpoint, describe
+from ..checkpoint.directory.retention import checkpoints
 from ..checkpoint.directory.verify import MARKER, WRITTEN
 from ..checkpoint.hub.layout import HubLayout, HubSources, layout_of
 from ..checkpoint.hub.model import parse_size, plan_files, write_repository_weights
@@ -162,8 +163,7 @@ def _state_folder(checkpoint: Path) -> Path:
     folder = checkpoint / DIRECTORY
     if folder.is_dir():
         return folder
-    steps = [path for path in checkpoint.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    newest = max(steps, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    newest = next(iter(checkpoints(checkpoint)), None)
     advice = f"name one of its checkpoints, such as {newest}" if newest else "name a checkpoint-N of a run"
     raise FileNotFoundError(f"{checkpoint} has no {DIRECTORY}/; {advice}.")
 
@@ -282,14 +282,11 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
         return Path(source)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"{source} does not exist.")
+    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *TEXTS, "additional_chat_templates/*"]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", *_downloads()]))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except OSError as error:
         raise FileNotFoundError(f"{source} is neither a folder nor available on the Hub: {error}") from error
-
-
-def _downloads() -> list[str]:
-    return [SAFE_WEIGHTS_INDEX_NAME, *TEXTS, "additional_chat_templates/*"]
 
 
 def _check_weights(weights: HubWeights, layout: HubLayout) -> HubSources:

@@ -1,23 +1,14 @@
-"""When a checkpoint is complete: its files, the marker that is written last, and the comparison of the two.
+"""When a checkpoint is complete: its files, and the marker that is written last.
 
-All ranks write `checkpoint-N/` in place, with the same calls in a synchronous save and in a background thread; nothing
-here communicates but through files:
+All ranks write `checkpoint-N/` in place, now or in a background thread, and communicate through files alone:
 
 1. `begin`, by rank 0 before any rank writes;
 2. every rank writes its files, then `describe`s the large ones while they are in its page cache (or says `fail`);
 3. `commit`, by rank 0: waits for all descriptions, describes what is left, and writes `committed.json`.
 
-`committed.json` is JSON with a checksum of itself in its first line: format, version, step, whether the Hub's weights
-are there, and for every file its length and crc32. `training_state/rank-*.safetensors` have no crc32 there: the state's
-own index has one for each of their blocks, made from the tensors themselves, and is under the marker's. A second sum
-over the same bytes would only make saving read them all again. `check` compares those blocks.
-
-Not listed, so free to be edited, removed or added later: `README.md`, which people edit and no run reads, hidden files,
-which belong to Hub and file system tools, symbolic links out of the checkpoint, what was in the folder before the save,
-and whatever appears after the commit. Everything else is part of the run. While a checkpoint is being written it has a
-directory `.written/`, by which one that was interrupted is told from one of another program.
-
-`begin` and `remove` delete a checkpoint's own files alone (`own_files.py`). Of a symbolic link the link goes.
+The marker lists each file with its length and crc32. `training_state/rank-*.safetensors` have none there: the state's
+index, which the marker covers, has one for each of their blocks. Not listed: `README.md`, hidden files, links out of
+the checkpoint, what was there before the save, what appears later. `.written/` is there while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -117,13 +108,7 @@ def failure(directory: StrPath) -> str | None:
 
 
 def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
-    """Return when all ranks have called `describe`.
-
-    Raises:
-        RuntimeError: as soon as a rank has called `fail`, with its text.
-        TimeoutError: naming the ranks that have not described their files in time.
-        ValueError: if `directory` is not being written.
-    """
+    """Return when all ranks have called `describe`; raise once one has called `fail`, or after `timeout` seconds."""
     folder = Path(directory) / WRITTEN
     deadline, pause = time.monotonic() + timeout, 0.01
     while True:
@@ -149,12 +134,7 @@ def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
 def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: dict[str, Any] | None = None) -> None:
     """Make `directory` a checkpoint, by its marker. By rank 0; when this returns, it would survive a power failure.
 
-    Args:
-        run: which run this is a checkpoint of, as `Run.to_dict` writes it; None for a conversion.
-
-    Raises:
-        RuntimeError, TimeoutError, ValueError: as `wait_for_ranks`.
-        ValueError: if a file is no longer what a rank has described.
+    Raises as `wait_for_ranks`. `run` says whose checkpoint it is, as `Run.to_dict` writes it; None for a conversion.
     """
     directory = Path(directory)
     wait_for_ranks(directory, world_size, timeout)

@@ -1,11 +1,7 @@
 """Which files in the folder of a checkpoint are its own, and their deletion: those and no others.
 
-Its own are the files that its marker lists, and those that nothing but a save writes. Of a save that was interrupted
-they are all that a save writes, but for what was there before it. Everything else is somebody's (notes, a README.md
-that was edited, hidden files of tools, sub-folders) and stays where it is.
-
-No symbolic link and no mount point is passed. A link in the place of a file or a folder of the checkpoint goes itself,
-and what it points to is not touched.
+Its own are the files that its marker lists, and those that nothing but a save writes; of an interrupted save, all that
+a save writes, but for what was there before it. A link or a mount point is never followed.
 """
 
 from __future__ import annotations
@@ -88,8 +84,7 @@ def own_files(directory: Path) -> set[str]:
 def delete_own(directory: Path) -> list[str]:
     """Delete the own files of a checkpoint that has no marker any more, and the folders that are empty then.
 
-    Returns:
-        what is left and not its own, sorted; if nothing is, the folder is gone.
+    Returns what is left and not its own, sorted; if nothing is, the folder is gone.
     """
     folders = {directory / DIRECTORY}
     for name in sorted(own_files(directory)):

@@ -1,10 +1,7 @@
 """Which checkpoints of a run there are, which one a resume takes, and which ones are deleted.
 
-A folder may hold checkpoints of several runs, and those that a run left behind when it went back. Only those of the run
-at hand (`runs.py`) are resumed from, count and are deleted. Others go when a checkpoint of the same step is saved.
-
-`checkpoints`, `newest`, `choose` and `rotate` look at files only, so any thread or process may call them. What is named
-`..._together` is for all ranks of a job, which read each byte of a checkpoint once between them.
+Only checkpoints of the run at hand (`runs.py`) are resumed from, counted and deleted. What is named `..._together` is
+for all ranks of a job, which read each byte of a checkpoint once between them; the rest may be called by any thread.
 """
 
 from __future__ import annotations
@@ -96,9 +93,7 @@ def candidates(output_dir: StrPath) -> list[Path]:
 
 
 def choose(output_dir: StrPath, verify: Callable[[Path], None] = check) -> Path | None:
-    """The newest checkpoint of the run at hand that `verify` accepts, None if there is none.
-
-    Warns of each one skipped, and why.
+    """The newest checkpoint of the run at hand that `verify` accepts, None if there is none. Warns of each one skipped.
 
     For `resume_from_checkpoint=True`. A directory that the user has named is `check`ed, and its error is theirs.
     """
@@ -122,11 +117,7 @@ def choose_together(
 ) -> Path | None:
     """`choose`, by all ranks together, the same on each. What rank 0 sees is what counts, and rank 0 warns.
 
-    Args:
-        needs: files that the marker has to list.
-
-    Raises:
-        RuntimeError: if looking failed on another rank for a reason other than the checkpoints.
+    The marker has to list the files in `needs`.
     """
     listed = together(mesh, "looking for checkpoints", lambda: candidates(output_dir) if mesh.rank == 0 else [])
     names = from_rank_0(mesh, [path.name for path in listed])
@@ -146,12 +137,7 @@ def from_rank_0(mesh: ParallelMesh, value: T) -> T:
 
 
 def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, needs: Iterable[str] = ()) -> None:
-    """`check`, each rank its share of the files.
-
-    Raises:
-        ValueError: on every rank the same, if any rank has found a fault.
-        RuntimeError: if checking failed on another rank for another reason.
-    """
+    """`check`, each rank its share of the files. A fault that any rank finds is the same ValueError on every rank."""
 
     def find_fault() -> str | None:
         try:
@@ -177,18 +163,10 @@ def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, ne
 def rotate(output_dir: StrPath, limit: int | None, keep: Iterable[StrPath] = (), run: Run | None = None) -> list[Path]:
     """Delete surplus checkpoints, and what interrupted saves and deletions have left. By rank 0, after a commit.
 
-    What is kept, as by Trainer: the last `limit` committed ones, where the newest and those in `keep` count among them
-    and are kept in any case. Also kept is the newest that has all its files, should a newer one have lost some.
-    Torn directories older than the newest committed one go; newer ones may be about to be written. Checkpoints of
-    other runs and other programs do not count and are left alone, and so are those after the step at which a run went
-    back.
-
-    Args:
-        limit: `save_total_limit`; None or 0: no committed checkpoint is deleted.
-        run: whose checkpoints count; None for those of the run at hand.
-
-    Returns:
-        the checkpoints that are gone.
+    What is kept, as by Trainer: the last `limit` committed ones (None or 0: all), where the newest and those in `keep`
+    count among them and are kept in any case. Also kept is the newest that has all its files, should a newer one have
+    lost some. Torn directories older than the newest committed one go; newer ones may be about to be written. What is
+    not of `run` (None: the run at hand) does not count and is left alone. Returns the checkpoints that are gone.
     """
     clean(output_dir)
     found, marked = checkpoints(output_dir), marked_runs(output_dir)

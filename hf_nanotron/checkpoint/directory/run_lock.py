@@ -33,11 +33,7 @@ class RunLock:
         self._path: Path | None = None
 
     def acquire(self, folder: StrPath) -> str | None:
-        """Take the lock, or keep it.
-
-        Returns:
-            None, or who holds it: a sentence with the folder, the host, the process and its start.
-        """
+        """Take the lock, or keep it. Returns None, or who holds it: folder, host, process and its start, in words."""
         path = Path(folder, LOCK)
         if self._handle is not None and self._path == path:
             return None

@@ -1,11 +1,8 @@
 """Which run a checkpoint is of, and which one is at hand in a folder or a store.
 
-A run has an id, made by its first `train()` and kept by all that resume it. Each `train()` begins a branch. A marker
-names the run, the branch, when the branch began, and the branches before it, each with the last step that counts. So
-where a run went back to an earlier checkpoint, what it had written after that is no longer a part of it.
-
-The run at hand is the branch that began last. Its start is in the markers, and in `_run.json` beside them, for a branch
-that has no checkpoint yet. Checkpoints from before there were ids are one run, older than all others.
+A run has an id, which resumes keep; each `train()` begins a branch of it. A marker names the run, the branch, when it
+began, and the branches before it, each with the last step that counts. The run at hand is the branch that began last,
+by the markers and by `_run.json` beside them. Checkpoints from before there were ids are one run, older than all.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..files.checked import read_checked, write_checked
+from ..files.checked import parse_checked, read_checked, write_checked
 from ..files.disk import StrPath
 from ..files.schema import each, finite, record, row, show, text
 from .run_lock import in_words
@@ -62,11 +59,9 @@ def run_of(marker: dict[str, Any]) -> Run:
 
 
 def begin_run(known: Iterable[Run], source: Run | None = None, step: int = 0) -> Run:
-    """A new branch, which began after all that are known.
+    """A new branch, which began after all that are `known`, in the folder and in the store.
 
-    Args:
-        known: the runs in the folder and in the store.
-        source: the run of the checkpoint that is resumed; None for a fresh run.
+    It goes on from the run `source` at `step`; None for a fresh run.
     """
     branch = secrets.token_hex(6)
     began = max([time.time(), *(run.began + TICK for run in known)])
@@ -113,9 +108,10 @@ def read_record(output_dir: StrPath) -> Run | None:
         return None
 
 
-def writer_of(output_dir: StrPath) -> str:
-    """Who has written the record: a text for people."""
+def parse_record(data: bytes) -> tuple[Run | None, str]:
+    """What `write_record` has noted, of these bytes, and who has: a text for people."""
     try:
-        return in_words(read_checked(Path(output_dir, RECORD)).get("writer"))
-    except (OSError, ValueError):
-        return in_words(None)
+        body = parse_checked(data, RECORD)
+        return Run.from_dict(body), in_words(body.get("writer"))
+    except ValueError:
+        return None, in_words(None)

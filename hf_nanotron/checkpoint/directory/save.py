@@ -50,9 +50,7 @@ class Save:
     def finish(self, mesh: ParallelMesh) -> None:
         """Write, and on rank 0 commit when all ranks have written. Communicates through files alone.
 
-        Raises:
-            OSError, ValueError: if this rank could not write; rank 0 then learns of it.
-            RuntimeError, TimeoutError: on rank 0, if another rank could not.
+        A rank that fails raises its own error, and rank 0 learns of it: RuntimeError or TimeoutError there.
         """
         try:
             self._write(mesh.rank)

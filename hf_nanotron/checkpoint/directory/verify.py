@@ -168,8 +168,7 @@ def check_sum(path: Path, expected: str | None) -> None:
 def check_blocks(path: Path, index: StateIndex, name: str | None = None) -> None:
     """Compare a file of the training state with the checksums in its index, which cover every byte of it.
 
-    Args:
-        name: of the file in the index, if it has another one while it is written.
+    `name`: of the file in the index, if it has another one while it is written.
     """
     name = name or path.name
     if name not in index.files:

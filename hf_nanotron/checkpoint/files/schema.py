@@ -127,10 +127,8 @@ def each(item: Rule, longest: int = MOST) -> Rule:
     def rule(value: Any) -> str | None:
         if type(value) is not list or len(value) > longest:
             return f" is {show(value)}, not a list" + (f" of at most {longest} items" if longest < MOST else "")
-        for index, content in enumerate(value):
-            if (fault := item(content)) is not None:
-                return f"[{index}]{fault}"
-        return None
+        faults = ((index, item(content)) for index, content in enumerate(value))
+        return next((f"[{index}]{fault}" for index, fault in faults if fault is not None), None)
 
     return rule
 
@@ -141,10 +139,8 @@ def row(*items: Rule) -> Rule:
     def rule(value: Any) -> str | None:
         if type(value) is not list or len(value) != len(items):
             return f" is {show(value)}, not a list of {len(items)} items"
-        for index, item in enumerate(items):
-            if (fault := item(value[index])) is not None:
-                return f"[{index}]{fault}"
-        return None
+        faults = ((index, item(content)) for index, (item, content) in enumerate(zip(items, value, strict=True)))
+        return next((f"[{index}]{fault}" for index, fault in faults if fault is not None), None)
 
     return rule
 

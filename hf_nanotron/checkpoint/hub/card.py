@@ -17,10 +17,8 @@ from ...version import __version__
 def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields: Any) -> None:
     """Write Trainer's card with the batch sizes that this run had, its parallel sizes, and our version.
 
-    Trainer multiplies batch sizes by the number of processes, as if each read samples of its own.
-
-    Args:
-        fields: of `Trainer.create_model_card`. Tags of an earlier card are kept.
+    Trainer multiplies batch sizes by the number of processes, as if each read samples of its own. `fields` are those of
+    `Trainer.create_model_card`. Tags of an earlier card are kept.
     """
     tags = fields.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)

@@ -234,8 +234,7 @@ class HubLayout:
 def hub_layout(model: PreTrainedModel, tied: Mapping[str, str] | None = None) -> HubLayout:
     """The layout of a whole stock model, which may be on the meta device.
 
-    Args:
-        tied: parameter -> the parameter it shares storage with; default: what the model declares and has.
+    `tied`: parameter -> the parameter it shares storage with; default: what the model declares and has.
     """
     state = model.state_dict(keep_vars=True)
     ignored = set(model._keys_to_ignore_on_save or ())

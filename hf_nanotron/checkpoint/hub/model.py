@@ -250,8 +250,7 @@ def write_repository_weights(
 ) -> None:
     """Write the tensors of a Hub repository, which come in the order of `shapes`, by one process alone.
 
-    Args:
-        numel: elements of all parameters, for the index.
+    `numel`: elements of all parameters, for the index.
     """
     files = plan_files(shapes, dict.fromkeys(shapes, 0), dtypes, parse_size(max_shard_size))
     for file_name, names in files.items():

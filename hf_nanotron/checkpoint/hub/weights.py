@@ -40,8 +40,7 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
 def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, Iterable[str]]) -> None:
     """Refuse files that hold a tensor twice, or another than the index says: which counts would depend on the reader.
 
-    Args:
-        held: file -> the tensors in it.
+    `held`: file -> the tensors in it.
     """
     holder: dict[str, str] = {}
     for file, names in held.items():

@@ -20,7 +20,7 @@ class UploadBar:
     def __enter__(self) -> UploadBar:
         if self._uploader is not None and self._uploader.is_busy:
             sent, total = self._uploader.progress()
-            self._before = self._uploader.figures.bytes
+            self._before = self._uploader.uploaded_bytes
             self._bar = tqdm(
                 desc=f"uploading to {self._uploader.store.url}",
                 total=total - self._before,

@@ -1,7 +1,6 @@
 """Resume from a store: the newest committed remote checkpoint comes into the output directory.
 
-Everything after that is a resume from a local checkpoint, with all its checks. A download that was interrupted has no
-marker, so it is not taken for a checkpoint, and the next one fetches only what is missing.
+An interrupted download has no marker, so it is not taken for a checkpoint; the next one fetches only what is missing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from ..directory.verify import (
     parse_marker,
     read_state_index,
 )
-from ..files.disk import StrPath, sync
+from ..files.disk import StrPath, durable_file, size_of, sync
 from ..files.inside import find_clash, find_fault, inside
 from ..state.index import StateIndex
 from ..state.progress import check_progress
@@ -68,8 +67,7 @@ class _Stored:
 def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
     """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are skipped.
 
-    Args:
-        run: whose; None for the run that was started last, of those in the store.
+    Of `run`; None for the run that was started last, of those in the store.
     """
     at_hand, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
     found = next(_committed(store, listed, run or at_hand), None)
@@ -77,31 +75,27 @@ def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
 
 
 def _committed(store: RemoteStore, listed: Listing, run: Run | None) -> Iterator[_Stored]:
-    """The committed checkpoints of a run in the store, the newest first; damaged ones are skipped. Of any run if `run`
-    is None.
-    """
+    """The committed checkpoints of a run (None: of any), the newest first; damaged ones are skipped."""
     for name, files in listed.items():
         try:
             found = _find(store, name, files)
         except StoreError:
             raise  # an outage is no reason to begin at an earlier one
         except ValueError as error:
-            _pass_over(store, name, error)
+            _warn_skipped(store, name, error)
         else:
             if found is not None and found.is_of(run):
                 yield found
 
 
-def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
+def _warn_skipped(store: RemoteStore, name: str, error: ValueError) -> None:
     logger.warning(f"skipping {store.url}/{name}, trying an earlier checkpoint: {error}")
 
 
 def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | None:
     """A checkpoint by its marker, None if it has none.
 
-    Args:
-        there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
-            itself: a listing may lag behind.
+    A file that the listing lacks, or has with another length, is asked for itself: a listing may lag behind.
     """
     where = f"{store.url}/{name}"
     for file in there:
@@ -157,16 +151,17 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
     _complete(store, found, directory, list(files), index, workers)
     if not is_marked(directory, found.data):
         sync(directory)
-        _write(directory / MARKER, found.data, parts)
+        parts.mkdir(exist_ok=True)
+        with durable_file(parts / MARKER) as file:
+            file.write(found.data)
+        os.replace(parts / MARKER, directory / MARKER)
         sync(directory)
     shutil.rmtree(parts, ignore_errors=True)
     return directory
 
 
 def _clear_place(found: _Stored, directory: Path) -> None:
-    """Make way for a download: what has the checkpoint's name here and is of another run is moved away; of a link,
-    the link goes.
-    """
+    """Move away what has the checkpoint's name here and is of another run; of a link, the link goes."""
     make_room(directory, found.run)
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
         raise ValueError(f"{directory} is not a checkpoint of this program; move it away to fetch {found.url}.")
@@ -178,12 +173,7 @@ def _clear_place(found: _Stored, directory: Path) -> None:
 
 
 def _complete(
-    store: RemoteStore,
-    found: _Stored,
-    directory: Path,
-    names: list[str],
-    index: StateIndex | None,
-    workers: int,
+    store: RemoteStore, found: _Stored, directory: Path, names: list[str], index: StateIndex | None, workers: int
 ) -> None:
     """Download those files of these `names` that are not here, large ones first."""
     files = found.files
@@ -199,9 +189,9 @@ def _complete(
 def _is_here(directory: Path, file: str, entry: dict[str, Any], index: StateIndex | None) -> bool:
     """Whether a local file has the length and the checksum that the remote marker names."""
     path = directory / file
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
-        return False
     try:
+        if size_of(path) != entry["bytes"]:
+            return False
         _check_content(path, path.name, entry, index)
     except (ValueError, OSError):
         return False
@@ -222,9 +212,9 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
     def download() -> Path:
         part = directory / WRITTEN / uuid.uuid4().hex  # another one each time: an attempt may go on after it timed out
         store.get(remote, part)
-        if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
+        if (came := size_of(part)) != entry["bytes"]:
             part.unlink(missing_ok=True)
-            raise OSError(f"received {came} of {entry['bytes']} bytes")
+            raise OSError(f"received {came or 0} of {entry['bytes']} bytes")
         return part
 
     try:
@@ -238,14 +228,6 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
     path.parent.mkdir(parents=True, exist_ok=True)
     sync(part)
     os.replace(part, path)
-
-
-def _write(path: Path, data: bytes, scratch: Path) -> None:
-    scratch.mkdir(exist_ok=True)
-    temporary = scratch / path.name
-    temporary.write_bytes(data)
-    sync(temporary)
-    os.replace(temporary, path)
 
 
 def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
@@ -270,7 +252,7 @@ def _fetch_newest_of(store: RemoteStore, listed: Listing, output_dir: StrPath, r
         try:
             return _download(store, found, directory)
         except ValueError as error:
-            _pass_over(store, found.name, error)
+            _warn_skipped(store, found.name, error)
     return None
 
 
@@ -312,11 +294,8 @@ def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:
 
 
 def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: StrPath) -> None:
-    """`fetch_newest`, once for each file system: by rank 0, and by the first rank of each node that does not see
-    rank 0's directory. All ranks together.
-
-    Raises:
-        ValueError, RuntimeError: as `fetch_newest`, on the rank concerned; RuntimeError on the others.
+    """`fetch_newest`, once for each file system: by rank 0, and by the first rank of each node that does not see rank
+    0's directory. All ranks together: where one fails, the others raise RuntimeError.
     """
     what, seen = f"fetching a checkpoint from {store.url}", Path(output_dir, ".rank-0-was-here")
 

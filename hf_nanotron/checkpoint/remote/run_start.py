@@ -22,11 +22,7 @@ LISTED = 5  # checkpoints in a message
 
 
 def lock_together(mesh: ParallelMesh, lock: RunLock, output_dir: StrPath) -> None:
-    """Take the lock on rank 0.
-
-    Raises:
-        ValueError: on every rank, if another process has it, naming the folder, the host, the process and its start.
-    """
+    """Take the lock on rank 0. ValueError on every rank, if another process has it, naming it and its start."""
     what = f"locking {os.fspath(output_dir)}"
     holder = together(mesh, what, lambda: lock.acquire(output_dir) if mesh.rank == 0 else None)
     refuse_together(
@@ -47,11 +43,8 @@ def start_run(
 ) -> Run:
     """The run that begins, or goes on, with this `train()`. The same on every rank. Writes nothing.
 
-    Args:
-        is_noted: whether the run saves by itself, and so has to agree with what is in the folder.
-
-    Raises:
-        ValueError: on every rank, if there are checkpoints of other runs, and `overwrite` says no.
+    `is_noted`: whether the run saves by itself, and so has to agree with what is in the folder. ValueError on every
+    rank, if there are checkpoints of other runs and `overwrite` says no.
     """
     found: list[Run] = []
 

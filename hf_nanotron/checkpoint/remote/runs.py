@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers.utils import logging
 from ..directory.commit import remove
 from ..directory.own_files import set_aside
 from ..directory.retention import step_of
-from ..directory.runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
+from ..directory.runs import RECORD, Run, latest, marked_run, parse_record, read_record, run_of
 from ..directory.verify import MARKER, parse_marker
 from ..files.disk import StrPath
 from .store import Listing, RemoteStore, in_parallel
@@ -70,11 +69,8 @@ class StoredRuns:
 
     def record(self) -> tuple[Run | None, str]:
         """The run that the store names as the one at hand, and who writes it: host, process and start, for people."""
-        if (data := self.store.read(RECORD, LARGEST_RECORD)) is None:
-            return None, ""
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, RECORD).write_bytes(data)
-            return read_record(folder), writer_of(folder)
+        data = self.store.read(RECORD, LARGEST_RECORD)
+        return (None, "") if data is None else parse_record(data)
 
     def at_hand(self) -> tuple[Run | None, Listing]:
         """The run that was started last, of those that are in the store, and what the store lists."""

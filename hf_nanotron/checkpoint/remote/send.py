@@ -34,9 +34,7 @@ class Attempt(Protocol):
 
 
 class Sender:
-    """
-    Args:
-        attempt: does whatever asks the store.
+    """Sends checkpoints, one after the other; `attempt` does whatever asks the store.
 
     Attributes:
         sent: bytes by file, of the checkpoint on its way.

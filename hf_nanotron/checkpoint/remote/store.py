@@ -1,14 +1,8 @@
 """A place for checkpoints outside the machine, by fsspec URL: `s3://bucket/run`, `gs://...`, `file:///...`.
 
-Below the URL lie the same `checkpoint-N/` as in the output directory. The marker (`committed.json`) is the last object
-written and the first one removed: a checkpoint that has it is complete, whatever was interrupted. What an interrupted
-multipart upload leaves in a bucket is invisible here; a lifecycle rule of the bucket is what ends it.
-
-Credentials, region and endpoint come from the usual places of the protocol's package (for S3 the environment with
-`AWS_ENDPOINT_URL`, `~/.aws`, fsspec's configuration) or from `storage_options`; host, user and password of a server
-may be in the URL.
-
-A listing may lag behind, and is never what decides: whether a file is there, and how long it is, its own entry says.
+Below the URL lie the same `checkpoint-N/` as in the output directory. The marker (`committed.json`) is written last and
+removed first. Credentials, region and endpoint come from the usual places of the protocol's package, from the URL of a
+server, or from `storage_options`. A listing may lag behind: whether a file is there, its own entry decides.
 """
 
 from __future__ import annotations
@@ -18,6 +12,8 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,26 +137,28 @@ class RemoteStore:
         dead server does for some packages.
         """
         seconds = self.stall_seconds if seconds is None else seconds
-        progress, done = _Progress(), threading.Event()
-        outcome: list[T] = []
-        errors: list[BaseException] = []
+        progress, outcome = _Progress(), Future[T]()
 
         def work() -> None:
             try:
-                outcome.append(action(progress))
+                outcome.set_result(action(progress))
             except BaseException as error:
-                errors.append(error)
-            done.set()
+                outcome.set_exception(error)
 
         threading.Thread(target=work, name="remote-checkpoint-transfer", daemon=True).start()
         seen = 0
-        while not done.wait(seconds):
+        while not futures.wait([outcome], seconds).done:
             if (now := progress.seen()) == seen:
                 raise TimeoutError(f"no data was transferred in {seconds:g} s")
             seen = now
-        if errors:
-            raise errors[0]
-        return outcome[0]
+        return outcome.result()
+
+    def _if_there(self, action: Callable[[Callback], T]) -> T | None:
+        """`_watched`; None if there is no such file."""
+        try:
+            return self._watched(action)
+        except FileNotFoundError:
+            return None
 
     # ---- checkpoints ----
 
@@ -212,10 +210,8 @@ class RemoteStore:
         return self.read(f"{name}/{MARKER}")
 
     def read(self, file: str, largest: int | None = None) -> bytes | None:
-        """The bytes of a small file, None if there is none. Of one that is too large: nothing, which is as damaged.
-
-        Args:
-            largest: how many bytes it may have; None for as many as a marker.
+        """The bytes of a small file, None if there is none. Of one larger than `largest` (None: than a marker may be):
+        nothing, which is as damaged.
         """
         most = LARGEST_MARKER if largest is None else largest
 
@@ -223,10 +219,7 @@ class RemoteStore:
             path = f"{self.root}/{file}"
             return self.fs.cat_file(path) if self.fs.info(path)["size"] <= most else b""
 
-        try:
-            return self._watched(take)
-        except FileNotFoundError:
-            return None
+        return self._if_there(take)
 
     def size(self, file: str) -> int | None:
         """Bytes of a file in the store, by its own entry and not by a listing; None if there is none."""
@@ -235,23 +228,14 @@ class RemoteStore:
             self.fs.invalidate_cache()
             return self.fs.info(f"{self.root}/{file}")["size"]
 
-        try:
-            return self._watched(look)
-        except FileNotFoundError:
-            return None
+        return self._if_there(look)
 
     def put(
-        self,
-        source: Path,
-        file: str,
-        progress: Callable[[int], None] = lambda _: None,
-        seconds: float | None = None,
+        self, source: Path, file: str, progress: Callable[[int], None] = lambda _: None, seconds: float | None = None
     ) -> None:
-        """Upload a file.
+        """Upload a file. `progress` is called with the bytes that have arrived.
 
-        Args:
-            progress: called with the bytes that have arrived.
-            seconds: after which it fails if nothing comes through; None for as many as a large file takes.
+        Fails if no data is transferred for `seconds`; None for as many as a large file takes.
         """
 
         def send(callback: Any) -> None:
@@ -272,10 +256,7 @@ class RemoteStore:
 
     def remove_file(self, file: str) -> None:
         """Delete a file, if it is there."""
-        try:
-            self._watched(lambda _: self.fs.rm_file(f"{self.root}/{file}"))
-        except FileNotFoundError:
-            pass
+        self._if_there(lambda _: self.fs.rm_file(f"{self.root}/{file}"))
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint, its marker first."""
@@ -291,17 +272,12 @@ class RemoteStore:
 
 
 class _Progress(Callback):
-    """How many bytes of a file have been transferred.
-
-    Attributes:
-        tell: is called with their number.
-        target: the file that is being written here, which grows where a package does not call.
-    """
+    """How many bytes of a file have been transferred."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tell: Callable[[int], None] = lambda _: None
-        self.target: Path | None = None
+        self.tell: Callable[[int], None] = lambda _: None  # is called with their number
+        self.target: Path | None = None  # the file that is being written here, which grows where a package is silent
 
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
         self.tell(self.value)

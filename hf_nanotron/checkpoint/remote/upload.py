@@ -1,13 +1,8 @@
-"""Upload committed checkpoints while training goes on, and delete the surplus on both sides.
+"""Upload committed checkpoints while training goes on, and delete the surplus on both sides. By rank 0 alone.
 
-By rank 0 alone: a checkpoint is committed only once rank 0 sees the files of all ranks, so it can also send them, and
-there is one writer, which knows when the marker's turn has come. Several files go at a time, large ones in parts.
-
-A store that fails ends no run: the checkpoints are safe here. What failed is tried again, with longer and longer
-pauses, for as long as there is room for the checkpoints that wait (`LocalSpace`).
-
-An upload that was interrupted has no marker and so does not exist. The next run with the same output directory begins
-it again (`submit_existing`); if the local checkpoint is gone too, what is left is deleted once a newer one is there.
+A store that fails ends no run: what failed is tried again, with longer and longer pauses, for as long as there is room
+for the checkpoints that wait (`LocalSpace`). An interrupted upload has no marker and so does not exist; the next run
+with the same output directory begins it again (`submit_existing`), or a newer checkpoint has what is left deleted.
 """
 
 from __future__ import annotations
@@ -16,9 +11,7 @@ import atexit
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,24 +30,6 @@ from .store import RemoteStore
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 END_SECONDS = 5.0  # given to a running upload when the program ends
-
-
-@dataclass
-class UploadFigures:
-    """What has been uploaded so far. `seconds` is the time spent on it, pauses between attempts included."""
-
-    checkpoints: int = 0
-    files: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-
-    def add(self, sizes: list[int], seconds: float) -> None:
-        """Count a checkpoint by the bytes of its files; none was uploaded if there are none."""
-        if sizes:
-            self.checkpoints += 1
-            self.files += len(sizes)
-            self.bytes += sum(sizes)
-            self.seconds += seconds
 
 
 class Uploader:
@@ -82,7 +57,7 @@ class Uploader:
         self.store, self.output_dir = store, Path(output_dir)
         self.keep_local, self.save_total_limit = keep_local, save_total_limit
         self.space = space or LocalSpace()
-        self.figures = UploadFigures()
+        self.uploaded, self.uploaded_bytes = 0, 0  # checkpoints, and bytes of their files
         self.damaged: list[str] = []  # names of local checkpoints that are not uploaded, since they are not whole
         store.retry.note = self._note
         self.run: Run | None = None  # whose checkpoints are uploaded and counted; None for the run at hand
@@ -104,8 +79,7 @@ class Uploader:
     def submit(self, path: StrPath, keep: Iterable[StrPath] = ()) -> None:
         """Upload a committed checkpoint. Returns at once, whether the store answers or not.
 
-        Args:
-            keep: checkpoints that are deleted on neither side from now on, such as the best one; replaces the last one.
+        From now on the checkpoints in `keep`, such as the best one, are deleted on neither side.
         """
         path = Path(path)
         if not is_committed(path):
@@ -147,7 +121,7 @@ class Uploader:
         """Bytes that have been uploaded so far, and those bytes with the ones that wait."""
         with self._changed:
             waiting, sent = list(dict.fromkeys(self._waiting)), sum(self._sender.sent.values())
-        done = self.figures.bytes
+        done = self.uploaded_bytes
         return done + sent, done + max(sum(map(bytes_of, waiting)), sent)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -244,7 +218,6 @@ class Uploader:
                     return
                 path = self._waiting[0]
             sizes: list[int] = []
-            start = time.monotonic()
             try:
                 if self._is_wanted(path) and not self._is_damaged(path):
                     self._runs.look_for_others(self.run, self.output_dir)
@@ -265,7 +238,7 @@ class Uploader:
                 continue
             with self._changed:
                 self._sender.sent.clear()
-                self.figures.add(sizes, time.monotonic() - start)
+                self.uploaded, self.uploaded_bytes = self.uploaded + bool(sizes), self.uploaded_bytes + sum(sizes)
                 if path in self._waiting:
                     self._waiting.remove(path)
                 self._found.discard(path)
@@ -288,7 +261,7 @@ class Uploader:
         return fault is not None
 
     def _try(self, path: Path, what: str, action: Callable[[], T]) -> T:
-        """`Attempt`."""
+        """See `Attempt`."""
 
         def pause(seconds: float) -> None:
             with self._changed:

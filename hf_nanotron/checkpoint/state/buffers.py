@@ -37,12 +37,7 @@ def buffer_pieces(model: ShardedModel) -> list[StatePiece]:
 
 
 def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None:
-    """Restore the persistent buffers of `model` from the training state of a checkpoint. All ranks together.
-
-    Raises:
-        ValueError: if one is not there, has another shape, or is damaged.
-        RuntimeError: if another rank has failed.
-    """
+    """Restore the persistent buffers of `model` from the training state of a checkpoint. All ranks together."""
 
     def load() -> None:
         if not model.hub_layout.buffers:

@@ -1,12 +1,8 @@
 """The files of a training state: fp32 masters and optimizer state by Hub name and slice. Written here.
 
-`training_state/` holds a safetensors file for each rank that writes and, written last, `index.json`: what every tensor
-is (Hub name, shape, slice, kind, dtype), where it lies, checksums, and all values that are not tensors. No file depends
-on the number of ranks that read, and there is no pickle.
-
-Tensors are 1-D, `<hub name>|<kind>|<start>` in the file's own header, so any safetensors tool reads them. The header
-also has a digest of where in their Hub tensors they lie, and is compared with the index. Checksums are
-crc32 of blocks of 1 MiB: a reader that wants a part of a tensor verifies exactly the bytes it has read.
+`training_state/` holds a safetensors file for each rank that writes and, written last, `index.json`. Tensors are 1-D,
+`<hub name>|<kind>|<start>`. Checksums are crc32 of blocks of 1 MiB, so a reader verifies exactly the bytes that it
+reads, on any number of ranks. The header of a file has a digest of where in their Hub tensors its pieces lie.
 """
 
 from __future__ import annotations
@@ -61,10 +57,7 @@ def write_rank(directory: StrPath, rank: int, pieces: Iterable[StatePiece], bloc
     """Write the pieces of one rank: `rank-00003.safetensors`, and `rank-00003.json` for `commit`.
 
     Communicates with nobody. Holds no more host memory than one chunk of 16 MiB, also for tensors on a GPU. A rank
-    without pieces writes the JSON alone.
-
-    Args:
-        block_bytes: bytes under one checksum, a multiple of 8 up to 64 MiB.
+    without pieces writes the JSON alone. `block_bytes`, under one checksum, is a multiple of 8 up to 64 MiB.
     """
     if not 8 <= block_bytes <= MOST_BLOCK_BYTES or block_bytes % 8:
         raise ValueError(f"block_bytes={block_bytes} is not a multiple of 8 up to {MOST_BLOCK_BYTES}.")
@@ -129,14 +122,7 @@ def _write_tensor(file: IO[bytes], tensor: torch.Tensor, block_bytes: int) -> st
 def commit(directory: StrPath, ranks: int, values: dict[str, Any]) -> None:
     """Join what `ranks` ranks have written, and write `index.json`, without which there is no training state.
 
-    By one rank, after all others have returned from `write_rank`.
-
-    Args:
-        values: all that is not a tensor per parameter, for `StoredState.values`.
-
-    Raises:
-        ValueError: if a rank has written nothing, if a parameter is not there exactly once, or if `values` holds
-            something that JSON cannot (see `state_values.encode`).
+    By one rank, after all others have returned from `write_rank`. `values`: all that is not a tensor per parameter.
     """
     directory = Path(directory)
     body: dict[str, Any] = {"format": FORMAT, "version": VERSION, "block_bytes": None}

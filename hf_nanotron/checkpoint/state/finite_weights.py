@@ -20,14 +20,10 @@ def first_nonfinite(
 ) -> tuple[str, int] | None:
     """The first weight or persistent buffer, in model order, with an element that is not finite in the compute dtype.
 
-    All ranks together, the same on each. The host waits for the device once.
+    All ranks together, the same on each. The host waits for the device once. `weights` has the masters of what is
+    trained; the rest is read from `model`, and the optimizer's state of each weight is looked at after all weights.
 
-    Args:
-        weights: masters of what is trained; the rest is read from `model`.
-
-    Returns:
-        what it is ("the weight 'lm_head.weight'") and the lowest rank that holds such an element; None if all are
-        finite.
+    Returns what it is ("the weight 'lm_head.weight'") and the lowest rank that holds such an element, or None.
     """
     largest = torch.finfo(weights.compute_dtype).max  # above, a master is rounded to infinity
     named = [(_weight(segment.spec.name), segment.master.detach(), largest) for segment in weights.segments]

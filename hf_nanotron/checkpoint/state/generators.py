@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import safe_globals
 from ..files.schema import EARLIER
 
 LARGEST = 1 << 26  # bytes; the states of eight GPUs take 40 KiB
+FAULTS = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, ArithmeticError)
 
 
 def check_generators(path: Path) -> None:
@@ -29,14 +30,6 @@ def check_generators(path: Path) -> None:
         torch.Generator().set_state(found["cpu"])
     except OSError:
         raise
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-    ) as error:
+    except FAULTS as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         raise ValueError(f"{path} does not hold the states of random number generators ({why}); {EARLIER}.") from error

@@ -72,11 +72,7 @@ class StoredState:
         return copy.deepcopy(self._index.scalars.get(name, {}))
 
     def check(self, wanted: Slice, kind: str) -> None:
-        """Refuse what `fill` could not read. Reads nothing.
-
-        Raises:
-            ValueError: if the tensor or the kind is not there, or the tensor has another shape.
-        """
+        """Refuse what `fill` could not read. Reads nothing."""
         where = self.directory / INDEX
         if wanted.name not in self._pieces:
             raise ValueError(f"{where} has no tensor {wanted.name!r}, which the model needs; is it of the same model?")
@@ -95,11 +91,7 @@ class StoredState:
     # ---- reading ----
 
     def fill(self, wanted: Slice, kind: str, out: torch.Tensor) -> None:
-        """Read one kind of a slice into `out`, converted to its dtype.
-
-        Args:
-            out: 1-D, `wanted.numel` elements, on any device.
-        """
+        """Read one kind of a slice into `out`, 1-D with `wanted.numel` elements on any device, in its dtype."""
         if wanted.numel == 0:
             return
         self.check(wanted, kind)

@@ -65,8 +65,7 @@ def is_number(value: Any) -> bool:
 def check_scalars(saved: dict[str, Any], optimizer: Any, is_stepped: bool, where: str) -> None:
     """Refuse what an optimizer could not have kept for a parameter: above all its number of steps.
 
-    Args:
-        is_stepped: whether it keeps tensors for the parameter.
+    `is_stepped`: whether it keeps tensors for the parameter.
     """
     if is_stepped and "step" not in saved and COUNTING & {base.__name__ for base in type(optimizer).__mro__}:
         raise ValueError(f"{where} has no 'step', which {type(optimizer).__name__} keeps; {EARLIER}.")

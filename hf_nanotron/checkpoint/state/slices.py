@@ -196,27 +196,25 @@ def find_fault(slices: Iterable[Slice]) -> str | None:
     ((shape, dim),) = kinds
     if dim is not None:
         cuts = [cut for _, _, ranges in parts for cut in ranges]
-        if (fault := _interval_fault(cuts, shape[dim])) is not None:
-            return f"{fault} of dimension {dim}"
+        if (fault := _interval_fault(cuts, shape[dim], f" of dimension {dim}")) is not None:
+            return fault
     for pieces in parts.values():
         numel = prod(pieces[0].spec.local_shape)
-        if (fault := _interval_fault([(piece.start, piece.stop) for piece in pieces], numel)) is not None:
-            return f"{fault}{pieces[0].cut}"
+        if (fault := _interval_fault([(each.start, each.stop) for each in pieces], numel, pieces[0].cut)) is not None:
+            return fault
     return None
 
 
-def _interval_fault(intervals: list[tuple[int, int]], size: int) -> str | None:
+def _interval_fault(intervals: list[tuple[int, int]], size: int, where: str) -> str | None:
     """Why half-open `intervals` are not a partition of `[0, size)`."""
     reached = 0
     for start, stop in [*sorted(i for i in intervals if i[0] < i[1]), (size, size)]:
         if start > reached:
-            return f"elements {reached}:{start} are missing"
+            return f"elements {reached}:{start}{where} are missing"
         if start < reached:
-            return (
-                f"elements {start}:{min(stop, reached)} are stored more than once"
-                if start < size
-                else (f"elements {size}:{reached} are beyond its end")
-            )
+            if start >= size:
+                return f"elements {size}:{reached}{where} are beyond its end"
+            return f"elements {start}:{min(stop, reached)}{where} are stored more than once"
         reached = stop
     return None
 

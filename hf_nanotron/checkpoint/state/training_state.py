@@ -66,14 +66,7 @@ def load_training_state(
     """Restore masters, optimizer and scheduler from what a job of any layout has written. All ranks together.
 
     The model's own parameters follow with `ShardedWeights.publish`. If this fails, masters and optimizer may hold a
-    part of the checkpoint: load another one, or stop.
-
-    Returns:
-        the `extra` of `state_values`.
-
-    Raises:
-        ValueError: if the state is missing, damaged or incomplete, of another model or another kind of optimizer.
-        RuntimeError: if another rank has failed, which says why itself.
+    part of the checkpoint: load another one, or stop. Returns the `extra` of `state_values`.
     """
     folder = Path(directory) / DIRECTORY
 

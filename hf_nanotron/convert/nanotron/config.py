@@ -26,22 +26,10 @@ FAMILIES = {
 }
 
 # The same name and the same meaning on both sides.
-SAME = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "use_cache",
-    "vocab_size",
+SAME = tuple(
+    "bos_token_id eos_token_id pad_token_id hidden_act hidden_size initializer_range intermediate_size "
+    "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps "
+    "tie_word_embeddings use_cache vocab_size".split()
 )
 
 # Converted by hand: rotary embeddings, and biases that decide which Hub family the model is.
@@ -54,14 +42,9 @@ RUN_ONLY = {
     "z_loss_enabled": False,
     "z_loss_coefficient": 0.0001,
 }
-RUN_ONLY_QWEN2 = (
-    "flex_attention_mask",
-    "_fused_rotary_emb",
-    "_fused_rms_norm",
-    "_use_qkv_packed",
-    "_use_doc_masking",
-    "log_attn_probs",
-    "ring_attn_heads_k_stride",
+RUN_ONLY_QWEN2 = tuple(
+    "flex_attention_mask _fused_rotary_emb _fused_rms_norm _use_qkv_packed _use_doc_masking log_attn_probs "
+    "ring_attn_heads_k_stride".split()
 )
 
 # nanotron fields that change the computation in ways the two Hub families here do not have.

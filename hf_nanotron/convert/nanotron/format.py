@@ -97,13 +97,7 @@ def format_slices(pairs: Iterable[tuple[Slices, Slices]]) -> str:
 
 
 def find_shards(step: Path, parameter: Parameter) -> list[Shard]:
-    """The files of one parameter, in order of tensor-parallel rank, from their headers alone.
-
-    Raises:
-        FileNotFoundError: if a rank's file is missing.
-        ValueError: if a header does not describe the share of the rank in its file's name, or files of several runs
-            are mixed.
-    """
+    """The files of one parameter, in order of tensor-parallel rank, from their headers alone."""
     *folders, kind = parameter.name.split(".")
     folder = step.joinpath("model", *folders)
     present = {path.name for path in folder.glob(f"model_{kind}*.safetensors")}
@@ -278,8 +272,7 @@ def load_tensor(path: Path, name: str) -> torch.Tensor:
 def one_dtype(dtypes: dict[str, str]) -> torch.dtype:
     """The dtype that all tensors share: a mix would lose precision on loading, as the configuration states one.
 
-    Args:
-        dtypes: where a tensor is -> its dtype, as safetensors calls it.
+    `dtypes`: where a tensor is -> its dtype, as safetensors calls it.
     """
     first, expected = next(iter(dtypes.items()))
     for where, dtype in dtypes.items():

@@ -33,13 +33,7 @@ class RankMasters:
 
 
 def open_masters(step: Path) -> list[RankMasters]:
-    """The files of all ranks, by pipeline rank.
-
-    Raises:
-        FileNotFoundError: if there are no optimizer files, or a rank's is missing.
-        ValueError: if a file is truncated, holds anything but tensors and plain containers, has no masters, or is one
-            too many.
-    """
+    """The files of all ranks, by pipeline rank. Nothing is unpickled but tensors and plain containers."""
     folder = step / "optimizer"
     if any(folder.glob("optimizer_*_dp-*.pt")):
         raise ValueError(
@@ -93,10 +87,6 @@ def check_masters(step: Path, files: Sequence[RankMasters], shards: Mapping[str,
     """The masters of every shard, after comparing each with its weights, which are read for it.
 
     A tied embedding stands in the first and in the last stage's file; the first stage's is taken, as for the weights.
-
-    Raises:
-        ValueError: naming the first parameter that has no such master, or the first master that does not round to the
-            weights: of another rank, step or run.
     """
     masters: dict[tuple[str, int], torch.Tensor] = {}
     for file in files:
@@ -119,10 +109,7 @@ def check_masters(step: Path, files: Sequence[RankMasters], shards: Mapping[str,
 
 
 def _check_master(file: RankMasters, name: str, tensor: torch.Tensor, group: Sequence[Shard]) -> None:
-    """
-    Args:
-        group: the shards of the parameter: one for each tensor-parallel rank, or one alone.
-    """
+    """`group`: the shards of the parameter: one for each tensor-parallel rank, or one alone."""
     if group[0].tp is not None and (group[0].pp, group[0].tp) != (file.pp, file.tp):
         raise ValueError(f"{file.path} is of another topology than {group[0].path}: files of different runs are mixed.")
     shard = group[file.tp_rank if group[0].tp is not None else 0]

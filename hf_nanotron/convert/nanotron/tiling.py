@@ -15,10 +15,7 @@ def shard_fault(
 ) -> str | None:
     """Why a header's slices are not those of tensor-parallel rank `rank` of `tp`, in words; None if they are.
 
-    What the ranks of a size hold tiles the parameter, so shards without a fault do.
-
-    Args:
-        pairs: (local, global) slices of the header.
+    What the ranks of a size hold tiles the parameter, so shards without a fault do. `pairs`: (local, global) slices.
     """
     try:
         found = _pieces(parameter, shape, pairs)
@@ -76,8 +73,7 @@ def _show(pieces: Iterable[Piece]) -> str:
 def stage_fault(stages: Sequence[tuple[str, int]]) -> str | None:
     """Why the pipeline ranks that file names give to blocks cannot be those of one run, in words; None if they can.
 
-    Args:
-        stages: (block, pipeline rank) of each parameter that has a rank in its name, in model order.
+    `stages`: (block, pipeline rank) of each parameter that has a rank in its name, in model order.
     """
     for (block, stage), (following, later) in itertools.pairwise(stages):
         if block == following and stage != later:
