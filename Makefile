@@ -23,10 +23,11 @@ demo: venv ## train a small Llama in parallel on this machine, then generate wit
 test: venv ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-lint: venv ## ruff and mypy, changing nothing
+lint: venv ## ruff, mypy and the order of the rooms, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports --no-logo --no-cache
 
 format: venv ## let ruff fix and format
 	@$(BIN)/ruff check --fix .

@@ -24,8 +24,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
 
-from .arguments.policy import as_mapping
-from .arguments.recompute import layer_numbers, recomputes
 from .checkpoint.directory.save import Save
 from .checkpoint.files.repository import unlink_link, unlink_links
 from .checkpoint.hub.card import write_model_card
@@ -50,13 +48,9 @@ from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
-from .prepare.attention import choose_attention
-from .prepare.checkpointing_switches import Switches
-from .prepare.compile import compile_layers, restore_layers
-from .prepare.fp8 import use_fp8
-from .prepare.neftune import set_noise
-from .prepare.recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
-from .prepare.shard_weights import refuse_frozen, shard_weights
+from .prepare.checkpointing_switches import note_switches
+from .prepare.setup import check_frozen, end_run, prepare_training, start_run
+from .prepare.training_state import TrainingState
 from .redaction import redacted
 from .training.accelerator import DataParallelAccelerator
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
@@ -102,9 +96,8 @@ class NanotronTrainer(Trainer):
     weights: ShardedWeights
     throughput: Throughput
     memory_report: MemoryReport
-    _step: TrainStep
-    _names: dict[torch.nn.Parameter, str]  # of the parameters that a user's optimizer was made over
-    _loads: dict[str, torch.Tensor]
+    training_state: TrainingState
+    _names: dict[nn.Parameter, str]
 
     # ---- construction ----
 
@@ -195,7 +188,7 @@ class NanotronTrainer(Trainer):
             ValueError: if the named checkpoint is not complete, or there is none at all.
         """
         check_methods(self)  # also those put on it since it was made
-        self.model.switches = Switches.read(self.model)
+        note_switches(self.model)
         try:
             self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
             self._guard.begin_run()
@@ -207,15 +200,12 @@ class NanotronTrainer(Trainer):
                 return result
         finally:
             gc.unfreeze()
-            set_noise(self.model, None, 0)
-            if self.model.switches is not None:
-                self.model.switches.restore(self.model)
-                self.model.switches = None
+            end_run(self.model)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""
         model = self._parallel_model(cast(PreTrainedModel, super().call_model_init(trial)), self.args)
-        model.switches = Switches.read(model)
+        note_switches(model)
         return model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -315,18 +305,14 @@ class NanotronTrainer(Trainer):
     ) -> tuple[nn.Module, Any]:
         """Optimizer and scheduler over this rank's parts of the weights; nothing wraps the model."""
         self._window, self._stepped = [], -1  # of a run that was broken off
-        if self.model is not self._step.model:  # `model_init` made a new one
+        if self.model is not self.training_state.model:  # `model_init` made a new one
             self._take_up_model()
-        elif self.model.sharded is not self.weights:
+        elif self.model.weights is not self.weights:
             raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
-        if self.args.activation_checkpointing_policy == "selective":
-            self.model.activation_checkpointing_disable()  # which Trainer has switched on
-        elif self._recomputed:
-            recompute_wholly(self.model, self._recomputed, self._recompute_options)
+        start_run(self.training_state, self.args)
         self._written.take()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
         together(self.mesh, "checking the loss", self._check_loss)
-        set_noise(self.model, self.args.neftune_noise_alpha, self.args.seed)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()
@@ -340,7 +326,7 @@ class NanotronTrainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         assert self.optimizer is not None
         self.memory_report = report_memory(
-            self.args, self.model, self.weights, self.optimizer, self._recomputed, self.train_dataset
+            self.args, self.model, self.weights, self.optimizer, self.training_state.recomputed, self.train_dataset
         )
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         return self.model, train_dataloader
@@ -444,7 +430,11 @@ class NanotronTrainer(Trainer):
         has_items = self._check_labels(window)
         loss_choice = self._follow_loss()
         micro_batches = make_micro_batches(
-            window, self._prepare_inputs, self.mesh, loss_choice.is_mean_of_means, self.model.attention is not None
+            window,
+            self._prepare_inputs,
+            self.mesh,
+            loss_choice.is_mean_of_means,
+            self.training_state.attention is not None,
         )
         self._windows.read_verdict()
         if mixture is not None:
@@ -781,6 +771,9 @@ class NanotronTrainer(Trainer):
             self.loss_is_scaled_for_ga,
         )
 
+    def _check_frozen(self) -> None:
+        check_frozen(self.training_state, self.args.save_hub_weights)
+
     def _check_loss(self) -> None:
         """See `LossChoice.check`."""
         loss_choice = self._loss
@@ -866,97 +859,23 @@ class NanotronTrainer(Trainer):
         return model
 
     def _take_up_model(self) -> None:
-        """Train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
-        self._set_up_training_state()
-        self._checkpointer.mesh = self._uploads.mesh = self.mesh
-        self._guard = NonFiniteGuard(self.args, self.model, self.weights, self._checkpointer.where_to_resume)
-        self._windows = WindowAgreement(self.window_check, self._guard)
-        self._evaluation = EvaluationRun(self.window_check, self.accelerator)
-
-    def _check_model(self) -> None:
-        check_model(self.model)
-
-    def _note_frozen(self) -> None:
-        note_frozen(self.model)
-
-    def _note_weights(self) -> None:
-        self._written = WrittenWeights(self.model, self.weights)
-
-    def _set_up_training_state(self) -> None:
-        """Weights, gradients and the step, for the model at hand."""
-        model, compute_dtype = self.model, torch.bfloat16 if self.args.bf16 else self.model.dtype
-        self.mesh = model.mesh
-        self._check_model()
-        self._note_frozen()
-        self.mesh.set_timeout(self.args.ddp_timeout_delta)
-        self.window_check = WindowCheck(self.mesh, model.vocabulary)
-        self.accelerator.mesh, self.accelerator.model = self.mesh, model
+        """Prepare, train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
+        model, mesh = self.model, self.model.mesh
+        check_model(model)
+        note_frozen(model)
+        mesh.set_timeout(self.args.ddp_timeout_delta)
+        self.mesh = self.accelerator.mesh = self._checkpointer.mesh = self._uploads.mesh = mesh
+        self.accelerator.model = model
+        self.window_check = WindowCheck(mesh, model.vocabulary)
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
-        self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        refuse_frozen(model, self._trainable)
-        recipe, skipped = self.args.fp8, self.args.fp8_skip_layers
-        together(self.mesh, "setting up FP8", lambda: use_fp8(model, recipe, skipped))
-        self.weights = shard_weights(model, compute_dtype, self.args.gradient_bucket_bytes)
-        self._note_weights()
-        restore_layers(model)  # as an earlier trainer may have left them
-        restore_recomputed(model)
-        self._set_up_recomputation()
-        if self.args.torch_compile:
-            backend = self.args.torch_compile_backend or "inductor"
-            compile_layers(model, backend, self.args.torch_compile_mode, self._recomputed)
-        model.attention, chosen = choose_attention(
-            model, model.anatomy, compute_dtype, self.mesh.device, self.args.attention
-        )
-        logger.info(chosen)
-        self._step = TrainStep(model, self.weights)
-        model.z_loss = self.args.z_loss_coefficient
-        self._loads = {}
-        together(self.mesh, "setting up the experts", self._set_up_mixture)
-
-    def _set_up_recomputation(self) -> None:
-        """Which layers recompute their activations, and how.
-
-        Raises:
-            ValueError: for layers that the model does not have.
-        """
-        args, options = self.args, dict(as_mapping(self.args.activation_checkpointing_kwargs))
-        every = options.pop("every_n_layers", None) or 1
-        options.pop("offload", None)
-        chosen = layer_numbers(args.activation_checkpointing_layers)
-        self._recomputed = chosen_layers(self.model, chosen, every) if recomputes(args) else frozenset()
-        self._recompute_options = options
-        if args.activation_checkpointing_policy == "selective":
-            recompute_selectively(self.model, self._recomputed, options)
-
-    def _set_up_mixture(self) -> None:
-        """What the arguments say about experts.
-
-        Raises:
-            ValueError: for arguments about experts that the model has none of.
-        """
-        args, mixture = self.args, self.model.mixture
-        if mixture is not None:
-            dtype = self.weights.compute_dtype
-            mixture.configure(self.model, dtype, args.moe_capacity_factor, args.moe_bias_update_rate)
-            return
-        for name, off in (("moe_capacity_factor", None), ("moe_bias_update_rate", 0.0)):
-            if getattr(args, name) != off:
-                raise ValueError(f"{name}={getattr(args, name)}: {type(self.model).__name__} has no experts.")
-
-    def _check_frozen(self) -> None:
-        named = dict(self.model.named_parameters())
-        trainable = {name for name, parameter in named.items() if parameter.requires_grad}
-        if changed := sorted(trainable ^ self._trainable):
-            raise ValueError(
-                f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, "
-                "which has divided the trainable ones among the ranks already; change it before."
-            )
-        if self.args.save_hub_weights == "last" and (frozen := sorted(named.keys() - trainable)):
-            raise ValueError(
-                f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): they are in the "
-                "Hub's files alone, so a checkpoint without those could not be resumed; use save_hub_weights='always'."
-            )
+        self.training_state = prepare_training(model, self.args)
+        self.weights = self.training_state.weights
+        self._step = TrainStep(self.training_state)
+        self._written = WrittenWeights(model, self.weights)
+        self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
+        self._windows = WindowAgreement(self.window_check, self._guard)
+        self._evaluation = EvaluationRun(self.window_check, self.accelerator)
 
 
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from .arguments.recompute import check_recomputation, layer_numbers
 from .arguments.secrets import SecretlessArguments
 from .arguments.values import check_values, set_plain_values
 from .ops.fp8 import RECIPES
-from .parallel.config import ParallelConfig
+from .parallel.config import ParallelConfig, refuse_removed
 from .parallel.roll_call import attend
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,6 @@ class NanotronTrainingArguments(SecretlessArguments):
     pp_size: int = field(default=1, metadata={"help": "Ranks that share the stack of layers (pipeline parallelism)."})
     cp_size: int = field(default=1, metadata={"help": "Ranks that share a sequence (context parallelism)."})
     ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts (expert parallelism)."})
-    # HfArgumentParser takes `str` out of this union, and __post_init__ a number out of that.
-    ep_parts: int | str | None = field(
-        default=1,
-        metadata={
-            "help": "Parts into which the experts of a rank are cut, so that tokens travel to and from some while "
-            "others are computed; with 1 all tokens are waited for, with auto (None in Python) it goes by their number."
-        },
-    )
     dp_replicate_size: int = field(
         default=1, metadata={"help": "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding)."}
     )
@@ -234,8 +226,11 @@ class NanotronTrainingArguments(SecretlessArguments):
         },
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        refuse_removed(kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        self.ep_parts = _part_count(self.ep_parts)
         self.pp_layers_per_stage = _layer_counts(self.pp_layers_per_stage)
         self.activation_checkpointing_layers = layer_numbers(self.activation_checkpointing_layers)
         self.check()
@@ -345,11 +340,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         """The sizes of the run, as models and meshes take them."""
         sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
         layers = _layer_counts(self.pp_layers_per_stage)
-        chosen = {
-            "ep_parts": _part_count(self.ep_parts),
-            "pp_layers_per_stage": None if layers is None else tuple(layers),
-        }
-        return ParallelConfig(**{**sizes, **chosen})
+        return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
 
     @property
     def dp_size(self) -> int:
@@ -388,23 +379,6 @@ class NanotronTrainingArguments(SecretlessArguments):
 def _world_size() -> int:
     """Processes of this job, known before its process group is."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _part_count(value: Any) -> Any:
-    """`ep_parts` out of text: a number, or "auto" for None. `ParallelConfig` judges the number.
-
-    Raises:
-        ValueError: for any other text.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return None if value == "auto" else int(value)
-    except ValueError:
-        raise ValueError(
-            f"ep_parts={value!r} must be an integer of at least 1, the parts into which a rank's experts are cut, or "
-            "'auto' (None in Python, null in YAML), which goes by the number of tokens that travel."
-        ) from None
 
 
 def _layer_counts(value: Any) -> list[int] | None:

@@ -58,8 +58,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             continue
         terminalreporter.write_line("\n".join(family_table.counts(rows)))
         if config.getoption("write_families"):
-            docs = Path(__file__).parent.parent / "docs"
-            family_table.write_page(docs / "families.json", rows, docs / "families.md", str(date.today()))
+            here = Path(__file__).parent
+            data, page = here / "data" / "family_table.json", here.parent / "docs" / "families.md"
+            family_table.write_page(data, rows, page, str(date.today()))
 
 
 @pytest.fixture(scope="session")

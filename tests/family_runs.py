@@ -138,6 +138,7 @@ def _errors(
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.prepare.training_state import TrainingState
     from hf_nanotron.training.step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
@@ -158,7 +159,7 @@ def _errors(
                 name: dataclasses.replace(spec, partial_grad=False) for name, spec in model.shard_specs.items()
             }
         weights = shard_weights(model, torch.float32, 1 << 16)
-        step = TrainStep(model, weights)
+        step = TrainStep(TrainingState(model, weights))
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
         for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)[:steps]):
             loss = step.run(batches, index)

@@ -19,7 +19,7 @@ from pool import WorkerPool
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_nanotron.models.stock.anatomy import blocks, dissect
+from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
@@ -73,9 +73,9 @@ def describe(family: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = tiny_model(family)
     anatomy = dissect(model)
-    mixing = [(path, type(block).__name__) for path, block in blocks(model, anatomy) if mixes_tokens(block)]
+    mixing = [(path, type(block).__name__) for path, block in anatomy.blocks() if mixes_tokens(block)]
     try:
-        regions = make_plan(model, anatomy, 2, 1).regions
+        regions = make_plan(anatomy, 2, 1).regions
     except ValueError:
         regions = ()
     return {

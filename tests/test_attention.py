@@ -16,7 +16,7 @@ from pool import WorkerPool
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from hf_nanotron.models.stock.anatomy import blocks, decoder_layers, dissect
+from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.families import FAST_ATTENTION, NO_DOCUMENTS
 from hf_nanotron.ops.attention import Case, attention, pick
 from hf_nanotron.ops.kernels import attention as attention_kernels
@@ -268,7 +268,7 @@ def test_families(any_family: str) -> None:
     window = with_window(any_family)
     for overrides in [{}] + [window] * bool(window):
         ours = tiny_model(any_family, attn_implementation=None, **overrides).train()
-        assert why_stock(ours, dissect(ours)) is None
+        assert why_stock(dissect(ours)) is None
         for name, batch in batches_of(any_family).items():
             documents = documents_of(batch)
             assert documents is not None and documents.packed == (name == "packed")
@@ -312,7 +312,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def choose(family: str, asked: str = "auto", dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
         model = tiny_model(family, attn_implementation=overrides.pop("attn_implementation", None), **overrides)
-        return choose_attention(model, dissect(model), dtype, torch.device("cuda"), asked)
+        return choose_attention(dissect(model), dtype, torch.device("cuda"), asked)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(module, "flash_attention_4", lambda: (None, "no module"))
@@ -426,13 +426,13 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.compile import compile_layers
     from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.prepare.training_state import TrainingState
     from hf_nanotron.training.step import TrainStep
 
     torch._dynamo.reset()
     counters.clear()
     mesh = ParallelMesh(ParallelConfig(**sizes))
     model = parallelize(tiny_model(family, attn_implementation=None), mesh)
-    model.attention = Attention("torch", True)
     if more.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     weights = shard_weights(model, torch.float32, 1 << 16)
@@ -440,9 +440,10 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
         compile_layers(model, more["compiled"], None)
     used: list[str] = []
     config = model.config.get_text_config()
-    for layer in decoder_layers(model, model.anatomy):  # outside of what is compiled
+    for layer in model.anatomy.decoder_layers():  # outside of what is compiled
         layer.register_forward_pre_hook(lambda *_: used.append(config._attn_implementation))
-    step, losses, gradients, graphs = TrainStep(model, weights), [0.0], [0.0], 0
+    step = TrainStep(TrainingState(model, weights, attention=Attention("torch", True)))
+    losses, gradients, graphs = [0.0], [0.0], 0
     for index, (batches, (expected_loss, expected)) in enumerate(zip(steps(kind), torch.load(path), strict=True)):
         loss = step.run(batches, index)
         loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
@@ -483,7 +484,7 @@ def train_twice() -> list[Any]:
         set_seed(1)
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
         history, used, config = History(), set(), model.config
-        for _, block in blocks(model, model.anatomy):
+        for _, block in model.anatomy.blocks():
             block.register_forward_pre_hook(lambda *_, used=used, config=config: used.add(config._attn_implementation))
         trainer = NanotronTrainer(
             model=model,
@@ -492,8 +493,8 @@ def train_twice() -> list[Any]:
             data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True),
             callbacks=[history],
         )
-        assert model.attention is None  # on a CPU
-        model.attention = chosen
+        assert trainer.training_state.attention is None  # on a CPU
+        trainer.training_state.attention = chosen
         trainer.train()
         results.append(([*history.losses, *history.norms], used))
         model.mesh.close()

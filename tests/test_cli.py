@@ -23,7 +23,6 @@ from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli import main as cli, train as cli_train
 
 DATA = Path(__file__).parent / "data" / "nanotron"
@@ -390,13 +389,11 @@ def test_settings(tmp_path: Path) -> None:
     assert "NanotronTrainingArguments" in command("train", path, "--help")[1]
 
 
-@pytest.mark.parametrize("value", ["auto", "null"])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_parts_of_experts_by_the_tokens(tmp_path: Path, value: str, in_file: bool) -> None:
-    text = f"training: {{output_dir: {tmp_path}, use_cpu: true, ep_parts: {value if in_file else 1}}}\n"
-    overrides = [] if in_file else ["--ep_parts", value]
-    sections, _ = cli_train.read_settings(Path(write_settings(tmp_path, text)), overrides)
-    assert NanotronTrainingArguments(**sections["training"]).parallel.ep_parts is None
+def test_a_removed_key_is_refused(tmp_path: Path, in_file: bool) -> None:
+    text = f"training: {{output_dir: {tmp_path}, {'ep_parts: auto' if in_file else 'use_cpu: true'}}}\n"
+    with pytest.raises(ValueError, match="^ep_parts was removed: .* Delete the setting"):
+        cli_train.read_settings(Path(write_settings(tmp_path, text)), [] if in_file else ["--ep_parts", "2"])
 
 
 def test_packing_keeps_every_token() -> None:

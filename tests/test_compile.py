@@ -96,6 +96,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.compile import compile_layers
     from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.prepare.training_state import TrainingState
     from hf_nanotron.training.step import TrainStep
 
     torch._dynamo.reset()
@@ -105,7 +106,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
     model = parallelize(tiny_model(family, **overrides), mesh)
     weights = shard_weights(model, torch.float32, 1 << 16)
     compile_layers(model, "aot_eager", None)
-    step, errors, graphs = TrainStep(model, weights), [], 0
+    step, errors, graphs = TrainStep(TrainingState(model, weights)), [], 0
     for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size)):
         step.run(batches, index)
         norm = float(global_norm(weights.segments, mesh))

@@ -143,9 +143,9 @@ def test_a_projection_in_parts_is_cut_between_them() -> None:
         model = tiny_model("codegen", n_head=8, n_embd=128)
     anatomy = dissect(model)
     sizes: dict[str, Any] = {"tp_rank": 0, "ep_size": 1, "parallel": ParallelConfig()}
-    assert tensor_specs(model, anatomy, SimpleNamespace(tp_size=4, **sizes), make_plan(model, anatomy, 4, 1))
+    assert tensor_specs(anatomy, SimpleNamespace(tp_size=4, **sizes), make_plan(anatomy, 4, 1))
     with pytest.raises(ValueError, match=r"tp_size=8 does not divide the 4 parts .* works as one of \[1, 2, 4\]"):
-        tensor_specs(model, anatomy, SimpleNamespace(tp_size=8, **sizes), make_plan(model, anatomy, 8, 1))
+        tensor_specs(anatomy, SimpleNamespace(tp_size=8, **sizes), make_plan(anatomy, 8, 1))
 
 
 # ---- docs/adding_a_family.md ----
@@ -185,10 +185,10 @@ def test_a_block_that_would_count_twice_is_refused(monkeypatch: pytest.MonkeyPat
     with torch.device("meta"):
         model = tiny_model("qwen2_moe")
     anatomy = dissect(model)
-    assert make_plan(model, anatomy, tp_size=2, ep_size=1).regions
+    assert make_plan(anatomy, tp_size=2, ep_size=1).regions
     monkeypatch.delitem(families.SHARDING, "Qwen2MoeSparseMoeBlock")
     with pytest.raises(ValueError, match="shared_expert.down_proj' is whole on each of them") as refusal:
-        make_plan(model, anatomy, tp_size=2, ep_size=1)
+        make_plan(anatomy, tp_size=2, ep_size=1)
     assert " ".join(str(refusal.value).split()) in " ".join(GUIDE.read_text().replace("\n> ", " ").split())
 
 

@@ -25,6 +25,7 @@ from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.fp8 import fp8_bytes, use_fp8
 from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.prepare.training_state import TrainingState
 from hf_nanotron.training.step import TrainStep
 
 E4M3 = torch.float8_e4m3fn
@@ -286,7 +287,7 @@ def fp8_errors(sizes: dict[str, Any], recipe: str, how: dict[str, Any], expected
     torch._dynamo.reset()
     mesh = ParallelMesh(ParallelConfig(**sizes))
     model = parallelize(copy.deepcopy(stock_model("llama", **SIZES)), mesh)
-    use_fp8(model, recipe, how.get("skip"))
+    copies = use_fp8(model, recipe, how.get("skip"))
     if how.get("checkpoint"):
         model.activation_checkpointing_enable({"use_reentrant": False})
     weights = shard_weights(model, torch.float32, 1000)
@@ -294,7 +295,7 @@ def fp8_errors(sizes: dict[str, Any], recipe: str, how: dict[str, Any], expected
         compile_layers(model, "aot_eager", None)
     batches, items = window()
     own = [{**batch, "num_items_in_batch": items} for batch in batches[mesh.dp_rank :: mesh.dp_size]]
-    step = TrainStep(model, weights)
+    step = TrainStep(TrainingState(model, weights, copies))
     for factor in (2.0, 0.5):  # the first step is with other weights, of which nothing may be left
         for segment in weights.segments:
             segment.master.data.mul_(factor)
@@ -322,13 +323,15 @@ def products_by_policy() -> dict[str | None, int]:
     for policy, recompute in ((None, None), ("selective", recompute_selectively), ("full", recompute_wholly)):
         mesh = ParallelMesh(ParallelConfig())
         model = parallelize(copy.deepcopy(stock_model("llama", **SIZES)), mesh)
-        use_fp8(model, "tensorwise")
+        copies = use_fp8(model, "tensorwise")
         weights = shard_weights(model, torch.float32, 1000)
         if recompute is not None:
             recompute(model, range(model.config.num_hidden_layers), {})
         batches, items = window()
         with mock.patch.object(fp8_linear, "product", wraps=fp8_linear.product) as product:
-            TrainStep(model, weights).run([{**batch, "num_items_in_batch": items} for batch in batches], step=0)
+            TrainStep(TrainingState(model, weights, copies)).run(
+                [{**batch, "num_items_in_batch": items} for batch in batches], step=0
+            )
         counts[policy] = product.call_count
         mesh.close()
     return counts
@@ -419,8 +422,7 @@ def choices() -> None:
     for skip in ([4], [-5]):
         with pytest.raises(ValueError, match=rf"fp8_skip_layers: there is no layer {skip[0]}; the model has 4"):
             use_fp8(odd, "tensorwise", skip)
-    use_fp8(odd, None)
-    assert not any(isinstance(module, Fp8Linear) for module in odd.modules()) and odd.fp8 is None
+    assert use_fp8(odd, None) is None and not any(isinstance(module, Fp8Linear) for module in odd.modules())
     assert {name: set(vars(module)) for name, module in odd.named_modules() if name} == {
         name: found for name, found in before.items() if name
     }
@@ -441,7 +443,7 @@ def evaluate() -> None:
     stock = stock_model("llama", **SIZES).eval()
     mesh = ParallelMesh(ParallelConfig())
     model = parallelize(copy.deepcopy(stock), mesh)
-    use_fp8(model, "tensorwise")
+    copies = use_fp8(model, "tensorwise")
     weights = shard_weights(model, torch.float32, 1000)
     model.eval()
     for gradients in (False, True):
@@ -449,9 +451,11 @@ def evaluate() -> None:
             assert error(model(**plain(0)).logits, stock(**plain(0)).logits) < 1e-6
     hook = model.model.norm.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle of a step"):
-        TrainStep(model, weights).run([{**plain(0), "num_items_in_batch": torch.tensor(8)}], step=0)
+        TrainStep(TrainingState(model, weights, copies)).run(
+            [{**plain(0), "num_items_in_batch": torch.tensor(8)}], step=0
+        )
     hook.remove()
-    assert model.fp8 is not None and not model.fp8.is_open  # nobody after it gets the copies of that step
+    assert copies is not None and not copies.is_open  # nobody after it gets the copies of that step
     mesh.close()
 
 

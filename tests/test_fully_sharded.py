@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.base import ParallelModel
 from hf_nanotron.models.parallelize import parallelize
-from hf_nanotron.models.stage import AbsentLayer
+from hf_nanotron.models.stand_ins import AbsentLayer
 from hf_nanotron.parallel.collectives import all_reduce
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.parallel.pipeline.schedule import build_table, compute_order
+from hf_nanotron.parallel.pipeline.executor import StepHooks
+from hf_nanotron.parallel.pipeline.schedule import Action, build_table, compute_order
 from hf_nanotron.parallel.shard_spec import ShardSpec
 from hf_nanotron.parallel.zero.fully_sharded import FullyShardedWeights
 from hf_nanotron.parallel.zero.segment import Segment, ShardedWeights
@@ -75,7 +76,7 @@ def units_of(model: ParallelModel) -> list[list[nn.Module]]:
 
 def shard(model: ParallelModel, dtype: torch.dtype = torch.float32) -> FullyShardedWeights:
     weights = FullyShardedWeights(model, units_of(model), model.shard_specs, model.stage_of, model.mesh, dtype)
-    model.sharded = weights
+    model.weights = weights
     return weights
 
 
@@ -87,17 +88,18 @@ def train_step(model: ParallelModel, weights: ShardedWeights, window: list[Batch
     table = build_table(order, parallel.num_stages)[mesh.pp_rank]
     last = {tick.action.stage: tick.action for tick in table if tick.action is not None and tick.action.kind == "B"}
 
-    def on_forward(action: Any) -> None:
-        if model.streams is not None:
-            model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
+    class Hooks(StepHooks):
+        def on_forward(self, action: Action) -> None:
+            if model.streams is not None:
+                model.streams.begin(step, action.micro_batch * mesh.dp_size + mesh.dp_rank)
 
-    def on_backward(action: Any) -> None:
-        weights.before_backward(action.stage, action == last[action.stage])
+        def before_backward(self, action: Action) -> None:
+            weights.before_backward(action.stage, action == last[action.stage])
 
     model.train()
     weights.begin()
     inputs = [{**batch, "use_cache": False} for batch in own]
-    losses = model.executor.run(table, model.stages, inputs, on_forward, on_backward)
+    losses = model.executor.run(table, model.stages, inputs, Hooks())
     if model.streams is not None:
         model.streams.end()
     weights.finish()

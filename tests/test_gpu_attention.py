@@ -130,7 +130,7 @@ def step_losses(attention: str, packing: bool, compiled: bool) -> tuple[list[flo
         data_collator=DataCollatorWithFlattening() if packing else default_data_collator,
         callbacks=[history, graphs],
     )
-    chosen = model.attention
+    chosen = trainer.training_state.attention
     trainer.train()
     model.mesh.close()
     return history.losses, history.norms, chosen, graphs.found[-1] - graphs.found[0]

@@ -42,6 +42,7 @@ def run(mesh: Any, experts: bool, policy: str | None, backend: str | None, dropo
     from hf_nanotron.prepare.compile import compile_layers
     from hf_nanotron.prepare.recompute import chosen_layers, recompute_selectively, recompute_wholly
     from hf_nanotron.prepare.shard_weights import shard_weights
+    from hf_nanotron.prepare.training_state import TrainingState
     from hf_nanotron.training.step import TrainStep
 
     torch._dynamo.reset()
@@ -60,7 +61,7 @@ def run(mesh: Any, experts: bool, policy: str | None, backend: str | None, dropo
         recompute_wholly(model, chosen, {})
     if backend is not None:
         compile_layers(model, backend, None)
-    step, left = TrainStep(model, weights), [0]
+    step, left = TrainStep(TrainingState(model, weights)), [0]
     ids = torch.randint(0, SHAPE["vocab_size"], (1, TOKENS), device=mesh.device)
     batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(TOKENS, device=mesh.device)}
     step.run([batch], 0)

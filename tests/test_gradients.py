@@ -26,6 +26,7 @@ from hf_nanotron.parallel.collectives import all_reduce
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.compile import compile_layers
 from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.prepare.training_state import TrainingState
 from hf_nanotron.training.step import TrainStep
 
 TOLERANCE = 2e-5  # of the largest value of the parameter's gradient
@@ -125,7 +126,7 @@ def gradient_errors(case: Case) -> tuple[dict[str, float], list[str], float]:
         torch._dynamo.reset()
         compile_layers(model, "aot_eager", None)
     own = [{**batch, "num_items_in_batch": items} for batch in window[mesh.dp_rank :: mesh.dp_size]]
-    share = TrainStep(model, weights).run(own, step=0)
+    share = TrainStep(TrainingState(model, weights)).run(own, step=0)
     loss = all_reduce(share * (mesh.is_last_stage and mesh.tp_rank == 0), mesh.world)
 
     whole = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.requires_grad}

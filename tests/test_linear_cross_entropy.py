@@ -20,12 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.head import linear_head
 from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.stock_forward import stock_forward
 from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel.mesh import Group, ParallelMesh
 from hf_nanotron.parallel.tp import loss as loss_module
 from hf_nanotron.parallel.tp.loss import causal_lm_loss, chunk_size, linear_causal_lm_loss
 from hf_nanotron.parallel.tp.vocabulary import vocabulary_parts
 from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.prepare.training_state import TrainingState
 from hf_nanotron.training.step import TrainStep
 
 ALONE = Group((0,), 0, None)
@@ -315,7 +317,7 @@ def gatherings(overrides: dict[str, Any]) -> list[int]:
     """On one rank: units gathered in a step of one micro-batch, fused, unfused and fused again."""
     mesh = ParallelMesh(ParallelConfig(zero_stage=3))
     model = parallelize(stock_model("llama", **overrides), mesh)
-    step = TrainStep(model, shard_weights(model, torch.float32, 1000))
+    step = TrainStep(TrainingState(model, shard_weights(model, torch.float32, 1000)))
     batch = {**plain(0), "num_items_in_batch": torch.tensor(20)}
     counts = []
     for index, fuses in enumerate((True, True, False, True)):
@@ -351,7 +353,7 @@ def test_no_logits(fuses: bool) -> None:
     """A training step makes no tensor as large as the logits; with `fuses_loss=False` it does."""
     model = parallelize(stock_model("llama"), ParallelMesh(ParallelConfig()))
     model.fuses_loss = fuses
-    step = TrainStep(model, shard_weights(model, torch.float32, 1000))
+    step = TrainStep(TrainingState(model, shard_weights(model, torch.float32, 1000)))
     ids = torch.randint(0, VOCABULARY, (4, 32))
     batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(4 * 31)}
     step.run([batch], step=0)  # what is made once
@@ -364,7 +366,7 @@ def test_a_forward_outside_a_step_adds_nothing() -> None:
     """Nobody promises its backward. The head returns no logits all the same, and autograd gets all gradients."""
     model = parallelize(stock_model("llama"), ParallelMesh(ParallelConfig()))
     weights = shard_weights(model, torch.float32, 1000)
-    TrainStep(model, weights).run([{**plain(0), "num_items_in_batch": torch.tensor(20)}], step=0)
+    TrainStep(TrainingState(model, weights)).run([{**plain(0), "num_items_in_batch": torch.tensor(20)}], step=0)
     before = [segment.gradient.clone() for segment in weights.segments]
     output = model.train()(**plain(1))
     assert output.logits is None and output.loss.requires_grad
@@ -389,12 +391,12 @@ def test_z_loss_of_a_model(fuses: bool) -> None:
     model = parallelize(copy.deepcopy(stock), ParallelMesh(ParallelConfig())).train()
     view = copy.copy(model)
     view.__dict__ = {**model.__dict__}
-    model.fuses_loss, model.z_loss = fuses, 0.01
+    model.fuses_loss, model.training_loss.z_loss = fuses, 0.01
     batch = plain(0)
     expected = stock(**batch)
     kept = batch["labels"][:, 1:] != -100
     z_loss = expected.logits[:, :-1].logsumexp(-1)[kept].square().mean()
-    for output in (model(**batch), model.stock_forward(view, **batch)):
+    for output in (model(**batch), stock_forward(model, view, **batch)):
         assert (output.logits is None) == fuses
         assert error(output.loss, expected.loss + 0.01 * z_loss) < 1e-6
     assert error(model.eval()(**batch).loss, expected.loss) < 1e-6

@@ -17,6 +17,7 @@ from hf_nanotron.models.parallelize import parallelize
 from hf_nanotron.parallel.collectives import all_gather
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.prepare.training_state import TrainingState
 from hf_nanotron.training.step import TrainStep
 
 DROPOUT = {"attention_dropout": 0.3}
@@ -44,7 +45,9 @@ def step(sizes: dict[str, Any], checkpoint_every: int = 0, dropout: bool = True)
     window = [plain(index) for index in range(MICRO_BATCHES)][mesh.dp_rank :: mesh.dp_size]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    share = TrainStep(model, weights).run([{**batch, "num_items_in_batch": ITEMS} for batch in window], step=3)
+    share = TrainStep(TrainingState(model, weights)).run(
+        [{**batch, "num_items_in_batch": ITEMS} for batch in window], step=3
+    )
     moved = not torch.equal(before, torch.get_rng_state())
     # An evaluation must not find anything of the step: it draws nothing, so it leaves the generators alone.
     torch.manual_seed(6)
@@ -157,7 +160,7 @@ def accumulate(dtype: torch.dtype, batches: list[Batch]) -> Parts:
     model = parallelize(stock_model("llama").to(dtype), ParallelMesh(ParallelConfig()))
     parameters = dict(model.named_parameters())
     weights = shard_weights(model, dtype, 1 << 20)
-    TrainStep(model, weights).run([{**batch, "num_items_in_batch": ITEMS} for batch in batches], step=0)
+    TrainStep(TrainingState(model, weights)).run([{**batch, "num_items_in_batch": ITEMS} for batch in batches], step=0)
     assert all(parameter.grad is None for parameter in parameters.values())
     return {name: gradient.clone() for name, gradient in local_gradients(model).items()}
 

@@ -25,6 +25,7 @@ from hf_nanotron.prepare.compile import compile_layers, compiled_parts
 from hf_nanotron.prepare.compile_passes import rewriting
 from hf_nanotron.prepare.recompute import chosen_layers, keeps, recompute_selectively, recompute_wholly
 from hf_nanotron.prepare.shard_weights import shard_weights
+from hf_nanotron.prepare.training_state import TrainingState
 from hf_nanotron.training.step import TrainStep
 
 TOLERANCE = 1e-5
@@ -101,7 +102,7 @@ def gradient_errors(cases: list[Case], folder: str) -> list[tuple[float, int]]:
         recomputed = set_up(model, case.policy, case.layers)
         if case.backend is not None:
             compile_layers(model, case.backend, None, recomputed)
-        TrainStep(model, weights).run(micro_batches(model, mesh.dp_rank, mesh.dp_size)[0], 0)
+        TrainStep(TrainingState(model, weights)).run(micro_batches(model, mesh.dp_rank, mesh.dp_size)[0], 0)
         floor, errors = 1e-4 * expected["norms"][0], [0.0]
         for segment in weights.segments:
             whole = expected["gradients"][0][segment.spec.name]
@@ -135,7 +136,7 @@ def dropout_gradients(layouts: list[dict[str, Any]]) -> list[list[torch.Tensor]]
             weights = shard_weights(model, torch.float32, 1000)
             set_up(model, policy)
             window = [{**plain(i), "num_items_in_batch": torch.tensor(100)} for i in range(2)]
-            TrainStep(model, weights).run(window, step=position)
+            TrainStep(TrainingState(model, weights)).run(window, step=position)
             gradients.append(torch.cat([segment.gradient.clone() for segment in weights.segments]))
             mesh.close()
         results.append(gradients)

@@ -456,24 +456,24 @@ def test_command_line(layers: list[str], expected: tuple[int, ...], build: Any, 
     assert args.max_grad_norm == 0.5
 
 
-@pytest.mark.parametrize(("text", "expected"), [("auto", None), ("1", 1)])
-def test_parts_of_experts_on_the_command_line(text: str, expected: int | None, tmp_path: Path) -> None:
-    argv = [f"--output_dir={tmp_path}", "--use_cpu", "--ep_parts", text]
-    parser = HfArgumentParser(ARGUMENTS)
-    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    assert args.ep_parts == args.parallel.ep_parts == expected
-    assert NanotronTrainingArguments(**args.to_dict()).parallel == args.parallel
-    args.ep_parts = text  # assigned later
-    args.check()
-    assert args.parallel.ep_parts == expected
-    assert "with auto (None in Python)" in " ".join(parser.format_help().split())
+@pytest.mark.parametrize("made", [NanotronTrainingArguments, ParallelConfig])
+def test_a_removed_argument_is_refused(made: Any) -> None:
+    with pytest.raises(ValueError, match="ep_parts was removed: .* Delete the setting"):
+        made(ep_parts=2)
 
 
-@pytest.mark.parametrize("text", ["none", "0", "1.5", "-1", ""])
-def test_parts_of_experts_refused_on_the_command_line(text: str, tmp_path: Path) -> None:
-    argv = [f"--output_dir={tmp_path}", "--use_cpu", f"--ep_parts={text}"]
-    with pytest.raises(ValueError, match=rf"ep_parts='?{text}'? must be an integer of at least 1, .* or .*'auto'"):
-        HfArgumentParser(ARGUMENTS).parse_args_into_dataclasses(argv, look_for_args_file=False)
+def test_pickles_with_a_removed_argument_load(build: Any, tmp_path: Path) -> None:
+    """`training_args.bin`, and a config, of a version that had it."""
+    args, parallel = build(ep_size=1), ParallelConfig(ep_size=2)
+    args.ep_parts = 1
+    object.__setattr__(parallel, "ep_parts", 2)
+    torch.save((args, parallel), tmp_path / "training_args.bin")
+    old, config = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert config == ParallelConfig(ep_size=2) and vars(config)["ep_parts"] == 2
+    assert vars(old)["ep_parts"] == 1 and old.parallel == ParallelConfig()
+    old.check()
+    assert "ep_parts" not in f"{old}{old.to_dict()}"
+    assert dataclasses.replace(old, learning_rate=1.0).parallel == old.parallel
 
 
 def test_bare_switches(tmp_path: Path) -> None:

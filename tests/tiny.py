@@ -157,7 +157,7 @@ def local_gradients(model: Any) -> dict[str, torch.Tensor]:
 
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     flat = {name: torch.zeros(model.shard_specs[name].local_shape).flatten() for name in trained}
-    for segment in model.sharded.segments:
+    for segment in model.weights.segments:
         flat[segment.name][segment.start : segment.stop] += segment.gradient
     return {
         name: all_reduce(gradient, model.mesh.shard).view(model.shard_specs[name].local_shape)

@@ -3,7 +3,7 @@
     python one_host.py --plan                                     # what would run: micro-batches, memory, seconds
     python one_host.py --budget 530 --out one_host.jsonl          # nine minutes; the same again goes on with the rest
     python one_host.py --only "dp 8 ZeRO-1,tp 8" --tokens-per-step 524288 --out one_host.jsonl
-    python one_host.py --table one_host.jsonl                     # Markdown for docs/benchmarks.md
+    python one_host.py --table one_host.jsonl                     # Markdown for NOTEBOOK.md
     python one_host.py --gpus 8 --shape 8b-tiny --moe-shape moe-tiny --sequence-length 64 --moe-sequence-length 64 \\
         --tokens-per-step 2048 --together                         # a dry run on CPUs, gloo
 

@@ -1,6 +1,6 @@
 """Draw the rows of one run of `throughput.py`: tokens/s with its range, the floor of each row, peak memory beside it.
 
-    python plot.py rows.jsonl --out docs/images/throughput.svg --title "Llama-3.2-1B, sequence 4,096, one H100"
+    python plot.py rows.jsonl --out images/throughput.svg --title "Llama-3.2-1B, sequence 4,096, one H100"
 
 Rows without figures (out of memory, stopped) are named with their reason. The suffix of `--out` is the format.
 """
@@ -80,7 +80,7 @@ def caption(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="JSON lines of one run")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/throughput.svg"))
+    parser.add_argument("--out", type=Path, default=Path("examples/benchmarks/images/throughput.svg"))
     parser.add_argument("--title", help="shape, machine and date if not given")
     cli = parser.parse_args()
     try:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from hf_nanotron.ops.linear import add_product
 
-PRODUCTS = ("16384x14336x4096", "16384x4096x14336", "32768x8192x2048")  # of 8B and 1B, in docs/performance.md
+PRODUCTS = ("16384x14336x4096", "16384x4096x14336", "32768x8192x2048")  # of 8B and 1B, in NOTEBOOK.md
 WINDOW = 0.1  # seconds, about
 READ_IN, LAST = 9, 4  # the window in which the clock is read; those that count as sustained
 QUERY = {"power_w": "power.draw", "clock_mhz": "clocks.sm", "limited_by_power": "clocks_throttle_reasons.sw_power_cap"}

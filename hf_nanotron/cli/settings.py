@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..arguments.values import plain_value, wrong_type
+from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
 from .hints import refuse_nanotron, refuse_unknown
@@ -94,6 +95,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         section[leaf] = value
     refuse_unknown("", settings, (*SECTIONS, "tokenizer"), SECTIONS)
     sections = {name: {} if settings.get(name) is None else settings[name] for name in SECTIONS}
+    refuse_removed(sections["training"])
     for name, known in SECTIONS.items():
         if not isinstance(sections[name], dict):
             text = shown(name, sections[name])

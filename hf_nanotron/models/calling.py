@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..prepare.attention import BOUNDS, LONGEST
+BOUNDS, LONGEST = "document_bounds", "longest_document"  # on their way to the attention of a layer
 
 # What is added to the user's batch here and in Trainer. What the batch itself holds is passed on: a `forward` that does
 # not take it says so, as under stock Trainer.

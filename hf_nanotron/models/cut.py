@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .stage import ABSENT
-from .stock.torch_hooks import module_hook_message, weight_hook_message
-
-if TYPE_CHECKING:
-    from .base import ParallelModel
+from ..parallel.shard_spec import ShardSpec
+from .stand_ins import ABSENT
 
 # Fields of a config that shapes and ties of weights follow from.
 SIZES = (
@@ -51,10 +49,41 @@ class Cut:
         frozen = {name for name, parameter in stock.named_parameters() if not parameter.requires_grad}
         return cls({}, sizes_of(stock.config), frozenset(embeddings), frozenset(frozen))
 
-    def frozen_now(self, model: ParallelModel) -> frozenset[str]:
+    def frozen_now(self, model: nn.Module, specs: Mapping[str, ShardSpec]) -> frozenset[str]:
         """`frozen`, with what this rank's own weights say now."""
-        held = {model.shard_specs[name].name: p.requires_grad for name, p in model.named_parameters()}
+        held = {specs[name].name: parameter.requires_grad for name, parameter in model.named_parameters()}
         return frozenset(n for n in self.frozen if n not in held) | {n for n, trained in held.items() if not trained}
+
+    def change_message(self, model: PreTrainedModel, specs: Mapping[str, ShardSpec]) -> str | None:
+        """What was changed in `model` since that no weight could follow; None if nothing.
+
+        It names the first replaced module, new or lost weight, or changed size.
+        """
+        for name, size in sizes_of(model.config).items():
+            if size != self.sizes[name]:
+                return (
+                    f"config.{name} is {size}, but the model was cut with {name}={self.sizes[name]}. Change the stock "
+                    "model, then hand it over."
+                )
+        instead = (
+            "Change the stock model, then hand it over; to set weights, write into them (`copy_`, load_state_dict)."
+        )
+        for name, module in self.modules.items():
+            owner_name, _, leaf = name.rpartition(".")
+            try:
+                same = not name or model.get_submodule(owner_name)._modules.get(leaf) is module
+            except AttributeError:
+                same = False
+            if not same:
+                return f"the module {name} was replaced or removed after the model was cut. {instead}"
+        parameters = dict(model.named_parameters())
+        for name in sorted(parameters.keys() ^ specs.keys()):
+            what = "added to the model" if name in parameters else "taken from the model, or tied to another,"
+            return f"the weight {name} was {what} after it was cut. {instead}"
+        for name, parameter in parameters.items():
+            if tuple(parameter.shape) != (shape := specs[name].local_shape):
+                return f"{name} has shape {tuple(parameter.shape)}; this rank's part of it is {shape}. {instead}"
+        return None
 
 
 def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -69,41 +98,3 @@ def holding_weights(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, ABSENT) or any(True for _ in module.parameters(recurse=False))
     }
-
-
-def change_message(model: ParallelModel) -> str | None:
-    """What was changed in `model` since it was cut that no weight could follow; None if nothing.
-
-    It names the first replaced module, new or lost weight, or changed size.
-    """
-    for name, size in sizes_of(model.config).items():
-        if size != model.cut.sizes[name]:
-            return (
-                f"config.{name} is {size}, but the model was cut with {name}={model.cut.sizes[name]}. Change the stock "
-                "model, then hand it over."
-            )
-    instead = "Change the stock model, then hand it over; to set weights, write into them (`copy_`, load_state_dict)."
-    for name, module in model.cut.modules.items():
-        owner_name, _, leaf = name.rpartition(".")
-        try:
-            same = not name or model.get_submodule(owner_name)._modules.get(leaf) is module
-        except AttributeError:
-            same = False
-        if not same:
-            return f"the module {name} was replaced or removed after the model was cut. {instead}"
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() ^ model.shard_specs.keys()):
-        what = "added to the model" if name in parameters else "taken from the model, or tied to another,"
-        return f"the weight {name} was {what} after it was cut. {instead}"
-    for name, parameter in parameters.items():
-        if tuple(parameter.shape) != (shape := model.shard_specs[name].local_shape):
-            return f"{name} has shape {tuple(parameter.shape)}; this rank's part of it is {shape}. {instead}"
-    return None
-
-
-def hook_message(model: ParallelModel) -> str | None:
-    """Why hooks on gradients of `model` are refused; None if it has none that would not be called as in stock."""
-    if message := weight_hook_message(model.named_parameters()):
-        return message
-    divided = None if model.mesh.pp_size == 1 else model.anatomy.backbone
-    return module_hook_message(model, model.mesh.tp_size, divided)

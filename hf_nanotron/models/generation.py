@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,14 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from ..parallel.mesh import Group, ParallelMesh
+from ..parallel.pipeline.executor import StepHooks
 from ..parallel.pipeline.schedule import Action, build_table, forward_order
+from .parts import ModelParts
+from .stage import Stage
 from .stock.releases import OUTPUT_NAME, argument_name, cache_in, without_cache
 
-if TYPE_CHECKING:
-    from .base import ParallelModel
 
-
-def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logits: bool) -> Any:
+def pipelined_forward(model: ModelParts, stages: Sequence[Stage], inputs: dict[str, Any], gather_logits: bool) -> Any:
     """One batch through all stages, without gradients; loss and logits on every rank.
 
     Args:
@@ -40,16 +41,11 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     if cache is None and gather_logits and (model.config.use_cache if use_cache is None else use_cache):
         # Made here rather than by the backbones, whose outputs only the last stage hands on.
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    caches = _stage_caches(model, cache) if cache is not None else {}
     inputs = {**without_cache(inputs), "use_cache": cache is not None}
-
-    def on_forward(action: Action) -> None:
-        if caches:
-            inputs[cache_argument] = caches[action.stage]
-
+    hooks = StepHooks() if cache is None else _OwnCaches(inputs, cache_argument, _stage_caches(model, stages, cache))
     table = build_table(forward_order(mesh.pp_size, parallel.pp_virtual_stages, 1), parallel.num_stages)
     with torch.no_grad():
-        outputs = model.executor.run(table[mesh.pp_rank], model.stages, [inputs], on_forward)
+        outputs = model.executor.run(table[mesh.pp_rank], stages, [inputs], hooks)
     output = outputs.get(0)
     loss, logits = (output.loss, output.logits) if output is not None else (None, None)
     last = mesh.pp.ranks[-1]
@@ -71,7 +67,17 @@ def pipelined_forward(model: ParallelModel, inputs: dict[str, Any], gather_logit
     return CausalLMOutputWithPast(loss=loss, logits=logits, **{OUTPUT_NAME: cache})
 
 
-def _stage_caches(model: ParallelModel, cache: Cache) -> dict[int, Cache]:
+class _OwnCaches(StepHooks):
+    """Hands each stage the cache that is its own."""
+
+    def __init__(self, inputs: dict[str, Any], argument: str, caches: dict[int, Cache]) -> None:
+        self.inputs, self.argument, self.caches = inputs, argument, caches
+
+    def on_forward(self, action: Action) -> None:
+        self.inputs[self.argument] = self.caches[action.stage]
+
+
+def _stage_caches(model: ModelParts, stages: Sequence[Stage], cache: Cache) -> dict[int, Cache]:
     """What each stage of this rank gets for `cache`: its own layers, and the lengths of all before the pass.
 
     Backbones derive masks and positions from the cache. A later stage of this rank must not meet layers that an earlier
@@ -80,7 +86,7 @@ def _stage_caches(model: ParallelModel, cache: Cache) -> dict[int, Cache]:
     Raises:
         ValueError: for a cache that cannot be copied without its contents.
     """
-    first, *later = model.stages
+    first, *later = stages
     if later and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
             "a static key-value cache cannot serve an interleaved pipeline, whose stages on one rank all need it as it "

@@ -24,7 +24,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.shard_spec import ShardSpec
 from .base import ParallelModel
 from .methods import parameter_name
-from .stage import ABSENT
+from .stand_ins import ABSENT
 
 SMALL = 1 << 16  # elements that a constructor may compute with
 

@@ -10,79 +10,20 @@ backbone, and joined and cut to their length where they leave it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..parallel.collectives import join_sequence
 from .calling import as_output
-
-if TYPE_CHECKING:
-    from .base import ParallelModel
-
-Loss = Callable[[Any, torch.Tensor | None, Any], torch.Tensor]
+from .parts import ModelParts
+from .training_loss import MicroBatch
 
 
-@dataclass
-class MicroBatch:
-    """What a stage knows of the micro-batch that it trains on, besides the inputs of the model.
-
-    Attributes:
-        share: what its loss is multiplied by.
-        counts: False for one that only keeps this rank in step with others: its loss is zero, whatever computes it.
-        loss: what computes the loss from `(outputs, labels, items)` on the last stage; the model itself if None.
-        labels: for `loss`; the model is called without them.
-        items: for `loss`: the predicted tokens of the step.
-        filled: id of a tensor -> the same, filled up to a length that sequence parallelism can cut.
-        by_caller: whoever calls the model computes the loss, so the stage leaves it alone.
-        logits: those that the head made, whole.
-    """
-
-    share: float | torch.Tensor = 1.0
-    counts: bool = True
-    loss: Loss | None = None
-    labels: torch.Tensor | None = None
-    items: torch.Tensor | None = None
-    filled: dict[int, torch.Tensor] = field(default_factory=dict)
-    by_caller: bool = False
-    logits: torch.Tensor | None = None
-
-    def fill(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs`, each tensor of the batch filled up."""
-        return {name: self.filled.get(id(value), value) for name, value in inputs.items()}
-
-    def finish(self, output: Any) -> None:
-        """Put the loss of this micro-batch into the output of the last stage."""
-        if self.by_caller:
-            return
-        loss = self.loss(output, self.labels, self.items) if self.loss is not None and self.counts else output.loss
-        output.loss, self.logits = self.weigh(loss), None
-
-    def weigh(self, loss: Any) -> torch.Tensor:
-        """What is differentiated for `loss`.
-
-        Raises:
-            ValueError: for a loss that is no scalar, or that depends on no weight.
-        """
-        if not self.counts:
-            assert self.logits is not None
-            return self.logits.float().sum() * 0.0
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(f"a loss is a tensor of one element, but the loss of this micro-batch is {what}.")
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss of this micro-batch has no gradient: it does not depend on the logits, or was computed from "
-                "a detached copy of them, so it would train nothing."
-            )
-        return loss.reshape(()) * self.share
-
-
-def forward_with_logits(model: ParallelModel, view: Any, inputs: dict[str, Any]) -> Any:
+def forward_with_logits(model: ModelParts, view: Any, inputs: dict[str, Any]) -> Any:
     """The stock forward of `view`, whose head returns whole logits, and which calls its own loss function.
 
     Logits and loss of a training model that computes in 16 bits are returned in fp32, as accelerate returns them.
@@ -101,7 +42,7 @@ def forward_with_logits(model: ParallelModel, view: Any, inputs: dict[str, Any])
 
 
 @contextmanager
-def whole_outputs(model: ParallelModel, view: Any) -> Iterator[list[torch.Tensor]]:
+def whole_outputs(model: ModelParts, view: Any) -> Iterator[list[torch.Tensor]]:
     """Let the backbone and the head of `view` return what they would in one process, whoever calls them. May be nested.
 
     Returns:
@@ -110,7 +51,7 @@ def whole_outputs(model: ParallelModel, view: Any) -> Iterator[list[torch.Tensor
     if (outer := view.__dict__.get("made_logits")) is not None:
         yield outer
         return
-    micro_batch = model.micro_batch if model.training else None
+    micro_batch = model.training_loss.micro_batch if model.training else None
     with _whole_sequences(model, view, micro_batch), _whole_vocabulary(model, view, micro_batch) as made:
         view.__dict__["made_logits"] = made
         try:
@@ -119,7 +60,7 @@ def whole_outputs(model: ParallelModel, view: Any) -> Iterator[list[torch.Tensor
             del view.__dict__["made_logits"]
 
 
-def refuse_own_heads(model: ParallelModel, output: Any) -> None:
+def refuse_own_heads(model: ModelParts, output: Any) -> None:
     """
     Raises:
         ValueError: for an output with the attention weights of this rank's heads alone.
@@ -134,7 +75,7 @@ def refuse_own_heads(model: ParallelModel, output: Any) -> None:
 
 
 @contextmanager
-def _whole_vocabulary(model: ParallelModel, view: Any, micro_batch: MicroBatch | None) -> Iterator[list[torch.Tensor]]:
+def _whole_vocabulary(model: ModelParts, view: Any, micro_batch: MicroBatch | None) -> Iterator[list[torch.Tensor]]:
     """Let the head of `view` join the slices of its output, and `view` call its own loss function."""
     head = view.get_output_embeddings()
     made: list[torch.Tensor] = []
@@ -160,7 +101,7 @@ def _whole_vocabulary(model: ParallelModel, view: Any, micro_batch: MicroBatch |
 
 
 @contextmanager
-def _whole_sequences(model: ParallelModel, view: Any, micro_batch: MicroBatch | None) -> Iterator[None]:
+def _whole_sequences(model: ModelParts, view: Any, micro_batch: MicroBatch | None) -> Iterator[None]:
     """Let the backbone of `view` take and return sequences as they are in the batch, under sequence parallelism."""
     group, head = model.mesh.tp, view.get_output_embeddings()
     if not model.training or group.size == 1 or not model.parallel.sequence_parallel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,8 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from .base import ParallelModel
+from .parts import ModelParts
 
 logger = logging.get_logger(__name__)
 
@@ -126,7 +125,7 @@ def _refusing(name: str, reason: str) -> Callable[..., Any]:
 Refusals: Any = type("Refusals", (), {name: _refusing(name, reason) for name, reason in REFUSED.items()})
 
 
-class WholeModel(Refusals, PreTrainedModel):
+class WholeModel(Refusals, ModelParts):
     """The methods of a cut model that speak of the whole one, or take whole tensors."""
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -134,11 +133,10 @@ class WholeModel(Refusals, PreTrainedModel):
 
         A weight of another pipeline stage counts as frozen if it was when the model was cut, or when a trainer took it.
         """
-        model = cast("ParallelModel", self)
-        skipped = set(model.cut.embeddings) if exclude_embeddings else set()
+        skipped = set(self.cut.embeddings) if exclude_embeddings else set()
         if only_trainable:
-            skipped |= model.cut.frozen_now(model)
-        return sum(prod(shape) for name, shape in model.weight_shapes.items() if name not in skipped)
+            skipped |= self.frozen_now()
+        return sum(prod(shape) for name, shape in self.weight_shapes.items() if name not in skipped)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the weights that this rank holds, and of its buffers; not of the whole model."""
@@ -153,11 +151,10 @@ class WholeModel(Refusals, PreTrainedModel):
         Raises:
             ValueError: for any other size.
         """
-        model = cast("ParallelModel", self)
         embedding = cast(nn.Embedding, self.get_input_embeddings())
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
-        have = model.vocabulary.inputs
+        have = self.vocabulary.inputs
         if pad_to_multiple_of is not None and not isinstance(pad_to_multiple_of, int):
             raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a whole number.")
         want, multiple = have if new_num_tokens is None else int(new_num_tokens), pad_to_multiple_of or 1
@@ -184,8 +181,7 @@ class WholeModel(Refusals, PreTrainedModel):
         Raises:
             ValueError: if its config has changed since.
         """
-        model = cast("ParallelModel", self)
-        now, then = model.config.get_text_config().tie_word_embeddings, model.cut.sizes["tie_word_embeddings"]
+        now, then = self.config.get_text_config().tie_word_embeddings, self.cut.sizes["tie_word_embeddings"]
         if bool(now) != bool(then):
             raise ValueError(
                 f"tie_weights with config.tie_word_embeddings={now}: the model was cut with {then}. {BEFORE}."
@@ -194,18 +190,16 @@ class WholeModel(Refusals, PreTrainedModel):
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in any model. A trainer keeps an attention that was named."""
         super().set_attn_implementation(*args, **kwargs)
-        model = cast("ParallelModel", self)
-        model.names_attention, model.attention = True, None
+        self.names_attention = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in any module: the tensors of this rank, its parts of those that are cut. `load_state_dict` takes them.
 
         `save_pretrained` writes the whole model. New weights that are still on their way are waited for.
         """
-        model = cast("ParallelModel", self)
-        if model.sharded is not None:
-            model.sharded.wait()
-        if model.mesh.tp_size * model.mesh.pp_size > 1:
+        if self.weights is not None:
+            self.weights.wait()
+        if self.mesh.tp_size * self.mesh.pp_size > 1:
             logger.warning_once(
                 "state_dict() of a parallel model holds this rank's parts alone, for this layout; save_pretrained (on "
                 "all ranks) writes the whole model."
@@ -222,11 +216,10 @@ class WholeModel(Refusals, PreTrainedModel):
             ValueError: naming the tensor whose shape is neither that of the whole weight nor of this rank's part; with
                 `strict`, those that are missing or unknown; with `assign`.
         """
-        model = cast("ParallelModel", self)
         if assign:
             raise ValueError("load_state_dict(assign=True): weights lie in memory of their own; leave `assign` out.")
-        held, tied = _held(model), model.hub_layout.tied
-        known = {**model.hub_shapes, **{name: model.hub_shapes[source] for name, source in tied.items()}}
+        held, tied = _held(self), self.hub_layout.tied
+        known = {**self.hub_shapes, **{name: self.hub_shapes[source] for name, source in tied.items()}}
         for name, value in state_dict.items():
             own = tuple(held[name].shape) if name in held else None
             if name in known and tuple(value.shape) not in (known[name], own):
@@ -249,7 +242,7 @@ class WholeModel(Refusals, PreTrainedModel):
             if given is None:
                 given = state_dict.get(tied.get(name, name))
             if given is not None:
-                _load(model, name, held[name], given)
+                _load(self, name, held[name], given)
         return _IncompatibleKeys(missing, unexpected)
 
 
@@ -263,14 +256,14 @@ def _refuse_other(given: nn.Module | None, own: nn.Module | None, method: str) -
         raise ValueError(f"{method}: a module that is not cut cannot take the place of one that is. {BEFORE}.")
 
 
-def _held(model: ParallelModel) -> dict[str, torch.Tensor]:
+def _held(model: ModelParts) -> dict[str, torch.Tensor]:
     """Name -> parameter or persistent buffer of this rank; a tied one has each of its names."""
     names = PreTrainedModel.state_dict(model, keep_vars=True)
     return cast(dict[str, torch.Tensor], dict(names))
 
 
 @torch.no_grad()
-def _load(model: ParallelModel, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+def _load(model: ModelParts, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
     """Write a whole tensor, or this rank's part of it, into a parameter or buffer."""
     if not isinstance(target, nn.Parameter) or isinstance(value, DTensor):
         target.copy_(value)
@@ -281,7 +274,7 @@ def _load(model: ParallelModel, name: str, target: torch.Tensor, value: torch.Te
     model.write_parameter(own, value.to(target.device))
 
 
-def parameter_name(model: ParallelModel, name: str, parameter: nn.Parameter) -> str:
+def parameter_name(model: ModelParts, name: str, parameter: nn.Parameter) -> str:
     """The key of `shard_specs` for a parameter that may be listed under the name it is tied to."""
     if name in model.shard_specs:
         return name

@@ -33,16 +33,19 @@ from ..parallel.tp.regions import (
 from ..parallel.tp.transport import make_transport
 from .base import ParallelModel, parallel_class
 from .cut import Cut, holding_weights
+from .decorations import Decorations
 from .moe.mixture import make_mixture
-from .stage import ABSENT, Absent, AbsentLayer, Stage, put_stand_in, stand_in
+from .stage import Stage
 from .stage_split import EMBEDDING_COST, first_shared_layer, split_layers
-from .stock.anatomy import Anatomy, blocks, decoder_layers, dissect
+from .stand_ins import ABSENT, Absent, AbsentLayer, put_stand_in, stand_in
+from .stock.anatomy import Anatomy, dissect
 from .stock.families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
 from .stock.foreign import why_not_causal
 from .stock.hooks import users_hooks
 from .stock.plan import Plan, is_experts, make_plan
 from .stock.torch_hooks import weight_hook_message
 from .tensor_shards import swap_layers, tensor_specs
+from .training_loss import TrainingLoss
 from .unwrap import class_of, unwrap
 
 
@@ -69,11 +72,11 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     if message := weight_hook_message(model.named_parameters()):
         raise ValueError(message)
     cut = Cut.of(model)
-    tied = _tied_names(model, anatomy)
-    plan = make_plan(model, anatomy, mesh.tp_size, mesh.ep_size)
+    tied = _tied_names(anatomy)
+    plan = make_plan(anatomy, mesh.tp_size, mesh.ep_size)
     _refuse_what_ranks_would_draw_differently(model, mesh, plan)
-    specs = _named_like_the_hub(tensor_specs(model, anatomy, mesh, plan), tied, anatomy)
-    layers_of_stage = _cut_layers(model, mesh, anatomy)
+    specs = _named_like_the_hub(tensor_specs(anatomy, mesh, plan), tied, anatomy)
+    layers_of_stage = _split_layers(anatomy, mesh)
     tensors = model.state_dict(keep_vars=True)
     stage_of = {name: _stage_of(name, anatomy, layers_of_stage) for name in (*specs, *tensors)}
     _refuse_shared_stages(model, stage_of, tied)
@@ -91,11 +94,12 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
         for name, parameter in model.named_parameters():
             warn_nonfinite(name, parameter, f"the {stock.__name__} that was handed over")
     if mesh.pp_size > 1:
-        _leave_out_other_stages(model, mesh, anatomy, layers_of_stage, specs)
+        _leave_out_other_stages(anatomy, mesh, layers_of_stage, specs)
     swap_layers(model, mesh, plan, specs, ABSENT)
     model.__class__ = parallel_class(stock)  # type: ignore[arg-type]
     model = cast(ParallelModel, model)
     model.mesh, model.anatomy, model.mixture = mesh, anatomy, mixture
+    model.training_loss, model.decorations = TrainingLoss(), Decorations()
     if mixture is not None:
         mixture.attach(model)
     model.head_is_cut, model.head_is_hooked = anatomy.head in plan.styles, head_is_hooked
@@ -108,7 +112,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.streams = _attach_dropout_streams(model, mesh)
     _attach_communication(model, mesh, plan)
     stages = [index for index in range(len(layers_of_stage)) if rank_of_stage(index, mesh.pp_size) == mesh.pp_rank]
-    model.stages = [Stage(model, anatomy, index, layers_of_stage[index], len(layers_of_stage)) for index in stages]
+    model.stages = [Stage(model, index, layers_of_stage[index], len(layers_of_stage)) for index in stages]
     model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]
     cut.modules = holding_weights(model)
@@ -179,9 +183,9 @@ def _refuse_what_ranks_would_draw_differently(model: PreTrainedModel, mesh: Para
             )
 
 
-def _tied_names(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, str]:
+def _tied_names(anatomy: Anatomy) -> dict[str, str]:
     """Parameter -> the parameter it shares storage with, for pairs that the config ties."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = anatomy.model.get_output_embeddings(), anatomy.model.get_input_embeddings()
     if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
         return {}
     return {f"{anatomy.head}.weight": f"{anatomy.embedding}.weight"}
@@ -199,10 +203,11 @@ def _named_like_the_hub(specs: dict[str, ShardSpec], tied: dict[str, str], anato
     return named
 
 
-def _cut_layers(model: PreTrainedModel, mesh: ParallelMesh, anatomy: Anatomy) -> tuple[range, ...]:
+def _split_layers(anatomy: Anatomy, mesh: ParallelMesh) -> tuple[range, ...]:
+    model = anatomy.model
     if mesh.pp_size == 1:
         return (range(model.config.get_text_config().num_hidden_layers),)
-    layers = decoder_layers(model, anatomy)
+    layers = anatomy.decoder_layers()
     costs = [float(sum(p.numel() for p in layer.parameters() if p.dim() > 1)) for layer in layers]
     return split_layers(
         costs,
@@ -256,13 +261,10 @@ def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
 
 
 def _leave_out_other_stages(
-    model: PreTrainedModel,
-    mesh: ParallelMesh,
-    anatomy: Anatomy,
-    layers_of_stage: tuple[range, ...],
-    specs: dict[str, ShardSpec],
+    anatomy: Anatomy, mesh: ParallelMesh, layers_of_stage: tuple[range, ...], specs: dict[str, ShardSpec]
 ) -> None:
-    layers = decoder_layers(model, anatomy)
+    model = anatomy.model
+    layers = anatomy.decoder_layers()
     for stage, indices in enumerate(layers_of_stage):
         if rank_of_stage(stage, mesh.pp_size) != mesh.pp_rank:
             for index in indices:
@@ -285,7 +287,7 @@ def _attach_dropout_streams(model: ParallelModel, mesh: ParallelMesh) -> LayerSt
     streams = LayerStreams(torch.initial_seed(), mesh.tp_rank if cut_everywhere else 0)
     # A model that is not cut may keep its layers anywhere: the stream of the micro-batch serves all of it.
     is_cut = mesh.tp_size * mesh.pp_size > 1
-    layers = decoder_layers(model, model.anatomy) if is_cut or model.anatomy.layers is not None else ()
+    layers = model.anatomy.decoder_layers() if is_cut or model.anatomy.layers is not None else ()
     for index, layer in enumerate(layers):
         if not isinstance(layer, AbsentLayer):
             streams.attach(layer, index)
@@ -300,7 +302,7 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
     if mesh.parallel.overlaps_tp(mesh.device):
         shared = Overlap(mesh.tp, make_transport(mesh.tp, mesh.device))
         mesh.at_close(shared.close)
-    for name, block in blocks(model, model.anatomy):
+    for name, block in model.anatomy.blocks():
         if name in plan.regions:
             flat = is_experts(block)
             overlap = None if shared is None or flat else BlockOverlap(shared, block)
@@ -315,14 +317,14 @@ def _attach_communication(model: ParallelModel, mesh: ParallelMesh, plan: Plan) 
             TokenRegion(mesh.tp, flat=is_experts(block)).attach(block)
     kind = model.config.get_text_config().model_type
     if sequence_parallel:
-        for layer in decoder_layers(model, model.anatomy):
+        for layer in model.anatomy.decoder_layers():
             for argument in row_of(TOKEN_ARGUMENTS, layer) or ():
                 split_argument(layer, argument, mesh.tp)
     if sequence_parallel and mesh.is_first_stage:
-        split_before(decoder_layers(model, model.anatomy)[0], mesh.tp, SEQUENCE_DIM.get(kind, 1))
+        split_before(model.anatomy.decoder_layers()[0], mesh.tp, SEQUENCE_DIM.get(kind, 1))
     if mesh.is_last_stage:
         head = model.get_output_embeddings()
         if sequence_parallel and model.anatomy.is_foreign:
-            join_after(decoder_layers(model, model.anatomy)[-1], mesh.tp, SEQUENCE_DIM.get(kind, 1))
+            join_after(model.anatomy.decoder_layers()[-1], mesh.tp, SEQUENCE_DIM.get(kind, 1))
             sequence_parallel = False  # from here on
         gather_before_head(head, mesh.tp, sequence_parallel, model.head_is_cut)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from ..data.vocabulary import ADVICE, foreign_id
 from ..data.window_check import WindowCheck
-
-if TYPE_CHECKING:
-    from .base import ParallelModel
+from .parts import ModelParts
 
 
-def check_prompts(model: ParallelModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], spans_replicas: bool) -> None:
+def check_prompts(model: ModelParts, args: tuple[Any, ...], kwargs: Mapping[str, Any], spans_replicas: bool) -> None:
     """Compare the prompts and settings that the ranks of a replica generate from. All of them together.
 
     Args:
@@ -37,7 +35,7 @@ def check_prompts(model: ParallelModel, args: tuple[Any, ...], kwargs: Mapping[s
     check.judge(check.start([told]), "generate")
 
 
-def refuse_foreign_ids(model: ParallelModel, inputs: Mapping[str, Any]) -> None:
+def refuse_foreign_ids(model: ModelParts, inputs: Mapping[str, Any]) -> None:
     """Refuse ids that the model does not know; cut embeddings would take zeros for them.
 
     On a device, where the host would have to wait for it, the device stops at them, as it does in a whole embedding.

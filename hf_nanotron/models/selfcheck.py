@@ -23,7 +23,7 @@ from ..parallel.together import together
 from .base import ParallelModel
 from .calling import accepted, as_output
 from .generation import pipelined_forward
-from .stock.anatomy import dissect, layer_stacks
+from .stock.anatomy import Anatomy, dissect
 from .stock.foreign import is_foreign, why_not_causal
 from .stock.hooks import inner_hooks
 
@@ -66,7 +66,8 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
     if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
         return None
     code = {type(module).__name__ for module in model.modules() if is_foreign(module)}
-    backbone = dissect(model).backbone
+    anatomy = dissect(model)
+    backbone = anatomy.backbone
     hooked = [(name, hook) for name, hook in inner_hooks(model, backbone) if mesh.pp_size == 1 or name != backbone]
     code |= {f"{hook} (a hook on {name})" for name, hook in hooked}  # a pipeline refuses those on the backbone itself
     if not code:
@@ -78,7 +79,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
 
     def run() -> float:
         inputs = {"input_ids": ids.to(device), "labels": ids.to(device), "use_cache": False, "return_dict": True}
-        with torch.no_grad(), _Mode(model), _telling_forms(model):
+        with torch.no_grad(), _Mode(model), _telling_forms(anatomy):
             # Not by a call of the model, whose hooks are for `custom_loss` to judge.
             output = as_output(model.forward(**accepted(model.forward, inputs)), has_labels=True)
         return float(output.loss)
@@ -104,7 +105,7 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
     try:
         with torch.no_grad(), _Mode(model):
             if mesh.pp_size > 1:
-                loss = pipelined_forward(model, inputs, gather_logits=False).loss
+                loss = pipelined_forward(model, model.stages, inputs, gather_logits=False).loss
             else:
                 loss = model.parallel_forward(gather_logits=False, **inputs).loss
     except Exception as error:  # whatever that code raises
@@ -122,13 +123,13 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
 
 
 @contextlib.contextmanager
-def _telling_forms(model: PreTrainedModel) -> Iterator[None]:
+def _telling_forms(anatomy: Anatomy) -> Iterator[None]:
     """Have every decoder layer note what it returns: a stand-in for it has to return the same (`AbsentLayer`)."""
 
     def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layer.returns_tuple = isinstance(output, tuple)  # type: ignore[assignment]
 
-    layers = [layer for _, stack in layer_stacks(model, dissect(model)) for layer in stack if is_foreign(layer)]
+    layers = [layer for _, stack in anatomy.layer_stacks() for layer in stack if is_foreign(layer)]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         yield

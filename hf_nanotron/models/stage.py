@@ -10,78 +10,18 @@ from __future__ import annotations
 
 import contextlib
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from .calling import accepted
-from .stock.anatomy import Anatomy, decoder_layers
-from .stock.families import CARRIES, RETURNS_TUPLE, row_of
+from .parts import ModelParts
+from .stand_ins import AbsentEmbedding, AbsentLayer, Boundary, put_stand_in, stand_in
 from .stock.foreign import is_foreign_class
-from .stock.releases import cache_in
-
-if TYPE_CHECKING:
-    from .base import ParallelModel
+from .stock_forward import stock_forward
 
 LOSS_WEIGHT = "loss_weight"  # of a micro-batch: what its loss is multiplied by
-
-Boundary = tuple[torch.Tensor | None, ...]  # hidden states, then what the layers carry along with them
-
-
-class AbsentLayer(nn.Module):
-    """Stands for a decoder layer of another stage: passes on what it gets.
-
-    It keeps the plain attributes that backbones read from their layers. It also keeps the length of the layer's
-    key-value cache, from which backbones derive positions and masks, unless `layer` is held by another stage of this
-    rank, which fills the cache itself.
-    """
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        super().__init__()
-        for name, value in vars(layer).items():
-            if not name.startswith("_") and name != "training":
-                setattr(self, name, value)
-        self.index = index
-        self.keeps_cache_length = isinstance(layer, AbsentLayer)
-        self.carries: str | None = row_of(CARRIES, layer)
-        is_known = self.carries is not None or any(cls.__name__ in RETURNS_TUPLE for cls in type(layer).__mro__)
-        self.returns_tuple = is_known or getattr(layer, "returns_tuple", False)  # as `selfcheck` has seen
-        if isinstance(layer, AbsentLayer):
-            self.carries, self.returns_tuple = layer.carries, layer.returns_tuple
-
-    def boundary(self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
-        """What a layer here would be handed by the layer before it."""
-        if self.carries is None:
-            return (hidden_states,)
-        return (hidden_states, kwargs[self.carries] if self.carries in kwargs else args[0])
-
-    def result(self, boundary: Boundary) -> Any:
-        """`boundary` in the form in which a layer here returns it."""
-        if self.carries is not None:
-            return boundary
-        return (boundary[0], None) if self.returns_tuple else boundary[0]
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = cache_in(kwargs)
-        if cache is not None and self.keeps_cache_length:
-            lengthen(cache, self.index, hidden_states)
-        return self.result(self.boundary(hidden_states, args, kwargs))
-
-
-def lengthen(cache: Cache, index: int, hidden_states: torch.Tensor) -> None:
-    """Let layer `index` of a cache be longer by the tokens of `hidden_states`, `[batch, tokens, ...]`.
-
-    A layer with a recurrent state alone has no length, and only the decoder layer itself looks at its state.
-    """
-    if index < len(cache.layers) and not isinstance(cache.layers[index], CacheLayerMixin):
-        return
-    batch, length = hidden_states.shape[:2]
-    # One number a token: a cache whose tensors have no elements says that its length is zero.
-    filler = hidden_states.new_zeros((batch, 1, length, 1))
-    cache.update(filler, filler, index)
 
 
 class StageInput(AbsentLayer):
@@ -115,77 +55,17 @@ class StageOutput(AbsentLayer):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-class Absent(nn.Module):
-    """Stands for a module around the layers, whose result nobody reads on this stage: returns what it gets.
-
-    Attributes:
-        shape: of the weight that the stage has which holds the module.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.shape = shape
-        self.register_buffer("zero", torch.zeros((), dtype=dtype, device=device), persistent=False)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Zeros without memory: scripts ask an embedding or a head for the size of the vocabulary."""
-        return cast(torch.Tensor, self.zero).expand(self.shape)
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
-
-
-class AbsentEmbedding(Absent):
-    """Zeros of the embedding's shape, without memory: every stage reads the batch's ids, one looks them up."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> None:
-        super().__init__(dtype, device, shape)
-        self.dtype = dtype
-
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        zero = torch.zeros((), dtype=self.dtype, device=input_ids.device)
-        return zero.expand(*input_ids.shape, self.shape[-1])
-
-
-def stand_in(part: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """What stands for a module, or a bare parameter, that another stage holds."""
-    weight = getattr(part, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
-    if isinstance(part, (nn.Embedding, AbsentEmbedding)):
-        return AbsentEmbedding(dtype, device, shape)
-    if isinstance(part, nn.ModuleList):
-        return nn.ModuleList(Absent(dtype, device) for _ in part)
-    if isinstance(part, torch.Tensor):
-        return torch.zeros(part.shape, dtype=part.dtype, device=device)
-    return Absent(dtype, device, shape)
-
-
-def put_stand_in(owner: nn.Module, leaf: str, part: Any) -> None:
-    """Put what `stand_in` returned in the place of a module or of a bare parameter or buffer."""
-    if isinstance(part, nn.Module):
-        owner._modules[leaf] = part
-    else:
-        owner._parameters.pop(leaf, None)
-        owner._buffers.pop(leaf, None)
-        owner.register_buffer(leaf, part, persistent=False)
-
-
-ABSENT = (Absent, AbsentEmbedding, AbsentLayer)
-
-
 class Stage:
     """One stage of the model: a view that shares every parameter with `model` but holds only this stage's layers.
 
     Args:
         model: this rank's part of the model, whose absent layers are `AbsentLayer`s.
-        anatomy: names of the parts.
         index: which stage, in model order.
         layers: the decoder layers of this stage.
         num_stages: stages in the whole model.
     """
 
-    def __init__(self, model: ParallelModel, anatomy: Anatomy, index: int, layers: range, num_stages: int) -> None:
+    def __init__(self, model: ModelParts, index: int, layers: range, num_stages: int) -> None:
         self.index, self.layers = index, layers
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self._model, self._view = model, model
@@ -193,10 +73,11 @@ class Stage:
         self._input: StageInput | None = None
         self._output: StageOutput | None = None
         if num_stages > 1:
-            self._make_view(anatomy, layers)
+            self._make_view(layers)
 
-    def _make_view(self, anatomy: Anatomy, layers: range) -> None:
+    def _make_view(self, layers: range) -> None:
         """Copy the modules on the way to the parts that differ, and put this stage's parts into the copies."""
+        anatomy = self._model.anatomy
         views = {"": _shallow_copy(self._model)}
         path = anatomy.backbone.split(".") if anatomy.backbone else []
         for depth, leaf in enumerate(path):
@@ -205,7 +86,7 @@ class Stage:
         self._view, self._copied = views[""], list(views.values())
         assert anatomy.layers is not None
         chosen: list[nn.Module] = []
-        for index, layer in enumerate(decoder_layers(self._model, anatomy)):
+        for index, layer in enumerate(anatomy.decoder_layers()):
             if index in layers:
                 chosen.append(layer)
             elif index == layers.start - 1:
@@ -232,8 +113,9 @@ class Stage:
             received: what the previous stage sent (None on the first).
         """
         output = self._compute(inputs, received)
-        if self.is_last and self._model.training and self._model.micro_batch is not None:
-            self._model.micro_batch.finish(output)
+        micro_batch = self._model.training_loss.micro_batch
+        if self.is_last and self._model.training and micro_batch is not None:
+            micro_batch.finish(output)
         return output
 
     def _compute(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
@@ -270,11 +152,11 @@ class Stage:
             assert received is not None
             self._input.received = received
         if self.is_last:
-            return self._model.stock_forward(self._view, **inputs)
+            return stock_forward(self._model, self._view, **inputs)
         assert self._output is not None
-        model = self._model
-        if model.training and model.micro_batch is not None:
-            inputs = model.micro_batch.fill(inputs)
+        model, micro_batch = self._model, self._model.training_loss.micro_batch
+        if model.training and micro_batch is not None:
+            inputs = micro_batch.fill(inputs)
         if is_foreign_class(model.stock_class):
             # It may change what it hands to its backbone. What it does afterwards is for the last stage.
             self._output.ends = inputs.get("past_key_values") is None

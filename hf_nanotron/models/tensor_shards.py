@@ -37,13 +37,13 @@ READS_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_value
 WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "unit_norm", "identity")
 
 
-def tensor_specs(model: PreTrainedModel, anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
-    """A `ShardSpec` for every parameter of the whole `model`, keyed by its name. Changes nothing.
+def tensor_specs(anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
+    """A `ShardSpec` for every parameter of the whole model, keyed by its name. Changes nothing.
 
     Raises:
         ValueError: if heads, vocabulary, experts or features cannot be cut over the ranks.
     """
-    tp_size = mesh.tp_size
+    model, tp_size = anatomy.model, mesh.tp_size
     summed = tuple(name + "." for name in (*plan.regions, *plan.spread))
     whole = tuple(name + "." for name in plan.whole)
     after_sum = tuple(f"{name}." for name in plan.after_sum)
@@ -234,8 +234,6 @@ def swap_layers(
             experts = cast(ParallelExperts, module)
             if any(name == block or name.startswith(block + ".") for block in plan.spread):
                 experts.group = mesh.ep
-                if mesh.parallel.ep_parts is not None:
-                    experts.parts = mesh.parallel.ep_parts
             else:
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward

@@ -7,8 +7,7 @@ function here waits for the device. Elsewhere the experts are a loop on the host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -76,22 +75,7 @@ def _is_aligned(x: torch.Tensor) -> bool:
     return x.data_ptr() % ALIGNMENT == 0 and step % ALIGNMENT == 0 and min(x.stride()[-2:]) == 1
 
 
-@contextmanager
-def _spare(multiprocessors: int) -> Iterator[None]:
-    """Let torch's kernel leave some to others. It has one thread block on each, and those that find theirs taken, by
-    a communication, run after all the others: in twice the time."""
-    if not multiprocessors:
-        yield
-        return
-    before = torch._C._get_sm_carveout_experimental()
-    torch._C._set_sm_carveout_experimental(multiprocessors)
-    try:
-        yield
-    finally:
-        torch._C._set_sm_carveout_experimental(before)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, spared: int) -> torch.Tensor:
+def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`[rows, a] @ [experts, a, b] -> [rows, b]`, zeros in rows of no expert."""
     x = x.contiguous()
     rows, width = x.shape[0], weight.shape[2]
@@ -102,8 +86,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, spare
         if _is_aligned(x) and _is_aligned(weight) and width * x.element_size() % ALIGNMENT == 0:
             from .kernels.grouped import zero_tail
 
-            with _spare(spared):
-                out = _grouped_mm(x, weight, offs=offsets)
+            out = _grouped_mm(x, weight, offs=offsets)
             zero_tail(out, offsets)
             return out
     out = x.new_zeros(rows, width)
@@ -121,11 +104,10 @@ class _GroupedLinear(torch.autograd.Function):
         offsets: torch.Tensor,
         transposed: bool,
         sink: GroupedWeightGradient | None,
-        spared: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, offsets)
-        ctx.transposed, ctx.sink, ctx.spared = transposed, sink, spared
-        return _product(x, weight if transposed else weight.transpose(1, 2), offsets, spared)
+        ctx.transposed, ctx.sink = transposed, sink
+        return _product(x, weight if transposed else weight.transpose(1, 2), offsets)
 
     @staticmethod
     @once_differentiable
@@ -141,8 +123,8 @@ class _GroupedLinear(torch.autograd.Function):
                 add_grouped_product(grad_weight, left, right, offsets, overwrite=True)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, weight.transpose(1, 2) if ctx.transposed else weight, offsets, ctx.spared)
-        return grad_x, grad_weight, None, None, None, None
+            grad_x = _product(grad, weight.transpose(1, 2) if ctx.transposed else weight, offsets)
+        return grad_x, grad_weight, None, None, None
 
 
 def grouped_linear(
@@ -151,7 +133,6 @@ def grouped_linear(
     offsets: torch.Tensor,
     transposed: bool = False,
     gradient_sink: GroupedWeightGradient | None = None,
-    spared: int = 0,
 ) -> torch.Tensor:
     """Each row times the weight of its expert.
 
@@ -160,7 +141,6 @@ def grouped_linear(
         weight: `[experts, out, in]`, or `[experts, in, out]` if `transposed`.
         offsets: `[experts]`, int32, on the device of `x`: where each expert's rows end.
         gradient_sink: gets the weight's gradient as a product, if it takes it; else autograd gets the gradient.
-        spared: multiprocessors left to what runs beside the product, on CUDA.
 
     Returns:
         `[rows, out]`; zeros in rows from `offsets[-1]` on.
@@ -179,7 +159,7 @@ def grouped_linear(
     sink = gradient_sink
     if sink is not None and not sink.takes_product(x.dtype):
         sink = None
-    return _GroupedLinear.apply(x, weight, offsets, transposed, sink, spared)
+    return _GroupedLinear.apply(x, weight, offsets, transposed, sink)
 
 
 class _AddExpertBias(torch.autograd.Function):

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 
 SCHEDULES = ("afab", "1f1b", "interleaved_1f1b", "zb")
+
+# Options of earlier versions, and what to do instead.
+REMOVED = {
+    "ep_parts": "ep_parts was removed: splitting experts into parts was never faster than sending each token once to "
+    "each rank, which is now the only way. Delete the setting; it needs no replacement.",
+}
+
+
+def refuse_removed(options: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: if one of `options` was removed, saying what to do.
+    """
+    if found := [sentence for option, sentence in REMOVED.items() if option in options]:
+        raise ValueError(" ".join(found))
 
 
 @dataclass(frozen=True)
@@ -21,9 +38,6 @@ class ParallelConfig:
         cp_size: ranks that share a sequence. Only 1 so far.
         ep_size: ranks that share the experts of a mixture-of-experts model, each holding other ones. They are
             neighbours among the data- and tensor-parallel ranks of a pipeline stage, whose number it divides.
-        ep_parts: into which the experts of a rank are cut, so that tokens travel to and from some while others are
-            computed; 1 does not cut, `None` goes by the number of tokens. Results are the same but for rounding, and on
-            two GPUs 1 was the fastest: a token then travels once to each rank, not once to each expert.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
             across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size.
         zero_stage: what data-parallel ranks shard (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the fp32
@@ -48,7 +62,6 @@ class ParallelConfig:
     pp_size: int = 1
     cp_size: int = 1
     ep_size: int = 1
-    ep_parts: int | None = 1
     dp_replicate_size: int = 1
     zero_stage: int = 1
     sequence_parallel: bool = True
@@ -57,22 +70,15 @@ class ParallelConfig:
     pp_virtual_stages: int = 1
     pp_layers_per_stage: tuple[int, ...] | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        refuse_removed(kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "cp_size", "ep_size", "dp_replicate_size", "pp_virtual_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        parts = self.ep_parts
-        if parts is not None and (not isinstance(parts, int) or isinstance(parts, bool) or parts < 1):
-            raise ValueError(
-                f"ep_parts={parts!r} must be an integer of at least 1, the parts into which a rank's experts are cut, "
-                "or None ('auto' in training arguments), which goes by the number of tokens that travel."
-            )
-        if parts is not None and parts > 1 and self.ep_size == 1:
-            raise ValueError(
-                f"ep_parts={parts} with ep_size=1: no tokens travel between ranks that products could hide; use an "
-                "ep_size of at least 2, or ep_parts=1."
-            )
         if self.cp_size != 1:
             raise ValueError(
                 f"cp_size={self.cp_size}: context parallelism is not available in this version; use cp_size=1."

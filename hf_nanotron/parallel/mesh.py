@@ -18,9 +18,6 @@ from accelerate import PartialState
 from .config import ParallelConfig
 from .roll_call import attend
 
-# Of a GPU, that a communicator whose collectives run beside products may take. With 16 of 132 its exchanges take nearly
-# twice as long on NVLink, and nothing is won (measured on two H200: docs/performance.md).
-MULTIPROCESSORS_BESIDE_PRODUCTS = 32
 MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
 
 
@@ -106,8 +103,7 @@ class ParallelMesh:
         ends = (0, self.pp_size - 1)
         self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.tp))
         self.every_stage = self.group("every_stage", lambda c: (c.tp, c.shard))
-        exchange = MULTIPROCESSORS_BESIDE_PRODUCTS if parallel.ep_parts != 1 else None
-        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy), exchange)
+        self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy))
         # Which set of ZeRO shards of the experts a rank has a part of, and which part.
         copies = self._expert_copies
         self.expert_shard = self.group("expert_shard", lambda c: (c.pp, c.ep, c.expert_copy // copies))

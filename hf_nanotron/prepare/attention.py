@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..models.stock.anatomy import Anatomy, blocks
+from ..models.calling import BOUNDS, LONGEST
+from ..models.stock.anatomy import Anatomy
 from ..models.stock.families import FAST_ATTENTION, NO_DOCUMENTS
 from ..models.stock.foreign import is_foreign
 from ..ops.attention import HALF, Case, attention, pick
@@ -28,8 +29,6 @@ from ..ops.kernels.attention import flash_attention_4
 from ..parallel.batch import batch_shape
 from ..parallel.dropout_streams import fields_of_chance
 from ..parallel.tp.loss import IGNORE_INDEX
-
-BOUNDS, LONGEST = "document_bounds", "longest_document"  # keyword arguments on the way to the attention of a layer
 
 # By what may run: names of `ops.attention.KERNELS`.
 KERNELS: dict[str, tuple[str, ...]] = {"fa4": ("fa4", "flash"), "torch": ("flash",)}
@@ -92,7 +91,7 @@ class Attention:
 
 
 def choose_attention(
-    model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype, device: torch.device, asked: str = "auto"
+    anatomy: Anatomy, dtype: torch.dtype, device: torch.device, asked: str = "auto"
 ) -> tuple[Attention | None, str]:
     """What a model trains with, or None for its own attention, and a sentence for the log.
 
@@ -100,10 +99,11 @@ def choose_attention(
         dtype: in which it computes.
         asked: `"auto"`: by measurement; `"stock"`: the model's own.
     """
+    model = anatomy.model
     own = f"attention: the model's own ({model.config.get_text_config()._attn_implementation})"
     if asked == "stock":
         return None, own
-    reason = why_stock(model, anatomy)
+    reason = why_stock(anatomy)
     if reason is None and (device.type != "cuda" or dtype not in HALF):
         reason = f"it computes in {dtype} on {device.type}; faster kernels take 16 bits on CUDA"
     if reason is not None:
@@ -121,11 +121,12 @@ def choose_attention(
     )
 
 
-def why_stock(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
+def why_stock(anatomy: Anatomy) -> str | None:
     """Why a model must keep its own attention; None if it need not."""
+    model = anatomy.model
     config = model.config.get_text_config()
     chance = [name for name in fields_of_chance(config) if "att" in name]
-    parts = [module for _, block in blocks(model, anatomy) for module in block.modules()]
+    parts = [module for _, block in anatomy.blocks() for module in block.modules()]
     configs = [part.config for part in parts if isinstance(getattr(part, "config", None), PreTrainedConfig)]
     reasons = (
         (getattr(model, "names_attention", False), "it was named when the model was made"),

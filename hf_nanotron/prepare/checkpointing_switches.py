@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from ..models.parts import ModelParts
+
 SWITCH, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 HOOKS = "_require_grads_hooks"  # of transformers, which make what the embedding returns require a gradient
+NAME = "checkpointing switches"  # among the decorations of a model
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,7 @@ class Switches:
     of: dict[nn.Module, dict[str, Any]]
     hooks: list[Any]
 
-    @classmethod
-    def read(cls, model: nn.Module) -> Switches:
-        of = {
-            module: {name: vars(module)[name] for name in (SWITCH, FUNCTION) if name in vars(module)}
-            for module in model.modules()
-            if hasattr(module, SWITCH)
-        }
-        return cls(of, list(getattr(model, HOOKS, ())))
-
     def restore(self, model: nn.Module) -> None:
-        """Set the switches of `model` to what they were."""
         for module, values in self.of.items():
             for name in (SWITCH, FUNCTION):
                 module.__dict__.pop(name, None)
@@ -46,3 +39,17 @@ class Switches:
             if hook not in self.hooks:
                 hook.remove()
         setattr(model, HOOKS, self.hooks)
+
+
+def note_switches(model: ModelParts) -> None:
+    """A training run begins; `restore_switches` is for its end."""
+    of = {
+        module: {name: vars(module)[name] for name in (SWITCH, FUNCTION) if name in vars(module)}
+        for module in model.modules()
+        if hasattr(module, SWITCH)
+    }
+    model.decorations.add(NAME, Switches(of, list(getattr(model, HOOKS, ()))).restore)
+
+
+def restore_switches(model: ModelParts) -> None:
+    model.decorations.remove(NAME, model)

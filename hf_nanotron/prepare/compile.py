@@ -14,8 +14,8 @@ from torch._dynamo import lookup_backend
 from torch._inductor import list_mode_options
 
 from ..models.base import ParallelModel
-from ..models.stage import AbsentLayer
-from ..models.stock.anatomy import blocks_of, layer_stacks
+from ..models.stand_ins import AbsentLayer
+from ..models.stock.anatomy import blocks_of
 from ..models.stock.families import WRITES_WEIGHTS
 from ..parallel.ep.experts import ParallelExperts
 from .checkpointing_switches import SWITCH
@@ -65,6 +65,7 @@ def compile_layers(
     for part in compiled_parts(model, recomputed):
         compiled = torch.compile(part.forward, backend=chosen)
         part.forward = CompiledForward(part, compiled, part.forward)
+    model.decorations.add("compiled layers", restore_layers)
 
 
 def restore_layers(model: ParallelModel) -> None:
@@ -113,10 +114,9 @@ def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
 
 def compiled_parts(model: ParallelModel, recomputed: Collection[int] = frozenset()) -> list[nn.Module]:
     """The modules that are compiled, of all layers; see `parts_of`."""
-    layers = enumerate(layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack)
     return [
         part
-        for index, layer in layers
+        for index, layer in model.anatomy.numbered_layers()
         if not isinstance(layer, AbsentLayer)
         for part in parts_of(layer, index in recomputed or getattr(layer, SWITCH, False))
     ]

@@ -10,8 +10,7 @@ from transformers.utils import logging
 
 from ..models.base import ParallelModel
 from ..models.moe.routers import find_routers
-from ..models.stage import AbsentLayer
-from ..models.stock.anatomy import layer_stacks
+from ..models.stand_ins import AbsentLayer
 from ..ops.fp8 import ALIGNMENT
 from ..ops.fp8_linear import Fp8Linear, WeightCopies, fp8_class
 from ..ops.linear import Linear
@@ -25,7 +24,7 @@ CHOOSING = ("gate", "router", "indexer")
 KINDS = (Linear, ColumnParallelLinear, RowParallelLinear)
 
 
-def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int] | None = None) -> None:
+def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int] | None = None) -> WeightCopies | None:
     """Have the linear layers of the decoder layers compute in FP8 while they train, or no longer.
 
     Head, embedding, routers, norms and experts stay as they are, and so do linears whose sizes (on this rank) are no
@@ -43,9 +42,8 @@ def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int]
             for name in ("copies", "recipe", "fp8_weight", "_fp8_key"):
                 module.__dict__.pop(name, None)
             module.__class__ = module.stock_class  # type: ignore[assignment]
-    model.fp8 = None
     if recipe is None:
-        return
+        return None
     check_device(model.mesh.device)
     chosen, odd, any_layer = [], [], False
     for name, index, module in _candidates(model):
@@ -64,11 +62,12 @@ def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int]
             f"fp8={recipe!r}: {len(odd)} linear layers whose sizes are no multiples of {ALIGNMENT} stay in bf16: "
             + ", ".join(odd)
         )
-    model.fp8 = WeightCopies(recipe)
+    copies = WeightCopies(recipe)
     for module in chosen:
         module.__class__ = fp8_class(cast(Any, type(module)))
         assert isinstance(module, Fp8Linear)
-        module.copies, module.recipe = model.fp8, recipe
+        module.copies, module.recipe = copies, recipe
+    return copies
 
 
 def fp8_bytes(model: ParallelModel) -> int:
@@ -92,7 +91,7 @@ def check_device(device: torch.device) -> None:
 def _candidates(model: ParallelModel) -> Iterator[tuple[str, int, Linear]]:
     """Name, decoder layer and module of the linears that train and choose nothing."""
     routers = {inner for router in find_routers(model) for inner in router.module.modules()}
-    for stack, layers in layer_stacks(model, model.anatomy):
+    for stack, layers in model.anatomy.layer_stacks():
         for index, layer in enumerate(layers):
             if isinstance(layer, AbsentLayer):
                 continue
@@ -109,7 +108,7 @@ def _skipped(model: ParallelModel, skip_layers: Sequence[int] | None) -> set[int
     Raises:
         ValueError: for a layer that the model does not have.
     """
-    count = max((len(layers) for _, layers in layer_stacks(model, model.anatomy)), default=0)
+    count = max((len(layers) for _, layers in model.anatomy.layer_stacks()), default=0)
     for index in skip_layers or ():
         if not -count <= index < count:
             raise ValueError(f"fp8_skip_layers: there is no layer {index}; the model has {count}.")

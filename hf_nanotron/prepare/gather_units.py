@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..models.base import ParallelModel
-from ..models.stage import AbsentLayer
-from ..models.stock.anatomy import layer_stacks
+from ..models.stand_ins import AbsentLayer
 
 
 def gather_units(model: ParallelModel) -> list[list[nn.Module]]:
@@ -17,8 +16,7 @@ def gather_units(model: ParallelModel) -> list[list[nn.Module]]:
     embedding and head) are one unit, and so are modules that lie inside each other.
     """
     spread = {name.rpartition(".")[0] for name, spec in model.shard_specs.items() if spec.axis == "ep"}
-    layers = [layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack]
-    layers = [layer for layer in layers if not isinstance(layer, AbsentLayer)]
+    layers = [layer for _, layer in model.anatomy.numbered_layers() if not isinstance(layer, AbsentLayer)]
     own_units = [model.get_submodule(name) for name in spread]
     tops = {*layers, *own_units}
     inside = {module for top in tops for module in top.modules()}

@@ -5,18 +5,19 @@ It is drawn from the place of a micro-batch in the run, as dropout is, so it is 
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from ..models.parts import ModelParts
 from ..parallel.dropout_streams import seed_from
 
-if TYPE_CHECKING:
-    from ..models.base import ParallelModel
+NAME = "embedding noise"  # among the decorations of a model
 
 
 class EmbeddingNoise:
@@ -26,8 +27,6 @@ class EmbeddingNoise:
         alpha: `neftune_noise_alpha`.
         seed: of the run.
     """
-
-    hook: RemovableHandle
 
     def __init__(self, alpha: float, seed: int) -> None:
         self.alpha, self.seed = alpha, seed
@@ -53,11 +52,16 @@ class EmbeddingNoise:
         return output + F.pad(noise, (0, 0, 0, filled - self._length))
 
 
-def set_noise(model: ParallelModel, alpha: float | None, seed: int) -> None:
+def set_noise(model: ModelParts, alpha: float | None, seed: int) -> EmbeddingNoise | None:
     """Have noise added to what the embedding of `model` returns in training steps; None takes it off."""
-    if model.noise is not None:
-        model.noise.hook.remove()
-        model.noise = None
-    if alpha is not None:
-        model.noise = EmbeddingNoise(alpha, seed)
-        model.noise.hook = model.get_input_embeddings().register_forward_hook(model.noise.add)
+    model.decorations.remove(NAME, model)
+    if alpha is None:
+        return None
+    noise = EmbeddingNoise(alpha, seed)
+    hook = model.get_input_embeddings().register_forward_hook(noise.add)
+    model.decorations.add(NAME, functools.partial(_remove, hook))
+    return noise
+
+
+def _remove(hook: RemovableHandle, model: ModelParts) -> None:
+    hook.remove()

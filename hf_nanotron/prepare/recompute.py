@@ -20,8 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.base import ParallelModel
-from ..models.stage import AbsentLayer
-from ..models.stock.anatomy import layer_stacks
+from ..models.stand_ins import AbsentLayer
 from ..models.stock.releases import cache_in
 from ..ops.keep import keeping_contexts
 from ..parallel.ep.experts import ParallelExperts
@@ -78,7 +77,7 @@ def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: i
     Raises:
         ValueError: for a layer that the model does not have; the same on every rank.
     """
-    count = len(_layers(model))
+    count = len(model.anatomy.numbered_layers())
     if layers is None:
         return frozenset(range(0, count, every))
     if wrong := sorted(index for index in layers if not 0 <= index < count):
@@ -98,7 +97,7 @@ def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Map
     Raises:
         ValueError: if some layers were chosen of a model whose layers have no switch of their own.
     """
-    every = _layers(model)
+    every = dict(model.anatomy.numbered_layers())
     own = {i: layer for i, layer in every.items() if isinstance(layer, GradientCheckpointingLayer)}
     odd = {type(x).__name__ for x in every.values() if not isinstance(x, GradientCheckpointingLayer | AbsentLayer)}
     if odd and len(layers) < len(every):
@@ -126,7 +125,7 @@ def recompute_selectively(model: ParallelModel, layers: Collection[int], options
     """
     options = _with_defaults(options, model)
     forward, compute = _recomputing("forward", options), _recomputing("compute", options)
-    for index, layer in _layers(model).items():
+    for index, layer in model.anatomy.numbered_layers():
         if index not in layers or isinstance(layer, AbsentLayer):
             continue
         for part in parts_of(layer, recomputes=True):
@@ -134,6 +133,7 @@ def recompute_selectively(model: ParallelModel, layers: Collection[int], options
         for module in layer.modules():
             if isinstance(module, ParallelExperts):
                 module.compute = MethodType(compute, module)  # type: ignore[method-assign]
+    model.decorations.add("selective recomputation", restore_recomputed)
 
 
 def restore_recomputed(model: ParallelModel) -> None:
@@ -147,11 +147,6 @@ def restore_recomputed(model: ParallelModel) -> None:
 
 def _with_defaults(options: Mapping[str, Any], model: ParallelModel) -> dict[str, Any]:
     return {"preserve_rng_state": model.streams is not None, **options, "use_reentrant": False}
-
-
-def _layers(model: ParallelModel) -> dict[int, nn.Module]:
-    """Every decoder layer, stand-ins among them, by its number in the whole model."""
-    return dict(enumerate(layer for _, stack in layer_stacks(model, model.anatomy) for layer in stack))
 
 
 def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -40,14 +40,15 @@ def shard_weights(model: ParallelModel, compute_dtype: torch.dtype, bucket_bytes
         compute_dtype: what the model computes in; masters and gradients are fp32.
         bucket_bytes: of fp32 gradients in a bucket (stages 0 to 2).
     """
-    if model.sharded is not None:
-        model.sharded.close()
+    if model.weights is not None:
+        model.weights.close()
     model.executor.forget_layouts()
     mesh, units = model.mesh, gather_units(model)
     if mesh.parallel.zero_stage == 3 and mesh.shard_size > 1:
-        model.sharded = FullyShardedWeights(model, units, model.shard_specs, model.stage_of, mesh, compute_dtype)
-    else:
-        model.sharded = BucketedWeights(
-            model, units, model.shard_specs, model.stage_of, mesh, compute_dtype, bucket_bytes
+        weights: ShardedWeights = FullyShardedWeights(
+            model, units, model.shard_specs, model.stage_of, mesh, compute_dtype
         )
-    return model.sharded
+    else:
+        weights = BucketedWeights(model, units, model.shard_specs, model.stage_of, mesh, compute_dtype, bucket_bytes)
+    model.weights = weights
+    return weights

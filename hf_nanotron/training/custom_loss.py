@@ -104,7 +104,7 @@ class LossChoice:
 
     @property
     def is_mean_of_means(self) -> bool:
-        """Whether the plain loss is a mean over each micro-batch, which weigh equally (`step.weigh`)."""
+        """Whether the plain loss is a mean over each micro-batch, which weigh equally (`micro_batches.weigh`)."""
         return not (self.model.makes_logits or self.is_scaled or self.takes_items)
 
     # ---- what is possible ----
@@ -121,9 +121,9 @@ class LossChoice:
             self._refuse_without_whole_model()
             check_own_forward(model, model.stock_class)
         self._warn_of_parts()
-        # Of a model that takes no number of tokens, `step.weigh` divides the plain loss.
+        # Of a model that takes no number of tokens, `micro_batches.weigh` divides the plain loss.
         unscaled = self.takes_items and model.plain_forward and not self.is_scaled
-        model.needs_logits = self.of_outputs is not None or self.calls_whole_model or unscaled
+        model.training_loss.needs_logits = self.of_outputs is not None or self.calls_whole_model or unscaled
         if not model.makes_logits:
             return
         self._refuse_with_own_loss()

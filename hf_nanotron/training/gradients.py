@@ -11,8 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..models.base import ParallelModel
-from ..models.cut import hook_message
-from ..models.stock.torch_hooks import weight_hook_message
+from ..models.stock.torch_hooks import hook_message, weight_hook_message
 from ..optim.gradients import GradientHook, GradientHooks, GradientPart, HookHandle, chosen_weights, parts_of
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.collectives import all_reduce
@@ -134,12 +133,13 @@ def check_model(model: ParallelModel) -> None:
         ValueError: on every rank.
     """
     model.check_cut()
-    refuse_together(model.mesh, hook_message(model))
+    divided = None if model.mesh.pp_size == 1 else model.anatomy.backbone
+    refuse_together(model.mesh, hook_message(model, model.mesh.tp_size, divided))
 
 
 def note_frozen(model: ParallelModel) -> None:
     """Let every rank know which weights of the whole model are frozen. All ranks together."""
-    names, frozen = list(model.weight_shapes), model.cut.frozen_now(model)
+    names, frozen = list(model.weight_shapes), model.frozen_now()
     held = {model.shard_specs[name].name for name in model.shard_specs}
     says = [float(name in held) - 2 * float(name in held and name in frozen) for name in names]
     told = all_reduce(torch.tensor(says, device=model.mesh.device), model.mesh.world).tolist()

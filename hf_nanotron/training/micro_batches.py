@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from ..data.loader import FillerBatch
+from ..models.stage import LOSS_WEIGHT
 from ..parallel.batch import ones_like_tokens
+from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..prepare.attention import documents_of
-from .step import DOCUMENTS, ROUTER_MASK, weigh
+from .step_window import DOCUMENTS, ROUTER_MASK
 
 Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
 
@@ -42,3 +44,17 @@ def make_micro_batches(
         if isinstance(batch, FillerBatch):
             micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
     return micro_batches
+
+
+def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
+    """`micro_batches` of a step of a model that returns the mean over each: they weigh equally, as in Trainer.
+
+    All data-parallel ranks together.
+
+    Args:
+        fillers: which of them only keep this rank in step.
+    """
+    own = torch.full((), float(len(fillers) - sum(fillers)), device=mesh.device)
+    weight = 1 / all_reduce(own, mesh.dp)
+    inputs = [{k: v for k, v in batch.items() if k != "num_items_in_batch"} for batch in micro_batches]
+    return [{**batch, LOSS_WEIGHT: weight} for batch in inputs]

@@ -169,7 +169,7 @@ class NonFiniteGuard:
         Raises:
             NonFiniteWeightsError: on every rank, if a weight is not finite on any. Nothing is written.
         """
-        if self.model.sharded is self.weights:  # what callbacks have written into the weights is what is saved
+        if self.model.weights is self.weights:  # what callbacks have written into the weights is what is saved
             together(self.model.mesh, f"saving {what}", lambda: self.weights.take_written(compare=True))
         bad = first_nonfinite(self.model, self.weights, optimizer)
         if bad is not None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..models.base import ParallelModel
-from ..models.logits import Loss, MicroBatch, whole_outputs
+from ..models.logits import whole_outputs
 from ..models.stage import Stage
+from ..models.training_loss import Loss, MicroBatch
 from ..parallel.batch import EMBEDDINGS
 
 
@@ -70,7 +71,7 @@ class BatchStage:
 
     def forward(self, inputs: dict[str, Any], received: Any) -> Any:
         """An object with the loss of a micro-batch alone."""
-        micro_batch = self._model.micro_batch
+        micro_batch = self._model.training_loss.micro_batch
         assert micro_batch is not None
         model = self._model
         if not micro_batch.counts:  # of a batch that `compute_loss` may take apart, the model gets what it names

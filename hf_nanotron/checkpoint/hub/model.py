@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,14 @@ from ..files.repository import WEIGHTS, unlink_links
 from ..files.safetensors_file import Entry, write_safetensors
 from .layout import HubLayout, Part
 from .nonfinite_tensors import warn_nonfinite
+from .sharded_model import ShardedModel
 from .weights import HubWeights
-
-if TYPE_CHECKING:
-    from ...models.base import ParallelModel
 
 logger = logging.get_logger(__name__)
 
 
 def load_hub_weights(
-    model: ParallelModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
+    model: ShardedModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
 ) -> HubWeights:
     """Fill `model` from a local Hub repository, each rank reading only the bytes of its own part.
 
@@ -74,7 +72,7 @@ def load_hub_weights(
 
 
 def save_hub_model(
-    model: ParallelModel,
+    model: ShardedModel,
     directory: str | os.PathLike[str],
     max_shard_size: str | int = "5GB",
     write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None] = write_safetensors,
@@ -97,7 +95,7 @@ def save_hub_model(
     _barrier(model.mesh.world)
 
 
-def write_hub_config(model: ParallelModel, directory: Path) -> None:
+def write_hub_config(model: ShardedModel, directory: Path) -> None:
     """Everything of a Hub repository but the weights; old weights go. By rank 0 alone; others do nothing.
 
     Old weights are files of the names that these have, as in transformers, and nothing is written through links.
@@ -113,14 +111,14 @@ def write_hub_config(model: ParallelModel, directory: Path) -> None:
     config.architectures, config.dtype, config.use_cache = [model.stock_class.__name__], model.dtype, True
     stock = model.stock_class
     if stock._auto_class is not None:  # remote code goes with its weights, as in transformers
-        custom_object_save(stock.__new__(stock), directory, config=config)  # type: ignore[arg-type]
+        custom_object_save(stock.__new__(stock), directory, config=config)
     config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
 
 
 def write_hub_weights(
-    model: ParallelModel,
+    model: ShardedModel,
     directory: Path,
     max_shard_size: str | int,
     write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None],
@@ -148,17 +146,17 @@ def write_hub_weights(
     return written
 
 
-def held_buffers(model: ParallelModel) -> dict[str, torch.Tensor]:
+def held_buffers(model: ShardedModel) -> dict[str, torch.Tensor]:
     """Name -> persistent buffer, for those of this rank; it has them whole."""
     return {name: buffer.detach() for name, buffer in model.named_buffers() if name in model.hub_layout.buffers}
 
 
-def is_writer(model: ParallelModel) -> bool:
+def is_writer(model: ShardedModel) -> bool:
     """Whether this rank writes what its pipeline stage holds."""
     return model.mesh.dp_rank == 0 and model.mesh.tp_rank == 0
 
 
-def _owner(model: ParallelModel, part: Part) -> int:
+def _owner(model: ShardedModel, part: Part) -> int:
     """The pipeline rank that writes the tensors of a part.
 
     Raises:
@@ -173,7 +171,7 @@ def _owner(model: ParallelModel, part: Part) -> int:
     return owners.pop()
 
 
-def _planned_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
+def _planned_dtypes(model: ShardedModel) -> dict[str, torch.dtype]:
     """Name -> dtype of every tensor of the model, as far as a rank knows that may not hold it."""
     layout = model.hub_layout
     usual = next((dtype for name, dtype in layout.dtypes.items() if name not in layout.buffers), model.dtype)
@@ -183,16 +181,16 @@ def _planned_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
     }
 
 
-def _held_dtypes(model: ParallelModel) -> dict[str, torch.dtype]:
+def _held_dtypes(model: ShardedModel) -> dict[str, torch.dtype]:
     """As `_planned_dtypes`, but those of the tensors that this rank holds are what they are."""
     held = {name: buffer.dtype for name, buffer in held_buffers(model).items()}
     for name, spec in model.shard_specs.items():
-        is_fully_sharded = model.sharded is not None and model.parallel.zero_stage == 3
+        is_fully_sharded = model.weights is not None and model.parallel.zero_stage == 3
         held[spec.name] = model.dtype if is_fully_sharded else model.get_parameter(name).dtype
     return _planned_dtypes(model) | held
 
 
-def _arriving(model: ParallelModel, parts: list[Part]) -> Iterator[torch.Tensor]:
+def _arriving(model: ShardedModel, parts: list[Part]) -> Iterator[torch.Tensor]:
     """The Hub's tensors of a stage, one after the other, on the rank that writes; nothing on the others.
 
     All ranks of the stage iterate together. In each part the tensors of the model are gathered when its first Hub
@@ -208,7 +206,7 @@ def _arriving(model: ParallelModel, parts: list[Part]) -> Iterator[torch.Tensor]
         del whole  # before the next ones are made
 
 
-def _gathered(model: ParallelModel, name: str) -> torch.Tensor | None:
+def _gathered(model: ShardedModel, name: str) -> torch.Tensor | None:
     """A whole parameter on the rank that writes. All ranks of the stage together."""
     mesh, spec, part = model.mesh, model.shard_specs[name], model.whole_parameter(name)
     if spec.axis == "ep":

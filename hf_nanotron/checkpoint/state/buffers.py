@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...parallel.shard_spec import ShardSpec
 from ...parallel.together import together
 from ..hub.model import held_buffers, is_writer
+from ..hub.sharded_model import ShardedModel
 from .file import StatePiece
 from .read import StoredState
 from .slices import Slice
 from .training_state import DIRECTORY
-
-if TYPE_CHECKING:
-    from ...models.base import ParallelModel
 
 BUFFER = "buffer"
 
@@ -31,7 +28,7 @@ def buffer_piece(name: str, buffer: torch.Tensor) -> StatePiece:
     return StatePiece(spec, 0, buffer.numel(), {BUFFER: buffer.detach().reshape(-1)})
 
 
-def buffer_pieces(model: ParallelModel) -> list[StatePiece]:
+def buffer_pieces(model: ShardedModel) -> list[StatePiece]:
     """What this rank writes of the buffers: one rank of the pipeline stage that has them, all of them."""
     if not is_writer(model):
         return []
@@ -39,7 +36,7 @@ def buffer_pieces(model: ParallelModel) -> list[StatePiece]:
     return [buffer_piece(name, buffer) for name, buffer in held_buffers(model).items() if owners[name] == rank]
 
 
-def load_buffers(directory: str | os.PathLike[str], model: ParallelModel) -> None:
+def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None:
     """Restore the persistent buffers of `model` from the training state of a checkpoint. All ranks together.
 
     Raises:

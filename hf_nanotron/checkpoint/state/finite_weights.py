@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.distributed.tensor import DTensor
 
 from ...optim.norm import first_of
 from ...parallel.zero.segment import ShardedWeights
 from ..hub.model import held_buffers
-
-if TYPE_CHECKING:
-    from ...models.base import ParallelModel
+from ..hub.sharded_model import ShardedModel
 
 
 class NonFiniteWeightsError(ArithmeticError):
@@ -20,7 +16,7 @@ class NonFiniteWeightsError(ArithmeticError):
 
 
 def first_nonfinite(
-    model: ParallelModel, weights: ShardedWeights, optimizer: torch.optim.Optimizer | None = None
+    model: ShardedModel, weights: ShardedWeights, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[str, int] | None:
     """The first weight or persistent buffer, in model order, with an element that is not finite in the compute dtype.
 

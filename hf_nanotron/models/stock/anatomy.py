@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,9 +13,10 @@ from .foreign import is_foreign
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of modules inside a model, and where the parts outside the decoder layers belong in a pipeline.
+    """Names of modules inside `model`, and where the parts outside the decoder layers belong in a pipeline.
 
     Args:
+        model: whose parts they are. Its layers are looked up anew each time: they may be replaced.
         backbone: the module that owns the embedding and the layers, such as `"model"` or `"model.language_model"`.
         layers: the stack of decoder layers; None if there is no single one.
         embedding: the token embedding.
@@ -27,6 +28,7 @@ class Anatomy:
             tokens, whatever it does with them.
     """
 
+    model: PreTrainedModel = field(repr=False)
     backbone: str
     layers: str | None
     embedding: str
@@ -42,6 +44,44 @@ class Anatomy:
             if name == place or name.startswith(place + "."):
                 return place
         return None
+
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder layers, stand-ins of absent ones among them.
+
+        Raises:
+            ValueError: if the model has no single stack of them.
+        """
+        if self.layers is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no single stack of decoder layers (one of {', '.join(LAYERS)} in "
+                f"{self.backbone or 'the model'!r}); use tp_size=1 and pp_size=1."
+            )
+        layers = self.model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def layer_stacks(self) -> list[tuple[str, nn.ModuleList]]:
+        """Every stack of decoder layers below the backbone by name: one for nearly all models."""
+        if self.layers is not None:
+            return [(self.layers, self.decoder_layers())]
+        return [
+            (join(self.backbone, name), module)
+            for name, module in self.model.get_submodule(self.backbone).named_modules()
+            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LAYERS
+        ]
+
+    def numbered_layers(self) -> list[tuple[int, nn.Module]]:
+        """All decoder layers, stand-ins among them, by their numbers in the whole model."""
+        return list(enumerate(layer for _, stack in self.layer_stacks() for layer in stack))
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The modules that the layers here consist of (attention, MLP, norms), by name."""
+        return [
+            (f"{stack}.{index}.{name}", block)
+            for stack, layers in self.layer_stacks()
+            for index, layer in enumerate(layers)
+            for name, block in blocks_of(layer).items()
+        ]
 
 
 def join(*parts: str) -> str:
@@ -83,7 +123,9 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             first.append(place)
         else:
             last.append(place)
-    return Anatomy(backbone, layers, embedding, head, tuple(first), tuple(last), tuple(everywhere), bool(foreign))
+    return Anatomy(
+        model, backbone, layers, embedding, head, tuple(first), tuple(last), tuple(everywhere), bool(foreign)
+    )
 
 
 def _find_layers(model: PreTrainedModel, backbone: str) -> str | None:
@@ -92,44 +134,6 @@ def _find_layers(model: PreTrainedModel, backbone: str) -> str | None:
         if isinstance(getattr(owner, name, None), nn.ModuleList):
             return join(backbone, name)
     return None
-
-
-def decoder_layers(model: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
-    """The decoder layers, stand-ins of absent ones among them.
-
-    Raises:
-        ValueError: if the model has no single stack of them.
-    """
-    if anatomy.layers is None:
-        raise ValueError(
-            f"{type(model).__name__} has no single stack of decoder layers (one of {', '.join(LAYERS)} in "
-            f"{anatomy.backbone or 'the model'!r}); use tp_size=1 and pp_size=1."
-        )
-    layers = model.get_submodule(anatomy.layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def layer_stacks(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.ModuleList]]:
-    """Every stack of decoder layers below the backbone by name: one for nearly all models."""
-    if anatomy.layers is not None:
-        return [(anatomy.layers, decoder_layers(model, anatomy))]
-    owner = model.get_submodule(anatomy.backbone)
-    return [
-        (join(anatomy.backbone, name), module)
-        for name, module in owner.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LAYERS
-    ]
-
-
-def blocks(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
-    """The modules that a decoder layer consists of (attention, MLP, norms), by name, for every layer that is here."""
-    return [
-        (f"{stack}.{index}.{name}", block)
-        for stack, layers in layer_stacks(model, anatomy)
-        for index, layer in enumerate(layers)
-        for name, block in blocks_of(layer).items()
-    ]
 
 
 def blocks_of(layer: nn.Module) -> dict[str, nn.Module]:

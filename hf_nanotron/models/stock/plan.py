@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from .anatomy import Anatomy, blocks, join
+from .anatomy import Anatomy, join
 from .families import MIXES_TOKENS, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH, row_of
 from .foreign import is_foreign
 
@@ -53,14 +53,14 @@ def mixes_tokens(block: nn.Module) -> bool:
     return is_foreign(block) or any(part in name and "Norm" not in name for name in names for part in MIXES_TOKENS)
 
 
-def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
+def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
     """Decide about every weight of a whole stock model.
 
     Raises:
         ValueError: if nothing says how the model is cut, or a declared style is unknown, or the plan would count a part
             of a block once for every rank.
     """
-    found = blocks(model, anatomy)
+    model, found = anatomy.model, anatomy.blocks()
     spread: dict[str, str] = {}  # block -> its experts
     if ep_size > 1:
         for path, block in found:
@@ -72,7 +72,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: i
                 f"ep_size={ep_size}: {type(model).__name__} ({model.config.model_type!r}) has no experts behind "
                 "transformers' common interface to spread over ranks; use ep_size=1."
             )
-    styles = _cut_styles(model, anatomy, found) if tp_size > 1 else {}
+    styles = _cut_styles(anatomy, found) if tp_size > 1 else {}
     for path, experts in spread.items():
         styles = {name: style for name, style in styles.items() if not name.startswith(path + ".")}
         module = model.get_submodule(experts)
@@ -90,7 +90,8 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, tp_size: int, ep_size: i
     return Plan(styles, tuple(regions), tuple(mixes) if tp_size > 1 else (), tuple(spread), after_sum)
 
 
-def _cut_styles(model: PreTrainedModel, anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[str, str]:
+def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    model = anatomy.model
     declared = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
     patterns = {join(anatomy.backbone, name): style for name, style in declared.items()}
     patterns.update(type(model)._tp_plan or {})

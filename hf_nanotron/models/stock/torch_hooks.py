@@ -46,3 +46,8 @@ def module_hook_message(model: nn.Module, tp_size: int, divided: str | None) -> 
                 "gets. Remove it, or use tp_size=1; for weights there is NanotronTrainer.add_gradient_hook."
             )
     return None
+
+
+def hook_message(model: nn.Module, tp_size: int, divided: str | None) -> str | None:
+    """Why hooks on gradients of `model` are refused; None if it has none that would not be called as in stock."""
+    return weight_hook_message(model.named_parameters()) or module_hook_message(model, tp_size, divided)

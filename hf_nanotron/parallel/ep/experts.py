@@ -1,7 +1,7 @@
 """Experts over a group of ranks: each token goes to the ranks that own its experts, and their outputs come back.
 
-How tokens travel is in `expert_exchange.py` and `expert_parts.py`, the products of sorted rows in `ops/grouped_mm.py`.
-The stock router and the stock block around stay.
+How tokens travel is in `exchange.py`, the products of sorted rows in `ops/grouped_mm.py`. The stock router and the
+stock block around stay.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import torch
 from torch import nn
 
 from ...ops.gated import silu_and_multiply
-from ...ops.grouped_mm import add_expert_bias, grouped_linear
-from ..mesh import MULTIPROCESSORS_BESIDE_PRODUCTS, Group
+from ...ops.grouped_mm import GroupedWeightGradient, add_expert_bias, grouped_linear
+from ..mesh import Group
 from .exchange import dispatch
-from .parts import Beside, Exchange, HeldGroupedGradient, run_in_parts, start_all_to_all, suitable_parts
 
 ALONE = Group((0,), 0, None)
-NOTHING_BESIDE = Beside(0, holds=False)
 
 
 def capacity_of(capacity_factor: float, num_pairs: int, num_experts: int) -> int:
@@ -42,10 +40,6 @@ class ParallelExperts(nn.Module):
             drops nothing.
             With more than one rank it needs the same `capacity_tokens` on each.
         capacity_tokens: from how many tokens the capacity follows; this rank's own if None.
-        parts: into which the experts of a rank are cut, so that tokens travel beside products (`expert_parts.py`); 1
-            waits for all tokens; a function goes by their bytes. The same on each rank of `group`.
-        exchange: how rows are sent, with parts.
-        spared: multiprocessors that products leave to it.
         adds_bias: whether this rank adds the bias of the down projection: one of those whose outputs are summed.
         weight_gradients: where the gradients of weights are accumulated, by the parameter's name.
         dropped: how many pairs the latest forward dropped (0-dim, on the device); None without a capacity.
@@ -55,13 +49,10 @@ class ParallelExperts(nn.Module):
     group: Group = ALONE
     capacity_factor: float | None = None
     adds_bias: bool = True
-    weight_gradients: Mapping[str, HeldGroupedGradient] = MappingProxyType({})
+    weight_gradients: Mapping[str, GroupedWeightGradient] = MappingProxyType({})
     dropped: torch.Tensor | None = None
     pairs: int = 0
     capacity_tokens: int | None = None
-    parts: int | Callable[[float, int], int] = staticmethod(suitable_parts)
-    exchange: Exchange = staticmethod(start_all_to_all)
-    spared: int = MULTIPROCESSORS_BESIDE_PRODUCTS
 
     # Of the stock class.
     num_experts: int
@@ -93,30 +84,25 @@ class ParallelExperts(nn.Module):
         if self.capacity_factor is not None and self.training:
             tokens = self.capacity_tokens or len(index)
             capacity = capacity_of(self.capacity_factor, tokens * index.shape[1], self.num_experts)
-        if self.group.size > 1 and self.parts != 1:
-            way_of = (self.num_experts, self.group, capacity, self.parts, self.exchange, self.spared)
-            out, route = run_in_parts(x, index, weights, self.compute, *way_of)
-            counts: torch.Tensor | None = route.counts
-        else:
-            rows, way = dispatch(x, index, weights, self.num_experts, self.group, capacity)
-            out = way.combine(self.compute(rows, way.offsets))
-            counts = way.counts
+        rows, way = dispatch(x, index, weights, self.num_experts, self.group, capacity)
+        out = way.combine(self.compute(rows, way.offsets))
+        counts = way.counts
         self.dropped = None if capacity is None or counts is None else (counts - capacity).clamp_(min=0).sum()
         self.pairs = index.numel()
         if out.shape != hidden_states.shape:  # no view without need: stock blocks add to what they get in place
             out = out.view(hidden_states.shape)
         return out.to(hidden_states.dtype)
 
-    def compute(self, rows: torch.Tensor, offsets: torch.Tensor, beside: Beside = NOTHING_BESIDE) -> torch.Tensor:
+    def compute(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """What our experts make of rows that are sorted by expert."""
-        up = self._linear("gate_up_proj" if self.has_gate else "up_proj", rows, offsets, self.has_bias, beside)
+        up = self._linear("gate_up_proj" if self.has_gate else "up_proj", rows, offsets, self.has_bias)
         if not self.has_gate:
             inner = self.act_fn(up)
         elif _is_swiglu(self):
             inner = silu_and_multiply(up)
         else:
             inner = self._apply_gate(up)
-        out = self._linear("down_proj", inner, offsets, self.has_bias, beside, adds_bias=self.adds_bias)
+        out = self._linear("down_proj", inner, offsets, self.has_bias, adds_bias=self.adds_bias)
         if not self.has_post_expert_norm:
             return out
         if inner.shape[1] != self.intermediate_dim:
@@ -128,16 +114,10 @@ class ParallelExperts(nn.Module):
         return self.post_expert_norm(out)
 
     def _linear(
-        self,
-        name: str,
-        rows: torch.Tensor,
-        offsets: torch.Tensor,
-        has_bias: bool,
-        beside: Beside,
-        adds_bias: bool = True,
+        self, name: str, rows: torch.Tensor, offsets: torch.Tensor, has_bias: bool, adds_bias: bool = True
     ) -> torch.Tensor:
-        sink = beside.sink(self.weight_gradients.get(name))
-        out = grouped_linear(rows, getattr(self, name), offsets, self.is_transposed, sink, beside.spared)
+        sink = self.weight_gradients.get(name)
+        out = grouped_linear(rows, getattr(self, name), offsets, self.is_transposed, sink)
         if not has_bias:
             return out
         bias = getattr(self, f"{name}_bias")

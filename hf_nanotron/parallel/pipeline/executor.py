@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,22 @@ class StageModule(Protocol):
     is_last: bool
 
     def forward(self, inputs: Inputs, received: Tensors | None) -> Any: ...
+
+
+class StepHooks:
+    """What is done around each action of a table: nothing, unless a subclass says more."""
+
+    def on_forward(self, action: Action) -> None:
+        """`action`, a forward, comes next."""
+
+    def before_backward(self, action: Action) -> None:
+        """`action`, a backward, comes next."""
+
+    def after_backward(self, action: Action) -> None:
+        """It has been issued."""
+
+    def weight_gradients(self, action: Action) -> None:
+        """Run the weight gradients that have an action of their own."""
 
 
 class _Flight:
@@ -70,18 +86,11 @@ class PipelineExecutor:
         table: Sequence[Tick],
         stages: Sequence[StageModule],
         micro_batches: Sequence[Inputs],
-        before_forward: Callable[[Action], None] | None = None,
-        before_backward: Callable[[Action], None] | None = None,
-        after_backward: Callable[[Action], None] | None = None,
-        weight_gradients: Callable[[Action], None] | None = None,
+        hooks: StepHooks,
     ) -> dict[int, Any]:
         """Run every tick and return the last stage's outputs by micro-batch (empty on other ranks).
 
         A table with backwards calls `loss.backward()` on the last stage's output and keeps the detached loss alone.
-
-        Args:
-            before_forward, before_backward, after_backward: called with each action.
-            weight_gradients: what runs the weight gradients that have an action of their own.
         """
         by_index = {stage.index: stage for stage in stages}
         trains = any(tick.action is not None and tick.action.kind == "B" for tick in table)
@@ -92,8 +101,7 @@ class PipelineExecutor:
         for tick in table:
             action = tick.action
             if action is not None and action.kind == "F":
-                if before_forward is not None:
-                    before_forward(action)
+                hooks.on_forward(action)
                 stage = by_index[action.stage]
                 received = self._received(flight, action, stage)
                 output = stage.forward(micro_batches[action.micro_batch], received)
@@ -104,11 +112,9 @@ class PipelineExecutor:
                 if trains:
                     held[action.stage, action.micro_batch] = (received, (output.loss,) if stage.is_last else output)
             elif action is not None and action.kind == "W":
-                if weight_gradients is not None:
-                    weight_gradients(action)
+                hooks.weight_gradients(action)
             elif action is not None:
-                if before_backward is not None:
-                    before_backward(action)
+                hooks.before_backward(action)
                 received, output = held.pop((action.stage, action.micro_batch))
                 grads: Tensors = (None,)
                 if not by_index[action.stage].is_last:
@@ -119,8 +125,7 @@ class PipelineExecutor:
                 roots = [(x, g) for x, g in zip(output, grads, strict=True) if needs_gradient(x)]
                 if roots:  # there are none on a first stage that is frozen
                     torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
-                if after_backward is not None:
-                    after_backward(action)
+                hooks.after_backward(action)
                 if received is not None:
                     produced[action] = tuple(_gradient(x) for x in received if needs_gradient(x))
             self._exchange(flight, tick.transfers, produced, micro_batches, trains)

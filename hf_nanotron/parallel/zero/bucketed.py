@@ -253,6 +253,9 @@ class BucketedWeights:
         self.gradients.close()
         _detach(*self._attached)
 
+    def gather_in_backward(self, module: nn.Module | None, needed: bool) -> None:
+        """Nothing: every rank has the parameters whole."""
+
     @contextlib.contextmanager
     def copying(self, memo: dict[int, Any]) -> Iterator[None]:
         """While `copy.deepcopy` copies the model with `memo`: the copy has no part in these weights and gradients."""

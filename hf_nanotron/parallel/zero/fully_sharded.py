@@ -8,6 +8,7 @@ arXiv:2304.11277), of which only the public interface is used, and no part of it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -212,6 +213,17 @@ class FullyShardedWeights:
         for unit in self._units:
             if module in unit and all(other is module or isinstance(other, nn.Embedding) for other in unit):
                 cast(FSDPModule, module).set_unshard_in_backward(needed)
+
+    def copying(self, memo: dict[int, Any]) -> AbstractContextManager[None]:
+        """
+        Raises:
+            ValueError: always; torch's `fully_shard` cannot be copied.
+        """
+        raise ValueError(
+            "copy.deepcopy of a model trained with zero_stage=3 is not supported: torch's fully_shard has sharded its "
+            f"weights over {self.mesh.shard_size} ranks and cannot be copied. Save the model (save_pretrained) and "
+            "load it again, copy it before the trainer is made, or use zero_stage 0 to 2."
+        )
 
     def publish(self, rounded: bool = False) -> None:
         """Nothing: the masters are the model's weights."""

@@ -120,18 +120,11 @@ class MemberGradient:
         self.is_fresh = False
 
     def hold(self) -> None:
-        """Announce a product that is added later in this backward, by `add_held_product` or its like."""
+        """Announce a product that is added later in this backward, by `add_held_product`."""
         self.held += 1
 
     def add_held_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         self.add_product(grad_output, input)
-        self._release()
-
-    def add_held_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
-        self.add_grouped_product(left, right, offsets)
-        self._release()
-
-    def _release(self) -> None:
         self.held -= 1
         if self.held == 0 and self.when_added is not None:
             then, self.when_added = self.when_added, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -94,6 +95,16 @@ class ShardedWeights(Protocol):
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Set a parameter to `value` of shape `spec.local_shape` (not a master of its own: see `read_from_model`)."""
+
+    def gather_in_backward(self, module: nn.Module | None, needed: bool) -> None:
+        """Say whether the backward of `module` reads its weights, where they are gathered for it."""
+
+    def copying(self, memo: dict[int, Any]) -> AbstractContextManager[None]:
+        """For the time in which `copy.deepcopy` copies the model with `memo`: the copy has no part in these weights.
+
+        Raises:
+            ValueError: if they cannot be copied.
+        """
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of this rank's `parameters`, `gradients` and `masters` (without those that are parameters)."""

@@ -1,0 +1,113 @@
+"""Write the tables of the documentation that are made from the code, between `<!-- table: NAME -->` and `<!-- end -->`.
+
+python docs/settings/tables.py            # write them
+python docs/settings/tables.py --check    # exit with 1 if a page is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_nanotron import NanotronTrainingArguments, trainer_methods
+
+DOCS = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def own_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of `NanotronTrainingArguments` that transformers does not have, or has with another default."""
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    return [
+        field
+        for field in dataclasses.fields(NanotronTrainingArguments)
+        if field.init and (field.name not in theirs or field.default is not theirs[field.name])
+    ]
+
+
+def arguments() -> str:
+    """One row for each field: its key, its type, its default and its help text."""
+    rows = [
+        (f"`{field.name}`", _cell(f"`{_type(field)}`"), f"`{_yaml(field.default)}`", _cell(field.metadata["help"]))
+        for field in own_fields()
+    ]
+    return _table(("key of `training`", "type", "default", "meaning"), rows)
+
+
+def called() -> str:
+    """The methods that are called as in Trainer."""
+    rows = [(f"`{name}`", _cell(when)) for name, when in trainer_methods.CALLED.items()]
+    return _table(("method", "when it is called"), rows)
+
+
+def ours() -> str:
+    """The methods that `NanotronTrainer` replaces."""
+    rows = [(f"`{name}`", _cell(rule.does), _cell(rule.instead)) for name, rule in trainer_methods.OURS.items()]
+    return _table(("method", "what ours does", "without `super()`, use instead"), rows)
+
+
+def irrelevant() -> str:
+    """The methods that no run calls."""
+    rows = [(f"`{name}`", _cell(rule.reason), _cell(rule.instead)) for name, rule in trainer_methods.IRRELEVANT.items()]
+    return _table(("method", "why it is not called", "use instead"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "arguments": arguments,
+    "called": called,
+    "ours": ours,
+    "irrelevant": irrelevant,
+}
+
+
+def renewed(page: str) -> str:
+    """`page` with its tables made anew."""
+    return MARK.sub(lambda found: found.group(1) + TABLES[found.group(2)]() + found.group(3), page)
+
+
+def pages() -> list[Path]:
+    """The pages that have such tables."""
+    return [path for path in sorted(DOCS.rglob("*.md")) if MARK.search(path.read_text(encoding="utf-8"))]
+
+
+def _type(field: dataclasses.Field[Any]) -> str:
+    return str(field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type))
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Write the tables, or say which pages are not up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = [path for path in pages() if renewed(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
+    for path in stale:
+        print(f"{path.relative_to(DOCS.parent)} {'is not up to date' if check else 'is written'}")
+        if not check:
+            path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

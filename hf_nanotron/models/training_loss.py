@@ -1,0 +1,84 @@
+"""How the loss of a training model is made, as its trainer has set it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Loss = Callable[[Any, torch.Tensor | None, Any], torch.Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """What a stage knows of the micro-batch that it trains on, besides the inputs of the model.
+
+    Attributes:
+        share: what its loss is multiplied by.
+        counts: False for one that only keeps this rank in step with others: its loss is zero, whatever computes it.
+        loss: what computes the loss from `(outputs, labels, items)` on the last stage; the model itself if None.
+        labels: for `loss`; the model is called without them.
+        items: for `loss`: the predicted tokens of the step.
+        filled: id of a tensor -> the same, filled up to a length that sequence parallelism can cut.
+        by_caller: whoever calls the model computes the loss, so the stage leaves it alone.
+        logits: those that the head made, whole.
+    """
+
+    share: float | torch.Tensor = 1.0
+    counts: bool = True
+    loss: Loss | None = None
+    labels: torch.Tensor | None = None
+    items: torch.Tensor | None = None
+    filled: dict[int, torch.Tensor] = field(default_factory=dict)
+    by_caller: bool = False
+    logits: torch.Tensor | None = None
+
+    def fill(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs`, each tensor of the batch filled up."""
+        return {name: self.filled.get(id(value), value) for name, value in inputs.items()}
+
+    def finish(self, output: Any) -> None:
+        """Put the loss of this micro-batch into the output of the last stage."""
+        if self.by_caller:
+            return
+        loss = self.loss(output, self.labels, self.items) if self.loss is not None and self.counts else output.loss
+        output.loss, self.logits = self.weigh(loss), None
+
+    def weigh(self, loss: Any) -> torch.Tensor:
+        """What is differentiated for `loss`.
+
+        Raises:
+            ValueError: for a loss that is no scalar, or that depends on no weight.
+        """
+        if not self.counts:
+            assert self.logits is not None
+            return self.logits.float().sum() * 0.0
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"a loss is a tensor of one element, but the loss of this micro-batch is {what}.")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss of this micro-batch has no gradient: it does not depend on the logits, or was computed from "
+                "a detached copy of them, so it would train nothing."
+            )
+        return loss.reshape(()) * self.share
+
+
+@dataclass
+class TrainingLoss:
+    """What the forward of a training model reads of its trainer.
+
+    A model has one for life, shared with the views of its pipeline stages. It cannot be an argument: the user's
+    `compute_loss` calls the model itself, with the batch alone.
+
+    Attributes:
+        z_loss: coefficient of `log(Z)^2` in the loss of each predicted token.
+        needs_logits: make whole logits, for whoever computes the loss from them.
+        micro_batch: the one that is trained on now, where the model `makes_logits`.
+    """
+
+    z_loss: float = 0.0
+    needs_logits: bool = False
+    micro_batch: MicroBatch | None = None

@@ -1,0 +1,125 @@
+"""Make a parallel model ready to train by the training arguments."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers.utils import logging
+
+from ..arguments.policy import as_mapping
+from ..arguments.recompute import RecomputationArguments, layer_numbers, recomputes
+from ..models.base import ParallelModel
+from ..parallel.together import together
+from .attention import choose_attention
+from .checkpointing_switches import restore_switches
+from .compile import compile_layers, restore_layers
+from .fp8 import use_fp8
+from .neftune import set_noise
+from .recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
+from .shard_weights import refuse_frozen, shard_weights
+from .training_state import TrainingState
+
+logger = logging.get_logger(__name__)
+
+
+class PreparationArguments(RecomputationArguments, Protocol):
+    """What is read of the training arguments here."""
+
+    attention: str
+    bf16: bool
+    fp8: str | None
+    fp8_skip_layers: list[int] | None
+    moe_bias_update_rate: float
+    moe_capacity_factor: float | None
+    neftune_noise_alpha: float | None
+    seed: int
+    torch_compile: bool | None
+    torch_compile_backend: str | None
+    torch_compile_mode: str | None
+    z_loss_coefficient: float
+
+    @property
+    def gradient_bucket_bytes(self) -> int: ...
+
+
+def prepare_training(model: ParallelModel, args: PreparationArguments) -> TrainingState:
+    """Shard the weights of `model`, and have it compute as `args` say. All ranks together.
+
+    The model may have been prepared before, by another trainer, which loses it.
+
+    Raises:
+        ValueError: for an argument that the model cannot follow; on every rank.
+    """
+    mesh, dtype = model.mesh, torch.bfloat16 if args.bf16 else model.dtype
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    refuse_frozen(model, trainable)
+    fp8 = together(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))
+    state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8, trainable=trainable)
+    restore_layers(model)  # as an earlier trainer may have left them
+    restore_recomputed(model)
+    _choose_recomputation(state, args)
+    if args.torch_compile:
+        backend = args.torch_compile_backend or "inductor"
+        compile_layers(model, backend, args.torch_compile_mode, state.recomputed)
+    state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
+    logger.info(chosen)
+    model.training_loss.z_loss = args.z_loss_coefficient
+    together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))
+    return state
+
+
+def _choose_recomputation(state: TrainingState, args: PreparationArguments) -> None:
+    options = dict(as_mapping(args.activation_checkpointing_kwargs))
+    every = options.pop("every_n_layers", None) or 1
+    options.pop("offload", None)
+    state.recompute_options = options
+    if recomputes(args):
+        state.recomputed = chosen_layers(state.model, layer_numbers(args.activation_checkpointing_layers), every)
+    if args.activation_checkpointing_policy == "selective":
+        recompute_selectively(state.model, state.recomputed, options)
+
+
+def _configure_experts(model: ParallelModel, dtype: torch.dtype, args: PreparationArguments) -> None:
+    if model.mixture is not None:
+        model.mixture.configure(model, dtype, args.moe_capacity_factor, args.moe_bias_update_rate)
+        return
+    for name, off in (("moe_capacity_factor", None), ("moe_bias_update_rate", 0.0)):
+        if getattr(args, name) != off:
+            raise ValueError(f"{name}={getattr(args, name)}: {type(model).__name__} has no experts.")
+
+
+def start_run(state: TrainingState, args: PreparationArguments) -> None:
+    """What holds for one call of `train`, whose `Trainer` has turned its own switch of recomputation on."""
+    if args.activation_checkpointing_policy == "selective":
+        state.model.activation_checkpointing_disable()
+    elif state.recomputed:
+        recompute_wholly(state.model, state.recomputed, state.recompute_options)
+    state.noise = set_noise(state.model, args.neftune_noise_alpha, args.seed)
+
+
+def end_run(model: ParallelModel) -> None:
+    """Take back what holds for a run alone. `note_switches` was called when it began."""
+    set_noise(model, None, 0)
+    restore_switches(model)
+
+
+def check_frozen(state: TrainingState, save_hub_weights: str) -> None:
+    """
+    Raises:
+        ValueError: if other parameters require a gradient than when the model was prepared, or if a checkpoint would
+            lack frozen ones.
+    """
+    named: dict[str, Any] = dict(state.model.named_parameters())
+    trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+    if changed := sorted(trainable ^ state.trainable):
+        raise ValueError(
+            f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, which "
+            "has already sharded the trainable parameters; change it before the trainer is made."
+        )
+    if save_hub_weights == "last" and (frozen := sorted(named.keys() - trainable)):
+        raise ValueError(
+            f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): frozen parameters are "
+            "stored in the Hub files only, so a checkpoint without those files could not be resumed; use "
+            "save_hub_weights='always'."
+        )
