@@ -74,11 +74,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def running(self, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
-        """Around a run, which holds the lock of its folder: the checkpoint that it resumes, if any.
-
-        Raises:
-            ValueError: see `NanotronTrainer.train`.
-        """
+        """Around a run, which holds the lock of its folder: the checkpoint that it resumes, if any."""
         together(self.mesh, "the save of the run before", self.finish)
         self._saved.clear()
         self.was_told_to_stop = False
@@ -96,11 +92,7 @@ class Checkpointer:
                 self._lock.release()
 
     def choose(self, named: str | bool | None) -> str | None:
-        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
-
-        Raises:
-            ValueError: if the named checkpoint is not complete, or there is none at all.
-        """
+        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither."""
         if not named:
             return None
         if named is not True:
@@ -223,11 +215,7 @@ class Checkpointer:
             self._on_committed(save.directory)
 
     def finish(self, wait: bool = True) -> None:
-        """Take note of a background save that has ended.
-
-        Raises:
-            RuntimeError: if it failed.
-        """
+        """Take note of a background save that has ended."""
         directory = self.background.wait() if wait else self.background.poll()
         if directory is not None:
             self._on_committed(directory)

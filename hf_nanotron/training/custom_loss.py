@@ -112,9 +112,6 @@ class LossChoice:
     def check(self) -> None:
         """Have the model make logits where the loss needs them. Called on every rank, when the trainer is made, when
         it starts, and with each epoch.
-
-        Raises:
-            ValueError: for a loss that this topology, or another argument, makes impossible.
         """
         model, mesh = self.model, self.model.mesh
         if mesh.pp_size > 1:
@@ -136,10 +133,7 @@ class LossChoice:
         logger.info("The loss is not the model's plain one: the last stage makes full logits.")
 
     def _refuse_with_own_loss(self) -> None:
-        """
-        Raises:
-            ValueError: for what is possible with the plain loss alone.
-        """
+        """What is possible with the plain loss alone."""
         model, args, mesh = self.model, self.args, self.model.mesh
         if args.z_loss_coefficient:
             raise ValueError(
@@ -183,10 +177,7 @@ class LossChoice:
             )
 
     def _refuse_without_whole_model(self) -> None:
-        """
-        Raises:
-            ValueError: for what needs all layers of the model on one rank, which no rank of a pipeline has.
-        """
+        """What needs all layers of the model on one rank, which no rank of a pipeline has."""
         sizes = f"pp_size={self.model.mesh.pp_size}"
         if self.is_overridden:
             raise ValueError(

@@ -176,11 +176,7 @@ class DataOrder:
     # ---- the loop ----
 
     def compare(self, mesh: ParallelMesh, loader: Any) -> None:
-        """Learn whether all ranks have the same data. All ranks together.
-
-        Raises:
-            ValueError: on every rank.
-        """
+        """Learn whether all ranks have the same data. All ranks together."""
         self._mesh = mesh
         self._fingerprint = check_same_data(mesh, loader, "training")
 
@@ -193,9 +189,6 @@ class DataOrder:
             dataset: of the trainer.
             batch_size: samples of one rank.
             epochs, max_steps: as Trainer has reckoned them, for a run from the beginning.
-
-        Raises:
-            ValueError: if the run cannot go on with the next sample.
         """
         self._is_stream, self._batch_size = isinstance(dataset, IterableDataset), batch_size
         if not (isinstance(loader, DataParallelLoader) and loader.tracks_position):

@@ -21,9 +21,6 @@ def link_optimizer(
     Args:
         link: of before, which is kept if nothing has changed.
         compares: see `OptimizerLink`.
-
-    Raises:
-        ValueError: for what is no optimizer.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"create_optimizer must set self.optimizer; it is {type(optimizer).__name__}.")

@@ -40,12 +40,7 @@ class RemoteUploads:
         self.uploader: Uploader | None = None
 
     def open(self) -> None:
-        """Reach `remote_checkpoints`, before the training starts.
-
-        Raises:
-            ValueError: if the URL cannot be written, naming it and the reason.
-            ImportError: if the package for its protocol is missing, naming the extra.
-        """
+        """Reach `remote_checkpoints`, before the training starts."""
         args, mesh = self.args, self.mesh
         if args.remote_checkpoints is None:
             return

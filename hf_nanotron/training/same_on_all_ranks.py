@@ -35,11 +35,7 @@ LONGEST = 80  # characters of a value in an error
 
 
 def compare_ranks(mesh: ParallelMesh, values: Mapping[str, Any]) -> None:
-    """Refuse `values` that are not the same on every rank. All ranks together.
-
-    Raises:
-        ValueError: on every rank, naming what differs, and the value of each group of ranks.
-    """
+    """Refuse `values` that are not the same on every rank. All ranks together."""
     if mesh.world_size == 1:
         return
     texts = {name: _text(value) for name, value in values.items()}
@@ -105,9 +101,6 @@ def check_shared(mesh: ParallelMesh, directory: str | os.PathLike[str], argument
     """Refuse a directory that rank 0 cannot write, or that other ranks do not see. All ranks together.
 
     Rank 0 writes a small file for a moment, which every rank reads; it only makes the directory unless `is_written`.
-
-    Raises:
-        ValueError: on every rank, naming the directory, the reason and the ranks.
     """
     path, token = Path(directory), secrets.randbits(48)
     problem = ""
