@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,11 @@ lint: venv ## ruff, mypy and the order of the rooms, changing nothing
 format: venv ## let ruff fix and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: venv ## build the documentation into build/docs; a dead link fails
+	@$(BIN)/python docs/settings/tables.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/settings/mkdocs.yml
+	@echo "The pages are in build/docs/index.html"
 
 clean: ## remove .venv, caches and what the examples wrote
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache examples/*/out

@@ -5,21 +5,14 @@ python conversions/sharded_to_hub.py SRC DST [--dtype auto] [--max-shard-size 5G
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from hf_nanotron.convert.sharded_arguments import add_sharded_to_hub_arguments
+from hf_nanotron.convert.arguments import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the conversion that the command line `argv` describes (default: `sys.argv`)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sharded_to_hub_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    run_script("sharded-to-hub", __doc__, argv)
 
 
 if __name__ == "__main__":

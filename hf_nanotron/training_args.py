@@ -26,204 +26,163 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUCKET_MB = 25  # of torch's DistributedDataParallel, which `ddp_bucket_cap_mb` is documented against
 
 
+CHOICES = {
+    "save_hub_weights": ("always", "last"),
+    "optim_state_dtype": ("float32", "bfloat16"),
+    "moe_log_loads": ("model", "layers", "experts"),
+    "attention": ("auto", "stock"),
+}
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of the arguments, with its sentence for `--help` and what HfArgumentParser is given besides."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass(repr=False)
 class NanotronTrainingArguments(SecretlessArguments):
-    """`transformers.TrainingArguments` plus the sizes of a parallel run; see `ParallelConfig` for their meaning.
+    """`transformers.TrainingArguments` plus the options of a parallel run; see `ParallelConfig` for its sizes.
 
-    Every inherited field either does what transformers documents or raises here, at construction, before any process
-    group exists: `hf_nanotron.arguments.policy` holds the table. `gradient_accumulation_steps` is also the number
-    of micro-batches of the pipeline, and `bf16` means bfloat16 compute with fp32 master weights.
+    Every inherited field either does what transformers documents or is refused at construction, before any process
+    group exists; the table is in `hf_nanotron.arguments.policy`. `gradient_accumulation_steps` is also the number of
+    pipeline micro-batches, and `bf16` means bfloat16 compute with fp32 master weights.
 
     Raises:
         ValueError: for a refused value, for sizes that do not divide the number of processes, or for too few
             micro-batches; the same message on every rank.
     """
 
-    tp_size: int = field(default=1, metadata={"help": "Ranks that share every layer (tensor parallelism)."})
-    pp_size: int = field(default=1, metadata={"help": "Ranks that share the stack of layers (pipeline parallelism)."})
-    cp_size: int = field(default=1, metadata={"help": "Ranks that share a sequence (context parallelism)."})
-    ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts (expert parallelism)."})
-    dp_replicate_size: int = field(
-        default=1, metadata={"help": "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding)."}
+    tp_size: int = _option(1, "Ranks that shard every layer (tensor parallelism).")
+    pp_size: int = _option(1, "Ranks that share the stack of layers (pipeline parallelism).")
+    cp_size: int = _option(1, "Ranks that share a sequence (context parallelism).")
+    ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
+    dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
+    zero_stage: int = _option(
+        1,
+        "What data-parallel ranks shard: 0 nothing, 1 optimizer state and fp32 master weights, 2 also gradients, 3 "
+        "also parameters.",
     )
-    zero_stage: int = field(
-        default=1,
-        metadata={
-            "help": "What data-parallel ranks shard: 0 nothing, 1 optimizer state and fp32 masters, 2 also gradients, "
-            "3 also parameters."
-        },
+    optim_state_dtype: str = _option(
+        "float32", "Dtype of AdamW's moments: float32, or bfloat16 with stochastic rounding."
     )
-    optim_state_dtype: str = field(
-        default="float32", metadata={"help": "Of AdamW's two moments: float32, or bfloat16 with stochastic rounding."}
+    skip_nonfinite_steps: bool = _option(
+        False, "Skip an optimizer step whose gradient is NaN or infinite; by default it ends the run."
     )
-    skip_nonfinite_steps: bool = field(
-        default=False,
-        metadata={"help": "Leave out a step whose gradient is not finite; otherwise it ends the run."},
+    max_skipped_steps: int = _option(20, "Consecutive steps that skip_nonfinite_steps may skip; one more ends the run.")
+    save_hub_weights: str = _option(
+        "always",
+        "Which checkpoints contain Hub weights in addition to the training state: always (all of them), or last (only "
+        "the final one).",
     )
-    max_skipped_steps: int = field(
-        default=20,
-        metadata={"help": "Steps in a row that skip_nonfinite_steps may leave out; one more ends the run."},
+    async_save: bool = _option(
+        False,
+        "Block training only while the checkpoint is copied to host memory; a background thread writes it to disk.",
     )
-    save_hub_weights: str = field(
-        default="always",
-        metadata={
-            "help": "Which checkpoints hold the Hub's weights beside the training state: always (each), or last (the "
-            "one at the end alone)."
-        },
+    save_on_signal: float = _option(
+        0.0,
+        "On SIGTERM or SIGUSR1, save a checkpoint and stop the run; the value is the grace period in seconds. 0 does "
+        "not handle signals.",
     )
-    async_save: bool = field(
-        default=False,
-        metadata={
-            "help": "Hold training only while a checkpoint is copied to the host's memory, and write it meanwhile."
-        },
+    overwrite_output_dir: bool | None = _option(
+        None,
+        "Whether a run may save where another run has checkpoints (in output_dir or remote_checkpoints), overwriting "
+        "those of the same step. False refuses; if unset, a warning is logged.",
+        nargs="?",
+        const=True,
     )
-    save_on_signal: float = field(
-        default=0.0,
-        metadata={
-            "help": "Seconds of grace in which SIGTERM and SIGUSR1 save a checkpoint and stop the run; 0 leaves "
-            "signals alone."
-        },
+    remote_checkpoints: str | None = _option(
+        None,
+        "URL such as s3://bucket/run. Each committed checkpoint is uploaded there in the background, and "
+        "resume_from_checkpoint=True also looks there.",
     )
-    overwrite_output_dir: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether a run may save where another run has checkpoints (output_dir, remote_checkpoints), "
-            "which it overwrites where it saves the same steps. False refuses it; unset, there is a warning.",
-            "nargs": "?",
-            "const": True,
-        },
+    remote_keep_local: int = _option(
+        1, "With remote_checkpoints, the number of uploaded checkpoints to keep in output_dir."
     )
-    remote_checkpoints: str | None = field(
-        default=None,
-        metadata={
-            "help": "URL such as s3://bucket/run: each committed checkpoint is uploaded there in the background, and "
-            "resume_from_checkpoint=True looks there too."
-        },
+    remote_pending_limit: int | None = _option(
+        None,
+        "Maximum number of checkpoints waiting in output_dir for upload while the store is failing or slow. Beyond it "
+        "the oldest are deleted, never the newest or the best. If unset, remote_min_free_gb is the only limit.",
     )
-    remote_keep_local: int = field(
-        default=1, metadata={"help": "Uploaded checkpoints that stay in output_dir, with remote_checkpoints."}
+    remote_min_free_gb: float | None = _option(
+        None,
+        "GiB to keep free on output_dir's disk while checkpoints wait for upload. Below it the oldest waiting ones are "
+        "deleted, never the newest or the best. If unset, room for one more checkpoint is kept.",
     )
-    remote_pending_limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoints that may wait in output_dir for their upload while the store fails or is slow. Beyond "
-            "it the oldest are deleted, never the newest or the best. Unset, as many as remote_min_free_gb allows."
-        },
+    remote_retry_seconds: float = _option(
+        2.0, "Seconds before a failed operation on remote_checkpoints is retried; doubles with each attempt."
     )
-    remote_min_free_gb: float | None = field(
-        default=None,
-        metadata={
-            "help": "GiB that stay free on output_dir's disk while checkpoints wait for their upload: below it the "
-            "oldest waiting ones are deleted, never the newest or the best. Unset, room for one more checkpoint."
-        },
+    remote_retry_max_seconds: float = _option(
+        60.0, "Maximum seconds between two attempts at an operation on remote_checkpoints."
     )
-    remote_retry_seconds: float = field(
-        default=2.0,
-        metadata={"help": "Seconds before what failed at remote_checkpoints is tried again; doubled each time."},
+    remote_start_timeout: float = _option(
+        300.0,
+        "Seconds to keep trying to reach remote_checkpoints, and to download from it, when a run starts. Wrong "
+        "credentials or a missing bucket fail at once.",
     )
-    remote_retry_max_seconds: float = field(
-        default=60.0, metadata={"help": "Longest pause between two attempts at remote_checkpoints, in seconds."}
+    remote_wait_timeout: float = _option(
+        1800.0,
+        "Seconds to wait for uploads at the end of train. Checkpoints not uploaded by then are listed and stay in "
+        "output_dir.",
     )
-    remote_start_timeout: float = field(
-        default=300.0,
-        metadata={
-            "help": "Seconds for which the start of a run tries to reach remote_checkpoints, and to download from "
-            "there, if it fails. Wrong credentials or a missing bucket are refused at once."
-        },
+    moe_capacity_factor: float | None = _option(
+        None,
+        "Capacity of each expert during training, as a multiple of an even load; tokens beyond it are dropped for that "
+        "expert. If unset, no token is dropped.",
     )
-    remote_wait_timeout: float = field(
-        default=1800.0,
-        metadata={
-            "help": "Seconds for which the end of train waits for uploads. What is missing then is named, and stays in "
-            "output_dir."
-        },
+    moe_bias_update_rate: float = _option(
+        0.0,
+        "Step size of the routers' correction biases, which move against the load after each optimizer step "
+        "(auxiliary-loss-free balancing). 0 keeps them fixed.",
     )
-    moe_capacity_factor: float | None = field(
-        default=None,
-        metadata={
-            "help": "Rows for each expert while training, in multiples of an even load; tokens beyond them are dropped "
-            "for that expert. Unset, none is dropped."
-        },
+    moe_log_loads: str = _option(
+        "model", "Which expert loads to log: of the whole model (model), per layer (layers), or per expert (experts)."
     )
-    moe_bias_update_rate: float = field(
-        default=0.0,
-        metadata={
-            "help": "How far the routers' correction biases move against the load after each step (loss-free "
-            "balancing); 0 leaves them."
-        },
+    z_loss_coefficient: float = _option(
+        0.0, "Coefficient of log(Z)^2 in the loss of each predicted token (z-loss over the vocabulary)."
     )
-    moe_log_loads: str = field(
-        default="model",
-        metadata={"help": "Loads of the experts in log lines: of the model as a whole, of its layers, or all experts."},
+    attention: str = _option(
+        "auto", "Attention during training: the fastest kernel that fits (auto), or the model's own (stock)."
     )
-    z_loss_coefficient: float = field(
-        default=0.0, metadata={"help": "Of log(Z)^2 in the loss of each predicted token (z-loss over the vocabulary)."}
+    fp8: str | None = _option(
+        None,
+        "FP8 matmuls in the linear layers of decoder layers during training, with one scale per tensor (tensorwise, "
+        "faster) or one per row and column (rowwise). Needs bf16=True, and 1 byte more for each of their weights. If "
+        "unset, no FP8.",
     )
-    attention: str = field(
-        default="auto",
-        metadata={"help": "While training: the fastest kernel that fits (auto), or the model's own attention (stock)."},
+    fp8_skip_layers: list[int] | None = _option(
+        None, "Decoder layers that stay in bf16 when fp8 is set, such as 0 -1.", nargs="+"
     )
-    fp8: str | None = field(
-        default=None,
-        metadata={
-            "help": "FP8 products in the linear layers of decoder layers while training, with a scale of each tensor "
-            "(tensorwise, the faster) or of each row and column (rowwise); needs bf16=True, and 1 byte more for each "
-            "of their weights. Unset, none."
-        },
+    sequence_parallel: bool = _option(True, "Shard activations along the sequence between tensor-parallel modules.")
+    tp_overlap: bool | None = _option(
+        None,
+        "Overlap tensor-parallel communication with matmuls (needs sequence_parallel). If unset, on GPUs only.",
+        nargs="?",
+        const=True,
     )
-    fp8_skip_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "Decoder layers that stay in bf16 under fp8, such as 0 -1.", "nargs": "+"},
+    pp_schedule: str = _option("1f1b", "Pipeline schedule: afab, 1f1b, interleaved_1f1b or zb (zero bubble).")
+    pp_virtual_stages: int = _option(1, "Stages per pipeline rank; more than one needs interleaved_1f1b or zb.")
+    activation_checkpointing_policy: str = _option(
+        "full",
+        "What activation_checkpointing recomputes in the backward: the whole layer (full), or everything except the "
+        "outputs of matmuls and attention (selective).",
     )
-    sequence_parallel: bool = field(
-        default=True,
-        metadata={"help": "Split activations along the sequence between tensor-parallel modules."},
+    activation_checkpointing_layers: list[int] | str | None = _option(
+        None,
+        "Decoder layers to which activation_checkpointing applies, numbered from 0 over the whole model, as a list or "
+        "as 0,2,4. If unset, all layers.",
+        nargs="+",
     )
-    tp_overlap: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Let tensor-parallel communication travel beside matrix products (needs sequence_parallel); unset, "
-            "on GPUs.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    pp_schedule: str = field(
-        default="1f1b", metadata={"help": "Pipeline schedule: afab, 1f1b, interleaved_1f1b or zb (zero bubble)."}
-    )
-    pp_virtual_stages: int = field(
-        default=1, metadata={"help": "Stages per pipeline rank; more than one needs interleaved_1f1b or zb."}
-    )
-    activation_checkpointing_policy: str = field(
-        default="full",
-        metadata={
-            "help": "What activation_checkpointing recomputes in the backward: full (all of a layer), or selective "
-            "(all but matrix products and attention, whose outputs are kept)."
-        },
-    )
-    activation_checkpointing_layers: list[int] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Decoder layers that activation_checkpointing applies to, by their numbers in the whole model from "
-            "0 on, as a list or as 0,2,4; all if unset.",
-            "nargs": "+",
-        },
-    )
-    torch_compile: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Compile decoder layers for training. Unset: on CUDA with bf16, where it is faster.",
-            "nargs": "?",
-            "const": True,
-        },
+    torch_compile: bool | None = _option(  # type: ignore[assignment]
+        None,
+        "Compile decoder layers for training. If unset, on CUDA with bf16, where it is faster.",
+        nargs="?",
+        const=True,
     )
     # HfArgumentParser takes `str` out of this union; with nargs the shell can say "3 5" as well as "3,5".
-    pp_layers_per_stage: list[int] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Decoder layers of each stage, in model order, as a list or as 3,5; balanced by cost if unset.",
-            "nargs": "+",
-        },
+    pp_layers_per_stage: list[int] | str | None = _option(
+        None,
+        "Decoder layers of each stage, in model order, as a list or as 3,5. If unset, balanced by cost.",
+        nargs="+",
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -249,7 +208,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         # Hidden from transformers, which would switch TF32 on, and accelerate, which would whatever `tf32` says.
         chosen, backend, mode = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if chosen is None:
             chosen = self.bf16 and self.device.type == "cuda"
         self.torch_compile = chosen or backend is not None or mode is not None
@@ -258,12 +217,12 @@ class NanotronTrainingArguments(SecretlessArguments):
         self.mixed_precision = "no"
         if self.world_size != expected_world_size:
             raise ValueError(
-                f"{expected_world_size} processes were announced (WORLD_SIZE), but accelerate runs {self.world_size} "
-                f"on {self.device}: start the script with torchrun, which sets LOCAL_RANK, or pass use_cpu=True."
+                f"WORLD_SIZE={expected_world_size}, but accelerate runs {self.world_size} processes on {self.device}: "
+                "start the script with torchrun, which sets LOCAL_RANK, or pass use_cpu=True."
             )
 
     def check(self) -> None:
-        """Refuse what no run could honour. Runs at construction; call it again after assigning to fields.
+        """Check all fields. Runs at construction; call it again after assigning to fields.
 
         Raises:
             ValueError: as at construction.
@@ -274,38 +233,32 @@ class NanotronTrainingArguments(SecretlessArguments):
         check_values(self, NanotronTrainingArguments, REFUSED)
         check_policy(self)
         check_recomputation(self)
-        if self.save_hub_weights not in ("always", "last"):
-            raise ValueError(f"save_hub_weights={self.save_hub_weights!r} is not one of 'always', 'last'.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}.")
         if self.save_hub_weights == "last" and self.save_only_model:
             raise ValueError(
-                "save_hub_weights='last' with save_only_model=True: checkpoints before the last would hold nothing; "
-                "use save_hub_weights='always'."
+                "save_hub_weights='last' with save_only_model=True: all checkpoints but the last would be empty; use "
+                "save_hub_weights='always'."
             )
         if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
             raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
         if self.remote_retry_max_seconds < self.remote_retry_seconds:
             raise ValueError(
                 f"remote_retry_max_seconds={self.remote_retry_max_seconds:g} is below remote_retry_seconds="
-                f"{self.remote_retry_seconds:g}; it is the longest pause between attempts, and that the first one."
+                f"{self.remote_retry_seconds:g}; the longest pause between attempts cannot be shorter than the first."
             )
-        if self.optim_state_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"optim_state_dtype={self.optim_state_dtype!r} is not one of 'float32', 'bfloat16'.")
-        if self.optim_state_dtype == "bfloat16" and not str(getattr(self.optim, "value", self.optim)).startswith(
-            "adamw"
-        ):
+        optim = str(getattr(self.optim, "value", self.optim))
+        if self.optim_state_dtype == "bfloat16" and not optim.startswith("adamw"):
             raise ValueError(
-                f"optim_state_dtype='bfloat16' with optim={str(getattr(self.optim, 'value', self.optim))!r}: only "
-                "AdamW's moments can be bfloat16; use optim='adamw_torch_fused', or optim_state_dtype='float32'."
+                f"optim_state_dtype='bfloat16' with optim={optim!r}: only AdamW's moments can be bfloat16; use "
+                "optim='adamw_torch_fused', or optim_state_dtype='float32'."
             )
         if self.moe_capacity_factor is not None and not self.moe_capacity_factor > 0:
             raise ValueError(
-                f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is room for an even load), or "
-                "None."
+                f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "
+                "load), or None."
             )
-        if self.moe_log_loads not in ("model", "layers", "experts"):
-            raise ValueError(f"moe_log_loads={self.moe_log_loads!r} is not one of 'model', 'layers', 'experts'.")
-        if self.attention not in ("auto", "stock"):
-            raise ValueError(f"attention={self.attention!r} is not one of 'auto', 'stock'.")
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
@@ -314,22 +267,20 @@ class NanotronTrainingArguments(SecretlessArguments):
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
     def _check_fp8(self) -> None:
-        """
-        Raises:
-            ValueError: for a recipe that does not exist, or that the other arguments rule out.
-        """
         if self.fp8 not in (None, *RECIPES):
             raise ValueError(f"fp8={self.fp8!r} is not one of {', '.join(map(repr, RECIPES))}, None.")
         if self.fp8 is not None and not self.bf16:
-            raise ValueError(f"fp8={self.fp8!r} without bf16: what is not FP8 computes in bfloat16; add bf16=True.")
+            raise ValueError(f"fp8={self.fp8!r} needs bf16=True: everything outside FP8 is computed in bfloat16.")
         if self.fp8 is not None and self.zero_stage == 3:
             raise ValueError(
-                f"fp8={self.fp8!r} with zero_stage=3: weights are gathered twice for every micro-batch there, and "
-                "would be turned into FP8 each time; use zero_stage=2."
+                f"fp8={self.fp8!r} with zero_stage=3: weights are gathered twice per micro-batch with ZeRO-3 and "
+                "would be quantized each time; use zero_stage=2."
             )
         if self.fp8_skip_layers is not None:
             if self.fp8 is None:
-                raise ValueError("fp8_skip_layers without fp8: all layers are in bf16; set fp8='tensorwise'.")
+                raise ValueError(
+                    "fp8_skip_layers needs fp8, such as fp8='tensorwise'; without it all layers are in bf16."
+                )
             if not isinstance(self.fp8_skip_layers, list) or any(type(i) is not int for i in self.fp8_skip_layers):
                 raise ValueError(
                     f"fp8_skip_layers={self.fp8_skip_layers!r} must be a list of integers, such as [0, -1]."
@@ -337,14 +288,14 @@ class NanotronTrainingArguments(SecretlessArguments):
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The sizes of the run, as models and meshes take them."""
+        """The sizes of the run, for models and meshes."""
         sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
         layers = _layer_counts(self.pp_layers_per_stage)
         return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel size: the replicas of the model, which read different samples."""
+        """Data-parallel size: the number of model replicas, each with its own samples."""
         return self.parallel.dp_size(self.world_size)
 
     @property

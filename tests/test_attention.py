@@ -20,7 +20,7 @@ from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.families import FAST_ATTENTION, NO_DOCUMENTS
 from hf_nanotron.ops.attention import Case, attention, pick
 from hf_nanotron.ops.kernels import attention as attention_kernels
-from hf_nanotron.ops.kernels.attention import KERNELS, Problem
+from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
 from hf_nanotron.prepare.attention import (
     Attention,
     Documents,
@@ -114,7 +114,7 @@ class FakeFlashAttention4:
         problem = self._problem(q, options)
         lse = lse.transpose(0, 1).flatten(1) if problem.bounds is None else lse
         dout, q, k, v, out = (x if x.dim() == 4 else x[None] for x in (dout, q, k, v, out))
-        found = KERNELS["by_document"].backward(dout, q, k, v, out, lse, problem)
+        found = KERNELS["by_document"].backward(dout, Saved(q, k, v, out, lse), problem)
         return [memory.copy_(x.view(memory.shape)) for memory, x in zip((dq, dk, dv), found, strict=True)]
 
 
@@ -327,7 +327,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         (choose("llama", attention_dropout=0.1), "attention_dropout"),
         (choose("llama", attn_implementation="eager"), "sdpa"),
         (choose("gemma2"), "sdpa"),  # soft-caps: stock attends eagerly
-        (choose("qwen3_next"), "not proven"),
+        (choose("qwen3_next"), "not tested"),
     )
     for (found, sentence), reason in refused:
         assert found is None and sentence.startswith("attention: the model's own") and reason in sentence
@@ -340,7 +340,7 @@ def test_peculiar_attention_is_refused() -> None:
     with Attention("torch", True).training(model.config, False), pytest.raises(ValueError, match="dropout"):
         model(**batch_of())
     model = tiny_model("llama", attn_implementation=None).train()
-    with Attention("torch", True).training(model.config, True), pytest.raises(ValueError, match="documents begin"):
+    with Attention("torch", True).training(model.config, True), pytest.raises(ValueError, match="document boundaries"):
         model(**batch_of())
 
 

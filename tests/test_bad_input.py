@@ -56,8 +56,16 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
         ["tp_size=2", "6 attention heads", "3 key-value heads", "[1, 3, 6]"],
     ),
-    "vocabulary": ({"tp_size": 2}, {"vocab_size": 1}, ["tp_size=2", "more than the vocabulary of 1", "as one of [1]."]),
-    "intermediate": ({"tp_size": 2}, {"intermediate_size": 49}, ["tp_size=2", "49 features", "mlp", "as one of [1]."]),
+    "vocabulary": (
+        {"tp_size": 2},
+        {"vocab_size": 1},
+        ["tp_size=2", "larger than the vocabulary of 1", "must be one of [1]."],
+    ),
+    "intermediate": (
+        {"tp_size": 2},
+        {"intermediate_size": 49},
+        ["tp_size=2", "49 features", "mlp", "must be one of [1]."],
+    ),
     "stages": ({"pp_size": 2}, {"num_hidden_layers": 1}, ["2 pipeline stages", "1 decoder layers", "at most 1"]),
     "split": (
         {"pp_size": 2, "pp_layers_per_stage": (1, 2)},
@@ -70,8 +78,8 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["6 pipeline stages", "4 decoder layers", "at most 4"],
     ),
     "tp plan": ({"tp_size": 2}, GPT2, ["gpt2", "no tensor-parallel plan", "tp_size=1"]),
-    "pp plan": ({"pp_size": 2}, HRM, ["pp_size=2", "hrm_text", "no place to cut", "use pp_size=1"]),
-    "experts": ({"ep_size": 2}, {**MOE, "num_experts": 7}, ["ep_size=2", "the 7 experts", "as one of [1, 7]."]),
+    "pp plan": ({"pp_size": 2}, HRM, ["pp_size=2", "hrm_text", "split into stages", "use pp_size=1"]),
+    "experts": ({"ep_size": 2}, {**MOE, "num_experts": 7}, ["ep_size=2", "the 7 experts", "must be one of [1, 7]."]),
     "no experts": ({"ep_size": 2}, {}, ["ep_size=2", "llama", "no experts", "use ep_size=1"]),
     "expert ranks": ({"ep_size": 4, "tp_size": 2}, MOE, ["ep_size=4", "size 1 x tp_size=2 = 2", "one of [1, 2]."]),
     "quantised": ({"tp_size": 2}, {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "plain"]),
@@ -197,14 +205,14 @@ def damage(directory: Path, how: str) -> None:
 DAMAGES = {
     "missing tensor": ["lacks 1 tensors of LlamaForCausalLM", "model.layers.3.self_attn.q_proj.weight"],
     "other shape": ["model.layers.3.self_attn.q_proj.weight", "(31, 32)", "(32, 32)"],
-    "integers": ["model.layers.3.self_attn.q_proj.weight", "I8", "quantised"],
+    "integers": ["model.layers.3.self_attn.q_proj.weight", "I8", "quantized"],
     "truncated": ["model.safetensors is truncated or damaged", "fetch it again"],
     "empty": ["model.safetensors is truncated or damaged", "fetch it again"],
-    "other format": ["holds neither model.safetensors nor model.safetensors.index.json", "save_pretrained"],
+    "other format": ["contains neither model.safetensors nor model.safetensors.index.json", "save_pretrained"],
     "index names an absent file": ["model-00002-of-00002.safetensors is missing", "index.json names it"],
     "index names an absent tensor": ["model.safetensors has no tensor", "q_proj", "index.json"],
     "index truncated": ["model.safetensors.index.json is truncated or damaged", "fetch it again"],
-    "argument": ["does not know ['no_such_argument']", "revision", "dtype"],
+    "argument": ["unknown arguments ['no_such_argument']", "revision", "dtype"],
 }
 
 
@@ -261,9 +269,9 @@ def test_models_that_are_refused(mesh: ParallelMesh, make: Callable[[], Any], pa
 
 def test_a_parallel_model_is_not_cut_again(mesh: ParallelMesh) -> None:
     model = parallelize(stock_model("llama"), mesh)
-    with pytest.raises(ValueError, match="parallel already"):
+    with pytest.raises(ValueError, match="already sharded"):
         parallelize(model, mesh)
-    with pytest.raises(ValueError, match="`mesh` was made for other sizes"):
+    with pytest.raises(ValueError, match="`mesh` and `parallel` have different sizes"):
         AutoModelForCausalLM.from_config(tiny_config(), ParallelConfig(sequence_parallel=False), mesh=mesh)
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -26,14 +27,20 @@ from transformers import AutoModelForCausalLM
 from hf_nanotron.checkpoint.directory import commit as commit_module, retention as manager, verify
 from hf_nanotron.checkpoint.directory.commit import begin, commit, describe, fail, failure, wait_for_ranks
 from hf_nanotron.checkpoint.directory.retention import (
+    candidates,
     check_together,
     checkpoints,
     choose,
     choose_together,
+    is_part,
     newest,
     rotate,
+    run_at_hand,
 )
+from hf_nanotron.checkpoint.directory.runs import Run, marked_run
 from hf_nanotron.checkpoint.directory.verify import check, is_committed, is_torn, read_marker
+from hf_nanotron.checkpoint.files.checked import write_checked
+from hf_nanotron.checkpoint.remote.backlog import bytes_of
 from hf_nanotron.checkpoint.state import file as state_file
 from hf_nanotron.checkpoint.state.file import StatePiece, write_rank
 from hf_nanotron.parallel.config import ParallelConfig
@@ -98,6 +105,56 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     monkeypatch.setattr(manager.logger, "warning", texts.append)
     return texts
+
+
+# ---- folders that vanish ----
+
+
+def read_while_it_vanishes(read: Callable[[Path], Any], directory: Path, call: int) -> None:
+    """`read(directory)`, and `directory` is deleted before one of its system calls: the `call`-th, if there is one."""
+    seen = 0
+
+    def watch(_: Any, event: str, function: Any) -> None:
+        nonlocal seen
+        if event == "c_call" and getattr(function, "__module__", None) in ("posix", "io", "_io"):
+            if seen == call:
+                shutil.rmtree(directory)
+            seen += 1
+
+    sys.setprofile(watch)
+    try:
+        read(directory)
+    finally:
+        sys.setprofile(None)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "is_torn": is_torn,
+    "is_committed": is_committed,
+    "marked_run": marked_run,
+    "is_part": lambda directory: is_part(Run(), directory),
+    "newest": lambda directory: newest(directory.parent),
+    "candidates": lambda directory: candidates(directory.parent),
+    "run_at_hand": lambda directory: run_at_hand(directory.parent),
+    "choose": lambda directory: choose(directory.parent),
+    "bytes_of": bytes_of,
+}
+
+
+@pytest.mark.parametrize("until", ["begun", "described", "committed"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_folder_may_vanish_while_it_is_read(tmp_path: Path, reader: str, until: str) -> None:
+    """Threads delete checkpoints (after an upload, to make room) while others look at them."""
+    vanished = 0
+    while True:
+        directory = save(tmp_path, 1, until=until)
+        if until == "begun":
+            shutil.rmtree(directory / ".written")  # an empty folder
+        read_while_it_vanishes(READERS[reader], directory, vanished)
+        if directory.exists():
+            break
+        vanished += 1
+    assert vanished
 
 
 # ---- the marker ----
@@ -175,7 +232,7 @@ def test_torn_marker_is_refused_at_every_length(tmp_path: Path) -> None:
 def test_later_version_is_refused_and_not_deleted(tmp_path: Path) -> None:
     directory = save(tmp_path, 5)
     body = {"format": verify.FORMAT, "version": 2, "step": 5, "files": {}}
-    state_file.write_checked(directory / "committed.json", body)
+    write_checked(directory / "committed.json", body)
     with pytest.raises(ValueError, match="version 2; this program reads .* version 1"):
         check(directory)
     save(tmp_path, 6)
@@ -368,7 +425,7 @@ def test_damaged_ones_are_passed_over_with_a_warning_each(tmp_path: Path, warnin
         [("checkpoint-5", "interrupted"), ("rank-00000.safetensors", "damaged"), ("trainer_state.json", "missing")],
         strict=True,
     ):
-        assert "passed over" in text and all(part in text for part in parts)
+        assert "skipping" in text and all(part in text for part in parts)
     for step in (1, 2):
         flip(tmp_path / f"checkpoint-{step}" / "config.json", random.Random(step))
     assert choose(tmp_path) is None
@@ -450,7 +507,7 @@ def test_deletion_that_fails_is_a_warning(tmp_path: Path, warnings: list[str], m
 
     monkeypatch.setattr(manager, "remove", refuse)
     assert rotate(tmp_path, 1) == []
-    assert len(warnings) == 1 and "checkpoint-1 could not be deleted" in warnings[0]
+    assert len(warnings) == 1 and "could not delete" in warnings[0] and "checkpoint-1" in warnings[0]
 
 
 # ---- all ranks of a job ----

@@ -138,8 +138,8 @@ def test_generate_samples(pool: WorkerPool, world: int, sizes: list[str]) -> Non
     [
         (1, ["--temperature", "0.5"], "--temperature needs --do-sample"),
         (1, ["--prompt", "x", "--tp-size", "2"], "does not divide the world size 1"),
-        (1, ["--prompt", ""], "without tokens"),
-        (2, [], "would hold 2 copies"),
+        (1, ["--prompt", ""], "is empty"),
+        (2, [], "would hold 2 replicas"),
         (2, ["--pp-size", "2", "--tp-size", "0"], "tp_size=0"),
     ],
 )
@@ -328,10 +328,10 @@ def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None
         (1, ["--dataset.text_column", "null"], "without input_ids"),
         (1, ["--dataset.block_size", "0"], "block_size=0"),
         (1, ["--dataset.block_size", "5000"], "too short"),
-        (1, ["--tokenizer", "null"], "needs tokenizer"),
+        (1, ["--tokenizer", "null"], "needs a tokenizer"),
         (1, ["--model.config.vocab_size", "7"], "smaller than the tokenizer's 120"),
-        (1, ["--model.config.hidden_sise", "7"], "nearest known one is model.config.hidden_size"),
-        (1, ["--model.config.model_type", "lama"], "nearest known one is model.config.model_type=llama"),
+        (1, ["--model.config.hidden_sise", "7"], "did you mean model.config.hidden_size?"),
+        (1, ["--model.config.model_type", "lama"], "did you mean model.config.model_type=llama?"),
         (1, ["--model.config", "null"], "either name_or_path"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -345,21 +345,21 @@ def test_train_refuses(pool: WorkerPool, tmp_path: Path, world: int, overrides: 
 @pytest.mark.parametrize(
     ("text", "overrides", "says"),
     [
-        ("trainning: {}", [], "unknown key trainning; the nearest known one is training."),
-        ("training: {max_step: 1}", [], "unknown key training.max_step; the nearest known one is training.max_steps."),
-        ("", ["--learning-rat", "1"], "the nearest known one is training.learning_rate."),
-        ("", ["--model.nameorpath", "x"], "the nearest known one is model.name_or_path."),
-        ("dataset: {split: a}", [], "unknown key dataset.split; the nearest known one is dataset."),
+        ("trainning: {}", [], "unknown key trainning; did you mean training?"),
+        ("training: {max_step: 1}", [], "unknown key training.max_step; did you mean training.max_steps?"),
+        ("", ["--learning-rat", "1"], "did you mean training.learning_rate?"),
+        ("", ["--model.nameorpath", "x"], "did you mean model.name_or_path?"),
+        ("dataset: {split: a}", [], "unknown key dataset.split; did you mean dataset?"),
         ("model: llama", [], "must be a mapping"),
-        ("model: llama", ["--model.name_or_path", "x"], "holds no keys"),
+        ("model: llama", ["--model.name_or_path", "x"], "not a section"),
         ("[1]", [], "holds a list"),
-        ("a: [", [], "is not YAML"),
-        ("", ["max_steps", "3"], "follows no --key"),
+        ("a: [", [], "is not valid YAML"),
+        ("", ["max_steps", "3"], "is not preceded by a --key"),
     ],
 )
 def test_settings_refuse(tmp_path: Path, text: str, overrides: list[str], says: str) -> None:
     assert says in one_line(command("train", write_settings(tmp_path, text), *overrides))
-    assert "there is no file" in one_line(command("train", str(tmp_path / "absent.yaml")))
+    assert "file not found" in one_line(command("train", str(tmp_path / "absent.yaml")))
 
 
 def test_settings(tmp_path: Path) -> None:

@@ -134,17 +134,17 @@ def test_a_class_of_the_users_own(tmp_path: Path) -> None:
 # ---- files ----
 
 NOT_SETTINGS: dict[str, tuple[bytes | None, str]] = {
-    "latin-1": ("training: {run_name: Müller}".encode("latin-1"), "is not text in UTF-8: invalid"),
-    "utf-16": ("training: {}".encode("utf-16"), "is not text in UTF-8"),
+    "latin-1": ("training: {run_name: Müller}".encode("latin-1"), "is not UTF-8 text: invalid"),
+    "utf-16": ("training: {}".encode("utf-16"), "is not UTF-8 text"),
     "binary": (bytes(range(256)), "is not"),
-    "no yaml": (b"training: {", "is not YAML"),
-    "tabs": (b"training:\n\tmax_steps: 1\n", "YAML takes no tabs"),
-    "python": (b"training: !!python/object/apply:os.system ['true']", "is not YAML"),
-    "two documents": (b"training: {}\n---\nmodel: {}\n", "is not YAML"),
-    "twice": (b"training:\n  max_steps: 1\n  max_steps: 2\n", "the key 'max_steps' comes twice, first in line 2"),
-    "sections twice": (b"model: {}\nmodel: {}\n", "the key 'model' comes twice"),
-    "unhashable": (b"? [a]\n: 1\n", "is not YAML"),
-    "no anchor": (b"training: *other\n", "is not YAML"),
+    "no yaml": (b"training: {", "is not valid YAML"),
+    "tabs": (b"training:\n\tmax_steps: 1\n", "YAML does not allow tabs"),
+    "python": (b"training: !!python/object/apply:os.system ['true']", "is not valid YAML"),
+    "two documents": (b"training: {}\n---\nmodel: {}\n", "is not valid YAML"),
+    "twice": (b"training:\n  max_steps: 1\n  max_steps: 2\n", "duplicate key 'max_steps', first in line 2"),
+    "sections twice": (b"model: {}\nmodel: {}\n", "duplicate key 'model'"),
+    "unhashable": (b"? [a]\n: 1\n", "is not valid YAML"),
+    "no anchor": (b"training: *other\n", "is not valid YAML"),
     "itself": (b"training: &t {run_name: *t}\n", ""),
     "empty": (b"", "is empty"),
     "comment": (b"# nothing\n", "is empty"),
@@ -152,12 +152,12 @@ NOT_SETTINGS: dict[str, tuple[bytes | None, str]] = {
     "list": (b"- training\n", "holds a list"),
     "text": (b"training", "holds a str"),
     "number": (b"5", "holds a int"),
-    "number as a key": (b"5: {}\n", "unknown key 5; known are model, dataset, training, tokenizer."),
+    "number as a key": (b"5: {}\n", "unknown key 5; known keys are model, dataset, training, tokenizer."),
     "list for a section": (b"training: [max_steps, 5]\n", "training: ['max_steps', 5] must be a mapping"),
     "text for a section": (b"model: llama\n", "model: 'llama' must be a mapping"),
     "number for a section": (b"dataset: 0\n", "dataset: 0 must be a mapping"),
     "list for the tokenizer": (b"tokenizer: [a]\n", "tokenizer=['a'] must be text"),
-    "missing": (None, "there is no file"),
+    "missing": (None, "file not found"),
 }
 
 
@@ -198,24 +198,24 @@ SECTIONS: list[tuple[list[str], str]] = [
     (["--model.dtype", "floaty"], "model.dtype='floaty' is not one of 'auto', 'float32'"),
     (["--model.dtype", "16"], "model.dtype=16 must be text"),
     (["--model.attn_implementation", "lightning"], "lightning"),
-    (["--model.config=null", "--model.name_or_path=/no/such/model"], "'/no/such/model': there is no such folder"),
-    (["--model.config=null", "--model.name_or_path=./model"], "'./model': there is no such folder"),
+    (["--model.config=null", "--model.name_or_path=/no/such/model"], "'/no/such/model': folder not found"),
+    (["--model.config=null", "--model.name_or_path=./model"], "'./model': folder not found"),
     (["--model.config=null", "--model.name_or_path={tmp}"], "cannot be loaded"),
     (["--model.config=null", "--model.name_or_path=7"], "model.name_or_path=7 must be text"),
-    (["--tokenizer", "/no/such/tokenizer"], "tokenizer='/no/such/tokenizer': there is no such folder"),
+    (["--tokenizer", "/no/such/tokenizer"], "tokenizer='/no/such/tokenizer': folder not found"),
     (["--tokenizer", "{tmp}"], "cannot be loaded"),
     (["--tokenizer", "5"], "tokenizer=5 must be text"),
-    (["--dataset.path", "/no/such/data"], "dataset.path='/no/such/data': there is no such file or folder"),
-    (["--dataset.path", "absent.jsonl"], "dataset.path='absent.jsonl': there is no such file"),
+    (["--dataset.path", "/no/such/data"], "dataset.path='/no/such/data': file or folder not found"),
+    (["--dataset.path", "absent.jsonl"], "dataset.path='absent.jsonl': file not found"),
     (["--dataset.path", "{tmp}/empty.jsonl"], "is an empty file"),
     (["--dataset.path", "{tmp}/broken.jsonl"], "cannot be read"),
     (["--dataset.train_split", "train[:0]"], "cannot be read: Instruction"),
     (["--dataset.train_split=train", "--dataset.path", "{tmp}/none"], "has no samples"),
     (["--dataset.train_split=train", "--dataset.path", "{tmp}/none.parquet"], "cannot be read: Instruction"),
-    (["--dataset.path", "{tmp}/numbers.jsonl"], "dataset.text_column='text' cannot be tokenised"),
+    (["--dataset.path", "{tmp}/numbers.jsonl"], "dataset.text_column='text' cannot be tokenized"),
     (["--dataset.path", "null"], "dataset needs path"),
-    (["--dataset.name", "en"], "dataset.name='en' goes with a name for datasets.load_dataset"),
-    (["--dataset.data_files", "[a]"], "dataset.data_files=['a'] goes with a name"),
+    (["--dataset.name", "en"], "dataset.name='en' needs a dataset.path that is a name for datasets.load_dataset"),
+    (["--dataset.data_files", "[a]"], "dataset.data_files=['a'] needs a dataset.path"),
     ([*IDS, "--dataset.path={tmp}/floats.jsonl"], "the column input_ids of the dataset must hold a list of integers"),
     ([*IDS, "--dataset.path={tmp}/words.jsonl"], "the column input_ids of the dataset must hold a list of integers"),
     ([*IDS, "--dataset.path={tmp}/nulls.jsonl"], "the column input_ids of the dataset is empty (null) in 4 rows"),
@@ -233,9 +233,9 @@ SECTIONS: list[tuple[list[str], str]] = [
     (["--dataset.num_proc", "0"], "dataset.num_proc=0 must be at least 1"),
     (["--resume_from_checkpoint", "/no/such/checkpoint"], "/no/such/checkpoint"),
     (["--eval_strategy", "steps", "--dataset.eval_split", "null"], "eval_strategy"),
-    (["--=5"], "'--=5' names no key"),
-    (["--model."], "'--model.' names no key"),
-    (["--", "5"], "'5' follows no --key"),
+    (["--=5"], "'--=5' is not a key"),
+    (["--model."], "'--model.' is not a key"),
+    (["--", "5"], "'5' is not preceded by a --key"),
 ]
 
 
@@ -271,28 +271,28 @@ HINTS: dict[str, str] = {
     "model: {bf16: true}": "unknown key model.bf16; it belongs to the section training: training.bf16.",
     "training: {block_size: 8}": "it belongs to the section dataset: dataset.block_size.",
     "training: {model: llama}": "model is a section: write model.KEY, one of name_or_path, config",
-    "training: {tokenizer: gpt2}": "tokenizer stands beside the sections.",
+    "training: {tokenizer: gpt2}": "tokenizer is a top-level key",
     # other programs' names
-    "training: {lr: 1}": "unknown key training.lr; here it is training.learning_rate.",
-    "lr: 1": "unknown key lr; here it is training.learning_rate.",
-    "training: {dp: 2}": "data-parallel ranks are what the number of processes leaves",
-    "training: {tp: 2}": "here it is training.tp_size.",
-    "pp: 2": "here it is training.pp_size.",
-    "training: {micro_batch_size: 2}": "here it is training.per_device_train_batch_size.",
+    "training: {lr: 1}": "unknown key training.lr; the equivalent is training.learning_rate.",
+    "lr: 1": "unknown key lr; the equivalent is training.learning_rate.",
+    "training: {dp: 2}": "the equivalent is the number of processes / (tp_size x pp_size)",
+    "training: {tp: 2}": "the equivalent is training.tp_size.",
+    "pp: 2": "the equivalent is training.pp_size.",
+    "training: {micro_batch_size: 2}": "the equivalent is training.per_device_train_batch_size.",
     "training: {global_batch_size: 2}": "training.per_device_train_batch_size x training.gradient_accumulation_steps",
-    "training: {sequence_length: 2048}": "here it is dataset.block_size.",
-    "training: {warmup_ratio: 0.1}": "here it is training.warmup_steps (a number below 1 is a share of all steps).",
-    "training: {evaluation_strategy: steps}": "here it is training.eval_strategy.",
-    "model_name_or_path: x": "here it is model.name_or_path.",
-    "model: {hidden_size: 64}": "here it is model.config.hidden_size.",
+    "training: {sequence_length: 2048}": "the equivalent is dataset.block_size.",
+    "training: {warmup_ratio: 0.1}": "training.warmup_steps (a number below 1 is a fraction of all steps).",
+    "training: {evaluation_strategy: steps}": "the equivalent is training.eval_strategy.",
+    "model_name_or_path: x": "the equivalent is model.name_or_path.",
+    "model: {hidden_size: 64}": "the equivalent is model.config.hidden_size.",
     # near misses, in this section first
-    "training: {max_stesp: 1}": "the nearest known one is training.max_steps.",
-    "dataset: {max_stesp: 1}": "the nearest known one is training.max_steps.",
-    "model: {name_or_pth: x}": "the nearest known one is model.name_or_path.",
+    "training: {max_stesp: 1}": "did you mean training.max_steps?",
+    "dataset: {max_stesp: 1}": "did you mean training.max_steps?",
+    "model: {name_or_pth: x}": "did you mean model.name_or_path?",
     # and none at all
-    "training: {xyzzy: 1}": "unknown key training.xyzzy; known are output_dir, per_device_train_batch_size,",
-    "dataset: {qwkj: 1}": "unknown key dataset.qwkj; known are path, name, data_files,",
-    "qwkj: 1": "unknown key qwkj; known are model, dataset, training, tokenizer.",
+    "training: {xyzzy: 1}": "unknown key training.xyzzy; known keys are output_dir, per_device_train_batch_size,",
+    "dataset: {qwkj: 1}": "unknown key dataset.qwkj; known keys are path, name, data_files,",
+    "qwkj: 1": "unknown key qwkj; known keys are model, dataset, training, tokenizer.",
 }
 
 
@@ -300,19 +300,19 @@ HINTS: dict[str, str] = {
 def test_hints(tmp_path: Path, text: str) -> None:
     message = one_line(command("train", write_settings(tmp_path, text)))
     assert HINTS[text] in message, message
-    if "known are" in HINTS[text]:
-        assert "nearest" not in message
+    if "known keys are" in HINTS[text]:
+        assert "did you mean" not in message
 
 
 def test_hints_of_overrides_and_configs(tmp_path: Path) -> None:
     path = fresh(tmp_path)
     for overrides, says in (
-        (["--lr", "1"], "unknown key training.lr; here it is training.learning_rate."),
+        (["--lr", "1"], "unknown key training.lr; the equivalent is training.learning_rate."),
         (["--model", "gpt2"], "unknown key training.model; model is a section"),
-        (["--sequence-length", "8"], "here it is dataset.block_size."),
+        (["--sequence-length", "8"], "the equivalent is dataset.block_size."),
         (["--model.config.learning_rate", "1"], "it belongs to the section training: training.learning_rate."),
-        (["--model.config.hidden_sise", "1"], "the nearest known one is model.config.hidden_size."),
-        (["--model.config.xyzzy", "1"], "unknown key model.config.xyzzy; known are"),
+        (["--model.config.hidden_sise", "1"], "did you mean model.config.hidden_size?"),
+        (["--model.config.xyzzy", "1"], "unknown key model.config.xyzzy; known keys are"),
     ):
         assert says in one_line(command("train", path, *overrides))
 
@@ -349,7 +349,7 @@ def test_a_configuration_of_nanotron(tmp_path: Path) -> None:
 # ---- other commands ----
 
 COMMANDS: list[tuple[list[str], str]] = [
-    (["generate", "/no/such/model", "--prompt", "x"], "MODEL='/no/such/model': there is no such folder"),
+    (["generate", "/no/such/model", "--prompt", "x"], "MODEL='/no/such/model': folder not found"),
     (["generate", "{tmp}", "--prompt", "x"], "the tokenizer of '{tmp}' cannot be loaded"),
     (["generate", "{model}", "--prompt", "w5", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
     (
@@ -405,14 +405,14 @@ def test_one_process(tmp_path: Path) -> None:
     assert done.returncode == 2 and not done.stdout
     assert one_line((2, "", done.stderr)).endswith("learning_rate='abc' must be a number.")
     shown = run("--traceback", "train", str(tmp_path / "absent.yaml"))
-    assert shown.returncode == 1 and "Traceback" in shown.stderr and "there is no file" in shown.stderr
+    assert shown.returncode == 1 and "Traceback" in shown.stderr and "file not found" in shown.stderr
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["--max_steps", "abc"], "max_steps='abc' must be an integer"),
-        (["--dataset.path", "/none"], "no such file or folder"),
+        (["--dataset.path", "/none"], "file or folder not found"),
     ],
     ids=["before a process group", "in a process group"],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_methods import FINE, OURS, methods_of
 from pool import WorkerPool
 from test_bad_input import agree, message_of
 from test_gradients import stock_model
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM as StockAuto, PreTrainedModel, Tra
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.models.base import ParallelModel
-from hf_nanotron.models.methods import FINE, OURS, REFUSED, methods_of
+from hf_nanotron.models.methods import REFUSED
 
 ROWS = random_dataset(32, seed=5)
 HEAD, EMBEDDING, GATE = "lm_head.weight", "model.embed_tokens.weight", "model.layers.3.mlp.gate_proj.weight"
@@ -122,7 +123,7 @@ RIGHT: dict[str, Any] = {
     "tie": None,
 }  # fmt: skip
 WRONG: dict[str, list[str]] = {
-    "resize": ["to 128 tokens", "vocabulary of 120", "Resize the stock model, then hand it over"],
+    "resize": ["to 128 tokens", "vocabulary of 120", "Resize the stock model before it is sharded"],
     "resize to a part": ["to 60 tokens", "vocabulary of 120"],
     "pad to more": ["to 128 tokens"],
     "embedding": ["set_input_embeddings", "stock model"],
@@ -176,7 +177,7 @@ def test_methods_answer_for_the_whole_model(pool: WorkerPool, sizes: dict[str, A
         messages = agree([{name: answers[name] for name in WRONG} for answers in found])
         for name, parts in WRONG.items():
             assert all(part in messages[name] for part in parts), f"{name}: {messages[name]}"
-        assert "cut with False" in found[0]["tie others"][1]
+        assert "sharded with False" in found[0]["tie others"][1]
     assert all("torch.float16" in after["half"] and after["footprint"] for _, after in ranks)
 
 

@@ -357,5 +357,7 @@ def test_a_worker_reads_the_same(kind: str) -> None:
 
 def test_several_workers_would_change_the_order_of_a_stream() -> None:
     assert len(list(loader(numbered(8), 0, 2, workers=2))) == 2
-    with pytest.raises(ValueError, match="dataloader_num_workers=2 with an IterableDataset.*use 0 or 1"):
+    with pytest.raises(
+        ValueError, match="dataloader_num_workers=2 with an IterableDataset.*use dataloader_num_workers=0 or 1"
+    ):
         loader(Stream(numbered(8)), 0, 2, workers=2)

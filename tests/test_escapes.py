@@ -21,6 +21,7 @@ from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
 from hf_nanotron.checkpoint.directory.retention import choose
 from hf_nanotron.checkpoint.directory.runs import Run
 from hf_nanotron.checkpoint.directory.verify import MARKER, check
+from hf_nanotron.checkpoint.files.checked import read_checked, write_checked
 from hf_nanotron.checkpoint.files.inside import refuse_links
 from hf_nanotron.checkpoint.hub.weights import HubWeights
 from hf_nanotron.checkpoint.remote import fetch as remote_fetch
@@ -28,11 +29,10 @@ from hf_nanotron.checkpoint.remote.fetch import fetch, fetch_newest, newest_remo
 from hf_nanotron.checkpoint.remote.store import RemoteStore
 from hf_nanotron.checkpoint.remote.upload import Uploader
 from hf_nanotron.checkpoint.state import file as state_file
-from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.checkpoint.state.read import StoredState
 from hf_nanotron.checkpoint.state.training_state import DIRECTORY
 from hf_nanotron.convert.folder import check_unchanged, copy_files
-from hf_nanotron.convert.nanotron.convert import index_hub, nanotron_to_hub
+from hf_nanotron.convert.nanotron.convert import nanotron_to_hub
 from hf_nanotron.convert.nanotron.format import step_folder
 from hf_nanotron.training.checkpointer import Checkpointer
 from hf_nanotron.training.remote import RemoteUploads
@@ -117,10 +117,6 @@ def in_an_index_of_the_hub(here: Path, name: str) -> None:
     HubWeights(_hub(here, name))
 
 
-def in_an_index_of_the_hub_for_nanotron(here: Path, name: str) -> None:
-    index_hub(_hub(here, name))
-
-
 def in_latest_txt(here: Path, name: str) -> None:
     (here / "latest.txt").write_bytes(name.encode(errors="surrogatepass"))
     step_folder(here)
@@ -163,7 +159,7 @@ def in_a_remote_marker(here: Path, name: str) -> None:
 
 PLACES = [
     in_a_marker, in_a_marker_for_a_conversion, in_a_description, in_an_index, in_a_part_of_an_index,
-    in_an_index_of_the_hub, in_an_index_of_the_hub_for_nanotron, in_latest_txt, in_a_listing, in_a_remote_marker,
+    in_an_index_of_the_hub, in_latest_txt, in_a_listing, in_a_remote_marker,
 ]  # fmt: skip
 
 
@@ -239,7 +235,7 @@ def test_a_forged_remote_checkpoint_is_passed_over(
     monkeypatch.setattr(remote_fetch.logger, "warning", texts.append)
     new = tmp_path / "new"
     assert fetch_newest(RemoteStore(f"file://{here}"), new) == new / "checkpoint-1"
-    assert len(texts) == 1 and "checkpoint-2 is passed over" in texts[0]
+    assert len(texts) == 1 and "skipping checkpoint-2" in texts[0]
     assert choose(new) == new / "checkpoint-1"
 
 
@@ -317,7 +313,6 @@ def test_no_file_of_the_hub_is_something_else(tmp_path: Path, thing: Callable[[P
             (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
         thing(folder / name)
         _refused(lambda folder=folder: HubWeights(folder))
-        _refused(lambda folder=folder: index_hub(folder))
 
 
 @pytest.mark.parametrize("thing", THINGS[:3] + THINGS[4:], ids=lambda thing: thing.__name__)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_nanotron.ops.grouped_mm import add_expert_bias, add_grouped_product, grouped_linear
 from hf_nanotron.ops.permute import permute, sort_by_expert, sort_into_slots, unpermute
-from hf_nanotron.parallel.ep.exchange import TokensTravel, all_to_all, dispatch
+from hf_nanotron.parallel.ep.exchange import TokenRoute, all_to_all, dispatch
 from hf_nanotron.parallel.ep.experts import ALONE, ParallelExperts, capacity_of, experts_class
 from hf_nanotron.parallel.mesh import Group
 
@@ -194,7 +194,7 @@ def test_bad_shapes() -> None:
         grouped_linear(torch.zeros(4, 3, dtype=torch.float64), torch.zeros(2, 5, 3), offsets)
     with pytest.raises(ValueError, match="is the product of"):
         add_grouped_product(torch.zeros(2, 5, 3), torch.zeros(4, 3), torch.zeros(4, 5), offsets, True)
-    with pytest.raises(ValueError, match=r"Weights of \(2, 2\) pairs have that shape, not \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"expected weights of shape \(2, 2\), got \(2, 1\)"):
         unpermute(torch.zeros(4, 3), sort_by_expert(torch.zeros(2, 2, dtype=torch.int64), 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="8 experts cannot be divided over 3"):
         index, weights = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
@@ -305,7 +305,7 @@ def test_slices_of_features(family: tuple[str, str]) -> None:
 def test_slices_of_normalized_experts_are_refused() -> None:
     ours = parallel(build("transformers.models.muse_spark.modeling_muse_spark", "MuseSparkExperts"))
     slice_features(ours, 0, 2)
-    with pytest.raises(ValueError, match="of its 4 features this rank has 2"):
+    with pytest.raises(ValueError, match="this rank has 2 of 4 features"):
         ours(*batch(3))
 
 
@@ -447,11 +447,11 @@ def travel_rank() -> tuple[list[int], list[list[int]]]:
     index = torch.tensor([[[0, 3, 1], [2, 5, 6], [7, -1, 4]], [[EXPERTS, -1, EXPERTS], [1, 4, 2], [6, 5, 6]]])[rank]
     x, weights = torch.zeros(3, HIDDEN), torch.ones(3, 3)
     rows, way = dispatch(x, index, weights, EXPERTS, whole_group(rank, size))
-    assert isinstance(way, TokensTravel) and len(rows) == int(way.offsets[-1]) == int((way.here.inverse >= 0).sum())
+    assert isinstance(way, TokenRoute) and len(rows) == int(way.offsets[-1]) == int((way.here.inverse >= 0).sum())
     return way.sent, (way.here.inverse >= 0).int().tolist()
 
 
-def test_a_token_travels_once_to_a_rank(pool: WorkerPool) -> None:
+def test_a_token_exchanges_once_to_a_rank(pool: WorkerPool) -> None:
     """However many of its experts are there; nowhere if it has none."""
     (first, here), (second, there) = pool.run(2, travel_rank)
     assert first == [2, 2] and second == [1, 2]

@@ -20,10 +20,12 @@ from transformers.optimization import get_scheduler
 from hf_nanotron.checkpoint.directory import retention as manager
 from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
 from hf_nanotron.checkpoint.directory.retention import choose
-from hf_nanotron.checkpoint.directory.verify import MARKER, check, checksum_of, parse_marker, read_marker
+from hf_nanotron.checkpoint.directory.verify import MARKER, check, parse_marker, read_marker
+from hf_nanotron.checkpoint.files import checked
+from hf_nanotron.checkpoint.files.checked import read_checked, write_checked
+from hf_nanotron.checkpoint.files.disk import checksum_of
 from hf_nanotron.checkpoint.hub.weights import HubWeights
 from hf_nanotron.checkpoint.state import file as state_file
-from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.checkpoint.state.read import StoredState
 from hf_nanotron.checkpoint.state.slices import Slice
 from hf_nanotron.checkpoint.state.training_state import DIRECTORY, load_training_state, state_pieces, state_values
@@ -440,7 +442,7 @@ def test_one_thing_is_not_taken_for_another(checkpoint: Path, what: str, monkeyp
     texts: list[str] = []
     monkeypatch.setattr(manager.logger, "warning", texts.append)
     assert choose(checkpoint.parent) == before
-    assert len(texts) == 1 and "checkpoint-2 is passed over" in texts[0]
+    assert len(texts) == 1 and "skipping checkpoint-2" in texts[0]
     with pytest.raises(ValueError, match=r"(index\.json|rank-0000\d\.safetensors)"):
         rank = Rank(0)
         load_training_state(checkpoint, rank.mesh, rank.segments, rank.optimizer, rank.scheduler)
@@ -493,7 +495,7 @@ BAD_MARKERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _signed(rest: bytes) -> bytes:
-    return state_file._first_line(rest) + rest
+    return checked._first_line(rest) + rest
 
 
 @pytest.mark.parametrize("what", BAD_MARKERS)
@@ -504,7 +506,7 @@ def test_a_bad_marker_falls_back(checkpoint: Path, what: str, monkeypatch: pytes
     texts: list[str] = []
     monkeypatch.setattr(manager.logger, "warning", texts.append)
     assert choose(checkpoint.parent) == before
-    assert len(texts) == 1 and texts[0].startswith("checkpoint-2 is passed over")
+    assert len(texts) == 1 and texts[0].startswith("skipping checkpoint-2")
     with pytest.raises(ValueError, match=MARKER):
         check(checkpoint, deep=False)  # a checkpoint that is named
 

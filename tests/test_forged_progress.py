@@ -16,9 +16,10 @@ from test_forged import INDEX, PROGRESS, Rank, body_of, sign, write_checkpoint
 
 from hf_nanotron.checkpoint.directory.retention import check_together
 from hf_nanotron.checkpoint.directory.runs import Run, write_record
-from hf_nanotron.checkpoint.directory.verify import MARKER, check, checksum_of
+from hf_nanotron.checkpoint.directory.verify import MARKER, check
+from hf_nanotron.checkpoint.files.checked import write_checked
+from hf_nanotron.checkpoint.files.disk import checksum_of
 from hf_nanotron.checkpoint.remote.store import RemoteStore
-from hf_nanotron.checkpoint.state.file import write_checked
 from hf_nanotron.checkpoint.state.training_state import load_training_state
 from hf_nanotron.checkpoint.state.values import encode
 from hf_nanotron.convert.folder import load_config
@@ -82,7 +83,7 @@ def test_names_of_our_own_files_in_a_marker(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_without_what_a_resume_needs(checkpoint: Path) -> None:
-    """Is passed over by `resume_from_checkpoint=True`."""
+    """Is skipped by `resume_from_checkpoint=True`."""
     mesh = Rank(0).mesh
     check_together(mesh, checkpoint, needs=(INDEX,))
     body = body_of(checkpoint / MARKER)

@@ -467,9 +467,9 @@ def fail(*_: Any) -> None:
     ("fields", "message"),
     [
         ({"fp8": "e4m3", "bf16": True}, r"fp8='e4m3' is not one of 'tensorwise', 'rowwise', None"),
-        ({"fp8": "tensorwise"}, "without bf16"),
+        ({"fp8": "tensorwise"}, "needs bf16=True"),
         ({"fp8": "tensorwise", "bf16": True, "zero_stage": 3}, "zero_stage=3.*use zero_stage=2"),
-        ({"fp8_skip_layers": [0]}, "fp8_skip_layers without fp8"),
+        ({"fp8_skip_layers": [0]}, "fp8_skip_layers needs fp8"),
         ({"fp8": "rowwise", "bf16": True, "fp8_skip_layers": ["x"]}, "must be a list of integers"),
     ],
 )

@@ -422,7 +422,7 @@ def wrong_units(units: str) -> None:
         ("too few", "unused.weight"),
         ("a tied parameter in two", "second.weight is in two units"),
         ("the model", "as a whole"),
-        ("replicas alone", "several data-parallel ranks"),
+        ("replicas alone", "at least two data-parallel ranks"),
     ],
 )
 def test_wrong_units_are_refused(pool: WorkerPool, units: str, message: str) -> None:

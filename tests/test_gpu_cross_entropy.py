@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_nanotron.ops.cross_entropy import ABSENT, IGNORED, token_statistics, write_gradient
+from hf_nanotron.ops.cross_entropy import ABSENT, IGNORE_INDEX, token_statistics, write_gradient
 from hf_nanotron.ops.linear import add_product
 from hf_nanotron.parallel.mesh import Group
 from hf_nanotron.parallel.tp.loss import linear_causal_lm_loss
@@ -31,7 +31,7 @@ def rows(columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     logits[1] += 300
     logits[2] -= 300
     target = torch.randint(0, columns, (ROWS,), generator=generator)
-    target[3], target[4], target[5], target[6] = 0, columns - 1, ABSENT, IGNORED
+    target[3], target[4], target[5], target[6] = 0, columns - 1, ABSENT, IGNORE_INDEX
     return F.pad(logits, (0, -columns % 8)).to(dtype).to(DEVICE)[:, :columns], target.to(DEVICE)
 
 

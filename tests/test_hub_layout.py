@@ -201,7 +201,7 @@ def test_faults_are_named(qwen3_moe: tuple[Path, HubLayout, Weights], tmp_path: 
     save_file(quantised, tmp_path / "model.safetensors")
     weights = HubWeights(tmp_path)
     name = lost.replace("3.up_proj.weight", "gate_up_proj")
-    with pytest.raises(ValueError, match=f"{lost}.*quantised"):
+    with pytest.raises(ValueError, match=f"{lost}.*quantized"):
         weights.check(name, layout.shapes[name], weights.sources(layout).grids[name])
 
 

@@ -215,11 +215,11 @@ def test_errors() -> None:
     tensors, labels = problem(torch.float64)
     with pytest.raises(ValueError, match="chunk=0"):
         fused(tensors, labels, chunk=0)
-    with pytest.raises(ValueError, match="one for each position"):
+    with pytest.raises(ValueError, match="one label per position"):
         fused(tensors, labels[:, :5])
     value = fused(tensors, labels)
     value.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="handed out already"):
+    with pytest.raises(RuntimeError, match="already been used"):
         value.backward()
 
 

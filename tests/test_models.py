@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[], Any], list[str]]] = {
     "residual": (
         TP,
         lambda: make(change=custom.with_mlp(custom.ResidualMLP)),
-        ["tp_size=2", "ResidualMLP", "in the whole model", "register_plan"],
+        ["tp_size=2", "ResidualMLP", "when it is not", "register_plan"],
     ),
     "embeddings in all layers": (
         PP,
@@ -129,9 +129,13 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[], Any], list[str]]] = {
     "embeddings in all layers, tp": (
         TP,
         lambda: make(change=custom.with_backbone(custom.EmbeddingsEverywhere)),
-        ["fails when the model is cut", "sequence_parallel=False"],
+        ["fails when the model is sharded", "sequence_parallel=False"],
     ),
-    "shared": (PP, lambda: make(change=custom.share(0, 3)), ["are one parameter", "stages 0 and 1", "use pp_size=1"]),
+    "shared": (
+        PP,
+        lambda: make(change=custom.share(0, 3)),
+        ["are the same parameter", "stages 0 and 1", "use pp_size=1"],
+    ),
     "different": (DP, lambda: different(), ["different models", "same on every rank"]),
     "frozen": (TP, lambda: make(change=lambda m: m.requires_grad_(False) and None), ["no parameter", "requires_grad_"]),
     "frozen stages": (PP, lambda: make(change=lambda m: m.requires_grad_(False) and None), ["nothing to train"]),

@@ -319,7 +319,7 @@ def test_state_of_another_computation_is_refused(option: str) -> None:
     theirs = torch.optim.AdamW(parameters, **{option: True})
     set_gradients(parameters, 0)
     theirs.step()
-    with pytest.raises(ValueError, match=f"{option}=True, which this one does not compute"):
+    with pytest.raises(ValueError, match=f"{option}=True, which this one does not support"):
         AdamW(parameters).load_state_dict(theirs.state_dict())
 
 

@@ -298,7 +298,7 @@ def test_a_users_files_stay(act: Act, until: str, tmp_path: Path, told: list[str
         assert own == set() and not is_torn(directory) and (directory / "empty").is_dir()
         rotate(tmp_path, 1)
         assert set(notes_in(directory)) == {*NOTES, "README.md", "link"}
-    assert sum("what no run has written stays there" in text for text in told) == 1, told
+    assert sum("kept the files that no run has written" in text for text in told) == 1, told
 
 
 def test_a_users_files_are_no_part_of_the_new_checkpoint(tmp_path: Path) -> None:

@@ -233,5 +233,5 @@ def test_what_tokens_that_fill_up_get() -> None:
         "weights": torch.ones(2, 5), "segments": torch.ones(5), "attention_mask": torch.ones(2, 1, 5, 5).long(),
         "labels": torch.ones(2, 4), "seq_idx": torch.ones(2, 4),
     }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=f"'{name}' of shape .*cannot be filled up"):
+        with pytest.raises(ValueError, match=f"'{name}' of shape .*cannot be padded"):
             pad_sequence({**batch, name: tensor}, 4)

@@ -12,8 +12,9 @@ from pool import WorkerPool
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint.directory.verify import MARKER, checksum_of, read_marker
-from hf_nanotron.checkpoint.state.file import write_checked
+from hf_nanotron.checkpoint.directory.verify import MARKER, read_marker
+from hf_nanotron.checkpoint.files.checked import write_checked
+from hf_nanotron.checkpoint.files.disk import checksum_of
 
 
 class Boom:

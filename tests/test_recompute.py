@@ -450,14 +450,14 @@ SELECTIVE = {"activation_checkpointing_policy": "selective"}
         (SELECTIVE, "without activation_checkpointing=True"),
         ({"activation_checkpointing_layers": [1]}, "without activation_checkpointing=True"),
         ({**ON, "activation_checkpointing_policy": "some"}, "not one of 'full', 'selective'"),
-        ({**ON, "activation_checkpointing_layers": [0, -1]}, "from 0 on"),
-        ({**ON, "activation_checkpointing_layers": ""}, "from 0 on"),
+        ({**ON, "activation_checkpointing_layers": [0, -1]}, "counted from 0"),
+        ({**ON, "activation_checkpointing_layers": ""}, "counted from 0"),
         ({**ON, "activation_checkpointing_layers": "one"}, "list of integers"),
         (
             {**ON, "activation_checkpointing_layers": [0], "activation_checkpointing_kwargs": {"every_n_layers": 2}},
-            "both choose layers",
+            "both select layers",
         ),
-        ({**ON, **SELECTIVE, "activation_checkpointing_kwargs": {"debug": True}}, "context_fn of its own"),
+        ({**ON, **SELECTIVE, "activation_checkpointing_kwargs": {"debug": True}}, "sets its own context_fn"),
     ],
 )
 def test_contradictions(values: dict[str, Any], message: str) -> None:

@@ -231,7 +231,7 @@ def test_an_interrupted_download_is_no_checkpoint(url: str, tmp_path: Path, monk
                 target.write_bytes(b"")
 
         patch.setattr(RemoteStore, "get", broken)
-        with pytest.raises(RuntimeError, match="config.json: OSError: 0 of 2 bytes came"):
+        with pytest.raises(RuntimeError, match="config.json: OSError: received 0 of 2 bytes"):
             fetch_newest(store, new)
     assert newest(new) == []
     fetched = fetch_newest(store, new)
@@ -301,7 +301,7 @@ def test_a_server_that_comes_back(
     missing = uploader.what_is_missing()
     assert "Not uploaded to s3://bucket/back: checkpoint-1 (1." in missing and "onnect" in missing
     assert f"hf-nanotron upload {tmp_path} s3://bucket/back" in missing
-    with pytest.raises(ValueError, match=r"s3://bucket/back' failed at looking for runs: Endpoint"):
+    with pytest.raises(ValueError, match=r"s3://bucket/back' failed while looking for runs: Endpoint"):
         newest_remote(RemoteStore("s3://bucket/back", options, backoff))
     with pytest.raises(ValueError, match=r"s3://bucket/back' cannot be written"):
         Uploader(RemoteStore("s3://bucket/back", options, backoff), tmp_path)
@@ -314,7 +314,7 @@ def test_a_server_that_comes_back(
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("s3://bucket/back")]
     failing = [line for line in lines if f"1 checkpoint waits in {tmp_path}" in line]
     assert store.retry.retries > 2 and len(failing) == 1, "once a minute"
-    assert sum("answers again" in line for line in lines) == 1
+    assert sum("responds again" in line for line in lines) == 1
 
 
 def _use(store: RemoteStore, path: Path) -> None:

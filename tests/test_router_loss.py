@@ -402,7 +402,7 @@ def test_loads_and_biases_of_every_family(family: str) -> None:
         for old, bias in zip(before, biases, strict=True):
             assert torch.equal((bias - old).flatten(), torch.tensor([0.5] * 4 + [-0.5] * 4))
     else:
-        with pytest.raises(ValueError, match="use rate 0|no correction bias|is a parameter of"):
+        with pytest.raises(ValueError, match="moe_bias_update_rate=0|no correction bias|is a parameter of"):
             BiasBalancer(model, routers, 0.5)
 
 
@@ -476,7 +476,7 @@ def test_bad_bias_updates() -> None:
         BiasBalancer(model, find_routers(model), -0.1)
     for router in find_routers(model):
         router.module.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="vanish"):
+    with pytest.raises(ValueError, match="to zero"):
         BiasBalancer(model, find_routers(model), 0.001)
 
 

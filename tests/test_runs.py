@@ -32,12 +32,12 @@ from hf_nanotron.checkpoint.directory.runs import (
     write_record,
 )
 from hf_nanotron.checkpoint.directory.verify import MARKER, check, read_marker
+from hf_nanotron.checkpoint.files.checked import read_checked, write_checked
 from hf_nanotron.checkpoint.remote import run_start, runs as remote_runs
 from hf_nanotron.checkpoint.remote.fetch import fetch_newest, newest_remote
 from hf_nanotron.checkpoint.remote.run_start import start_run
 from hf_nanotron.checkpoint.remote.store import RemoteStore
 from hf_nanotron.checkpoint.remote.upload import Uploader
-from hf_nanotron.checkpoint.state.file import read_checked, write_checked
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.training.checkpointer import Checkpointer
@@ -237,16 +237,19 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
     same = start_noted(mesh, here, str(here / "checkpoint-30"), False)
     assert not told and same.id == first.id and same.before == ((first.branch, 30),)
     back = start_noted(mesh, here, f"{here}/checkpoint-10/", False)
-    assert "goes back to step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
+    assert "resumes from step 10: checkpoint-30, checkpoint-20 in" in told.pop() and read_record(here) == back
     said = message(lambda: start_run(mesh, here, None, False))
     assert "has checkpoints of another run (checkpoint-30, checkpoint-20, checkpoint-10), and this one starts" in said
     assert str(here) in said and "overwrite_output_dir=False refuses" in said and read_record(here) == back
     assert start_noted(mesh, here, None, True).id != first.id and not told
     fresh = start_noted(mesh, here, None, None)
-    assert "starts afresh. They are neither resumed" in told.pop() and read_record(here) == fresh
+    assert (
+        "starts from scratch. resume_from_checkpoint=True does not resume them" in told.pop()
+        and read_record(here) == fresh
+    )
     write(tmp_path / "there", X, 7)
     said = message(lambda: start_run(mesh, here, str(tmp_path / "there" / "checkpoint-7"), False))
-    assert "goes on from one that is not there, which overwrite_output_dir=False refuses" in said
+    assert "resumes from a checkpoint that is not there, which overwrite_output_dir=False refuses" in said
     assert start_run(mesh, tmp_path / "there", None, False, is_noted=False).id  # a run that saves nothing by itself
     assert not (tmp_path / "there" / RECORD).exists()
 

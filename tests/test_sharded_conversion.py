@@ -419,7 +419,7 @@ def test_damaged_states_are_refused_by_name(checkpoint: Path) -> None:
     file.write_bytes(data)
     refuse(sharded_to_hub, checkpoint, f"{file.name} is damaged: the checksum of master")
     file.write_bytes(whole[:-1])
-    refuse(sharded_to_hub, checkpoint, f"{file.name} has .* bytes instead of")
+    refuse(sharded_to_hub, checkpoint, f"{file.name} was cut off: it has .* bytes instead of")
     file.unlink()
     refuse(sharded_to_hub, checkpoint, f"{file.name} is missing")
     file.write_bytes(whole)
@@ -439,7 +439,7 @@ def test_files_beside_the_state_are_compared_with_the_marker(checkpoint: Path, t
     sharded_to_hub(source, tmp_path / "hub")
     assert (tmp_path / "hub" / "README.md").read_text() == "edited"
     damage(source / "tokenizer.json")
-    refuse(sharded_to_hub, source, "tokenizer.json is not as it was saved")
+    refuse(sharded_to_hub, source, "tokenizer.json differs from what was saved")
     (source / "tokenizer.json").unlink()
     refuse(sharded_to_hub, source, "tokenizer.json is missing")
 
@@ -468,9 +468,9 @@ def test_damaged_repositories_are_refused_by_name(checkpoint: Path, monkeypatch:
     path.write_bytes(whole[:-1])
     refuse(hub_to_sharded, checkpoint, "model.safetensors is truncated or damaged")
     save_file({**tensors, "model.norm.weight": torch.ones(32, dtype=torch.int8)}, path)
-    refuse(hub_to_sharded, checkpoint, "'model.norm.weight' .* is stored as I8.* quantised")
+    refuse(hub_to_sharded, checkpoint, "'model.norm.weight' .* is stored as I8.* quantized")
     path.unlink()
-    refuse(hub_to_sharded, checkpoint, "holds neither model.safetensors nor")
+    refuse(hub_to_sharded, checkpoint, "contains neither model.safetensors nor")
     path.write_bytes(whole)
 
     def fail(*_: Any) -> None:
@@ -482,7 +482,7 @@ def test_damaged_repositories_are_refused_by_name(checkpoint: Path, monkeypatch:
 
 
 def test_destinations(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="read and written at once"):
+    with pytest.raises(ValueError, match="source and destination are the same folder"):
         sharded_to_hub(checkpoint, checkpoint, overwrite=True)
     hub_to_sharded(checkpoint, tmp_path / "checkpoint-0")
     for convert in (sharded_to_hub, hub_to_sharded):
@@ -493,7 +493,7 @@ def test_destinations(checkpoint: Path, tmp_path: Path) -> None:
         sharded_to_hub(checkpoint, tmp_path / "checkpoint-0", overwrite=True)
     check(tmp_path / "checkpoint-0")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is not overwritten"):
+    with pytest.raises(ValueError, match="refusing to overwrite"):
         sharded_to_hub(checkpoint, tmp_path / "file", overwrite=True)
     (tmp_path / "empty").mkdir()
     hub_to_sharded(checkpoint, tmp_path / "empty")

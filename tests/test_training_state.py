@@ -159,7 +159,7 @@ def check_read(directory: Path, state: State, layout: Layout) -> list[float]:
             for spec, start, stop in held:
                 for kind, dtype in KINDS.items():
                     out = torch.full((stop - start,), nan)
-                    stored.fill(Slice.of(spec, start, stop), kind, out)
+                    stored.fill(Slice(spec, start, stop), kind, out)
                     assert torch.equal(out, spec.slice(state[spec.name][kind]).reshape(-1)[start:stop].float())
                     wanted_bytes += out.numel() * dtype.itemsize
                 assert stored.scalars(spec.name) == {"step": torch.tensor(7.0)}
@@ -198,7 +198,7 @@ def test_slices_are_few_boxes_that_hold_each_element_once() -> None:
         for spec, start, stop in (piece for held in layout.ranks() for piece in held):
             if not spec.is_first_replica:
                 continue
-            boxes = Slice.of(spec, start, stop).boxes
+            boxes = Slice(spec, start, stop).boxes
             assert len(boxes) <= max(2 * len(spec.global_shape) - 1, 1) * max(len(spec.ranges) if spec.parts else 1, 1)
             for box in boxes:
                 counts[spec.name][tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))] += 1
@@ -240,7 +240,7 @@ def test_few_bytes_are_read_besides_those_wanted(
         start = rank // tp_size * size
         with StoredState(tmp_path) as stored:
             out = torch.empty(size)
-            stored.fill(Slice.of(spec, start, start + size), "master", out)
+            stored.fill(Slice(spec, start, start + size), "master", out)
             assert torch.equal(out, flat[start : start + size])
             assert stored.bytes_read <= most * size * 4
 
@@ -252,7 +252,7 @@ def test_many_rows_are_no_loop(tmp_path: Path) -> None:
     spec = ShardSpec("w", tuple(whole.shape), 1, even_parts(32, 2), 1)
     out, start = torch.empty(300_000 * 16), time.perf_counter()
     with StoredState(tmp_path) as stored:
-        stored.fill(Slice.of(spec, 0, out.numel()), "master", out)
+        stored.fill(Slice(spec, 0, out.numel()), "master", out)
     assert time.perf_counter() - start < 2
     assert torch.equal(out.view(300_000, 16), whole[:, 16:])
 
@@ -332,11 +332,11 @@ def test_an_incomplete_state_is_not_committed(tmp_path: Path) -> None:
     def pieces(*parts: tuple[ShardSpec, int, int], step: int = 1) -> list[StatePiece]:
         return [StatePiece(s, a, b, {"master": torch.zeros(b - a)}, {"step": step}) for s, a, b in parts]
 
-    first, nothing = [pieces((spec, 0, 12))], "nothing for elements"
+    first, nothing = [pieces((spec, 0, 12))], "are missing"
     for given, message in (
         (first, f"{nothing} 3:6 of dimension 1"),
         ([*first, pieces((other, 0, 5))], rf"{nothing} 5:12 of ranges \(3, 6\) of dimension 1"),
-        ([*first, pieces((other, 0, 7)), pieces((other, 5, 12))], "more than one value for elements 5:7"),
+        ([*first, pieces((other, 0, 7)), pieces((other, 5, 12))], "elements 5:7 are stored more than once"),
         ([*first, pieces((other, 0, 12), step=2)], "differs between its pieces"),
     ):
         clear(tmp_path)

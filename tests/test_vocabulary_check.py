@@ -32,11 +32,11 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 # column, id -> what the message says. Row 6 is sample 0 of the second micro-batch, and the last data-parallel rank's.
 FOREIGN = {
-    ("input_ids", 127): "input_ids has the id 127, and the vocabulary has 120 (ids 0 to 119)",
-    ("input_ids", -1): "input_ids has the id -1",
-    ("labels", 120): "labels has the id 120, and the vocabulary has 120 (ids 0 to 119, or -100 for a token",
-    ("labels", -1): "labels has the id -1",
-    ("shift_labels", 121): "shift_labels has the id 121",
+    ("input_ids", 127): "input_ids contains the id 127, but the vocabulary has 120 (ids 0 to 119)",
+    ("input_ids", -1): "input_ids contains the id -1",
+    ("labels", 120): "labels contains the id 120, but the vocabulary has 120 (ids 0 to 119, or -100 for a token",
+    ("labels", -1): "labels contains the id -1",
+    ("shift_labels", 121): "shift_labels contains the id 121",
 }
 
 
@@ -98,7 +98,7 @@ def test_ids_outside_the_vocabulary(pool: WorkerPool, checkpoint: str, world: in
         assert first[column, value, "evaluation"].startswith(evaluated), first[column, value, "evaluation"]
     assert "Prediction, batch 2" in first["prediction"] and "127" in first["prediction"]
     for name in ("generation", "forward"):
-        assert "sample 0: input_ids has the id 127" in first[name] and RESIZE in first[name]
+        assert "sample 0: input_ids contains the id 127" in first[name] and RESIZE in first[name]
     assert first["first label"] == first["right"] == "nothing was raised"
 
 
@@ -120,4 +120,4 @@ def test_what_is_no_id() -> None:
     assert foreign_id({"input_ids": ids, "labels": ids + 9, "shift_labels": ids}, known) is None  # labels are not read
     assert foreign_id({"input_ids": ids[:, :0], "labels": ids[:, :1]}, known) is None
     assert foreign_id({"inputs_embeds": torch.ones(1, 2, 3)}, known) is None
-    assert str(foreign_id({"input_ids": ids[0] + 8}, known)).startswith("sample 0: input_ids has the id 10")
+    assert str(foreign_id({"input_ids": ids[0] + 8}, known)).startswith("sample 0: input_ids contains the id 10")

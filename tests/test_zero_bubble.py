@@ -176,5 +176,5 @@ def test_an_operand_that_was_written_to_is_seen() -> None:
     work.do(torch.neg, operand)
     work.stop()
     operand.view(2, 1).add_(1)
-    with pytest.raises(RuntimeError, match="stage 0 was changed in place"):
+    with pytest.raises(RuntimeError, match="stage 0 was modified in place"):
         work.run(0, 0)

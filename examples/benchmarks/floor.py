@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--optim-state-dtype", choices=OPTIMIZER_BYTES, default="float32")
     parser.add_argument("--shards", type=int, default=1, help="devices that share the optimizer's state")
-    parser.add_argument("--fa4", action="store_true", help="measure FlashAttention 4 too")
+    parser.add_argument("--fa4", action="store_true", help="also measure FlashAttention 4")
     cli = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("the floor is measured on a GPU, and there is none")

@@ -206,22 +206,22 @@ def is_done(item: Planned, results: Mapping[tuple[str, str], Mapping[str, Any]])
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="as many as there are, if not given")
+    parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="default: all")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--moe-shape", choices=SHAPES, default="moe-30b-a3b")
     parser.add_argument("--sequence-length", type=int, default=8192)
     parser.add_argument("--moe-sequence-length", type=int, default=4096)
-    parser.add_argument("--tokens-per-step", type=int, help=f"of all GPUs; {TOKENS_OF_A_GPU:,} of each if not given")
+    parser.add_argument("--tokens-per-step", type=int, help=f"of all GPUs; default: {TOKENS_OF_A_GPU:,} per GPU")
     parser.add_argument("--warmup-steps", type=int, default=3, help="the first optimizer step falls into the second")
     parser.add_argument("--timed-steps", type=int, default=2)
     parser.add_argument("--profiled-steps", type=int, default=1)
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="trace no step")
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="do not trace a step")
     parser.add_argument("--only", help="names of layouts, separated by commas")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds of the whole call")
     parser.add_argument("--together", action="store_true", help="the rows of a shape in one process group")
     parser.add_argument("--out", type=Path, default=Path("one_host.jsonl"))
-    parser.add_argument("--plan", action="store_true", help="print what would run, and end")
-    parser.add_argument("--table", type=Path, metavar="JSONL", help="print these results as Markdown, and end")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and exit")
+    parser.add_argument("--table", type=Path, metavar="JSONL", help="print these results as Markdown, and exit")
     return parser
 
 

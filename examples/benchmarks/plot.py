@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="JSON lines of one run")
     parser.add_argument("--out", type=Path, default=Path("examples/benchmarks/images/throughput.svg"))
-    parser.add_argument("--title", help="shape, machine and date if not given")
+    parser.add_argument("--title", help="default: shape, machine and date")
     cli = parser.parse_args()
     try:
         rows = read(cli.rows)

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--megabytes", type=float, default=24.0, help="of text, 10 at least for a figure")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=0.005, help="relative difference that is still good")
+    parser.add_argument("--limit", type=float, default=0.005, help="largest acceptable relative difference")
     parser.add_argument("--out", type=Path)
     cli = parser.parse_args()
     if cli.steps < LAST:

@@ -19,12 +19,9 @@ SPECIAL_STEPS = 0xFFFFFFF0  # numbers of steps from here on are Slurm's own, suc
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Refuse a launch by srun or mpirun alone: each of its processes would train a model for itself.
+    """Refuse a launch by srun or mpirun alone: each of its processes would train a model of its own.
 
     A process that runs alone inside of an allocation (a batch script, or a shell of salloc) is not refused.
-
-    Raises:
-        ValueError: naming the launcher's variable, and how to launch.
     """
     if dist.is_initialized() or environment.get("WORLD_SIZE") or environment.get("RANK"):
         return
@@ -38,7 +35,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
         raise ValueError(_refusal("srun", size, environment[size], size, "SLURM_PROCID", "SLURM_LOCALID"))
     if _number(environment, "SLURM_NTASKS") > 1:
         logger.warning(
-            f"SLURM_NTASKS={environment['SLURM_NTASKS']}, but this process runs alone: to train on all tasks, start it "
+            f"SLURM_NTASKS={environment['SLURM_NTASKS']}, but this process runs alone; to train on all tasks, start it "
             "with torchrun under srun."
         )
 
@@ -51,7 +48,7 @@ def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
 def _refusal(launcher: str, name: str, value: str, size: str, rank: str, local_rank: str) -> str:
     return (
         f"{launcher} has started {value} processes ({name}={value}), but WORLD_SIZE is not set: each would train a "
-        f"model for itself. Start one torchrun on each node ({launcher} with one process a node: torchrun --nnodes ... "
+        f"model of its own. Start one torchrun on each node ({launcher} with one process a node: torchrun --nnodes ... "
         "--nproc-per-node ... --rdzv-backend c10d --rdzv-endpoint HOST:PORT script.py), or export "
         f"WORLD_SIZE=${size}, RANK=${rank}, LOCAL_RANK=${local_rank}, MASTER_ADDR and MASTER_PORT in each process."
     )

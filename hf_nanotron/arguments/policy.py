@@ -25,13 +25,9 @@ from ..redaction import printable, shown
 
 @dataclass(frozen=True)
 class Refused:
-    """A field, or a key of one, of which only some values are taken.
+    """A field, or a key of one, of which only some values are accepted: these, or those that satisfy a predicate.
 
-    Args:
-        allowed: the values taken, or a predicate of the value and the arguments it stands in.
-        reason: why the others are not.
-        instead: what to use, as the object of "Use ...".
-        reasons: reasons for particular values, where one reason does not fit all.
+    `instead` is the object of "Use ..."; `reasons` are those of particular values, where one does not fit all.
     """
 
     allowed: tuple[Any, ...] | Callable[[Any, TrainingArguments], bool]
@@ -132,17 +128,19 @@ REFUSED_OPTIMIZERS: dict[str, str] = {
         "adamw_bnb_8bit adamw_8bit ademamix ademamix_8bit lion_8bit rmsprop_bnb rmsprop_bnb_8bit "
         "rmsprop_bnb_32bit paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit "
         "paged_lion_32bit paged_lion_8bit",
-        "it needs bitsandbytes, which is not fitted to sharded parameters and their checkpoints",
+        "it needs bitsandbytes, which does not support sharded parameters and their checkpoints",
     ),
-    **_group("adamw_torch_4bit adamw_torch_8bit", "it needs torchao, whose quantised state we cannot shard or resume"),
+    **_group(
+        "adamw_torch_4bit adamw_torch_8bit", "it needs torchao, whose quantized state cannot be sharded or resumed"
+    ),
     **_group(
         "schedule_free_radam schedule_free_adamw schedule_free_sgd",
         "it needs schedulefree, which keeps a second set of weights that evaluating and saving would have to swap in",
     ),
     **_group("adamw_torch_xla", "it needs torch_xla, and runs on TPUs only"),
     **_group("adamw_torch_npu_fused", "it needs torch_npu, and runs on Ascend NPUs only"),
-    **_group("adamw_anyprecision", "it needs torchdistx, and the fp32 master weights make it pointless"),
-    **_group("grokadamw", "it needs grokadamw, which is not fitted to sharded parameters"),
+    **_group("adamw_anyprecision", "it needs torchdistx, and fp32 master weights make it redundant"),
+    **_group("grokadamw", "it needs grokadamw, which does not support sharded parameters"),
     **_group("stable_adamw", "it needs torch-optimi, and scales each update by a norm over the whole parameter"),
 }
 
@@ -179,7 +177,7 @@ ACTIVATION_CHECKPOINTING = RefusedKeys(
         ),
         "offload": Refused(
             (None, False),
-            "copies to host memory on the compute stream have not been fitted to the pipeline yet",
+            "offloading to host memory is not supported with the pipeline yet",
             "activation_checkpointing=True alone, more stages (pp_size) or more tensor parallelism (tp_size)",
         ),
     }
@@ -190,7 +188,7 @@ _OWN_LOADER = "each rank reads its own part of the global batch, in an order tha
 ACCELERATOR_CONFIG = RefusedKeys(
     {
         "non_blocking": "batches are copied to the device without blocking",
-        "split_batches": Refused((False,), _OWN_LOADER, "per_device_train_batch_size, divided by hand"),
+        "split_batches": Refused((False,), _OWN_LOADER, "a smaller per_device_train_batch_size"),
         "dispatch_batches": Refused((None, False), _OWN_LOADER, "dispatch_batches=None"),
         "even_batches": Refused(
             (True,), "every data-parallel rank must run the same number of steps", "even_batches=True"
@@ -268,7 +266,7 @@ def _at_least_one(value: Any, _: TrainingArguments) -> bool:
 REFUSED: dict[str, Refused | RefusedKeys] = {
     "optim": Refused(
         tuple(OPTIMIZERS),
-        "it is not known to update element by element, which sharded parameters need",
+        "it is not known to be element-wise, which sharded parameters require",
         f"one of {', '.join(OPTIMIZERS)}",
         REFUSED_OPTIMIZERS,
     ),
@@ -284,10 +282,10 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "label_smoothing_factor": Refused(
         lambda value, _: isinstance(value, int | float) and 0 <= value < 1,
-        "it is the share of the probability that is spread over the vocabulary",
+        "it is the probability mass that is spread over the vocabulary",
         "a number from 0 to below 1",
     ),
-    "fp16": Refused((False,), "it needs loss scaling, which is not built", "bf16=True"),
+    "fp16": Refused((False,), "it needs loss scaling, which is not implemented", "bf16=True"),
     "bf16_full_eval": Refused(
         lambda value, args: not value or args.bf16,
         "evaluation runs on the weights that are trained, which are fp32 without bf16",
@@ -298,12 +296,12 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "torch_compile_mode": Refused(
         (None, "default", "max-autotune-no-cudagraphs"),
-        "weight gradients are accumulated in memory of which a CUDA graph would know nothing",
+        "weight gradients are accumulated in buffers that a CUDA graph does not track",
         "'default' or 'max-autotune-no-cudagraphs'",
     ),
     "activation_checkpointing_kwargs": ACTIVATION_CHECKPOINTING,
     "gradient_checkpointing_kwargs": ACTIVATION_CHECKPOINTING,
-    "use_liger_kernel": Refused((False,), "it replaces layers that the shards own", "use_liger_kernel=False"),
+    "use_liger_kernel": Refused((False,), "it replaces layers that are sharded", "use_liger_kernel=False"),
     "liger_kernel_config": Refused((None,), "it configures use_liger_kernel, which is refused", "None"),
     "neftune_noise_alpha": Refused(
         lambda value, _: value is None or (isinstance(value, int | float) and value > 0),
@@ -312,8 +310,8 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "auto_find_batch_size": Refused(
         (False,),
-        "a rank that runs out of memory cannot restart a step in which the others wait for it",
-        "a smaller per_device_train_batch_size; the log says at the start what a step takes",
+        "a rank that runs out of memory cannot restart a step while the others wait for it",
+        "a smaller per_device_train_batch_size; the memory report in the log estimates what a step needs",
     ),
     "eval_use_gather_object": Refused((False,), "evaluation gathers tensors", "labels that are tensors"),
     "save_on_each_node": Refused(
@@ -323,14 +321,14 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "enable_jit_checkpoint": Refused(
         (False,),
-        "it is accelerate's, in which each rank saves for itself",
-        "save_on_signal, in which all ranks stop at one step",
+        "accelerate implements it with a separate checkpoint on each rank",
+        "save_on_signal, which stops all ranks at the same step",
     ),
     "accelerator_config": ACCELERATOR_CONFIG,
     "parallelism_config": Refused((None,), "accelerate's parallelism is not used", _SIZES),
     "dataloader_in_order": Refused(
         (True,),
-        "ranks that share a model replica must read the same batch, and out of order each would read its own",
+        "ranks that share a model replica must read the same batch, which out-of-order loading does not ensure",
         "dataloader_in_order=True with more dataloader_num_workers",
     ),
     "label_names": Refused(
@@ -342,7 +340,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
         ("random", "sequential", "group_by_length"),
         "the strategies are random, sequential and group_by_length",
         "one of them",
-        {"batch_rebalance": "its sampler takes every rank for a data-parallel one"},
+        {"batch_rebalance": "its sampler assumes that every rank is data-parallel"},
     ),
     # False is what happens anyway, and scripts set it often.
     "ddp_find_unused_parameters": Refused((None, False), _NO_DDP, "None"),
@@ -359,7 +357,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     "debug": Refused(
         lambda value, _: not value,
         "it hooks the forward of the whole model, and stages run layers; TPUs are not supported",
-        "torch.autograd.set_detect_anomaly(True), or the grad_norm in the log",
+        "torch.autograd.set_detect_anomaly(True), or grad_norm in the log",
     ),
 }
 
@@ -375,11 +373,7 @@ ENVIRONMENT: dict[str, str] = {
 
 
 def check_policy(args: TrainingArguments) -> None:
-    """Refuse what this package would otherwise ignore.
-
-    Raises:
-        ValueError: with one line for each value refused: the field, the value, the reason, and what to use instead.
-    """
+    """Refuse what would otherwise be ignored, with one line per refused value: field, value, reason, alternative."""
     problems: list[str] = []
     for entry in fields(TrainingArguments):
         value = getattr(args, entry.name)
@@ -387,8 +381,9 @@ def check_policy(args: TrainingArguments) -> None:
             problems.extend(rule.problems(entry.name, value, args))
         elif entry.name not in HONOURED and value != _default(entry):
             problems.append(
-                f"{entry.name}={shown(entry.name, _plain(value))} is refused: this transformers has a field that this "
-                f"version of hf_nanotron does not know. Use its default, {_default(entry)!r}, or a newer hf_nanotron."
+                f"{entry.name}={shown(entry.name, _plain(value))} is refused: this version of transformers has a field "
+                f"that this version of hf_nanotron does not support. Use its default, {_default(entry)!r}, or a newer "
+                "hf_nanotron."
             )
     for name, instead in ENVIRONMENT.items():
         setting = os.environ.get(name, "")

@@ -10,7 +10,7 @@ POLICIES = ("full", "selective")
 
 
 class RecomputationArguments(Protocol):
-    """What is read of the training arguments here."""
+    """The training arguments that are read here."""
 
     activation_checkpointing: bool | None
     activation_checkpointing_policy: str
@@ -21,12 +21,6 @@ class RecomputationArguments(Protocol):
 
 
 def check_recomputation(args: RecomputationArguments) -> None:
-    """Refuse contradictions.
-
-    Raises:
-        ValueError: for a policy that there is not, a choice without `activation_checkpointing=True`, layers that cannot
-            be, or two choices of layers.
-    """
     policy, layers = args.activation_checkpointing_policy, layer_numbers(args.activation_checkpointing_layers)
     options = as_mapping(args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {})
     if policy not in POLICIES:
@@ -35,25 +29,25 @@ def check_recomputation(args: RecomputationArguments) -> None:
         for name, value, default in (("policy", policy, "full"), ("layers", layers, None)):
             if value != default:
                 raise ValueError(
-                    f"activation_checkpointing_{name}={value!r} without activation_checkpointing=True would do "
-                    f"nothing: set activation_checkpointing=True, or leave activation_checkpointing_{name} out."
+                    f"activation_checkpointing_{name}={value!r} has no effect without "
+                    f"activation_checkpointing=True; set it, or omit activation_checkpointing_{name}."
                 )
     if layers is not None and (not layers or min(layers) < 0):
         raise ValueError(
-            f"activation_checkpointing_layers={layers!r} must name decoder layers of the whole model, from 0 on; leave "
-            "it out for all layers, or set activation_checkpointing=False for none."
+            f"activation_checkpointing_layers={layers!r} must be numbers of decoder layers, counted from 0 over the "
+            "whole model; omit it for all layers, or set activation_checkpointing=False for none."
         )
     if layers is not None and "every_n_layers" in options:
         raise ValueError(
             f"activation_checkpointing_layers={layers!r} and every_n_layers={options['every_n_layers']!r} of "
-            "activation_checkpointing_kwargs both choose layers: give one of them."
+            "activation_checkpointing_kwargs both select layers; set only one of them."
         )
     if policy == "selective":
         for key in ("context_fn", "debug"):
             if options.get(key):
                 raise ValueError(
                     f"activation_checkpointing_kwargs sets {key!r} to {options[key]!r}, but "
-                    "activation_checkpointing_policy='selective' has a context_fn of its own, which excludes it: use "
+                    "activation_checkpointing_policy='selective' sets its own context_fn; use "
                     "activation_checkpointing_policy='full'."
                 )
 
@@ -65,11 +59,7 @@ def recomputes(args: RecomputationArguments) -> bool:
 
 
 def layer_numbers(value: Any) -> list[int] | None:
-    """`activation_checkpointing_layers` from a list, or from text like "0,2", "0 2" or "[0, 2]".
-
-    Raises:
-        ValueError: for what is no list of integers.
-    """
+    """`activation_checkpointing_layers` from a list, or from text like "0,2", "0 2" or "[0, 2]"."""
     if value is None:
         return None
     try:
@@ -77,6 +67,6 @@ def layer_numbers(value: Any) -> list[int] | None:
         return sorted({int(number) for number in text.strip("[]() ").replace(",", " ").split()})
     except (TypeError, ValueError):
         raise ValueError(
-            f"activation_checkpointing_layers={value!r} must be a list of integers, or text like '0,2,4': decoder "
-            "layers of the whole model."
+            f"activation_checkpointing_layers={value!r} must be a list of integers, or text like '0,2,4': numbers "
+            "of decoder layers of the whole model."
         ) from None

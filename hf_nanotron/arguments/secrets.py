@@ -19,8 +19,8 @@ from ..redaction import redacted, secrets_of
 class SecretlessArguments(TrainingArguments):
     """`TrainingArguments` that are written without secrets, wherever a class derived from them is pickled or printed.
 
-    Secrets are told by `hf_nanotron.redaction`: by the name of a field or of a key in it, in URLs, by their shape, and
-    as the value of another secret field or of a variable such as HF_TOKEN.
+    `hf_nanotron.redaction` detects secrets: by the name of a field or of a key in it, in URLs, by their shape, and as
+    the value of another secret field or of a variable such as HF_TOKEN.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

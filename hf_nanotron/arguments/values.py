@@ -29,13 +29,9 @@ NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 class Limit(NamedTuple):
-    """A range of numbers.
+    """A range of numbers from `least` (itself `excluded` or not) to `below`, which is outside.
 
-    Attributes:
-        least: the smallest.
-        excluded: whether `least` itself is outside.
-        below: the first number above the range.
-        unless: of the arguments, when the number does not matter.
+    `unless` says of the arguments whether the number is not used at all.
     """
 
     least: float
@@ -87,10 +83,9 @@ LIMITS: dict[str, Limit] = {
 
 
 def set_plain_values(args: TrainingArguments, known: type[TrainingArguments]) -> None:
-    """Give each field the type that it is annotated with, where its value spells one without loss.
+    """Convert each field to its annotated type where that loses nothing.
 
-    Args:
-        known: the class whose fields are judged; one that derives from it may have others.
+    Only the fields of the class `known` are converted; one derived from it may have others.
     """
     for name, annotation in _annotations(args, known):
         value = getattr(args, name)
@@ -100,14 +95,9 @@ def set_plain_values(args: TrainingArguments, known: type[TrainingArguments]) ->
 
 
 def check_values(args: TrainingArguments, known: type[TrainingArguments], ruled: Collection[str] = ()) -> None:
-    """Refuse values of a wrong type, outside their range, or not among the choices.
+    """Refuse values of a wrong type, outside their range, or not among the choices, one line each.
 
-    Args:
-        known: as for `set_plain_values`.
-        ruled: fields whose values are judged elsewhere.
-
-    Raises:
-        ValueError: with one line for each: the field, the value, and what it takes.
+    `known` is as for `set_plain_values`; fields in `ruled` are checked elsewhere.
     """
     judged = [(name, annotation) for name, annotation in _annotations(args, known) if name not in ruled]
     problems = [wrong_type(name, _plain(getattr(args, name)), annotation) for name, annotation in judged]
@@ -118,7 +108,7 @@ def check_values(args: TrainingArguments, known: type[TrainingArguments], ruled:
 
 
 def wrong_type(name: str, value: Any, annotation: Any) -> str | None:
-    """A sentence if `value` is none that `annotation` takes."""
+    """A sentence if `annotation` does not accept `value`."""
     kinds = _kinds(annotation)
     if any(_is(value, kind) for kind in kinds):
         return None

@@ -1,4 +1,4 @@
-"""What a user is told when a command fails: one sentence, once a job. Loads no torch.
+"""Errors of a command: one sentence, printed once per job. Does not import torch.
 
 Errors that this package raises itself are written for the user. Those of other libraries become a sentence where a
 command says what it was about to do (`explained`); anywhere else they keep their traceback, as faults of ours do.
@@ -44,11 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn any error of another library into a sentence about `what`.
-
-    Raises:
-        SettingsError: in its place.
-    """
+    """Turn any error of another library into a `SettingsError` about `what`."""
     try:
         yield
     except Exception as error:
@@ -76,14 +72,10 @@ def report(program: str, error: BaseException) -> None:
 
 
 def refuse_missing_path(name: str, value: str, what: str) -> None:
-    """Before a Hub is asked for it: refuse what can only be a local path, and is not there.
-
-    Raises:
-        SettingsError: naming the path.
-    """
+    """Before a Hub is asked for it: refuse what can only be a local path, and does not exist."""
     is_path = os.path.isabs(value) or value.startswith(("./", "../", "~")) or value.count("/") > 1
     if is_path and not Path(value).expanduser().exists():
-        raise SettingsError(f"{name}={value!r}: there is no such {what}.")
+        raise SettingsError(f"{name}={value!r}: {what} not found.")
 
 
 def process_group() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 CUT_OFF = 0.6  # of difflib's ratio: less alike is no hint
 
-_PROCESSES = "no key: data-parallel ranks are what the number of processes leaves, processes / (tp_size x pp_size)"
+_PROCESSES = "the number of processes / (tp_size x pp_size), which is the data-parallel size"
 _SAMPLES = "training.per_device_train_batch_size x training.gradient_accumulation_steps x data-parallel ranks"
 
 # Names of Megatron, nanotron, LLaMA-Factory, axolotl, TRL and older transformers -> what they are here.
@@ -36,7 +36,7 @@ SYNONYMS: dict[str, str] = {
         "epochs num_epochs": "training.num_train_epochs",
         "scheduler lr_scheduler lr_decay_style": "training.lr_scheduler_type",
         "warmup warmup_ratio num_warmup_steps lr_warmup_steps": (
-            "training.warmup_steps (a number below 1 is a share of all steps)"
+            "training.warmup_steps (a number below 1 is a fraction of all steps)"
         ),
         "clip_grad grad_clip gradient_clipping max_norm": "training.max_grad_norm",
         "optimizer": "training.optim",
@@ -87,7 +87,7 @@ NANOTRON = frozenset(
 FROM_NANOTRON = {
     "parallelism.tp": "training.tp_size",
     "parallelism.pp": "training.pp_size",
-    "parallelism.dp": "what the number of processes leaves",
+    "parallelism.dp": "given by the number of processes",
     "tokens.micro_batch_size": "training.per_device_train_batch_size",
     "tokens.batch_accumulation_per_replica": "training.gradient_accumulation_steps",
     "tokens.sequence_length": "dataset.block_size",
@@ -99,31 +99,23 @@ FROM_NANOTRON = {
 
 
 def refuse_nanotron(where: str, settings: Mapping[Any, Any]) -> None:
-    """
-    Raises:
-        ValueError: if `settings` are those of huggingface/nanotron, with what its keys are here.
-    """
+    """Refuse a configuration of huggingface/nanotron, with what its keys are here."""
     found = [str(key) for key in settings if key in NANOTRON]
     if len(found) >= 2:
         keys = "; ".join(f"{theirs} is {ours}" for theirs, ours in FROM_NANOTRON.items())
         raise ValueError(
-            f"{where} is a configuration of huggingface/nanotron (it has {', '.join(found)}), and hf-nanotron reads "
-            f"the sections model, dataset and training (see hf-nanotron train --help): {keys}. Its checkpoints are "
-            "converted by hf-nanotron convert nanotron-to-hub."
+            f"{where} is a configuration of huggingface/nanotron (it has {', '.join(found)}), but hf-nanotron reads "
+            f"the sections model, dataset and training (see hf-nanotron train --help): {keys}. Convert its checkpoints "
+            "with hf-nanotron convert nanotron-to-hub."
         )
 
 
 def refuse_unknown(
     prefix: str, keys: Iterable[Any], known: Collection[str], sections: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Refuse the first of `keys` that is not `known`, and say what it may have meant.
+    """Refuse the first of `keys` that is not `known`, and suggest what it may have meant, also in other `sections`.
 
-    Args:
-        prefix: of `known` in a dotted key, such as `training.`.
-        sections: where else to look: sections and their keys.
-
-    Raises:
-        ValueError: naming the key.
+    `prefix` is that of `known` in a dotted key, such as `training.`.
     """
     unknown = [key for key in keys if key not in known]
     if unknown:
@@ -135,19 +127,19 @@ def hint(prefix: str, key: str, known: Collection[str], sections: Mapping[str, C
     if key in sections and prefix:
         return f"{key} is a section: write {key}.KEY, one of {_some(sections[key])}."
     if key == "tokenizer" and sections:
-        return "tokenizer stands beside the sections."
+        return "tokenizer is a top-level key, next to the sections."
     for section, names in sections.items():
         if key in names:
             return f"it belongs to the section {section}: {section}.{key}."
     meaning = SYNONYMS[key].format(key) if sections and key in SYNONYMS else None
     if meaning not in (None, f"{prefix}{key}"):
-        return f"here it is {meaning}."
+        return f"the equivalent is {meaning}."
     if nearest := difflib.get_close_matches(key, known, n=1, cutoff=CUT_OFF):
-        return f"the nearest known one is {prefix}{nearest[0]}."
+        return f"did you mean {prefix}{nearest[0]}?"
     paths = {name: f"{section}.{name}" for section, names in sections.items() for name in names}
     if nearest := difflib.get_close_matches(key, paths, n=1, cutoff=CUT_OFF):
-        return f"the nearest known one is {paths[nearest[0]]}."
-    return f"known are {_some(known)}."
+        return f"did you mean {paths[nearest[0]]}?"
+    return f"known keys are {_some(known)}."
 
 
 def _some(names: Collection[str], most: int = 12) -> str:

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..convert.nanotron.arguments import add_hub_to_nanotron_arguments, add_nanotron_to_hub_arguments
-from ..convert.sharded_arguments import add_hub_to_sharded_arguments, add_sharded_to_hub_arguments
+from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
 from .errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
 from .upload import add_upload_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv` (default: `sys.argv`). Exits with 2 after an error that the user can repair."""
+    """Run the command line `argv` (default: `sys.argv`). Exits with status 2 after an error that the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     had_group = process_group() is not None
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command. Parsed arguments have `run`, which takes them."""
+    """The parser of the whole command. Parsed arguments have a function `run`, which takes them."""
     parser = Parser(
         prog="hf-nanotron",
         description="Parallel pretraining behind the transformers Trainer. Run a command under torchrun to shard it.",
@@ -49,44 +48,61 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(explains=None)
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
     _add_convert(commands)
-    add_upload_arguments(_add_command(commands, "upload", "send the checkpoints of a run to its store"))
+    add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser
 
 
 def _add_command(commands: Any, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=description or f"{summary[0].upper()}{summary[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    return parser
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _add_command(commands, "generate", "continue prompts with a model, sharded over the processes of the job")
-    parser.add_argument("model", metavar="MODEL", help="Hub id, or a folder with a model and its tokenizer")
-    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for several prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="ranks that share every layer")
-    parser.add_argument("--pp-size", type=int, default=1, metavar="N", help="ranks that share the stack of layers")
+    parser = _add_command(
+        commands, "generate", "generate text from prompts, with the model sharded over the processes of the job"
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hub id, or folder with a model and its tokenizer")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="prompt to continue; repeat for several"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tp-size", type=int, default=1, metavar="N", help="ranks that shard every layer (tensor parallelism)"
+    )
+    parser.add_argument(
+        "--pp-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share the stack of layers (pipeline parallelism)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="default: that of the checkpoint",
+        help="dtype of the weights (default: as in the checkpoint)",
     )
-    parser.add_argument("--cpu", action="store_true", help="do not use the accelerator")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="default: the model's own")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="default: the model's own")
-    sampling.add_argument("--seed", type=int, metavar="N", help="default: another one each time")
+    sampling.add_argument("--do-sample", action="store_true", help="sample instead of greedy decoding")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="sampling temperature (default: the model's)")
+    sampling.add_argument(
+        "--top-p", type=float, metavar="P", help="nucleus sampling probability (default: the model's)"
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="random seed (default: a new random seed for each run)")
     parser.set_defaults(run=_generate)
 
 
@@ -94,25 +110,25 @@ def _add_train(commands: Any) -> None:
     parser = _add_command(
         commands,
         "train",
-        "pretrain, or continue to, from a YAML file",
+        "pretrain from scratch or from existing weights, as described in a YAML file",
         """\
-Pretrain, or continue to, from a YAML file:
+Pretrain from scratch or from existing weights, as described in a YAML file:
 
-  model:                     # weights from the Hub or a folder, or a config for fresh ones
+  model:                     # weights from the Hub or a folder, or a config for random weights
     name_or_path: HuggingFaceTB/SmolLM2-1.7B
     # config: {model_type: llama, hidden_size: 512, num_hidden_layers: 8, ...}
   tokenizer: HuggingFaceTB/SmolLM2-1.7B
   dataset:
     path: corpus.jsonl       # or a folder of save_to_disk, or anything datasets.load_dataset takes
-    text_column: text        # to be tokenised and packed; leave out where there are input_ids
+    text_column: text        # is tokenized and packed; omit it if the dataset has input_ids
     block_size: 2048
-    eval_split: test         # leave out for none
+    eval_split: test         # omit it for no evaluation
   training:                  # fields of NanotronTrainingArguments
     output_dir: out
     max_steps: 1000
     tp_size: 2
 
-Further keys: model.revision, model.dtype, model.attn_implementation, dataset.name, dataset.data_files,
+Other keys: model.revision, model.dtype, model.attn_implementation, dataset.name, dataset.data_files,
 dataset.train_split, dataset.num_proc.""",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
@@ -120,29 +136,19 @@ dataset.train_split, dataset.num_proc.""",
         "overrides",
         nargs=argparse.REMAINDER,
         metavar="--key value",
-        help="override a training field (--max_steps 10), or any key (--model.name_or_path PATH)",
+        help="override a field of training (--max_steps 10) or any key (--model.name_or_path PATH)",
     )
     parser.set_defaults(run=_train, print_help=parser.print_help)
 
 
 def _add_convert(commands: Any) -> None:
     parser = _add_command(
-        commands, "convert", "convert between the Hub and training states, or huggingface/nanotron's checkpoints"
+        commands, "convert", "convert between Hub repositories and training states or huggingface/nanotron checkpoints"
     )
     directions = parser.add_subparsers(metavar="DIRECTION", required=True)
     parser.set_defaults(explains="the checkpoint cannot be converted")
-    add_sharded_to_hub_arguments(
-        _add_command(directions, "sharded-to-hub", "the training state of a checkpoint into a Hub repository")
-    )
-    add_hub_to_sharded_arguments(
-        _add_command(directions, "hub-to-sharded", "a Hub repository into a checkpoint at step 0, for any layout")
-    )
-    add_nanotron_to_hub_arguments(
-        _add_command(directions, "nanotron-to-hub", "a nanotron checkpoint of any tp and pp into a Hub repository")
-    )
-    add_hub_to_nanotron_arguments(
-        _add_command(directions, "hub-to-nanotron", "a Hub checkpoint into a nanotron one, weights only")
-    )
+    for direction, conversion in CONVERSIONS.items():
+        add_arguments(_add_command(directions, direction, conversion.summary), direction)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -155,7 +161,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     for name in ("temperature", "top_p", "seed"):
         if getattr(args, name) is not None and not args.do_sample:
-            raise ValueError(f"--{name.replace('_', '-')} needs --do-sample: without it nothing is drawn.")
+            raise ValueError(f"--{name.replace('_', '-')} needs --do-sample: greedy decoding does not sample.")
     for name, is_right, says in (
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
         ("temperature", args.temperature is None or 0 < args.temperature < math.inf, "above 0"),
@@ -170,17 +176,17 @@ def _generate(args: argparse.Namespace) -> None:
     if (copies := parallel.dp_size(state.num_processes)) > 1:
         raise ValueError(
             f"{state.num_processes} processes with tp_size={args.tp_size} x pp_size={args.pp_size} would hold {copies} "
-            f"copies of the model and generate the same text; start {parallel.model_parallel_size}, or raise a size."
+            f"replicas of the model and generate the same text; start {parallel.model_parallel_size}, or raise a size."
         )
     with explained(f"the tokenizer of {args.model!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None and len(args.prompt) > 1:
-            raise ValueError(f"the tokenizer of {args.model} has no token to pad with; give one --prompt at a time.")
+            raise ValueError(f"the tokenizer of {args.model} has no padding token; give one --prompt at a time.")
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(args.prompt, padding=len(args.prompt) > 1, return_tensors="pt")
     if not inputs["attention_mask"].any(dim=1).all():
-        raise ValueError("a --prompt without tokens cannot be continued; give it some text.")
+        raise ValueError("a --prompt is empty; give it some text.")
 
     with explained(f"the model {args.model!r} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(args.model, parallel=parallel, dtype=args.dtype)

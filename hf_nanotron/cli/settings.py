@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is not None and name != "<<" and name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} comes twice, first in line {seen[name].line + 1}", key.start_mark
+                    None, None, f"duplicate key {name!r}, first in line {seen[name].line + 1}", key.start_mark
                 )
             seen[name] = key.start_mark
         return super().construct_mapping(node, deep)
@@ -74,12 +74,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str | None]:
-    """The sections of a configuration with its overrides, and the name of the tokenizer.
-
-    Raises:
-        ValueError: for what is no YAML text, a key that is not known, with what it may have meant, or a value of
-            another type.
-    """
+    """The sections of a configuration with its overrides, and the name of the tokenizer."""
     settings = _read(path)
     if not settings and not overrides:
         raise ValueError(
@@ -91,7 +86,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         for parent in parents:
             section[parent] = section = section.get(parent) or {}
             if not isinstance(section, dict):
-                raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {path}, which holds no keys.")
+                raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {path}, not a section.")
         section[leaf] = value
     refuse_unknown("", settings, (*SECTIONS, "tokenizer"), SECTIONS)
     sections = {name: {} if settings.get(name) is None else settings[name] for name in SECTIONS}
@@ -106,26 +101,23 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
 
 
 def check_complete(settings: Settings) -> None:
-    """
-    Raises:
-        ValueError: for what a run cannot do without.
-    """
+    """Refuse settings without a model or data."""
     model, dataset = settings["model"], settings["dataset"]
     if (model.get("name_or_path") is None) == (model.get("config") is None):
-        raise ValueError("model needs either name_or_path, for weights to start from, or config, for fresh ones.")
+        raise ValueError("model needs either name_or_path (existing weights) or config (random weights).")
     if dataset.get("path") is None:
-        raise ValueError("dataset needs path: a folder of save_to_disk, a file, or a name for datasets.load_dataset.")
+        raise ValueError("dataset needs path: a file, a folder of save_to_disk, or a name for datasets.load_dataset.")
 
 
 def _read(path: Path) -> dict[Any, Any]:
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the YAML file in it.")
+        raise ValueError(f"{path} is a folder; give the path of a YAML file.")
     if not path.is_file():
-        raise ValueError(f"there is no file {path}.")
+        raise ValueError(f"file not found: {path}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     settings = _parse(text, str(path))
     if settings is None:
         settings = {}
@@ -139,9 +131,9 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - derived from the safe loader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        hint = " Indent with spaces: YAML takes no tabs." if "'\\t'" in str(error) else ""
+        hint = " Indent with spaces: YAML does not allow tabs." if "'\\t'" in str(error) else ""
         # The error quotes lines that it has not understood, and one may hold a token: it is not chained, either.
-        raise ValueError(f"{printable(where)} is not YAML: {_without_lines(error, text, where)}.{hint}") from None
+        raise ValueError(f"{printable(where)} is not valid YAML: {_without_lines(error, text, where)}.{hint}") from None
 
 
 def _without_lines(error: Exception, text: str, where: str) -> str:
@@ -162,11 +154,11 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
     while rest:
         option = rest.pop(0)
         if not option.startswith("--"):
-            raise ValueError(f"{printable(repr(option))} follows no --key; write overrides as --key value.")
+            raise ValueError(f"{printable(repr(option))} is not preceded by a --key; write overrides as --key value.")
         key, equals, value = option[2:].partition("=")
         if not all(key.split(".")):
             raise ValueError(
-                f"{printable(repr(option))} names no key; write overrides as --key value, or --section.key value."
+                f"{printable(repr(option))} is not a key; write overrides as --key value, or --section.key value."
             )
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"

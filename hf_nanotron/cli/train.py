@@ -23,15 +23,7 @@ FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": 
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
-    """Run what the YAML file at `path` says: train, save, and evaluate if there is an evaluation split.
-
-    Args:
-        path: see `hf-nanotron train --help`.
-        overrides: `--key value` pairs: a field of `training`, or a dotted key of any section.
-
-    Raises:
-        ValueError: for keys that are not known, and for what the library refuses.
-    """
+    """Train as the YAML file at `path` says (see `hf-nanotron train --help`), evaluate if it has a split, and save."""
     settings, tokenizer_name = read_settings(path, overrides)
     check_complete(settings)
     with explained("training"):
@@ -63,11 +55,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
 
 
 def load_tokenizer(name: str | None) -> Any:
-    """The tokenizer of a folder or a Hub id; None for none.
-
-    Raises:
-        ValueError: if it cannot be loaded.
-    """
+    """The tokenizer of a folder or a Hub id; None for none."""
     if name is None:
         return None
     refuse_missing_path("tokenizer", name, "folder")
@@ -76,18 +64,14 @@ def load_tokenizer(name: str | None) -> Any:
 
 
 def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingArguments) -> Any:
-    """The model that the section `model` describes, spread over the ranks of `args`.
-
-    Raises:
-        ValueError: if it cannot be made, or loaded.
-    """
+    """The model that the section `model` describes, sharded over the ranks of `args`."""
     options = {name: value for name, value in section.items() if name not in ("name_or_path", "config")}
     if (name := section.get("name_or_path")) is not None:
         refuse_missing_path("model.name_or_path", name, "folder")
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             return AutoModelForCausalLM.from_pretrained(name, parallel=args.parallel, **options)
     if "revision" in options:
-        raise ValueError("model.revision goes with name_or_path; a config has no revisions.")
+        raise ValueError("model.revision needs model.name_or_path; a config has no revision.")
     config = make_config(section["config"], tokenizer)
     with explained("model"):
         return AutoModelForCausalLM.from_config(config, parallel=args.parallel, **options)
@@ -96,8 +80,7 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
 def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
     """A config of `model_type` with these fields; the size of the vocabulary and special tokens are the tokenizer's.
 
-    Raises:
-        ValueError: for an unknown type or field (transformers takes any field and ignores those it does not know).
+    Unknown types and fields are refused: transformers accepts any field and ignores those it does not know.
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
@@ -137,11 +120,7 @@ def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
 
 
 def load_data(section: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
-    """The training set and, if `eval_split` is given, the evaluation set, tokenised.
-
-    Raises:
-        ValueError: for a split that is not there, or data that cannot be tokenised.
-    """
+    """The training set and, if `eval_split` is given, the evaluation set, tokenized."""
     train_dataset = _tokenised(_load_split(section, section.get("train_split") or "train"), section, tokenizer)
     eval_split = section.get("eval_split")
     return train_dataset, None if eval_split is None else _tokenised(
@@ -166,14 +145,14 @@ def _read_split(section: dict[str, Any], split: str) -> Any:
     for name in ("name", "data_files"):
         if section.get(name) is not None and (is_saved or path.suffix in FILE_TYPES):
             raise ValueError(
-                f"dataset.{name}={section[name]!r} goes with a name for datasets.load_dataset, and dataset.path="
-                f"{section['path']!r} is a {'folder of save_to_disk' if is_saved else 'file'}; leave {name} out."
+                f"dataset.{name}={section[name]!r} needs a dataset.path that is a name for datasets.load_dataset, but "
+                f"{section['path']!r} is a {'folder of save_to_disk' if is_saved else 'file'}; remove dataset.{name}."
             )
     if not is_saved:
         files, builder = section.get("data_files"), section["path"]
         if path.suffix in FILE_TYPES:
             if not path.is_file():
-                raise ValueError(f"dataset.path={section['path']!r}: there is no such file.")
+                raise ValueError(f"dataset.path={section['path']!r}: file not found.")
             if not path.stat().st_size:
                 raise ValueError(f"dataset.path={section['path']!r} is an empty file.")
             files, builder = str(path), FILE_TYPES[path.suffix]
@@ -201,9 +180,9 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any) -> Any:
     if column not in dataset.column_names:
         raise ValueError(f"dataset.text_column={column!r} is not one of {', '.join(dataset.column_names)}.")
     if not isinstance(size, int) or size < 2:
-        raise ValueError(f"dataset.block_size={size!r} must be an integer of at least 2: tokens in a sample.")
+        raise ValueError(f"dataset.block_size={size!r} must be an integer of at least 2 (tokens per sample).")
     if tokenizer is None or tokenizer.eos_token_id is None:
-        raise ValueError("dataset.text_column needs tokenizer, one that has an end-of-text token.")
+        raise ValueError("dataset.text_column needs a tokenizer with an end-of-text token.")
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # verbose=False: texts longer than the model are expected, they are cut.
@@ -212,7 +191,7 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any) -> Any:
         tokens = list(chain.from_iterable(row if row[-1:] == [end] else [*row, end] for row in rows))
         return {"input_ids": [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]}
 
-    with explained(f"dataset.text_column={column!r} cannot be tokenised"):
+    with explained(f"dataset.text_column={column!r} cannot be tokenized"):
         packed = dataset.map(
             tokenise,
             batched=True,
@@ -226,10 +205,7 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def _check_ids(dataset: Any) -> None:
-    """
-    Raises:
-        ValueError: for a column of tokens or labels that does not hold a list of integers in every row.
-    """
+    """Refuse a column of tokens or labels that does not hold a list of integers in every row."""
     for name in ("input_ids", "labels"):
         if name not in dataset.column_names:
             continue
@@ -241,7 +217,7 @@ def _check_ids(dataset: Any) -> None:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Join samples, filled up on the right where they differ in length. Samples without labels predict themselves."""
+    """Stack samples, padded on the right where they differ in length. Samples without labels predict themselves."""
     length = max(len(row["input_ids"]) for row in rows)
     rows = [{"labels": row["input_ids"], **row} for row in rows]
     for row in rows:

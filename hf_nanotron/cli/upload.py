@@ -8,10 +8,12 @@ from pathlib import Path
 
 def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
     """The parsed arguments get `run`, which takes them."""
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="of a run, with its checkpoint-N/")
-    parser.add_argument("url", metavar="URL", help="as remote_checkpoints, such as s3://bucket/run")
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder of a run, with its checkpoint-N/")
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="give up after so long (default: for as long as it takes)"
+        "url", metavar="URL", help="URL of the store, as in remote_checkpoints, such as s3://bucket/run"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after this many seconds (default: never)"
     )
     parser.set_defaults(run=_upload)
 
@@ -42,5 +44,5 @@ def _upload(args: argparse.Namespace) -> None:
     if missing:
         raise RuntimeError(missing)
     if uploader.damaged:
-        raise RuntimeError(f"Not uploaded to {uploader.store.url}, because damaged: {', '.join(uploader.damaged)}.")
-    print(f"{uploader.store.url} has what is here: {figures.checkpoints} checkpoints were uploaded.")
+        raise RuntimeError(f"Damaged and not uploaded to {uploader.store.url}: {', '.join(uploader.damaged)}.")
+    print(f"{uploader.store.url} is up to date: {figures.checkpoints} checkpoints were uploaded.")

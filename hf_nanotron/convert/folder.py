@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoint.directory.own_files import files_in, is_from_a_save
-from ..checkpoint.directory.verify import MARKER, check_length, checksum_of, read_marker
+from ..checkpoint.directory.verify import MARKER, read_marker
+from ..checkpoint.files.disk import check_length, checksum_of
 from ..checkpoint.files.inside import inside
 from ..checkpoint.state.training_state import DIRECTORY
 
@@ -28,7 +29,7 @@ TEXTS = (  # what else a Hub repository may hold; everything besides belongs to 
 
 def refuse_same(source: Path, destination: Path) -> None:
     if source.resolve() == destination.resolve():
-        raise ValueError(f"{destination} would be read and written at once; name another folder.")
+        raise ValueError(f"source and destination are the same folder ({destination}); choose another destination.")
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -41,11 +42,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
-    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything.
-
-    Raises:
-        ValueError: naming the file that is missing or differs.
-    """
+    """Compare what matches `patterns` with the marker of a checkpoint. One without a marker may be anything."""
     if not (checkpoint / MARKER).exists():
         return
     for name, entry in read_marker(checkpoint)["files"].items():
@@ -53,7 +50,7 @@ def check_unchanged(checkpoint: Path, patterns: tuple[str, ...]) -> None:
             path = inside(checkpoint, name, str(checkpoint / MARKER))
             check_length(path, entry["bytes"], f"{MARKER} names it")
             if entry["crc32"] is not None and checksum_of(path) != entry["crc32"]:
-                raise ValueError(f"{path} is not as it was saved (its checksum differs): damaged, or edited since.")
+                raise ValueError(f"{path} differs from what was saved (its checksum differs): damaged or edited.")
 
 
 def matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -61,11 +58,7 @@ def matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copy what matches, other than `config.json`.
-
-    Raises:
-        ValueError: for a symbolic link out of `source` (but for those of the Hub's cache), or what is no file.
-    """
+    """Copy what matches, other than `config.json`."""
     for path in matches(source, patterns):
         for file in path.rglob("*") if path.is_dir() else [path]:
             name = file.relative_to(source).as_posix()
@@ -79,21 +72,24 @@ def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None
 
 
 @contextmanager
-def writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> Iterator[None]:
+def writing(
+    folder: Path, owned: tuple[str, ...], key: str, overwrite: bool, inner: tuple[str, ...] | None = None
+) -> Iterator[None]:
     """A folder for what is written inside the `with`; if that fails, it is taken away again.
 
     Args:
         owned: patterns of what may be in the folder with `overwrite`, and is removed.
         key: the file that made it usable, which goes first.
+        inner: patterns of the files in its folders; None for what is in a checkpoint or a Hub repository.
     """
     existed = folder.exists()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         if not overwrite:
             raise ValueError(
-                f"{folder} is not empty: files of two models would mix. Name a new or empty folder, or set "
+                f"{folder} is not empty: files of two models would mix. Choose a new or empty folder, or set "
                 "`overwrite` (--overwrite) if it holds an earlier conversion."
             )
-        _remove_conversion(folder, owned, key)
+        _remove_conversion(folder, owned, key, inner)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -105,24 +101,19 @@ def writing(folder: Path, owned: tuple[str, ...], key: str, overwrite: bool) -> 
         raise
 
 
-def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str) -> None:
-    """Empty a folder that holds nothing but what a conversion writes.
-
-    Raises:
-        ValueError: naming what else there is, or if it is a file.
-    """
+def _remove_conversion(folder: Path, owned: tuple[str, ...], key: str, inner: tuple[str, ...] | None) -> None:
+    """Empty a folder that holds nothing but what a conversion writes."""
     kept = sorted(set(folder.iterdir()) - set(matches(folder, owned))) if folder.is_dir() else [folder]
-    names = files_in(folder) if folder.is_dir() else ()
-    # Of a name like those of our weights, or beside our state, but none that a conversion gives.
-    kept += [
-        folder / name
-        for name in sorted(names)
-        if (fnmatch(name, WEIGHTS[0]) or name.startswith(f"{DIRECTORY}/")) and not is_from_a_save(name)
-    ]
+    names = sorted(files_in(folder)) if folder.is_dir() else ()
+    if inner is None:  # of a name like those of our weights, or beside our state, but none that a conversion gives
+        like_ours = (name for name in names if fnmatch(name, WEIGHTS[0]) or name.startswith(f"{DIRECTORY}/"))
+        kept += [folder / name for name in like_ours if not is_from_a_save(name)]
+    else:
+        kept += [folder / name for name in names if "/" in name and not any(fnmatch(name, each) for each in inner)]
     if kept:
         raise ValueError(
-            f"{folder} is not overwritten: no conversion writes {', '.join(path.name for path in kept[:5])}. Name a "
-            "new or empty folder."
+            f"refusing to overwrite {folder}: no conversion writes {', '.join(path.name for path in kept[:5])}. "
+            "Choose a new or empty folder."
         )
     (folder / key).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -144,7 +135,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object; a missing or damaged file is refused by name."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder is no complete checkpoint.")
+        raise FileNotFoundError(f"{path} is missing: the folder is not a complete checkpoint.")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..checkpoint.directory.commit import begin, commit as commit_checkpoint, describe
 from ..checkpoint.directory.verify import MARKER, WRITTEN
-from ..checkpoint.files.safetensors_file import Entry as FileEntry, write_safetensors
 from ..checkpoint.hub.layout import HubLayout, HubSources, layout_of
-from ..checkpoint.hub.model import parse_size, plan_files, write_index
+from ..checkpoint.hub.model import parse_size, plan_files, write_repository_weights
 from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ..checkpoint.hub.weights import HubWeights
 from ..checkpoint.state.buffers import BUFFER, buffer_piece, read_buffer
@@ -94,7 +92,10 @@ def sharded_to_hub(
         check_unchanged(source, (*TEXTS, *WEIGHTS) if frozen and frozen_from is None else TEXTS)
         dtypes = _dtypes(stored, layout, weights, target)
         with writing(destination, (*WEIGHTS, *TEXTS), CONFIG_NAME, overwrite):
-            _write_weights(destination, layout, _weights_of(stored, layout, weights, dtypes), dtypes, limit)
+            tensors = _weights_of(stored, layout, weights, dtypes)
+            write_repository_weights(
+                destination, layout.hub_shapes, layout.hub_dtypes(dtypes), tensors, limit, layout.numel
+            )
             copy_files(source, destination, TEXTS)
             fields = read_json(source / CONFIG_NAME)
             fields.pop("torch_dtype", None)
@@ -136,7 +137,7 @@ def hub_to_sharded(
     limit = parse_size(max_shard_size)
     sources = _check_weights(HubWeights(source), layout)
     shapes = {name: shape for name, shape in layout.shapes.items() if name in sources.grids}
-    groups = plan_files(shapes, dict.fromkeys(shapes, 0), torch.float32.itemsize, limit).values()
+    groups = plan_files(shapes, dict.fromkeys(shapes, 0), dict.fromkeys(shapes, torch.float32), limit).values()
     folder = destination / DIRECTORY
     owned = (*WEIGHTS, *TEXTS, DIRECTORY, TRAINER_STATE_NAME, MARKER, WRITTEN)
     with writing(destination, owned, MARKER, overwrite):
@@ -168,17 +169,13 @@ def _state_folder(checkpoint: Path) -> Path:
 
 
 def _not_stored(stored: StoredState, layout: HubLayout) -> list[str]:
-    """The tensors of the model of which the state holds nothing: they were frozen.
-
-    Raises:
-        ValueError: if it holds a tensor in another shape, without masters, or of another model.
-    """
+    """The tensors of the model of which the state holds nothing: they were frozen."""
     shapes = stored.shapes()
     if foreign := sorted(shapes.keys() - layout.shapes.keys()):
         raise ValueError(
             f"{stored.directory} holds {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''} "
-            f"({len(foreign)} tensors), for which the {layout.architecture} of {CONFIG_NAME} has no place: the two are "
-            "not of one model."
+            f"({len(foreign)} tensors), which the {layout.architecture} of {CONFIG_NAME} does not have: they are of "
+            "different models."
         )
     for name, shape in layout.shapes.items():
         if name in shapes:
@@ -212,9 +209,8 @@ def _open_frozen(frozen: list[str], layout: HubLayout, folder: Path) -> Frozen:
     if weights is None or sources is None or missing:
         raise ValueError(
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} ({len(missing)} tensors) were not trained, "
-            f"so the training state has nothing of them, and {folder} holds no weights of them either. Name a Hub "
-            "repository that does, such as a later checkpoint or what the run began with, as `frozen_from` "
-            "(--frozen-from)."
+            f"so neither the training state nor {folder} contains them. Name a Hub repository that does, such as a "
+            "later checkpoint or what the run started from, as `frozen_from` (--frozen-from)."
         )
     for name in frozen:
         weights.check(name, layout.shapes[name], sources.grids[name], layout.dtypes[name].is_floating_point)
@@ -246,11 +242,7 @@ def _weights_of(
 def _whole(
     name: str, stored: StoredState, layout: HubLayout, frozen: Frozen | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A tensor of the model.
-
-    Raises:
-        ValueError: if it does not fit float16.
-    """
+    """A tensor of the model."""
     shape = layout.shapes[name]
     if not stored.kinds(name):
         assert frozen is not None
@@ -267,24 +259,6 @@ def _whole(
             f"{name!r} has values that float16 cannot hold (beyond 65504); convert to bfloat16 or float32."
         )
     return tensor
-
-
-def _write_weights(
-    folder: Path,
-    layout: HubLayout,
-    tensors: Iterator[torch.Tensor],
-    model_dtypes: dict[str, torch.dtype],
-    max_bytes: int,
-) -> None:
-    """Write the Hub's tensors, which come in the layout's order, into files, and an index where there are more."""
-    shapes, dtypes = layout.hub_shapes, layout.hub_dtypes(model_dtypes)
-    sizes = {name: dtype.itemsize for name, dtype in dtypes.items()}
-    files = plan_files(shapes, dict.fromkeys(shapes, 0), sizes, max_bytes)
-    for file_name, names in files.items():
-        listed = [FileEntry(name, dtypes[name], shapes[name]) for name in names]
-        write_safetensors(folder / file_name, listed, islice(tensors, len(names)))
-    if len(files) > 1:
-        write_index(folder, files, layout, sizes)
 
 
 def _target_dtype(name: str, config: PreTrainedConfig, source: Path) -> torch.dtype:
@@ -307,11 +281,11 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise FileNotFoundError(f"{source} is not there.")
+        raise FileNotFoundError(f"{source} does not exist.")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", *_downloads()]))
     except OSError as error:
-        raise FileNotFoundError(f"{source} is neither a folder nor to be had from the Hub: {error}") from error
+        raise FileNotFoundError(f"{source} is neither a folder nor available on the Hub: {error}") from error
 
 
 def _downloads() -> list[str]:
@@ -319,19 +293,15 @@ def _downloads() -> list[str]:
 
 
 def _check_weights(weights: HubWeights, layout: HubLayout) -> HubSources:
-    """Refuse weights that the model could not take. Reads headers alone.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Refuse weights that the model could not take. Reads headers alone."""
     sources = weights.sources(layout)
     for name, shape in layout.shapes.items():
         if name in sources.grids or name not in layout.buffers:
             weights.check(name, shape, sources.grids.get(name), layout.dtypes[name].is_floating_point)
     if unused := sources.unused:
         logger.warning(
-            f"{weights.directory}: {layout.architecture} has no place for {', '.join(unused[:5])} ({len(unused)} "
-            "tensors): they are left out."
+            f"{weights.directory}: ignoring tensors that {layout.architecture} does not have: {', '.join(unused[:5])} "
+            f"({len(unused)})."
         )
     return sources
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ANEW = "pass ignore_data_skip=True to start the data anew"
+ANEW = "pass ignore_data_skip=True to start the data from the beginning"
 FINGERPRINT = "fingerprint"  # its key in an `order`; older checkpoints have none, and some data
 OTHER_DATA = (
-    "the samples of this run are not those that the checkpoint was trained on, or are in another order, so that some "
-    "would be trained on twice and others never. A shuffle or split without a seed is another one in every run: give "
-    f"it a seed, or save the prepared data once. To go on with new data, {ANEW}."
+    "the samples of this run, or their order, differ from those of the checkpoint, so that some would be trained on "
+    "twice and others never. A shuffle or split without a seed differs in every run: set a seed, or save the prepared "
+    f"data once. To continue with new data, {ANEW}."
 )
 
 
@@ -23,8 +23,8 @@ class Cursor:
         step: optimizer steps done.
         epoch: epochs begun; it is over only when `samples` is 0 of the next.
         samples: of this epoch, over all data-parallel ranks.
-        order: what the order of samples depends on, so that another order is not taken for the same.
-        state: `state_dict` of a stream behind these samples.
+        order: what the order of samples depends on, to detect another order.
+        state: `state_dict` of a stream after these samples.
         refused: why there is no such state.
     """
 
@@ -39,18 +39,14 @@ class Cursor:
         return {**asdict(self), "order": dict(self.order), "state": self.state}
 
     def check(self, order: dict[str, Any]) -> None:
-        """Refuse to go on in another order.
-
-        Raises:
-            ValueError: naming what differs.
-        """
+        """Refuse to go on in another order."""
         own = ("group", FINGERPRINT)  # of the run that began; compared with care
         names = [name for name in self.order if name not in own and self.order[name] != order.get(name)]
         if names:
             before, now = (", ".join(f"{name}={found.get(name)!r}" for name in names) for found in (self.order, order))
             raise ValueError(
-                f"the checkpoint is in the middle of data with {before}, but this run has {now}: samples would be "
-                f"repeated or left out. Resume with the same data, or {ANEW}."
+                f"the checkpoint was saved in the middle of data with {before}, but this run has {now}: samples "
+                f"would be repeated or skipped. Resume with the same data, or {ANEW}."
             )
 
 
@@ -81,7 +77,7 @@ class EpochShape:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What is left of a run.
+    """What remains of a run.
 
     Attributes:
         epoch, samples: where its data begins.
@@ -101,12 +97,9 @@ class Resumption:
 def resume_at(cursor: Cursor, shape: EpochShape, num_train_epochs: float, max_steps: int) -> Resumption:
     """The rest of a run over data with a length, with sizes that may be new.
 
-    Windows are counted from the cursor, so any sizes go on with the next sample. With `num_train_epochs` the run ends
-    with the sample that it would have ended with, in as many steps as that takes.
-
-    Args:
-        num_train_epochs: of the whole run; 1.5 ends in the middle of the second.
-        max_steps: of the whole run; used instead if positive.
+    Windows are counted from the cursor, so any sizes continue with the next sample. With `num_train_epochs` (1.5 ends
+    in the middle of the second) the run ends with the same sample as before, in as many steps as that takes;
+    `max_steps` takes precedence if positive.
     """
     epoch, samples = cursor.epoch, cursor.samples
     if shape.rounds(samples) == 0:  # a rest that `drop_last` leaves out
@@ -131,23 +124,20 @@ def why_not_resumable(stream: Any) -> str | None:
     """Why a stream cannot go on in the middle of an epoch; None if it can."""
     if not (callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None))):
         return (
-            f"the stream ({type(stream).__name__}) has no state_dict and load_state_dict, so all samples before would "
-            "have to be read again. Give it these two methods, or use a datasets.IterableDataset, which has them"
+            f"the stream ({type(stream).__name__}) has no state_dict and load_state_dict, so all earlier samples would "
+            "have to be read again. Add these two methods, or use a datasets.IterableDataset, which has them"
         )
     if size := shuffle_buffer(getattr(stream, "_ex_iterable", None)):
         return (
-            f"the stream has a shuffle buffer (buffer_size={size}), and its state_dict leaves out the samples in it: "
-            "they would never be trained on. Shuffle the rows where they are stored; shuffle(buffer_size=1) shuffles "
-            "the shards and reads several in turn, and can be resumed"
+            f"the stream has a shuffle buffer (buffer_size={size}), and its state_dict omits the samples in it: they "
+            "would never be trained on. Shuffle the stored rows instead; shuffle(buffer_size=1) shuffles the shards "
+            "and reads several in turn, and can be resumed"
         )
     return None
 
 
 def shuffle_buffer(source: Any) -> int:
-    """Samples held back by a shuffle in the pipeline of a `datasets.IterableDataset`; 0 if none are.
-
-    datasets has no public way to ask. A buffer of one holds nothing back.
-    """
+    """Samples in the shuffle buffer of a `datasets.IterableDataset`; 0 if none. datasets has no public way to ask."""
     if source is None:
         return 0
     own = source.buffer_size if type(source).__name__ == "BufferShuffledExamplesIterable" else 0

@@ -21,14 +21,11 @@ STREAM_ROWS = 2
 
 
 def row_hashes(dataset: Any) -> dict[int, int]:
-    """Hashes of rows at fixed places: the first, the last, and some between; of a stream, of its first rows.
+    """Hashes of rows at fixed places (first, last, and some between; of a stream, its first rows): place -> hash.
 
-    Random numbers that the dataset draws from the global generators, or from generators of its own, are the same in
-    each call, and are as if it had not been read.
-
-    Returns:
-        place -> hash. Empty where that cannot be told: of an empty dataset, one that is not read by numbers, and of a
-        stream other than `datasets.IterableDataset`, whose samples may be gone when they are read.
+    Random numbers that the dataset draws from the global generators, or its own, are the same in each call, and the
+    generators are restored. Empty where the rows cannot be read without consequences: an empty dataset, one without
+    integer indices, and a stream other than `datasets.IterableDataset`, whose samples may be consumed.
     """
     try:
         with unnoticed(dataset):

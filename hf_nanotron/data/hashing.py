@@ -14,10 +14,7 @@ HASH_BITS = 31  # so that a sum over many ranks, each weighted by their number, 
 
 
 def batch_hash(batch: Mapping[str, Any], seed: int = 0) -> int:
-    """Hash of a collated batch: names, shapes, dtypes and contents, in `HASH_BITS` bits.
-
-    A tensor on a device is copied to the host, which waits for it.
-    """
+    """Hash of a collated batch (names, shapes, dtypes and contents) in `HASH_BITS` bits; waits for a device."""
     hasher = xxhash.xxh3_64(seed=seed)
     for name in sorted(batch, key=str):
         hasher.update(f"{type(batch).__name__}|{name}|".encode())

@@ -1,12 +1,12 @@
 """Which samples each data-parallel rank reads, and in which order.
 
-The order is that of a stock `transformers.Trainer` in one process: batch `k` of the epoch goes to data-parallel rank
-`k % dp_size`, so one optimizer step sees the same samples for every `dp_size` at the same global batch. Where the last
-round does not reach every rank, the others get a filler of one sample without labels. It adds nothing to loss or
-gradient, and no sample is seen twice.
+The order is that of a stock `transformers.Trainer` in one process: batch `k` of the epoch goes to data-parallel rank `k
+% dp_size`, so an optimizer step sees the same samples for every `dp_size` at the same global batch. If the last round
+does not reach every rank, the others get a filler of one sample without labels, which adds nothing to loss or gradient;
+no sample is seen twice.
 
-For a run that is to be resumed, each batch brings along where its round ends (`Position`). A loader reads ahead, in
-worker processes too; what counts is the position of the batch that it has handed out last.
+In a run that may be resumed, each batch records where its round ends (`Position`). Loaders prefetch, so the position is
+that of the last batch yielded.
 """
 
 from __future__ import annotations
@@ -23,25 +23,20 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..parallel.tp.loss import IGNORE_INDEX
+from ..ops.cross_entropy import IGNORE_INDEX
 from .cursor import why_not_resumable
 from .hashing import combined, of_the_model, sample_hash
 
 
 class Position(NamedTuple):
-    """Between two samples of an epoch.
-
-    Attributes:
-        samples: before it, over all data-parallel ranks.
-        state: `state_dict` of a stream there; None if there is none.
-    """
+    """Between two samples of an epoch: `samples` before it over all data-parallel ranks, and a stream's state."""
 
     samples: int
     state: Any = None
 
 
 class Mark(NamedTuple):
-    """What a batch brings along beside its tensors.
+    """What accompanies the tensors of a batch.
 
     Attributes:
         samples: that it was collated from; 0 for a filler.
@@ -73,17 +68,10 @@ class FillerBatch(dict):
 
 
 class DataParallelBatchSampler(Sampler[list[int]]):
-    """Every `dp_size`-th batch of `sampler`, the same number on every rank.
+    """Every `dp_size`-th batch of `sampler` (in the order of one process), the same number on every rank.
 
-    Args:
-        sampler: sample indices in the order of one process.
-        batch_size: samples a batch.
-        dp_rank, dp_size: whose batches.
-        drop_last: leave out the last batch of the epoch if it is short.
-        seed: of a `sampler.generator`, with the epoch added, unless the sampler has a `set_epoch` of its own.
-
-    Attributes:
-        start: where the next iteration, and only that, begins.
+    `seed` plus the epoch seeds `sampler.generator`, unless the sampler has its own `set_epoch`. The next iteration, and
+    only that, begins at `start`.
     """
 
     start: Position | None = None
@@ -118,13 +106,8 @@ class DataParallelBatchSampler(Sampler[list[int]]):
 class DataParallelStream(IterableDataset):
     """Every `dp_size`-th batch of a stream, as lists of samples. Each rank reads the whole stream.
 
-    Splitting the stream's shards among the ranks instead would change the order with `dp_size`.
-
-    Args:
-        positions: ask the stream for its state after every round.
-
-    Attributes:
-        start: where the next iteration, and only that, begins.
+    Splitting the stream's shards among the ranks instead would make the order depend on `dp_size`. With `positions`,
+    the stream is asked for its state after every round. The next iteration, and only that, begins at `start`.
     """
 
     start: Position | None = None
@@ -149,7 +132,7 @@ class DataParallelStream(IterableDataset):
                 source.load_state_dict(start.state)
             except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise ValueError(
-                    f"the checkpoint's state of the stream is not one of a {type(source).__name__} "
+                    f"the checkpoint's state of the stream is not valid for a {type(source).__name__} "
                     f"({type(error).__name__}: {error}); use an earlier checkpoint."
                 ) from error
         for share in deal(batched(source, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
@@ -160,7 +143,7 @@ class DataParallelStream(IterableDataset):
 
 
 def twin(dataset: Any) -> Any:
-    """The same stream, to be given a state that the user's own object, and its later epochs, are not to have.
+    """The same stream, for a state that the user's own object, and its later epochs, must not get.
 
     (`copy.copy` of a `datasets.IterableDataset` shares its attributes with the original.)
     """
@@ -183,7 +166,7 @@ def batched(items: Any, size: int, drop_last: bool) -> Iterator[list[Any]]:
 def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[Share]:
     """Batch `k` to rank `k % size`; in a last, incomplete round the ranks left out get a `Filler`.
 
-    The `end` of a share counts the samples of its round alone. A round is handed out before the next one is read.
+    The `end` of a share counts only the samples of its round. A round is yielded before the next one is read.
     """
     last: list[Any] = []
     mine: Share | None = None
@@ -259,16 +242,16 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
     """A `DataLoader` that tells accelerate when it is at its last batch (`batch_eval_metrics` asks).
 
     Attributes:
-        tracks_position: whether the following are kept.
-        position: behind the batch handed out last; None before the first.
-        samples: of the batch handed out last, which its tensors need not say; 0 for a filler.
-        samples_read: of all batches handed out in this iteration.
-        counted_rows: how many rows of what is computed from the batch handed out last count in stock Trainer, which
-            cuts only what comes from the last batch of an epoch: of a dataset, to the samples of a short batch; of a
-            stream, to the rows of the batch.
-        rounds: batches handed out in this iteration.
-        order: hash of the first samples of those rounds, which is the same on all ranks that read in the same order.
-        is_finished: whether the batch handed out last is the last of the epoch.
+        tracks_position: whether `position` is kept.
+        position: after the last yielded batch; None before the first.
+        samples: of the last yielded batch; 0 for a filler.
+        samples_read: of all batches of this iteration.
+        counted_rows: rows of what is computed from the last yielded batch that count in stock Trainer, which truncates
+            only the last batch of an epoch: of a dataset, to the samples of a short batch; of a stream, to the rows of
+            the batch.
+        rounds: batches of this iteration.
+        order: hash of the first samples of those rounds, the same on all ranks that read in the same order.
+        is_finished: whether the last yielded batch is the last of the epoch.
         device: where iterating over it puts batches; None leaves them on the host.
     """
 
@@ -355,18 +338,16 @@ def build_loader(
     positions: bool = False,
     **kwargs: Any,
 ) -> DataParallelLoader:
-    """The loader of one data-parallel rank; all ranks that hold one copy of the model build the same.
+    """The loader of one data-parallel rank; all ranks of one model replica build the same.
 
-    Args:
-        sampler: order of a dataset with indices; None for an `IterableDataset`.
-        positions: keep the position (`DataParallelLoader.position`), to be resumed from.
-        kwargs: for `torch.utils.data.DataLoader` (workers, pinning, prefetching).
+    `sampler` is None for an `IterableDataset`; `positions` keeps `DataParallelLoader.position`, to resume from;
+    `kwargs` are for `torch.utils.data.DataLoader`.
     """
     if isinstance(dataset, IterableDataset):
         if kwargs.get("num_workers", 0) > 1:
             raise ValueError(
                 f"dataloader_num_workers={kwargs['num_workers']} with an IterableDataset: several workers would each "
-                "read a part of the stream and change its order; use 0 or 1."
+                "read a part of the stream and change its order; use dataloader_num_workers=0 or 1."
             )
         stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions)
         return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)

@@ -1,7 +1,7 @@
-"""What fills a batch up where sequence parallelism needs longer sequences: tokens that no real token sees.
+"""Padding where sequence parallelism needs longer sequences: tokens that no real token sees.
 
-Tokens are added on the right, where a causal model lets nothing look at them, and they predict nothing. Among packed
-documents they are a document of their own, which also keeps recurrent layers and positions of real tokens as they are.
+Tokens are added on the right, where a causal model ignores them, and predict nothing. Among packed documents they are a
+document of their own, which also keeps recurrent layers and positions of real tokens unchanged.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..parallel.batch import EMBEDDINGS, batch_shape
-from ..parallel.tp.loss import IGNORE_INDEX
 
 # `[B, S]`, by name: what a token gets that only fills a sequence up.
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
@@ -26,13 +26,9 @@ KNOWN = frozenset((*FILLS, *BOUNDS, *LONGEST, EMBEDDINGS, "cache_position", "seq
 
 
 def pad_sequence(batch: dict[str, Any], multiple: int, ours: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Fill sequences up on the right to a multiple of `multiple` tokens, without changing the loss.
+    """Pad sequences on the right to a multiple of `multiple` tokens, without changing the loss.
 
-    Args:
-        ours: entries of the batch that are not for the model, and stay as they are.
-
-    Raises:
-        ValueError: if the batch holds a tensor over tokens that it does not know how to fill.
+    Entries named in `ours` are not for the model, and stay as they are.
     """
     rows, length = batch_shape(batch)
     missing = -length % multiple
@@ -73,7 +69,7 @@ def _filled(name: str, value: Any, rows: int, length: int, missing: int, multipl
         return value
     raise ValueError(
         f"sequence_parallel needs sequences of a multiple of {multiple} tokens; this batch has {length}, and its "
-        f"{name!r} of shape {tuple(value.shape)} ({value.dtype}) cannot be filled up. Pad in the collator "
+        f"{name!r} of shape {tuple(value.shape)} ({value.dtype}) cannot be padded. Pad in the collator "
         f"(pad_to_multiple_of={multiple}) or use sequence_parallel=False."
     )
 
@@ -81,9 +77,8 @@ def _filled(name: str, value: Any, rows: int, length: int, missing: int, multipl
 def _filled_bounds(bounds: torch.Tensor, rows: int, length: int, missing: int) -> torch.Tensor:
     """One more document at the end of each row. Reads no value, so that a GPU is not waited for.
 
-    Args:
-        bounds: `[documents + 1]`, counted over the tokens of all rows, where rows begin with a document; or
-            `[rows, documents + 1]`, counted in each row.
+    `bounds` are `[documents + 1]`, counted over the tokens of all rows (which begin with a document), or `[rows,
+    documents + 1]`, counted in each row.
     """
     if bounds.dim() > 1 or rows == 1:
         return F.pad(bounds, (0, 1), value=length + missing)

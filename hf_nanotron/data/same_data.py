@@ -23,13 +23,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class HeldData:
-    """What a rank says of the data that it holds; `UNKNOWN` where it cannot.
-
-    Attributes:
-        samples: of the dataset.
-        batches: that the loader gives this rank in an epoch.
-        print: `fingerprint` of the dataset.
-    """
+    """A rank's data: samples of the dataset, batches per epoch, its `fingerprint`; `UNKNOWN` where it cannot say."""
 
     samples: int
     batches: int
@@ -44,18 +38,10 @@ def dataset_of(loader: Any) -> Any:
 
 
 def check_same_data(mesh: ParallelMesh, loader: Any, what: str, reads: bool = True) -> int | None:
-    """Compare what ranks hold. All ranks together.
+    """Compare the data of all ranks, which call together; the common fingerprint, or None.
 
-    Args:
-        what: for the error, such as `"training"`.
-        reads: compare samples, not lengths alone.
-
-    Returns:
-        The fingerprint that all ranks have, or None.
-
-    Raises:
-        ValueError: on every rank, if lengths differ, or samples or their order in data that does not draw them anew
-            each time.
+    Lengths must be equal, and (with `reads`) samples and their order, unless the data draws them anew each time. `what`
+    names the data in an error, such as `"training"`.
     """
     dataset = dataset_of(loader)
     hashes = row_hashes(dataset) if reads and dataset is not None else {}
@@ -97,14 +83,14 @@ def _gather(mesh: ParallelMesh, own: HeldData) -> list[HeldData]:
 
 
 WHY_LENGTHS = (
-    "Every rank reads the data itself and must find the same: prepare it once, before the job, or on one rank while "
-    "the others wait (with args.main_process_first()); drop or filter rows by a rule without chance."
+    "Every rank reads the data itself and must read the same: prepare it once, before the job, or on one rank while "
+    "the others wait (with args.main_process_first()); drop or filter rows deterministically."
 )
 WHY_ORDERS = (
     "Every rank runs the script: rows that are shuffled or split without a seed (Dataset.shuffle(), "
-    "train_test_split(), random.shuffle before the trainer is made) are in another order on each, so that samples "
-    "would be trained on twice or never. Give a seed (shuffle(seed=42)), or save the prepared data once and load it on "
-    "every rank; the trainer shuffles by data_seed itself."
+    "train_test_split(), random.shuffle before the trainer is made) are in a different order on each, so that "
+    "samples would be trained on twice or never. Set a seed (shuffle(seed=42)), or save the prepared data once and "
+    "load it on every rank; the trainer itself shuffles with data_seed."
 )
 
 
@@ -128,6 +114,6 @@ def _difference(mesh: ParallelMesh, own: dict[int, int], samples: int, what: str
     whose = "of different replicas" if apart else "of one replica"
     size = "" if samples == UNKNOWN else f" of {samples}"
     return (
-        f"{what}, before its first step: ranks {one} and {two} {whose} read different samples, or in another order "
-        f"(of the rows compared, row {place}{size} is the first that differs). {WHY_ORDERS}"
+        f"{what}, before its first step: ranks {one} and {two} {whose} read different samples or in a different order "
+        f"(row {place}{size} is the first of the compared rows that differs). {WHY_ORDERS}"
     )

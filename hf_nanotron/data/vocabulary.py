@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 
-from ..parallel.tp.loss import IGNORE_INDEX
+from ..ops.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many ids a model knows.
-
-    Attributes:
-        inputs: rows of the whole token embedding.
-        outputs: rows of the whole head, which is what labels may name.
-    """
+    """Number of ids of a model: rows of the whole token embedding, and of the whole head, which labels refer to."""
 
     inputs: int
     outputs: int
@@ -26,13 +21,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ForeignId:
-    """An id that the vocabulary does not have.
-
-    Attributes:
-        column: of the batch, such as `"labels"`.
-        sample: its row in the batch.
-        size: the ids that would be right are 0 to `size - 1`.
-    """
+    """An id outside the vocabulary (0 to `size - 1`), in a `column` such as `"labels"` and a row of the batch."""
 
     column: str
     value: int
@@ -42,23 +31,22 @@ class ForeignId:
     def __str__(self) -> str:
         ignored = "" if self.column == "input_ids" else f", or {IGNORE_INDEX} for a token that is not predicted"
         return (
-            f"sample {self.sample}: {self.column} has the id {self.value}, and the vocabulary has {self.size} "
+            f"sample {self.sample}: {self.column} contains the id {self.value}, but the vocabulary has {self.size} "
             f"(ids 0 to {self.size - 1}{ignored})"
         )
 
 
 ADVICE = (
     "If tokens were added to the tokenizer, resize the stock model first "
-    "(model.resize_token_embeddings(len(tokenizer))) and hand it over again; otherwise, tokenise with this model's own "
-    "tokenizer."
+    "(model.resize_token_embeddings(len(tokenizer))) and pass it to the trainer again; otherwise, tokenize with this "
+    "model's own tokenizer."
 )
 
 
 def foreign_id(batch: Mapping[str, Any], vocabulary: Vocabulary) -> ForeignId | None:
-    """The first id of a batch that the model does not know; None if it knows all.
+    """The first id of a batch outside the vocabulary, or None. Waits for tensors on a device.
 
-    Labels are those that the loss reads: `shift_labels`, or `labels` without the first of each row. A tensor on a
-    device makes the host wait for it.
+    Labels are those that the loss reads: `shift_labels`, or `labels` without the first of each row.
     """
     found = _outside(batch, "input_ids", vocabulary.inputs, ignored=False)
     if found is None and isinstance(batch.get("shift_labels"), torch.Tensor):

@@ -1,8 +1,8 @@
-"""Whether the ranks of one replica have read the same samples, and samples that the model can take.
+"""Whether the ranks of one replica have read the same samples, and samples that the model accepts.
 
-Every rank reads its batches itself, as under DDP. The ranks that together hold one copy of the model must read the
-same ones: otherwise a later pipeline stage learns the labels of other samples, and tensor-parallel ranks look up other
-tokens. So each window is hashed on the host, and the hashes travel in the sum that counts the tokens of the step.
+Every rank reads its batches itself, as under DDP, and all ranks of one model replica must read the same: otherwise a
+later pipeline stage uses labels of other samples, and tensor-parallel ranks look up other tokens. So each window is
+hashed on the host, and the hashes are added to the sum that counts the tokens of the step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, OTHER_ORDER = range(6)
 
 
 class WindowCheck:
-    """Sums what ranks tell of their windows, and raises one error on all of them for a window that must not be used.
+    """Sums what ranks report of their windows, and raises one error on all ranks of `group` for an invalid window.
 
-    Args:
-        group: the ranks that take part, whole replicas.
+    `group` consists of whole replicas.
     """
 
     def __init__(self, mesh: ParallelMesh, vocabulary: Vocabulary, group: Group | None = None) -> None:
@@ -45,15 +44,15 @@ class WindowCheck:
         after: HostCopy | None = None,
         order: int = 0,
     ) -> PendingWindow:
-        """Tell of this rank's window. All ranks of the group together.
+        """Report this rank's window. All ranks of the group together.
 
         Args:
-            window: micro-batches; one without any takes part too. A batch that a loader has put on the device is
-                copied back, which waits for it.
-            count: what is to be summed over the data-parallel ranks.
+            window: micro-batches, or none. A batch that a loader has put on the device is copied back, which waits for
+                it.
+            count: to be summed over the data-parallel ranks.
             failure: why the window could not be read.
             after: see `EarlySums.start`.
-            order: `DataParallelLoader.order`, from which the replicas are dealt their batches; 0 without such a loader.
+            order: `DataParallelLoader.order`; 0 without such a loader.
         """
         group = self._sums.group
         model, leads = self.mesh.model, self.mesh.model.rank == 0
@@ -65,18 +64,17 @@ class WindowCheck:
             if model.size > 1:  # zero in the sum if all have the leader's; the seed keeps replicas from cancelling out
                 own = window_hash(window, self.mesh.dp_rank)
                 disagreement = (model.size - 1) * own if leads else -own
-        except Exception as error:  # a batch that is no batch: told to all ranks, like one that could not be read
+        except Exception as error:  # an invalid batch: reported to all ranks, like one that could not be read
             failure = failure or error
         other_order = (group.size - 1) * order if group.rank == 0 else -order
         faults = int(bool(foreign or failure))
-        told = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order]
-        return PendingWindow(window, foreign, failure, order, self._sums.start(told, after))
+        sent = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order]
+        return PendingWindow(window, foreign, failure, order, self._sums.start(sent, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
-        """What the ranks told, in the order of this module's constants. All ranks of the group together.
+        """The sums, in the order of this module's constants. All ranks of the group together.
 
-        Args:
-            where: which window it is, such as `"optimizer step 3"`.
+        `where` names the window in an error, such as `"optimizer step 3"`.
 
         Raises:
             ValueError: on every rank, if ranks of one replica have read different samples, if ranks have different
@@ -100,7 +98,7 @@ class WindowCheck:
 
 @dataclass
 class PendingWindow:
-    """A window that ranks have told of, and whose verdict is not read yet."""
+    """A window that ranks have reported, and whose sums have not been read yet."""
 
     window: Window
     foreign: list[tuple[int, ForeignId]]
@@ -143,19 +141,20 @@ class WindowReport:
 
 WHY = (
     "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-parallel and pipeline "
-    "ranks) must read the same. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
+    "ranks) must read the same samples. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
     "train_test_split(), stream.shuffle(), random.shuffle before the trainer is made), if an order or a crop comes "
     "from the operating system's entropy, if a file was still being written while some ranks read it, or if a loader "
-    "deals its batches over all processes (DistributedSampler over args.world_size). Give a seed (shuffle(seed=42)), "
-    "save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's global generator, "
-    "which Trainer seeds with args.seed, and deal over data-parallel ranks (trainer.mesh.dp_rank of args.dp_size)."
+    "distributes its batches over all processes (DistributedSampler over args.world_size). Set a seed "
+    "(shuffle(seed=42)), save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's "
+    "global generator, which Trainer seeds with args.seed, and distribute over data-parallel ranks "
+    "(trainer.mesh.dp_rank of args.dp_size)."
 )
 
 
 WHY_DEALT = (
-    "Every rank reads all of the data in one order, and the trainer deals it over data-parallel ranks. In another "
-    "order on each, or over parts of their own (split_dataset_by_node), samples would be trained on twice or never. "
-    "Give a stream or a sampler a seed that is the same on every rank, and let it yield all samples on every rank."
+    "Every rank reads all of the data in one order, and the trainer distributes it over data-parallel ranks. With a "
+    "different order or a different part on each rank (split_dataset_by_node), samples would be trained on twice or "
+    "never. Seed a stream or a sampler alike on every rank, and let it yield all samples on every rank."
 )
 
 
@@ -184,8 +183,8 @@ def explain(reports: Sequence[WindowReport], where: str) -> Exception:
         return ValueError(f"{where}: {differ} of different replicas read the data in different orders. {WHY_DEALT}")
     sizes = ", ".join(f"{report.size} on rank {report.rank}" for report in reports[:16])
     return ValueError(
-        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some has ended earlier. Give "
-        "every data-parallel rank the same number of batches."
+        f"{where}: ranks have different numbers of micro-batches ({sizes}): the data of some ended earlier. Every "
+        "data-parallel rank needs the same number of batches."
     )
 
 

@@ -30,7 +30,7 @@ class AutoModelForCausalLM:
     """Makes this rank's part of a causal language model, from a config or from a Hub checkpoint."""
 
     def __init__(self) -> None:
-        raise OSError("AutoModelForCausalLM is made by `from_config` or `from_pretrained`.")
+        raise OSError("AutoModelForCausalLM cannot be instantiated; use `from_config` or `from_pretrained`.")
 
     @classmethod
     def from_config(
@@ -94,8 +94,8 @@ class AutoModelForCausalLM:
             )
         if kwargs:
             raise ValueError(
-                f"from_pretrained does not know {sorted(kwargs)}; it takes {', '.join(DOWNLOAD_ARGUMENTS)}, dtype, "
-                "attn_implementation and fields of the config."
+                f"from_pretrained got unknown arguments {sorted(kwargs)}; it accepts "
+                f"{', '.join(DOWNLOAD_ARGUMENTS)}, dtype, attn_implementation and fields of the config."
             )
         if stock_arguments.get("dtype", "auto") == "auto":
             stock_arguments["dtype"] = config.dtype or torch.float32
@@ -118,7 +118,7 @@ class AutoModelForCausalLM:
 
 def _mesh(parallel: ParallelConfig | None, mesh: ParallelMesh | None) -> ParallelMesh:
     if mesh is not None and parallel is not None and mesh.parallel != parallel:
-        raise ValueError("`mesh` was made for other sizes than `parallel`; pass one of the two.")
+        raise ValueError("`mesh` and `parallel` have different sizes; pass only one of them.")
     return mesh or ParallelMesh(parallel or ParallelConfig())
 
 

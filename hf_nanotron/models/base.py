@@ -56,8 +56,8 @@ class ParallelModel(WholeModel, GenerationMixin):
             output = self.stages[0].forward(inputs, None)
         elif self.training:
             raise ValueError(
-                f"pp_size={self.mesh.pp_size}: a pipeline trains through NanotronTrainer, which feeds it micro-batches;"
-                " call model.eval() to evaluate or generate with it directly."
+                f"pp_size={self.mesh.pp_size}: a pipeline-parallel model can only be trained by NanotronTrainer; call "
+                "model.eval() to evaluate or generate with it directly."
             )
         else:
             if self.mixture is not None:
@@ -94,11 +94,11 @@ class ParallelModel(WholeModel, GenerationMixin):
         known = {"max_shard_size", "push_to_hub", "is_main_process", "state_dict", "safe_serialization"}
         if kwargs.get("state_dict") is not None:
             raise ValueError(
-                "save_pretrained(state_dict=...): a parallel model writes its own weights, gathered from all ranks; "
-                "leave it out, or bring other weights in with load_state_dict."
+                "save_pretrained(state_dict=...): a parallel model gathers and writes its own weights; omit the "
+                "argument, or load other weights first with load_state_dict."
             )
         if unknown := {name for name, value in kwargs.items() if value} - known:
-            raise ValueError(f"save_pretrained of a parallel model does not know {sorted(unknown)}.")
+            raise ValueError(f"save_pretrained of a parallel model does not support {sorted(unknown)}.")
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained(push_to_hub=True): use NanotronTrainer.push_to_hub() instead.")
         self.mesh.assemble("save_pretrained", f" to {os.fspath(save_directory)}")

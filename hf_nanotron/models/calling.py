@@ -24,11 +24,7 @@ def accepted(forward: Callable[..., Any], inputs: Mapping[str, Any], added: Coll
 
 
 def as_output(result: Any, has_labels: bool) -> Any:
-    """What a causal LM returned, with `loss` and `logits`: a `ModelOutput`, a dict, or a tuple with the loss first.
-
-    Raises:
-        ValueError: if there were labels and there is no loss.
-    """
+    """What a causal LM returned, with `loss` and `logits`: a `ModelOutput`, a dict, or a tuple with the loss first."""
     if isinstance(result, tuple) and not hasattr(result, "logits"):
         loss, logits = (*result[:2], None)[:2] if has_labels else (None, result[0])
         result = CausalLMOutputWithPast(loss=loss, logits=logits)
@@ -36,7 +32,7 @@ def as_output(result: Any, has_labels: bool) -> Any:
         result = CausalLMOutputWithPast(loss=result.get("loss"), logits=result.get("logits"))
     if has_labels and getattr(result, "loss", None) is None:
         raise ValueError(
-            f"the model was given labels and returned no loss, only a {type(result).__name__}: its `forward` must "
-            "return (loss, logits, ...), or an output with `loss`."
+            f"the model was called with labels but returned no loss, only a {type(result).__name__}: its `forward` "
+            "must return (loss, logits, ...), or an output with `loss`."
         )
     return result

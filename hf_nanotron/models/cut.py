@@ -26,14 +26,12 @@ SIZES = (
 
 @dataclass
 class Cut:
-    """Of a stock model, when it was cut.
+    """What the stock model was when it was sharded.
 
     Attributes:
         modules: name -> module of this rank, for those that hold weights themselves, and their stand-ins.
-        sizes: fields of its config.
-        embeddings: names of the weights of its embeddings, on any rank.
-        frozen: names of its frozen weights, on any rank. A trainer brings it up to date.
-        tried_hooks: (module, hook) of those inside its backbone, with which the cut model computes what it did.
+        embeddings, frozen: names of those weights, on any rank. A trainer brings `frozen` up to date.
+        tried_hooks: (module, hook) inside its backbone, with which the sharded model computes what it did.
     """
 
     modules: dict[str, nn.Module]
@@ -55,18 +53,15 @@ class Cut:
         return frozenset(n for n in self.frozen if n not in held) | {n for n, trained in held.items() if not trained}
 
     def change_message(self, model: PreTrainedModel, specs: Mapping[str, ShardSpec]) -> str | None:
-        """What was changed in `model` since that no weight could follow; None if nothing.
-
-        It names the first replaced module, new or lost weight, or changed size.
-        """
+        """The first thing changed in `model` since that its weights could not follow; None if nothing was."""
         for name, size in sizes_of(model.config).items():
             if size != self.sizes[name]:
                 return (
-                    f"config.{name} is {size}, but the model was cut with {name}={self.sizes[name]}. Change the stock "
-                    "model, then hand it over."
+                    f"config.{name} is {size}, but the model was sharded with {name}={self.sizes[name]}. Change the "
+                    "stock model before it is sharded."
                 )
         instead = (
-            "Change the stock model, then hand it over; to set weights, write into them (`copy_`, load_state_dict)."
+            "Change the stock model before it is sharded; to set weights, write into them (`copy_`, load_state_dict)."
         )
         for name, module in self.modules.items():
             owner_name, _, leaf = name.rpartition(".")
@@ -75,14 +70,14 @@ class Cut:
             except AttributeError:
                 same = False
             if not same:
-                return f"the module {name} was replaced or removed after the model was cut. {instead}"
+                return f"the module {name} was replaced or removed after the model was sharded. {instead}"
         parameters = dict(model.named_parameters())
         for name in sorted(parameters.keys() ^ specs.keys()):
-            what = "added to the model" if name in parameters else "taken from the model, or tied to another,"
-            return f"the weight {name} was {what} after it was cut. {instead}"
+            what = "added to the model" if name in parameters else "removed from the model, or tied to another,"
+            return f"the weight {name} was {what} after it was sharded. {instead}"
         for name, parameter in parameters.items():
             if tuple(parameter.shape) != (shape := specs[name].local_shape):
-                return f"{name} has shape {tuple(parameter.shape)}; this rank's part of it is {shape}. {instead}"
+                return f"{name} has shape {tuple(parameter.shape)}; this rank's shard of it is {shape}. {instead}"
         return None
 
 

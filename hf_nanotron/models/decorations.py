@@ -1,7 +1,6 @@
 """What training has put on a model, and how to take it off again.
 
-Whoever decorates a model (compiled layers, recomputation, noise, switches) registers how to undo it. So a copy of the
-model can be made plain by code that knows none of the decorators (`copy_model.py`).
+Whoever decorates a model registers how to undo it. So `copy_model` makes a plain copy without knowing any of them.
 """
 
 from __future__ import annotations

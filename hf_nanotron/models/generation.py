@@ -23,14 +23,8 @@ from .stock.releases import OUTPUT_NAME, argument_name, cache_in, without_cache
 def pipelined_forward(model: ModelParts, stages: Sequence[Stage], inputs: dict[str, Any], gather_logits: bool) -> Any:
     """One batch through all stages, without gradients; loss and logits on every rank.
 
-    Args:
-        inputs: keyword arguments of the stock forward, the same on every rank of the model. The key-value cache of a
-            layer stays on the rank that holds the layer.
-        gather_logits: join the slices of the vocabulary and hand logits to every stage, else `logits` is None, and
-            no key-value cache is made.
-
-    Raises:
-        ValueError: for inputs that a later stage could not know.
+    The key-value cache of a layer stays on the rank that holds the layer. Without `gather_logits` there is neither a
+    cache nor `logits`.
     """
     mesh, parallel = model.mesh, model.parallel
     for name in ("output_hidden_states", "output_attentions"):
@@ -80,17 +74,14 @@ class _OwnCaches(StepHooks):
 def _stage_caches(model: ModelParts, stages: Sequence[Stage], cache: Cache) -> dict[int, Cache]:
     """What each stage of this rank gets for `cache`: its own layers, and the lengths of all before the pass.
 
-    Backbones derive masks and positions from the cache. A later stage of this rank must not meet layers that an earlier
-    one has made longer in the same pass, so it gets throw-away copies of the layers that are not its own.
-
-    Raises:
-        ValueError: for a cache that cannot be copied without its contents.
+    Backbones derive masks and positions from the cache. A later stage of this rank must not see layers that an earlier
+    one has lengthened in the same pass, so it gets throw-away copies of the layers that are not its own.
     """
     first, *later = stages
     if later and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
-            "a static key-value cache cannot serve an interleaved pipeline, whose stages on one rank all need it as it "
-            "was before the pass; use the dynamic cache (the default)."
+            "a static key-value cache is not supported with an interleaved pipeline (pp_virtual_stages > 1); use the "
+            "dynamic cache (the default)."
         )
     while cache.layer_class_to_replicate is not None and len(cache) < model.config.get_text_config().num_hidden_layers:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -115,10 +106,7 @@ def _broadcast(
 
 
 def share_generators(mesh: ParallelMesh) -> None:
-    """Let the random generators of all ranks of a model continue from those of its first rank.
-
-    Sampling then chooses the same token everywhere, the one that a single process would choose.
-    """
+    """The random generators of all ranks of a model continue from those of its first: sampling chooses alike."""
     if mesh.model.size == 1:
         return
     generators: list[Any] = [torch]

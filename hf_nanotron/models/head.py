@@ -1,12 +1,9 @@
-"""The output layer of a training model: it computes the loss itself, and hands no logits on.
+"""The head of a training model computes the loss itself, and hands no logits on.
 
-Stock models compute `loss_function(lm_head(hidden), labels)`. While a model trains, nobody needs the logits in between,
-which are the largest tensor of all. The head's `forward` then returns a `Prediction`, which already holds the loss
-(`parallel/loss.linear_causal_lm_loss`), and which the stock code passes on to `loss_function` for logits. The loss is
-made inside the call of the head, where hooks have gathered its weight, and have arranged for the gradient of its input.
-
-This is right for stock code that does nothing else with its logits, but for multiplying them by a number. A trial with
-stand-ins finds that out (`linear_head`). Other models keep their logits.
+Stock models compute `loss_function(lm_head(hidden), labels)`. The logits in between are the largest tensor of all. Here
+the head returns a `Prediction`, which already holds the loss, and which the stock code passes to `loss_function` for
+logits. That is right for code that only multiplies its logits by a number, which a trial with stand-ins finds out
+(`linear_head`). Other models keep their logits. See `docs/design/models.md`.
 """
 
 from __future__ import annotations
@@ -28,13 +25,9 @@ PROBED_TOKENS = 4
 
 
 class Prediction(NamedTuple):
-    """What a head returns in the place of logits.
+    """What a head returns in the place of logits: the loss, and what the stock code has multiplied the logits by.
 
     A tuple, so that whoever searches outputs for tensors (`fully_shard` does) finds the loss.
-
-    Attributes:
-        loss: what `loss_function` would return.
-        scale: what the stock code has multiplied the logits by.
     """
 
     loss: torch.Tensor
@@ -62,12 +55,7 @@ def _number(factor: Any) -> float:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The output layer of a model whose loss can be fused with it.
-
-    Attributes:
-        name: of the layer, a child of the model.
-        scale: what the stock code multiplies logits by.
-    """
+    """The head of a model whose loss can be fused with it: its name, and what the stock code multiplies logits by."""
 
     name: str
     scale: float
@@ -89,14 +77,10 @@ class LinearHead:
 
 
 def linear_head(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> LinearHead | None:
-    """The head of `model`, if the stock forward hands what it returns to `loss_function`, and to nobody else.
+    """The head of `model`, if it is a `Linear` whose output the stock forward hands to `loss_function` and to nobody
+    else.
 
-    The stock forward runs with stand-ins for all modules. Any error in it means that it does more with its logits, or
-    with its other modules, than a `Prediction` can stand for.
-
-    Args:
-        model: its head is one of our `Linear` layers, or None is returned.
-        stock_class: whose `forward` is tried.
+    Any error over the stand-ins means that the forward does more than a `Prediction` can stand for.
     """
     head = model.get_output_embeddings()
     name = next((name for name, child in model.named_children() if child is head), None)
@@ -126,13 +110,8 @@ def _scale(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str
 
 
 def _trial(model: PreTrainedModel, stock_class: type[PreTrainedModel], name: str, masked: bool) -> float:
-    """Run the stock forward over stand-ins, with or without an attention mask.
-
-    Returns:
-        What it multiplies its logits by.
-
-    Raises:
-        Exception: if it does anything else with them.
+    """What the stock forward, over stand-ins, multiplies its logits by. An exception if it does anything else with
+    them.
     """
     hidden_size = model.config.get_text_config().hidden_size
     hidden = torch.empty((1, PROBED_TOKENS, hidden_size), device="meta")

@@ -1,7 +1,7 @@
 """Give every parameter the value it has on every topology.
 
-Each module is initialised whole by the stock `_init_weights`, one at a time, from a seed derived from its Hub name;
-then our part is cut out. So the values depend on the seed and the name alone, and the peak is one module's own tensors.
+Each module is initialised whole by the stock `_init_weights`, from a seed derived from its Hub name; then our part is
+taken. So values depend on the seed and the name alone, and the peak of memory is one module's own tensors.
 """
 
 from __future__ import annotations
@@ -45,13 +45,10 @@ def materialise(model: ParallelModel, device: torch.device) -> None:
 
 
 def initialise(model: ParallelModel, stock: PreTrainedModel, seed: int, parameters: bool = True) -> None:
-    """Fill `model` from the stock initialisation.
+    """Fill `model`, materialised, from the stock initialisation; `seed` is the same on every rank.
 
     Args:
-        model: this rank's part, materialised.
-        stock: the whole stock model on the meta device, whose modules say how each is initialised. It is on the meta
-            device again afterwards.
-        seed: the same on every rank.
+        stock: the whole model on the meta device, where it is again afterwards.
         parameters: False fills the buffers alone (rotary tables), for a model whose weights come from a file.
     """
     state = GeneratorState()
@@ -96,9 +93,8 @@ def _targets(
 class Initialisers:
     """Runs what transformers' `initialize_weights` would run on one module, and on no other.
 
-    The `_init_weights` of the innermost `PreTrainedModel` around a module fills it. Then those of the modules around it
-    follow, because some set tensors of their children anew; all other tensors are on the meta device, where that does
-    nothing. The `PreTrainedModel`s around it are left out: they fill what is their own.
+    The `_init_weights` of the innermost `PreTrainedModel` around it, then those of the modules around it, some of which
+    set tensors of their children anew; all other tensors are on the meta device, where that does nothing.
     """
 
     def __init__(self, stock: PreTrainedModel) -> None:
@@ -118,10 +114,7 @@ class Initialisers:
                 owner._init_weights(module)
 
     def untouched(self, name: str, parameters: bool = True) -> set[str]:
-        """Names of the tensors of a module itself (its buffers, and its parameters) that `run` does not write.
-
-        It is tried on the meta device.
-        """
+        """Names of a module's own tensors that `run` does not write, tried on the meta device."""
         module = self._stock.get_submodule(name)
         tensors = {**(module._parameters if parameters else {}), **module._buffers}
         versions = {leaf: tensor._version for leaf, tensor in tensors.items() if tensor is not None}
@@ -133,17 +126,10 @@ class Initialisers:
 
 
 def constructed(stock: PreTrainedModel, leaves: dict[str, set[str]]) -> dict[str, dict[str, torch.Tensor]]:
-    """Values that the constructors of stock modules compute: the initial constants of an activation, say.
+    """Values that the constructors of stock modules compute, such as initial constants: module -> name -> value.
 
-    The stock model is constructed once more, on the CPU; every tensor that is neither asked for nor small goes to the
-    meta device as soon as its module has it, so no more than one of them is there at a time.
-
-    Args:
-        stock: the whole stock model.
-        leaves: module -> names of its own tensors that are asked for.
-
-    Returns:
-        Module -> name -> value.
+    The model is constructed once more, on the CPU. A tensor that is neither in `leaves` nor small goes to the meta
+    device as soon as its module has it, so at most one of them exists at a time.
     """
     if not any(leaves.values()):
         return {}

@@ -1,11 +1,8 @@
 """Whole logits while a model trains: for a loss that is not the model's own.
 
-The last stage computes logits over its slice of the vocabulary, and joins the slices inside the call of the head, so
-that hooks on the head, the model's own `forward` and its loss function find what they would find in one process. Every
-tensor-parallel rank then computes the same loss, and the gradient of a slice is our slice of the whole gradient.
-
-Under sequence parallelism the `forward` sees sequences as the batch has them. They are filled up where they enter the
-backbone, and joined and cut to their length where they leave it.
+The slices of the vocabulary are joined inside the call of the head, so that hooks on it, the model's own `forward` and
+its loss function find what they would find in one process. Under sequence parallelism, sequences are padded where they
+enter the backbone, and joined and trimmed where they leave it. See `docs/design/models.md`.
 """
 
 from __future__ import annotations
@@ -45,8 +42,7 @@ def forward_with_logits(model: ModelParts, view: Any, inputs: dict[str, Any]) ->
 def whole_outputs(model: ModelParts, view: Any) -> Iterator[list[torch.Tensor]]:
     """Let the backbone and the head of `view` return what they would in one process, whoever calls them. May be nested.
 
-    Returns:
-        Where the logits are put that the head has made last.
+    Yields a list that holds the logits that the head made last.
     """
     if (outer := view.__dict__.get("made_logits")) is not None:
         yield outer
@@ -61,16 +57,12 @@ def whole_outputs(model: ModelParts, view: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def refuse_own_heads(model: ModelParts, output: Any) -> None:
-    """
-    Raises:
-        ValueError: for an output with the attention weights of this rank's heads alone.
-    """
     weights = output.get("attentions") if isinstance(output, dict) else None
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
     if model.mesh.tp_size > 1 and any(w is not None and w.dim() == 4 and w.shape[1] != heads for w in weights or ()):
         raise ValueError(
-            f"output_attentions=True at tp_size={model.mesh.tp_size}: a rank has the attention weights of its own "
-            "heads alone; use tp_size=1."
+            f"output_attentions=True at tp_size={model.mesh.tp_size}: each rank only has the attention weights of "
+            "its own heads; use tp_size=1."
         )
 
 
@@ -83,8 +75,8 @@ def _whole_vocabulary(model: ModelParts, view: Any, micro_batch: MicroBatch | No
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         if micro_batch is not None and micro_batch.logits is not None and model.streams is not None:
             raise ValueError(
-                "the model was called twice for one micro-batch: dropout masks follow from the place of a micro-batch "
-                "in the run, so both calls would draw the same ones; set the dropout of its config to 0."
+                "the model was called twice for one micro-batch: dropout masks depend on the position of a "
+                "micro-batch in the run, so both calls would use the same masks; set dropout to 0 in its config."
             )
         logits = model.whole_logits(type(head).forward(head, *args, **kwargs))
         made[:] = [logits]
@@ -118,9 +110,10 @@ def _whole_sequences(model: ModelParts, view: Any, micro_batch: MicroBatch | Non
         if length % group.size:
             if any(id(x) not in micro_batch.filled for x in given if x.shape[1] == length):
                 raise ValueError(
-                    f"sequence_parallel needs sequences of a multiple of {group.size} tokens; this batch has {length}, "
-                    "and the model's forward, or compute_loss, calls its backbone with tensors of its own. Pad in the "
-                    f"collator (pad_to_multiple_of={group.size}) or use sequence_parallel=False."
+                    f"sequence_parallel needs sequence lengths that are multiples of {group.size}; this batch has "
+                    f"{length} tokens, and it cannot be padded automatically, because the model's forward, or "
+                    "compute_loss, calls the backbone with its own tensors. Pad in the collator "
+                    f" (pad_to_multiple_of={group.size}) or use sequence_parallel=False."
                 )
             args = tuple(micro_batch.filled.get(id(x), x) for x in args)
             kwargs = micro_batch.fill(kwargs)

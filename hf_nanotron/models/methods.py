@@ -1,12 +1,10 @@
-"""What the methods of `PreTrainedModel` that read or write weights do on a cut model.
+"""What the methods of `PreTrainedModel` that read or write weights do on a sharded model.
 
-Each public method of transformers' and torch's is in one of three tables. A release that adds one fails the test that
-walks over them.
+Each public method of transformers and torch is refused, written here, or right as it is (`tests/model_methods.py`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, cast
@@ -22,99 +20,41 @@ from .parts import ModelParts
 
 logger = logging.get_logger(__name__)
 
-BEFORE = "Do it with the stock model, then hand that over"
+BEFORE = "Do it on the stock model before it is sharded"
 
-# Refused on a cut model, with the reason and what to do instead.
+# Refused on a sharded model, with the reason and what to do instead.
 REFUSED: dict[str, str] = {
-    "_init_weights": "each rank would draw its own part, and ranks would draw the same numbers for different parts. "
-    "AutoModelForCausalLM.from_config makes fresh weights",
-    "init_weights": "each rank would draw its own part. AutoModelForCausalLM.from_config makes fresh weights",
-    "initialize_weights": "each rank would draw its own part. AutoModelForCausalLM.from_config makes fresh weights",
-    "post_init": f"it initialises and ties weights. {BEFORE}",
-    "resize_position_embeddings": f"other ranks, and the optimizer, hold parts of the weights. {BEFORE}",
-    "prune_heads": f"heads are divided over ranks. {BEFORE}",
-    "set_decoder": f"a module that is not cut cannot take the place of one that is. {BEFORE}",
-    "set_encoder": f"a module that is not cut cannot take the place of one that is. {BEFORE}",
-    "set_submodule": f"a module that is not cut cannot take the place of one that is. {BEFORE}",
-    "add_adapter": "adapters of parts of weights would be saved as if they were whole. Merge them, then hand the model "
-    "over (`merge_and_unload()`, and `requires_grad_(True)`)",
-    "load_adapter": "adapters are of whole weights. Merge them into the stock model, then hand that over "
+    "_init_weights": "ranks would draw the same numbers for different shards. Use "
+    "AutoModelForCausalLM.from_config for fresh weights",
+    "init_weights": "each rank would draw its own shard. Use AutoModelForCausalLM.from_config for fresh weights",
+    "initialize_weights": "each rank would draw its own shard. Use AutoModelForCausalLM.from_config for fresh weights",
+    "post_init": f"it would initialise and tie weights again. {BEFORE}",
+    "resize_position_embeddings": f"other ranks and the optimizer hold shards of the weights. {BEFORE}",
+    "prune_heads": f"attention heads are sharded over ranks. {BEFORE}",
+    "set_decoder": f"an unsharded module cannot replace a sharded one. {BEFORE}",
+    "set_encoder": f"an unsharded module cannot replace a sharded one. {BEFORE}",
+    "set_submodule": f"an unsharded module cannot replace a sharded one. {BEFORE}",
+    "add_adapter": "adapters of sharded weights would be saved as if they were of full weights. Merge them before the "
+    "model is sharded (`merge_and_unload()`, and `requires_grad_(True)`)",
+    "load_adapter": "adapters are made for unsharded weights. Merge them into the stock model before it is sharded "
     "(`merge_and_unload()`, and `requires_grad_(True)`)",
-    "enable_peft_hotswap": "adapters are of whole weights. Merge them into the stock model, then hand that over",
-    "dequantize": "a quantised model cannot be cut. Dequantise the stock model, then hand that over",
-    "push_to_hub": "every rank would push what it holds. Use NanotronTrainer.push_to_hub(), or save_pretrained on all "
+    "enable_peft_hotswap": "adapters are made for unsharded weights. Merge them into the stock model before it is "
+    "sharded",
+    "dequantize": "a quantised model cannot be sharded. Dequantise the stock model before it is sharded",
+    "push_to_hub": "every rank would push its own shard. Use NanotronTrainer.push_to_hub(), or save_pretrained on all "
     "ranks and upload the directory from one",
-    "save_distributed_checkpoint": "it knows other layouts of weights. save_pretrained writes whole weights",
-    "gather_sharded_state_dict_for_save": "it knows other layouts of weights. save_pretrained writes whole weights",
-    "set_use_kernels": "kernels would replace the forwards of cut modules. NanotronTrainingArguments choose kernels",
+    "save_distributed_checkpoint": "it expects the sharding of transformers. Use save_pretrained, which writes "
+    "full weights",
+    "gather_sharded_state_dict_for_save": "it expects the sharding of transformers. Use save_pretrained, which writes "
+    "full weights",
+    "set_use_kernels": "kernels would replace the forwards of sharded modules. Use the kernel options of "
+    "NanotronTrainingArguments",
 }
-
-# Replaced: what they say or do is right for the whole model, or for this rank's part where that is documented.
-OURS = (
-    "__deepcopy__",
-    "_apply",
-    "dtype",
-    "forward",
-    "generate",
-    "get_memory_footprint",
-    "get_parameter",
-    "load_state_dict",
-    "loss_function",
-    "named_parameters",
-    "num_parameters",
-    "resize_token_embeddings",
-    "save_pretrained",
-    "set_attn_implementation",
-    "set_input_embeddings",
-    "set_output_embeddings",
-    "state_dict",
-    "tie_weights",
-)
-
-# As in transformers and torch, where each of them is right for a cut model too. What they write into weights, or
-# replace, the trainer sees (`parallel/zero/written.py`, `cut.py`).
-FINE: dict[str, tuple[str, ...]] = {
-    "go through `_apply`": ("bfloat16", "cpu", "cuda", "double", "float", "half", "ipu", "mtia", "share_memory", "to",
-                            "to_empty", "type", "xpu"),
-    "write into weights, or change modules, which the trainer sees": (
-        "add_module", "apply", "register_buffer", "register_module", "register_parameter", "requires_grad_",
-        "zero_grad"),
-    "read modules and this rank's tensors": (
-        "base_model", "buffers", "children", "device", "get_buffer", "get_decoder", "get_encoder", "get_extra_state",
-        "get_input_embeddings", "get_output_embeddings", "get_parameter_or_buffer", "get_position_embeddings",
-        "get_submodule", "modules", "named_buffers", "named_children", "named_modules", "named_non_persistent_buffers",
-        "parameters", "retrieve_modules_from_names"),
-    "switch something that is not a weight": (
-        "activation_checkpointing_disable", "activation_checkpointing_enable", "add_model_tags",
-        "disable_input_require_grads", "enable_input_require_grads", "eval", "gradient_checkpointing_disable",
-        "gradient_checkpointing_enable", "register_for_auto_class", "set_experts_implementation", "set_extra_state",
-        "train"),
-    "register hooks; those of gradients are refused where they would not be called": (
-        "register_backward_hook", "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
-        "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook",
-        "register_state_dict_post_hook", "register_state_dict_pre_hook"),
-    "say something about the class or the config": (
-        "can_generate", "can_record_outputs", "dummy_inputs", "ep_plan", "extra_repr", "fsdp_plan", "fsdp_size",
-        "generation_config_class", "get_correct_attn_implementation", "get_correct_experts_implementation",
-        "get_expanded_tied_weights_keys", "get_experts_implementation", "is_activation_checkpointing",
-        "is_backend_compatible", "is_custom_code", "is_distributed_loading_by_transformers",
-        "is_gradient_checkpointing", "is_remote_code", "mark_tied_weights_as_initialized", "pp_plan",
-        "should_save_on_this_rank", "supports_context_parallel", "supports_pp_plan", "supports_tp_plan", "tp_plan",
-        "tp_size", "use_kernels", "warn_if_padding_and_no_attention_mask"),
-    "make or load another model": (
-        "from_pretrained", "get_init_context", "init_parallel_plans", "maybe_distribute_model",
-        "prepare_distribute_model"),
-    "need adapters, which a cut model has none of": (
-        "active_adapters", "delete_adapter", "disable_adapters", "enable_adapters", "get_adapter_state_dict",
-        "set_adapter"),
-    "compile the forward, which the trainer does by its arguments": ("compile", "get_compiled_call"),
-    "wait for other ranks": ("barrier_after_gathered_checkpoint_save",),
-}  # fmt: skip
 
 
 def _refusing(name: str, reason: str) -> Callable[..., Any]:
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(f"{type(self).__name__}.{name}: the model is cut over ranks; {reason}.")
+        raise ValueError(f"{type(self).__name__}.{name} is not supported on a sharded model: {reason}.")
 
     refuse.__name__ = name
     refuse.__doc__ = f"Refused: {reason}."
@@ -156,14 +96,14 @@ class WholeModel(Refusals, ModelParts):
             return embedding
         have = self.vocabulary.inputs
         if pad_to_multiple_of is not None and not isinstance(pad_to_multiple_of, int):
-            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a whole number.")
+            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not an integer.")
         want, multiple = have if new_num_tokens is None else int(new_num_tokens), pad_to_multiple_of or 1
         want = -(-want // multiple) * multiple
         if want == have:
             return embedding
         raise ValueError(
-            f"resize_token_embeddings to {want} tokens: the model is cut over ranks, with a vocabulary of {have}. "
-            "Resize the stock model, then hand it over. (`weight.shape[0]` is what this rank holds; the size of the "
+            f"resize_token_embeddings to {want} tokens: the model is sharded, with a vocabulary of {have}. Resize the "
+            "stock model before it is sharded. (`weight.shape[0]` is the size of this rank's shard; the size of the "
             "vocabulary is `model.config.get_text_config().vocab_size`.)"
         )
 
@@ -184,7 +124,7 @@ class WholeModel(Refusals, ModelParts):
         now, then = self.config.get_text_config().tie_word_embeddings, self.cut.sizes["tie_word_embeddings"]
         if bool(now) != bool(then):
             raise ValueError(
-                f"tie_weights with config.tie_word_embeddings={now}: the model was cut with {then}. {BEFORE}."
+                f"tie_weights with config.tie_word_embeddings={now}: the model was sharded with {then}. {BEFORE}."
             )
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -201,8 +141,8 @@ class WholeModel(Refusals, ModelParts):
             self.weights.wait()
         if self.mesh.tp_size * self.mesh.pp_size > 1:
             logger.warning_once(
-                "state_dict() of a parallel model holds this rank's parts alone, for this layout; save_pretrained (on "
-                "all ranks) writes the whole model."
+                "state_dict() of a parallel model holds only the shards of this rank, for this layout; use "
+                "save_pretrained (on all ranks) for the full model."
             )
         return super().state_dict(*args, **kwargs)
 
@@ -217,15 +157,17 @@ class WholeModel(Refusals, ModelParts):
                 `strict`, those that are missing or unknown; with `assign`.
         """
         if assign:
-            raise ValueError("load_state_dict(assign=True): weights lie in memory of their own; leave `assign` out.")
+            raise ValueError(
+                "load_state_dict(assign=True) is not supported: weights are copied into existing memory; omit `assign`."
+            )
         held, tied = _held(self), self.hub_layout.tied
         known = {**self.hub_shapes, **{name: self.hub_shapes[source] for name, source in tied.items()}}
         for name, value in state_dict.items():
             own = tuple(held[name].shape) if name in held else None
             if name in known and tuple(value.shape) not in (known[name], own):
                 raise ValueError(
-                    f"load_state_dict: {name} has shape {tuple(value.shape)}, neither that of the whole weight, "
-                    f"{known[name]}, nor that of this rank's part."
+                    f"load_state_dict: {name} has shape {tuple(value.shape)}, neither that of the full weight, "
+                    f"{known[name]}, nor that of this rank's shard."
                 )
         # Anything but this rank's own tensors is taken for the whole model, so that all ranks say the same of it.
         expected = [name for name in (held if state_dict.keys() == held.keys() else known) if name in known]
@@ -234,7 +176,7 @@ class WholeModel(Refusals, ModelParts):
         if strict and (missing or unexpected):
             raise ValueError(
                 f"load_state_dict: missing {missing[:3]} ({len(missing)} tensors), unknown {unexpected[:3]} "
-                f"({len(unexpected)}). strict=False takes the others."
+                f"({len(unexpected)}). Use strict=False to load the others."
             )
         for name in held:
             names = [name, *(other for other, source in tied.items() if source == name)]
@@ -253,7 +195,7 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
 
 def _refuse_other(given: nn.Module | None, own: nn.Module | None, method: str) -> None:
     if given is not own:
-        raise ValueError(f"{method}: a module that is not cut cannot take the place of one that is. {BEFORE}.")
+        raise ValueError(f"{method}: an unsharded module cannot replace a sharded one. {BEFORE}.")
 
 
 def _held(model: ModelParts) -> dict[str, torch.Tensor]:
@@ -279,25 +221,3 @@ def parameter_name(model: ModelParts, name: str, parameter: nn.Parameter) -> str
     if name in model.shard_specs:
         return name
     return next(other for other in model.shard_specs if model.get_parameter(other) is parameter)
-
-
-@functools.cache
-def methods_of(stock: type[PreTrainedModel] = PreTrainedModel) -> frozenset[str]:
-    """Names of all public methods and properties of a model class, and of what it is built on.
-
-    What was put on these classes while the process ran is left out; transformers itself does so with `smart_apply`,
-    which makes fresh weights.
-    """
-    return frozenset(
-        name
-        for base in stock.__mro__[:-1]
-        for name, value in vars(base).items()
-        if not name.startswith("_") and name != "smart_apply"
-        if _module_of(value).startswith(("torch.nn.", "transformers."))
-    )
-
-
-def _module_of(value: Any) -> str:
-    """Where a method or property was written; empty for anything else."""
-    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-    return str(getattr(function, "__module__", "")) if callable(function) and not isinstance(function, type) else ""

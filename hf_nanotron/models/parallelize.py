@@ -50,20 +50,15 @@ from .unwrap import class_of, unwrap
 
 
 def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
-    """Cut `model` (whole, on the meta device or with weights) down to what this rank of `mesh` holds.
+    """Shard `model` (on the meta device or with weights) in place: keep what this rank of `mesh` holds.
 
-    The order is: read the plans and check them on the whole model, so that every rank raises the same error; put
-    stand-ins in the place of other stages' modules; cut the remaining layers over the tensor-parallel ranks; attach the
-    hooks that communicate; make the stage views.
-
-    Raises:
-        ValueError: for a model without a plan, or sizes that do not fit it.
+    Plans are read and checked on the whole model, so that every rank raises the same error.
     """
     if isinstance(model, ParallelModel):
-        raise ValueError(f"{type(model).__name__} is parallel already.")
+        raise ValueError(f"{type(model).__name__} is already sharded.")
     model = unwrap(model)
     if (reason := why_not_causal(model)) is not None:
-        raise ValueError(f"{reason}; hf_nanotron trains those.")
+        raise ValueError(f"{reason}; hf_nanotron only trains causal language models.")
     stock = class_of(model)
     _refuse_different_models(model, mesh)
 
@@ -92,7 +87,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     _take_weights_of_rank_0(model, mesh)
     if mesh.rank == 0:
         for name, parameter in model.named_parameters():
-            warn_nonfinite(name, parameter, f"the {stock.__name__} that was handed over")
+            warn_nonfinite(name, parameter, f"the given {stock.__name__}")
     if mesh.pp_size > 1:
         _leave_out_other_stages(anatomy, mesh, layers_of_stage, specs)
     swap_layers(model, mesh, plan, specs, ABSENT)
@@ -121,11 +116,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
 
 
 def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Compare what the ranks hand over, but for the values of weights. All ranks together.
-
-    Raises:
-        ValueError: on every rank, if classes, shapes, dtypes or what is trained differ.
-    """
+    """Compare what the ranks hand over, but for the values of weights. All ranks together."""
     if mesh.world_size == 1:
         return
     parts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
@@ -134,19 +125,15 @@ def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None
     highest, lowest = all_reduce(own, mesh.world, dist.ReduceOp.MAX).tolist()
     if highest != -lowest:
         raise ValueError(
-            f"the ranks hand over different models (rank {mesh.rank}: {type(model).__name__} with {len(parts)} "
+            f"the ranks have different models (rank {mesh.rank}: {type(model).__name__} with {len(parts)} "
             f"parameters, {sum(trained for *_, trained in parts)} of them trained): class, shapes, dtypes and "
-            "requires_grad have to be the same on every rank. Does the script, or `model_init`, depend on the rank, or "
-            "on an unseeded random number?"
+            "requires_grad must be the same on every rank. Check whether the script, or `model_init`, depends on the "
+            "rank or on an unseeded random number."
         )
 
 
 def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None:
-    """Refuse the sizes that a family cannot have.
-
-    Raises:
-        ValueError: with the reason.
-    """
+    """Refuse the sizes that a family cannot have."""
     kind = model.config.get_text_config().model_type
     refused = (
         (mesh.pp_size > 1, NO_PIPELINE, f"pp_size={mesh.pp_size}", "pp_size=1"),
@@ -159,27 +146,26 @@ def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None
     )
     for asked, table, what, works in refused:
         if asked and kind in table:
-            raise ValueError(f"{what}: {type(model).__name__} ({kind!r}) cannot have it: {table[kind]}; use {works}.")
+            raise ValueError(
+                f"{what} is not supported for {type(model).__name__} ({kind!r}): {table[kind]}; use {works}."
+            )
 
 
 def _refuse_what_ranks_would_draw_differently(model: PreTrainedModel, mesh: ParallelMesh, plan: Plan) -> None:
-    """Refuse random numbers in what tensor-parallel ranks compute alike: each has a stream of its own.
-
-    Raises:
-        ValueError: naming the field of the config.
-    """
+    """Refuse random numbers in what tensor-parallel ranks compute alike: each has a stream of its own."""
     if mesh.tp_size == 1:
         return
     for name, value in fields_of_chance(model.config.get_text_config()).items():
         if "jitter" in name:
             raise ValueError(
-                f"tp_size={mesh.tp_size} with {name}={value}: the tensor-parallel ranks would send a token to "
+                f"tp_size={mesh.tp_size} with {name}={value}: tensor-parallel ranks would route a token to "
                 f"different experts; set {name}=0, or use tp_size=1."
             )
         if "drop" in name and plan.whole and mesh.parallel.sequence_parallel:
             raise ValueError(
                 f"sequence_parallel=True with {name}={value}: every rank computes all of {plan.whole[0]!r} "
-                f"({len(plan.whole)} blocks), with dropout of its own; set {name}=0, or use sequence_parallel=False."
+                f"({len(plan.whole)} such blocks) with its own dropout masks; set {name}=0, or use "
+                "sequence_parallel=False."
             )
 
 
@@ -227,18 +213,14 @@ def _stage_of(name: str, anatomy: Anatomy, layers_of_stage: tuple[range, ...]) -
 
 
 def _refuse_shared_stages(model: PreTrainedModel, stage_of: dict[str, int], tied: dict[str, str]) -> None:
-    """Refuse a parameter that modules of several stages share: each stage would train a copy of its own.
-
-    Raises:
-        ValueError: naming two places of it.
-    """
+    """Refuse a parameter that modules of several stages share: each stage would train a copy of its own."""
     places: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = places.setdefault(parameter, name)
         if name not in tied and first not in tied and stage_of[name] != stage_of[first]:
             raise ValueError(
-                f"{first!r} and {name!r} are one parameter, but lie in the pipeline stages {stage_of[first]} and "
-                f"{stage_of[name]}; use pp_size=1, or pp_layers_per_stage such that one stage holds both."
+                f"{first!r} and {name!r} are the same parameter, but belong to pipeline stages {stage_of[first]} and "
+                f"{stage_of[name]}; use pp_size=1, or set pp_layers_per_stage so that one stage holds both."
             )
 
 

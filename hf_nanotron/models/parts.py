@@ -20,6 +20,7 @@ from ..parallel.pipeline.executor import PipelineExecutor
 from ..parallel.shard_spec import ShardSpec
 from ..parallel.tp.loss import causal_lm_loss, predicted_tokens
 from ..parallel.tp.vocabulary import gather_vocabulary
+from ..parallel.zero.segment import WeightStore
 from .cut import Cut
 from .decorations import Decorations
 from .head import LinearHead, Prediction, is_plain, linear_head
@@ -28,38 +29,31 @@ from .stock.anatomy import Anatomy
 from .stock.hooks import users_hooks
 from .stock.own_forward import own_columns
 from .training_loss import TrainingLoss
-from .weight_store import WeightStore
 
 
 class ModelParts(PreTrainedModel):
-    """The part of a parallel model that its forward, its stages and its methods are written for.
+    """What a parallel model's stages, methods and forward are written for. Made by `parallelize`.
 
     Attributes:
         mesh: where this rank stands.
         anatomy: names of the model's parts.
-        cut: what the stock model was when it was cut.
+        cut: what the stock model was when it was sharded.
         shard_specs: parameter name -> which part of the Hub tensor it is, for the parameters of this rank.
         hub_shapes: shape of every tensor of the Hub checkpoint, in model order.
         hub_owners: pipeline rank that holds (and writes) each of them.
         hub_layout: which tensors of the Hub's files they are.
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
-        stages: the pipeline stages of this rank, in model order.
         streams: seeds of dropout, or None if the model has none.
         mixture: losses over the routers and loads of the experts, or None for a dense model.
-        sharded: what owns weights and gradients while the model trains, of the trainer that took it last.
+        weights: the trainer's, while one owns them.
+        training_loss: how the loss is made while it trains.
+        decorations: what training has put on it.
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
         names_attention: whether the user named its attention, which is kept then.
-        attention: what stands for the stock attention while it trains, or None.
-        fp8: the FP8 copies of its weights, or None if it computes without.
-        switches: what the user has said about recomputation, while a training run goes by its arguments.
-        z_loss: coefficient of `log(Z)^2` in the loss of a training model, for each predicted token.
-        needs_logits: make whole logits while training, for whoever computes the loss from them; set by the trainer.
-        noise: what is added to embeddings in training steps, or None.
-        micro_batch: the one that a trainer runs now, where `makes_logits`.
-        vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not cut.
+        vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not sharded.
         vocab_start: id of the first of ours.
         head_is_cut: whether the tensor-parallel ranks share the vocabulary.
-        head_is_hooked: whether the user had hooked the head before the model was cut, which a stage without it forgets.
+        head_is_hooked: whether the user had hooked the head of the stock model, which a stage without it forgets.
     """
 
     mesh: ParallelMesh
@@ -116,11 +110,7 @@ class ModelParts(PreTrainedModel):
         return super().named_parameters(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained.
-
-        Raises:
-            ValueError: while the weights belong to a trainer, for another device or dtype than theirs.
-        """
+        """Under `to`, `half`, `cuda` and their like. A copy of sharded weights would part from what is trained."""
         if self.weights is None:
             self.executor.forget_layouts()
             return super()._apply(fn, recurse)
@@ -128,17 +118,13 @@ class ModelParts(PreTrainedModel):
         want = fn(have)
         if (want.dtype, want.device.type) != (have.dtype, have.device.type):
             raise ValueError(
-                f"a trainer owns the weights of this model, as {have.dtype} on {have.device.type}: they cannot go to "
-                f"{want.dtype} on {want.device.type}. Save the model and load it where you want it."
+                f"a trainer owns the weights of this model ({have.dtype} on {have.device.type}), so they cannot be "
+                f"moved to {want.dtype} on {want.device.type}. Save the model and load it there."
             )
         return self
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """As in any module. A module's attribute of that name may be something else (a router's weight, in fp32).
-
-        Raises:
-            AttributeError: if there is no such parameter.
-        """
+        """As in any module. A module's attribute of that name may be something else (a router's weight, in fp32)."""
         owner, _, leaf = target.rpartition(".")
         parameter = self.get_submodule(owner)._parameters.get(leaf)
         if parameter is None:

@@ -16,13 +16,7 @@ from .parts import ModelParts
 def check_prompts(model: ModelParts, args: tuple[Any, ...], kwargs: Mapping[str, Any], spans_replicas: bool) -> None:
     """Compare the prompts and settings that the ranks of a replica generate from. All of them together.
 
-    Args:
-        args, kwargs: of `generate`.
-        spans_replicas: whether ranks of other replicas take part, with prompts of their own.
-
-    Raises:
-        ValueError: on every rank that takes part, if ranks of one replica have different ones, or for an id that the
-            vocabulary does not have.
+    `spans_replicas`: ranks of other replicas take part, with prompts of their own.
     """
     told = {name: value for name, value in kwargs.items() if name != "streamer"}  # which one rank may have alone
     if args:
@@ -36,13 +30,10 @@ def check_prompts(model: ModelParts, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def refuse_foreign_ids(model: ModelParts, inputs: Mapping[str, Any]) -> None:
-    """Refuse ids that the model does not know; cut embeddings would take zeros for them.
+    """Refuse ids outside the vocabulary, for which a sharded embedding would return zeros.
 
-    On a device, where the host would have to wait for it, the device stops at them, as it does in a whole embedding.
-    One token a row, which generation has chosen itself, is not looked at there.
-
-    Raises:
-        ValueError: naming the id and the size of the vocabulary.
+    On a GPU the check is an assertion on the device. One token a row, which generation has chosen, is not checked
+    there.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor):
@@ -51,4 +42,6 @@ def refuse_foreign_ids(model: ModelParts, inputs: Mapping[str, Any]) -> None:
         if found := foreign_id(inputs, model.vocabulary):
             raise ValueError(f"{found}. {ADVICE}")
     elif model.mesh.tp_size > 1 and ids.shape[-1] > 1:
-        torch._assert_async(((ids >= 0) & (ids < model.vocabulary.inputs)).all(), "an id outside the vocabulary")
+        torch._assert_async(
+            ((ids >= 0) & (ids < model.vocabulary.inputs)).all(), "a token id is outside the vocabulary"
+        )

@@ -1,8 +1,6 @@
-"""A trial of code that is not transformers' own: the cut model must compute the loss of the whole one.
+"""A trial of code that is not transformers' own: the sharded model must compute the loss of the whole one.
 
-Nobody but its author knows what a block, or a hook, of the user's does with a partial sum, or a backbone with the
-embedding of a stage that has none. So one small batch goes through the whole model, and, once it is cut, through all
-ranks together.
+One small batch goes through the whole model, and, once it is sharded, through all ranks together.
 """
 
 from __future__ import annotations
@@ -32,22 +30,19 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the loss; what 16 b
 COARSE = 3e-3
 
 ADVICE = (
-    "Under tensor parallelism the outputs of attention and MLP are sums over the ranks, so nothing may be added to "
-    "them, or be done with them, inside; with sequence_parallel a decoder layer has a part of the tokens; a later "
-    "pipeline stage has neither the embedding nor earlier layers. Do it in the decoder layer, or leave such a block "
-    "whole with register_plan(<class of the block>, {'': None}), or use sequence_parallel=False, tp_size=1, pp_size=1. "
-    "A hook is given what its module has on this rank."
+    "Under tensor parallelism, attention and MLP blocks return partial sums, which are reduced over the ranks "
+    "afterwards, so nothing may be added to or computed from them inside the block; with sequence_parallel a decoder "
+    "layer sees a slice of the tokens; a later pipeline stage has neither the embedding nor earlier layers. Move the "
+    "code to the decoder layer, or replicate the block with register_plan(<class of the block>, {'': None}), or use "
+    "sequence_parallel=False, tp_size=1, pp_size=1. A hook gets the tensors of this rank."
 )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a whole model computes.
+    """What a whole model computes from `ids`, `[ROWS, S]`: its loss, the same on every rank.
 
-    Attributes:
-        classes: names of its classes that have code of their own, and of hooks inside its backbone.
-        ids: `[ROWS, S]`, on the device of the mesh.
-        loss: of the whole model, the same on every rank.
+    `classes`: names of its classes that have code of their own, and of hooks inside its backbone.
     """
 
     classes: tuple[str, ...]
@@ -56,12 +51,10 @@ class Trial:
 
 
 def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
-    """Run a whole model with weights; None where nothing is cut, or all of its code is transformers' own.
+    """Run a whole model with weights, on all ranks; None if it is not sharded, or if all of its code is transformers'
+    own.
 
-    All ranks together. The loss is that of rank 0, whose weights all of them will take.
-
-    Raises:
-        ValueError: if the model returns no loss. Whatever its own code raises.
+    The loss is that of rank 0, whose weights all ranks will take.
     """
     if mesh.tp_size * mesh.pp_size == 1 or why_not_causal(model) is not None:
         return None
@@ -91,11 +84,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
 
 
 def compare(model: ParallelModel, trial: Trial | None) -> None:
-    """Run the cut model on the batch of a `Trial`. All ranks together.
-
-    Raises:
-        ValueError: if it computes another loss.
-    """
+    """Run the cut model on the batch of a `Trial`. All ranks together."""
     if trial is None:
         return
     mesh, inputs = model.mesh, {"input_ids": trial.ids, "labels": trial.ids, "use_cache": False}
@@ -109,7 +98,9 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
             else:
                 loss = model.parallel_forward(gather_logits=False, **inputs).loss
     except Exception as error:  # whatever that code raises
-        raise ValueError(f"{code} fails when the model is cut ({type(error).__name__}: {error}). {ADVICE}") from error
+        raise ValueError(
+            f"{code} fails when the model is sharded ({type(error).__name__}: {error}). {ADVICE}"
+        ) from error
     if not has_dropout(model.config):  # or nothing was tried as it trains
         model.cut.tried_hooks = frozenset(inner_hooks(model, model.anatomy.backbone))
     model.__dict__.pop("linear_head", None)  # found anew, for what the trainer makes of the model
@@ -117,7 +108,7 @@ def compare(model: ParallelModel, trial: Trial | None) -> None:
     got, tolerance = float(loss), TOLERANCE.get(model.dtype, COARSE)
     if not abs(got - trial.loss) <= tolerance * abs(trial.loss):
         raise ValueError(
-            f"{code} computes a loss of {got:.6g} when the model is cut, and {trial.loss:.6g} in the whole model. "
+            f"{code} computes a loss of {got:.6g} when the model is sharded, and {trial.loss:.6g} when it is not. "
             + ADVICE
         )
 

@@ -1,9 +1,7 @@
 """Run one pipeline stage through the stock backbone forward, with taps in the place of absent layers.
 
-A stage calls the backbone that transformers wrote, with the batch's real `input_ids`. Layers of other stages are
-stand-ins: the one before the first local layer returns what was received from the previous stage, the one after the
-last local layer records what is to be sent. Masks, positions and rotary tables therefore come from the stock forward,
-and nothing the backbone does around its layers is applied twice.
+The layer before the first local one returns what was received, the one after the last records what is to be sent. So
+masks, positions and rotary tables come from the stock forward. See `docs/design/models.md`.
 """
 
 from __future__ import annotations
@@ -39,11 +37,7 @@ class StageEnd(Exception):
 
 
 class StageOutput(AbsentLayer):
-    """The stand-in after the last local layer: records what is to be sent.
-
-    Attributes:
-        ends: whether the forward is left here, by `StageEnd`.
-    """
+    """The stand-in after the last local layer: records what is to be sent. `ends`: the forward is left here."""
 
     recorded: Boundary
     ends = False
@@ -56,14 +50,7 @@ class StageOutput(AbsentLayer):
 
 
 class Stage:
-    """One stage of the model: a view that shares every parameter with `model` but holds only this stage's layers.
-
-    Args:
-        model: this rank's part of the model, whose absent layers are `AbsentLayer`s.
-        index: which stage, in model order.
-        layers: the decoder layers of this stage.
-        num_stages: stages in the whole model.
-    """
+    """One stage of the model: a view that shares every parameter with `model` but holds only this stage's layers."""
 
     def __init__(self, model: ModelParts, index: int, layers: range, num_stages: int) -> None:
         self.index, self.layers = index, layers
@@ -106,11 +93,8 @@ class Stage:
             put_stand_in(owner, leaf, stand_in(getattr(owner, leaf), self._model.dtype, self._model.mesh.device))
 
     def forward(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
-        """Compute what goes to the next stage, or the causal LM's output on the last stage.
-
-        Args:
-            inputs: keyword arguments of the stock `forward`; `labels` count on the last stage only.
-            received: what the previous stage sent (None on the first).
+        """What goes to the next stage, or the causal LM's output on the last one. `labels` count on the last stage
+        only.
         """
         output = self._compute(inputs, received)
         micro_batch = self._model.training_loss.micro_batch

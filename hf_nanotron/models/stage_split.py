@@ -21,28 +21,21 @@ def split_layers(
 ) -> tuple[range, ...]:
     """Contiguous layers for each stage, the costliest stage as cheap as possible.
 
-    Args:
-        layer_costs: cost of each decoder layer, any unit (matmul parameters here).
-        first_cost: what the first stage does besides (embedding), same unit.
-        last_cost: what the last stage does besides (head), same unit.
-        layers_per_stage: the user's own split instead.
-        last_cut: the layers from this one on share keys and values, and stay on one stage.
-
-    Raises:
-        ValueError: for more stages than layers, or a split that does not add up.
+    Costs are in one unit, any (here parameters of matmuls). `first_cost` and `last_cost` are for embedding and head.
+    Layers from `last_cut` on share keys and values, and stay on one stage.
     """
     num_layers = len(layer_costs)
     if last_cut is not None:
         if num_stages > last_cut + 1:
             raise ValueError(
                 f"{num_stages} pipeline stages (pp_size x pp_virtual_stages): layers {last_cut} to {num_layers - 1} "
-                "use the keys and values of each other and stay on one stage, so at most "
-                f"{last_cut + 1} stages work."
+                "share keys and values and must be on one stage, so use at most "
+                f"{last_cut + 1} stages."
             )
         if layers_per_stage is not None and num_layers - layers_per_stage[-1] > last_cut:
             raise ValueError(
-                f"pp_layers_per_stage={list(layers_per_stage)}: layers {last_cut} to {num_layers - 1} use the keys and "
-                f"values of each other; the last stage needs at least {num_layers - last_cut} layers."
+                f"pp_layers_per_stage={list(layers_per_stage)}: layers {last_cut} to {num_layers - 1} share keys and "
+                f"values, so the last stage needs at least {num_layers - last_cut} layers."
             )
         if layers_per_stage is None:
             joined = [*layer_costs[:last_cut], sum(layer_costs[last_cut:])]

@@ -18,9 +18,8 @@ Boundary = tuple[torch.Tensor | None, ...]  # hidden states, then what the layer
 class AbsentLayer(nn.Module):
     """Stands for a decoder layer of another stage: passes on what it gets.
 
-    It keeps the plain attributes that backbones read from their layers. It also keeps the length of the layer's
-    key-value cache, from which backbones derive positions and masks, unless `layer` is held by another stage of this
-    rank, which fills the cache itself.
+    It keeps the plain attributes that backbones read from their layers, and the length of the layer's key-value cache,
+    from which backbones derive positions and masks, unless another stage of this rank holds `layer`.
     """
 
     def __init__(self, layer: nn.Module, index: int) -> None:
@@ -58,7 +57,7 @@ class AbsentLayer(nn.Module):
 def lengthen(cache: Cache, index: int, hidden_states: torch.Tensor) -> None:
     """Let layer `index` of a cache be longer by the tokens of `hidden_states`, `[batch, tokens, ...]`.
 
-    A layer with a recurrent state alone has no length, and only the decoder layer itself looks at its state.
+    A layer with only a recurrent state has no length.
     """
     if index < len(cache.layers) and not isinstance(cache.layers[index], CacheLayerMixin):
         return
@@ -69,11 +68,7 @@ def lengthen(cache: Cache, index: int, hidden_states: torch.Tensor) -> None:
 
 
 class Absent(nn.Module):
-    """Stands for a module around the layers, whose result nobody reads on this stage: returns what it gets.
-
-    Attributes:
-        shape: of the weight that the stage has which holds the module.
-    """
+    """Stands for a module around the layers: returns what it gets. `shape` is that of the weight on its own stage."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()) -> None:
         super().__init__()

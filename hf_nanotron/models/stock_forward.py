@@ -18,11 +18,10 @@ from .parts import ModelParts
 def stock_forward(
     model: ModelParts, view: PreTrainedModel, loss_weight: torch.Tensor | None = None, **inputs: Any
 ) -> CausalLMOutputWithPast:
-    """The forward that transformers (or the user) wrote, over `view`; logits are this rank's slice, or None where
-    the loss of a training model is fused with the head, or whole where `makes_logits`.
+    """The forward that transformers (or the user) wrote, over `view`.
 
-    Args:
-        loss_weight: what the plain loss is multiplied by.
+    `logits` are whole where `makes_logits`, None where the loss is fused with the head, else this rank's slice.
+    `loss_weight` multiplies the plain loss.
     """
     has_labels, makes_logits = inputs.get("labels") is not None, model.makes_logits
     inputs = accepted(model.stock_class.forward, {**inputs, "return_dict": True})
@@ -66,12 +65,12 @@ def stock_forward(
         output = as_output(model.stock_class.forward(view, **inputs), has_labels)
     if output.logits.scale != scale:
         raise ValueError(
-            f"logits were multiplied by {output.logits.scale}, and by {scale} when the model was tried: its config "
-            "has changed since. Make the model anew."
+            f"logits were multiplied by {output.logits.scale}, but by {scale} when the model was checked: its config "
+            "has changed since. Create the model again."
         )
     if output.loss is not output.logits.loss or output.loss._version:
         raise ValueError(
-            f"the forward of {model.stock_class.__name__} has changed its loss, which it did not when the model was "
-            "tried; set model.plain_forward = False, and it is handed whole logits."
+            f"the forward of {model.stock_class.__name__} changed its loss, which it did not when the model was "
+            "checked; set model.plain_forward = False, so that it gets full logits."
         )
     return type(output)(**{name: value for name, value in output.items() if name != "logits"})

@@ -38,11 +38,7 @@ WITHOUT_SIZE = ("experts", "qkv", "heads", "norm", "unit_norm", "identity")
 
 
 def tensor_specs(anatomy: Anatomy, mesh: ParallelMesh, plan: Plan) -> dict[str, ShardSpec]:
-    """A `ShardSpec` for every parameter of the whole model, keyed by its name. Changes nothing.
-
-    Raises:
-        ValueError: if heads, vocabulary, experts or features cannot be cut over the ranks.
-    """
+    """A `ShardSpec` for every parameter of the whole model, keyed by its name. Changes nothing."""
     model, tp_size = anatomy.model, mesh.tp_size
     summed = tuple(name + "." for name in (*plan.regions, *plan.spread))
     whole = tuple(name + "." for name in plan.whole)
@@ -77,7 +73,7 @@ def _experts_spec(model: nn.Module, mesh: ParallelMesh, name: str, shape: tuple[
         works = [n for n in range(1, experts + 1) if experts % n == 0]
         raise ValueError(
             f"ep_size={mesh.ep_size} does not divide the {experts} experts of {name!r} (shape {list(shape)}); "
-            f"ep_size works as one of {works}."
+            f"ep_size must be one of {works}."
         )
     return ShardSpec(name, shape, 0, even_parts(experts, mesh.ep_size), mesh.coordinates.ep, axis="ep")
 
@@ -108,7 +104,7 @@ def _parts(
             multiple = "" if _is_fused(plan) else " or be a multiple of them"
             fused = " (queries, keys and values are one weight)" if _is_fused(plan) else ""
             raise ValueError(
-                f"tp_size={tp_size} cannot cut {query} attention heads and {key} key-value heads{fused}: it must "
+                f"tp_size={tp_size} cannot shard {query} attention heads and {key} key-value heads{fused}: it must "
                 f"divide the attention heads, and divide the key-value heads{multiple}; {_works(model, plan)}"
             )
         if style == "qkv":
@@ -119,7 +115,7 @@ def _parts(
         return head_parts(count, size // count, tp_size)
     if style == "vocabulary":
         if size < tp_size:
-            raise ValueError(f"tp_size={tp_size} is more than the vocabulary of {size}; {_works(model, plan)}")
+            raise ValueError(f"tp_size={tp_size} is larger than the vocabulary of {size}; {_works(model, plan)}")
         return vocabulary_parts(size, tp_size)
     packed = 2 if style.startswith("packed") else 1
     if size % (packed * tp_size):
@@ -188,7 +184,7 @@ def _works(model: PreTrainedModel, plan: Plan) -> str:
         for n in range(1, min(most, vocabulary) + 1)
         if all(_heads_fit(*count, n, plan) for count in counts if count) and not any(size % n for size in cuts)
     ]
-    return f"tp_size works as one of {works}."
+    return f"tp_size must be one of {works}."
 
 
 def _get(model: nn.Module, name: str) -> Any:
@@ -199,11 +195,7 @@ def _get(model: nn.Module, name: str) -> Any:
 def swap_layers(
     model: PreTrainedModel, mesh: ParallelMesh, plan: Plan, specs: dict[str, ShardSpec], absent: tuple[type, ...]
 ) -> None:
-    """Let every module of `plan` that `model` still holds have this rank's part of its weights.
-
-    Args:
-        absent: classes of stand-ins for modules of other stages.
-    """
+    """Let every module of `plan` that is no stand-in (`absent`) have this rank's part of its weights."""
     for region in plan.regions:
         block = _present(model, region, absent)
         if block is not None:
@@ -283,7 +275,7 @@ def _become_parallel(name: str, module: nn.Module, style: str, specs: dict[str, 
         if style == "rowwise":
             cast(RowParallelLinear, module).adds_bias = mesh.tp_rank == 0
     else:
-        raise ValueError(f"{name!r} is a {type(module).__name__}, which {style!r} cannot cut; use tp_size=1.")
+        raise ValueError(f"{name!r} is a {type(module).__name__}, which cannot be sharded as {style!r}; use tp_size=1.")
 
 
 def _localise(model: PreTrainedModel, block: nn.Module, tp_size: int) -> None:

@@ -17,13 +17,12 @@ class MicroBatch:
 
     Attributes:
         share: what its loss is multiplied by.
-        counts: False for one that only keeps this rank in step with others: its loss is zero, whatever computes it.
-        loss: what computes the loss from `(outputs, labels, items)` on the last stage; the model itself if None.
-        labels: for `loss`; the model is called without them.
-        items: for `loss`: the predicted tokens of the step.
-        filled: id of a tensor -> the same, filled up to a length that sequence parallelism can cut.
-        by_caller: whoever calls the model computes the loss, so the stage leaves it alone.
-        logits: those that the head made, whole.
+        counts: False for one that only keeps this rank in step with others, and whose loss is zero.
+        loss: `(outputs, labels, items)` -> loss, on the last stage; the model's own if None.
+        items: the predicted tokens of the step.
+        filled: id of a tensor -> the same, padded to a length that sequence parallelism can split.
+        by_caller: whoever calls the model computes the loss.
+        logits: whole ones that the head made.
     """
 
     share: float | torch.Tensor = 1.0
@@ -47,21 +46,17 @@ class MicroBatch:
         output.loss, self.logits = self.weigh(loss), None
 
     def weigh(self, loss: Any) -> torch.Tensor:
-        """What is differentiated for `loss`.
-
-        Raises:
-            ValueError: for a loss that is no scalar, or that depends on no weight.
-        """
+        """What is differentiated for `loss`."""
         if not self.counts:
             assert self.logits is not None
             return self.logits.float().sum() * 0.0
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(f"a loss is a tensor of one element, but the loss of this micro-batch is {what}.")
+            raise ValueError(f"the loss must be a tensor with one element, but the loss of this micro-batch is {what}.")
         if not loss.requires_grad:
             raise ValueError(
                 "the loss of this micro-batch has no gradient: it does not depend on the logits, or was computed from "
-                "a detached copy of them, so it would train nothing."
+                "a detached copy of them."
             )
         return loss.reshape(()) * self.share
 

@@ -17,11 +17,11 @@ from .base import ParallelModel
 
 Wrapped = (DataParallel, DistributedDataParallel)
 MERGE = "merge the adapters (model = model.merge_and_unload()) and set model.requires_grad_(True)"
-PLAIN = "hand over the plain model, loaded in 32 or 16 bits (without quantization_config)"
+PLAIN = "pass the plain model, loaded in 32 or 16 bits (without quantization_config)"
 
 # Attribute of a model or of its config -> what to do about it.
 QUIRKS: dict[str, str] = {
-    "peft_config": f"it has adapters; {MERGE}, then hand it over",
+    "peft_config": f"it has adapters; {MERGE} before you pass it",
     "hf_quantizer": f"it is quantised; {PLAIN}. If it has adapters, {MERGE}",
     "quantization_config": f"it is quantised; {PLAIN}. If it has adapters, {MERGE}",
 }
@@ -31,9 +31,6 @@ def unwrap(model: Any) -> Any:
     """`model` without `torch.compile`, `DistributedDataParallel`, `DataParallel` and what accelerate has put on.
 
     Compiled children and `forward`s set on instances by those tools are taken off too, in place.
-
-    Raises:
-        ValueError: for a model that is quantised, has adapters, or is divided by another tool.
     """
     model = _innermost(model)
     if isinstance(model, FullyShardedDataParallel):
@@ -41,7 +38,7 @@ def unwrap(model: Any) -> Any:
     for owner in (model, getattr(model, "config", None)):
         for quirk, advice in QUIRKS.items():
             if getattr(owner, quirk, None) is not None:
-                raise ValueError(f"a model with {quirk} cannot be cut: {advice}.")
+                raise ValueError(f"a model with {quirk} cannot be sharded: {advice}.")
     if isinstance(model, ParallelModel) or not isinstance(model, PreTrainedModel):
         return model
     if _has_hooks_of_accelerate(model):
@@ -62,16 +59,12 @@ def unwrap(model: Any) -> Any:
 
 
 def refuse_meta(model: nn.Module) -> None:
-    """Refuse weights that do not exist.
-
-    Raises:
-        ValueError: naming the first.
-    """
+    """Refuse weights that do not exist."""
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if empty:
         raise ValueError(
             f"{empty[0]!r} ({len(empty)} parameters) is on the meta device, without values: make the model with "
-            "hf_nanotron.AutoModelForCausalLM.from_config or from_pretrained, or hand over one with weights."
+            "hf_nanotron.AutoModelForCausalLM.from_config or from_pretrained, or pass a model with weights."
         )
 
 
@@ -97,9 +90,7 @@ def _with_new_parameters(model: nn.Module) -> nn.Module:
 
 
 def _divided(name: str, by: str) -> str:
-    return (
-        f"{name or 'the model'!r} is divided already, as {by}: hand over the plain model; NanotronTrainer divides it."
-    )
+    return f"{name or 'the model'!r} is already sharded, as {by}: pass the plain model; NanotronTrainer shards it."
 
 
 def _has_hooks_of_accelerate(model: nn.Module) -> bool:
@@ -122,11 +113,7 @@ def _restore_forward(module: nn.Module) -> None:
 
 
 def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The class of `model`; of one whose `forward` was replaced on the instance, a subclass that has it.
-
-    Raises:
-        ValueError: for a function that is no method of `model`, which could not be called for a stage of it.
-    """
+    """The class of `model`; of one whose `forward` was replaced on the instance, a subclass that has it."""
     stock, forward = type(model), model.__dict__.pop("forward", None)
     if forward is None:
         return stock
@@ -134,7 +121,7 @@ def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
         isinstance(forward, MethodType) and forward.__self__ is model and isinstance(forward.__func__, FunctionType)
     ):
         raise ValueError(
-            f"model.forward was replaced by {forward!r}: a stage of the model cannot be called with it. Define "
+            f"model.forward was replaced by {forward!r}: pipeline stages cannot call it. Define "
             f"`forward` in a subclass of {stock.__name__}, or bind it: model.forward = types.MethodType(f, model)."
         )
     namespace = {"forward": forward.__func__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}

@@ -79,12 +79,9 @@ def head_dims(config: Any) -> tuple[int, int]:
 def active_weights(name: str, shape: tuple[int, ...], config: Any) -> float:
     """Elements of a decoder layer's tensor that multiply one token; the mean over tokens for routed experts.
 
-    Of E routed experts, of which a token goes to k, k/E counts: of a stack `[E, a, b]` and of the matrix of one expert
-    alike. Routers, shared experts and whatever else is a matrix count whole; biases, norms, convolutions and the decay
-    rates of a recurrence do not.
-
-    Args:
-        config: of the text model.
+    Of E routed experts of which k are chosen per token, k/E counts, of a stack `[E, a, b]` as of the matrix of one
+    expert. Routers, shared experts and other matrices count whole; biases, norms, convolutions and the decay rates of a
+    recurrence do not. `config` is that of the text model.
     """
     if not IN_LAYERS.search(name) or name.endswith(NOT_MULTIPLIED):
         return 0.0
@@ -103,14 +100,11 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     """Forward and backward FLOPs of one token of a decoder, causal attention counted once.
 
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
-    + 3 * sum over layers of heads * (query dim + value dim) * sequence`. The embedding look-up and the recomputation of
-    activations are not counted (model FLOPs, Chowdhery et al. 2022, arXiv:2204.02311). Every layer counts as full
-    causal attention, and none does if the config has no attention heads. Of recurrences (Mamba) the projections are
-    counted, and the scan is not.
+    + 3 * sum over layers of heads * (query dim + value dim) * sequence`.
 
-    Args:
-        shapes: name -> shape of every tensor of the model.
-        sequence_length: tokens in a sample.
+    Embedding look-up and activation recomputation are not counted (model FLOPs, Chowdhery et al. 2022,
+    arXiv:2204.02311). Every layer counts as full causal attention, and none if the config has no attention heads; of
+    recurrences (Mamba) the projections count, the scan does not.
     """
     text = config.get_text_config()
     layers = sum(active_weights(name, shape, text) for name, shape in shapes.items())

@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 
 class FreezeGarbage(TrainerCallback):
-    """After the first step, what exists (model, graphs, optimizer) is taken out of what the collector looks at.
+    """After the first step, exclude existing objects (model, graphs, optimizer) from garbage collection.
 
-    A collection of millions of objects would hold one rank up for tenths of a second, and all others with it. Whoever
-    trains takes it back (`gc.unfreeze`), also after a failure: what is frozen is never freed.
+    A collection of millions of objects would stall one rank for tenths of a second, and with it all others. The
+    training loop undoes it (`gc.unfreeze`), also after a failure: frozen objects are never freed.
     """
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -38,9 +38,9 @@ class MemoryReport:
     Args:
         parameters: what the model computes with (the fp32 shards themselves at stage 3).
         gradients: fp32, as kept over a step.
-        masters: fp32 weights beside the parameters; zero where the parameters are fp32 themselves.
+        masters: fp32 weights in addition to the parameters; zero where the parameters are fp32.
         moments: optimizer state.
-        activations: an estimate of what a step keeps for its backwards at the most; see `activation_bytes`.
+        activations: an estimate of the maximum that a step keeps for its backwards; see `activation_bytes`.
     """
 
     parameters: int
@@ -86,21 +86,19 @@ def activation_bytes(
     """Estimate of what one rank keeps for backward, of a decoder run layer by layer with fused attention.
 
     Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
-    values and output (once more as the input of the output projection), the MLP its input and what `_mlp_elements`
-    says. The last stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are
-    one, the gradient of the head's input and the logits of one chunk of tokens. A layer that recomputes keeps its
-    input, and one layer at a time the rest; with `selective`, what `_selective_bytes` says. A weight gradient that is
-    put off keeps what was computed anew for it. All layers of a model with experts count as such, and experts as
-    evenly loaded; all layers count as the one with the widest attention. A recurrence (Mamba) counts as an MLP;
-    what its scan keeps is not counted.
+    values and output (again as the input of the output projection), the MLP its input and `_mlp_elements`. The last
+    stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are one, the gradient
+    of the head's input and the logits of one chunk of tokens. A layer that recomputes keeps its input, and one layer at
+    a time the rest; with `selective`, `_selective_bytes`. A deferred weight gradient keeps what was recomputed for it.
+    All layers of a model with experts count as such, with an even load, and as the one with the widest attention. A
+    recurrence (Mamba) counts as an MLP, without what its scan keeps.
 
     Args:
-        config: of the model.
         tokens: of one micro-batch.
         micro_batches: of a step.
         item: bytes of an element of the compute dtype.
-        recomputed: the share of the layers that recompute their activations, from 0 to 1.
-        selective: they keep products and attention (`prepare/recompute.py`).
+        recomputed: fraction of the layers that recompute their activations.
+        selective: they keep matmuls and attention (`prepare/recompute.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
         whole_logits: whether the slices of the vocabulary are joined for the loss (`models/logits.py`).
     """
@@ -134,11 +132,11 @@ def activation_bytes(
 
 
 def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
-    """Of one token in one layer that keeps products and attention.
+    """Bytes per token of one layer that keeps matmuls and attention.
 
-    Queries, keys, values and the output of the attention once, gate and up. A layer that recomputes whole keeps its
-    input and the outputs of its two blocks besides (the last of them only where it is not compiled); one that
-    recomputes block by block (with tensor parallelism or experts) the inputs of norms and blocks, and their outputs.
+    Queries, keys, values and the output of the attention once, gate and up. A layer recomputed as a whole also keeps
+    its input and the outputs of its two blocks (the last only if not compiled); one recomputed block by block (with
+    tensor parallelism or experts) the inputs of norms and blocks, and their outputs.
     """
     tp, hidden, top_k = parallel.tp_size, config.hidden_size, first_of(config, TOP_K) or 0
     _, value_dim = head_dims(config)
@@ -161,11 +159,11 @@ def _attention_elements(config: Any) -> int:
 
 
 def _mlp_elements(config: Any, selective: bool = False) -> int:
-    """Elements of the inner size that an MLP keeps of one token.
+    """Elements of the inner size that an MLP keeps per token.
 
-    Four tensors: gate, up, the activated gate and the product; the first two if the others are recomputed. Of routed
-    experts three for each expert of the token, since the activation is recomputed (`ops/gated.py`), or two. What has
-    the outer size is counted by the caller: the rows that experts read and write.
+    Four tensors: gate, up, the activated gate and the product; the first two if the others are recomputed. Routed
+    experts: three per expert of the token, since the activation is recomputed (`ops/gated.py`), or two. The caller
+    counts what has the outer size: the rows that experts read and write.
     """
     inner = first_of(config, ("intermediate_size",)) or 4 * config.hidden_size
     top_k = first_of(config, TOP_K)

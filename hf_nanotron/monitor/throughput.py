@@ -19,11 +19,6 @@ class Throughput(TrainerCallback):
     """Measures whole optimizer steps, from the end of one to the end of the next, without evaluations and saves.
 
     On CUDA the times come from device events, read only when a line is logged, so that no step waits for the host.
-
-    Args:
-        mesh: the ranks of the job.
-        shapes: name -> shape of every tensor of the model.
-        config: of the model.
     """
 
     def __init__(self, mesh: ParallelMesh, shapes: dict[str, tuple[int, ...]], config: Any) -> None:

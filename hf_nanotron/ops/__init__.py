@@ -1,1 +1,1 @@
-"""GPU kernels over plain tensors. They know nothing of distribution."""
+"""Operators over plain tensors, on any device. They import nothing but `kernels`, and know nothing of distribution."""

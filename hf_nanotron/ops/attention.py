@@ -1,9 +1,9 @@
-"""Causal attention that is one operator for a compiler, whichever kernel computes it.
+"""Causal attention as one operator for a compiler, whichever kernel computes it.
 
 Layouts are those of flash attention (Dao, 2023): queries `[B, S, heads, D]`, keys and values `[B, S, kv_heads, D]`,
-where `kv_heads` divides `heads` and nothing is repeated. A token sees itself and what comes before it in its row, or in
-its *document*: rows may be packed with several. Their bounds `[documents + 1]` count the tokens of all rows, as the
-`cu_seqlens` of variable-length kernels do, so no document goes over the end of a row.
+where `kv_heads` divides `heads`. A token sees itself and earlier tokens of its row, or of its document in a packed row.
+Bounds of documents, `[documents + 1]`, count the tokens of all rows, as `cu_seqlens` do; no document crosses the end of
+a row.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels.attention import KERNELS, Gradients, Problem
+from .kernels.attention import KERNELS, Gradients, Problem, Saved
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Case(NamedTuple):
-    """What decides which kernel runs. None of it differs between the micro-batches of a run.
-
-    Attributes:
-        on_cuda: whether the tensors are on a GPU.
-        dtype: of queries, keys and values.
-        head_dim: of queries and keys; values may have fewer, and are filled up.
-        packed: whether there are bounds of documents.
-        window: tokens that a token sees, itself included; None for all before it.
+    """What decides which kernel runs; the same for all micro-batches of a run. Values may have fewer features than
+    `head_dim`. A token sees `window` tokens including itself, or all before it.
     """
 
     on_cuda: bool
@@ -37,11 +31,11 @@ class Case(NamedTuple):
 
 
 def pick(kernels: tuple[str, ...], case: Case) -> str | None:
-    """The first of `kernels`, names in `KERNELS`, that takes `case`; None where torch's own operator is as fast.
+    """The first of `kernels`, names in `KERNELS`, that supports `case`; None where torch's own operator is as fast.
 
-    The order is by measurement, forward and backward in TFLOP/s, H100, bf16: whole rows, FlashAttention-4 442 and 567
-    for heads of 64 and 128, cuDNN (what torch's operator runs) 384 and 525; documents of 1,024 tokens, 292 and 195 for
-    FlashAttention-4 and for torch's variable-length kernel, heads of 128.
+    Measured on an H100 in bf16, forward and backward: whole rows, FlashAttention-4 442 and 567 TFLOP/s for heads of 64
+    and 128, cuDNN (torch's operator) 384 and 525; documents of 1,024 tokens with heads of 128, FlashAttention-4 292,
+    torch's variable-length kernel 195.
     """
     halves = case.on_cuda and case.dtype in HALF
     if "fa4" in kernels and halves and case.head_dim in (64, 96, 128):
@@ -63,16 +57,12 @@ def attention(
     bounds: torch.Tensor | None = None,
     longest: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention by one of `KERNELS`.
+    """Causal attention by one of `KERNELS`; returns `[B, S, heads, D of value]`, contiguous.
 
     Args:
         query, key, value: `[B, S, heads, D]`, `[B, S, kv_heads, D]` and `[B, S, kv_heads, D or less]`.
-        kernel: its name in `KERNELS`, as from `pick`.
         scale, window, bounds: as in `Problem`.
-        longest: tokens of the longest document, on the host. A number would have every packing compiled anew.
-
-    Returns:
-        `[B, S, heads, D of value]`, contiguous.
+        longest: tokens of the longest document, a tensor on the host: a number would recompile for every packing.
     """
     missing = query.shape[-1] - value.shape[-1]
     filled = F.pad(value, (0, missing)) if missing else value
@@ -80,7 +70,7 @@ def attention(
     return output[..., : value.shape[-1]].contiguous() if missing else output
 
 
-# ---- the operator ----
+# ---- the operator. The schemas are its signatures: one inferred from types would make the window symbolic ----
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? longest, float scale, int? window, str kernel)"
@@ -104,32 +94,16 @@ def _problem(
 
 
 @torch.library.custom_op("hf_nanotron::attention", mutates_args=(), schema=SCHEMA)
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, bounds, longest, scale, window, kernel = inputs
     problem = _problem(query, bounds, longest, scale, window)
     output, sums = KERNELS[kernel].forward(_rows_of(query), _rows_of(key), _rows_of(value), problem)
     return output.contiguous(), sums.contiguous()
 
 
 @_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, _, value, bounds, *_, kernel = inputs
     batch, length, heads = query.shape[:3]
     rows = KERNELS[kernel].dense and bounds is None
     sums = (batch, heads, length) if rows else (heads, batch * length)
@@ -138,39 +112,15 @@ def _(
 
 
 @torch.library.custom_op("hf_nanotron::attention_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def _attention_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> Gradients:
+def _attention_backward(*inputs: Any) -> Gradients:
+    grad, query, key, value, output, sums, bounds, longest, scale, window, kernel = inputs
     problem = _problem(query, bounds, longest, scale, window)
-    tensors = [_rows_of(x) for x in (grad, query, key, value)]
-    dq, dk, dv = KERNELS[kernel].backward(*tensors, output, sums, problem)
-    return dq, dk, dv
+    saved = Saved(_rows_of(query), _rows_of(key), _rows_of(value), output, sums)
+    return KERNELS[kernel].backward(_rows_of(grad), saved, problem)
 
 
 @_attention_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    bounds: torch.Tensor | None,
-    longest: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    kernel: str,
-) -> Gradients:
+def _(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Gradients:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -14,7 +14,7 @@ try:
 except ImportError:  # without CUDA nothing of it is needed
     triton = None
 
-IGNORED = -100  # a target that predicts nothing: its logits are not read, its gradient is zero
+IGNORE_INDEX = -100  # a target that predicts nothing: its logits are not read, its gradient is zero
 ABSENT = -1  # a target in another rank's slice of the vocabulary
 BLOCK = 4096  # logits that a program reads at a time
 WARPS = 8
@@ -23,15 +23,10 @@ WARPS = 8
 def token_statistics(
     logits: torch.Tensor, target: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the loss of each token needs of `scale * logits`. One read.
+    """Maximum of `scale * logits`, sum of `exp(x - maximum)`, and the target's logit (0 if absent). One read.
 
-    Args:
-        logits: `[T, V]`, each row contiguous.
-        target: `[T]` int64, a column of `logits`, `ABSENT` or `IGNORED`.
-
-    Returns:
-        The maximum, the sum of `exp(x - maximum)`, and the target's logit (0 if absent), each `[T]` in fp32 (fp64).
-        Ignored tokens have 0, 1 and 0.
+    `logits` are `[T, V]` with contiguous rows; `target` is `[T]` int64, a column, `ABSENT` or `IGNORE_INDEX`. Each
+    result is `[T]` in fp32 (fp64); ignored tokens have 0, 1 and 0.
     """
     if _has_kernel(logits):
         maximum, total, chosen = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device)
@@ -42,7 +37,7 @@ def token_statistics(
                 )
         return maximum, total, chosen
     values = _exact(logits) * scale
-    ignored, present = target == IGNORED, target >= 0
+    ignored, present = target == IGNORE_INDEX, target >= 0
     maximum = values.amax(-1).masked_fill_(ignored, 0.0)
     chosen = values.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill_(~present, 0.0)
     total = values.sub_(maximum.unsqueeze(-1)).exp_().sum(-1).masked_fill_(ignored, 1.0)
@@ -57,14 +52,10 @@ def write_gradient(
     weight: torch.Tensor,
     scale: float = 1.0,
 ) -> None:
-    """Overwrite `logits` with `factor * exp(scale * logits - maximum)`, less `weight` at the target.
+    """Overwrite `logits` with `factor * exp(scale * logits - maximum)`, less `weight` at the target. One read, one
+    write.
 
-    One read, one write.
-
-    Args:
-        logits: `[T, V]`, each row contiguous.
-        target: as in `token_statistics`; the rows of ignored tokens become zero.
-        maximum, factor, weight: `[T]` in fp32 (fp64).
+    `maximum`, `factor` and `weight` are `[T]` in fp32 (fp64); rows of ignored tokens become zero.
     """
     if _has_kernel(logits):
         if logits.numel():
@@ -76,7 +67,7 @@ def write_gradient(
     gradient = (_exact(logits) * scale).sub_(maximum.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1))
     at_target = -weight.masked_fill(target < 0, 0.0)
     gradient.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), at_target.unsqueeze(-1))
-    logits.copy_(gradient.masked_fill_((target == IGNORED).unsqueeze(-1), 0.0))
+    logits.copy_(gradient.masked_fill_((target == IGNORE_INDEX).unsqueeze(-1), 0.0))
 
 
 def _exact(logits: torch.Tensor) -> torch.Tensor:

@@ -18,14 +18,10 @@ class RowGradient(Protocol):
 
 
 def add_rows(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
-    """`total[ids] += rows`, in an order that does not change from run to run (on CUDA, ids are sorted first).
+    """`total[ids] += rows`, deterministic (on CUDA, ids are sorted first).
 
-    torch's own addition to rows takes a microsecond for each repetition of an id, which padding makes thousands of.
-
-    Args:
-        total: `[vocabulary, width]`, fp32.
-        ids: `[tokens]`.
-        rows: `[tokens, width]`.
+    `total` is `[vocabulary, width]` in fp32, `ids` `[tokens]`, `rows` `[tokens, width]`. torch's own scatter-add takes
+    a microsecond per repeated id, and padding repeats one thousands of times.
     """
     if total.is_cuda and total.is_contiguous():
         from .kernels.embedding import add_rows as add_rows_on_gpu  # needs Triton, which CPU builds of torch lack

@@ -1,13 +1,12 @@
-"""FP8 numbers: scales, operands in both orders, and products of them (Micikevicius et al. 2022, arXiv:2209.05433).
+"""FP8: scales, operands in both orders, and their products (Micikevicius et al. 2022, arXiv:2209.05433).
 
-A matrix becomes e4m3 numbers times a scale: one of the whole matrix ("tensorwise"), or one of each row and, in the
-transposed copy, one of each column ("rowwise"). Scales are those of the numbers at hand, so nothing is remembered from
-step to step. Gradients are e4m3 too: with a scale of their own it reaches 15 bits below the largest of them at its full
-precision, and rounds half as coarsely as e5m2.
+A matrix becomes e4m3 values times a scale: one for the whole matrix ("tensorwise"), or one per row and, in the
+transposed copy, per column ("rowwise"). Scales are computed from the current values, so there is no state between
+steps. Gradients are e4m3 too: with a scale of their own it covers 15 bits below the largest value at full precision,
+and rounds half as coarsely as e5m2.
 
-The products of Hopper's tensor cores read both operands along the summed dimension, so what is a factor of two products
-is needed in both orders. One kernel makes them in one pass. On other devices than CUDA the same numbers are multiplied
-in fp32.
+Hopper's tensor cores read both operands along the summed dimension, so a factor of two products is needed in both
+orders; one kernel makes both in one pass. Devices other than CUDA multiply the same values in fp32.
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ SMALLEST_SCALE = 2.0**-100
 
 
 class Operands(NamedTuple):
-    """A matrix `[tokens, width]` in FP8, in both orders.
+    """A matrix `[tokens, width]` in FP8, in both orders, with the fp32 scales to multiply by.
 
     Args:
-        rows: `[tokens, width]`.
-        columns: `[width, tokens]`, the tokens filled up with zeros to a multiple of `ALIGNMENT`.
-        row_scale: fp32, of the whole matrix (`[]`) or of each row (`[tokens]`): what `rows` is to be multiplied by.
-        column_scale: `[]` or `[width]`, for `columns`.
+        rows: `[tokens, width]`, with `row_scale` `[]` or `[tokens]`.
+        columns: `[width, tokens]`, tokens padded with zeros to a multiple of `ALIGNMENT`, with `column_scale` `[]` or
+            `[width]`.
     """
 
     rows: torch.Tensor
@@ -48,10 +46,10 @@ def aligned(size: int) -> int:
 
 
 def scales(x: torch.Tensor, recipe: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales of the rows and of the columns of `x` (`[tokens, width]`), twice the same one if tensorwise.
+    """Scales of the rows and of the columns of `x` (`[tokens, width]`); the same one twice if tensorwise.
 
-    Plain operations, so that a compiler computes the largest number of a row where it computes the row. What is not
-    finite makes a scale that is not, and by it every product.
+    Plain operations, so that a compiler fuses the maximum of a row with what computes the row. A value that is not
+    finite makes a scale that is not, and thereby every product.
     """
     sizes = x.detach().abs()
     of_rows = sizes.amax(-1)
@@ -78,11 +76,8 @@ def _scale(largest: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows` and `columns` of `Operands`, from one reading of `x`.
-
-    Args:
-        x: `[tokens, width]`.
-        row_scale, column_scale: as `scales` returns them.
+    """`rows` and `columns` of `Operands` from one read of `x` (`[tokens, width]`), with scales as `scales` returns
+    them.
     """
     tokens, width = x.shape
     if not x.is_cuda:
@@ -131,9 +126,9 @@ def product(
     dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`left @ right.T + bias`, of `[a, n]` and `[b, n]` FP8 numbers and their scales, in `dtype` (bf16 on CUDA).
+    """`left @ right.T + bias`, of `[a, n]` and `[b, n]` FP8 values and their scales, in `dtype` (bf16 on CUDA).
 
-    Tensor cores add up with fewer bits than fp32 has; rounding to bf16 hides it in sums as short as a layer is wide.
+    Tensor cores accumulate with fewer bits than fp32; for sums as short as a layer is wide, rounding to bf16 hides it.
     """
     if left.is_cuda:
         left_scale, right_scale = _as_columns(left_scale, right_scale)
@@ -159,15 +154,10 @@ def add_scaled_product(
     input_scale: torch.Tensor,
     overwrite: bool,
 ) -> None:
-    """`total += grad_output @ input.T`, of FP8 numbers and their scales, summed up in fp32.
+    """`total += grad_output @ input.T`, of FP8 values and their scales, accumulated in fp32.
 
-    Args:
-        total: `[out, in]`, fp32.
-        grad_output: `[out, tokens]`: `columns` of the `Operands` of the output's gradient.
-        input: `[in, tokens]`: `columns` of those of the input.
-        grad_scale: `[]` or `[out]`.
-        input_scale: `[]` or `[in]`.
-        overwrite: `total` is taken as zero, whatever it holds.
+    `total` is `[out, in]` in fp32; `overwrite` takes it as zero. `grad_output` (`[out, tokens]`, scale `[]` or `[out]`)
+    and `input` (`[in, tokens]`, scale `[]` or `[in]`) are the `columns` of their `Operands`.
     """
     by_row = grad_scale.dim() > 0
     if not total.is_cuda:

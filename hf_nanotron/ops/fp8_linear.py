@@ -1,8 +1,8 @@
-"""A linear layer whose three products are in FP8, with fp32 weight gradients as those of `linear.py`.
+"""A linear layer whose three matmuls are in FP8, with fp32 weight gradients as in `linear.py`.
 
-Everything between the operators is plain and is traced with the block around it: what finds scales runs inside the
-kernels that make the numbers, and layers that read one input (queries, keys and values) share its FP8 copy, because a
-compiler computes the same thing once. For the backward only the transposed FP8 input is kept, half of what bf16 keeps.
+Everything between the operators is traced with the block around it: scales are computed inside the kernels that produce
+the values, and layers with the same input (queries, keys and values) share its FP8 copy by common subexpression
+elimination. The backward keeps only the transposed FP8 input, half of what bf16 keeps.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ScaledWeightGradient(WeightGradient, Protocol):
 
 
 class WeightCopies:
-    """How long FP8 copies of weights are good for: one object for all layers of a model.
+    """The lifetime of FP8 copies of weights, shared by all layers of a model.
 
-    Weights change between optimizer steps alone. Within one, a copy is made when it is needed first (by then weights on
-    their way from other ranks have come) and serves all micro-batches. Outside of one, copies are made anew each time.
-    1 byte a weight stays allocated: the transposed copy, which only a backward needs, is made by each.
+    Weights change only between optimizer steps. Within a step, a copy is made on first use (by then gathered weights
+    have arrived) and serves all micro-batches; outside of a step, each use makes its own. 1 byte per weight stays
+    allocated; the transposed copy is made by each backward that needs it.
     """
 
     def __init__(self, recipe: str) -> None:
@@ -97,11 +97,7 @@ def _weight(key: torch.Tensor) -> Fp8Weight:
     return _weights[int(key.item())]
 
 
-@torch.library.custom_op(
-    "hf_nanotron::fp8_quantize",
-    mutates_args=(),
-    schema="(Tensor x, Tensor row_scale, Tensor column_scale) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("hf_nanotron::fp8_quantize", mutates_args=())
 def _quantize(
     x: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,19 +105,14 @@ def _quantize(
 
 
 @_quantize.register_fake
-def _(x: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, width = x.shape
     kind = torch.float8_e4m3fn
     return x.new_empty(tokens, width, dtype=kind), x.new_empty(width, aligned(tokens), dtype=kind)
 
 
 # `input` is there for its gradient alone; what is read is `rows`. `columns` and its scale are kept for the backward.
-@torch.library.custom_op(
-    "hf_nanotron::fp8_linear",
-    mutates_args=(),
-    schema="(Tensor input, Tensor rows, Tensor columns, Tensor row_scale, Tensor column_scale, Tensor weight, "
-    "Tensor? bias, Tensor key) -> Tensor",
-)
+@torch.library.custom_op("hf_nanotron::fp8_linear", mutates_args=())
 def _linear(
     input: torch.Tensor,
     rows: torch.Tensor,
@@ -137,26 +128,13 @@ def _linear(
 
 
 @_linear.register_fake
-def _(
-    input: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    row_scale: torch.Tensor,
-    column_scale: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    key: torch.Tensor,
-) -> torch.Tensor:
+def _(input: torch.Tensor, *others: Any) -> torch.Tensor:
+    *_, weight, _, _ = others
     return input.new_empty(input.shape[0], weight.shape[0])
 
 
-# It returns the gradient of the input, and adds that of the weight to its memory besides: see `linear_backward`.
-@torch.library.custom_op(
-    "hf_nanotron::fp8_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad_rows, Tensor grad_columns, Tensor grad_row_scale, Tensor grad_column_scale, Tensor columns, "
-    "Tensor column_scale, Tensor weight, Tensor key) -> Tensor",
-)
+# It returns the gradient of the input, and also adds that of the weight to its memory: see `linear_backward`.
+@torch.library.custom_op("hf_nanotron::fp8_linear_backward", mutates_args=())
 def _linear_backward(
     grad_rows: torch.Tensor,
     grad_columns: torch.Tensor,
@@ -174,16 +152,8 @@ def _linear_backward(
 
 
 @_linear_backward.register_fake
-def _(
-    grad_rows: torch.Tensor,
-    grad_columns: torch.Tensor,
-    grad_row_scale: torch.Tensor,
-    grad_column_scale: torch.Tensor,
-    columns: torch.Tensor,
-    column_scale: torch.Tensor,
-    weight: torch.Tensor,
-    key: torch.Tensor,
-) -> torch.Tensor:
+def _(grad_rows: torch.Tensor, *others: Any) -> torch.Tensor:
+    *_, weight, _ = others
     return weight.new_empty(grad_rows.shape[0], weight.shape[1])
 
 
@@ -208,13 +178,7 @@ _linear.register_autograd(_gradients, setup_context=_keep)
 
 
 class Fp8Linear(Linear):
-    """A `Linear` that computes in FP8 while it trains, and exactly otherwise.
-
-    Attributes:
-        copies: of the weights of its model.
-        recipe: of the scales.
-        stock_class: what the layer is without FP8.
-    """
+    """A `Linear` that computes in FP8 while it trains, and exactly otherwise. Without FP8 it is a `stock_class`."""
 
     stock_class: ClassVar[type[Linear]]
     copies: WeightCopies

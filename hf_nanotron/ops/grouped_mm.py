@@ -36,18 +36,14 @@ def add_grouped_product(
     """`total[e] += left[rows of e].T @ right[rows of e]`, without rounding the products to the operands' dtype.
 
     Args:
-        total: `[experts, a, b]`, contiguous; fp32, or the operands' dtype.
+        total: `[experts, a, b]`, contiguous; fp32, or the operands' dtype. `overwrite` takes it as zero.
         left, right: `[rows, a]` and `[rows, b]` of one dtype, sorted by expert; bf16 on CUDA, else that of `total`.
-        offsets: `[experts]`, int32: where each expert's rows end.
-        overwrite: `total` is taken as zero, whatever it holds. Experts without rows get zeros.
-
-    Raises:
-        ValueError: if the shapes do not fit together.
+        offsets: `[experts]`, int32: the end of each expert's rows.
     """
     experts, a, b = total.shape
     if left.shape != (left.shape[0], a) or right.shape != (left.shape[0], b) or offsets.shape != (experts,):
         raise ValueError(
-            f"The gradient of weights {tuple(total.shape)} is the product of [rows, {a}] and [rows, {b}] with "
+            f"the gradient of weights {tuple(total.shape)} is the product of [rows, {a}] and [rows, {b}] with "
             f"[{experts}] offsets, not of {tuple(left.shape)} and {tuple(right.shape)} with {tuple(offsets.shape)}."
         )
     if left.shape[0] == 0:
@@ -134,28 +130,22 @@ def grouped_linear(
     transposed: bool = False,
     gradient_sink: GroupedWeightGradient | None = None,
 ) -> torch.Tensor:
-    """Each row times the weight of its expert.
+    """Each row times the weight of its expert: `[rows, out]`, zeros from row `offsets[-1]` on.
 
     Args:
         x: `[rows, in]`, sorted by expert.
         weight: `[experts, out, in]`, or `[experts, in, out]` if `transposed`.
-        offsets: `[experts]`, int32, on the device of `x`: where each expert's rows end.
-        gradient_sink: gets the weight's gradient as a product, if it takes it; else autograd gets the gradient.
-
-    Returns:
-        `[rows, out]`; zeros in rows from `offsets[-1]` on.
-
-    Raises:
-        ValueError: if the shapes do not fit together, or the dtypes differ.
+        offsets: `[experts]`, int32, on the device of `x`: the end of each expert's rows.
+        gradient_sink: accumulates the weight's gradient if it accepts the dtype; else autograd gets the gradient.
     """
     experts, wide = weight.shape[0], weight.shape[1 if transposed else 2]
     if x.dim() != 2 or x.shape[1] != wide or offsets.shape != (experts,):
         raise ValueError(
-            f"Weights {tuple(weight.shape)}{' (transposed)' if transposed else ''} take rows [rows, {wide}] and "
+            f"weights {tuple(weight.shape)}{' (transposed)' if transposed else ''} take rows [rows, {wide}] and "
             f"[{experts}] offsets, not {tuple(x.shape)} and {tuple(offsets.shape)}."
         )
     if x.dtype != weight.dtype:
-        raise ValueError(f"Rows are {x.dtype}, the experts' weights {weight.dtype}; cast the rows.")
+        raise ValueError(f"rows are {x.dtype}, but the experts' weights {weight.dtype}; cast the rows.")
     sink = gradient_sink
     if sink is not None and not sink.takes_product(x.dtype):
         sink = None

@@ -1,4 +1,4 @@
-"""Numbers on their way between the host and the device, for which neither waits longer than it must."""
+"""Copies of numbers between the host and the device, for which neither waits longer than necessary."""
 
 from __future__ import annotations
 

@@ -22,13 +22,10 @@ class JointWeightGradient(WeightGradient, Protocol):
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
     ) -> bool:
-        """`add_product` for this weight and `others` at once, if their memory follows this one's; else do nothing.
+        """`add_product` for this weight and `others` at once, if their memory follows this one's; returns whether it
+        did.
 
-        Args:
-            grad_output: `[tokens, sum of out]`, in the order of the weights.
-
-        Returns:
-            Whether it was added.
+        `grad_output` is `[tokens, sum of out]`, in the order of the weights.
         """
 
 
@@ -45,16 +42,11 @@ def joined(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
 
 
-@torch.library.custom_op(
-    "hf_nanotron::joint_linear", mutates_args=(), schema="(Tensor input, Tensor[] weights, Tensor[] keys) -> Tensor"
-)
+@torch.library.custom_op("hf_nanotron::joint_linear", mutates_args=())
 def joint_linear(input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
-    """The outputs of linear layers one behind the other: `[..., sum of out]`.
+    """The outputs of linear layers concatenated, `[..., sum of out]`, for an input `[..., in]` and weights `[out, in]`.
 
-    Args:
-        input: `[..., in]`.
-        weights: `[out, in]` each.
-        keys: of the memory of their gradients, see `ops.linear`.
+    `keys` are those of the memory of their gradients, see `ops.linear`.
     """
     whole = joined(weights)
     if whole is not None:
@@ -67,15 +59,11 @@ def joint_linear(input: torch.Tensor, weights: list[torch.Tensor], keys: list[to
 
 
 @joint_linear.register_fake
-def _(input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
+def _(input: torch.Tensor, weights: list[torch.Tensor], *_: Any) -> torch.Tensor:
     return input.new_empty((*input.shape[:-1], sum(len(weight) for weight in weights)))
 
 
-@torch.library.custom_op(
-    "hf_nanotron::joint_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor input, Tensor[] weights, Tensor[] keys) -> Tensor",
-)
+@torch.library.custom_op("hf_nanotron::joint_linear_backward", mutates_args=())
 def _backward(
     grad: torch.Tensor, input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]
 ) -> torch.Tensor:
@@ -96,7 +84,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: torch.Tensor, input: torch.Tensor, weights: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
+def _(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
     return input.new_empty(input.shape)
 
 

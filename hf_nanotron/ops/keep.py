@@ -38,13 +38,9 @@ class _Kept:
             entry[0] = tree_map_only(torch.Tensor, torch.clone, entry[0])
 
     def next(self, op: Any) -> Any:
-        """What was kept of the next call of `op`, which is forgotten.
-
-        Raises:
-            RuntimeError: for a second backward.
-        """
+        """The kept output of the next call of `op`, which is then dropped."""
         if not self._outputs[op]:
-            raise RuntimeError(f"nothing is kept of {op}: a region that recomputes selectively has one backward.")
+            raise RuntimeError(f"no kept output of {op} is left: selective recomputation supports one backward.")
         return self._outputs[op].popleft()[0]
 
     def end_forward(self) -> None:
@@ -89,9 +85,8 @@ class _Reuse(TorchDispatchMode):
 def keeping_contexts(keeps: Keeps) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """A `context_fn` of `torch.utils.checkpoint.checkpoint`, once `keeps` is bound.
 
-    Args:
-        keeps: whether the output of a call, `(operator, args, kwargs)`, is kept. It may depend on the numbers among the
-            arguments, not on the values of tensors.
+    `keeps` says of a call `(operator, args, kwargs)` whether its output is kept. It may depend on numbers among the
+    arguments, not on the values of tensors.
     """
     kept = _Kept()
     return _Keep(kept, keeps), _Reuse(kept, keeps)

@@ -35,13 +35,10 @@ class Products(Protocol):
 
 
 def add_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor, overwrite: bool) -> None:
-    """`total += grad_output.T @ input` in the kernel of the product, which is not rounded to the operands' dtype.
+    """`total += grad_output.T @ input` in the matmul kernel, not rounded to the operands' dtype.
 
-    Args:
-        total: `[out, in]`, fp32.
-        grad_output: `[tokens, out]`, fp32, or bf16 on CUDA.
-        input: `[tokens, in]`, of the same dtype.
-        overwrite: `total` is taken as zero, whatever it holds: the first product of a step spares a pass that zeroes.
+    `total` is `[out, in]` in fp32 (`overwrite` takes it as zero, which saves zeroing it); `grad_output` `[tokens, out]`
+    and `input` `[tokens, in]` are fp32, or bf16 on CUDA.
     """
     beta = 0.0 if overwrite else 1.0
     for part in product_parts(grad_output):
@@ -103,25 +100,19 @@ def weight_gradient_of(key: torch.Tensor) -> WeightGradient:
     return _totals[int(key.item())]
 
 
-@torch.library.custom_op(
-    "hf_nanotron::linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias, Tensor key) -> Tensor"
-)
+@torch.library.custom_op("hf_nanotron::linear", mutates_args=())
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
     return _multiply(input, weight, bias, _products.get(int(key.item())))
 
 
 @_linear.register_fake
-def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
     return F.linear(input, weight, bias)
 
 
-# It returns the gradient of the input, and adds that of the weight to its memory besides. A compiler may leave out an
-# operator whose result nobody reads: there must be an input that has a gradient.
-@torch.library.custom_op(
-    "hf_nanotron::linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor input, Tensor weight, Tensor key) -> Tensor",
-)
+# It returns the gradient of the input, and also adds that of the weight to its memory. A compiler may remove an
+# operator whose result is not used: there must be an input that has a gradient.
+@torch.library.custom_op("hf_nanotron::linear_backward", mutates_args=())
 def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     number = int(key.item())
     _add_product(_totals[number], grad, input, _products.get(number))
@@ -129,7 +120,7 @@ def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tens
 
 
 @_linear_backward.register_fake
-def _(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(input)
 
 
@@ -169,7 +160,7 @@ class Linear(nn.Linear):
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        # The operator also where products overlap with communication: it is one to whoever keeps outputs for later.
+        # The operator also where products overlap with communication: selective checkpointing recognizes it.
         if torch.compiler.is_compiling() or self.products is not None:
             if self._key is None or not trains or not input.requires_grad:
                 return F.linear(input, self.weight, bias)

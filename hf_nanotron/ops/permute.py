@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 
 
 class Sorting(NamedTuple):
-    """Where pairs of a token and an expert lie.
+    """Where pairs of a token and an expert are.
 
     Args:
-        order: `[rows]`, int64: the pair that each row is, or -1 for a row that is none.
-        inverse: `[N, K]`, int64: the row of each pair, or -1 for a pair that has none.
-        counts: `[experts]`, int32: how many pairs each expert has, also those that got no row.
-        offsets: `[experts]`, int32: where each expert's rows end.
+        order: `[rows]`, int64: the pair of each row, or -1 for none.
+        inverse: `[N, K]`, int64: the row of each pair, or -1 for none.
+        counts: `[experts]`, int32: pairs of each expert, including those without a row.
+        offsets: `[experts]`, int32: the end of each expert's rows.
     """
 
     order: torch.Tensor
@@ -44,13 +44,10 @@ def _sort(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
 
 @torch.no_grad()
 def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Sorting:
-    """Rows for all pairs, sorted by expert, then by token. No host synchronisation.
+    """N * K rows for all pairs, sorted by expert, then by token. No host synchronisation.
 
-    Args:
-        top_k_index: `[N, K]`, integers; below 0 or from `num_experts` on means no expert.
-
-    Returns:
-        A sorting of N * K rows; pairs of no expert have no row, and the last rows are no pair.
+    `top_k_index` is `[N, K]`; below 0 or from `num_experts` on means no expert. Such pairs have no row, and the last
+    rows no pair.
     """
     _, pairs, counts, offsets = _sort(top_k_index, num_experts)
     rows = torch.arange(pairs.shape[0], device=pairs.device)
@@ -64,8 +61,8 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Sorting:
 def sort_into_slots(top_k_index: torch.Tensor, num_experts: int, capacity: int) -> Sorting:
     """`capacity` rows for each expert, in a tensor of fixed size. No host synchronisation.
 
-    An expert's first pairs, by token, get its rows; what overflows gets none. Expert e has the rows from
-    `e * capacity` to `(e + 1) * capacity`, and those left over are no pair.
+    Expert e has rows `e * capacity` to `(e + 1) * capacity`, filled with its first pairs by token; pairs beyond them
+    get no row.
     """
     experts, pairs, counts, offsets = _sort(top_k_index, num_experts)
     size = num_experts * capacity
@@ -116,10 +113,7 @@ def sum_rows(y: torch.Tensor, inverse: torch.Tensor, weights: torch.Tensor | Non
 def unpermute_gradients(
     grad: torch.Tensor, y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `y` (`[rows, H]`) and of `weights` (`[N, K]`) for the gradient `[N, H]` of the weighted sum.
-
-    Each row of `y` and of `grad` is read once for both.
-    """
+    """Gradients of `y` (`[rows, H]`) and `weights` (`[N, K]`) for the gradient `[N, H]` of the weighted sum."""
     if _is_fused(y):
         from .kernels.permute import unpermute_gradients as kernel
 
@@ -183,17 +177,12 @@ def permute(x: torch.Tensor, sorting: Sorting) -> torch.Tensor:
 
 
 def unpermute(y: torch.Tensor, sorting: Sorting, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """`[rows, H] -> [N, H]`: the sum of each token's rows, times `weights`; pairs without a row add nothing.
-
-    Args:
-        weights: `[N, K]`, of any floating dtype; None means ones.
-
-    Raises:
-        ValueError: if `weights` are of another shape.
+    """`[rows, H] -> [N, H]`: the sum of each token's rows, times `weights` (`[N, K]`, default ones); no row adds
+    nothing.
     """
     shape = sorting.inverse.shape
     if weights is None:
         return _Sum.apply(y, sorting.order, sorting.inverse)
     if weights.shape != shape:
-        raise ValueError(f"Weights of {tuple(shape)} pairs have that shape, not {tuple(weights.shape)}.")
+        raise ValueError(f"expected weights of shape {tuple(shape)}, got {tuple(weights.shape)}.")
     return _Unpermute.apply(y, sorting.order, sorting.inverse, weights.contiguous())

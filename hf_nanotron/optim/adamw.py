@@ -38,10 +38,9 @@ def random_bits(keys: tuple[int, int], step: torch.Tensor, first: int, count: in
 
 
 def round_stochastically(value: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """`value`, fp32, with the mantissa of a bfloat16: away from zero with the probability of the fraction cut off.
+    """`value`, fp32, with the mantissa of a bfloat16: up with the probability of the fraction cut off, by `bits`.
 
-    Args:
-        bits: int32 of the shape of `value`, uniform in [0, 2^16).
+    `bits` are int32 of the shape of `value`, uniform in [0, 2^16).
     """
     rounded = ((value.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32)
     return torch.where(value.isnan(), value, rounded)  # the payload of a NaN would overflow into the sign
@@ -171,7 +170,7 @@ class AdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"].copy_(round_stochastically(v, bits >> 16 & 0xFFFF))
 
     def _update_on_gpu(self, group: dict[str, Any], numbers: dict[nn.Parameter, int]) -> None:
-        from ..ops.adamw import adamw  # needs Triton, which CPU builds of torch lack
+        from ..ops.kernels.adamw import adamw  # needs Triton, which CPU builds of torch lack
 
         device = next(iter(numbers)).device
         grad_scale, found_inf = (
@@ -211,15 +210,11 @@ class AdamW(torch.optim.Optimizer):
         return stream_keys(self.seed, number), first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which makes everything fp32; the moments get their type back, exactly.
-
-        Raises:
-            ValueError: if it is of a torch.optim.AdamW that computes something else.
-        """
+        """As torch's, which converts everything to fp32; the moments get their dtype back, exactly."""
         for option in ("amsgrad", "maximize"):
             if any(group.get(option) for group in state_dict["param_groups"]):
                 raise ValueError(
-                    f"the state is of an AdamW with {option}=True, which this one does not compute; load it with "
+                    f"the state is that of an AdamW with {option}=True, which this one does not support; use "
                     f"torch.optim.AdamW, such as optimizer_cls_and_kwargs=(torch.optim.AdamW, {{'{option}': True}})."
                 )
         super().load_state_dict(state_dict)

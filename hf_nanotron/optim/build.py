@@ -28,25 +28,18 @@ _KNOWN = (*(getattr(torch.optim, name) for name in ELEMENTWISE), AdamW, Lion)
 def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: str) -> None:
     """Refuse an optimizer that would compute something else on a part of a matrix.
 
-    One that is not in the list above says `elementwise = True` on its class.
-
-    Raises:
-        ValueError: naming it, the argument it came by, and the ones that work.
+    One that is not in the list above sets `elementwise = True` on its class.
     """
     if optimizer_class not in _KNOWN and not getattr(optimizer_class, "elementwise", False):
         raise ValueError(
-            f"{argument}: {optimizer_class.__name__} is not known to work element by element, as an optimizer over "
-            f"parts of matrices must. Use one of torch.optim.{', '.join(ELEMENTWISE)}, or, if it does, say so on the "
-            f"class: {optimizer_class.__name__}.elementwise = True."
+            f"{argument}: {optimizer_class.__name__} is not known to be element-wise, which sharded parameters "
+            f"require. Use one of torch.optim.{', '.join(ELEMENTWISE)}, or, if it is element-wise, set "
+            f"{optimizer_class.__name__}.elementwise = True."
         )
 
 
 def check_scheduler(args: TrainingArguments) -> None:
-    """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given.
-
-    Raises:
-        ValueError: naming `lr_scheduler_type`, and the wrong or missing key of `lr_scheduler_kwargs`.
-    """
+    """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given."""
     name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
     kwargs = dict(kwargs) if isinstance(kwargs, Mapping) else {}
     made_with = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -54,8 +47,8 @@ def check_scheduler(args: TrainingArguments) -> None:
     known = [key for key in inspect.signature(function).parameters if key not in made_with]
     if name not in LIBRARY_CLASSES and (unknown := [key for key in kwargs if key not in known]):
         raise ValueError(
-            f"lr_scheduler_kwargs: {unknown[0]}={kwargs[unknown[0]]!r} is nothing that lr_scheduler_type="
-            f"{name.value!r} takes; {'its keys are ' + ', '.join(known) if known else 'it takes none'}."
+            f"lr_scheduler_kwargs: {unknown[0]}={kwargs[unknown[0]]!r} is not a key of lr_scheduler_type="
+            f"{name.value!r}; {'its keys are ' + ', '.join(known) if known else 'it has none'}."
         )
     steps = max(args.max_steps, 1)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
@@ -63,7 +56,7 @@ def check_scheduler(args: TrainingArguments) -> None:
         get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type={name.value!r} with lr_scheduler_kwargs={kwargs!r} cannot be made: {error}"
+            f"lr_scheduler_type={name.value!r} with lr_scheduler_kwargs={kwargs!r} is invalid: {error}"
         ) from error
 
 
@@ -89,8 +82,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Two parameter groups, as in Trainer: those whose name is in `decayed`, and the others without weight decay.
 
-    Args:
-        order: names of the Hub's tensors in model order, the same on every rank.
+    `order` are names of the Hub's tensors in model order, the same on every rank.
     """
     if optimizer_class is AdamW:
         rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
@@ -104,11 +96,7 @@ def build_optimizer(
 
 
 def rounding_streams(segments: Sequence[Segment], order: Sequence[str]) -> dict[nn.Parameter, tuple[int, int]]:
-    """Which random bits our AdamW rounds each segment with, so that copies of a weight on several ranks round alike.
-
-    Args:
-        order: names of the Hub's tensors in model order, the same on every rank.
-    """
+    """The random bits with which AdamW rounds each segment, the same for copies of a weight on several ranks."""
     number = {name: index for index, name in enumerate(order)}
     return {segment.master: (number[segment.spec.name], segment.start) for segment in segments}
 
@@ -119,31 +107,24 @@ def adopt_optimizer(
     segments: Sequence[Segment],
     order: Sequence[str],
 ) -> None:
-    """Give an optimizer that was made over the model's parameters our segments of them instead, group by group.
+    """Replace the model's parameters in an optimizer that was made over them by our segments, group by group.
 
-    The object stays the same, so that a scheduler made for it goes on working. Our AdamW rounds as one that
-    `build_optimizer` makes, but where the user has given a parameter a stream: its segment draws its own part of it.
-
-    Args:
-        names: the model's parameters, as they were when the optimizer was made -> their names.
-        order: names of the Hub's tensors in model order, the same on every rank.
-
-    Raises:
-        ValueError: if it is not element-wise, has state already, holds a parameter that is not the model's, or lacks
-            one that is to be trained.
+    The object stays the same, so a scheduler made for it keeps working. AdamW rounds as one from `build_optimizer`,
+    except where the user has given a parameter a stream: its segment draws its own part of it. `names` are those of the
+    model's parameters as they were when the optimizer was made.
     """
     check_elementwise(type(optimizer), "optimizers")
     if optimizer.state:
         raise ValueError(
-            f"optimizers: {type(optimizer).__name__} has state already (it has stepped, or makes its state when it is "
-            "made), which belongs to whole parameters. Pass `optimizer_cls_and_kwargs` instead."
+            f"optimizers: {type(optimizer).__name__} already has state, which belongs to whole parameters (it has "
+            "stepped, or creates its state when it is made). Pass `optimizer_cls_and_kwargs` instead."
         )
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if unknown := sum(parameter not in names for parameter in held):
         raise ValueError(
-            f"optimizers: {unknown} of its {len(held)} parameters are not parameters of the model that is trained. "
-            "Cutting a model makes new ones: make the model first (`AutoModelForCausalLM.from_pretrained(..., "
-            "parallel=args.parallel)`) and the optimizer over its `named_parameters()`."
+            f"optimizers: {unknown} of its {len(held)} parameters are not parameters of the model to train. "
+            "Sharding a model creates new ones: make the model first (`AutoModelForCausalLM.from_pretrained(..., "
+            "parallel=args.parallel)`), then the optimizer over its `named_parameters()`."
         )
     known = set(held)
     if missing := [name for p, name in names.items() if p.requires_grad and p not in known]:

@@ -11,15 +11,10 @@ from ..ops.host_copy import HostCopy
 
 @dataclass
 class FiniteCheck:
-    """The norm of a step whose verdict is not read yet.
+    """The norm of a step whose result has not been read yet, with its `step` from 1 and this rank's `loss`.
 
-    The optimizer decides on the GPU (`found_inf`); the host reads the verdict when it begins the next step, while the
-    GPU still updates weights, and before anything overwrites the gradients that would say what is wrong.
-
-    Args:
-        step: number of the optimizer step, from 1.
-        norm: 0-dim, on the device.
-        loss: of this rank.
+    The optimizer decides on the GPU (`found_inf`). The host reads the result at the start of the next step, while the
+    GPU still updates weights, and before anything overwrites the gradients that would explain it.
     """
 
     step: int

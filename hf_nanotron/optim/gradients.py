@@ -17,8 +17,8 @@ class GradientPart:
     """Which elements of a weight's gradient a rank holds: `[start, stop)` of its flattened part of the weight.
 
     Args:
-        spec: which part of the weight is this rank's (by tensor or expert parallelism; all of it without).
-        start, stop: half-open range, in elements of that part. ZeRO divides a part over data-parallel ranks.
+        spec: this rank's part of the weight (by tensor or expert parallelism; all of it without).
+        start, stop: half-open range, in elements of that part. ZeRO shards a part over data-parallel ranks.
     """
 
     spec: ShardSpec
@@ -27,7 +27,7 @@ class GradientPart:
 
     @property
     def name(self) -> str:
-        """Of the weight in the stock model. A tied weight has the name of its source."""
+        """Name of the weight in the stock model. A tied weight has the name of its source."""
         return self.spec.name
 
     @property
@@ -36,13 +36,13 @@ class GradientPart:
         return self.spec.global_shape
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The elements of `whole`, a tensor of `shape` (a mask, say), that stand where the gradient's do: `[elements]`.
+        """The elements of `whole` (of `shape`, a mask for example) at the positions of the gradient's: `[elements]`.
 
         Raises:
-            ValueError: for another shape.
+            ValueError: if `whole` has another shape.
         """
         if tuple(whole.shape) != self.shape:
-            raise ValueError(f"a tensor of shape {tuple(whole.shape)} is not of {self.name}, which is {self.shape}.")
+            raise ValueError(f"expected a tensor of shape {self.shape} for {self.name}, got {tuple(whole.shape)}.")
         return self.spec.slice(whole).reshape(-1)[self.start : self.stop]
 
 
@@ -50,14 +50,14 @@ GradientHook = Callable[[torch.Tensor, GradientPart], torch.Tensor | None]
 
 
 class GradientHooks:
-    """Functions that see, and may change, the reduced gradients of a step before its norm is computed."""
+    """Functions that read, and may change, the reduced gradients of a step before its norm is computed."""
 
     def __init__(self) -> None:
         self._hooks: dict[int, tuple[frozenset[str], GradientHook]] = {}
         self._added = 0
 
     def add(self, names: frozenset[str], hook: GradientHook) -> HookHandle:
-        """Have `hook` called for the weights of these names."""
+        """Call `hook` for the weights of these names."""
         self._added += 1
         self._hooks[self._added] = names, hook
         return HookHandle(self._hooks, self._added)
@@ -67,11 +67,7 @@ class GradientHooks:
         return [sorted(names) for names, _ in self._hooks.values()]
 
     def run(self, segments: Sequence[Segment]) -> None:
-        """Call the hooks, in the order in which they were added, on every segment of theirs.
-
-        Raises:
-            ValueError: if one returns a tensor of another shape.
-        """
+        """Call the hooks, in the order in which they were added, on every segment of theirs."""
         for names, hook in tuple(self._hooks.values()):
             for gradient, part in parts_of(segments):
                 if part.name not in names:
@@ -81,15 +77,15 @@ class GradientHooks:
                     continue
                 if new.shape != gradient.shape:
                     raise ValueError(
-                        f"a gradient hook returned shape {tuple(new.shape)} for {part.name}, of which this rank's "
-                        f"part is {tuple(gradient.shape)}. `part.of(whole)` cuts it out of a tensor of {part.shape}."
+                        f"a gradient hook returned shape {tuple(new.shape)} for {part.name}, but this rank's part "
+                        f"is {tuple(gradient.shape)}. `part.of(whole)` takes it from a tensor of shape {part.shape}."
                     )
                 gradient.copy_(new)
 
 
 @dataclass(frozen=True)
 class HookHandle:
-    """Of a hook, to remove it."""
+    """Removes a gradient hook."""
 
     hooks: dict[int, tuple[frozenset[str], GradientHook]]
     number: int
@@ -105,20 +101,16 @@ def parts_of(segments: Iterable[Segment]) -> Iterator[tuple[torch.Tensor, Gradie
 
 
 def chosen_weights(pattern: str, trainable: Mapping[str, bool], tied: Mapping[str, str]) -> frozenset[str]:
-    """The trainable weights that a name or a pattern (`*`, `?`, `[...]`) means.
+    """The trainable weights that a name or a pattern (`*`, `?`, `[...]`) matches.
 
-    Args:
-        trainable: name of every weight of the whole model -> whether it is trained.
-        tied: name -> that of the weight it is tied to, which stands for both.
-
-    Raises:
-        ValueError: if it means none, or frozen ones alone.
+    `trainable` says of every weight of the whole model whether it is trained; `tied` maps a name to that of the weight
+    it is tied to, which stands for both.
     """
     known = [*trainable, *tied]
     found = {tied.get(name, name) for name in known if name == pattern or fnmatchcase(name, pattern)}
     if not found:
         raise ValueError(
-            f"{pattern!r} is no weight of the model and matches none; it has {', '.join(list(trainable)[:3])}, ... "
+            f"{pattern!r} matches no weight of the model, which has {', '.join(list(trainable)[:3])}, ... "
             f"({len(trainable)} weights)."
         )
     trained = frozenset(name for name in found if trainable[name])

@@ -27,11 +27,9 @@ def global_norm(segments: Sequence[Segment], mesh: ParallelMesh) -> torch.Tensor
 def describe_nonfinite(
     segments: Sequence[Segment], order: Sequence[str], loss: torch.Tensor, norm: torch.Tensor, mesh: ParallelMesh
 ) -> str:
-    """What is wrong with the gradients of this step: the same sentence on every rank, which all call together.
+    """What is wrong with the gradients of this step, the same sentence on every rank. All ranks together.
 
-    Args:
-        order: names of the Hub's tensors in model order.
-        loss: this rank's part of the loss (zero where it computes none).
+    `order` are names of the Hub's tensors in model order; `loss` is this rank's part (zero where it computes none).
     """
     first = first_of([s.spec.name for s in segments if not bool(s.gradient.isfinite().all())], order, mesh)
     broken = all_gather((~loss.isfinite()).to(torch.int32).view(1), mesh.world, 0).nonzero().flatten().tolist()
@@ -43,9 +41,8 @@ def describe_nonfinite(
 
 
 def first_of(names: Sequence[str], order: Sequence[str], mesh: ParallelMesh) -> tuple[str, int] | None:
-    """The first of all ranks' `names` by its place in `order`, and the lowest rank that has it; None if none has any.
-
-    All ranks together, the same on each.
+    """The first of all ranks' `names` in `order`, and the lowest rank that has it; None if there is none. All ranks
+    together.
     """
     position = {name: index for index, name in enumerate(order)}
     nowhere = len(order) * mesh.world_size

@@ -10,17 +10,14 @@ from ..parallel.zero.segment import ShardedWeights
 
 
 class OptimizerLink:
-    """Makes `optimizer.step()` read the gradients of `weights` and publish the new weights.
-
-    Args:
-        optimizer: over the masters of `weights.segments`.
-        weights: what it updates.
+    """Makes `optimizer.step()`, over the masters of `weights.segments`, read their gradients and publish the new
+    weights.
 
     Attributes:
-        overlap: leave new weights on their way when `step` returns; the forward waits for them.
+        overlap: `step` returns before new weights have arrived; the forward waits for them.
         skips_next: the next `step` changes nothing.
-        holds_gradients: those of a step that is still to be made are there.
-        compares: read all weights before a step, to see what was written into them unnoticed.
+        holds_gradients: the gradients of a step that has not been made yet are there.
+        compares: read all weights before a step, to detect writes that move no version counter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
@@ -34,7 +31,7 @@ class OptimizerLink:
     def clip(self, norm: torch.Tensor, max_norm: float) -> None:
         """Scale the gradients so that their norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
-        A fused optimizer divides by the inverse while it reads them, which costs no pass of its own.
+        A fused optimizer divides by the inverse while it reads them, without a pass of its own.
         """
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if self._is_fused:
@@ -43,7 +40,7 @@ class OptimizerLink:
             torch._foreach_mul_(gradients, scale)
 
     def apply_clipping(self) -> None:
-        """Scale the gradients themselves, where the optimizer would do it while it reads them."""
+        """Scale the gradients themselves, if the optimizer would do it while it reads them."""
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
             if gradients := [segment.gradient for segment in self.weights.segments]:
@@ -52,9 +49,9 @@ class OptimizerLink:
 
     @property
     def skips_on_device(self) -> bool:
-        """Whether the optimizer can leave out a step by what only the device knows.
+        """Whether the optimizer can skip a step by a flag on the device.
 
-        Not its first: torch's fused SGD would take memory that it has not written yet for its momentum.
+        Not its first: torch's fused SGD would read momentum that it has not written yet.
         """
         return self._is_fused and bool(self.optimizer.state)
 

@@ -11,19 +11,15 @@ IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
 
 
 def batch_shape(batch: Mapping[str, Any]) -> torch.Size:
-    """`[B, S]` of a batch with `input_ids` `[B, S]`, or `inputs_embeds` `[B, S, H]` in their place.
-
-    Raises:
-        ValueError: if it has neither.
-    """
+    """`[B, S]` of a batch with `input_ids` `[B, S]`, or `inputs_embeds` `[B, S, H]` in their place."""
     ids, embeddings = batch.get(IDS), batch.get(EMBEDDINGS)
     if ids is not None:
         return ids.shape
     if embeddings is not None:
         return embeddings.shape[:2]
     raise ValueError(
-        f"the batches have neither {IDS} nor {EMBEDDINGS} (they have {sorted(batch)}); tokenise the data set, or say "
-        "with `data_collator` what a batch is."
+        f"the batches have neither {IDS} nor {EMBEDDINGS} (they have {sorted(batch)}); tokenize the dataset, or "
+        "build batches with a `data_collator`."
     )
 
 

@@ -18,10 +18,6 @@ REMOVED = {
 
 
 def refuse_removed(options: Collection[str]) -> None:
-    """
-    Raises:
-        ValueError: if one of `options` was removed, saying what to do.
-    """
     if found := [sentence for option, sentence in REMOVED.items() if option in options]:
         raise ValueError(" ".join(found))
 
@@ -36,26 +32,25 @@ class ParallelConfig:
         tp_size: ranks that share every layer (tensor parallelism).
         pp_size: ranks that share the stack of layers (pipeline parallelism).
         cp_size: ranks that share a sequence. Only 1 so far.
-        ep_size: ranks that share the experts of a mixture-of-experts model, each holding other ones. They are
-            neighbours among the data- and tensor-parallel ranks of a pipeline stage, whose number it divides.
+        ep_size: ranks over which the experts of a mixture-of-experts model are distributed. They are neighbours among
+            the data- and tensor-parallel ranks of a pipeline stage, whose number it divides.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
             across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size.
         zero_stage: what data-parallel ranks shard (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the fp32
             masters and the optimizer state; 2 also the gradients; 3 also the parameters.
-        sequence_parallel: between attention and MLP, keep activations split along the sequence over the
-            tensor-parallel ranks (Korthikanti et al. 2022, arXiv:2205.05198) instead of replicated.
-            Means nothing at `tp_size=1`.
-        tp_overlap: let the communication of tensor parallelism travel beside matrix products. Needs
-            `sequence_parallel`; `None` means on GPUs, where it can be.
+        sequence_parallel: between attention and MLP, shard activations along the sequence over the tensor-parallel
+            ranks (Korthikanti et al. 2022, arXiv:2205.05198) instead of replicating them. No effect at `tp_size=1`.
+        tp_overlap: overlap tensor-parallel communication with matmuls. Needs `sequence_parallel`; `None` means on GPUs,
+            where possible.
         pp_schedule: `"afab"` (all forwards, then all backwards), `"1f1b"` or `"interleaved_1f1b"`
-            (Narayanan et al. 2021, arXiv:2104.04473), or `"zb"`: one of the latter two with the products of weight
-            gradients put where a rank would wait (zero bubble; Qi et al. 2023, arXiv:2401.10241).
+            (Narayanan et al. 2021, arXiv:2104.04473), or `"zb"`: one of the latter two with weight gradients computed
+            where a rank would otherwise wait (zero bubble; Qi et al. 2023, arXiv:2401.10241).
         pp_virtual_stages: stages per pipeline rank; more than one needs `"interleaved_1f1b"` or `"zb"`.
         pp_layers_per_stage: decoder layers of each of the `pp_size * pp_virtual_stages` stages, in model order;
             `None` balances the stages by cost.
 
     Raises:
-        ValueError: for a value that no run could use, naming it and what would work.
+        ValueError: for an invalid value or combination, with what would work.
     """
 
     tp_size: int = 1
@@ -80,9 +75,7 @@ class ParallelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
         if self.cp_size != 1:
-            raise ValueError(
-                f"cp_size={self.cp_size}: context parallelism is not available in this version; use cp_size=1."
-            )
+            raise ValueError(f"cp_size={self.cp_size}: context parallelism is not supported yet; use cp_size=1.")
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
                 f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (gradients as "
@@ -90,14 +83,14 @@ class ParallelConfig:
             )
         if self.zero_stage == 0 and self.dp_replicate_size != 1:
             raise ValueError(
-                f"dp_replicate_size={self.dp_replicate_size} with zero_stage=0: nothing is sharded, so every "
-                "data-parallel rank is a replica already; use dp_replicate_size=1, or zero_stage=1 to 3."
+                f"dp_replicate_size={self.dp_replicate_size} with zero_stage=0: without sharding every "
+                "data-parallel rank is already a replica; use dp_replicate_size=1, or zero_stage=1 to 3."
             )
         if self.tp_overlap and not (self.sequence_parallel and self.tp_size > 1):
             raise ValueError(
                 f"tp_overlap=True with tp_size={self.tp_size} and sequence_parallel={self.sequence_parallel}: there is "
-                "no gathering and scattering of tokens to overlap with products; use sequence_parallel=True and a "
-                "tp_size of at least 2, or leave tp_overlap unset."
+                "no tensor-parallel communication to overlap with matmuls; use sequence_parallel=True and a tp_size of "
+                "at least 2, or leave tp_overlap unset."
             )
         if self.pp_schedule not in SCHEDULES:
             raise ValueError(f"pp_schedule={self.pp_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
@@ -109,26 +102,26 @@ class ParallelConfig:
             )
         if self.splits_backward and self.pp_size < 2:
             raise ValueError(
-                f"pp_schedule={self.pp_schedule!r} with pp_size={self.pp_size}: one rank waits for nobody, so there is "
-                "nothing to fill; use pp_schedule='1f1b'."
+                f"pp_schedule={self.pp_schedule!r} with pp_size={self.pp_size}: with one pipeline rank there is no "
+                "bubble to fill; use pp_schedule='1f1b'."
             )
         if self.splits_backward and self.zero_stage == 3:
             raise ValueError(
-                f"pp_schedule={self.pp_schedule!r} with zero_stage=3: weight gradients are reduced with each layer's "
-                "backward there and cannot be put off; use zero_stage=0, 1 or 2, or pp_schedule='1f1b'."
+                f"pp_schedule={self.pp_schedule!r} with zero_stage=3: ZeRO-3 reduces weight gradients in each "
+                "layer's backward, so they cannot be deferred; use zero_stage=0, 1 or 2, or pp_schedule='1f1b'."
             )
         if interleaved and (self.pp_virtual_stages < 2 or self.pp_size < 2):
             raise ValueError(
                 f"pp_schedule='interleaved_1f1b' with pp_size={self.pp_size} and "
-                f"pp_virtual_stages={self.pp_virtual_stages}: it needs both to be at least 2; use pp_schedule='1f1b' "
-                "otherwise."
+                f"pp_virtual_stages={self.pp_virtual_stages}: both must be at least 2; otherwise use "
+                "pp_schedule='1f1b'."
             )
         if self.pp_layers_per_stage is not None:
             layers = tuple(self.pp_layers_per_stage)
             object.__setattr__(self, "pp_layers_per_stage", layers)
             if len(layers) != self.num_stages or any(not isinstance(n, int) or n < 1 for n in layers):
                 raise ValueError(
-                    f"pp_layers_per_stage={list(layers)} must name a positive number of layers for each of the "
+                    f"pp_layers_per_stage={list(layers)} must have a positive number of layers for each of the "
                     f"{self.num_stages} stages (pp_size={self.pp_size} x pp_virtual_stages={self.pp_virtual_stages})."
                 )
 
@@ -139,25 +132,26 @@ class ParallelConfig:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether backwards leave the products of weight gradients to actions of their own."""
+        """Whether weight gradients are computed by actions of their own, after the backward."""
         return self.pp_schedule == "zb"
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that together hold one copy of the model and read the same samples."""
+        """Ranks that together hold one replica of the model and read the same samples."""
         return self.tp_size * self.pp_size * self.cp_size
 
     def overlaps_tp(self, device: torch.device) -> bool:
-        """Whether tensor-parallel communication travels beside products on `device`."""
+        """Whether tensor-parallel communication overlaps with matmuls on `device`."""
         if self.tp_overlap is None:
             return device.type == "cuda" and self.sequence_parallel and self.tp_size > 1
         return self.tp_overlap
 
     def dp_size(self, world_size: int) -> int:
-        """Data-parallel size that follows from `world_size`.
+        """Data-parallel size for `world_size` processes.
 
         Raises:
-            ValueError: if the model-parallel sizes do not divide `world_size`, or `dp_replicate_size` not the result.
+            ValueError: if the model-parallel sizes do not divide `world_size`, or `dp_replicate_size` does not divide
+                the result.
         """
         if world_size % self.model_parallel_size:
             works = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -170,21 +164,17 @@ class ParallelConfig:
         if dp_size % self.dp_replicate_size:
             raise ValueError(
                 f"dp_replicate_size={self.dp_replicate_size} does not divide the data-parallel size {dp_size} (world "
-                f"size {world_size} / {self.model_parallel_size} ranks for each copy of the model); it must be one of "
+                f"size {world_size} / {self.model_parallel_size} ranks per model replica); it must be one of "
                 f"{[n for n in range(1, dp_size + 1) if dp_size % n == 0]}."
             )
         return dp_size
 
     def shard_size(self, world_size: int) -> int:
-        """Data-parallel ranks over which one set of ZeRO shards is spread; 1 if nothing is sharded."""
+        """Data-parallel ranks that share one set of ZeRO shards; 1 if nothing is sharded."""
         return self.dp_size(world_size) // self.dp_replicate_size if self.zero_stage else 1
 
     def expert_copies(self, world_size: int) -> int:
-        """Copies of the experts over which one set of their ZeRO shards is spread; 1 if nothing is sharded.
-
-        Raises:
-            ValueError: if `ep_size` does not divide the ranks that share a set of ZeRO shards.
-        """
+        """Copies of the experts that share one set of their ZeRO shards; 1 if nothing is sharded."""
         ranks = self.dp_size(world_size) * self.tp_size
         block = self.shard_size(world_size) * self.tp_size if self.zero_stage else ranks
         if block % self.ep_size:
@@ -192,19 +182,15 @@ class ParallelConfig:
             what = f"the data-parallel size {ranks // self.tp_size} x tp_size={self.tp_size}"
             if self.dp_replicate_size > 1:
                 what += f" / dp_replicate_size={self.dp_replicate_size}"
-            raise ValueError(f"ep_size={self.ep_size} does not divide {what} = {block}; it works as one of {works}.")
+            raise ValueError(f"ep_size={self.ep_size} does not divide {what} = {block}; it must be one of {works}.")
         return block // self.ep_size if self.zero_stage else 1
 
     def check_micro_batches(self, gradient_accumulation_steps: int) -> None:
-        """Refuse a number of micro-batches that cannot fill the pipeline.
-
-        Raises:
-            ValueError: if the schedule needs more micro-batches than there are.
-        """
+        """Check that there are enough micro-batches for the schedule."""
         if self.pp_size > 1 and self.pp_schedule != "afab" and gradient_accumulation_steps < self.pp_size:
             raise ValueError(
-                f"gradient_accumulation_steps={gradient_accumulation_steps} gives the pipeline that many "
-                f"micro-batches, but pp_schedule={self.pp_schedule!r} with pp_size={self.pp_size} needs at least "
+                f"gradient_accumulation_steps={gradient_accumulation_steps} is the number of micro-batches of the "
+                f"pipeline, and pp_schedule={self.pp_schedule!r} with pp_size={self.pp_size} needs at least "
                 f"{self.pp_size}. Raise gradient_accumulation_steps to {self.pp_size} or more (a multiple of "
-                f"{self.pp_size} wastes least), or use pp_schedule='afab'."
+                f"{self.pp_size} idles least), or use pp_schedule='afab'."
             )

@@ -1,9 +1,9 @@
-"""Dropout streams that do not depend on who computes what.
+"""Dropout streams that do not depend on the layout.
 
-Every decoder layer draws from a stream seeded by (seed, step, micro-batch, layer), so that masks are the same on every
-pipeline cut, schedule and data-parallel size and after a resume. Where tensors are cut over the tensor-parallel ranks,
-each rank draws from a stream of its own. Activation recomputation replays the same draws, because
-`torch.utils.checkpoint` restores the generators and every seed here is derived from them or set before it begins.
+Every decoder layer draws from a stream seeded by (seed, step, micro-batch, layer), so masks are the same for every
+pipeline layout, schedule and data-parallel size and after a resume. Where tensors are sharded over tensor-parallel
+ranks, each rank has its own stream. Activation recomputation replays the draws: `torch.utils.checkpoint` restores the
+generators, from which every seed here is derived.
 """
 
 from __future__ import annotations

@@ -11,22 +11,16 @@ from .mesh import Group
 
 
 class EarlySums:
-    """Sums host numbers over a group. On a GPU they travel on a stream of their own, beside what it computes.
-
-    Args:
-        group: on a GPU one with a communicator of its own, which nothing else waits for.
-    """
+    """Sums host numbers over a group; on a GPU on its own stream, and a communicator that nothing else waits for."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device = group, device
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and group.size > 1 else None
 
     def start(self, values: list[int], after: HostCopy | None = None) -> EarlySum:
-        """Start summing `values` over the group.
+        """Start summing `values` over the group; on a GPU not before `after` has arrived.
 
-        Args:
-            after: on a GPU, begin when this has arrived. A sum that begins earlier holds a multiprocessor while it
-                waits for ranks that are not so far yet.
+        A sum that starts earlier occupies a multiprocessor while it waits for slower ranks.
         """
         mine = torch.tensor(values, dtype=torch.int64)
         if self._stream is None:

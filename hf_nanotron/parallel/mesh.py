@@ -25,8 +25,8 @@ MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
 class Coordinates:
     """Position of one rank on every axis.
 
-    `shard` and `replica` divide `dp`: which ZeRO shards, of which copy. `ep` and `expert_copy` divide the `dp` and `tp`
-    ranks of a pipeline stage: which experts, in which copy of them.
+    `shard` and `replica` divide `dp` (which ZeRO shards, in which copy); `ep` and `expert_copy` divide the `dp` and
+    `tp` ranks of a pipeline stage (which experts, in which copy).
     """
 
     pp: int
@@ -56,21 +56,20 @@ class Group:
 
 
 class ParallelMesh:
-    """The ranks of a job arranged by `ParallelConfig`, with one `Group` per way of communicating.
+    """The ranks of a job arranged by `ParallelConfig`, with a `Group` for each kind of communication.
 
-    Building a mesh is a collective operation: every rank of the job builds the same one. Besides the axes `tp`, `dp`
-    and `pp` there are `shard` (data-parallel ranks that share one set of ZeRO shards; neighbours, so that they sit in
-    one node), `replica` (ranks that hold the same shard) and `model` (all ranks that together hold one copy of the
-    model). Experts have axes of their own over the `dp` and `tp` ranks of a pipeline stage: `ep` (neighbours that each
-    hold other experts), `expert_shard` and `expert_replica`, which are to them what `shard` and `replica` are to the
-    rest.
+    Building a mesh is a collective operation. Besides `tp`, `dp` and `pp` there are `shard` (data-parallel ranks that
+    share one set of ZeRO shards; neighbours, to be within one node), `replica` (ranks that hold the same shard) and
+    `model` (all ranks of one model replica). Experts have axes over the `dp` and `tp` ranks of a pipeline stage: `ep`
+    (neighbours with different experts), and `expert_shard` and `expert_replica`, which correspond to `shard` and
+    `replica`.
 
     Raises:
         ValueError: if the sizes do not divide the world size.
     """
 
     def __init__(self, parallel: ParallelConfig, timeout: timedelta | None = None) -> None:
-        # Unless told so, accelerate takes every process of a job without an accelerator for a job of its own.
+        # Without cpu=True, accelerate takes every process of a job without an accelerator for a job of its own.
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.parallel = parallel
         self.world_size: int = state.num_processes
@@ -122,11 +121,11 @@ class ParallelMesh:
         return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
 
     def group(self, name: str, key: Callable[[Coordinates], Hashable], multiprocessors: int | None = None) -> Group:
-        """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`.
+        """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`. A collective
+        operation.
 
-        A collective operation: every rank asks for the same groups in the same order. Groups of the same ranks share a
-        communicator, which executes in order. One with a number of `multiprocessors` has its own: it is not to wait for
-        others', nor for the thread blocks of products, beside which it takes no more than these.
+        Groups of the same ranks share a communicator, which executes in order. With `multiprocessors`, a group has its
+        own, of high priority, which takes no more than these of the GPU: it does not wait for others or for kernels.
         """
         if name in self._groups:
             return self._groups[name]
@@ -166,11 +165,7 @@ class ParallelMesh:
         return handle
 
     def assemble(self, call: str, detail: str = "", group: Group | None = None) -> None:
-        """Wait until every rank (of `group`, if given) has come to the same `call` with the same `detail`.
-
-        Raises:
-            ValueError: if some rank makes another call, or can never come.
-        """
+        """Wait until every rank (of `group`, if given) has come to the same `call` with the same `detail`."""
         ranks = range(self.world_size) if group is None else group.ranks
         if len(ranks) > 1:
             attend().call(call, detail, ranks, self._timeout or dist.default_pg_timeout)
@@ -199,7 +194,7 @@ class ParallelMesh:
         self._at_close.append(release)
 
     def close(self) -> None:
-        """Destroy the process groups of this mesh (not the default one). The mesh is of no use afterwards."""
+        """Destroy the process groups of this mesh (not the default one). The mesh cannot be used afterwards."""
         while self._at_close:
             self._at_close.pop()()
         for handle in self._handles.values():

@@ -1,11 +1,11 @@
-"""Calls that every rank must make: ranks that do something else are noticed within seconds, not at a timeout.
+"""Calls that every rank must make: ranks that do something else are detected within seconds, not at a timeout.
 
-Before such a call communicates, each rank announces it in the rendezvous store of the job and waits for the others. A
-rank that announces another call ends both at once. A rank that does not come is asked where it is: a thread of each
-process answers once a second. Ranks that have ended, or that wait for the others themselves, never come, and the call
-ends with their names. Ranks that are at work (they download, read data, write a file) are waited for.
+Before such a call communicates, each rank announces it in the job's rendezvous store and waits for the others. A rank
+that announces another call ends both at once. A rank that does not arrive is asked where it is, which a thread of each
+process answers once a second: one that has ended, or waits itself, will never arrive, and the call fails; one that is
+busy (downloading, reading data, writing a file) is waited for.
 
-The store holds one set of keys for the call at hand and one number for each rank. Training steps are not announced.
+The store holds one set of keys for the current call and one number per rank. Training steps are not announced.
 """
 
 from __future__ import annotations
@@ -35,12 +35,7 @@ LIBRARIES = ("hf_nanotron", "accelerate", "transformers")
 
 
 class RollCall:
-    """This process as the others of its job see it.
-
-    Args:
-        store: of the process group; keys get a prefix of their own.
-        rank: of this process.
-    """
+    """This process as the other ranks see it, by a prefix of the process group's store."""
 
     def __init__(self, store: Any, rank: int) -> None:
         self.job = store
@@ -205,11 +200,7 @@ ENDED = "has ended"
 def locate(frame: FrameType | None) -> tuple[str, str, int]:
     """Whether a thread is in a `collective` of torch, in a `library` that may wait for one, or in `other` code.
 
-    Args:
-        frame: the innermost.
-
-    Returns:
-        kind, the place for people, and a number that is the same as long as the thread has not moved.
+    Returns the kind, the place for people, and a number that stays the same as long as the thread does not move.
     """
     kind: str | None = None
     place, position = "", []

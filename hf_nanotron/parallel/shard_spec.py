@@ -13,15 +13,15 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one tensor of the model is cut over the tensor-parallel or the expert-parallel ranks.
+    """How one tensor of the model is sharded over the tensor-parallel or the expert-parallel ranks.
 
     Args:
-        name: the tensor's name in the stock model. A tied parameter carries the name of its source.
+        name: the tensor's name in the stock model. A tied parameter has the name of its source.
         global_shape: its shape there.
-        dim: the dimension that is cut, or None if every rank holds the whole tensor.
-        parts: for each rank of `axis`, the half-open ranges of `dim` it holds, joined in that order.
+        dim: the sharded dimension, or None if every rank holds the whole tensor.
+        parts: for each rank of `axis`, the half-open ranges of `dim` it holds, concatenated in that order.
         rank: which part is ours.
-        partial_grad: every tensor-parallel rank computes only a part of the gradient, which is to be summed.
+        partial_grad: every tensor-parallel rank computes a partial gradient, to be summed.
         stages: which pipeline stages hold the parameter: `"one"`, `"ends"` (a tied embedding and head) or `"all"` (what
             every stage computes for its own layers).
         axis: the ranks that `parts` lists, `"tp"` or `"ep"`.
@@ -116,10 +116,7 @@ def joined_parts(sections: Sequence[tuple[Ranges, ...]], sizes: Sequence[int]) -
 
 
 def head_parts(num_heads: int, head_size: int, tp_size: int) -> tuple[Ranges, ...]:
-    """Cut `num_heads` heads of `head_size` features over `tp_size` ranks.
-
-    With fewer heads than ranks, `tp_size // num_heads` neighbouring ranks hold the same head.
-    """
+    """Shard heads of `head_size` features over `tp_size` ranks; with fewer heads, neighbours hold the same head."""
     if num_heads >= tp_size:
         return even_parts(num_heads * head_size, tp_size)
     replicas = tp_size // num_heads

@@ -32,19 +32,12 @@ def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed:
-        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; their messages say why.")
+        raise RuntimeError(f"{what} failed on {int(failed)} other ranks; see their error messages.")
     return result
 
 
 def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
-    """Raise the same error on every rank if any rank has found something wrong. All ranks together.
-
-    Args:
-        message: what this rank has found, or None.
-
-    Raises:
-        ValueError: with the message of the first rank that has one.
-    """
+    """Raise the first rank's `message` on every rank, if any rank has one. All ranks together."""
     if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
         return
     messages: list[str | None] = [message]
@@ -55,11 +48,9 @@ def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
 
 
 def together_for_long(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
-    """As `together`, for an `action` that may take longer than the timeout of the process group. It runs in a thread
-    of each rank, while the ranks look again and again whether all are done.
+    """`together`, for an `action` that may take longer than the timeout of the process group.
 
-    Raises:
-        RuntimeError: if another rank has failed. Where `action` fails, its own error.
+    It runs in a thread of each rank, while the ranks poll until all are done.
     """
     results: list[T] = []
     errors: list[Exception] = []

@@ -1,10 +1,8 @@
 """Which attention a model trains with, and the documents that its rows are packed with.
 
-transformers takes attention functions by name (`AttentionInterface`). Ours keep to the contract of its flash attention:
-a layer says all that is peculiar about it in keyword arguments, such as `sliding_window`, and there is no mask. The
-names are not in `AttentionMaskInterface`, where transformers then makes none: no `[B, 1, S, S]`, and no question to the
-GPU whether a row is packed. What a mask would say must therefore be known of a batch before: `documents_of` reads it
-on the host. Where it cannot, and in evaluation and generation, the model's own attention runs.
+Ours are attention functions of transformers, with the contract of its flash attention: everything is in keyword
+arguments, and there is no mask. What a mask would say is read of a batch on the host (`documents_of`). Where it cannot
+be, and in evaluation and generation, the model's own attention runs. See `docs/design/training_state.md`.
 """
 
 from __future__ import annotations
@@ -54,12 +52,9 @@ BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch, on the host.
+    """The documents of a batch, on the host: `bounds` `[documents + 1]`, int32, counted over the tokens of all rows.
 
-    Attributes:
-        bounds: `[documents + 1]`, int32, counted over the tokens of all rows.
-        longest: tokens of the longest.
-        packed: whether a row has several.
+    `packed`: a row has several.
     """
 
     bounds: torch.Tensor
@@ -69,12 +64,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model trains with.
-
-    Attributes:
-        kind: key of `KERNELS`.
-        takes_documents: whether the model hands keyword arguments on to its attention.
-    """
+    """What a model trains with. `takes_documents`: it hands keyword arguments on to its attention."""
 
     kind: str
     takes_documents: bool
@@ -93,11 +83,9 @@ class Attention:
 def choose_attention(
     anatomy: Anatomy, dtype: torch.dtype, device: torch.device, asked: str = "auto"
 ) -> tuple[Attention | None, str]:
-    """What a model trains with, or None for its own attention, and a sentence for the log.
+    """What a model that computes in `dtype` trains with, None for its own attention, and a sentence for the log.
 
-    Args:
-        dtype: in which it computes.
-        asked: `"auto"`: by measurement; `"stock"`: the model's own.
+    `asked`: `"auto"`, by measurement, or `"stock"`.
     """
     model = anatomy.model
     own = f"attention: the model's own ({model.config.get_text_config()._attn_implementation})"
@@ -105,11 +93,11 @@ def choose_attention(
         return None, own
     reason = why_stock(anatomy)
     if reason is None and (device.type != "cuda" or dtype not in HALF):
-        reason = f"it computes in {dtype} on {device.type}; faster kernels take 16 bits on CUDA"
+        reason = f"it computes in {dtype} on {device.type}; faster kernels need 16 bits on CUDA"
     if reason is not None:
         return None, f"{own}: {reason}"
     takes = takes_documents(model)
-    packing = "" if takes else "; packed documents by the model's own"
+    packing = "" if takes else "; the model's own for packed documents"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return Attention("torch", takes), f"attention: torch's kernels{packing}"
     module, missing = flash_attention_4()
@@ -129,13 +117,13 @@ def why_stock(anatomy: Anatomy) -> str | None:
     parts = [module for _, block in anatomy.blocks() for module in block.modules()]
     configs = [part.config for part in parts if isinstance(getattr(part, "config", None), PreTrainedConfig)]
     reasons = (
-        (getattr(model, "names_attention", False), "it was named when the model was made"),
-        (config._attn_implementation != "sdpa", "faster kernels stand for 'sdpa' alone"),
-        (config.model_type not in FAST_ATTENTION, f"{config.model_type!r} was not proven to take another"),
-        (bool(chance), f"{', '.join(chance)} above 0, and faster kernels know no dropout"),
-        (any(own is not config for own in configs), "its blocks have configs of their own"),
-        (anatomy.is_foreign or any(map(is_foreign, parts)), "code of its own may make masks of its own"),
-        (any(getattr(part, "is_causal", True) is False for part in parts), "a block of it is not causal"),
+        (getattr(model, "names_attention", False), "attn_implementation was given"),
+        (config._attn_implementation != "sdpa", "faster kernels only replace 'sdpa'"),
+        (config.model_type not in FAST_ATTENTION, f"{config.model_type!r} is not tested with faster kernels"),
+        (bool(chance), f"{', '.join(chance)} above 0, and faster kernels have no dropout"),
+        (any(own is not config for own in configs), "its blocks have their own configs"),
+        (anatomy.is_foreign or any(map(is_foreign, parts)), "custom code may make its own masks"),
+        (any(getattr(part, "is_causal", True) is False for part in parts), "one of its blocks is not causal"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
@@ -146,11 +134,11 @@ def takes_documents(model: PreTrainedModel) -> bool:
 
 
 def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
-    """The documents of `batch`, its rows filled up to a multiple of `multiple` tokens; None if it needs a mask.
+    """The documents of `batch`, its rows padded to a multiple of `multiple` tokens; None if it needs a mask.
 
     As in transformers, a document begins where `position_ids` do not go on by one, and with an `attention_mask` there
-    are none. Padding on the right needs no mask: no token before it sees it, and nothing is predicted from it. The
-    tensors had better be on the host, as they come from the collator: a GPU would be waited for.
+    are none. Right padding needs no mask: no token before it sees it, and nothing is predicted from it. Tensors should
+    be on the host, as they come from the collator, or a GPU is waited for.
     """
     shape, mask, positions = batch_shape(batch), batch.get("attention_mask"), batch.get("position_ids")
     known = KNOWN_INPUTS | (BOUNDS_OF_STOCK if positions is not None and mask is None else frozenset())
@@ -219,20 +207,18 @@ def _attend(
     longest_document: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: `[B, heads, S, D]` -> `[B, S, heads, D]`.
-
-    Raises:
-        ValueError: for what `choose_attention` should have kept away.
-    """
+    """An attention function of transformers: `[B, heads, S, D]` -> `[B, S, heads, D]`."""
     causal = is_causal is not False and getattr(module, "is_causal", True)
     peculiar = [name for name in PECULIAR if kwargs.get(name) is not None]
     if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:
         what = ", ".join(peculiar) or ("dropout" if dropout else "a mask, or keys of another length")
-        raise ValueError(f"{type(module).__name__} attends with {what}; train it with attention='stock'.")
+        raise ValueError(
+            f"{type(module).__name__} attends with {what}, which faster kernels do not support; use attention='stock'."
+        )
     if packed and document_bounds is None:
         raise ValueError(
-            f"{type(module).__name__} was not told where documents begin: its model does not hand keyword arguments "
-            "on. Train it with attention='stock'."
+            f"{type(module).__name__} does not get document boundaries: its model does not pass keyword arguments on. "
+            "Use attention='stock'."
         )
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     kernel = pick(kernels, Case(query.device.type == "cuda", query.dtype, query.shape[-1], packed, window))

@@ -1,7 +1,6 @@
 """transformers' own switches of recomputation, as the user of a model has set them.
 
-A training run turns them on and off by its arguments. What it leaves behind would be taken for the user's word by
-whoever trains the model next, so it puts them back.
+A training run turns them on and off by its arguments, and puts them back at its end.
 """
 
 from __future__ import annotations
@@ -20,11 +19,8 @@ NAME = "checkpointing switches"  # among the decorations of a model
 
 @dataclass(frozen=True)
 class Switches:
-    """The switches of a model at one time.
-
-    Attributes:
-        of: module -> what its instance holds under `SWITCH` and `FUNCTION`; the class says the rest.
-        hooks: those of `HOOKS`.
+    """The switches of a model at one time: of each module what its instance holds (the class says the rest), and
+    `HOOKS`.
     """
 
     of: dict[nn.Module, dict[str, Any]]

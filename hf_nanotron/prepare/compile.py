@@ -29,8 +29,7 @@ WITHOUT_CODE = ("eager", "aot_eager")  # backends that run a graph's operators o
 class CompiledForward:
     """The forward of a compiled module: compiled while it trains, and stock otherwise.
 
-    Compiled code computes with the weights of the module that it was made for, so a copy of the module gets the stock
-    forward.
+    Compiled code uses the weights of its own module, so a copy of the module gets the stock forward.
     """
 
     def __init__(self, module: nn.Module, compiled: Callable[..., Any], stock: Callable[..., Any]) -> None:
@@ -46,19 +45,11 @@ class CompiledForward:
 def compile_layers(
     model: ParallelModel, backend: str, mode: str | None, recomputed: Collection[int] = frozenset()
 ) -> None:
-    """Compile the forward of every decoder layer, for training.
+    """Compile the forward of every decoder layer, for training; `backend` and `mode` are those of `torch.compile`.
 
-    A layer is compiled whole where nothing happens between its blocks; else its attention, MLP and norm modules are,
-    one by one, and the hooks at their borders (communication, records of routers) stay outside. Layers of one kind
-    share their compiled graphs. Evaluation and generation, whose shapes change, run the stock forward. A mixture of
-    experts is not compiled itself, but its shared experts are.
-
-    Args:
-        backend, mode: as `torch.compile` takes them.
-        recomputed: numbers of the layers that will recompute activations, wholly or selectively.
-
-    Raises:
-        ValueError: for a backend that is not known to leave operands alone, where weight gradients are put off.
+    A layer is compiled whole where nothing happens between its blocks; else its blocks are, one by one, and hooks at
+    their borders (communication, records of routers) stay outside. Layers of one kind share their graphs. Evaluation
+    and generation, whose shapes change, run the stock forward. Experts are not compiled, shared experts are.
     """
     overlaps = model.parallel.overlaps_tp(model.mesh.device)  # linears one by one
     chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
@@ -79,35 +70,25 @@ def restore_layers(model: ParallelModel) -> None:
 
 @functools.cache  # compiled code is kept by its backend: another object would have everything compiled anew
 def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = True) -> Backend:
-    """The backend `name` of `torch.compile`, behind the changes that we make to graphs.
+    """The backend `name` of `torch.compile`, behind the changes that we make to graphs (`rewriting`).
 
-    Args:
-        keeps_operands: see `inductor_options`.
-        joins: see `rewriting`.
-
-    Raises:
-        ValueError: for a backend of which nothing is known, with `keeps_operands`.
+    `keeps_operands`: an operator may keep its inputs after it returns, for a deferred weight gradient.
     """
     backend: Any = lookup_backend(name)
     if name == "inductor":
         backend = functools.partial(backend, config_patches=inductor_options(mode, keeps_operands))
     elif keeps_operands and name not in WITHOUT_CODE:
         raise ValueError(
-            f"torch_compile_backend={name!r} with pp_schedule='zb' or tp_overlap: it may write to the operands of "
-            "weight gradients that are put off; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
+            f"torch_compile_backend={name!r} with pp_schedule='zb' or tp_overlap: it may overwrite the operands "
+            "of deferred weight gradients; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
             "tp_overlap=False."
         )
     return rewriting(backend, joins)
 
 
 def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
-    """What inductor is told.
-
-    Args:
-        mode: of `torch.compile`.
-        keeps_operands: an operator may hold on to its inputs after it returns, for a weight gradient that is put off.
-            Compiled code gives memory that it reads no more to other tensors, whoever holds a reference, unless
-            inductor is told otherwise; then it frees memory instead, which the caching allocator gives out again.
+    """With `keeps_operands`, inductor frees memory instead of giving it to other tensors of the graph; the caching
+    allocator then gives it out again, unless somebody holds a reference.
     """
     return {**(KEEPING if keeps_operands else {}), **list_mode_options(mode or "default")}
 
@@ -123,10 +104,9 @@ def compiled_parts(model: ParallelModel, recomputed: Collection[int] = frozenset
 
 
 def parts_of(layer: nn.Module, recomputes: bool) -> list[nn.Module]:
-    """A decoder layer without a hook or a mixture inside is one part, else what it consists of.
+    """A decoder layer without a hook or experts inside is one part, else it is several.
 
-    Args:
-        recomputes: whether it recomputes activations. If it writes to its weights, it is then no single part either.
+    One that recomputes activations and writes to its weights is several, too.
     """
     parts = [layer]
     inside = [module for module in layer.modules() if module is not layer]

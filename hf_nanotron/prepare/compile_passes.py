@@ -19,11 +19,7 @@ Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def rewriting(backend: Backend, joins: bool = True) -> Backend:
-    """A backend of `torch.compile` that hands rewritten graphs to `backend`.
-
-    Args:
-        joins: compute narrow linears together.
-    """
+    """A backend of `torch.compile` that hands rewritten graphs to `backend`, narrow linears joined if `joins`."""
 
     def compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         for module in graph_module.modules():  # what is recomputed has a graph of its own

@@ -25,17 +25,11 @@ KINDS = (Linear, ColumnParallelLinear, RowParallelLinear)
 
 
 def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int] | None = None) -> WeightCopies | None:
-    """Have the linear layers of the decoder layers compute in FP8 while they train, or no longer.
+    """Have the linear layers of the decoder layers compute in FP8 while they train; no longer, if `recipe` is None.
 
     Head, embedding, routers, norms and experts stay as they are, and so do linears whose sizes (on this rank) are no
-    multiples of 16. Call it before `shard_weights`, and before blocks are compiled.
-
-    Args:
-        recipe: one of `ops.fp8.RECIPES`, or None for none.
-        skip_layers: decoder layers that are left out, counted over the whole model; negative ones from its end.
-
-    Raises:
-        ValueError: on a GPU without FP8, for a layer that the model does not have, or if nothing is left.
+    multiples of 16. `skip_layers` are numbers in the whole model, negative ones from its end. Call it before
+    `shard_weights`, and before layers are compiled.
     """
     for module in model.modules():
         if isinstance(module, Fp8Linear):
@@ -59,8 +53,8 @@ def use_fp8(model: ParallelModel, recipe: str | None, skip_layers: Sequence[int]
         )
     if odd:
         logger.info(
-            f"fp8={recipe!r}: {len(odd)} linear layers whose sizes are no multiples of {ALIGNMENT} stay in bf16: "
-            + ", ".join(odd)
+            f"fp8={recipe!r}: {len(odd)} linear layers stay in bf16, because their sizes are not multiples of "
+            f"{ALIGNMENT}: " + ", ".join(odd)
         )
     copies = WeightCopies(recipe)
     for module in chosen:
@@ -76,14 +70,10 @@ def fp8_bytes(model: ParallelModel) -> int:
 
 
 def check_device(device: torch.device) -> None:
-    """
-    Raises:
-        ValueError: for a GPU without FP8. On a CPU the same numbers are computed, slowly.
-    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(
-            f"fp8: {torch.cuda.get_device_name(device)} has compute capability {capability}; FP8 products need "
+            f"fp8: {torch.cuda.get_device_name(device)} has compute capability {capability}; FP8 matmuls need "
             f"{'.'.join(map(str, CAPABILITY))} or above (Ada, Hopper). Use fp8=None."
         )
 
@@ -104,10 +94,6 @@ def _candidates(model: ParallelModel) -> Iterator[tuple[str, int, Linear]]:
 
 
 def _skipped(model: ParallelModel, skip_layers: Sequence[int] | None) -> set[int]:
-    """
-    Raises:
-        ValueError: for a layer that the model does not have.
-    """
     count = max((len(layers) for _, layers in model.anatomy.layer_stacks()), default=0)
     for index in skip_layers or ():
         if not -count <= index < count:

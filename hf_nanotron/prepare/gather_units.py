@@ -12,8 +12,7 @@ def gather_units(model: ParallelModel) -> list[list[nn.Module]]:
     """Every parameter of `model` belongs to exactly one unit, in the order of the forward.
 
     A unit is a module that is spread over ranks of its own (experts), a decoder layer without such, or a module outside
-    the layers that holds parameters itself (embedding, final norm, head). Modules that share a parameter (a tied
-    embedding and head) are one unit, and so are modules that lie inside each other.
+    the layers that holds parameters itself. Modules that share a parameter, or lie inside each other, are one unit.
     """
     spread = {name.rpartition(".")[0] for name, spec in model.shard_specs.items() if spec.axis == "ep"}
     layers = [layer for _, layer in model.anatomy.numbered_layers() if not isinstance(layer, AbsentLayer)]

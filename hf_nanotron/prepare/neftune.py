@@ -21,12 +21,7 @@ NAME = "embedding noise"  # among the decorations of a model
 
 
 class EmbeddingNoise:
-    """Uniform noise of at most `alpha / sqrt(tokens * width)`, as transformers adds.
-
-    Args:
-        alpha: `neftune_noise_alpha`.
-        seed: of the run.
-    """
+    """Uniform noise of at most `alpha / sqrt(tokens * width)`, as transformers adds."""
 
     def __init__(self, alpha: float, seed: int) -> None:
         self.alpha, self.seed = alpha, seed

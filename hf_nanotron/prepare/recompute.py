@@ -1,8 +1,8 @@
 """Selective activation recomputation, and which layers recompute.
 
-What costs much time and saves little memory is kept: matrix products and attention. What lies between them (norms,
-rotary embeddings, gated activations, casts, residual sums) is computed again in the backward (Korthikanti et al. 2022,
-arXiv:2205.05198, after Chen et al. 2016, arXiv:1604.06174). Recomputing everything is transformers' own switch.
+Matmuls and attention are kept. What lies between them (norms, rotary embeddings, gated activations, casts, residual
+sums) is computed again in the backward (Korthikanti et al. 2022, arXiv:2205.05198, after Chen et al. 2016,
+arXiv:1604.06174). Recomputing everything is transformers' own switch.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ KEPT = (
 def keeps(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether the output of this call of an operator is kept.
 
-    An operator that writes to its arguments must run again. So must attention with dropout: one that is left out draws
-    no numbers, and the masks after it would be others than in the forward.
+    An operator that writes to its arguments must run again. So must attention with dropout: if it were left out, the
+    masks after it would differ from those of the forward.
     """
     schema = getattr(op, "_schema", None)
     if not (op.name() if schema is None else schema.name).startswith(KEPT):
@@ -63,8 +63,7 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """A `context_fn` of `torch.utils.checkpoint.checkpoint`, eager or inside `torch.compile`.
 
-    A compiler traces torch's own contexts, which mark what is to be kept in its graph. Code that it gave up on runs
-    with ours.
+    A compiler traces torch's own contexts, which mark in its graph what is kept.
     """
     if TracingContext.try_get() is not None:
         return create_selective_checkpoint_contexts(_policy)
@@ -72,11 +71,7 @@ def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
 
 
 def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: int = 1) -> frozenset[int]:
-    """Which decoder layers recompute: `layers`, or each `every`-th, counted over the whole model as the Hub does.
-
-    Raises:
-        ValueError: for a layer that the model does not have; the same on every rank.
-    """
+    """Which decoder layers recompute: `layers`, or each `every`-th, counted over the whole model as the Hub does."""
     count = len(model.anatomy.numbered_layers())
     if layers is None:
         return frozenset(range(0, count, every))
@@ -89,21 +84,14 @@ def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: i
 
 
 def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
-    """Let exactly `layers` recompute everything, each by the switch that transformers has given it.
-
-    Args:
-        options: as in `recompute_selectively`.
-
-    Raises:
-        ValueError: if some layers were chosen of a model whose layers have no switch of their own.
-    """
+    """Let exactly `layers` recompute everything, each by the switch that transformers has given it."""
     every = dict(model.anatomy.numbered_layers())
     own = {i: layer for i, layer in every.items() if isinstance(layer, GradientCheckpointingLayer)}
     odd = {type(x).__name__ for x in every.values() if not isinstance(x, GradientCheckpointingLayer | AbsentLayer)}
     if odd and len(layers) < len(every):
         raise ValueError(
-            f"{odd.pop()} of {type(model).__name__} has no switch of its own (it is no GradientCheckpointingLayer): "
-            "use activation_checkpointing_policy='selective', or all layers."
+            f"{odd.pop()} of {type(model).__name__} cannot be switched separately (it is not a "
+            "GradientCheckpointingLayer): use activation_checkpointing_policy='selective', or all layers."
         )
     function = functools.partial(checkpoint, **_with_defaults(options, model))
     for index, layer in own.items():
@@ -114,14 +102,10 @@ def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Map
 def recompute_selectively(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
     """Let `layers` keep products and attention, and compute the rest again in the backward of a training step.
 
-    A layer recomputes whole where nothing happens between its blocks; else each block does, inside the hooks at its
-    border: what they send is not sent again, and what routers return is not recorded again; so it is in a layer that
-    writes to its weights. Experts recompute between their two products. To be called before `compile_layers`, which
-    compiles what this leaves.
-
-    Args:
-        options: of `torch.utils.checkpoint.checkpoint`. Unless they say otherwise, the state of random generators is
-            kept only if the model has dropout.
+    A layer recomputes whole where nothing happens between its blocks and it does not write to its weights; else each
+    block does, inside the hooks at its border, so that nothing is sent or recorded twice. Experts recompute between
+    their two products. Call it before `compile_layers`. `options` are those of `torch.utils.checkpoint.checkpoint`; by
+    default random states are kept only if the model has dropout.
     """
     options = _with_defaults(options, model)
     forward, compute = _recomputing("forward", options), _recomputing("compute", options)

@@ -46,10 +46,7 @@ class PreparationArguments(RecomputationArguments, Protocol):
 def prepare_training(model: ParallelModel, args: PreparationArguments) -> TrainingState:
     """Shard the weights of `model`, and have it compute as `args` say. All ranks together.
 
-    The model may have been prepared before, by another trainer, which loses it.
-
-    Raises:
-        ValueError: for an argument that the model cannot follow; on every rank.
+    A model that another trainer has prepared is taken from it.
     """
     mesh, dtype = model.mesh, torch.bfloat16 if args.bf16 else model.dtype
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -105,11 +102,6 @@ def end_run(model: ParallelModel) -> None:
 
 
 def check_frozen(state: TrainingState, save_hub_weights: str) -> None:
-    """
-    Raises:
-        ValueError: if other parameters require a gradient than when the model was prepared, or if a checkpoint would
-            lack frozen ones.
-    """
     named: dict[str, Any] = dict(state.model.named_parameters())
     trainable = {name for name, parameter in named.items() if parameter.requires_grad}
     if changed := sorted(trainable ^ state.trainable):

@@ -15,30 +15,21 @@ from .gather_units import gather_units
 
 
 def refuse_frozen(model: ParallelModel, trainable: Collection[str]) -> None:
-    """Refuse a model of which no rank trains anything. All ranks together.
-
-    Args:
-        trainable: names of the parameters of this rank that require a gradient.
-
-    Raises:
-        ValueError: with the way out.
-    """
+    """Refuse a model of which no rank trains anything. All ranks together."""
     count = all_reduce(torch.tensor(float(len(trainable)), device=model.mesh.device), model.mesh.world)
     if not count:
         raise ValueError(
-            f"no parameter of {model.stock_class.__name__} requires a gradient, so there is nothing to train; set "
-            "model.requires_grad_(True), or that of the parameters to be trained, before the trainer is made (PEFT's "
-            "merge_and_unload() leaves all of them frozen)."
+            f"no parameter of {model.stock_class.__name__} requires a gradient, so there is nothing to train; call "
+            "model.requires_grad_(True), or set it for the parameters to train, before the trainer is made (PEFT's "
+            "merge_and_unload() leaves all parameters frozen)."
         )
 
 
 def shard_weights(model: ParallelModel, compute_dtype: torch.dtype, bucket_bytes: int) -> ShardedWeights:
     """Make the object that owns the weights and gradients of `model` while it trains.
 
-    Args:
-        model: with whole parameters, or sharded by an earlier trainer, whose hooks are taken away.
-        compute_dtype: what the model computes in; masters and gradients are fp32.
-        bucket_bytes: of fp32 gradients in a bucket (stages 0 to 2).
+    The model computes in `compute_dtype`; masters and gradients are fp32, the latter in buckets of `bucket_bytes`
+    (stages 0 to 2). It may be sharded by an earlier trainer, whose hooks are taken away.
     """
     if model.weights is not None:
         model.weights.close()

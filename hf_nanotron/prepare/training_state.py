@@ -15,14 +15,12 @@ from .neftune import EmbeddingNoise
 
 @dataclass
 class TrainingState:
-    """A model that is ready to train. Made by `prepare_training`.
+    """A model that is ready to train, and what training holds besides. Made by `prepare_training`.
 
     Attributes:
-        weights: what owns its weights and gradients.
         fp8: the FP8 copies of its weights, or None if it computes without.
         attention: what stands for its own attention, or None.
         recomputed: numbers of the layers that recompute activations.
-        recompute_options: of `torch.utils.checkpoint.checkpoint`.
         trainable: names of the parameters of this rank that require a gradient.
         noise: what is added to embeddings in this run, or None.
     """

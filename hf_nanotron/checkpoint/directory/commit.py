@@ -36,9 +36,10 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..files.checked import read_checked, write_checked
+from ..files.disk import StrPath, check_length, checksum_of, sync
 from ..files.inside import inside, is_inside
 from ..files.schema import DESCRIPTION, require
-from ..state.file import read_checked, sync, write_checked
 from .own_files import (
     FREE,
     HIDDEN,
@@ -55,18 +56,7 @@ from .own_files import (
     states_of,
     unchanged,
 )
-from .verify import (
-    FORMAT,
-    MARKER,
-    STATE_FILES,
-    STATE_INDEX,
-    VERSION,
-    WRITTEN,
-    StrPath,
-    check_length,
-    checksum_of,
-    is_torn,
-)
+from .verify import FORMAT, MARKER, STATE_FILES, STATE_INDEX, VERSION, WRITTEN, is_torn
 
 logger = logging.get_logger(__name__)
 LONGEST_PAUSE = 1.0  # seconds between two looks for what other ranks have written
@@ -100,14 +90,6 @@ def describe(directory: StrPath, rank: int, paths: Iterable[StrPath] = ()) -> No
 
     By every rank, once, when all that it writes is written: from here on rank 0 may commit. Small files may be left to
     rank 0; each one described here is one that it need not read.
-
-    Args:
-        directory: the checkpoint, after `begin`.
-        paths: the files, below `directory`.
-
-    Raises:
-        ValueError: if a path is not in `directory`.
-        OSError: if a file cannot be read or the directory is gone.
     """
     directory = Path(directory)
     entries = {}
@@ -119,11 +101,7 @@ def describe(directory: StrPath, rank: int, paths: Iterable[StrPath] = ()) -> No
 
 
 def fail(directory: StrPath, rank: int, error: BaseException | str) -> None:
-    """Say that this rank could not write its part: `commit` raises with this text instead of waiting on.
-
-    Raises:
-        OSError: if not even that can be written.
-    """
+    """Say that this rank could not write its part: `commit` raises with this text instead of waiting on."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     path = Path(directory) / WRITTEN / f"{_stem(rank)}.failed"
     temporary = path.with_suffix(".tmp")
@@ -140,9 +118,6 @@ def failure(directory: StrPath) -> str | None:
 
 def wait_for_ranks(directory: StrPath, world_size: int, timeout: float) -> None:
     """Return when all ranks have called `describe`.
-
-    Args:
-        timeout: seconds.
 
     Raises:
         RuntimeError: as soon as a rank has called `fail`, with its text.
@@ -175,9 +150,6 @@ def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: 
     """Make `directory` a checkpoint, by its marker. By rank 0; when this returns, it would survive a power failure.
 
     Args:
-        world_size: how many ranks call `describe`, rank 0 among them.
-        step: optimizer steps.
-        timeout: seconds to wait for the ranks.
         run: which run this is a checkpoint of, as `Run.to_dict` writes it; None for a conversion.
 
     Raises:
@@ -222,9 +194,6 @@ def remove(directory: Path) -> None:
     """Delete a checkpoint: first it stops being one, then it loses its name, then its files go.
 
     Its own files go, those of others stay in the folder, with a warning. Of a symbolic link the link goes alone.
-
-    Raises:
-        OSError: if it cannot be deleted; then it is as it was, unless single files could not go.
     """
     if directory.is_symlink():
         directory.unlink()
@@ -279,7 +248,7 @@ def _delete(hidden: Path, directory: Path) -> None:
         (directory / WRITTEN).rename(trace / WRITTEN)
     shutil.rmtree(trace, ignore_errors=True)
     listed = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-    logger.warning(f"{directory}: the checkpoint is deleted, and what no run has written stays there: {listed}.")
+    logger.warning(f"{directory}: deleted the checkpoint, kept the files that no run has written: {listed}.")
 
 
 def _stem(rank: int) -> str:

@@ -20,10 +20,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..files.checked import read_checked
+from ..files.disk import checksum_of
 from ..files.repository import TEXTS, WEIGHTS
-from ..state.file import read_checked
 from ..state.training_state import DIRECTORY
-from .verify import MARKER, WRITTEN, checksum_of
+from .verify import MARKER, WRITTEN
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +90,6 @@ def delete_own(directory: Path) -> list[str]:
 
     Returns:
         what is left and not its own, sorted; if nothing is, the folder is gone.
-
-    Raises:
-        OSError: if an own file could not be deleted.
     """
     folders = {directory / DIRECTORY}
     for name in sorted(own_files(directory)):
@@ -123,7 +121,7 @@ def set_aside(path: Path, why: str = "is not a checkpoint of this program") -> P
     """Give what is in the way of a save another name, beside the checkpoint: `_kept-checkpoint-5`."""
     target = free_name(path)
     path.rename(target)
-    logger.warning(f"{path} {why}: it is kept as {target.name}.")
+    logger.warning(f"{path} {why}; renamed it to {target.name}.")
     return target
 
 
@@ -134,7 +132,7 @@ def move_aside(directory: Path, names: Iterable[str]) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).rename(target / name)
     if moved:
-        logger.warning(f"{', '.join(moved)} in {directory}: no run has written that, and it is kept in {target.name}.")
+        logger.warning(f"{directory}: moved {', '.join(moved)} to {target.name}, because no run has written them.")
 
 
 def free_name(path: Path) -> Path:

@@ -21,10 +21,11 @@ from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
 from ...parallel.together import together
+from ..files.disk import StrPath
 from .commit import clean, remove
 from .own_files import delete_trace
 from .runs import Run, latest, marked_run, read_record
-from .verify import StrPath, check, is_torn, read_marker
+from .verify import check, is_torn, read_marker
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -97,12 +98,9 @@ def candidates(output_dir: StrPath) -> list[Path]:
 def choose(output_dir: StrPath, verify: Callable[[Path], None] = check) -> Path | None:
     """The newest checkpoint of the run at hand that `verify` accepts, None if there is none.
 
-    Warns of each one passed over, and why.
+    Warns of each one skipped, and why.
 
     For `resume_from_checkpoint=True`. A directory that the user has named is `check`ed, and its error is theirs.
-
-    Args:
-        verify: raises ValueError for a checkpoint that cannot be used, as `check` does.
     """
     return _first(candidates(output_dir), verify, warn=True)
 
@@ -113,7 +111,7 @@ def _first(candidates: Iterable[Path], verify: Callable[[Path], None], warn: boo
             verify(path)
         except ValueError as error:
             if warn:
-                logger.warning(f"{path.name} is passed over, and an earlier checkpoint is looked for: {error}")
+                logger.warning(f"skipping {path.name}, trying an earlier checkpoint: {error}")
         else:
             return path
     return None
@@ -149,9 +147,6 @@ def from_rank_0(mesh: ParallelMesh, value: T) -> T:
 
 def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, needs: Iterable[str] = ()) -> None:
     """`check`, each rank its share of the files.
-
-    Args:
-        needs: files that the marker has to list.
 
     Raises:
         ValueError: on every rank the same, if any rank has found a fault.
@@ -190,7 +185,6 @@ def rotate(output_dir: StrPath, limit: int | None, keep: Iterable[StrPath] = (),
 
     Args:
         limit: `save_total_limit`; None or 0: no committed checkpoint is deleted.
-        keep: the best checkpoint, the one just written, any being uploaded.
         run: whose checkpoints count; None for those of the run at hand.
 
     Returns:
@@ -207,7 +201,7 @@ def rotate(output_dir: StrPath, limit: int | None, keep: Iterable[StrPath] = (),
             delete_trace(path)
     kept = {Path(path).resolve() for path in (committed[0], *keep)}
     older = found[found.index(committed[0]) + 1 :]
-    doomed = [path for path in older if _is_torn(path) and path.resolve() not in kept]
+    doomed = [path for path in older if is_torn(path) and path.resolve() not in kept]
     if limit is not None and limit > 0:
         kept.update(path.resolve() for path in islice(filter(_has_all_files, committed), 1))
         surplus = [path for path in reversed(committed) if path.resolve() not in kept]
@@ -215,18 +209,11 @@ def rotate(output_dir: StrPath, limit: int | None, keep: Iterable[StrPath] = (),
     return [path for path in doomed if _removed(path)]
 
 
-def _is_torn(path: Path) -> bool:
-    try:
-        return is_torn(path)
-    except OSError:  # it cannot be read, which is no reason to end a run
-        return False
-
-
 def _removed(path: Path) -> bool:
     try:
         remove(path)
     except OSError as error:  # no reason to end a run
-        logger.warning(f"{path} could not be deleted: {error}")
+        logger.warning(f"could not delete {path}: {error}")
         return False
     return True
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .verify import StrPath
+from ..files.disk import StrPath
 
 logger = logging.get_logger(__name__)
 LOCK = "_run.lock"  # pushes leave out what begins with "_"
@@ -37,9 +37,6 @@ class RunLock:
 
         Returns:
             None, or who holds it: a sentence with the folder, the host, the process and its start.
-
-        Raises:
-            OSError: if the file cannot be written.
         """
         path = Path(folder, LOCK)
         if self._handle is not None and self._path == path:
@@ -74,7 +71,7 @@ class RunLock:
 
 
 def _tell(path: Path, error: OSError) -> None:
-    logger.warning(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not be noticed.")
+    logger.warning(f"cannot lock {path} ({error.strerror}): a second run in this folder will not be detected.")
 
 
 def this_process() -> dict[str, Any]:

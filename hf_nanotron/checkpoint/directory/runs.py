@@ -10,7 +10,6 @@ that has no checkpoint yet. Checkpoints from before there were ids are one run, 
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import time
@@ -20,31 +19,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..files.schema import show
-from ..state.file import read_checked, write_checked
+from ..files.checked import read_checked, write_checked
+from ..files.disk import StrPath
+from ..files.schema import each, finite, record, row, show, text
 from .run_lock import in_words
-from .verify import MARKER, StrPath, read_marker
+from .verify import MARKER, read_marker
 
 RECORD = "_run.json"  # pushes leave out what begins with "_"
 KEY = "run"  # of the marker, and in the `extra` of a training state
-LATEST = 1 << 40  # seconds since 1970; a float tells one from the next TICK
 TICK = 1e-3  # seconds between two branches, at least, whatever the clocks of their hosts say
+# What a marker or the record says of its run. A float tells a `began` from the next TICK.
+RUN = record({"id": text(), "branch": text(), "began": finite(1 << 40), "before": each(row(text(), finite(1 << 63)))})
 
 
 @dataclass(frozen=True)
 class Run:
-    """A branch of a run.
+    """A branch of a run."""
 
-    Args:
-        id: of the run.
-        branch: of this `train()`.
-        began: when it did, seconds since 1970.
-        before: the branches that it goes on from, the oldest first, each with the last step that counts.
-    """
-
-    id: str = ""
-    branch: str = ""
-    began: float = 0.0
+    id: str = ""  # of the run
+    branch: str = ""  # of this `train()`
+    began: float = 0.0  # when it did, seconds since 1970
+    # the branches that it goes on from, the oldest first, each with the last step that counts
     before: tuple[tuple[str, int], ...] = ()
 
     def has(self, other: Run, step: int) -> bool:
@@ -56,36 +51,13 @@ class Run:
 
     @classmethod
     def from_dict(cls, value: Any) -> Run:
-        """
-        Raises:
-            ValueError: if it is not what `to_dict` has made.
-        """
-        try:
-            run = cls(
-                value["id"], value["branch"], value["began"], tuple((name, last) for name, last in value["before"])
-            )
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{show(value)} does not name a run.") from error
-        texts, numbers = [run.id, run.branch], [run.began]
-        for name, last in run.before:
-            texts.append(name)
-            numbers.append(last)
-        is_like_ours = all(type(text) is str for text in texts) and all(map(_is_number, numbers))
-        if not is_like_ours or abs(run.began) > LATEST:
+        if RUN(value) is not None:
             raise ValueError(f"{show(value)} does not name a run.")
-        return run
-
-
-def _is_number(value: Any) -> bool:
-    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
+        return cls(value["id"], value["branch"], value["began"], tuple((name, last) for name, last in value["before"]))
 
 
 def run_of(marker: dict[str, Any]) -> Run:
-    """The run of a marker; of one from before there were ids, the run that all those are.
-
-    Raises:
-        ValueError: if the marker names it in another way than ours do.
-    """
+    """The run of a marker; of one from before there were ids, the run that all those are."""
     return Run.from_dict(marker[KEY]) if KEY in marker else Run()
 
 
@@ -95,7 +67,6 @@ def begin_run(known: Iterable[Run], source: Run | None = None, step: int = 0) ->
     Args:
         known: the runs in the folder and in the store.
         source: the run of the checkpoint that is resumed; None for a fresh run.
-        step: of that checkpoint.
     """
     branch = secrets.token_hex(6)
     began = max([time.time(), *(run.began + TICK for run in known)])
@@ -122,11 +93,7 @@ def marked_run(checkpoint: StrPath) -> Run | None:
 
 @lru_cache(maxsize=1024)
 def _run_of_file(checkpoint: str, state: tuple[int, ...]) -> Run | None:
-    """Each save asks for all, and to read the marker of a thousand files takes a while.
-
-    Args:
-        state: of the marker; another file has another one.
-    """
+    """Each save asks for all, and to read the marker of a thousand files takes a while."""
     try:
         return run_of(read_marker(checkpoint))
     except ValueError:
@@ -134,11 +101,7 @@ def _run_of_file(checkpoint: str, state: tuple[int, ...]) -> Run | None:
 
 
 def write_record(output_dir: StrPath, run: Run, writer: dict[str, Any]) -> None:
-    """Note in the folder which run is at hand, from now on.
-
-    Args:
-        writer: host, pid and such, for people.
-    """
+    """Note in the folder which run is at hand, from now on."""
     write_checked(Path(output_dir, RECORD), {**run.to_dict(), "writer": writer})
 
 

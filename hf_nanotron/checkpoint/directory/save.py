@@ -20,28 +20,18 @@ from .commit import commit, describe, fail, wait_for_ranks
 
 @dataclass
 class Save:
-    """One checkpoint on its way to the disk, as one rank sees it.
+    """One checkpoint on its way to the disk, as one rank sees it."""
 
-    Args:
-        directory: the checkpoint, after `begin`.
-        step: optimizer steps.
-        files: what this rank has written already (or will, by `writes`).
-        writes: what is left to write besides the training state.
-        pieces: this rank's part of the training state.
-        values: the rest of it, equal on all ranks; None for a checkpoint without one (`save_only_model`).
-        timeout: seconds that rank 0 waits for the others.
-        run: which run this is a checkpoint of, for the marker.
-        on_committed: called on rank 0 with the directory, in the thread that has written it.
-    """
-
-    directory: Path
-    step: int
-    timeout: float
-    files: list[Path] = field(default_factory=list)
-    writes: list[Callable[[], None]] = field(default_factory=list)
-    pieces: list[StatePiece] = field(default_factory=list)
+    directory: Path  # the checkpoint, after `begin`
+    step: int  # optimizer steps
+    timeout: float  # seconds that rank 0 waits for the others
+    files: list[Path] = field(default_factory=list)  # what this rank has written already (or will, by `writes`)
+    writes: list[Callable[[], None]] = field(default_factory=list)  # what is left to write besides the training state
+    pieces: list[StatePiece] = field(default_factory=list)  # this rank's part of the training state
+    # the rest of it, equal on all ranks; None for a checkpoint without one (`save_only_model`)
     values: dict[str, Any] | None = None
-    run: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None  # which run this is a checkpoint of, for the marker
+    # called on rank 0 with the directory, in the thread that has written it
     on_committed: Callable[[Path], None] | None = None
 
     def copy_to_host(self, copies: HostCopies) -> None:
@@ -144,11 +134,7 @@ class BackgroundSave:
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> Path | None:
-        """The directory of a save that has ended since the last call, None if there is none.
-
-        Raises:
-            RuntimeError: if it failed, naming the directory and the reason.
-        """
+        """The directory of a save that has ended since the last call, None if there is none."""
         if self._thread is None or self._thread.is_alive():
             return None
         return self.wait()

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import zlib
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..files.checked import parse_checked, read_checked
+from ..files.disk import StrPath, check_length, checksum_of
 from ..files.inside import inside
 from ..files.schema import MARKER as MARKER_KEYS, VALUES, VERSIONED, require, show
-from ..state.file import CHUNK_BYTES, INDEX, parse_checked, read_checked
+from ..state.file import INDEX
 from ..state.generators import check_generators
 from ..state.index import StateIndex
 from ..state.progress import check_progress
 from ..state.training_state import DIRECTORY
-
-StrPath = str | os.PathLike[str]
 
 FORMAT = "hf_nanotron checkpoint"
 VERSION = 1
@@ -34,11 +30,7 @@ READ_BY_RESUME = (TRAINER_STATE_NAME, RNG_FILES, STATE_INDEX)
 
 
 def read_marker(directory: StrPath) -> dict[str, Any]:
-    """The marker: `step`, `hub_weights` (whether the Hub's weights are in the checkpoint) and `files`.
-
-    Raises:
-        ValueError: if there is none, or it is damaged, forged, or of a later version.
-    """
+    """The marker: `step`, `hub_weights` (whether the Hub's weights are in the checkpoint) and `files`."""
     directory = Path(directory)
     path = directory / MARKER
     if not directory.is_dir():
@@ -90,10 +82,24 @@ def is_committed(directory: StrPath) -> bool:
     return True
 
 
+def is_marked(directory: Path, data: bytes | None) -> bool:
+    """Whether the marker of `directory` is exactly `data`, with all checksums; None is that of no checkpoint."""
+    try:
+        return data is not None and (directory / MARKER).read_bytes() == data
+    except OSError:
+        return False
+
+
 def is_torn(directory: StrPath) -> bool:
-    """Whether `directory` is what an interrupted `begin`, save or `remove` has left. By other programs: False."""
+    """Whether `directory` is what an interrupted `begin`, save or `remove` has left.
+
+    False for those of other programs, and for what cannot be read: another thread may just have deleted it.
+    """
     directory = Path(directory)
-    return not (directory / MARKER).exists() and ((directory / WRITTEN).is_dir() or not any(directory.iterdir()))
+    try:
+        return not (directory / MARKER).exists() and ((directory / WRITTEN).is_dir() or not any(directory.iterdir()))
+    except OSError:
+        return False
 
 
 def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1)) -> None:
@@ -136,12 +142,7 @@ def check(directory: StrPath, deep: bool = True, part: tuple[int, int] = (0, 1))
 
 
 def read_state_index(directory: Path, files: dict[str, Any]) -> StateIndex:
-    """The index of the training state, compared with the `files` of the marker.
-
-    Raises:
-        ValueError: naming the index and what is wrong.
-        OSError: if it cannot be read.
-    """
+    """The index of the training state, compared with the `files` of the marker."""
     index = StateIndex.read(directory / DIRECTORY)
     require(VALUES, index.values, f"{index.path}: values")
     listed = {name.rpartition("/")[2]: entry["bytes"] for name, entry in files.items() if fnmatch(name, STATE_FILES)}
@@ -164,28 +165,6 @@ def check_sum(path: Path, expected: str | None) -> None:
         raise ValueError(f"{path} is damaged: its crc32 is {found} instead of {expected}.")
 
 
-def checksum_of(path: Path) -> str:
-    checksum = 0
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(CHUNK_BYTES):
-            checksum = zlib.crc32(data, checksum)
-    return f"{checksum:08x}"
-
-
-def check_length(path: Path, expected: int, why: str) -> None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing, but {why}.") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}).") from error
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-        raise ValueError(f"{path} is not a regular file, but {why}.")
-    if (size := status.st_size) != expected:
-        fault = "was cut off" if size < expected else "has grown"
-        raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}.")
-
-
 def check_blocks(path: Path, index: StateIndex, name: str | None = None) -> None:
     """Compare a file of the training state with the checksums in its index, which cover every byte of it.
 
@@ -195,15 +174,10 @@ def check_blocks(path: Path, index: StateIndex, name: str | None = None) -> None
     name = name or path.name
     if name not in index.files:
         raise ValueError(f"{path} is not a part of the training state: {INDEX} does not name it.")
+    block = index.block_bytes
     with open(path, "rb") as file:
         index.check_header(name, file.read(index.files[name]["header"][0]))
         for what, offset, size, checksums in index.blocks(name):
             file.seek(offset)
-            for number, found in enumerate(_block_sums(file, size, index.block_bytes)):
-                if found != checksums[number * 8 : number * 8 + 8]:
-                    raise ValueError(f"{path} is damaged: the checksum of {what}, block {number}, differs.")
-
-
-def _block_sums(file: BinaryIO, size: int, block: int) -> Iterator[str]:
-    for start in range(0, size, block):
-        yield f"{zlib.crc32(file.read(min(block, size - start))):08x}"
+            for number, start in enumerate(range(0, size, block)):
+                index.check_block(path, what, number, file.read(min(block, size - start)), checksums)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-StrPath = str | os.PathLike[str]
+from .disk import StrPath
 
 CACHED = ("models--", "datasets--", "spaces--")  # what the Hub's cache calls the folders of repositories
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
@@ -44,11 +44,7 @@ def is_inside(folder: StrPath, path: StrPath) -> bool:
 
 
 def refuse_links(folder: StrPath) -> None:
-    """Refuse a folder of which something is a symbolic link out of it, or neither file nor folder, such as a pipe.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Refuse a folder of which something is a symbolic link out of it, or neither file nor folder, such as a pipe."""
     for path in sorted(Path(folder).rglob("*")):
         inside(folder, path.relative_to(folder).as_posix(), str(folder))
         if not path.is_file() and not path.is_dir():

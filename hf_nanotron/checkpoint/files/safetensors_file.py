@@ -1,4 +1,4 @@
-"""Write a safetensors file while its tensors arrive, holding one at a time.
+"""Open a safetensors file, and write one while its tensors arrive, holding one at a time.
 
 The format: eight bytes with the length of a JSON header, the header, the bytes of the tensors one after the other
 (https://huggingface.co/docs/safetensors).
@@ -7,12 +7,16 @@ The format: eight bytes with the length of a JSON header, the header, the bytes 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from .disk import durable_file
 
 DTYPES = {  # as safetensors names them
     "F64": torch.float64,
@@ -40,16 +44,20 @@ class Entry:
     shape: tuple[int, ...]
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:
-    """Write `tensors`, which come in the order of `entries`. The file survives a power failure.
+def open_safetensors(path: Path, advice: str) -> Any:
+    """A handle of `safe_open`, which compares the header with the file's length."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); {advice}.") from error
 
-    Raises:
-        ValueError: if a tensor is not what its entry says, or one is missing.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
+def header_of(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The bytes that come before the tensors, which lie in the order of `entries`."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for entry in entries:
-        end = offset + entry.dtype.itemsize * int(torch.Size(entry.shape).numel())
+        end = offset + entry.dtype.itemsize * prod(entry.shape)
         header[entry.name] = {
             "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
@@ -58,12 +66,19 @@ def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[to
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:
+    """Write `tensors`, which come in the order of `entries`. The file survives a power failure."""
+    with durable_file(path) as file:
+        file.write(header_of(entries, {}))
         for entry, tensor in zip(entries, tensors, strict=True):
             if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
                 raise ValueError(f"{path}: {entry} came as {tensor.dtype}, {tuple(tensor.shape)}.")
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy().data))
-        file.flush()
-        os.fsync(file.fileno())
+            file.write(bytes_of_tensor(tensor))

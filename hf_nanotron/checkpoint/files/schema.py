@@ -28,10 +28,6 @@ EARLIER = "use an earlier checkpoint"
 
 
 def load_json(data: bytes | str, where: object, advice: str = EARLIER) -> Any:
-    """
-    Raises:
-        ValueError: naming `where`, for what is no JSON, is nested too deeply, or has a key twice.
-    """
     try:
         return json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -39,11 +35,7 @@ def load_json(data: bytes | str, where: object, advice: str = EARLIER) -> Any:
 
 
 def require(rule: Rule, value: Any, where: object, advice: str = EARLIER) -> Any:
-    """`value` itself.
-
-    Raises:
-        ValueError: naming `where`, the key and what is wrong.
-    """
+    """`value` itself, if `rule` accepts it; else a ValueError that names `where`, the key and what is wrong."""
     if (fault := rule(value)) is not None:
         raise ValueError(f"{where} is damaged or forged: {fault.lstrip('. ')}; {advice}.")
     return value
@@ -84,6 +76,14 @@ def number(value: Any) -> str | None:
     """Also nan and inf. A whole number is one that a float can be made of."""
     is_known = type(value) is float or (type(value) is int and abs(value) < LARGEST_FLOAT)
     return None if is_known else f" is {show(value)}, not a number"
+
+
+def finite(most: int) -> Rule:
+    def rule(value: Any) -> str | None:
+        is_known = type(value) in (int, float) and -most <= value <= most  # nan compares as False
+        return None if is_known else f" is {show(value)}, not a number from {-most} to {most}"
+
+    return rule
 
 
 def interval(value: Any) -> str | None:

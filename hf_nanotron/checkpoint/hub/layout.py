@@ -35,16 +35,11 @@ FORMER_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old fil
 
 @dataclass(frozen=True)
 class HubTensor:
-    """A tensor of the files.
-
-    Args:
-        shape: its shape there.
-        grids: which elements of which tensors of the model it is made of, and which are zero.
-    """
+    """A tensor of the files."""
 
     name: str
-    shape: Sizes
-    grids: tuple[Grid, ...]
+    shape: Sizes  # its shape there
+    grids: tuple[Grid, ...]  # which elements of which tensors of the model it is made of, and which are zero
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
@@ -62,65 +57,40 @@ class HubTensor:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of the files and of the model that are made of each other alone: what is gathered at once.
+    """Tensors of the files and of the model that are made of each other alone: what is gathered at once."""
 
-    Args:
-        model: names of the tensors of the model.
-        hub: names of those of the files.
-    """
-
-    model: tuple[str, ...]
-    hub: tuple[str, ...]
+    model: tuple[str, ...]  # names of the tensors of the model
+    hub: tuple[str, ...]  # names of those of the files
 
 
 @dataclass(frozen=True)
 class HubSources:
-    """What a repository offers a model.
+    """What a repository offers a model."""
 
-    Args:
-        grids: name in the model -> the elements of the repository's tensors that it is made of.
-        missing: tensors of the model that are not there.
-        unused: tensors of the repository for which the model has no place.
-        used: the indices of the layout's `conversions` that took part.
-    """
-
+    # name in the model -> the elements of the repository's tensors that it is made of
     grids: dict[str, tuple[Grid, ...]]
-    missing: list[str]
-    unused: list[str]
-    used: frozenset[int] = frozenset()
+    missing: list[str]  # tensors of the model that are not there
+    unused: list[str]  # tensors of the repository for which the model has no place
+    used: frozenset[int] = frozenset()  # the indices of the layout's `conversions` that took part
 
 
 @dataclass(frozen=True)
 class HubLayout:
-    """How the Hub stores a model.
+    """How the Hub stores a model."""
 
-    Args:
-        architecture: name of the stock class.
-        shapes: name -> shape of the stock model's tensors, in its order: parameters, a tied one under the name of its
-            source, and persistent buffers.
-        dtypes: their dtypes in the stock model.
-        buffers: which of them are buffers.
-        tied: parameter -> the name of its source, for those that are not stored.
-        config: of the model.
-        conversions: from the files to the model, as transformers applies them, the legacy ones included.
-        reverted: which of them are undone on the way to the files.
-        prefix: `base_model_prefix` of the model.
-        optional: patterns of names in files that no warning is given for.
-
-    Raises:
-        ValueError: for a conversion that is no rearrangement, or that loses something, naming the architecture.
-    """
-
-    architecture: str
+    architecture: str  # name of the stock class
+    # name -> shape of the stock model's tensors, in its order: parameters, a tied one under the name of its source, and
+    # persistent buffers
     shapes: dict[str, Sizes]
-    dtypes: dict[str, torch.dtype]
-    buffers: frozenset[str]
-    tied: dict[str, str]
-    config: PreTrainedConfig
+    dtypes: dict[str, torch.dtype]  # their dtypes in the stock model
+    buffers: frozenset[str]  # which of them are buffers
+    tied: dict[str, str]  # parameter -> the name of its source, for those that are not stored
+    config: PreTrainedConfig  # of the model
+    # from the files to the model, as transformers applies them, the legacy ones included
     conversions: tuple[WeightTransform, ...] = ()
-    reverted: frozenset[int] = frozenset()
-    prefix: str = ""
-    optional: tuple[str, ...] = ()
+    reverted: frozenset[int] = frozenset()  # which of them are undone on the way to the files
+    prefix: str = ""  # `base_model_prefix` of the model
+    optional: tuple[str, ...] = ()  # patterns of names in files that no warning is given for
     tensors: dict[str, HubTensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,12 +114,12 @@ class HubLayout:
             self._check_whole(tensor.name, tensor.shape, tensor.grids)
         if lost := [name for name, count in counts.items() if count != torch.Size(self.shapes[name]).numel()]:
             raise ValueError(
-                f"{self.architecture}: {', '.join(lost[:5])} ({len(lost)} tensors) are not wholly in the Hub's layout."
+                f"{self.architecture}: the Hub's layout does not cover {', '.join(lost[:5])} ({len(lost)} tensors)."
             )
 
     def _check_whole(self, name: str, shape: Sizes, grids: Iterable[Grid]) -> None:
         if sum(grid.numel for grid in grids) != torch.Size(shape).numel():
-            raise ValueError(f"{self.architecture}: the elements of {name!r} do not come from one place each.")
+            raise ValueError(f"{self.architecture}: each element of {name!r} must come from exactly one place.")
 
     # ---- to the files ----
 
@@ -179,6 +149,11 @@ class HubLayout:
         """Name -> shape of every tensor of the files, in the order in which they are written."""
         return {name: self.tensors[name].shape for part in self.parts for name in part.hub}
 
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return sum(torch.Size(shape).numel() for name, shape in self.shapes.items() if name not in self.buffers)
+
     def hub_dtypes(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
         """Dtypes of the files' tensors, given those of the model's (all sources of a tensor have one)."""
         return {name: dtypes[self.tensors[name].sources[0]] for name in self.hub_shapes}
@@ -186,15 +161,7 @@ class HubLayout:
     # ---- from the files ----
 
     def sources(self, available: Mapping[str, Sizes], where: str = "the files") -> HubSources:
-        """Find the model's tensors among those of a repository, in any layout that transformers would load.
-
-        Args:
-            available: name -> shape of what it holds.
-            where: how to call it in an error message.
-
-        Raises:
-            ValueError: naming the first tensor, in model order, that is there in another shape, or not wholly.
-        """
+        """Find the model's tensors among those of a repository, in any layout that transformers would load."""
         conversions = deepcopy(self.conversions)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -237,7 +204,7 @@ class HubLayout:
             except (ValueError, KeyError, RuntimeError, IndexError) as error:
                 stored = sorted(name for names in conversion.layer_targets.values() for name in names)
                 raise ValueError(
-                    f"{first!r} of {self.architecture} cannot be put together from what {where} has, "
+                    f"{first!r} of {self.architecture} cannot be assembled from the tensors in {where}, "
                     f"{', '.join(stored[:3])} ({len(stored)} tensors): {error}"
                 ) from error
             for name, value in made.items():
@@ -248,7 +215,7 @@ class HubLayout:
                     made_of = sorted({grid.name for grid in tensor.grids} - {name})
                     origin = f" (of {', '.join(made_of[:3])}{', ...' if len(made_of) > 3 else ''})" if made_of else ""
                     raise ValueError(
-                        f"{name!r} in {where}{origin} has shape {tuple(tensor.shape)}, but the config makes it "
+                        f"{name!r} in {where}{origin} has shape {tuple(tensor.shape)}, but the config implies "
                         f"{known[name]}."
                     )
                 self._check_whole(name, known[name], [grid for grid in tensor.grids if grid.name != ZEROS])
@@ -269,9 +236,6 @@ def hub_layout(model: PreTrainedModel, tied: Mapping[str, str] | None = None) ->
 
     Args:
         tied: parameter -> the parameter it shares storage with; default: what the model declares and has.
-
-    Raises:
-        ValueError: if its family's conversions cannot be expressed, naming it.
     """
     state = model.state_dict(keep_vars=True)
     ignored = set(model._keys_to_ignore_on_save or ())
@@ -302,11 +266,7 @@ def hub_layout(model: PreTrainedModel, tied: Mapping[str, str] | None = None) ->
 
 
 def layout_of(config: PreTrainedConfig) -> HubLayout:
-    """The layout of the causal LM of a config. Makes the stock model on the meta device, without any weights.
-
-    Raises:
-        ValueError: as `hub_layout`.
-    """
+    """The layout of the causal LM of a config. Makes the stock model on the meta device, without any weights."""
     with torch.device("meta"):
         return hub_layout(AutoModelForCausalLM.from_config(config))
 

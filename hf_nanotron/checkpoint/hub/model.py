@@ -20,7 +20,7 @@ from ...parallel.mesh import Group
 from ...parallel.shard_spec import ShardSpec
 from ..files.repository import WEIGHTS, unlink_links
 from ..files.safetensors_file import Entry, write_safetensors
-from .layout import HubLayout, Part
+from .layout import Part
 from .nonfinite_tensors import warn_nonfinite
 from .sharded_model import ShardedModel
 from .weights import HubWeights
@@ -52,7 +52,9 @@ def load_hub_weights(
             f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
         )
     if unused := sources.unused:
-        logger.warning(f"{directory}: the model has no place for {', '.join(unused[:5])} ({len(unused)} tensors).")
+        logger.warning(
+            f"{directory}: ignoring tensors that the model does not have: {', '.join(unused[:5])} ({len(unused)})."
+        )
     if len(sources.missing) > len(missing):
         logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
     # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
@@ -127,10 +129,9 @@ def write_hub_weights(
     mesh, layout, written = model.mesh, model.hub_layout, []
     owners = {name: _owner(model, part) for part in layout.parts for name in part.hub}
     planned = layout.hub_dtypes(_planned_dtypes(model))
-    sizes = {name: dtype.itemsize for name, dtype in planned.items()}
-    files = plan_files(layout.hub_shapes, owners, sizes, parse_size(max_shard_size))
+    files = plan_files(layout.hub_shapes, owners, planned, parse_size(max_shard_size))
     if mesh.rank == 0 and len(files) > 1:
-        write_index(directory, files, layout, sizes)
+        _write_index(directory, files, layout.hub_shapes, planned, layout.numel)
         written.append(directory / SAFE_WEIGHTS_INDEX_NAME)
     tensors = _arriving(model, [part for part in layout.parts if owners[part.hub[0]] == mesh.pp_rank])
     if not is_writer(model):
@@ -157,11 +158,7 @@ def is_writer(model: ShardedModel) -> bool:
 
 
 def _owner(model: ShardedModel, part: Part) -> int:
-    """The pipeline rank that writes the tensors of a part.
-
-    Raises:
-        ValueError: if the tensors of the model are on several: the Hub has in one tensor what the pipeline parts.
-    """
+    """The pipeline rank that writes the tensors of a part."""
     owners = {model.hub_owners[name] for name in part.model}
     if len(owners) > 1:
         raise ValueError(
@@ -225,17 +222,13 @@ def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Ten
 
 
 def plan_files(
-    shapes: dict[str, tuple[int, ...]], owners: dict[str, int], item_size: int | Mapping[str, int], max_bytes: int
+    shapes: Mapping[str, tuple[int, ...]], owners: Mapping[str, int], dtypes: Mapping[str, torch.dtype], max_bytes: int
 ) -> dict[str, list[str]]:
-    """File name -> tensors, in the order of `shapes`, each file of one pipeline rank. The same on every rank.
-
-    Args:
-        item_size: bytes of an element, of all tensors or of each.
-    """
+    """File name -> tensors, in the order of `shapes`, each file of one pipeline rank. The same on every rank."""
     files: list[list[str]] = []
     filling: dict[int, tuple[list[str], int]] = {}  # owner -> its last file, and the bytes in it
     for name, shape in shapes.items():
-        size = (item_size if isinstance(item_size, int) else item_size[name]) * prod(shape)
+        size = dtypes[name].itemsize * prod(shape)
         names, filled = filling.get(owners[name], ([], 0))
         if not names or filled + size > max_bytes:
             names, filled = [], 0
@@ -247,25 +240,45 @@ def plan_files(
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
 
 
-def write_index(directory: Path, files: dict[str, list[str]], layout: HubLayout, sizes: dict[str, int]) -> None:
-    """Say which tensor is in which file. `sizes`: bytes of an element of each Hub tensor."""
-    parameters = sum(prod(shape) for name, shape in layout.shapes.items() if name not in layout.buffers)
+def write_repository_weights(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    tensors: Iterator[torch.Tensor],
+    max_shard_size: str | int,
+    numel: int,
+) -> None:
+    """Write the tensors of a Hub repository, which come in the order of `shapes`, by one process alone.
+
+    Args:
+        numel: elements of all parameters, for the index.
+    """
+    files = plan_files(shapes, dict.fromkeys(shapes, 0), dtypes, parse_size(max_shard_size))
+    for file_name, names in files.items():
+        entries = [Entry(name, dtypes[name], shapes[name]) for name in names]
+        write_safetensors(directory / file_name, entries, islice(tensors, len(names)))
+    if len(files) > 1:
+        _write_index(directory, files, shapes, dtypes, numel)
+
+
+def _write_index(
+    directory: Path,
+    files: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    numel: int,
+) -> None:
+    """Say which tensor is in which file."""
+    size = sum(dtype.itemsize * prod(shapes[name]) for name, dtype in dtypes.items())
     index = {
-        "metadata": {
-            "total_parameters": parameters,
-            "total_size": sum(size * prod(layout.hub_shapes[name]) for name, size in sizes.items()),
-        },
+        "metadata": {"total_parameters": numel, "total_size": size},
         "weight_map": {name: file_name for file_name, names in files.items() for name in names},
     }
     (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number."""
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B", size.strip().upper())

@@ -13,12 +13,7 @@ CHUNK = 1 << 24  # elements that are looked at in one go, so that a copy of a la
 
 
 def warn_nonfinite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """Say so if `tensor` has nan or inf; returns it.
-
-    Args:
-        name: of the tensor, for the message.
-        where: what it was read from, for the message.
-    """
+    """Say so if `tensor` has nan or inf; returns it."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return tensor
     flat = tensor.detach().reshape(-1)
@@ -27,7 +22,7 @@ def warn_nonfinite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
     bad = sum(int((~part.isfinite()).sum()) for part in flat.split(CHUNK))
     if bad:
         logger.warning(
-            f"{name!r} in {where} has {bad} of {tensor.numel()} values that are not finite (nan or inf): a model with "
-            "them computes nan, and cannot be trained. Use an earlier checkpoint."
+            f"{bad} of {tensor.numel()} values of {name!r} in {where} are not finite (nan or inf): the model outputs "
+            "nan and cannot be trained. Use an earlier checkpoint."
         )
     return tensor

@@ -23,14 +23,10 @@ ZEROS = ""  # stands for the source of elements that are zero, such as the rows 
 
 @dataclass(frozen=True)
 class Side:
-    """Where a grid lies in a tensor.
+    """Where a grid lies in a tensor."""
 
-    Args:
-        start: coordinates of its first element.
-        axes: for each axis of the grid the dimension of the tensor along which it runs, and its step there.
-    """
-
-    start: Sizes
+    start: Sizes  # coordinates of its first element
+    # for each axis of the grid the dimension of the tensor along which it runs, and its step there
     axes: tuple[tuple[int, int], ...]
 
     def shift(self, dim: int, by: int) -> Side:
@@ -58,18 +54,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Grid:
-    """Elements of a tensor (`own`) that are elements of another (`source`), one by one.
+    """Elements of a tensor (`own`) that are elements of another (`source`), one by one."""
 
-    Args:
-        sizes: extent of each axis, at least two. Axes run along dimensions of either tensor in any order; several may
-            run along one dimension.
-        name: of the source, or `ZEROS`.
-    """
-
+    # extent of each axis, at least two. Axes run along dimensions of either tensor in any order; several may run along
+    # one dimension
     sizes: Sizes
     own: Side
     source: Side
-    name: str
+    name: str  # of the source, or `ZEROS`
 
     @classmethod
     def whole(cls, name: str, shape: Sizes) -> Grid:
@@ -299,11 +291,7 @@ def _reshape(plain: torch.Tensor, traced: Traced, *_: Any, **__: Any) -> Traced:
 
 
 def _unflatten(grid: Grid, shape: Sizes) -> Grid:
-    """A grid in a 1-D tensor as one in a tensor of `shape`.
-
-    Raises:
-        ValueError: if the elements are no grid there.
-    """
+    """A grid in a 1-D tensor as one in a tensor of `shape`."""
     strides, axis = row_strides(shape), 0
     axes: list[tuple[int, int]] = []
     while axis < len(grid.sizes):

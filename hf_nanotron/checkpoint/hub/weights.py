@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...parallel.shard_spec import ShardSpec
 from ..files.inside import inside
-from ..files.safetensors_file import DTYPES
+from ..files.safetensors_file import DTYPES, open_safetensors
 from ..files.schema import HUB_INDEX, load_json, require
 from .layout import HubLayout, HubSources
 from .trace import Grid, Side, Sizes
@@ -25,16 +25,12 @@ FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 
 def read_weight_map(directory: Path) -> dict[str, str] | None:
-    """Tensor -> file of a repository of several files, by its index; None if it has none.
-
-    Raises:
-        ValueError: for an index that is damaged or forged, or names a file outside of `directory`.
-    """
+    """Tensor -> file of a repository of several files, by its index; None if it has none."""
     index = inside(directory, SAFE_WEIGHTS_INDEX_NAME, str(directory))
     if not index.exists():
         return None
     if not index.is_file() or index.stat().st_size > LARGEST_INDEX:
-        raise ValueError(f"{index} is not a file of at most {LARGEST_INDEX >> 20} MiB; fetch it again.")
+        raise ValueError(f"{index} is not a file of at most {LARGEST_INDEX >> 20} MiB; {AGAIN}.")
     body = require(HUB_INDEX, load_json(index.read_bytes(), index, AGAIN), index, AGAIN)
     for name in set(body["weight_map"].values()):
         inside(directory, name, str(index))
@@ -45,11 +41,7 @@ def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, 
     """Refuse files that hold a tensor twice, or another than the index says: which counts would depend on the reader.
 
     Args:
-        file_of: of the index.
         held: file -> the tensors in it.
-
-    Raises:
-        ValueError: naming the tensor and the files.
     """
     holder: dict[str, str] = {}
     for file, names in held.items():
@@ -63,9 +55,6 @@ def check_index(directory: Path, file_of: Mapping[str, str], held: Mapping[str, 
 
 class HubWeights:
     """The tensors of a local Hub repository, read by slices.
-
-    Args:
-        directory: holds `model.safetensors`, or an index and the files it names.
 
     Raises:
         ValueError: if a file is missing or damaged, naming it.
@@ -82,8 +71,8 @@ class HubWeights:
             self._file_of = dict.fromkeys(self._file(SAFE_WEIGHTS_NAME).keys(), SAFE_WEIGHTS_NAME)
         else:
             raise ValueError(
-                f"{self.directory} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; weights in other "
-                "formats are to be saved again as safetensors (`save_pretrained` of a current transformers)."
+                f"{self.directory} contains neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save weights in "
+                "other formats as safetensors first (`save_pretrained` of a current transformers)."
             )
         held = {name: self._file(name).keys() for name in sorted(set(self._file_of.values()))}
         check_index(self.directory, self._file_of, held)
@@ -93,11 +82,8 @@ class HubWeights:
             path = inside(self.directory, name, str(self.directory / SAFE_WEIGHTS_INDEX_NAME))
             if not path.is_file():
                 fault = "is not a regular file" if path.exists() else "is missing"
-                raise ValueError(f"{path} {fault}, but {SAFE_WEIGHTS_INDEX_NAME} names it; fetch it again.")
-            try:
-                self._open[name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
+                raise ValueError(f"{path} {fault}, but {SAFE_WEIGHTS_INDEX_NAME} names it; {AGAIN}.")
+            self._open[name] = open_safetensors(path, AGAIN)
         return self._open[name]
 
     def __contains__(self, name: str) -> bool:
@@ -107,11 +93,12 @@ class HubWeights:
         return list(self._file_of)
 
     def _slice(self, name: str) -> Any:
-        path = self.directory / self._file_of[name]
         try:
             return self._file(self._file_of[name]).get_slice(name)
         except SafetensorError as error:
-            raise ValueError(f"{path} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so.") from error
+            raise ValueError(
+                f"{self.file_of(name)} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so."
+            ) from error
 
     def shapes(self) -> dict[str, Sizes]:
         """Name -> shape of every tensor. Reads headers alone."""
@@ -120,19 +107,17 @@ class HubWeights:
     def _shape(self, name: str) -> Sizes:
         return tuple(self._slice(name).get_shape())
 
-    def sources(self, layout: HubLayout) -> HubSources:
-        """Where the tensors of a model are in this repository.
+    def file_of(self, name: str) -> Path:
+        return self.directory / self._file_of[name]
 
-        Raises:
-            ValueError: if one has another shape than in the model.
-        """
+    def sources(self, layout: HubLayout) -> HubSources:
+        """Where the tensors of a model are in this repository."""
         return layout.sources(self.shapes(), str(self.directory))
 
     def check(self, name: str, shape: Sizes, grids: tuple[Grid, ...] | None = None, is_float: bool = True) -> None:
         """Refuse a tensor of the model that cannot be taken from here. Reads none of its bytes.
 
         Args:
-            name: of the tensor in the model.
             grids: what of this repository it is made of; the tensor of its own name if None.
             is_float: False for a buffer of whole numbers.
 
@@ -143,26 +128,20 @@ class HubWeights:
             if name not in self._file_of:
                 raise ValueError(f"{self.directory} has no tensor {name!r}, which the model needs.")
             if (stored := self._shape(name)) != shape:
-                raise ValueError(f"{name!r} in {self.directory} has shape {stored}, but the config makes it {shape}.")
+                raise ValueError(f"{name!r} in {self.directory} has shape {stored}, but the config implies {shape}.")
         if not is_float:
             return
         for source in {name} if grids is None else {grid.name for grid in grids}:
-            if (dtype := self._slice(source).get_dtype()) not in FLOATS:
+            if (dtype := self.dtype_name(source)) not in FLOATS:
                 raise ValueError(
                     f"{source!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(FLOATS)}: "
-                    "a quantised checkpoint cannot be cut; use the one it was made from."
+                    "a quantized checkpoint cannot be sharded; use the one it was made from."
                 )
 
     def read(self, spec: ShardSpec, grids: tuple[Grid, ...] | None = None, is_float: bool = True) -> torch.Tensor:
         """This rank's part of a tensor of the model, and no other bytes of it.
 
         Of a tensor whose rows the files interleave with others' (gate and up, in a few families) those are read too.
-
-        Args:
-            grids, is_float: as in `check`.
-
-        Raises:
-            ValueError: as `check`.
         """
         self.check(spec.name, spec.global_shape, grids, is_float)
         grids = grids or (Grid.whole(spec.name, spec.global_shape),)
@@ -187,8 +166,12 @@ class HubWeights:
         names = sorted({grid.name for grid in grids})
         return reduce(torch.promote_types, map(self._dtype, names))
 
+    def dtype_name(self, name: str) -> str:
+        """As safetensors calls it."""
+        return self._slice(name).get_dtype()
+
     def _dtype(self, name: str) -> torch.dtype:
-        if (dtype := self._slice(name).get_dtype()) not in DTYPES:
+        if (dtype := self.dtype_name(name)) not in DTYPES:
             raise ValueError(f"{name!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(DTYPES)}.")
         return DTYPES[dtype]
 

@@ -7,28 +7,22 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..directory.own_files import files_in
+from ..files.disk import size_of
+
 
 @dataclass(frozen=True)
 class LocalSpace:
-    """What checkpoints that wait for their upload may take of the local disk.
+    """What checkpoints that wait for their upload may take of the local disk."""
 
-    Attributes:
-        limit: how many may wait; None for as many as there is room for.
-        min_free: bytes that stay free on the disk; None for as many as the newest checkpoint has, so that there is
-            room for the next one.
-    """
-
-    limit: int | None = None
+    limit: int | None = None  # how many may wait; None for as many as there is room for
+    # bytes that stay free on the disk; None for as many as the newest checkpoint has, so that there is room for the
+    # next one
     min_free: float | None = None
 
 
 def beyond_retention(waiting: list[Path], kept: Collection[str], save_total_limit: int | None) -> list[Path]:
-    """Those that the store would not keep: after their upload, newer ones would have them deleted at once.
-
-    Args:
-        waiting: oldest first, each once.
-        kept: names that are never deleted.
-    """
+    """Those that the store would not keep: after their upload, newer ones would have them deleted at once."""
     if not waiting or not save_total_limit:
         return []
     surplus = [path for path in waiting if path.name not in (waiting[-1].name, *kept)]
@@ -36,12 +30,7 @@ def beyond_retention(waiting: list[Path], kept: Collection[str], save_total_limi
 
 
 def beyond_space(waiting: list[Path], kept: Collection[str], space: LocalSpace) -> list[Path]:
-    """Those to give up, the oldest first, until the rest is within `space`. Never the newest one.
-
-    Args:
-        waiting: oldest first, each once.
-        kept: names that are never given up, such as the best one.
-    """
+    """Those to give up, the oldest first, until the rest is within `space`. Never the newest one."""
     if not waiting:
         return []
     newest, count = waiting[-1], len(waiting)
@@ -58,14 +47,8 @@ def beyond_space(waiting: list[Path], kept: Collection[str], space: LocalSpace) 
 
 
 def bytes_of(directory: Path) -> int:
-    """Of all files in a directory; 0 if it is gone."""
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # deleted meanwhile
-            pass
-    return total
+    """Of all files in a directory, as far as they are there: another thread may be deleting it."""
+    return sum(size_of(directory / name) or 0 for name in files_in(directory))
 
 
 def in_words(size: float) -> str:

@@ -39,7 +39,7 @@ class UploadBar:
         sent, total = self._uploader.progress()
         self._bar.total, self._bar.n = total - self._before, sent - self._before
         failing = self._uploader.store.retry.failing_seconds
-        self._bar.set_postfix_str(f"the store has not answered for {failing:.0f} s" if failing else "")
+        self._bar.set_postfix_str(f"no response from the store for {failing:.0f} s" if failing else "")
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -25,20 +25,20 @@ class Kind:
 OUTAGE = Kind(lasts=False)
 CREDENTIALS = Kind(
     "the credentials are wrong or have expired: renew them where the protocol's package looks for them, for S3 the "
-    "environment, ~/.aws or a role; a running job takes up files and roles that were renewed"
+    "environment, ~/.aws or a role; a running job picks up renewed files and roles"
 )
 FORBIDDEN = Kind(
-    "the credentials are wrong or have expired, or do not allow it: writing checkpoints takes the permissions to list, "
-    "read, write and delete there"
+    "the credentials are wrong, have expired or lack permissions: writing checkpoints requires list, read, write and "
+    "delete permissions there"
 )
 PERMISSION = Kind(
-    "the credentials do not allow it: writing checkpoints takes the permissions to list, read, write and delete there"
+    "the credentials lack permissions: writing checkpoints requires list, read, write and delete permissions there"
 )
 MISSING = Kind("there is no such bucket: create it, or correct the URL")
-CLOCK = Kind("the clock of this machine and that of the store differ: set it")
+CLOCK = Kind("the clock of this machine differs from that of the store: correct it")
 REGION = Kind("the bucket is in another region or behind another endpoint: set the region and the endpoint")
-FULL = Kind("the disk is full, or cannot be written")
-NO_STORE = Kind("no checkpoints can be stored there")
+FULL = Kind("the disk is full or read-only")
+NO_STORE = Kind("checkpoints cannot be stored there")
 
 CODES: dict[str, Kind] = {
     **dict.fromkeys(

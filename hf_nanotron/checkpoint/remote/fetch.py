@@ -29,21 +29,21 @@ from ..directory.verify import (
     MARKER,
     STATE_INDEX,
     WRITTEN,
-    StrPath,
     check,
     check_blocks,
     check_sum,
+    is_marked,
     is_torn,
     parse_marker,
     read_state_index,
 )
+from ..files.disk import StrPath, sync
 from ..files.inside import find_clash, find_fault, inside
-from ..state.file import sync
 from ..state.index import StateIndex
 from ..state.progress import check_progress
 from .errors import StoreError
 from .runs import StoredRuns, make_room
-from .store import RemoteStore, in_parallel
+from .store import Listing, RemoteStore, in_parallel
 
 logger = logging.get_logger(__name__)
 WORKERS = 4  # files at a time
@@ -51,22 +51,14 @@ WORKERS = 4  # files at a time
 
 @dataclass(frozen=True)
 class _Stored:
-    """A committed checkpoint in the store, of which all files are there.
-
-    Attributes:
-        url: for messages.
-        data: the bytes of its marker.
-        step: optimizer steps.
-        files: name -> `bytes` and `crc32`.
-        run: whose it is.
-    """
+    """A committed checkpoint in the store, of which all files are there."""
 
     name: str
-    url: str
-    data: bytes
-    step: int
-    files: dict[str, dict[str, Any]]
-    run: Run
+    url: str  # for messages
+    data: bytes  # the bytes of its marker
+    step: int  # optimizer steps
+    files: dict[str, dict[str, Any]]  # name -> `bytes` and `crc32`
+    run: Run  # whose it is
 
     def is_of(self, run: Run | None) -> bool:
         """Whether it is a part of `run`; of any if that is None."""
@@ -74,24 +66,21 @@ class _Stored:
 
 
 def newest_remote(store: RemoteStore, run: Run | None = None) -> str | None:
-    """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are passed over.
+    """The name of the newest committed checkpoint in the store, None if there is none. Damaged ones are skipped.
 
     Args:
         run: whose; None for the run that was started last, of those in the store.
-
-    Raises:
-        ValueError: if the store cannot be listed, naming it and the reason.
     """
-    run = run or store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
-    found = next(_committed(store, run), None)
+    at_hand, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
+    found = next(_committed(store, listed, run or at_hand), None)
     return None if found is None else found.name
 
 
-def _committed(store: RemoteStore, run: Run | None) -> Iterator[_Stored]:
-    """The committed checkpoints of a run in the store, the newest first; damaged ones are passed over. Of any run if
-    `run` is None.
+def _committed(store: RemoteStore, listed: Listing, run: Run | None) -> Iterator[_Stored]:
+    """The committed checkpoints of a run in the store, the newest first; damaged ones are skipped. Of any run if `run`
+    is None.
     """
-    for name, files in store.patiently("listing", store.checkpoints).items():
+    for name, files in listed.items():
         try:
             found = _find(store, name, files)
         except StoreError:
@@ -104,7 +93,7 @@ def _committed(store: RemoteStore, run: Run | None) -> Iterator[_Stored]:
 
 
 def _pass_over(store: RemoteStore, name: str, error: ValueError) -> None:
-    logger.warning(f"{store.url}/{name} is passed over, and an earlier checkpoint is looked for: {error}")
+    logger.warning(f"skipping {store.url}/{name}, trying an earlier checkpoint: {error}")
 
 
 def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | None:
@@ -113,16 +102,13 @@ def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | Non
     Args:
         there: what the store lists of the checkpoint. A file that it lacks, or has with another length, is asked for
             itself: a listing may lag behind.
-
-    Raises:
-        ValueError: if it is damaged or a file is missing, or if a name in the store could not be one here.
     """
     where = f"{store.url}/{name}"
     for file in there:
         if (fault := find_fault(file)) is not None:
-            raise ValueError(f"{where} holds an object {file!r}, whose name {fault}; delete it there.")
+            raise ValueError(f"{where} contains an object {file!r}, whose name {fault}; delete it there.")
     if (clash := find_clash(there)) is not None:
-        raise ValueError(f"{where} holds {clash!r} as a file and as a folder; delete what is not of the checkpoint.")
+        raise ValueError(f"{where} contains {clash!r} as a file and as a folder; delete the wrong one.")
     data = store.patiently("reading a marker", partial(store.marker, name))
     if data is None:
         return None
@@ -132,7 +118,8 @@ def _find(store: RemoteStore, name: str, there: dict[str, int]) -> _Stored | Non
             continue
         size = store.patiently("looking for a file", partial(store.size, f"{name}/{file}"))
         if size != entry["bytes"]:
-            raise ValueError(f"{where}/{file} has {'no' if size is None else size} bytes, not {entry['bytes']}.")
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{where}/{file} {found}; its marker lists {entry['bytes']} bytes.")
     return _Stored(name, where, data, marker["step"], marker["files"], run_of(marker))
 
 
@@ -140,14 +127,6 @@ def fetch(store: RemoteStore, name: str, output_dir: StrPath, workers: int = WOR
     """Download a committed checkpoint: what its marker lists, but for the files that are here already, and no more.
 
     By one process for each directory. Every file is compared with its checksum before it gets its name.
-
-    Returns:
-        the local checkpoint, committed.
-
-    Raises:
-        ValueError: if the remote one is not complete, damaged or forged, or if another program's directory or a
-            symbolic link is in its place.
-        RuntimeError: if a file cannot be fetched, naming its URL and the reason.
     """
     there = store.patiently("listing", store.checkpoints).get(name, {})
     found, directory = _find(store, name, there), Path(output_dir, name)
@@ -163,7 +142,7 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
     if (directory / MARKER).is_dir():
         raise ValueError(f"{directory / MARKER} is a directory; remove it.")
     parts = directory / WRITTEN
-    if parts.exists() or not _is_marked(directory, found.data):
+    if parts.exists() or not is_marked(directory, found.data):
         # In this order: at no time is a directory without marker taken for one of another program.
         parts.mkdir(parents=True, exist_ok=True)
         (parts / MARKER).unlink(missing_ok=True)  # a link would be written through
@@ -176,7 +155,7 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
         check_progress(directory, found.step)
     index = read_state_index(directory, files) if STATE_INDEX in files else None
     _complete(store, found, directory, list(files), index, workers)
-    if not _is_marked(directory, found.data):
+    if not is_marked(directory, found.data):
         sync(directory)
         _write(directory / MARKER, found.data, parts)
         sync(directory)
@@ -187,10 +166,6 @@ def _download(store: RemoteStore, found: _Stored, directory: Path, workers: int 
 def _clear_place(found: _Stored, directory: Path) -> None:
     """Make way for a download: what has the checkpoint's name here and is of another run is moved away; of a link,
     the link goes.
-
-    Raises:
-        ValueError: naming the directory, the link or the file, if another program's directory is in the place, or a
-            symbolic link in it would lead elsewhere.
     """
     make_room(directory, found.run)
     if directory.exists() and not (directory / MARKER).exists() and not is_torn(directory):
@@ -221,11 +196,6 @@ def _complete(
     in_parallel(gets, min(workers, store.transfers or workers))
 
 
-def _is_marked(directory: Path, data: bytes) -> bool:
-    path = directory / MARKER
-    return path.is_file() and path.read_bytes() == data
-
-
 def _is_here(directory: Path, file: str, entry: dict[str, Any], index: StateIndex | None) -> bool:
     """Whether a local file has the length and the checksum that the remote marker names."""
     path = directory / file
@@ -246,12 +216,7 @@ def _check_content(path: Path, name: str, entry: dict[str, Any], index: StateInd
 
 
 def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: StateIndex | None) -> None:
-    """Download under another name, and give the file its own when it is complete.
-
-    Raises:
-        RuntimeError: if it cannot be fetched, or comes with another length.
-        ValueError: if other bytes came than were uploaded.
-    """
+    """Download under another name, and give the file its own when it is complete."""
     path, entry, remote = directory / file, found.files[file], f"{found.name}/{file}"
 
     def download() -> Path:
@@ -259,7 +224,7 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
         store.get(remote, part)
         if (came := part.stat().st_size if part.is_file() else 0) != entry["bytes"]:
             part.unlink(missing_ok=True)
-            raise OSError(f"{came} of {entry['bytes']} bytes came")
+            raise OSError(f"received {came} of {entry['bytes']} bytes")
         return part
 
     try:
@@ -269,7 +234,7 @@ def _get(store: RemoteStore, found: _Stored, file: str, directory: Path, index: 
     try:
         _check_content(part, path.name, entry, index)
     except ValueError as error:
-        raise ValueError(f"{found.url}/{file}: {str(error).replace(str(part), 'what came')}") from error
+        raise ValueError(f"{found.url}/{file}: {str(error).replace(str(part), 'the downloaded file')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     sync(part)
     os.replace(part, path)
@@ -284,27 +249,20 @@ def _write(path: Path, data: bytes, scratch: Path) -> None:
 
 
 def fetch_newest(store: RemoteStore, output_dir: StrPath) -> Path | None:
-    """Bring the newest remote checkpoint here, unless a complete local one is as new; and the best one so far.
-
-    Returns:
-        what was fetched, None if there was nothing to fetch.
-
-    Raises:
-        ValueError, RuntimeError: as `newest_remote` and `fetch`.
-    """
-    looked_up = store.patiently("looking for runs", lambda: StoredRuns(store).at_hand())
-    run = latest(found for found in (run_at_hand(output_dir), looked_up) if found is not None)
-    fetched = _fetch_newest_of(store, output_dir, run)
-    _fetch_best(store, output_dir, run)
+    """Bring the newest remote checkpoint here, unless a complete local one is as new; and the best one so far."""
+    stored, listed = store.patiently("looking for runs", StoredRuns(store).at_hand)
+    run = latest(found for found in (run_at_hand(output_dir), stored) if found is not None)
+    fetched = _fetch_newest_of(store, listed, output_dir, run)
+    _fetch_best(store, listed, output_dir, run)
     if run is not None and run_at_hand(output_dir) != run:  # it has no checkpoint; the resume goes by what is here
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_record(output_dir, run, {"url": store.url})
     return fetched
 
 
-def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Path | None:
+def _fetch_newest_of(store: RemoteStore, listed: Listing, output_dir: StrPath, run: Run | None) -> Path | None:
     """As `fetch_newest`, for one run."""
-    for found in _committed(store, run):
+    for found in _committed(store, listed, run):
         if _is_as_new(output_dir, step_of(found.name), run):
             return None
         directory = Path(output_dir, found.name)
@@ -316,7 +274,7 @@ def _fetch_newest_of(store: RemoteStore, output_dir: StrPath, run: Run | None) -
     return None
 
 
-def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> None:
+def _fetch_best(store: RemoteStore, listed: Listing, output_dir: StrPath, run: Run | None) -> None:
     """Bring the best checkpoint, too, if the newest one here names it and the store has it: without it here, it would
     be forgotten, and deleted as surplus."""
     here = next(iter(newest(output_dir, run)), None)
@@ -329,16 +287,15 @@ def _fetch_best(store: RemoteStore, output_dir: StrPath, run: Run | None) -> Non
     directory = Path(output_dir, name)
     if type(step) is not int or step < 1 or directory.exists() and not is_torn(directory):
         return
-    there = store.patiently("listing", store.checkpoints).get(name, {})
     try:
-        found = _find(store, name, there)
+        found = _find(store, name, listed.get(name, {}))
         if found is not None and found.is_of(run):
             _clear_place(found, directory)
             _download(store, found, directory)
     except StoreError:
         raise
     except ValueError as error:
-        logger.warning(f"{store.url}/{name}, the best checkpoint so far, is not fetched: {error}")
+        logger.warning(f"could not fetch the best checkpoint so far, {store.url}/{name}: {error}")
 
 
 def _is_as_new(output_dir: StrPath, step: int, run: Run | None) -> bool:

@@ -18,17 +18,11 @@ LOG_SECONDS = 60.0  # between two log lines about a store that fails
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait for a store that fails.
+    """How long to wait for a store that fails."""
 
-    Attributes:
-        first: seconds before the second attempt, doubled for each further one.
-        longest: seconds between two attempts, at most.
-        start: seconds after which the start of a run, which needs the store, gives up. Uploads never do.
-    """
-
-    first: float = 2.0
-    longest: float = 60.0
-    start: float = 300.0
+    first: float = 2.0  # seconds before the second attempt, doubled for each further one
+    longest: float = 60.0  # seconds between two attempts, at most
+    start: float = 300.0  # seconds after which the start of a run, which needs the store, gives up. Uploads never do
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""
@@ -68,7 +62,6 @@ class Retry:
         Args:
             what: the action in words, such as "uploading checkpoint-2".
             ends: whether to give up, by an error and the seconds since the first attempt. The error is then raised.
-            says: an error in words.
             pause: waits for so many seconds. May raise, which ends the attempts.
         """
         start, failures = self.clock(), 0
@@ -105,8 +98,8 @@ class Retry:
             if self._said_at is None or now - self._said_at >= LOG_SECONDS:
                 self._said_at = now
                 logger.warning(
-                    f"{self.name}: {text}. {self._failures} attempts have failed in {self.failing_seconds:.0f} s; the "
-                    f"next one comes in {seconds:g} s.{self.note()}"
+                    f"{self.name}: {text}. {self._failures} attempts have failed in {self.failing_seconds:.0f} s; "
+                    f"retrying in {seconds:g} s.{self.note()}"
                 )
         finally:
             self._saying.release()
@@ -115,5 +108,5 @@ class Retry:
         since, failures, self.failing_since, self._failures = self.failing_since, self._failures, None, 0
         if since is not None and self._said_at is not None and self._said_at >= since:
             logger.warning(
-                f"{self.name} answers again after {self.clock() - since:.0f} s; {failures} attempts had failed."
+                f"{self.name} responds again after {self.clock() - since:.0f} s and {failures} failed attempts."
             )

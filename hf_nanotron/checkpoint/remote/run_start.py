@@ -12,7 +12,8 @@ from ...parallel.together import refuse_together, together
 from ..directory.retention import from_rank_0, marked_runs, step_of
 from ..directory.run_lock import RunLock
 from ..directory.runs import Run, begin_run, marked_run, read_record
-from ..directory.verify import StrPath, read_marker
+from ..directory.verify import read_marker
+from ..files.disk import StrPath
 from .runs import StoredRuns
 from .store import RemoteStore
 
@@ -47,9 +48,6 @@ def start_run(
     """The run that begins, or goes on, with this `train()`. The same on every rank. Writes nothing.
 
     Args:
-        source: the checkpoint that is resumed, None for a fresh run.
-        overwrite: `overwrite_output_dir`.
-        store: of `remote_checkpoints`.
         is_noted: whether the run saves by itself, and so has to agree with what is in the folder.
 
     Raises:
@@ -101,8 +99,8 @@ def _of_others(there: dict[str, Run | None], run: Run) -> list[str]:
 
 def _judge(place: str, names: list[str], is_fresh: bool, overwrite: bool | None) -> str | None:
     """Warn of checkpoints of other runs, or return why the run is refused."""
-    has = f"{place} has checkpoints of another run ({_listed(names)}), and this one "
-    has += "starts afresh" if is_fresh else "goes on from one that is not there"
+    has = f"{place} contains checkpoints of another run ({_listed(names)}), and this run "
+    has += "starts from scratch" if is_fresh else "resumes from a checkpoint that is not there"
     if overwrite is False:
         return (
             f"{has}, which overwrite_output_dir=False refuses. Use another folder, resume with "
@@ -110,9 +108,9 @@ def _judge(place: str, names: list[str], is_fresh: bool, overwrite: bool | None)
         )
     if overwrite is None:
         logger.warning(
-            f"{has}. They are neither resumed by resume_from_checkpoint=True, nor counted or deleted for "
-            "save_total_limit; one is overwritten where this run saves the same step. overwrite_output_dir=False "
-            "refuses this, True says nothing."
+            f"{has}. resume_from_checkpoint=True does not resume them, and save_total_limit neither counts nor deletes "
+            "them; saving the same step overwrites one. Set overwrite_output_dir=False to refuse this, True to silence "
+            "this warning."
         )
     return None
 
@@ -122,9 +120,9 @@ def _tell_of_later(output_dir: StrPath, run: Run, others: dict[str, Run], step: 
     names = [name for name, of in others.items() if of.id == run.id or not of.id]
     if names:
         logger.warning(
-            f"The run goes back to step {step}: {_listed(names)} in {os.fspath(output_dir)} are no part of it now. "
-            "They are neither resumed by resume_from_checkpoint=True, nor counted or deleted for save_total_limit; one "
-            "is overwritten where the run saves the same step."
+            f"The run resumes from step {step}: {_listed(names)} in {os.fspath(output_dir)} no longer belong to it. "
+            "resume_from_checkpoint=True does not resume them, and save_total_limit neither counts nor deletes them; "
+            "saving the same step overwrites one."
         )
 
 

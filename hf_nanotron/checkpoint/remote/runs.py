@@ -13,8 +13,9 @@ from ..directory.commit import remove
 from ..directory.own_files import set_aside
 from ..directory.retention import step_of
 from ..directory.runs import RECORD, Run, latest, marked_run, read_record, run_of, writer_of
-from ..directory.verify import MARKER, StrPath, parse_marker
-from .store import RemoteStore, in_parallel
+from ..directory.verify import MARKER, parse_marker
+from ..files.disk import StrPath
+from .store import Listing, RemoteStore, in_parallel
 
 logger = logging.get_logger(__name__)
 WORKERS = 8  # markers at a time
@@ -31,11 +32,7 @@ class StoredRuns:
         self._told = ""
 
     def of(self, names: Iterable[str]) -> dict[str, Run]:
-        """The run of each of these committed checkpoints; without those whose marker is gone or damaged.
-
-        Raises:
-            Exception: if the store does not answer.
-        """
+        """The run of each of these committed checkpoints; without those whose marker is gone or damaged."""
         names = list(names)
         in_parallel([partial(self._read, name) for name in names if name not in self._known], WORKERS)
         return {name: run for name in names if (run := self._known[name]) is not None}
@@ -69,7 +66,7 @@ class StoredRuns:
         try:
             self.store.put(Path(output_dir, RECORD), RECORD, seconds=RECORD_SECONDS)
         except Exception as error:  # each package has its own
-            logger.warning(f"{self.store.url}/{RECORD} could not be written: {type(error).__name__}.")
+            logger.warning(f"could not write {self.store.url}/{RECORD}: {type(error).__name__}.")
 
     def record(self) -> tuple[Run | None, str]:
         """The run that the store names as the one at hand, and who writes it: host, process and start, for people."""
@@ -79,17 +76,18 @@ class StoredRuns:
             Path(folder, RECORD).write_bytes(data)
             return read_record(folder), writer_of(folder)
 
-    def at_hand(self) -> Run | None:
-        """The run that was started last, of those that are in the store."""
+    def at_hand(self) -> tuple[Run | None, Listing]:
+        """The run that was started last, of those that are in the store, and what the store lists."""
         record, _ = self.record()
-        found = self.committed().values()
-        return latest(run for run in (record, *found) if run is not None)
+        listed = self.store.checkpoints()
+        found = self.committed(listed).values()
+        return latest(run for run in (record, *found) if run is not None), listed
 
-    def committed(self) -> dict[str, Run | None]:
+    def committed(self, listed: Listing | None = None) -> dict[str, Run | None]:
         """The committed checkpoints, as the store lists them, the highest step first; None for the run of one whose
         marker is damaged."""
-        listed = self.store.checkpoints().items()
-        names = [name for name, files in listed if MARKER in files]
+        listed = self.store.checkpoints() if listed is None else listed
+        names = [name for name, files in listed.items() if MARKER in files]
         return dict.fromkeys(names) | self.of(names)
 
     def look_for_others(self, run: Run | None, output_dir: StrPath) -> None:
@@ -106,20 +104,17 @@ class StoredRuns:
         if other is not None and other.branch not in (run.branch, self._told) and other.began > run.began:
             self._told = other.branch
             logger.warning(
-                f"remote_checkpoints={self.store.url!r} is written by {writer}, too, which started later: they "
-                "replace each other's checkpoints. Stop one, or give each a URL of its own."
+                f"remote_checkpoints={self.store.url!r} is also written by {writer}, which started later: the two runs "
+                "overwrite each other's checkpoints. Stop one of them, or give each its own URL."
             )
 
 
 def make_room(directory: Path, stored: Run) -> None:
     """Before a stored checkpoint is fetched: what is here under its name and of another run is kept under another one,
     what the same run has left behind where it went back goes, and of a link the link.
-
-    Args:
-        stored: the run of the stored one.
     """
     here = marked_run(directory)
     if directory.is_symlink() or (here is not None and here.id == stored.id and here.branch != stored.branch):
         remove(directory)
     elif here is not None and here.id != stored.id:
-        set_aside(directory, "is of another run than what is fetched")
+        set_aside(directory, "belongs to another run than the checkpoint that is fetched")

@@ -31,6 +31,7 @@ from .retry import Backoff, Retry
 from .url import GCS, PROTOCOLS, S3, credentials, parse
 
 T = TypeVar("T")
+Listing = dict[str, dict[str, int]]  # checkpoint -> bytes of every file by its path within
 
 # Bytes. An s3fs upload holds up to ten parts of each file in memory, of 50 MiB if nobody says otherwise.
 PART_BYTES = 8 << 20
@@ -48,12 +49,9 @@ class RemoteStore:
     read by a new connection alone, and those to servers do not outlive an outage.
 
     Args:
-        url: a directory or bucket with a protocol.
         storage_options: for the protocol's fsspec class, such as `{"endpoint_url": ...}` for S3.
-        backoff: how long to wait for a store that fails.
 
     Attributes:
-        url: without passwords, to be printed.
         retry: repeats what has failed, and counts it.
         transfers: that the store takes at a time, None for as many as one likes.
 
@@ -110,11 +108,7 @@ class RemoteStore:
     # ---- patience ----
 
     def patiently(self, what: str, action: Callable[[], T]) -> T:
-        """`action`, again for a while where waiting may help: for the start of a run, which needs the store.
-
-        Raises:
-            StoreError: naming the URL and the reason.
-        """
+        """`action`, again for a while where waiting may help: for the start of a run, which needs the store."""
 
         def ends(error: Exception, seconds: float) -> bool:
             return kind_of(error).lasts or seconds >= self.retry.backoff.start
@@ -124,7 +118,7 @@ class RemoteStore:
         except StoreError:
             raise
         except Exception as error:  # each package has its own
-            raise self.refusal(f"failed at {what}", error) from self.shown(error)
+            raise self.refusal(f"failed while {what}", error) from self.shown(error)
 
     def repeat(self, what: str, action: Callable[[], T], ends: Callable[[Exception, float], bool], **options: Any) -> T:
         """`self.retry`, with a new connection where the old one may be the reason."""
@@ -145,12 +139,6 @@ class RemoteStore:
     def _watched(self, action: Callable[[Callback], T], seconds: float | None = None) -> T:
         """`action` in a thread, which is left alone if it makes no progress. It may never end: no connection of a
         dead server does for some packages.
-
-        Args:
-            seconds: without progress; `stall_seconds` if None.
-
-        Raises:
-            TimeoutError: if there was none.
         """
         seconds = self.stall_seconds if seconds is None else seconds
         progress, done = _Progress(), threading.Event()
@@ -168,7 +156,7 @@ class RemoteStore:
         seen = 0
         while not done.wait(seconds):
             if (now := progress.seen()) == seen:
-                raise TimeoutError(f"nothing came through in {seconds:g} s")
+                raise TimeoutError(f"no data was transferred in {seconds:g} s")
             seen = now
         if errors:
             raise errors[0]
@@ -177,12 +165,7 @@ class RemoteStore:
     # ---- checkpoints ----
 
     def check_writable(self) -> None:
-        """Write, and delete again, an empty object: what fails here would fail after the first checkpoint.
-
-        Raises:
-            StoreError: naming the URL and the reason: at once for one that lasts, such as a bucket that does not exist
-                or wrong credentials; for an outage after `Backoff.start` seconds.
-        """
+        """Write, and delete again, an empty object: what fails here would fail after the first checkpoint."""
         self.patiently("writing", self._probe)
 
     def _probe(self) -> None:
@@ -199,14 +182,9 @@ class RemoteStore:
         except Exception as error:
             raise self.refusal("cannot be written", error) from self.shown(error)
 
-    def checkpoints(self) -> dict[str, dict[str, int]]:
-        """All `checkpoint-N`, committed or not, the highest step first: bytes of every file by its path within. As the
-        store lists them, which may lag behind.
-
-        Raises:
-            StoreError: if the store cannot be listed, naming the URL and the reason.
-        """
-        found: dict[str, dict[str, int]] = {}
+    def checkpoints(self) -> Listing:
+        """All `checkpoint-N`, committed or not, the highest step first, as the store lists them: it may lag behind."""
+        found: Listing = {}
 
         def find(_: Callback) -> Any:
             self.fs.invalidate_cache()

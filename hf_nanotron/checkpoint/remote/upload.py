@@ -19,21 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers.utils import logging
 
 from ..directory.commit import remove
-from ..directory.own_files import FREE
 from ..directory.retention import is_part, newest, run_at_hand, step_of
 from ..directory.runs import Run
-from ..directory.verify import MARKER, StrPath, is_committed, read_marker
-from ..files.inside import is_inside
+from ..directory.verify import MARKER, is_committed, is_marked
+from ..files.disk import StrPath
 from .backlog import LocalSpace, beyond_retention, beyond_space, bytes_of, in_words
 from .runs import StoredRuns
-from .store import RemoteStore, in_parallel
+from .send import Changed, Sender, Stopped
+from .store import RemoteStore
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -58,27 +57,13 @@ class UploadFigures:
             self.seconds += seconds
 
 
-class _Stopped(Exception):
-    """The program ends."""
-
-
-class _Changed(Exception):
-    """The local checkpoint is no longer the one whose upload began, or no longer waits."""
-
-
 class Uploader:
     """Sends checkpoints to a store, one after the other, from a thread of its own. On rank 0 only.
 
     Args:
-        output_dir: where the local `checkpoint-N/` are.
         keep_local: how many committed local checkpoints stay when uploaded. One that is not uploaded stays too, unless
             `space` or `save_total_limit` says otherwise.
         save_total_limit: how many committed ones stay in the store; None or 0: all.
-        workers: files at a time.
-        space: what the checkpoints that wait may take.
-
-    Raises:
-        ValueError: for a store that cannot be written, naming it and the reason; for numbers below 1.
     """
 
     def __init__(
@@ -96,7 +81,7 @@ class Uploader:
         store.check_writable()
         self.store, self.output_dir = store, Path(output_dir)
         self.keep_local, self.save_total_limit = keep_local, save_total_limit
-        self.workers, self.space = min(workers, store.transfers or workers), space or LocalSpace()
+        self.space = space or LocalSpace()
         self.figures = UploadFigures()
         self.damaged: list[str] = []  # names of local checkpoints that are not uploaded, since they are not whole
         store.retry.note = self._note
@@ -105,7 +90,7 @@ class Uploader:
         self.local_lock = threading.Lock()  # held while local checkpoints are deleted; others that do so hold it too
         self._waiting: list[Path] = []  # oldest first; the first one is being uploaded
         self._found: set[Path] = set()  # of these, those of an earlier run, which may be older than what is stored
-        self._sent: dict[str, int] = {}  # bytes by file, of the one being uploaded
+        self._sender = Sender(store, min(workers, store.transfers or workers), self._try)
         self._changed = threading.Condition()
         self._stop = False
         self._told: set[str] = set()  # names, of which the user knows that they are not uploaded
@@ -121,9 +106,6 @@ class Uploader:
 
         Args:
             keep: checkpoints that are deleted on neither side from now on, such as the best one; replaces the last one.
-
-        Raises:
-            ValueError: if it is not committed.
         """
         path = Path(path)
         if not is_committed(path):
@@ -164,16 +146,12 @@ class Uploader:
     def progress(self) -> tuple[int, int]:
         """Bytes that have been uploaded so far, and those bytes with the ones that wait."""
         with self._changed:
-            waiting, sent = list(dict.fromkeys(self._waiting)), sum(self._sent.values())
+            waiting, sent = list(dict.fromkeys(self._waiting)), sum(self._sender.sent.values())
         done = self.figures.bytes
         return done + sent, done + max(sum(map(bytes_of, waiting)), sent)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Return when everything is uploaded, or after so many seconds; None: for as long as it takes.
-
-        Returns:
-            whether everything is.
-        """
+        """Wait until everything is uploaded, or `timeout` seconds. Returns whether everything is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, timeout)
 
@@ -185,9 +163,9 @@ class Uploader:
         names = ", ".join(f"{path.name} ({in_words(bytes_of(path))})" for path in waiting)
         why = f" The last failure: {self.store.retry.last_error}." if self.store.retry.failing_since is not None else ""
         return (
-            f"Not uploaded to {self.store.url}: {names}.{why} Each is complete in {self.output_dir}. The next run with "
-            f"this output_dir and remote_checkpoints uploads what is newer than all in the store, and so does: "
-            f"hf-nanotron upload {self.output_dir} {self.store.url}"
+            f"Not uploaded to {self.store.url}: {names}.{why} They are complete in {self.output_dir}. The next run "
+            f"with this output_dir and remote_checkpoints uploads those newer than the newest one in the store; or "
+            f"run: hf-nanotron upload {self.output_dir} {self.store.url}"
         )
 
     def close(self) -> None:
@@ -222,16 +200,15 @@ class Uploader:
         if surplus := beyond_retention(mine, self._spared(), self.save_total_limit):
             self._drop(surplus)
             logger.warning(
-                f"{_names(surplus)} not uploaded to {url}, and deleted here: {self.save_total_limit} newer checkpoints "
-                "wait for their upload, and save_total_limit keeps no more."
+                f"deleted {_names(surplus)} before the upload to {url}: {self.save_total_limit} newer checkpoints are "
+                "waiting for theirs, and save_total_limit keeps no more."
             )
         mine = [path for path in mine if path not in surplus]
         if doomed := beyond_space(mine, self._spared(), self.space):
             self._drop(doomed)
             logger.warning(
-                f"{_names(doomed)} not uploaded to {url}, and deleted here to make room: {len(mine)} checkpoints "
-                f"waited for their upload (remote_pending_limit={self.space.limit}), {free} were free "
-                "(remote_min_free_gb)."
+                f"deleted {_names(doomed)} before the upload to {url}, to free disk space: {len(mine)} checkpoints "
+                f"were waiting (remote_pending_limit={self.space.limit}), and {free} were free (remote_min_free_gb)."
             )
 
     def _mine(self) -> list[Path]:
@@ -255,7 +232,7 @@ class Uploader:
                     if path.exists():
                         remove(path)
             except OSError as error:  # no reason to end a run
-                logger.warning(f"{path} could not be deleted: {error}")
+                logger.warning(f"could not delete {path}: {error}")
 
     # ---- in the thread ----
 
@@ -269,23 +246,25 @@ class Uploader:
             sizes: list[int] = []
             start = time.monotonic()
             try:
-                if self._is_wanted(path) and self._is_whole(path):
-                    sizes = self._upload(path)
+                if self._is_wanted(path) and not self._is_damaged(path):
+                    self._runs.look_for_others(self.run, self.output_dir)
+                    if sizes := self._sender.send(path):
+                        self._runs.note(path.name, path)
                     self._delete_surplus(path)
-            except _Stopped:
+            except Stopped:
                 return
-            except _Changed:
+            except Changed:
                 if path in self._waiting and is_committed(path):
                     continue  # there is another checkpoint of this step now
                 if path in self._waiting:
-                    logger.warning(f"{path} is gone, so it is not uploaded to {self.store.url}.")
+                    logger.warning(f"{path} no longer exists, so it is not uploaded to {self.store.url}.")
             except Exception as error:  # reading it failed, say: no reason to end a run
-                logger.warning(f"uploading {path} is begun again, because it failed: {self.store.says(error)}")
+                logger.warning(f"restarting the upload of {path}, which failed: {self.store.says(error)}")
                 with self._changed:
                     self._changed.wait_for(lambda: self._stop, self.store.retry.backoff.longest)
                 continue
             with self._changed:
-                self._sent.clear()
+                self._sender.sent.clear()
                 self.figures.add(sizes, time.monotonic() - start)
                 if path in self._waiting:
                     self._waiting.remove(path)
@@ -301,77 +280,15 @@ class Uploader:
         committed = self._try(path, "reading markers", lambda: self._runs.parts(names, self._run_at_hand()))
         return step_of(path.name) >= max(map(step_of, committed), default=-1)
 
-    def _is_whole(self, path: Path) -> bool:
-        """Whether all files are there as its marker lists them. If not, it takes the place of no other in the store."""
-        marker = _marker_of(path)
-        for name, entry in _listed(path).items():
-            file = path / name
-            is_there = is_inside(path, file) and file.is_file()
-            if is_there and file.stat().st_size == entry["bytes"]:
-                continue
-            if _marker_of(path) != marker:
-                raise _Changed
-            fault = "has another length" if is_there else "is missing, or a symbolic link out of it"
+    def _is_damaged(self, path: Path) -> bool:
+        """Whether a checkpoint is not to be uploaded, because it is not whole. Warns of one."""
+        if (fault := self._sender.fault(path)) is not None:
             self.damaged.append(path.name)
-            logger.warning(f"{path} is damaged and not uploaded to {self.store.url}: {name} {fault}.")
-            return False
-        return True
-
-    def _upload(self, path: Path) -> list[int]:
-        """Bytes of the files that were sent: none if the store has this checkpoint."""
-        name, store = path.name, self.store
-        self._runs.look_for_others(self.run, self.output_dir)
-        marker = _marker_of(path)
-        there = self._try(path, f"reading the marker of {name}", lambda: store.marker(name))
-        if there == marker:  # with all checksums, so it is exactly this checkpoint
-            return []
-        # README.md goes along for people; other files that no marker lists are somebody's notes.
-        free = [file for file in FREE if is_inside(path, path / file) and (path / file).is_file()]
-        sizes = {file: entry["bytes"] for file, entry in _listed(path).items()}
-        sizes |= {file: (path / file).stat().st_size for file in (MARKER, *free)}
-        if _marker_of(path) != marker:
-            raise _Changed
-        if there is not None:  # another checkpoint of this step, from before the run went back
-            self._try(path, f"deleting the old {name}/{MARKER}", lambda: store.remove_file(f"{name}/{MARKER}"))
-        self._sent.clear()
-        # Large files first, so that none is left alone at the end.
-        files = sorted((file for file in sizes if file != MARKER), key=lambda file: -sizes[file])
-        in_parallel([partial(self._put, path, file, sizes[file]) for file in files], self.workers)
-        listed = self._try(path, f"listing {name}", lambda: store.checkpoints().get(name, {}))
-        for file in files:
-            # The listing may lag behind; or another run has taken this for what an interrupted upload has left.
-            if listed.get(file) != sizes[file]:
-                look = partial(store.size, f"{name}/{file}")
-                if self._try(path, f"looking for {name}/{file}", look) != sizes[file]:
-                    self._put(path, file, sizes[file])
-        for file in listed.keys() - sizes.keys() - {MARKER}:
-            self._try(path, f"deleting the old {name}/{file}", partial(store.remove_file, f"{name}/{file}"))
-        if _marker_of(path) != marker:
-            raise _Changed
-        self._put(path, MARKER, sizes[MARKER])
-        self._runs.note(name, path)
-        return list(sizes.values())
-
-    def _put(self, path: Path, file: str, size: int) -> None:
-        remote = f"{path.name}/{file}"
-
-        def send() -> None:
-            if not (path / file).exists():
-                raise _Changed
-            self.store.put(path / file, remote, partial(self._sent.__setitem__, file))
-            if (arrived := self.store.size(remote)) != size:
-                raise OSError(f"{'no' if arrived is None else arrived} bytes arrived of {size}")
-
-        self._try(path, f"uploading {remote}", send)
-        self._sent[file] = size
+            logger.warning(f"{path} is damaged and not uploaded to {self.store.url}: {fault}.")
+        return fault is not None
 
     def _try(self, path: Path, what: str, action: Callable[[], T]) -> T:
-        """`action`, again until it succeeds, for as long as the checkpoint waits.
-
-        Raises:
-            _Stopped: when the program ends.
-            _Changed: when the checkpoint no longer waits, or is gone.
-        """
+        """`Attempt`."""
 
         def pause(seconds: float) -> None:
             with self._changed:
@@ -379,7 +296,7 @@ class Uploader:
             self._check(path)
 
         self._check(path)
-        return self.store.repeat(what, action, lambda error, _: isinstance(error, _Changed | _Stopped), pause=pause)
+        return self.store.repeat(what, action, lambda error, _: isinstance(error, Changed | Stopped), pause=pause)
 
     def _note(self) -> str:
         count = len(set(self._waiting))
@@ -387,16 +304,16 @@ class Uploader:
 
     def _check(self, path: Path) -> None:
         if self._stop:
-            raise _Stopped
+            raise Stopped
         if path not in self._waiting or not path.exists():
-            raise _Changed
+            raise Changed
 
     def _delete_surplus(self, uploaded: Path) -> None:
         """On both sides. Fails without a fuss: it is tried again after the next upload."""
         try:
             self._delete(uploaded)
         except Exception as error:  # each package has its own
-            logger.warning(f"surplus checkpoints could not be deleted at {self.store.url}: {self.store.says(error)}")
+            logger.warning(f"could not delete surplus checkpoints at {self.store.url}: {self.store.says(error)}")
 
     def _delete(self, uploaded: Path) -> None:
         kept = {*self._kept, uploaded.name}
@@ -419,7 +336,7 @@ class Uploader:
             if path.name in kept | waiting:
                 continue
             # Gone from the store by its limit means that it was there.
-            if path.name in surplus or _is_marked(path, self.store.marker(path.name)):
+            if path.name in surplus or is_marked(path, self.store.marker(path.name)):
                 with self.local_lock:
                     if path.exists():  # `rotate` may have been faster
                         remove(path)
@@ -427,29 +344,3 @@ class Uploader:
 
 def _names(paths: Iterable[Path]) -> str:
     return ", ".join(path.name for path in paths)
-
-
-def _listed(path: Path) -> dict[str, dict[str, Any]]:
-    """The files that the marker of a local checkpoint lists."""
-    try:
-        return read_marker(path)["files"]
-    except ValueError:
-        raise _Changed from None
-
-
-def _marker_of(path: Path) -> bytes:
-    """
-    Raises:
-        _Changed: if there is none.
-    """
-    try:
-        return (path / MARKER).read_bytes()
-    except OSError:
-        raise _Changed from None
-
-
-def _is_marked(path: Path, data: bytes | None) -> bool:
-    try:
-        return data is not None and (path / MARKER).read_bytes() == data
-    except OSError:
-        return False

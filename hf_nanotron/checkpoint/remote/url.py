@@ -13,19 +13,13 @@ from ...redaction import credentials_in, printable_url, secrets_of
 
 @dataclass(frozen=True)
 class Protocol:
-    """How fsspec reaches a store.
+    """How fsspec reaches a store."""
 
-    Attributes:
-        package: that fsspec needs for it, None if fsspec alone will do.
-        install: for pip.
-        host: what comes after `//`: "bucket", a "server", a server that may be left out ("default"), or "none".
-        transfers: that one connection can take at a time; None for as many as one likes.
-    """
-
-    package: str | None = None
-    install: str = ""
+    package: str | None = None  # that fsspec needs for it, None if fsspec alone will do
+    install: str = ""  # for pip
+    # what comes after `//`: "bucket", a "server", a server that may be left out ("default"), or "none"
     host: str = "bucket"
-    transfers: int | None = None
+    transfers: int | None = None  # that one connection can take at a time; None for as many as one likes
 
 
 S3 = Protocol("s3fs", "hf-nanotron[remote]")
@@ -70,29 +64,24 @@ class Place:
 
 
 def parse(url: str) -> Place:
-    """
-    Raises:
-        ValueError: if `url` has no protocol, one that does not work, or parts that the protocol does not take.
-        ImportError: if the protocol's package is not installed, naming what brings it.
-    """
     said = f"remote_checkpoints={printable_url(url)!r}"
     protocol, separator, rest = url.partition("://")
     if not separator or not rest.strip("/"):
         raise ValueError(f"{said} is not a URL with a bucket or folder, such as s3://bucket/run.")
     if (known := PROTOCOLS.get(protocol)) is None:
-        raise ValueError(f"{said}: no checkpoints can be stored by the protocol {protocol!r}, but by {WORKS}.")
+        raise ValueError(f"{said}: unsupported protocol {protocol!r}; use one of {WORKS}.")
     host, _, path = rest.partition("/")
     if "?" in rest or "#" in rest:
-        raise ValueError(f"{said} is a folder's URL, which has no query and no fragment (? or #).")
+        raise ValueError(f"{said} must not contain a query or a fragment (? or #).")
     if known.host == "none" and host:
-        raise ValueError(f"{said}: a path begins with a third slash, as in {protocol}:///{'/'.join((host, path))}.")
+        raise ValueError(f"{said}: a local path needs a third slash, as in {protocol}:///{'/'.join((host, path))}.")
     if known.host in ("bucket", "server") and not host:
-        raise ValueError(f"{said} names no {known.host}, as {protocol}://{known.host}/run does.")
+        raise ValueError(f"{said} does not name a {known.host}; write it like {protocol}://{known.host}/run.")
     if known.host in ("server", "default") and not path.strip("/"):
-        raise ValueError(f"{said} names no folder, as {protocol}://server/run does.")
+        raise ValueError(f"{said} does not name a folder; write it like {protocol}://server/run.")
     if known.host in ("bucket", "folder", "none") and known is not AZURE and printable_url(url) != url:
         raise ValueError(
-            f"{said}: {known.package or 'fsspec'} takes no user and no password from a URL; they belong where the "
+            f"{said}: {known.package or 'fsspec'} does not accept a user or password in the URL; put them where the "
             "package looks for them (for S3 the environment, ~/.aws or a role)."
         )
     try:
@@ -104,8 +93,8 @@ def parse(url: str) -> Place:
         options, root = filesystem._get_kwargs_from_urls(url.rstrip("/")), filesystem._strip_protocol(url.rstrip("/"))
     except ValueError:  # whose text may be a part of a password
         raise ValueError(
-            f"{said}: user, password, host and port cannot be told apart; the port is a number, and / ? # [ ] @ : in "
-            "a password are written as %2F and so on."
+            f"{said}: cannot separate user, password, host and port; the port must be a number, and / ? # [ ] @ : in a "
+            "password must be percent-encoded (%2F and so on)."
         ) from None
     for name in ("username", "user", "password"):
         if options.get(name):

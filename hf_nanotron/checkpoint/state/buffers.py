@@ -55,11 +55,7 @@ def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None
 
 
 def read_buffer(stored: StoredState, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A buffer of a training state, in the dtype in which it was stored.
-
-    Raises:
-        ValueError: if it is not there, has another shape, or is damaged.
-    """
+    """A buffer of a training state, in the dtype in which it was stored."""
     whole = Slice.whole(name, shape)
     stored.check(whole, BUFFER)
     values = torch.empty(whole.numel, dtype=stored.kinds(name)[BUFFER])

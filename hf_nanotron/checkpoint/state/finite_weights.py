@@ -24,7 +24,6 @@ def first_nonfinite(
 
     Args:
         weights: masters of what is trained; the rest is read from `model`.
-        optimizer: whose state of each weight is looked at, too, after all weights.
 
     Returns:
         what it is ("the weight 'lm_head.weight'") and the lowest rank that holds such an element; None if all are

@@ -16,12 +16,7 @@ LARGEST = 1 << 26  # bytes; the states of eight GPUs take 40 KiB
 
 
 def check_generators(path: Path) -> None:
-    """Restore the states of the host into generators of their own.
-
-    Raises:
-        ValueError: naming the file, if they are not those of `Trainer._save_rng_state`.
-        OSError: if it cannot be read.
-    """
+    """Restore the states of the host into generators of their own."""
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path} has {size} bytes, more than states of random number generators take; {EARLIER}.")
     try:

@@ -6,49 +6,36 @@ other without gaps, and each file's own header, which is under the index's check
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.checked import read_checked
+from ..files.disk import StrPath, crc32
 from ..files.inside import inside
 from ..files.safetensors_file import DTYPES
 from ..files.schema import EARLIER, INDEX as INDEX_KEYS, RANK, VERSIONED, load_json, require, show
-from .file import DIGEST, FORMAT, INDEX, VERSION, read_checked
+from .file import DIGEST, FORMAT, INDEX, VERSION
 from .pieces import Piece, check_complete, digest, find_fault, tensor_name
 from .values import decode
 
 
 @dataclass(frozen=True)
 class StateIndex:
-    """What `index.json` says.
+    """What `index.json` says."""
 
-    Attributes:
-        path: of the index.
-        block_bytes: bytes under one checksum.
-        files: name -> `bytes` and `header` (its length and crc32).
-        pieces_of: file -> its pieces, each with the keys of `schema.RANK`.
-        scalars: tensor -> what the optimizer keeps for the whole of it, decoded.
-        values: what was given to `state_file.commit`.
-    """
-
-    path: Path
-    block_bytes: int
-    files: dict[str, Any]
-    pieces_of: dict[str, list[Piece]]
-    scalars: dict[str, dict[str, Any]]
-    values: dict[str, Any]
+    path: Path  # of the index
+    block_bytes: int  # bytes under one checksum
+    files: dict[str, Any]  # name -> `bytes` and `header` (its length and crc32)
+    pieces_of: dict[str, list[Piece]]  # file -> its pieces, each with the keys of `schema.RANK`
+    scalars: dict[str, dict[str, Any]]  # tensor -> what the optimizer keeps for the whole of it, decoded
+    values: dict[str, Any]  # what was given to `state_file.commit`
 
     @classmethod
-    def read(cls, directory: str | os.PathLike[str]) -> StateIndex:
-        """The index of a `training_state/`. Reads no other file.
-
-        Raises:
-            ValueError: naming the index, the key and what is wrong, for one that is damaged, forged or incomplete.
-            FileNotFoundError: if there is none.
-        """
+    def read(cls, directory: StrPath) -> StateIndex:
+        """The index of a `training_state/`. Reads no other file."""
         path = inside(directory, INDEX, str(directory))
         body = require(VERSIONED, read_checked(path), path)
         if body["version"] != VERSION or body["format"] != FORMAT:
@@ -70,19 +57,10 @@ class StateIndex:
         return cls(path, body["block_bytes"], body["files"], pieces_of, scalars, values)
 
     def place(self, file: str) -> Path:
-        """Where a file is.
-
-        Raises:
-            ValueError: for a symbolic link out of the folder.
-        """
         return inside(self.path.parent, file, str(self.path))
 
     def check_header(self, file: str, header: bytes | bytearray) -> None:
-        """Compare a file's header, as it was read, with its checksum and with what the index says of its tensors.
-
-        Raises:
-            ValueError: naming the file.
-        """
+        """Compare a file's header, as it was read, with its checksum and with what the index says of its tensors."""
         path, (length, checksum) = self.path.parent / file, self.files[file]["header"]
         if len(header) != length or zlib.crc32(header) != checksum:
             raise ValueError(f"{path} is damaged: the checksum of its header differs; {EARLIER}.")
@@ -110,6 +88,11 @@ class StateIndex:
             for kind, (dtype, offset, _) in piece["tensors"].items():
                 end = offset + numel * DTYPES[dtype].itemsize
                 yield tensor_name(piece, kind), {"dtype": dtype, "shape": [numel], "data_offsets": [offset, end]}
+
+    def check_block(self, path: Path, what: str, number: int, data: bytes | memoryview, checksums: str) -> None:
+        """Refuse a block of a tensor, as it was read from `path`, whose checksum differs."""
+        if crc32(data) != checksums[number * 8 : number * 8 + 8]:
+            raise ValueError(f"{path} is damaged: the checksum of {what}, block {number}, differs; {EARLIER}.")
 
     def blocks(self, file: str) -> Iterator[tuple[str, int, int, str]]:
         """The tensors of a file in the order of their bytes: what, first byte in the file, bytes, checksums."""

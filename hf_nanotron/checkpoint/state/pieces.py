@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ...parallel.shard_spec import ShardSpec
 from ..files.safetensors_file import DTYPES
 from ..files.schema import show
 from .slices import Slice, find_fault as find_gap
@@ -28,18 +29,21 @@ def digest(pieces: Iterable[Piece]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
+def place_of(part: Slice) -> Piece:
+    """What the index says of a slice, besides its tensors."""
+    where = {"name": part.name, "shape": part.global_shape, "dim": part.spec.dim, "ranges": part.ranges}
+    return {**where, "start": part.start, "stop": part.stop}
+
+
 def slice_of(piece: Piece) -> Slice:
     """The slice that a piece of the index describes."""
     ranges = tuple((start, stop) for start, stop in piece["ranges"])
-    return Slice(piece["name"], tuple(piece["shape"]), piece["dim"], ranges, piece["start"], piece["stop"])
+    spec = ShardSpec(piece["name"], tuple(piece["shape"]), piece["dim"], (ranges,))
+    return Slice(spec, piece["start"], piece["stop"])
 
 
 def check_complete(index: Path, pieces: list[Piece]) -> None:
-    """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once.
-
-    Raises:
-        ValueError: naming the tensor, the kind, the elements, and the files with the pieces that are there.
-    """
+    """Refuse pieces that do not hold every element of their tensors, for every kind, exactly once."""
     kinds: dict[tuple[str, str], list[Piece]] = {}
     for piece in pieces:
         for kind in piece["tensors"]:
@@ -49,7 +53,7 @@ def check_complete(index: Path, pieces: list[Piece]) -> None:
         if fault is not None:
             files = sorted({piece["file"] for piece in stored})
             raise ValueError(
-                f"{index}: {kind} of {name!r} is not there once as a whole: {fault} (its pieces are in "
+                f"{index}: {kind} of {name!r} is not stored exactly once: {fault} (its pieces are in "
                 f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}); use an earlier checkpoint."
             )
 

@@ -73,15 +73,7 @@ LARGEST = 1 << 30  # bytes
 
 
 def check_progress(checkpoint: str | os.PathLike[str], step: int) -> None:
-    """Refuse a `trainer_state.json` that Trainer could not go on from, or that is of another step.
-
-    Args:
-        step: of the marker.
-
-    Raises:
-        ValueError: naming the file, the key and what is wrong.
-        OSError: if it cannot be read.
-    """
+    """Refuse a `trainer_state.json` that Trainer could not go on from, or that is of another step."""
     path = Path(checkpoint, TRAINER_STATE_NAME)
     if not path.is_file() or path.stat().st_size > LARGEST:
         raise ValueError(f"{path} is not a file of at most {LARGEST >> 20} MiB; {EARLIER}.")

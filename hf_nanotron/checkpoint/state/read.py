@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import zlib
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..files.disk import CHUNK_BYTES, StrPath, check_length
 from ..files.safetensors_file import DTYPES
-from .file import CHUNK_BYTES, INDEX
+from .file import INDEX
 from .index import StateIndex
 from .pieces import Piece, slice_of
 from .slices import Slice
@@ -27,9 +27,6 @@ class StoredState:
     Opening reads the index alone, and checks that the state is complete: that every file is there with its length, and
     that every tensor is covered. It is the same on every rank, so if one refuses it, all do. `fill` reads.
 
-    Args:
-        directory: the `training_state/` of a checkpoint.
-
     Attributes:
         values: what was given to `commit`.
         bytes_read: bytes of tensors read so far.
@@ -38,7 +35,7 @@ class StoredState:
         ValueError: if the state is missing, incomplete or damaged, naming the file.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: StrPath) -> None:
         self.directory = Path(directory)
         self.bytes_read = 0
         path = self.directory / INDEX
@@ -51,23 +48,13 @@ class StoredState:
         self._block_bytes = index.block_bytes
         self.values = index.values
         for name, entry in index.files.items():
-            self._check_length(index.place(name), entry["bytes"])
+            check_length(index.place(name), entry["bytes"], f"{INDEX} names it")
         self._pieces: dict[str, list[tuple[Slice, Piece]]] = {}
         for piece in (piece for pieces in index.pieces_of.values() for piece in pieces):
             self._pieces.setdefault(piece["name"], []).append((slice_of(piece), piece))
         self._open: dict[str, int] = {}
         self._verified: set[str] = set()
         self._buffer = bytearray()
-
-    @staticmethod
-    def _check_length(path: Path, expected: int) -> None:
-        if not path.is_file():
-            fault = "is not a regular file" if path.exists() else "is missing"
-            raise ValueError(f"{path} {fault}, but {INDEX} names it; use an earlier checkpoint.")
-        if (size := path.stat().st_size) != expected:
-            raise ValueError(
-                f"{path} has {size} bytes instead of {expected}: it is damaged; use an earlier checkpoint."
-            )
 
     # ---- what is there ----
 
@@ -112,9 +99,6 @@ class StoredState:
 
         Args:
             out: 1-D, `wanted.numel` elements, on any device.
-
-        Raises:
-            ValueError: as `check`, or if bytes read are not those that were written, naming the file.
         """
         if wanted.numel == 0:
             return
@@ -165,13 +149,9 @@ class StoredState:
             self._buffer = bytearray(max(CHUNK_BYTES, self._block_bytes))
         data = memoryview(self._buffer)[:size]
         self._read_into(file, self._index.files[file]["header"][0] + begin + block * self._block_bytes, data)
-        for i in range(-(-size // self._block_bytes)):
-            found = zlib.crc32(data[i * self._block_bytes : (i + 1) * self._block_bytes])
-            if found != int(checksums[(block + i) * 8 : (block + i + 1) * 8], 16):
-                raise ValueError(
-                    f"{self.directory / file} is damaged: the checksum of {kind} of {piece['name']!r}, block "
-                    f"{block + i}, differs; use an earlier checkpoint."
-                )
+        path, what = self.directory / file, f"{kind} of {piece['name']!r}"
+        for number, start in enumerate(range(0, size, self._block_bytes), block):
+            self._index.check_block(path, what, number, data[start : start + self._block_bytes], checksums)
         self.bytes_read += size
         return data
 

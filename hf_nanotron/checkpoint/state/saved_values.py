@@ -22,9 +22,6 @@ def check_like(saved: Any, own: Any, where: str) -> None:
     """Refuse a value of another type than the run's own. Nothing is asked of what is None there, or not there at all.
 
     Numbers may be whole or not, lists of any length.
-
-    Raises:
-        ValueError: naming the value, by `where`, and both types.
     """
     if own is None:
         return
@@ -70,9 +67,6 @@ def check_scalars(saved: dict[str, Any], optimizer: Any, is_stepped: bool, where
 
     Args:
         is_stepped: whether it keeps tensors for the parameter.
-
-    Raises:
-        ValueError: as `check_like`.
     """
     if is_stepped and "step" not in saved and COUNTING & {base.__name__ for base in type(optimizer).__mro__}:
         raise ValueError(f"{where} has no 'step', which {type(optimizer).__name__} keeps; {EARLIER}.")
@@ -81,14 +75,7 @@ def check_scalars(saved: dict[str, Any], optimizer: Any, is_stepped: bool, where
 
 
 def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kinds: set[str], where: str) -> None:
-    """Refuse parameter groups of an optimizer that its steps could not use.
-
-    Args:
-        kinds: what the state holds for tensors of the model.
-
-    Raises:
-        ValueError: as `check_like`.
-    """
+    """Refuse parameter groups of an optimizer that its steps could not use."""
     for index, (one, own) in enumerate(zip(saved, groups, strict=True)):
         if "params" in one:
             raise ValueError(f"{where}[{index}] lists parameters, which no training state does; {EARLIER}.")
@@ -103,11 +90,7 @@ def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kind
 
 
 def load_scheduler(scheduler: Any, saved: dict[str, Any], groups: int, where: str) -> None:
-    """`scheduler.load_state_dict(saved)`, of a state that it could have written.
-
-    Raises:
-        ValueError: naming the value that it could not.
-    """
+    """`scheduler.load_state_dict(saved)`, of a state that it could have written."""
     own = scheduler.state_dict()
     # A scheduler takes all keys as its attributes: one of them could hide a method, or its optimizer.
     if methods := [key for key in saved if key not in own and hasattr(scheduler, key)]:

@@ -21,19 +21,12 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """A box of the whole tensor, and where its elements lie in 1-D data.
+    """A box of the whole tensor, and where its elements lie in 1-D data."""
 
-    Args:
-        start: its first corner in the whole tensor.
-        shape: its extent in each dimension.
-        offset: where the first corner's element lies in the data.
-        strides: how far apart neighbours in each dimension lie in the data.
-    """
-
-    start: Sizes
-    shape: Sizes
-    offset: int
-    strides: Sizes
+    start: Sizes  # its first corner in the whole tensor
+    shape: Sizes  # its extent in each dimension
+    offset: int  # where the first corner's element lies in the data
+    strides: Sizes  # how far apart neighbours in each dimension lie in the data
 
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """The box's elements of `data` (1-D, contiguous), shape `shape`, without a copy."""
@@ -77,45 +70,33 @@ def overlap(first: Box, second: Box) -> tuple[Box, Box] | None:
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements `[start, stop)` of the flattened part of a Hub tensor.
+    """Elements `[start, stop)` of the flattened part of a Hub tensor that `spec` gives its rank."""
 
-    Args:
-        name: of the Hub tensor.
-        global_shape: its shape.
-        dim: the dimension along which the part is cut out; None if the part is the whole tensor.
-        ranges: half-open ranges of `dim` that make up the part, joined in this order; empty if `dim` is None.
-        start, stop: half-open range, in elements of the part.
-    """
-
-    name: str
-    global_shape: Sizes
-    dim: int | None
-    ranges: Ranges
+    spec: ShardSpec
     start: int
     stop: int
 
     @classmethod
-    def of(cls, spec: ShardSpec, start: int, stop: int) -> Slice:
-        """Elements `[start, stop)` of the part that `spec` gives its rank."""
-        ranges = () if spec.dim is None else spec.ranges
-        return cls(spec.name, spec.global_shape, spec.dim, ranges, start, stop)
-
-    @classmethod
     def whole(cls, name: str, shape: Sizes) -> Slice:
         """All of a tensor."""
-        return cls(name, shape, None, (), 0, prod(shape))
+        return cls(ShardSpec(name, shape), 0, prod(shape))
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def global_shape(self) -> Sizes:
+        return self.spec.global_shape
+
+    @property
+    def ranges(self) -> Ranges:
+        """Half-open ranges of `spec.dim` that make up the part, joined in this order; none for a whole tensor."""
+        return () if self.spec.dim is None else self.spec.ranges
 
     @property
     def numel(self) -> int:
         return self.stop - self.start
-
-    @property
-    def local_shape(self) -> Sizes:
-        """Shape of the part that the slice is a flat range of."""
-        if self.dim is None:
-            return self.global_shape
-        length = sum(stop - start for start, stop in self.ranges)
-        return (*self.global_shape[: self.dim], length, *self.global_shape[self.dim + 1 :])
 
     def part(self, first: int, last: int) -> Slice:
         """Elements `[first, last)` of this slice's own data."""
@@ -127,7 +108,7 @@ class Slice:
 
         At most `2 N - 1` boxes for each of `ranges`, for a tensor of `N` dimensions.
         """
-        shape = self.local_shape
+        shape = self.spec.local_shape
         strides = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
         origin = Box((0,) * len(shape), shape, -self.start, strides)
         return tuple(
@@ -138,10 +119,10 @@ class Slice:
 
     def _to_global(self, box: Box) -> Iterator[Box]:
         """Cut a box in the part's coordinates where one of `ranges` ends and the next begins, and shift it there."""
-        if self.dim is None:
+        if self.spec.dim is None:
             yield box
             return
-        d, begin = self.dim, 0
+        d, begin = self.spec.dim, 0
         for range_start, range_stop in self.ranges:
             end = begin + range_stop - range_start
             low, high = max(begin, box.start[d]), min(end, box.start[d] + box.shape[d])
@@ -171,8 +152,11 @@ class Slice:
                     yield pair
 
     def __str__(self) -> str:
-        cut = "" if self.dim is None else f" of ranges {_show(self.ranges)} of dimension {self.dim}"
-        return f"elements {self.start}:{self.stop}{cut}"
+        return f"elements {self.start}:{self.stop}{self.cut}"
+
+    @property
+    def cut(self) -> str:
+        return "" if self.spec.dim is None else f" of ranges {_show(self.ranges)} of dimension {self.spec.dim}"
 
 
 def _corners(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
@@ -205,7 +189,7 @@ def find_fault(slices: Iterable[Slice]) -> str | None:
     """
     parts: dict[tuple[Sizes, int | None, Ranges], list[Slice]] = {}
     for piece in slices:
-        parts.setdefault((piece.global_shape, piece.dim, piece.ranges), []).append(piece)
+        parts.setdefault((piece.global_shape, piece.spec.dim, piece.ranges), []).append(piece)
     kinds = {(shape, dim) for shape, dim, _ in parts}
     if len(kinds) != 1:
         return f"it is stored in {len(kinds)} ways, (shape, cut dimension) {_show(sorted(kinds, key=str))}"
@@ -215,9 +199,9 @@ def find_fault(slices: Iterable[Slice]) -> str | None:
         if (fault := _interval_fault(cuts, shape[dim])) is not None:
             return f"{fault} of dimension {dim}"
     for pieces in parts.values():
-        if (fault := _interval_fault([(p.start, p.stop) for p in pieces], prod(pieces[0].local_shape))) is not None:
-            cut = "" if dim is None else f" of ranges {_show(pieces[0].ranges)} of dimension {dim}"
-            return f"{fault}{cut}"
+        numel = prod(pieces[0].spec.local_shape)
+        if (fault := _interval_fault([(piece.start, piece.stop) for piece in pieces], numel)) is not None:
+            return f"{fault}{pieces[0].cut}"
     return None
 
 
@@ -226,12 +210,12 @@ def _interval_fault(intervals: list[tuple[int, int]], size: int) -> str | None:
     reached = 0
     for start, stop in [*sorted(i for i in intervals if i[0] < i[1]), (size, size)]:
         if start > reached:
-            return f"there is nothing for elements {reached}:{start}"
+            return f"elements {reached}:{start} are missing"
         if start < reached:
             return (
-                f"there is more than one value for elements {start}:{min(stop, reached)}"
+                f"elements {start}:{min(stop, reached)} are stored more than once"
                 if start < size
-                else (f"there are elements {size}:{reached} beyond its end")
+                else (f"elements {size}:{reached} are beyond its end")
             )
         reached = stop
     return None

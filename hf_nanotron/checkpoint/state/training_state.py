@@ -29,11 +29,7 @@ OWN_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable")
 
 
 def state_pieces(segments: Iterable[Segment], optimizer: Any, mesh: ParallelMesh) -> list[StatePiece]:
-    """What this rank writes: views of its masters and of the optimizer's tensors, no copies.
-
-    Raises:
-        ValueError: if the optimizer keeps something that belongs neither to each element nor to the whole parameter.
-    """
+    """What this rank writes: views of its masters and of the optimizer's tensors, no copies."""
     pieces = []
     for segment in segments:
         if not is_owner(segment.spec, mesh):
@@ -51,11 +47,7 @@ def state_pieces(segments: Iterable[Segment], optimizer: Any, mesh: ParallelMesh
 
 
 def state_values(mesh: ParallelMesh, optimizer: Any, scheduler: Any, extra: dict[str, Any]) -> dict[str, Any]:
-    """What is the same on every rank; rank 0 writes it.
-
-    Raises:
-        ValueError: naming what JSON cannot hold.
-    """
+    """What is the same on every rank; rank 0 writes it."""
     groups = [{k: v for k, v in group.items() if k not in OWN_SETTINGS} for group in optimizer.param_groups]
     values = {
         "layout": {"world_size": mesh.world_size, **asdict(mesh.parallel)},  # for people; nothing depends on it
@@ -102,11 +94,7 @@ def load_training_state(
 
 
 def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment]) -> None:
-    """Restore the fp32 masters alone. All ranks together.
-
-    Raises:
-        ValueError, RuntimeError: as `load_training_state`.
-    """
+    """Restore the fp32 masters alone. All ranks together."""
 
     def load() -> None:
         with StoredState(Path(directory) / DIRECTORY) as stored:
@@ -118,15 +106,11 @@ def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments
 def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
     """Masters of `segments` from a stored state."""
     for segment in segments:
-        stored.fill(Slice.of(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+        stored.fill(Slice(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
 
 
 def run_values(stored: StoredState) -> dict[str, Any]:
-    """`optimizer`, `scheduler` and `extra`, as `state_values` has made them.
-
-    Raises:
-        ValueError: naming the index, the key and what is wrong.
-    """
+    """`optimizer`, `scheduler` and `extra`, as `state_values` has made them."""
     return require(VALUES, stored.values, f"{stored.directory / INDEX}: values")
 
 
@@ -136,11 +120,7 @@ def has_training_state(directory: str | os.PathLike[str]) -> bool:
 
 
 def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> None:
-    """Masters of `segments`, and of `optimizer` its state and hyper-parameters, from a stored state.
-
-    Raises:
-        ValueError: see `load_training_state`.
-    """
+    """Masters of `segments`, and of `optimizer` its state and hyper-parameters, from a stored state."""
     saved, name = run_values(stored)["optimizer"], type(optimizer).__name__
     if saved is None:  # converted from the Hub: the optimizer starts afresh
         fill_masters(stored, segments)
@@ -151,7 +131,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             f"this run has {name} with {len(optimizer.param_groups)}; resume with the same `optim`, or start from "
             "the weights with from_pretrained."
         )
-    part_of = {segment.master: Slice.of(segment.spec, segment.start, segment.stop) for segment in segments}
+    part_of = {segment.master: Slice(segment.spec, segment.start, segment.stop) for segment in segments}
     stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
     check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():

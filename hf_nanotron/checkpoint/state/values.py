@@ -21,14 +21,7 @@ DEEPEST = 100  # how far values may be nested; a level may take two of JSON
 
 
 def encode(value: Any, path: str, depth: int = 0) -> Any:
-    """`value` in terms of what `json` writes exactly. Subclasses of int, float and str become those.
-
-    Args:
-        path: how to call `value` in an error message, such as `"scheduler"`.
-
-    Raises:
-        ValueError: naming the first value inside that cannot be stored (a function, an object of a class).
-    """
+    """`value` in terms of what `json` writes exactly. Subclasses of int, float and str become those."""
     if depth > DEEPEST:
         raise ValueError(f"{path[:200]}... is nested more than {DEEPEST} times, which a training state cannot hold.")
     if value is None or isinstance(value, bool):
@@ -74,14 +67,7 @@ def _array(kind: str, dtype: str, shape: Any, raw: bytes) -> dict[str, Any]:
 
 
 def decode(value: Any, where: str = "the training state", depth: int = 0) -> Any:
-    """What `encode` was given. Tensors are on the host.
-
-    Args:
-        where: how to call `value` in an error message.
-
-    Raises:
-        ValueError: for what `encode` does not write, such as a tag of a later version.
-    """
+    """What `encode` was given. Tensors are on the host."""
     if depth > 2 * DEEPEST:
         raise ValueError(f"{where} is nested more than {DEEPEST} times.")
     if isinstance(value, list):

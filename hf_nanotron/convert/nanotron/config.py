@@ -101,11 +101,7 @@ HUB_REFUSED = (
 
 
 def architecture(model_config: Mapping[str, Any]) -> Architecture:
-    """The sizes of the model that a `model_config.json` describes, after checking that it can be converted.
-
-    Raises:
-        ValueError: for an unsupported family, a missing field, or a field that the Hub model would not honour.
-    """
+    """The sizes of the model that a `model_config.json` describes, after checking that it can be converted."""
     flag = _family_flag(model_config)
     required = [*SAME, "rope_theta"]
     if flag == "is_llama_config":
@@ -182,11 +178,7 @@ def to_hub(model_config: Mapping[str, Any], dtype: torch.dtype) -> PretrainedCon
 
 
 def hub_family(config: Mapping[str, Any]) -> str:
-    """nanotron's family flag for the contents of a `config.json`.
-
-    Raises:
-        ValueError: for a model type or head other than those of `FAMILIES`.
-    """
+    """nanotron's family flag for the contents of a `config.json`."""
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, list):
         raise ValueError(f"config.json: architectures={architectures!r} is not a list.")
@@ -200,11 +192,7 @@ def hub_family(config: Mapping[str, Any]) -> str:
 
 
 def from_hub(config: PretrainedConfig) -> dict[str, Any]:
-    """nanotron's `model_config.json` for a Hub Llama or Qwen2 configuration.
-
-    Raises:
-        ValueError: for an unsupported family, or a setting that nanotron's models cannot express.
-    """
+    """nanotron's `model_config.json` for a Hub Llama or Qwen2 configuration."""
     flag = hub_family({"model_type": config.model_type, "architectures": config.architectures})
     for name, neutral, what in HUB_REFUSED:
         if getattr(config, name, neutral) != neutral:

@@ -18,16 +18,16 @@ from typing import Any, cast
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...checkpoint.files.inside import LONGEST_PATH, inside
+from ...checkpoint.files.safetensors_file import DTYPES, open_safetensors
 from ..folder import read_json
 from .mapping import Parameter, Slices, shard_slices
 from .tiling import shard_fault, stage_fault
 
 VERSION = "1.5"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SUPPORTED = ("BF16", "F16", "F32")
 SLICES_KEY, SHAPE_KEY = "local_global_slices_pairs", "unsharded_shape"
 _SHARD_FILE = re.compile(
     r"model_(?P<kind>\w+?)_pp-rank-(?P<stage>\d+)-of-(?P<pp>\d+)_tp-rank-(?P<rank>\d+)-of-(?P<tp>\d+)\.safetensors"
@@ -45,7 +45,7 @@ class Shard:
     name: str
     tp_rank: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     pairs: tuple[tuple[Slices, Slices], ...]
     tp: int | None = None
     pp_rank: int | None = None
@@ -53,19 +53,14 @@ class Shard:
 
 
 def step_folder(path: Path) -> Path:
-    """The step folder of a nanotron checkpoint: `path` itself, or the step that its `latest.txt` names.
-
-    Raises:
-        FileNotFoundError: if `path` is neither.
-        ValueError: if `latest.txt` names a step outside of `path`.
-    """
+    """The step folder of a nanotron checkpoint: `path` itself, or the step that its `latest.txt` names."""
     if (path / "model_config.json").is_file():
         return path
     latest = path / "latest.txt"
     if not latest.is_file():
         raise FileNotFoundError(
-            f"{path} is no nanotron checkpoint: it has neither latest.txt nor model_config.json. Name the folder that "
-            "holds latest.txt, or one step's folder."
+            f"{path} is not a nanotron checkpoint: it has neither latest.txt nor model_config.json. Name the folder "
+            "that holds latest.txt, or one step's folder."
         )
     with open(latest, "rb") as file:
         name = file.read(LONGEST_PATH).decode(errors="surrogateescape").strip()
@@ -124,7 +119,7 @@ def find_shards(step: Path, parameter: Parameter) -> list[Shard]:
         raise ValueError(f"{folder} mixes shards of several topologies ({sorted(present)}): keep one.")
     pp, tp, stage = sizes.pop() if sizes else (1, 1, 0)
     if stage >= pp or tp < 1 or any(rank >= tp for rank in files):
-        raise ValueError(f"{folder} has shards of ranks that a job has not: {sorted(present)}.")
+        raise ValueError(f"{folder} has shards of ranks that do not exist: {sorted(present)}.")
     missing = [rank for rank in range(tp) if rank not in files]
     if missing:
         raise FileNotFoundError(
@@ -139,14 +134,7 @@ def find_shards(step: Path, parameter: Parameter) -> list[Shard]:
 
 
 def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
-    """Refuse files of several jobs: other sizes, or stages that no one job can have.
-
-    Args:
-        shards: of each parameter, in model order.
-
-    Raises:
-        ValueError: naming a file.
-    """
+    """Refuse files of several jobs: other sizes, or stages that no one job can have."""
     cut = [group[0] for group in shards if group[0].tp is not None]
     metadata = step / "checkpoint_metadata.json"
     tp = read_json(metadata).get("tp") if metadata.is_file() else None
@@ -161,11 +149,11 @@ def check_topology(step: Path, shards: Iterable[Sequence[Shard]]) -> None:
 
 
 def _read_header(path: Path, parameter: Parameter, tp_rank: int) -> Shard:
-    with open_safetensors(path) as file:
+    with _open(path) as file:
         if list(file.keys()) != ["data"]:
-            raise ValueError(f"{path}: holds {list(file.keys())} instead of the single tensor 'data' of nanotron.")
+            raise ValueError(f"{path}: holds {list(file.keys())} instead of nanotron's single tensor 'data'.")
         tensor, metadata = file.get_slice("data"), file.metadata() or {}
-        shape, dtype = tuple(tensor.get_shape()), torch_dtype(path, tensor.get_dtype())
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
     pairs: tuple[tuple[Slices, Slices], ...]
     if parameter.cut is None:
         everything = (slice(None),) * len(shape)
@@ -203,11 +191,7 @@ def refuse_strangers(step: Path, wanted: Iterable[Parameter]) -> None:
 
 
 def refuse_mup(step: Path) -> None:
-    """Refuse a run under spectral muP, which only `config.yaml` (may be absent) tells: its Llama attention differs.
-
-    Raises:
-        ValueError: if the run set `use_mup`.
-    """
+    """Refuse a run under spectral muP, which only `config.yaml` (may be absent) tells: its Llama attention differs."""
     path = step / "config.yaml"
     try:
         found: Any = yaml.safe_load(path.read_bytes()) if path.is_file() else None
@@ -279,38 +263,30 @@ def write_run_files(
     (folder / "checkpoint_metadata.json").write_text(json.dumps(metadata, indent=2))
 
 
-def open_safetensors(path: Path) -> Any:
-    """A safetensors handle, after checking the header against the file's length.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is truncated or something else.
-    """
+def _open(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Copy the checkpoint again.")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}). Copy the checkpoint again.") from error
+    return open_safetensors(path, "copy the checkpoint again")
 
 
 def load_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor of a safetensors file; nothing else of the file is read."""
-    with open_safetensors(path) as file:
+    with _open(path) as file:
         return file.get_tensor(name)
 
 
-def torch_dtype(path: Path, name: str) -> torch.dtype:
-    """The dtype that a header calls `name`; `path` is for the refusal."""
-    if name not in DTYPES:
-        raise ValueError(f"{path}: dtype {name} is not supported; only {', '.join(DTYPES)} are.")
-    return DTYPES[name]
+def one_dtype(dtypes: dict[str, str]) -> torch.dtype:
+    """The dtype that all tensors share: a mix would lose precision on loading, as the configuration states one.
 
-
-def one_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype that all tensors share: a mix would lose precision on loading, as the configuration states one."""
+    Args:
+        dtypes: where a tensor is -> its dtype, as safetensors calls it.
+    """
     first, expected = next(iter(dtypes.items()))
     for where, dtype in dtypes.items():
+        if dtype not in SUPPORTED:
+            raise ValueError(f"{where}: dtype {dtype} is not supported; only {', '.join(SUPPORTED)} are.")
         if dtype != expected:
-            raise ValueError(f"{where} is {dtype}, but {first} is {expected}: convert them to one dtype first.")
-    return expected
+            raise ValueError(
+                f"{where} is {DTYPES[dtype]}, but {first} is {DTYPES[expected]}: convert them to one dtype first."
+            )
+    return DTYPES[expected]

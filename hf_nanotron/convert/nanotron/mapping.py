@@ -10,7 +10,6 @@ Source of the layout: nanotron at commit 2411b022 (checkpoint format 1.5), `mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -167,9 +166,6 @@ def shard_slices(parameter: Parameter, tp: int, rank: int) -> list[tuple[Slices,
 
     Stacked parts are cut one by one, so that a rank's shard is its share of q, then of k, then of v. A parameter of
     one part leaves the local slice open, as nanotron does.
-
-    Raises:
-        ValueError: if `tp` does not divide a part.
     """
     cut, shape = parameter.cut, parameter.shape
     if cut is None:
@@ -195,9 +191,6 @@ def place_blocks(architecture: Architecture, pp: int) -> dict[str, int]:
     nanotron fills the stages in order and moves on once the compute so far *exceeds* the stage's equal share, where
     a decoder layer costs its matrix sizes and the head its own, so that a large vocabulary thins out the last stage.
     Following it, a run with this pp finds the files under the very names it looks for first.
-
-    Raises:
-        ValueError: if that rule leaves a stage without any block.
     """
     ranks = _fill_stages(architecture, max(pp, 1))
     if max(ranks.values()) != pp - 1:
@@ -231,11 +224,7 @@ _PADS = " nanotron cuts a vocabulary into equal parts; resize_token_embeddings(p
 
 
 def check_tp(architecture: Architecture, tp: int) -> None:
-    """Refuse a tensor-parallel size that nanotron could not cut this model by.
-
-    Raises:
-        ValueError: naming every size that `tp` does not divide, and the values of `tp` that work.
-    """
+    """Refuse a tensor-parallel size that nanotron could not cut this model by."""
     counts = {
         "num_attention_heads": architecture.heads,
         "num_key_value_heads": architecture.kv_heads,
@@ -249,11 +238,6 @@ def check_tp(architecture: Architecture, tp: int) -> None:
         raise ValueError(
             f"tp={tp} does not divide {named}; use one of {works}.{_PADS if 'vocab_size' in indivisible else ''}"
         )
-
-
-def stack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Hub tensors of one parameter, `(rows, *columns)` each -> the nanotron parameter, `(sum of rows, *columns)`."""
-    return torch.cat(list(tensors))
 
 
 def unstack(whole: torch.Tensor, parameter: Parameter, index: int, architecture: Architecture) -> torch.Tensor:

@@ -51,7 +51,7 @@ def open_masters(step: Path) -> list[RankMasters]:
         match = _OPTIMIZER_FILE.fullmatch(path.name)
         numbers = tuple(map(int, match.groups())) if match else ()
         if not numbers or numbers[0] >= numbers[1] or numbers[2] >= numbers[3] or numbers in paths:
-            raise ValueError(f"{path} is the optimizer file of no rank, or of one that has another file; remove it.")
+            raise ValueError(f"{path} does not belong to any rank, or to one that has another file; remove it.")
         paths[numbers] = path
     sizes = {(pp, tp) for _, pp, _, tp in paths}
     if len(sizes) != 1:

@@ -18,7 +18,6 @@ def shard_fault(
     What the ranks of a size hold tiles the parameter, so shards without a fault do.
 
     Args:
-        shape: of the tensor in the file.
         pairs: (local, global) slices of the header.
     """
     try:
@@ -43,10 +42,6 @@ def shard_fault(
 
 
 def _pieces(parameter: Parameter, shape: Sequence[int], pairs: Iterable[tuple[Slices, Slices]]) -> list[Piece]:
-    """
-    Raises:
-        ValueError: for slices that fit no tensor of this shape, or are not cut along one dimension alone.
-    """
     pieces: list[Piece] = []
     for local, whole in pairs:
         misfit = f"its slices do not fit its tensor of shape {tuple(shape)}"

@@ -29,11 +29,7 @@ UNLIKE_EXPERTS = ("longcat_flash", "zaya")
 
 
 def num_choices(config: PreTrainedConfig) -> int:
-    """How many experts a router of the model has to choose from; the most of any layer.
-
-    Raises:
-        ValueError: for a config that does not say.
-    """
+    """How many experts a router of the model has to choose from; the most of any layer."""
     config = config.get_text_config()
     for name in NUM_EXPERTS:
         value = getattr(config, name, None)
@@ -66,10 +62,8 @@ def chosen_experts(record: Record) -> torch.Tensor:
 class RouterLoads:
     """How many tokens each expert of each layer got in the micro-batches of a step.
 
-    Args:
-        names: the routers of the *whole* model in order, the same on every rank, so that one sum over the stages joins
-            their rows.
-        num_experts: `num_choices` of the config.
+    `names` are the routers of the whole model, the same on every rank, so that one sum over the stages joins their
+    rows.
     """
 
     def __init__(self, names: Sequence[str], num_experts: int, device: torch.device | str | None = None) -> None:
@@ -89,9 +83,8 @@ class RouterLoads:
     def take(self, group: Group) -> dict[str, torch.Tensor]:
         """Name -> counts `[E]` of the step, summed over `group`; then counting starts anew.
 
-        Args:
-            group: all ranks but those that hold the same tokens of the same layers: the data-parallel ranks of every
-                stage (and the ranks that split a sequence), not the tensor-parallel ones.
+        `group`: one rank for each set of tokens of a layer, so data-parallel ranks, stages, and ranks that split a
+        sequence.
         """
         summed = all_reduce(self.counts, group).clone()
         self.counts.zero_()
@@ -142,22 +135,18 @@ def correction_bias(model: PreTrainedModel, router: Router) -> torch.Tensor | No
 
 
 class BiasBalancer:
-    """Evens out the load by the correction biases (Wang et al. 2024, arXiv:2408.15664, algorithm 1).
+    """Evens out the load by the correction biases (Wang et al. 2024, arXiv:2408.15664, algorithm 1; `update_rate`
+    1e-3).
 
     After each step, the bias of an expert with more than the mean load falls by `update_rate`, that of one with less
     rises by it. The biases choose experts but do not weigh them, so no gradient is changed.
-
-    Args:
-        routers: those of the layers that this rank holds.
-        update_rate: 0, the default, leaves the biases as they are; the paper uses 1e-3.
-
-    Raises:
-        ValueError: for a rate below 0, or a model whose biases cannot be updated in this way.
     """
 
     def __init__(self, model: PreTrainedModel, routers: Sequence[Router], update_rate: float = 0.0) -> None:
         if update_rate < 0:
-            raise ValueError(f"update_rate={update_rate} is below 0; use 0 to leave correction biases as they are.")
+            raise ValueError(
+                f"moe_bias_update_rate={update_rate} is below 0; use 0 to leave correction biases unchanged."
+            )
         self.update_rate = update_rate
         self._biases: dict[str, torch.Tensor] = {}
         if not update_rate:
@@ -165,33 +154,30 @@ class BiasBalancer:
         name = type(model).__name__
         if _type(model.config.get_text_config()) in UNLIKE_EXPERTS:
             raise ValueError(
-                f"{name} routes to experts that compute nothing, which an even load is wrong for; use rate 0."
+                f"{name} routes to experts without computation, for which an even load is wrong; use "
+                "moe_bias_update_rate=0."
             )
         for router in routers:
             bias = correction_bias(model, router)
             if bias is None:
                 raise ValueError(
-                    f"{router.name} of {name} has no correction bias; balance it by output_router_logits=True."
+                    f"{router.name} of {name} has no correction bias; use output_router_logits=True to balance it."
                 )
             if isinstance(bias, nn.Parameter):
                 raise ValueError(
                     f"moe_bias_update_rate={update_rate}: the correction bias of {router.name} is a parameter of "
-                    f"{name}, which bf16 rounds and ZeRO may divide; balance it by output_router_logits=True."
+                    f"{name}, which bf16 rounds and ZeRO may shard; use output_router_logits=True to balance it."
                 )
             if bias.dtype != torch.float32:
                 raise ValueError(
-                    f"the correction bias of {router.name} is {bias.dtype}, in which steps of {update_rate} vanish; "
-                    "keep it in float32."
+                    f"the correction bias of {router.name} is {bias.dtype}, which rounds steps of {update_rate} to "
+                    "zero; keep it in float32."
                 )
             self._biases[router.name] = bias
 
     @torch.no_grad()
     def step(self, counts: Mapping[str, torch.Tensor]) -> None:
-        """Move the biases, after `optimizer.step()`. The same on every rank that holds a copy of a layer.
-
-        Args:
-            counts: of the step, over all data-parallel ranks (`RouterLoads.take`).
-        """
+        """Move the biases, after `optimizer.step()`, by `counts` over all data-parallel ranks."""
         for name, bias in self._biases.items():
             load = counts[name][: bias.numel()].double()
             bias += self.update_rate * torch.sign(load.mean() - load).view_as(bias).to(bias)

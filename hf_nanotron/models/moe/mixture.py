@@ -31,8 +31,6 @@ class Mixture:
     Made in two halves: from the whole stock model, then `attach`ed to the part that this rank keeps.
 
     Attributes:
-        losses: which losses are added over the routers, or None.
-        routers: those of this rank.
         loads: what the routers chose since `report` was last called, while `counts_loads`.
         mask: `[B, S]`, 0 for the tokens of the next forward that do not count, or None; set before each forward.
     """
@@ -90,8 +88,7 @@ class Mixture:
     ) -> torch.Tensor | None:
         """The packed sums over the routers of all stages so far; None without losses. Counts loads while training.
 
-        Args:
-            received: of the previous stage; None on the first.
+        `received`: the sums of the previous stage; None on the first.
         """
         mask = self.mask if self.mask is not None else inputs.get("attention_mask")
         if self._is_parted(training):
@@ -132,15 +129,9 @@ class Mixture:
     def configure(
         self, model: PreTrainedModel, dtype: torch.dtype, capacity_factor: float | None, update_rate: float
     ) -> None:
-        """How the experts are trained.
+        """How the experts are trained, in a model that computes in `dtype`; its routers compute in fp32 all the same.
 
-        Args:
-            dtype: what the model computes in; its routers compute in fp32 all the same.
-            capacity_factor: of the experts; None drops nothing.
-            update_rate: of the correction biases (`BiasBalancer`).
-
-        Raises:
-            ValueError: for biases that the model does not have.
+        A `capacity_factor` of None drops nothing. `update_rate` is that of `BiasBalancer`.
         """
         self.refresh(model)
         for experts in self.experts:
@@ -153,7 +144,7 @@ class Mixture:
         self._balancer = BiasBalancer(model, self.routers, update_rate)
 
     def agree_on_tokens(self, micro_batches: Sequence[dict[str, Any]]) -> list[int | None]:
-        """The most tokens that a router of any rank gets of each micro-batch, from which capacities follow.
+        """The most tokens of each micro-batch that a router of any rank gets, from which capacities follow.
 
         The host waits for it once a step, if there is a capacity and more than one rank to agree with.
         """

@@ -1,9 +1,8 @@
 """The routers of a stock mixture of experts: where they are, what their losses are, and their logits.
 
-transformers names the module that returns router logits in `_can_record_outputs["router_logits"]`, with the position of
-the logits in its output. A causal LM that adds the load-balancing loss to its own keeps what it takes for it in
-`router_aux_loss_coef`, `num_experts` and `num_experts_per_tok`; one without the first of them has no such loss, even
-where its config has a coefficient (Llama 4).
+transformers names the module that returns router logits in `_can_record_outputs["router_logits"]`. A causal LM with a
+load-balancing loss has `router_aux_loss_coef`, `num_experts` and `num_experts_per_tok`; one without the first has no
+such loss, even where its config has a coefficient (Llama 4).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ...parallel.ep.router_loss import RouterSums, add, auxiliary_loss, scale_gr
 
 # Modules whose recorded "logits" are something else, and what.
 NOT_LOGITS = {
-    "DogeCDMoE": "scores of product keys, of which no expert has one of its own",
+    "DogeCDMoE": "scores of product keys, not of experts",
     "Gemma4TextRouter": "probabilities",
 }
 
@@ -74,11 +73,7 @@ def _matches(recorder: OutputRecorder, name: str, module: nn.Module) -> bool:
 class RouterLosses:
     """Which losses are added over the routers. A coefficient of 0 turns one off.
 
-    Args:
-        num_experts: per layer, as the load-balancing loss takes it; 0 if that is off.
-        top_k: experts per token.
-        coefficient: of the load-balancing loss.
-        z_coefficient: of the z-loss.
+    `num_experts` is per layer, as the load-balancing loss (`coefficient`) takes it; 0 if that is off.
     """
 
     num_experts: int
@@ -87,11 +82,9 @@ class RouterLosses:
     z_coefficient: float
 
     def total(self, sums: RouterSums, gradient_factor: float = 1.0) -> torch.Tensor:
-        """What is added to the loss of a micro-batch.
+        """What is added to the loss of a micro-batch, from sums over all layers and all ranks that split its tokens.
 
-        Args:
-            sums: over all layers, and over all ranks that split its tokens.
-            gradient_factor: `1 / tp` where the tensor-parallel ranks all compute this (`scale_gradient`).
+        `gradient_factor`: `1 / tp` where all tensor-parallel ranks compute this (`scale_gradient`).
         """
         loss = self.z_coefficient * z_loss(sums)
         if self.num_experts:
@@ -102,14 +95,8 @@ class RouterLosses:
 def router_losses(model: PreTrainedModel, output_router_logits: bool | None = None) -> RouterLosses | None:
     """The losses over routers of `model`, or None if there are none.
 
-    The load-balancing loss is on if and only if the stock forward would add it. The z-loss, which no causal LM of
-    transformers has, is on where the config has a `router_z_loss_coef` that is not 0.
-
-    Args:
-        output_router_logits: as passed to the stock forward; the config's if None.
-
-    Raises:
-        ValueError: for a coefficient that is no number, or a loss over routers that do not return logits.
+    The load-balancing loss is on if and only if the stock forward would add it; `output_router_logits` overrides the
+    config's. The z-loss, which no causal LM of transformers has, is on for a `router_z_loss_coef` other than 0.
     """
     config = model.config.get_text_config()
     if output_router_logits is None:
@@ -119,14 +106,14 @@ def router_losses(model: PreTrainedModel, output_router_logits: bool | None = No
     z_coefficient = getattr(config, "router_z_loss_coef", None) or 0.0
     for name, value in (("router_aux_loss_coef", coefficient), ("router_z_loss_coef", z_coefficient)):
         if not isinstance(value, int | float):
-            raise ValueError(f"{name}={value!r} is no number; set it, or use output_router_logits=False.")
+            raise ValueError(f"{name}={value!r} is not a number; set it, or use output_router_logits=False.")
     if not balances and not z_coefficient:
         return None
     for router in find_routers(model):
         kind = next((c.__name__ for c in type(router.module).__mro__ if c.__name__ in NOT_LOGITS), None)
         if kind is not None:
             raise ValueError(
-                f"{type(model).__name__} records {NOT_LOGITS[kind]} in the place of router logits; losses over them "
+                f"{type(model).__name__} records {NOT_LOGITS[kind]} instead of router logits; losses over them "
                 "are not supported: use output_router_logits=False and no router_z_loss_coef."
             )
     if not balances:
@@ -149,10 +136,8 @@ class Record(NamedTuple):
 class RouterRecorder:
     """Keeps what routers return during a forward of a stage.
 
-    A hook only takes a reference, and only inside `recording`; the sums are taken after the forward. So they lie
-    outside what activation checkpointing recomputes, where the forward and the recomputation must save the same tensors
-    for the backward; and a recomputation, which runs in the backward, records nothing. The logits belong to the graph
-    of the forward: their gradient goes on through the recomputed tensors like any other.
+    A hook only takes a reference, and only inside `recording`; the sums are taken after the forward, outside of what
+    activation checkpointing recomputes: a recomputation, in the backward, records nothing.
     """
 
     def __init__(self, routers: Sequence[Router]) -> None:
@@ -182,22 +167,14 @@ class RouterRecorder:
 def sum_records(
     sums: RouterSums, records: Sequence[Record], losses: RouterLosses, mask: torch.Tensor | None = None
 ) -> RouterSums:
-    """`sums` (received, or `empty`) plus those of the routers that ran.
-
-    Args:
-        mask: `[batch, sequence]`, 0 where a token does not count: the attention mask that the stock forward gets, over
-            the tokens that the routers of this rank saw.
-
-    Raises:
-        ValueError: if logits have no gradient although the router is trained (reentrant checkpointing).
-    """
+    """`sums` plus those of the routers that ran. `mask`: `[batch, sequence]`, 0 where a token does not count."""
     for record in records:
         logits = record.logits
         trained = any(p.requires_grad for p in record.router.module.parameters())
         if trained and torch.is_grad_enabled() and not logits.requires_grad:
             raise ValueError(
-                f"the logits of {record.router.name} have no gradient: activation checkpointing hides it; "
-                "use_reentrant=False keeps it."
+                f"the logits of {record.router.name} have no gradient: reentrant activation checkpointing "
+                "drops it; set use_reentrant=False."
             )
         sums = add(sums, sum_over_tokens(logits, losses.num_experts, losses.top_k, mask))
     return sums
@@ -209,13 +186,9 @@ def sum_records(
 def fp32_router(router: Router) -> None:
     """Make a router compute its logits in fp32 in a model of lower precision, in place.
 
-    The module, or the one linear layer inside it that makes the logits, gets a subclass of its own class. Parameters,
-    their names and hooks stay, and so do the dtypes of the other outputs, such as routing weights (but HunYuan's, which
-    follow its logits). A router that computes in fp32 already is left as it is, and in an fp32 model nothing changes.
-    To be called after weights are initialised, because in a bfloat16 model `module.weight` is then a copy.
-
-    Raises:
-        ValueError: for a router of several layers (Zaya, Doge), and for one that changes its input in place.
+    The module, or the one linear layer in it that makes the logits, gets a subclass of its own class. Parameters, their
+    names, hooks and the dtypes of the other outputs stay (but HunYuan's routing weights follow its logits). Call it
+    after weights are initialised: in a bfloat16 model `module.weight` is then a copy.
     """
     module = router.module
     if module.__class__.__dict__.get("computes_in_fp32"):
@@ -223,7 +196,7 @@ def fp32_router(router: Router) -> None:
     if getattr(module, "input_jitter_noise", 0.0):
         raise ValueError(
             f"{router.name} scales its input in place by input_jitter_noise={module.input_jitter_noise}, and the "
-            "experts read it afterwards; a router in fp32 works on a copy: set input_jitter_noise=0."
+            "experts read it afterwards, but a router in fp32 works on a copy: set input_jitter_noise=0."
         )
     if isinstance(module._parameters.get("weight"), nn.Parameter):
         exact, dtypes = _in_low_precision(module, router.index)
@@ -233,8 +206,8 @@ def fp32_router(router: Router) -> None:
     linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
     if len(linears) != 1:
         raise ValueError(
-            f"{router.name} is a {type(module).__name__} of {len(linears)} linear layers; fp32 logits need a router "
-            "that has one: leave this model's routers in its own precision."
+            f"{router.name} is a {type(module).__name__} of {len(linears)} linear layers; routers with one linear "
+            "layer only can compute in fp32."
         )
     if not linears[0].__class__.__dict__.get("computes_in_fp32"):
         _swap_class(linears[0], 0, None)
@@ -243,9 +216,8 @@ def fp32_router(router: Router) -> None:
 def _in_low_precision(module: nn.Module, index: int) -> tuple[bool, tuple[torch.dtype | None, ...] | None]:
     """Whether a stock bfloat16 router computes its logits in fp32, and the dtypes that it gives its outputs.
 
-    It is asked: copies in both precisions run on one token, whose logits take more bits than a bfloat16 has. Arguments
-    after the hidden states are biases of the experts. The dtypes are None for a router that cannot be in bfloat16
-    (Inkling 2).
+    Copies in both precisions run on one token, whose logits take more bits than a bfloat16 has. The dtypes are None for
+    a router that cannot be in bfloat16 (Inkling 2).
     """
     outputs = []
     for dtype in (torch.float32, torch.bfloat16):

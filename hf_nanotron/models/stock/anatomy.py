@@ -15,17 +15,15 @@ from .foreign import is_foreign
 class Anatomy:
     """Names of modules inside `model`, and where the parts outside the decoder layers belong in a pipeline.
 
-    Args:
-        model: whose parts they are. Its layers are looked up anew each time: they may be replaced.
+    Layers are looked up anew each time: they may be replaced.
+
+    Attributes:
         backbone: the module that owns the embedding and the layers, such as `"model"` or `"model.language_model"`.
         layers: the stack of decoder layers; None if there is no single one.
-        embedding: the token embedding.
-        head: the output embedding.
         first: modules (or bare parameters) with weights that are used before the layers.
         last: those that are used after them, the head among them.
         everywhere: those that every stage uses for its own layers, or whose use is not known.
-        is_foreign: whether the code around the decoder layers is not transformers' own: everything there then sees all
-            tokens, whatever it does with them.
+        is_foreign: whether code around the layers is not transformers' own: everything there then sees all tokens.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -46,11 +44,7 @@ class Anatomy:
         return None
 
     def decoder_layers(self) -> nn.ModuleList:
-        """The decoder layers, stand-ins of absent ones among them.
-
-        Raises:
-            ValueError: if the model has no single stack of them.
-        """
+        """The decoder layers, stand-ins of absent ones among them."""
         if self.layers is None:
             raise ValueError(
                 f"{type(self.model).__name__} has no single stack of decoder layers (one of {', '.join(LAYERS)} in "

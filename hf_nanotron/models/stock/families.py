@@ -192,10 +192,10 @@ QUERY_GROUPS = "num_key_value_groups"
 
 # Model types whose head is not cut: something between it and the loss needs whole logits.
 WHOLE_HEAD: dict[str, str] = {
-    "dory": "the logits of each token have a scale of their own",
-    "inkling2_loop_text": "the logits are cut to an unpadded vocabulary",
-    "inkling_text": "the logits are cut to an unpadded vocabulary",
-    "inkling2_text": "the logits are cut to an unpadded vocabulary",
+    "dory": "the logits of each token have their own scale",
+    "inkling2_loop_text": "the logits are trimmed to an unpadded vocabulary",
+    "inkling_text": "the logits are trimmed to an unpadded vocabulary",
+    "inkling2_text": "the logits are trimmed to an unpadded vocabulary",
 }
 
 # Class of a module -> linear layers inside it that stock models keep in fp32 and hand fp32 to. In 16 bits, a model here
@@ -242,18 +242,18 @@ WRITES_WEIGHTS = ("Gemma3nTextAltUp",)
 # ---- what cannot work ----
 
 NO_PIPELINE: dict[str, str] = {
-    "dory": "its middle layers run in loops, so there is no place to cut",
-    "hrm_text": "two stacks of layers run in cycles, so there is no place to cut",
+    "dory": "its middle layers run in loops, so it cannot be split into stages",
+    "hrm_text": "two stacks of layers run in cycles, so it cannot be split into stages",
     "inkling2_loop_text": "its layers run in loops and attend to the states of all earlier blocks of layers",
     "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
 }
 NO_SEQUENCE_PARALLEL: dict[str, str] = {
-    "dory": "its middle layers run in loops, each of which starts at the states in front of the first",
+    "dory": "its middle layers run in loops, each of which starts from the input of the first",
     "gptj": "its backbone views the last hidden states in the shape of the input",
     "hrm_text": "two stacks of layers run in cycles around the token embedding",
     "inkling2_loop_text": "its layers run in loops and attend to the states of all earlier blocks of layers",
     "inkling2_text": "its layers attend to the embedding and to the states of all earlier blocks of layers",
-    "zaya": "its layers hand a second state of every token on",
+    "zaya": "its layers pass on a second state of every token",
 }
 
 # ---- attention ----

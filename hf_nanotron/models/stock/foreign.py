@@ -1,7 +1,7 @@
 """Code of a model that is not transformers' own: a subclass of the user's, remote code, a patched `forward`.
 
-What is known of transformers' classes (which modules are used before the layers, that backbones hand hidden states to
-the head and to nobody else) need not hold there, so `anatomy`, `stage` and `parallelize` take less for granted.
+What is known of transformers' classes need not hold there, so `anatomy`, `stage` and `parallelize` take less for
+granted.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _is_foreign(forward: Any) -> bool:
 def why_not_causal(model: Any) -> str | None:
     """Why `model` is no causal language model; None if it is one.
 
-    What a class is called is no test: a subclass is what its ancestor in transformers is. One that descends from none
-    of its models is taken at its word, unless its name makes transformers compute another loss.
+    A subclass is what its ancestor in transformers is. One that descends from none of its models is trusted, unless its
+    name makes transformers compute another loss.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):

@@ -1,8 +1,7 @@
 """What a `forward` of the user's own does around its backbone, which a pipeline has to know.
 
-The stages before the last one run a `forward` up to the end of their layers. So one that calls the backbone twice, or
-reads what layers of other stages return, would be right on the last stage alone. It is run once over stand-ins, on
-every rank, to see what it does.
+Stages before the last run it up to the end of their layers. One that calls the backbone twice, or reads what layers of
+other stages return, would be right on the last stage alone. It is run once over stand-ins, on every rank.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ def is_of_transformers(forward: Callable[..., Any]) -> bool:
 
 
 def own_columns(model: Any, stock_class: type[PreTrainedModel]) -> frozenset[str]:
-    """Columns of a batch that a `forward` of the user's takes for itself, such as the logits of a teacher.
-
-    They are parameters that it names, and neither its backbone nor a forward of transformers does.
+    """Columns of a batch that a `forward` of the user's takes for itself, such as the logits of a teacher: parameters
+    that neither its backbone nor a forward of transformers names.
     """
     if is_of_transformers(stock_class.forward):
         return frozenset()
@@ -46,18 +44,14 @@ def _first(name: str) -> str:
 
 
 def check_own_forward(model: Any, stock_class: type[PreTrainedModel]) -> None:
-    """Refuse a `forward` of the user's that the stages of a pipeline cannot follow.
-
-    Raises:
-        ValueError: saying what it does.
-    """
+    """Refuse a `forward` of the user's that the stages of a pipeline cannot follow."""
     if is_of_transformers(stock_class.forward):
         return
     problem = _problem(model, stock_class)
     if problem is not None:
         raise ValueError(
-            f"pp_size={model.mesh.pp_size}: the forward of {stock_class.__name__} {problem}. The stages of a pipeline "
-            "call the backbone once for each micro-batch, and none has all layers; use pp_size=1."
+            f"pp_size={model.mesh.pp_size}: the forward of {stock_class.__name__} {problem}. Pipeline stages call "
+            "the backbone once for each micro-batch, and none has all layers; use pp_size=1."
         )
 
 

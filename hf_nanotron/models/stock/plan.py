@@ -1,6 +1,6 @@
-"""Which weights of a stock model are cut over the tensor-parallel ranks, and how: declared plans and our tables.
+"""Which weights of a stock model are sharded over the tensor-parallel ranks, and how.
 
-Only declarations are used (`config.base_model_tp_plan` and the `_tp_plan` of the class), never the code in transformers
+Only declarations of transformers are used (`config.base_model_tp_plan`, the `_tp_plan` of the class), never its code
 that acts on them. What is missing or wrong there is in `families.py`.
 """
 
@@ -24,13 +24,13 @@ FEEDING_MODULES = ("indexer", "router", "gate")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is cut.
+    """How a model is sharded.
 
-    Args:
+    Attributes:
         styles: module or bare parameter -> style (`"colwise"`, `"rowwise"`, `"packed_colwise"`, `"packed_rowwise"`,
             `"qkv"`, `"heads"`, `"norm"`, `"unit_norm"`, `"vocabulary"`, `"experts"`).
         regions: blocks whose partial outputs are summed.
-        whole: blocks without cut weights that mix tokens.
+        whole: blocks without sharded weights that mix tokens.
         spread: blocks whose experts are spread over the expert-parallel ranks.
         after_sum: modules inside `regions` that work on the sum already.
     """
@@ -54,12 +54,7 @@ def mixes_tokens(block: nn.Module) -> bool:
 
 
 def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
-    """Decide about every weight of a whole stock model.
-
-    Raises:
-        ValueError: if nothing says how the model is cut, or a declared style is unknown, or the plan would count a part
-            of a block once for every rank.
-    """
+    """Decide about every weight of a whole stock model."""
     model, found = anatomy.model, anatomy.blocks()
     spread: dict[str, str] = {}  # block -> its experts
     if ep_size > 1:
@@ -69,8 +64,8 @@ def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
                     spread[path] = join(path, name)
         if not spread:
             raise ValueError(
-                f"ep_size={ep_size}: {type(model).__name__} ({model.config.model_type!r}) has no experts behind "
-                "transformers' common interface to spread over ranks; use ep_size=1."
+                f"ep_size={ep_size}: {type(model).__name__} ({model.config.model_type!r}) has no experts with "
+                "transformers' common interface; use ep_size=1."
             )
     styles = _cut_styles(anatomy, found) if tp_size > 1 else {}
     for path, experts in spread.items():
@@ -104,8 +99,8 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
                 continue
             if style not in STYLES:
                 raise ValueError(
-                    f"{type(model).__name__}: the plan cuts {name!r} as {style!r}, which this version does not know "
-                    f"(it knows {', '.join(STYLES)}); use tp_size=1, or say how with register_plan."
+                    f"{type(model).__name__}: the plan shards {name!r} as {style!r}, which this version does not "
+                    f"support (it supports {', '.join(STYLES)}); use tp_size=1, or another plan (register_plan)."
                 )
             if STYLES[style] is not None:
                 styles[name] = str(STYLES[style])
@@ -113,7 +108,8 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
     if not any(name.startswith(join(anatomy.backbone, "")) for name in styles) and not overrides:
         raise ValueError(
             f"{type(model).__name__}: its config ({model.config.model_type!r}) declares no tensor-parallel plan "
-            "(`base_model_tp_plan`) and register_plan was told none, so its layers cannot be cut; use tp_size=1."
+            "(`base_model_tp_plan`) and none was registered with register_plan, so its layers cannot be sharded; "
+            "use tp_size=1."
         )
     for path, rows in overrides.items():
         block = model.get_submodule(path)
@@ -141,11 +137,7 @@ def _holds(block: nn.Module, name: str) -> bool:
 
 
 def _check_regions(model: PreTrainedModel, regions: list[str], styles: dict[str, str]) -> None:
-    """Every path through a summed block must pass a cut layer: what does not would be counted once for every rank.
-
-    Raises:
-        ValueError: naming a linear that writes the block's output and is whole.
-    """
+    """Every path through a summed block must pass a cut layer: what does not would be counted once for every rank."""
     width = model.config.get_text_config().hidden_size
     for region in regions:
         for name, module in model.get_submodule(region).named_modules():
@@ -156,6 +148,6 @@ def _check_regions(model: PreTrainedModel, regions: list[str], styles: dict[str,
             if writes and not feeds and path not in styles:
                 raise ValueError(
                     f"{type(model).__name__}: the outputs of {region!r} are summed over the tensor-parallel ranks, but "
-                    f"{path!r} is whole on each of them, so it would count tp_size times. Say how it is cut with "
+                    f"{path!r} is replicated, so it would be counted tp_size times. Say how to shard it with "
                     f"register_plan({type(model.get_submodule(region)).__name__!r}, ...), or use tp_size=1."
                 )

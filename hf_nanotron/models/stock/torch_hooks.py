@@ -9,8 +9,8 @@ from torch import nn
 from .hooks import BACKWARD, users_hooks
 
 INSTEAD = (
-    "Its gradient is summed in fp32 over micro-batches and ranks, each of which holds a part of it; torch would call "
-    "the hook with a part of that sum, or with None. Remove it and use NanotronTrainer.add_gradient_hook(name, hook)."
+    "Gradients are summed in fp32 over micro-batches and sharded over ranks, so torch would call the hook with a part "
+    "of that sum, or with None. Remove it and use NanotronTrainer.add_gradient_hook(name, hook)."
 )
 
 
@@ -29,8 +29,7 @@ def weight_hook_message(parameters: Iterable[tuple[str, nn.Parameter]]) -> str |
 def module_hook_message(model: nn.Module, tp_size: int, divided: str | None) -> str | None:
     """Why backward hooks of modules are refused; None if each sees what it sees in the stock model.
 
-    Args:
-        divided: name of the module that no rank calls as a whole, if there is one. Nor does it call those around it.
+    `divided`: a module that no rank calls as a whole, nor those around it.
     """
     for name, module in model.named_modules():
         if not users_hooks(module, BACKWARD):
@@ -38,12 +37,12 @@ def module_hook_message(model: nn.Module, tp_size: int, divided: str | None) -> 
         where = f"{name or 'the model'} ({type(module).__name__}) has a backward hook"
         if not name or (divided is not None and f"{divided}.".startswith(f"{name}.")):
             return (
-                f"{where}, but is not called as one module while it trains: torch would not call the hook. Remove it."
+                f"{where}, but is not called as one module during training: torch would not call the hook. Remove it."
             )
         if tp_size > 1:
             return (
-                f"{where}: with tp_size={tp_size} it would be given this rank's part of what a whole module's hook "
-                "gets. Remove it, or use tp_size=1; for weights there is NanotronTrainer.add_gradient_hook."
+                f"{where}: with tp_size={tp_size} it would get this rank's shard of the gradient only. Remove it, "
+                "or use tp_size=1; for weights use NanotronTrainer.add_gradient_hook."
             )
     return None
 

@@ -17,11 +17,8 @@ import torch
 class Problem(NamedTuple):
     """The arguments of a kernel besides its tensors, `[B, S, heads, D]`.
 
-    Attributes:
-        bounds: `[documents + 1]`, int32, on the device; None if each row is a document.
-        longest: tokens of the longest document.
-        scale: of the scores.
-        window: tokens that a token sees, itself included; None for all before it.
+    `bounds` are `[documents + 1]`, int32, on the device (None if each row is a document), `longest` the tokens of the
+    longest document. A token sees `window` tokens including itself, or all before it.
     """
 
     bounds: torch.Tensor | None
@@ -37,21 +34,31 @@ class Problem(NamedTuple):
         return torch.arange(0, (batch + 1) * length, length, device=like.device, dtype=torch.int32)
 
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Problem], tuple[torch.Tensor, torch.Tensor]]
+class Saved(NamedTuple):
+    """What a backward needs of its forward."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    output: torch.Tensor
+    sums: torch.Tensor
+
+
+Forward = tuple[torch.Tensor, torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Kernel(NamedTuple):
     """One way to compute attention.
 
-    Attributes:
-        forward: `(q, k, v, problem)` -> the output `[B, S, heads, D]` and the logarithms of the sums of exponentials.
-        backward: `(grad, q, k, v, output, logarithms, problem)` -> gradients of q, k and v.
-        dense: whether the logarithms of whole rows are `[B, heads, S]`; they are `[heads, B * S]` else.
+    Args:
+        forward: `(q, k, v, problem)` -> the output `[B, S, heads, D]` and the log-sum-exp of the scores.
+        backward: `(grad, saved, problem)` -> gradients of q, k and v.
+        dense: whether the log-sum-exp of whole rows is `[B, heads, S]` instead of `[heads, B * S]`.
     """
 
-    forward: Forward
-    backward: Callable[..., Gradients]
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Problem], Forward]
+    backward: Callable[[torch.Tensor, Saved, Problem], Gradients]
     dense: bool = False
 
 
@@ -68,6 +75,13 @@ def flash_attention_4() -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def _fa4() -> ModuleType:
+    module, why = flash_attention_4()
+    if module is None:
+        raise ValueError(f"FlashAttention-4 cannot run: {why}.")
+    return module
+
+
 def _fa4_arguments(problem: Problem) -> dict[str, Any]:
     arguments: dict[str, Any] = {"softmax_scale": problem.scale, "causal": True}
     if problem.window is not None:
@@ -78,12 +92,8 @@ def _fa4_arguments(problem: Problem) -> dict[str, Any]:
     return arguments
 
 
-def _fa4_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
-) -> tuple[torch.Tensor, torch.Tensor]:
-    module, why = flash_attention_4()
-    if module is None:
-        raise ValueError(f"FlashAttention-4 cannot run: {why}.")
+def _fa4_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
+    module = _fa4()
     shape = (*q.shape[:3], v.shape[-1])
     if problem.bounds is not None:
         q, k, v = _flat(q, k, v)
@@ -91,18 +101,9 @@ def _fa4_forward(
     return output.view(shape), sums
 
 
-def _fa4_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    problem: Problem,
-) -> Gradients:
-    module, why = flash_attention_4()
-    if module is None:
-        raise ValueError(f"FlashAttention-4 cannot run: {why}.")
+def _fa4_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
+    q, k, v, output, sums = saved
+    module = _fa4()
     shapes = [x.shape for x in (q, k, v)]
     if problem.bounds is not None:
         grad, q, k, v, output = _flat(grad, q, k, v, output)
@@ -119,9 +120,7 @@ def _fa4_backward(
 # ---- torch's flash attention: documents, and windows ----
 
 
-def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
     bounds, shape = problem.row_bounds(q), (*q.shape[:3], v.shape[-1])
     output, sums, *_ = torch.ops.aten._flash_attention_forward(
         *_flat(q, k, v), bounds, bounds, problem.longest, problem.longest, 0.0, True, False, scale=problem.scale,
@@ -130,15 +129,8 @@ def _flash_forward(
     return output.view(shape), sums
 
 
-def _flash_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    problem: Problem,
-) -> Gradients:
+def _flash_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
+    q, k, v, output, sums = saved
     bounds, shapes = problem.row_bounds(q), [x.shape for x in (q, k, v)]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     grad, q, k, v, output = _flat(grad, q, k, v, output)
@@ -171,9 +163,7 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
     return exact.repeat_interleave(heads // exact.shape[0], 0)
 
 
-def _by_document_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_document_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
     shape, rows, heads = (*q.shape[:3], v.shape[-1]), _flat(q, k, v), q.shape[2]
     bounds, outputs, sums = problem.row_bounds(q).tolist(), [], []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -184,15 +174,8 @@ def _by_document_forward(
     return torch.cat(outputs).to(q.dtype).view(shape), torch.cat(sums, 1).float()
 
 
-def _by_document_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    sums: torch.Tensor,
-    problem: Problem,
-) -> Gradients:
+def _by_document_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
+    q, k, v, output, sums = saved
     bounds, rows, heads = problem.row_bounds(q).tolist(), _flat(q, k, v, grad, output), q.shape[2]
     parts = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):

@@ -1,21 +1,10 @@
-"""The Triton kernel of `embedding.py`.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""The Triton kernel of `embedding.py`."""
 
 from __future__ import annotations
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "Embeddings on a GPU need triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds "
-        "it."
-    ) from error
+from .language import tl, triton
 
 ROWS = 16  # of one id, read at a time
 MAX_BLOCK = 512

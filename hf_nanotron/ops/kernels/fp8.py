@@ -1,8 +1,4 @@
-"""The Triton kernels of `fp8.py`.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""The Triton kernels of `fp8.py`."""
 
 from __future__ import annotations
 
@@ -10,13 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "FP8 on a GPU needs triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 
 class Tile(NamedTuple):
@@ -91,11 +81,9 @@ def quantize(
     """Write `rows` and `columns` of `fp8.Operands`, or one of them.
 
     Args:
-        x: `[tokens, width]`, contiguous; FP8 numbers already if there is no scale.
-        row_scale: `[]`, or `[tokens]`; None without `rows`.
-        column_scale: `[]`, or `[width]`; None to transpose `x` as it is.
-        rows: `[tokens, width]`, contiguous, or None.
-        columns: `[width, tokens]`, contiguous, the tokens filled up to some multiple, or None.
+        x: `[tokens, width]`, contiguous; FP8 values already if there is no scale.
+        row_scale, column_scale: `[]`, or `[tokens]` and `[width]`; without `column_scale`, `x` is transposed as it is.
+        rows, columns: `[tokens, width]` and `[width, padded tokens]`, contiguous.
     """
     tokens, width = x.shape
     padded = tokens if columns is None else columns.shape[1]

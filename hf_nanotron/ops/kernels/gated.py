@@ -1,20 +1,10 @@
-"""The Triton kernels of `gated.py`.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""The Triton kernels of `gated.py`."""
 
 from __future__ import annotations
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "Experts on a GPU need triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 MAX_BLOCK = 1024
 

@@ -1,8 +1,4 @@
-"""The Triton kernels of `grouped_mm.py`.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""The Triton kernels of `grouped_mm.py`."""
 
 from __future__ import annotations
 
@@ -10,13 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "Experts on a GPU need triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 
 class Config(NamedTuple):
@@ -126,13 +116,7 @@ def add_grouped_product(
     overwrite: bool,
     config: Config = CONFIGS[0],
 ) -> None:
-    """`total[e] (+)= left[rows of e].T @ right[rows of e]`; see `grouped_mm.add_grouped_product`.
-
-    Args:
-        total: `[experts, a, b]`, contiguous, of any floating dtype.
-        left, right: `[rows, a]` and `[rows, b]`, contiguous, bf16, not empty.
-        offsets: `[experts]`, int32, on the device.
-    """
+    """As `grouped_mm.add_grouped_product`, for contiguous, nonempty bf16 operands; `total` of any floating dtype."""
     experts, a, b = total.shape
     with torch.cuda.device_of(total):
         _product_kernel[(triton.cdiv(a, config.a) * triton.cdiv(b, config.b), experts)](

@@ -1,13 +1,11 @@
-"""Tokens on their way to the ranks that own their experts, and what becomes of them on its way home.
+"""Tokens are sent to the ranks that own their experts, and their outputs back.
 
-Rank r of n owns the experts `[r * E / n, (r + 1) * E / n)` (Lepikhin et al. 2020, arXiv:2006.16668). A token travels
-once to each rank that owns experts of its choice, however many these are, and its choice travels with it (as from node
-to node in DeepSeek-AI 2024, arXiv:2412.19437). There its pairs with these experts are sorted by expert and computed,
-their outputs are summed with the routing weights, and one row travels home, to be added to those of other ranks. With
-K of E experts, n * (1 - (1 - K / E) ** (E / n)) rows leave for a token instead of K: of eight, 2 on two ranks, 3.6 on
-four and 5.3 on eight. Gradients take the same ways back.
+Rank r of n owns experts `[r * E / n, (r + 1) * E / n)` (Lepikhin et al. 2020, arXiv:2006.16668). A token is sent once
+to each rank that owns experts of its choice, with its choice (as between nodes in DeepSeek-AI 2024, arXiv:2412.19437).
+That rank sorts its pairs by expert, sums their outputs with the routing weights and returns one row, to be added to
+those of other ranks. For K of E experts, n * (1 - (1 - K / E) ** (E / n)) rows are sent per token instead of K.
 
-With a capacity, the pairs of a token and an expert travel, in slots of which there are as many for each expert.
+With a capacity, pairs of a token and an expert are sent, in an equal number of slots for each expert.
 """
 
 from __future__ import annotations
@@ -24,10 +22,8 @@ from ..mesh import Group
 
 
 def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-    """Send the first `sent[0]` rows to the first rank of `group`, and so on. No gradient.
-
-    Returns:
-        `[sum(received), ...]`, what was received, in order of ranks.
+    """Send the first `sent[0]` rows to the first rank of `group`, and so on; returns `[sum(received), ...]`. No
+    gradient.
     """
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group.handle)
@@ -52,25 +48,19 @@ class _AllToAll(torch.autograd.Function):
 def all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
     """`[rows, ...] -> [sum(received), ...]`: rows go to the ranks of `group` in order; gradients go back.
 
-    Args:
-        x: whose rows from `sum(sent)` on go nowhere.
-        sent: how many rows each rank gets from us; what the others have of us in their `received`. May be 0.
-        received: how many we get from each.
-
-    Raises:
-        ValueError: if the numbers do not fit the rows or the group.
+    `sent` and `received` are row counts per rank; rows of `x` from `sum(sent)` on are not sent.
     """
     if len(sent) != group.size or len(received) != group.size or sum(sent) > x.shape[0]:
         raise ValueError(f"{sent} rows to and {received} from {group.size} ranks do not fit a tensor of {x.shape[0]}.")
     return x[: sum(sent)] if group.size == 1 else _AllToAll.apply(x, sent, received, group)
 
 
-class Way(Protocol):
+class Route(Protocol):
     """Where the rows of one layer came from.
 
     Attributes:
-        offsets: `[local experts]`, int32: where each local expert's rows end.
-        counts: `[experts]`, int32, of the whole group: how many of our pairs each has; None if nobody counted.
+        offsets: `[local experts]`, int32: the end of each local expert's rows.
+        counts: `[experts]`, int32, of the whole group: how many of our pairs each has; None if not counted.
     """
 
     @property
@@ -84,7 +74,7 @@ class Way(Protocol):
 
 
 @dataclass(frozen=True)
-class Stay:
+class LocalRoute:
     """All experts are here."""
 
     sorting: Sorting
@@ -103,13 +93,12 @@ class Stay:
 
 
 @dataclass(frozen=True)
-class TokensTravel:
-    """Each token is on each rank of its experts.
+class TokenRoute:
+    """Each token is on each rank that owns one of its experts.
 
     Args:
-        home: our tokens, sorted by rank; `[N, K]` pairs of which those alone have a row that are a token's first for
-            their rank.
-        here: pairs of the tokens that we received and our experts, sorted by expert.
+        home: our tokens, sorted by rank; of a token's pairs, only the first for each rank has a row.
+        here: pairs of the received tokens and our experts, sorted by expert.
         weights: `[received tokens, K]`.
         sent, received: rows to and from each rank.
     """
@@ -132,7 +121,7 @@ class TokensTravel:
 
 
 @dataclass(frozen=True)
-class SlotsTravel:
+class SlotRoute:
     """Each expert has `capacity` rows from each rank."""
 
     home: Sorting
@@ -155,12 +144,12 @@ class SlotsTravel:
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens `[N, H]` to the rows of our experts."""
-        return self._swap(self._travel(permute(x, self.home)), self.group.size, self.local)
+        return self._swap(self._exchange(permute(x, self.home)), self.group.size, self.local)
 
     def combine(self, y: torch.Tensor) -> torch.Tensor:
-        return unpermute(self._travel(self._swap(y, self.local, self.group.size)), self.home, self.weights)
+        return unpermute(self._exchange(self._swap(y, self.local, self.group.size)), self.home, self.weights)
 
-    def _travel(self, rows: torch.Tensor) -> torch.Tensor:
+    def _exchange(self, rows: torch.Tensor) -> torch.Tensor:
         splits = [self.local * self.capacity] * self.group.size
         return all_to_all(rows, splits, splits, self.group)
 
@@ -176,41 +165,34 @@ def dispatch(
     num_experts: int,
     group: Group,
     capacity: int | None = None,
-) -> tuple[torch.Tensor, Way]:
-    """Bring tokens to the ranks of their experts.
+) -> tuple[torch.Tensor, Route]:
+    """Send tokens to the ranks of their experts. Returns rows sorted by local expert, `[rows, H]`, and the way home.
 
-    The host waits for the device once, for the numbers of rows; with one rank, or with a capacity, it does not.
+    The host waits for the device once, for the numbers of rows; not with one rank or with a capacity.
 
     Args:
         x: `[N, H]`. Ranks may have different N, also 0.
         top_k_index: `[N, K]`: expert of the whole group; below 0 or from `num_experts` on means none.
-        weights: `[N, K]`, of any floating dtype: by which the outputs of each token's experts are summed.
-        capacity: send exactly so many rows to each expert, filled up with zeros; pairs beyond them are dropped. The
-            same on all ranks.
-
-    Returns:
-        The rows for our experts, sorted by local expert, `[rows, H]`, and the way home.
-
-    Raises:
-        ValueError: if the group's size does not divide the number of experts.
+        weights: `[N, K]`, of any floating dtype: routing weights.
+        capacity: rows for each expert, padded with zeros; pairs beyond it are dropped. The same on all ranks.
     """
     if num_experts % group.size:
         raise ValueError(
-            f"{num_experts} experts cannot be divided over {group.size} expert-parallel ranks; take a number that "
+            f"{num_experts} experts cannot be divided over {group.size} expert-parallel ranks; use an ep_size that "
             f"divides {num_experts}."
         )
     if capacity is not None:
-        slots = SlotsTravel(sort_into_slots(top_k_index, num_experts, capacity), weights, group, capacity)
+        slots = SlotRoute(sort_into_slots(top_k_index, num_experts, capacity), weights, group, capacity)
         return slots.leave(x), slots
     if group.size == 1:
         sorting = sort_by_expert(top_k_index, num_experts)
-        return permute(x, sorting), Stay(sorting, weights)
+        return permute(x, sorting), LocalRoute(sorting, weights)
     return _dispatch_tokens(x, top_k_index, weights, num_experts // group.size, group)
 
 
 def _dispatch_tokens(
     x: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor, local: int, group: Group
-) -> tuple[torch.Tensor, TokensTravel]:
+) -> tuple[torch.Tensor, TokenRoute]:
     with torch.no_grad():
         owner = top_k_index.div(local, rounding_mode="floor")  # of no expert: below 0, or from the group's size on
         home = sort_by_expert(owner.masked_fill(_is_repeated(owner), -1), group.size)
@@ -218,23 +200,22 @@ def _dispatch_tokens(
         pairs = (owner.reshape(-1) == ranks[:, None]).sum(1, dtype=home.counts.dtype)
         mine = torch.stack((home.counts, pairs), 1)
         ones = [1] * group.size
-        told = HostCopy(torch.stack((mine, exchange_rows(mine, ones, ones, group))))
-    # The numbers are on their way to the host; until they are there and it has launched more, the device sorts as many
-    # rows as there can be.
+        counts = HostCopy(torch.stack((mine, exchange_rows(mine, ones, ones, group))))
+    # While the host waits for the numbers and launches more, the device sorts as many rows as there can be.
     most = len(x) * min(top_k_index.shape[1], group.size)
     home = home._replace(order=home.order[:most])
     rows = permute(x, home)
     # One exchange for both: numbers of experts are exact in fp32.
     exact = torch.promote_types(weights.dtype, torch.float32)
     choice = permute(torch.cat((weights.to(exact), top_k_index.to(exact)), 1), home)
-    to, of = told.read().tolist()
+    to, of = counts.read().tolist()
     sent, received = [tokens for tokens, _ in to], [tokens for tokens, _ in of]
     home = home._replace(order=home.order[: sum(sent)])
     rows = all_to_all(rows, sent, received, group)
     weights, index = all_to_all(choice, sent, received, group).chunk(2, 1)
     here = sort_by_expert(index.detach().long() - group.rank * local, local)
     here = here._replace(order=here.order[: sum(pairs for _, pairs in of)])
-    return permute(rows, here), TokensTravel(home, here, weights, sent, received, group)
+    return permute(rows, here), TokenRoute(home, here, weights, sent, received, group)
 
 
 def _is_repeated(values: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Experts over a group of ranks: each token goes to the ranks that own its experts, and their outputs come back.
 
-How tokens travel is in `exchange.py`, the products of sorted rows in `ops/grouped_mm.py`. The stock router and the
-stock block around stay.
+`exchange.py` sends the tokens, `ops/grouped_mm.py` multiplies sorted rows. Stock router and stock block are unchanged.
 """
 
 from __future__ import annotations
@@ -29,21 +28,20 @@ def capacity_of(capacity_factor: float, num_pairs: int, num_experts: int) -> int
 
 
 class ParallelExperts(nn.Module):
-    """What `experts_class` puts in front of a stock class of experts.
+    """The base that `experts_class` adds to a stock class of experts.
 
-    The parameters hold the experts of this rank (dim 0), and may hold a slice of each expert's features (the packed
-    gate and up projection a slice of both): the output is then a partial sum.
+    The parameters hold the experts of this rank (dim 0), and may hold a slice of each expert's features (of the packed
+    gate and up projection, a slice of both): the output is then a partial sum.
 
     Attributes:
         group: ranks that share the experts.
-        capacity_factor: rows for each expert while training, in multiples of what it gets if all get the same; None
-            drops nothing.
-            With more than one rank it needs the same `capacity_tokens` on each.
-        capacity_tokens: from how many tokens the capacity follows; this rank's own if None.
+        capacity_factor: rows for each expert while training, as a multiple of an even load; None drops nothing. With
+            more than one rank it needs the same `capacity_tokens` on each.
+        capacity_tokens: tokens from which the capacity is computed; this rank's own if None.
         adds_bias: whether this rank adds the bias of the down projection: one of those whose outputs are summed.
         weight_gradients: where the gradients of weights are accumulated, by the parameter's name.
-        dropped: how many pairs the latest forward dropped (0-dim, on the device); None without a capacity.
-        pairs: how many it had.
+        dropped: pairs dropped by the latest forward (0-dim, on the device); None without a capacity.
+        pairs: pairs of the latest forward.
     """
 
     group: Group = ALONE
@@ -107,9 +105,9 @@ class ParallelExperts(nn.Module):
             return out
         if inner.shape[1] != self.intermediate_dim:
             raise ValueError(
-                f"{type(self).__name__} normalizes the output of each expert, which must be whole: of its "
-                f"{self.intermediate_dim} features this rank has {inner.shape[1]}; cut these experts over "
-                "expert-parallel ranks, not over tensor-parallel ones."
+                f"{type(self).__name__} normalizes the output of each expert, so experts cannot be sharded by "
+                f"tensor parallelism (this rank has {inner.shape[1]} of {self.intermediate_dim} features); use ep_size "
+                "instead."
             )
         return self.post_expert_norm(out)
 
@@ -133,17 +131,10 @@ def _is_swiglu(experts: ParallelExperts) -> bool:
 
 @functools.cache
 def experts_class(stock_class: type[nn.Module]) -> type[ParallelExperts]:
-    """The subclass of a stock class of experts that computes them over a group.
-
-    Give an instance this class (`experts.__class__ = ...`), its part of the parameters, and its attributes.
-
-    Raises:
-        ValueError: if the class does not follow the interface of transformers' `use_experts_implementation`.
-    """
+    """The subclass of a stock class of experts that computes them over a group, for `experts.__class__ = ...`."""
     if not hasattr(stock_class, "_apply_gate"):
         raise ValueError(
-            f"{stock_class.__name__} is not one of the experts classes of transformers that share one interface "
-            "(use_experts_implementation), so its experts cannot be computed in parallel; use expert and tensor "
-            "parallel sizes of 1 for its experts."
+            f"{stock_class.__name__} is not one of the experts classes of transformers with the interface of "
+            "use_experts_implementation, so its experts cannot be computed in parallel; use ep_size=1 and tp_size=1."
         )
     return type(f"Parallel{stock_class.__name__}", (ParallelExperts, stock_class), {"__doc__": ParallelExperts.__doc__})

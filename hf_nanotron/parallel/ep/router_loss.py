@@ -1,11 +1,10 @@
-"""Losses over the router logits of a mixture of experts, from sums that travel with the boundary of a stage.
+"""Losses over the router logits of a mixture of experts, from sums that are passed from stage to stage.
 
-The load-balancing loss of transformers' models couples all layers: it is `E * sum_e f_e * p_e`, where `f_e` (how often
-expert `e` is among the `k` best) and `p_e` (its mean probability) are means over the tokens *of all layers*, taken
-before they are multiplied (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6, over all layers). So each stage adds
-the sums of its layers to those it received and passes them on: `2 E + 2` numbers a micro-batch. The last stage knows
-everything. The loss is linear in the probabilities, and their gradient is the same for every token of an expert:
-what flows back through the boundary is all that the layers of other stages need.
+The load-balancing loss is `E * sum_e f_e * p_e`, where `f_e` (how often expert `e` is among the `k` best) and `p_e`
+(its mean probability) are means over the tokens of all layers, taken before they are multiplied (Fedus et al. 2021,
+arXiv:2101.03961, equations 4 to 6). So each stage adds the sums of its layers, `2 E + 2` numbers per micro-batch, and
+the last one computes the loss. It is linear in the probabilities, and their gradient is the same for every token of an
+expert, so the gradient of the sums is all that other stages need.
 
 The z-loss (Zoph et al. 2022, arXiv:2202.08906, equation 5) is a mean over the same tokens of all layers.
 """
@@ -24,10 +23,9 @@ from ..mesh import Group
 
 @dataclass(frozen=True)
 class RouterSums:
-    """What the tokens of some layers add up to, in one tensor.
+    """Sums over the tokens of some layers, in one tensor that is passed between stages.
 
-    `packed` is fp32 of shape `[2 E + 2]`, with a gradient for the probabilities and the z sum: the tensor that travels.
-    Sums for a z-loss alone have `E = 0`.
+    `packed` is fp32 `[2 E + 2]`, with a gradient for the probabilities and the z sum. For a z-loss alone, `E = 0`.
     """
 
     packed: torch.Tensor
@@ -63,11 +61,7 @@ def pack(sums: RouterSums) -> torch.Tensor:
 
 
 def unpack(received: torch.Tensor, num_experts: int) -> RouterSums:
-    """The sums that the previous stage sent.
-
-    Raises:
-        ValueError: if it sent something else.
-    """
+    """The sums that the previous stage sent."""
     if received.shape != (2 * num_experts + 2,) or received.dtype != torch.float32:
         raise ValueError(
             f"sums over routers of {num_experts} experts are float32 of shape ({2 * num_experts + 2},); received "
@@ -82,11 +76,7 @@ def empty(num_experts: int, device: torch.device | str | None = None) -> RouterS
 
 
 def add(sums: RouterSums, layer_sums: RouterSums) -> RouterSums:
-    """The sums of both.
-
-    Raises:
-        ValueError: if they count different numbers of experts.
-    """
+    """The sums of both."""
     if sums.packed.shape != layer_sums.packed.shape:
         raise ValueError(
             f"routers of {sums.num_experts} and of {layer_sums.num_experts} experts cannot share a load-balancing loss."
@@ -132,19 +122,13 @@ class _SumOverTokens(torch.autograd.Function):
 
 
 def sum_over_tokens(logits: torch.Tensor, num_experts: int, top_k: int, mask: torch.Tensor | None = None) -> RouterSums:
-    """What one layer adds.
-
-    Softmax and sums are in fp32. (transformers takes the softmax in the logits' own dtype, which differs in the last
-    bits of a bfloat16.)
+    """The sums of one layer. Softmax and sums are in fp32 (transformers' softmax is in the logits' dtype).
 
     Args:
         logits: `[tokens, E]`.
-        num_experts: `E`, or 0 to leave out what only the load-balancing loss needs.
+        num_experts: `E`, or 0 to omit what only the load-balancing loss needs.
         top_k: experts per token that count as chosen.
-        mask: any shape with as many elements as there are tokens, in their order; 0 where a token does not count.
-
-    Raises:
-        ValueError: if the shapes do not fit.
+        mask: any shape with one element per token, in their order; 0 where a token does not count.
     """
     if logits.dim() != 2 or (num_experts and logits.shape[1] != num_experts):
         raise ValueError(f"expected router logits [tokens, {num_experts or 'experts'}], got {tuple(logits.shape)}.")
@@ -160,10 +144,10 @@ def sum_over_tokens(logits: torch.Tensor, num_experts: int, top_k: int, mask: to
 
 
 def sum_over_ranks(sums: RouterSums, group: Group) -> RouterSums:
-    """The sums over tokens that are split over `group`, on the last stage.
+    """The sums over tokens that are sharded over `group`, on the last stage.
 
-    Every rank then computes the loss of all tokens; its gradient arrives at this rank's tokens alone, so that parameter
-    gradients are parts to be summed over `group`, as those of any loss over split tokens.
+    Every rank then computes the loss of all tokens, but its gradient reaches only this rank's tokens: parameter
+    gradients are to be summed over `group`, as for any loss over sharded tokens.
     """
     return RouterSums(reduce_from(sums.packed, group))
 
@@ -196,8 +180,7 @@ class _ScaleGradient(torch.autograd.Function):
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     """`x`, whose gradient is multiplied by `factor`.
 
-    Inside a tensor-parallel region every rank routes all tokens and computes the whole loss, but the gradients that the
-    region's input and its replicated parameters get there are taken for parts and summed: a factor of `1 / tp` makes
-    them parts.
+    In a tensor-parallel region every rank routes all tokens and computes the whole loss, but gradients of the region's
+    input and replicated parameters are summed over ranks: a factor of `1 / tp` corrects for it.
     """
     return x if factor == 1.0 else _ScaleGradient.apply(x, factor)

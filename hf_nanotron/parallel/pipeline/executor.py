@@ -69,12 +69,7 @@ class _Flight:
 
 
 class PipelineExecutor:
-    """Runs the ticks of one rank.
-
-    Args:
-        group: the pipeline ranks.
-        device: where boundary tensors live.
-    """
+    """Runs the ticks of one rank of `group`; boundary tensors live on `device`."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device = group, device

@@ -22,16 +22,12 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: tuple[torch.Tensor | None, ...]) -> Layout:
-        """The layout of what a stage made.
-
-        Raises:
-            ValueError: for more tensors or dimensions than a header holds, or another dtype.
-        """
+        """The layout of what a stage made."""
         for x in tensors:
             if x is not None and (x.dtype not in DTYPES or x.dim() > MAX_DIMS):
                 raise ValueError(f"a stage cannot send a tensor of {x.dim()} dimensions and dtype {x.dtype}.")
         if len(tensors) > MAX_TENSORS:
-            raise ValueError(f"a stage cannot send {len(tensors)} tensors, only {MAX_TENSORS}.")
+            raise ValueError(f"a stage can send at most {MAX_TENSORS} tensors, not {len(tensors)}.")
         return cls(
             tuple(None if x is None else tuple(x.shape) for x in tensors),
             tuple(torch.float32 if x is None else x.dtype for x in tensors),

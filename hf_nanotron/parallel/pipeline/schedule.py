@@ -100,11 +100,7 @@ def _sequence(kind: Kind, rank: int, pp_size: int, virtual_stages: int, groups: 
 
 
 def build_table(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> tuple[tuple[Tick, ...], ...]:
-    """Play `orders` tick by tick and return each rank's ticks.
-
-    Raises:
-        RuntimeError: if some rank waits for a result that never comes.
-    """
+    """Play `orders` tick by tick and return each rank's ticks."""
     pp_size = len(orders)
     position = [0] * pp_size
     done: set[Action] = set()
@@ -116,7 +112,9 @@ def build_table(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> tupl
             ready = action is not None and _inputs(action, num_stages) <= done
             actions.append(action if ready else None)
         if not any(actions):
-            raise RuntimeError(f"the schedule stops: {[orders[r][position[r] :][:1] for r in range(pp_size)]}")
+            raise RuntimeError(
+                f"deadlock in the pipeline schedule: {[orders[r][position[r] :][:1] for r in range(pp_size)]}"
+            )
         transfers = sorted(
             transfer for action in actions if action and (transfer := _transfer(action, pp_size, num_stages))
         )
@@ -155,10 +153,9 @@ def split_backwards(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> 
     """Give every backward's weight gradients an action of their own, where the rank would wait: ZB-H1.
 
     Qi et al. 2023 (arXiv:2401.10241). Forwards and backwards keep their order; each of the three kinds takes one tick.
-    A rank runs its oldest weight gradient when its next forward or backward has no input yet, or when one more forward
-    would have more micro-batches hold memory than on the fullest rank of `orders` (each does from its forward to its
-    weight gradient). So the peak over the ranks does not rise, and a rank idles for `pp_size - 1` ticks. In `orders`,
-    with backwards of two ticks, it idles for three times as many.
+    A rank runs its oldest weight gradient when its next action has no input yet, or when one more forward would hold
+    more micro-batches than the fullest rank of `orders`. So the peak of memory does not rise, and a rank idles for
+    `pp_size - 1` ticks, a third of what it idles for in `orders`.
     """
     most = max(_most_held(order) for order in orders)
     position, held = [0] * len(orders), [0] * len(orders)
@@ -181,7 +178,9 @@ def split_backwards(orders: tuple[tuple[Action, ...], ...], num_stages: int) -> 
             split[rank].append(action)
             now.append(action)
         if not now:
-            raise RuntimeError(f"the schedule stops: {[o[position[r] :][:1] for r, o in enumerate(orders)]}")
+            raise RuntimeError(
+                f"deadlock in the pipeline schedule: {[o[position[r] :][:1] for r, o in enumerate(orders)]}"
+            )
         done.update(now)
     return tuple(tuple(actions) for actions in split)
 

@@ -1,7 +1,7 @@
-"""Weight gradients that wait for communication to hide.
+"""Weight gradients that are delayed to overlap with communication.
 
-In a backward nothing depends on a weight's gradient, but everything waits for tokens that travel between
-tensor-parallel ranks. So the products that make weight gradients are held back, and run while tokens travel.
+In a backward nothing depends on a weight's gradient, but everything waits for tokens that are sent between
+tensor-parallel ranks. So the matmuls of weight gradients are held back, and run while tokens are sent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class HeldGradient(Protocol):
 
 
 class ProductQueue:
-    """Products of the running backward, oldest first. At the end of the backward it is empty.
+    """Products of the running backward, oldest first; empty at its end.
 
-    What is held must not be overwritten by whoever handed it in: autograd does not, because it sees our reference;
-    compiled code must be told (`prepare/compile.py`).
+    Operands that are held must not be overwritten: autograd does not, because it sees our reference; compiled code must
+    be told (`prepare/compile.py`).
     """
 
     def __init__(self) -> None:

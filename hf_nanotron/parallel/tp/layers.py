@@ -23,10 +23,9 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """A slice of the input features; the outputs of all ranks are to be summed by the caller.
+    """A slice of the input features; the caller sums the outputs of all ranks.
 
-    The bias is added by the first rank of the group alone, so that the sum holds it once. Its gradient is whole on
-    that rank and zero on the others.
+    Only the first rank of the group adds the bias. Its gradient is whole on that rank and zero on the others.
     """
 
     adds_bias: bool
@@ -37,13 +36,7 @@ class RowParallelLinear(Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """A slice of the vocabulary: looks up the ids it holds, zero elsewhere, and sums over the group.
-
-    Attributes:
-        start: first id of our slice.
-        length: ids in our slice.
-        group: the tensor-parallel ranks.
-    """
+    """A slice of the vocabulary, `length` ids from `start` on: zeros for other ids, summed over the group."""
 
     start: int
     length: int
@@ -65,14 +58,11 @@ def vocab_parallel_class(stock: type[nn.Embedding]) -> type[VocabParallelEmbeddi
 
 
 class SplitNorm(nn.Module):
-    """An RMS norm over features that are cut over the ranks (Zhang and Sennrich 2019, arXiv:1910.07467).
+    """An RMS norm over features that are sharded over the ranks (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    The stock forward divides by the root mean square of this rank's features; the quotient of that and the root mean
-    square of all features makes it right.
-
-    Attributes:
-        group: the ranks that hold a part of the features each.
-        to_unit: the stock norm divides by the root of the sum of squares, not of their mean.
+    The stock forward divides by the root mean square of this rank's features; the result is corrected by its ratio to
+    the root mean square of all. With `to_unit`, the stock norm divides by the root of the sum of squares, not of their
+    mean.
     """
 
     group: Group

@@ -11,12 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...ops.columns import multiply, multiply_back
-from ...ops.cross_entropy import ABSENT, IGNORED, token_statistics, write_gradient
+from ...ops.cross_entropy import ABSENT, IGNORE_INDEX, token_statistics, write_gradient
 from ...ops.linear import WeightGradient, add_product, can_add_product
 from ..collectives import all_reduce
 from ..mesh import Group
-
-IGNORE_INDEX = IGNORED
 
 # Where the head and the loss are one, the logits of this many tokens exist at a time. Each chunk reads and writes the
 # weight's fp32 gradient, so few tokens are slow. On an H100, twice as many would be at most 5 % faster.
@@ -78,7 +76,7 @@ def causal_lm_loss(
         logits: `[B, S, V_local]`, this rank's slice; all ranks of `group` hold the same positions.
         labels: `[B, S]` global ids, `-100` where nothing is predicted; shifted here unless `shift_labels` is given.
         start: first global id of our slice.
-        num_items_in_batch: what the summed loss is divided by; the number of predicted tokens if None.
+        num_items_in_batch: divisor of the summed loss; the number of predicted tokens if None.
         z_loss: coefficient of `log(Z)^2`, added for each predicted token.
 
     Returns:
@@ -136,11 +134,10 @@ class _Head:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """The summed loss over `items`, its gradients found on the way.
+    """The summed loss over `items`, with gradients computed in the forward, a chunk of tokens at a time.
 
-    A chunk of tokens at a time goes through the head, the softmax, and back through the head, so that the logits of one
-    chunk are all that ever exists. The gradients wait for the backward, which multiplies them by its own; those that a
-    sink took cannot be, and are right for a gradient of one only.
+    Only the logits of one chunk exist at once. The backward multiplies the stored gradients by its own; those that a
+    sink took cannot be scaled, and are right for a gradient of one only.
     """
 
     @staticmethod
@@ -157,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
         exact = torch.promote_types(weight.dtype, torch.float32)
         wants = [wanted and head.differentiates for wanted in ctx.needs_input_grad[:3]]
         column = target - head.start
-        column = column.masked_fill_((column < 0) | (column >= len(weight)), ABSENT).masked_fill_(~keep, IGNORED)
+        column = column.masked_fill_((column < 0) | (column >= len(weight)), ABSENT).masked_fill_(~keep, IGNORE_INDEX)
         share = keep.to(exact) / items  # what a token's loss counts in the sum
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
@@ -195,7 +192,7 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were handed out already; compute the loss again.")
+            raise RuntimeError("the gradients of this loss have already been used; compute the loss again.")
         gradients, ctx.gradients = ctx.gradients, None
         if ctx.added_early:
             # What is in the sink cannot be scaled any more. Not a number ends the step, without waiting for the GPU.
@@ -262,36 +259,33 @@ def linear_causal_lm_loss(
 ) -> torch.Tensor:
     """`causal_lm_loss` of `scale * (hidden @ weight.T + bias)`, without the logits.
 
-    Tokens go through head and loss in chunks, forwards and backwards at once (Hsu et al. 2024, arXiv:2410.10989,
-    section 3.2). It takes three matrix products, as the head alone does, and one chunk of logits of memory. Under
-    tensor parallelism the gradient of `hidden` is this rank's part of a sum, which the caller sums.
+    Tokens go through head and loss in chunks, forward and backward at once (Hsu et al. 2024, arXiv:2410.10989, section
+    3.2): three matmuls, as the head alone, and the memory of one chunk of logits. Under tensor parallelism the gradient
+    of `hidden` is partial; the caller sums it.
 
     Args:
         hidden: `[B, S, H]`, the same on every rank of `group`.
         weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
         bias: `[V_local]` or None.
         labels, start, group, num_items_in_batch, shift_labels, z_loss: as in `causal_lm_loss`.
-        chunk: tokens at a time, the same on every rank of `group`; chosen if None (see `chunk_size`), for slices of one
+        chunk: tokens at a time, the same on every rank of `group`; by default see `chunk_size`, for slices of one
             length.
-        scale: what the head's output is multiplied by.
-        weight_gradient: where the weight's gradient is accumulated, if it takes products in a forward
-            (`EarlyWeightGradient`); autograd then sees none. Else autograd gets it in the dtype of `weight`.
+        scale: multiplies the head's output.
+        weight_gradient: accumulates the weight's gradient if it accepts products in a forward (`EarlyWeightGradient`),
+            and autograd gets none; else autograd gets it in the dtype of `weight`.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 weights), the same on every rank of `group`.
-
-    Raises:
-        ValueError: if there is not one label for each position of `hidden`, or for a chunk of no tokens.
     """
     if chunk is None:
         chunk = chunk_size(labels.numel(), len(weight) * weight.element_size())
     if chunk < 1:
-        raise ValueError(f"chunk={chunk}: at least one token goes through the head at a time.")
+        raise ValueError(f"chunk={chunk} must be at least 1 token.")
     target, keep, items = _targets(labels, shift_labels, num_items_in_batch, hidden.device)
     if target.numel() != hidden[..., 0].numel():
         raise ValueError(
-            f"{target.numel()} labels for hidden states of shape {tuple(hidden.shape)}: the fused loss needs one for "
-            "each position."
+            f"{target.numel()} labels for hidden states of shape {tuple(hidden.shape)}: the fused loss needs one label "
+            "per position."
         )
     differentiates = torch.is_grad_enabled()
     sink = _early_sink(weight_gradient, weight, hidden.dtype) if differentiates else None

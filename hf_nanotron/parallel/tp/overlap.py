@@ -1,17 +1,13 @@
-"""Tensor-parallel communication that travels beside matrix products.
+"""Tensor-parallel communication that overlaps with matmuls.
 
-Under sequence parallelism a block gathers its tokens, and sums and scatters its outputs. Its linears are cut by tokens
-here, so that both travel while products run (Wang et al. 2023, doi:10.1145/3567955.3567959):
+Under sequence parallelism a block gathers its tokens, and sums and scatters its outputs. Its linears are split by
+tokens here, so that both overlap with matmuls (Wang et al. 2023, doi:10.1145/3567955.3567959): at the entry, own tokens
+go through the first linears while the others' arrive; at the exit, the others' tokens go through the last linear first,
+and are sent while own ones are computed; in a backward, weight gradients run meanwhile.
 
-- At the entry of a forward, own tokens go through the block's first linears while the others' arrive.
-- At its exit, the others' tokens go through the last linear first, and leave while the own ones are computed.
-- In a backward, weight gradients run while gradients of outputs are gathered, and those of inputs summed.
-
-The block itself stays stock code, compiled or not, and gets whole tensors: at the entry, the products of its first
-linears are made ahead; when it calls one of them with the very tensor that it was handed, what has been made is
-returned. At the exit, if what it returns is the very output of its last linear, the parts under way are used. Whatever
-else it does is right too, only slower. Which linears these are is learnt from what the block does in its first forward,
-and forgotten when it does something else.
+The block stays stock code, compiled or not, and gets whole tensors. If it calls a first linear with the very tensor it
+was given, the result made ahead is returned; if it returns the very output of its last linear, the sum under way is
+used. Anything else is correct too, only slower. Which linears these are is learned in the first forward.
 """
 
 from __future__ import annotations
@@ -32,13 +28,10 @@ from .transport import Exchange, Transport, cut
 
 
 class Overlap:
-    """Gathers and sums of one tensor-parallel group, of tensors `[B, S, H]` cut along `S`.
+    """Gathers and sums of one tensor-parallel group, of tensors `[B, S, H]` sharded along `S`.
 
-    Args:
-        group: the tensor-parallel ranks.
-        transport: of this group, for nobody else.
-        pieces: into which the tokens of one rank are cut where products are made of them as they arrive, or before
-            they leave: the first piece is what nothing hides.
+    `transport` is used for nothing else. The tokens of a rank are processed in `pieces` as they arrive or before they
+    leave: only the first piece is exposed.
     """
 
     def __init__(self, group: Group, transport: Transport, pieces: int = 2) -> None:
@@ -109,7 +102,7 @@ class Overlap:
         return partial.finish(self)
 
     def drop(self) -> None:
-        """Let go of an output under way. A recomputation never asks for the one at its end."""
+        """Drop an output that is being sent. A recomputation never asks for the one at its end."""
         if self._sent is not None:
             self._sent[0].exchange.close()
             self._sent = None
@@ -133,7 +126,7 @@ class Overlap:
 
 
 class _Partial:
-    """A tensor `[B, S, H]` whose parts are on their way to be summed."""
+    """A tensor `[B, S, H]` whose parts are being sent to be summed."""
 
     def __init__(self, whole: torch.Tensor, exchange: Exchange, pieces: int) -> None:
         self.whole, self.exchange, self.pieces = whole.detach(), exchange, pieces
@@ -171,12 +164,7 @@ class _Mark:
 
 
 class BlockOverlap:
-    """What one attention or MLP module does between its gather and its sum.
-
-    Args:
-        shared: of its tensor-parallel group.
-        block: its linears are cut already.
-    """
+    """What one attention or MLP module, whose linears are sharded already, does between its gather and its sum."""
 
     def __init__(self, shared: Overlap, block: nn.Module) -> None:
         self.shared = shared

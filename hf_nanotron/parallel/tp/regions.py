@@ -23,15 +23,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Region:
-    """Sums what the cut layers inside one attention or MLP module compute in parts.
+    """Sums the partial outputs of the sharded layers inside one attention or MLP module.
 
     Args:
-        group: the tensor-parallel ranks.
         sequence_parallel: gather tokens at the entry and scatter them at the exit while training.
-        own_dropout: draw dropout inside from a stream of this rank's own (heads are cut), and leave the stream outside
-            as it is on every rank.
+        own_dropout: draw dropout inside from a stream of this rank's own (heads are sharded); the stream outside stays
+            the same on every rank.
         flat: every argument is a tensor `[tokens, ...]` without a batch dimension.
-        overlap: gathers and sums while training, beside the products of the module.
+        overlap: gathers and sums overlap with the matmuls of the module while training.
     """
 
     def __init__(
@@ -118,13 +117,10 @@ class WholeRegion:
 
 
 class TokenRegion:
-    """Gives each tensor-parallel rank its own tokens of a replicated sequence: a block whose experts are spread.
+    """Gives each tensor-parallel rank its own tokens of a replicated sequence: a block with distributed experts.
 
-    Sequences are filled up to a multiple of the group's size inside.
-
-    Args:
-        group: the tensor-parallel ranks.
-        flat: every argument is a tensor `[tokens, ...]` without a batch dimension.
+    Sequences are padded to a multiple of the group's size inside. With `flat`, every argument is a tensor `[tokens,
+    ...]` without a batch dimension.
     """
 
     def __init__(self, group: Group, flat: bool = False) -> None:
@@ -179,7 +175,7 @@ def split_before(module: nn.Module, group: Group, dim: int = 1) -> None:
         length = hidden_of(args, kwargs).shape[dim]
         if length % group.size:
             raise ValueError(
-                f"sequence_parallel cuts the sequence over tp_size={group.size} ranks, which does not divide its "
+                f"sequence_parallel shards the sequence over tp_size={group.size} ranks, which does not divide its "
                 f"{length} tokens; pad to a multiple of {group.size} or use sequence_parallel=False."
             )
         return replace_hidden(args, kwargs, lambda x: split_sequence(x, group, dim))
@@ -197,7 +193,7 @@ def join_after(module: nn.Module, group: Group, dim: int = 1) -> None:
 
 
 def own_ids_before(module: nn.Module, group: Group) -> None:
-    """Cut what a block that works on this rank's tokens is handed for every token besides (ids), while training."""
+    """Shard the other per-token arguments (ids) of a block that works on this rank's tokens, while training."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not module.training:
@@ -227,8 +223,8 @@ def split_argument(module: nn.Module, position: int, group: Group) -> None:
 def gather_before_head(head: nn.Module, group: Group, sequence_parallel: bool, is_cut: bool) -> None:
     """Hand whole sequences to the output embedding.
 
-    With a cut head every rank has a part of the gradient of the hidden states, without one every rank has all of it.
-    Whoever has joined the sequence already says so by an attribute of the head, `has_whole_input`.
+    With a sharded head the gradient of the hidden states is partial on every rank, else it is whole. Code that has
+    already gathered the sequence sets `has_whole_input` on the head.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:

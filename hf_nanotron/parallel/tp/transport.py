@@ -1,9 +1,8 @@
-"""Chunks that travel between the ranks of a group while this rank computes.
+"""Chunks that are exchanged between the ranks of a group while they compute.
 
-An `Exchange` takes one chunk to each other rank and brings one from each, in steps: in step `s` a rank sends to the
-rank `s` places after it, and receives from the one `s` places before. Two transports do it: copies by the copy engines
-into memory that GPUs of a host see of each other, which takes no multiprocessor from the matrix products; and messages
-through the process group, which work everywhere.
+An `Exchange` sends one chunk to each other rank and receives one from each: in step `s` to the rank `s` places after,
+from the rank `s` places before. Two transports: copy engines write into memory that GPUs of a host share, which takes
+no multiprocessor from matmuls; and messages through the process group, which work everywhere.
 """
 
 from __future__ import annotations
@@ -26,15 +25,13 @@ class Exchange(Protocol):
     `close`."""
 
     def swap(self, step: int, piece: int, chunk: torch.Tensor, into: torch.Tensor | None = None) -> None:
-        """Start a piece of step `step`. `chunk` must stay as it is until `close`.
+        """Start a piece of step `step`, one of `cut`. `chunk` must not change until `close`.
 
-        Args:
-            chunk: the piece, which is that of `cut`.
-            into: where the received piece is to be, of its shape; else memory of the transport.
+        The received piece is put `into` a tensor of its shape, or else in memory of the transport.
         """
 
     def place(self, chunk: torch.Tensor, into: torch.Tensor) -> None:
-        """Copy `chunk` to `into` beside the computation, until `close`. Before the first swap: it would wait for it."""
+        """Copy `chunk` to `into` during the computation, until `close`. To be called before the first swap."""
 
     def wait(self, step: int, piece: int) -> torch.Tensor:
         """The piece received in step `step`, valid until `close`: what is computed from now on may read it."""
@@ -48,7 +45,7 @@ class Transport(Protocol):
         """An exchange of chunks of one shape. All ranks of the group open theirs in the same order."""
 
     def close(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
 
 
 def cut(chunk: torch.Tensor, pieces: int) -> tuple[torch.Tensor, ...]:
@@ -124,12 +121,8 @@ class _MessageExchange:
 class SymmetricMemory:
     """Memory of each rank that the others write to, over NVLink, with a semaphore for each pair of ranks.
 
-    Writers push: a chunk goes straight from the tensor it is in to the reader's memory. Nothing of this needs
-    multicast.
-
-    Args:
-        group: ranks of one host, each with its GPU.
-        device: this rank's.
+    Writers push from the tensor straight to the reader's memory. No multicast is needed. The ranks of `group` are on
+    one host, each with its own GPU.
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:

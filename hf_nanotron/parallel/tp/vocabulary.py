@@ -19,16 +19,13 @@ TILE = 8  # rows: 16 bytes of 16-bit logits, without which matrix products are s
 
 
 def vocabulary_parts(size: int, tp_size: int) -> tuple[Ranges, ...]:
-    """Cut `size` ids into `tp_size` ranges, one for each rank, equal where `tp_size` divides.
+    """Shard `size` ids into `tp_size` ranges, equal where `tp_size` divides.
 
-    Otherwise all slices but the last are whole tiles, if there are enough of them, and differ by one tile at most. The
-    first slice is always the longest.
-
-    Raises:
-        ValueError: if there are fewer ids than ranks.
+    Otherwise all slices but the last are whole tiles, if there are enough, and differ by at most one tile; the first is
+    the longest.
     """
     if size < tp_size:
-        raise ValueError(f"a vocabulary of {size} cannot be cut over {tp_size} ranks.")
+        raise ValueError(f"a vocabulary of {size} cannot be sharded over {tp_size} ranks.")
     if size % tp_size == 0:
         return even_parts(size, tp_size)
     tile = TILE if size >= TILE * tp_size else 1
@@ -38,14 +35,11 @@ def vocabulary_parts(size: int, tp_size: int) -> tuple[Ranges, ...]:
 
 
 def gather_vocabulary(logits: torch.Tensor, group: Group, sizes: tuple[int, ...]) -> torch.Tensor:
-    """Join the slices of the vocabulary, `[..., V_local] -> [..., V]`, on every rank of `group`. Differentiable.
+    """Join the slices of the vocabulary (of lengths `sizes`), `[..., V_local] -> [..., V]`, on every rank.
+    Differentiable.
 
-    Every rank is to compute the same from the whole logits. The gradient of a slice is then our slice of the whole
-    gradient, and nothing is summed.
-
-    Args:
-        logits: our slice, `sizes[group.rank]` long in its last dimension.
-        sizes: lengths of the slices of all ranks of the group.
+    Every rank must compute the same from the whole logits: the gradient of a slice is our slice of the whole gradient,
+    without a sum.
     """
     return logits if group.size == 1 else _GatherVocabulary.apply(logits, group, sizes)
 

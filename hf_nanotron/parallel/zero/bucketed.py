@@ -53,10 +53,10 @@ class BucketWeights:
 
 
 class _Wait:
-    """A hook of a module that waits for its weights. In a copy of the module there is nothing to wait for.
+    """A module's hook that waits for its weights. A copy of the module has nothing to wait for.
 
-    A decoder layer that is copied waits before its blocks are. A smaller part, and the embedding or the head, are
-    copied as they stand: between an optimizer's step and the next forward, `BucketedWeights.wait` comes first.
+    A copied decoder layer waits before its blocks are copied. Smaller parts, the embedding and the head are copied as
+    they are; call `BucketedWeights.wait` first between an optimizer step and the next forward.
     """
 
     def __init__(self, awaited: Sequence[BucketWeights]) -> None:
@@ -74,16 +74,15 @@ class _Wait:
 class BucketedWeights:
     """The `ShardedWeights` of stages 0, 1 and 2.
 
-    The model's parameters become views into contiguous buckets. At stage 0 every rank owns all of a bucket, at stages 1
-    and 2 its shard: the fp32 masters, the optimizer state and (stage 2) the gradients of that alone. New weights are
-    gathered in place, in the order of the forward, which waits for each unit's when it comes to it.
+    The model's parameters become views of contiguous buckets. At stage 0 every rank owns the whole bucket; at stages 1
+    and 2 only its shard of the fp32 masters, the optimizer state and (stage 2) the gradients. New weights are gathered
+    in place, in the order of the forward, which waits for those of each unit.
 
     Args:
         model: this rank's part, with whole parameters.
         units: modules before whose forward their parameters must have arrived; together they hold every parameter.
         specs: name -> which part of the Hub's tensor a parameter is.
         stage_of: name -> pipeline stage of a parameter.
-        compute_dtype: what the model computes in.
         bucket_bytes: size of a bucket's fp32 gradients.
     """
 

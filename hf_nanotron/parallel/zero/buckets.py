@@ -33,14 +33,13 @@ class Bucket:
     """Parameters of one stage whose gradients are summed over the same ranks.
 
     Args:
-        stage: index of the stage that owns them.
         members: in the order in which backward meets them.
-        size: elements, filled up to a multiple of the ranks that share the bucket.
-        shard: ranks over which ZeRO spreads these parameters.
-        rest: ranks that hold the same shard of them, over which its gradient is summed after the reduce-scatter over
-            `shard` (or instead of one, where nothing is sharded).
-        spans_stages: `rest` holds ranks of several stages, so that sum waits until every backward is done; else two
-            ranks could wait for each other crosswise.
+        size: elements, padded to a multiple of the ranks that share the bucket.
+        shard: ranks over which ZeRO shards these parameters.
+        rest: ranks that hold the same shard, over which its gradient is summed after the reduce-scatter over `shard`
+            (or instead of it, without sharding).
+        spans_stages: `rest` holds ranks of several stages, so the sum waits until every backward is done; otherwise two
+            ranks could deadlock.
     """
 
     stage: int
@@ -58,9 +57,9 @@ class Bucket:
 
 
 def rest_group(spec: ShardSpec, mesh: ParallelMesh) -> Group:
-    """Ranks that hold the same shard of a parameter, over which its gradient is a sum.
+    """Ranks that hold the same shard of a parameter, over which its gradient is summed.
 
-    All of them saw different samples, or hold copies of the same weight behind different heads, tokens or stages.
+    They saw different samples, or hold copies of a weight for different heads, tokens or stages.
     """
     if spec.axis == "ep":
         return mesh.expert_replica
@@ -84,10 +83,10 @@ def spans_stages(spec: ShardSpec, mesh: ParallelMesh) -> bool:
 
 
 def is_owner(spec: ShardSpec, mesh: ParallelMesh) -> bool:
-    """Whether this rank's segment of a parameter counts: over the job, each value of the model counts exactly once.
+    """Whether this rank's segment of a parameter counts: over the job, each value counts exactly once.
 
-    The first of the tensor-parallel ranks with the same part, in the first of the copies of the ZeRO shards; of a
-    parameter of several stages the first one's.
+    It does on the first of the tensor-parallel ranks with the same part, in the first copy of the ZeRO shards, on the
+    first stage of several.
     """
     if spec.axis == "ep":
         return mesh.expert_replica.rank == 0
@@ -102,13 +101,9 @@ def plan_buckets(
     mesh: ParallelMesh,
     bucket_bytes: int,
 ) -> list[Bucket]:
-    """Cut the trainable parameters into buckets, in the order in which backward completes them.
+    """Divide the trainable parameters (in the order of the forward) into buckets, in the order of the backward.
 
-    Args:
-        parameters: name -> parameter, in the order of the forward.
-        specs: their `ShardSpec`s.
-        stage_of: name -> index of the stage that owns it.
-        bucket_bytes: of fp32 gradients, at which a bucket is closed.
+    A bucket is closed at `bucket_bytes` of fp32 gradients.
     """
     buckets: list[Bucket] = []
     # By stage, and the ranks that share the parameter, and those that hold the same shard of it.

@@ -19,10 +19,10 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def differing_weights(
     parameters: Iterable[tuple[str, torch.Tensor]], specs: Mapping[str, ShardSpec], mesh: ParallelMesh
 ) -> list[str]:
-    """Names of this rank's weights of which another rank holds a copy with other numbers. All ranks together.
+    """Names of this rank's weights of which another rank holds a different copy. All ranks together.
 
-    The sums of their bits are compared: over the ranks that ZeRO spreads a weight's masters over (stages 0 to 2, where
-    all of them hold the weight), and over those that its gradient is summed over.
+    Sums of their bits are compared over the ranks that share a weight's masters (stages 0 to 2, where all of them hold
+    the weight), and over those that its gradient is summed over.
     """
     groups: dict[tuple[bool, tuple[int, ...]], Group] = {}
     members: dict[tuple[bool, tuple[int, ...]], list[str]] = {}

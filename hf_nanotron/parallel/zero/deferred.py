@@ -1,4 +1,4 @@
-"""Weight gradients put off: what a backward would have done with its operands, done later in the same order."""
+"""Deferred weight gradients: what a backward would have done with its operands, done later in the same order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class DeferredWork:
-    """What backwards leave for later, by stage and micro-batch (zero bubble; Qi et al. 2023, arXiv:2401.10241).
+    """Work that backwards defer, by stage and micro-batch (zero bubble; Qi et al. 2023, arXiv:2401.10241).
 
-    Between `start` and `stop`, work is put in a queue. It keeps its operands alive, and frees each as it is done.
+    Between `start` and `stop`, work is queued. The queue keeps operands alive, and frees each when it is done.
     """
 
     def __init__(self) -> None:
@@ -39,18 +39,14 @@ class DeferredWork:
             self._queues[self._open].append((work, kept, [operand._version for operand in kept]))
 
     def run(self, stage: int, micro_batch: int) -> None:
-        """Do what was left, in the order in which it came.
-
-        Raises:
-            RuntimeError: if somebody has written to an operand since.
-        """
+        """Do what was left, in the order in which it came."""
         queue = self._queues.pop((stage, micro_batch))
         while queue:
             work, operands, versions = queue.popleft()
             if [operand._version for operand in operands] != versions:
                 raise RuntimeError(
-                    f"an operand of a weight gradient of stage {stage} was changed in place after its backward, before "
-                    "the gradient was computed; pp_schedule='1f1b' computes it in the backward."
+                    f"an operand of a weight gradient of stage {stage} was modified in place after its backward, "
+                    "before the gradient was computed; use pp_schedule='1f1b', which computes it in the backward."
                 )
             work(*operands)
 

@@ -28,11 +28,11 @@ from .segment import Segment
 
 
 class _Root(nn.Module):
-    """What `fully_shard` takes for the root of the model, so that all units share its streams.
+    """The root of the model for `fully_shard`, so that all units share its streams.
 
-    A model is run through its stages, which never call it as a module, so it cannot be the root itself; and the first
-    unit to run, in whatever stage or evaluation, would become the root of itself alone. Calling this once, before any
-    unit runs, settles it: from then on units run in any order, in training and evaluation, and nothing runs inside it.
+    Stages run the layers and never call the model as a module, so it cannot be the root itself, and the first unit to
+    run would become the root of itself alone. Calling this once, before any unit runs, fixes that: units then run in
+    any order, in training and evaluation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,16 +55,13 @@ class ShardSum:
 class FullyShardedWeights:
     """The `ShardedWeights` of stage 3.
 
-    Each unit is cut row-wise (dimension 0, in chunks of `ceil(rows / ranks)`, so that the last ranks may hold fewer
-    rows or none); experts over the ranks that hold copies of them. It is gathered in the compute dtype right before its
-    forward and its backward, while the unit before it computes, and freed after. After every backward its gradient is
-    reduce-scattered in fp32 and added to our shard's. `finish` then sums the shards over the ranks that hold the same
-    one.
+    Each unit is sharded by rows (dimension 0, in chunks of `ceil(rows / ranks)`, so the last ranks may hold fewer or
+    none); experts over the ranks that hold copies of them. It is gathered in the compute dtype right before its forward
+    and its backward, while the previous unit computes, and freed after. After every backward its gradient is
+    reduce-scattered in fp32 and added to our shard's; `finish` sums over the ranks that hold the same shard.
 
-    The fp32 shards are the masters: an optimizer that updates `segments[i].master` in place updates the model, and
-    `publish` has nothing to do. They are plain 1-D tensors; no optimizer meets a `DTensor`.
-
-    The parameters in the model are `DTensor`s of fp32, so `model.dtype` is to be taken from `compute_dtype`.
+    The fp32 shards are the masters: an optimizer that updates `segments[i].master` (plain 1-D tensors) in place updates
+    the model. The parameters in the model are fp32 `DTensor`s, so use `compute_dtype` instead of `model.dtype`.
 
     Args:
         model: this rank's part, with whole parameters of any floating dtype. It keeps its class and its names.
@@ -72,11 +69,6 @@ class FullyShardedWeights:
             parameter are one unit. `model` itself is none, since stages do not call it.
         specs: name -> which part of the Hub's tensor a parameter is.
         stage_of: name -> pipeline stage of a parameter.
-        compute_dtype: what the model computes in.
-
-    Raises:
-        ValueError: if there is nothing to divide, if units miss or share a parameter, or if the model is fully sharded
-            already and computes in another dtype.
     """
 
     def __init__(
@@ -89,7 +81,7 @@ class FullyShardedWeights:
         compute_dtype: torch.dtype,
     ) -> None:
         if mesh.shard.handle is None:
-            raise ValueError("fully sharded weights need several data-parallel ranks to be divided over.")
+            raise ValueError("fully sharded weights need at least two data-parallel ranks.")
         units = [unit for unit in units if any(True for module in unit for _ in module.parameters())]
         owned = _owned_parameters(model, units)
         stages = _stages_of_units(model, owned, stage_of)
@@ -101,8 +93,8 @@ class FullyShardedWeights:
             self._shard(model, units, groups)
         elif _computing_dtype(units[0]) != compute_dtype:
             raise ValueError(
-                f"the model is fully sharded already and computes in {_computing_dtype(units[0])}, not in "
-                f"{compute_dtype}; load it anew."
+                f"the model is already fully sharded and computes in {_computing_dtype(units[0])}, not in "
+                f"{compute_dtype}; load it again."
             )
         _prefetch_neighbours(model, units, stages)
         self._parameters = {name: cast(DTensor, parameter) for name, parameter in model.named_parameters()}
@@ -184,7 +176,7 @@ class FullyShardedWeights:
 
     def start_deferring(self, stage: int, micro_batch: int) -> None:
         """`ParallelConfig` refuses schedules that split backwards: every backward reduces here."""
-        raise NotImplementedError("stage 3 cannot put weight gradients off")
+        raise NotImplementedError("ZeRO-3 cannot defer weight gradients")
 
     def stop_deferring(self) -> None:
         """Never started."""
@@ -195,7 +187,7 @@ class FullyShardedWeights:
     def finish(self) -> None:
         """Sum over the ranks that hold the same shards; over stages at last, when every backward is done."""
         for name in self._gradients:
-            self._parameters[name].grad = None  # whoever zeroes or clips `grad`s of the model finds none
+            self._parameters[name].grad = None  # code that zeroes or clips `grad`s of the model finds none
         works = [
             dist.all_reduce(total.gradients, group=total.group.handle, async_op=True)
             for total in sorted(self._sums, key=lambda total: total.spans_stages)
@@ -206,9 +198,8 @@ class FullyShardedWeights:
             work.wait()
 
     def gather_in_backward(self, module: nn.Module | None, needed: bool) -> None:
-        """Say whether the backward of `module` reads its weights, and they are to be gathered again for it.
-
-        No change if other modules of its unit read theirs.
+        """Whether the backward of `module` reads its weights, and they are gathered for it. No change if other modules
+        of its unit read theirs.
         """
         for unit in self._units:
             if module in unit and all(other is module or isinstance(other, nn.Embedding) for other in unit):
@@ -260,7 +251,7 @@ class FullyShardedWeights:
         return {"parameters": parameters, "gradients": gradients, "masters": 0}
 
     def close(self) -> None:
-        """Let go of the gradients. `fully_shard` cannot be undone: the model stays sharded, and works so."""
+        """Drop the gradients. `fully_shard` cannot be undone: the model stays sharded, and works so."""
         for name in self._gradients:
             self._parameters[name].grad = None
         self._sums.clear()
@@ -286,10 +277,8 @@ def _local(shard: DTensor) -> torch.Tensor:
 
 
 def _owned_parameters(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
-    """The parameters of every unit, without those of units that lie inside it.
-
-    Raises:
-        ValueError: if a parameter is in no unit, or in two. (torch 2.11 would untie a parameter of two units silently.)
+    """The parameters of every unit, without those of units inside it. Exactly one unit may hold a parameter: torch 2.11
+    would silently untie one of two units.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen: dict[nn.Parameter, int] = {}
@@ -301,10 +290,12 @@ def _owned_parameters(model: nn.Module, units: Sequence[Sequence[nn.Module]]) ->
             if other == index:
                 owned[index].append(parameter)
             elif not all(module in inner for module in units[other]):
-                raise ValueError(f"parameter {names[parameter]} is in two units; modules that share it are to be one.")
+                raise ValueError(
+                    f"parameter {names[parameter]} is in two units; put modules that share it into one unit."
+                )
     missing = [name for parameter, name in names.items() if parameter not in seen]
     if missing or any(module is model for unit in units for module in unit):
-        raise ValueError(f"{type(model).__name__}: stages would not gather {missing or 'the model as a whole'}.")
+        raise ValueError(f"{type(model).__name__}: no unit gathers {missing or 'the model as a whole'}.")
     return owned
 
 
@@ -324,11 +315,11 @@ def _computing_dtype(unit: Sequence[nn.Module]) -> torch.dtype:
 
 
 def _prefetch_neighbours(model: nn.Module, units: Sequence[Sequence[nn.Module]], stages: Sequence[int]) -> None:
-    """Gather the next unit of the stage while one computes, forwards and backwards.
+    """Gather the next unit of the stage while one computes, in forward and backward.
 
-    Left to itself, `fully_shard` guesses from the order of the forwards so far: under a pipeline schedule another stage
-    or micro-batch, whose gathering would be in vain. A unit of modules that lie apart (a tied embedding and head) comes
-    with its first module in the forward, with its last one in the backward.
+    By itself, `fully_shard` guesses from the order of the forwards so far: under a pipeline schedule, another stage or
+    micro-batch. A unit of modules that are apart (a tied embedding and head) is gathered with its first module in the
+    forward, with its last in the backward.
     """
     position = {module: index for index, module in enumerate(model.modules())}
     for stage in set(stages):

@@ -25,9 +25,7 @@ IN_FLIGHT = 2  # buckets of sharded gradients that are being reduced while the n
 class BucketGradients:
     """The fp32 gradients of one bucket.
 
-    Args:
-        sharded: keep our shard alone (ZeRO-2); the whole bucket exists only while a backward fills it.
-        deferred: takes products in backwards that put them off.
+    With `sharded`, only our shard is kept (ZeRO-2); the whole bucket exists only while a backward fills it.
     """
 
     def __init__(self, bucket: Bucket, sharded: bool, device: torch.device, deferred: DeferredWork) -> None:
@@ -54,7 +52,7 @@ class BucketGradients:
         return self.whole
 
     def absorb(self) -> None:
-        """Add the reduced micro-batch of a sharded bucket to our shard, and let go of the whole. Once is enough."""
+        """Add the reduced micro-batch of a sharded bucket to our shard, and free the whole. Once is enough."""
         if not self.in_flight:
             return
         assert self.whole is not None
@@ -88,15 +86,15 @@ class MemberGradient:
         return can_add_product(self.owner.shard, dtype)
 
     def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-        self.owner.deferred.do(self._add_product, grad_output, input)
+        self.owner.deferred.do(partial(self._add, add_product), grad_output, input)
 
     def add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
-        self.owner.deferred.do(self._add_grouped_product, left, right, offsets)
+        self.owner.deferred.do(partial(self._add, add_grouped_product), left, right, offsets)
 
     def add_scaled_product(
         self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
     ) -> None:
-        self.owner.deferred.do(self._add_scaled_product, grad_output, input, grad_scale, input_scale)
+        self.owner.deferred.do(partial(self._add, add_scaled_product), grad_output, input, grad_scale, input_scale)
 
     def add_joint_product(
         self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
@@ -115,8 +113,8 @@ class MemberGradient:
     def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         self.owner.deferred.do(self._add_rows, ids, rows)
 
-    def _add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-        add_product(self.view(), grad_output, input, overwrite=self.is_fresh)
+    def _add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
+        product(self.view(), *operands, overwrite=self.is_fresh)
         self.is_fresh = False
 
     def hold(self) -> None:
@@ -137,23 +135,13 @@ class MemberGradient:
         if len({each.is_fresh for each in members}) > 1:  # one of them has another use, which came before
             parts = grad_output.split([len(each.member.parameter) for each in members], dim=1)
             for each, part in zip(members, parts, strict=True):
-                each._add_product(part, input)
+                each._add(add_product, part, input)
             return
         start, stop = self.member.offset, members[-1].member.offset + members[-1].member.numel
         view = self.owner.fill()[start:stop].view(-1, input.shape[-1])
         add_product(view, grad_output, input, overwrite=self.is_fresh)
         for each in members:
             each.is_fresh = False
-
-    def _add_scaled_product(
-        self, grad_output: torch.Tensor, input: torch.Tensor, grad_scale: torch.Tensor, input_scale: torch.Tensor
-    ) -> None:
-        add_scaled_product(self.view(), grad_output, input, grad_scale, input_scale, overwrite=self.is_fresh)
-        self.is_fresh = False
-
-    def _add_grouped_product(self, left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
-        add_grouped_product(self.view(), left, right, offsets, overwrite=self.is_fresh)
-        self.is_fresh = False
 
     def _add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         view = self.view()
@@ -163,10 +151,9 @@ class MemberGradient:
         self.is_fresh = False
 
     def takes_early(self) -> bool:
-        """Whether a forward may add a product, which nothing can take back. Makes room for it.
+        """Whether a forward may add a product, which cannot be undone. Makes room for it.
 
-        Outside a step nobody may: that forward may have no backward. Inside, the memory is free but for a sharded
-        bucket's, out of which an earlier micro-batch may still be reduced.
+        Only inside a step, where a backward is sure to follow.
         """
         if self.owner.takes_early:
             self.owner.absorb()
@@ -184,17 +171,17 @@ class GradientBuckets:
 
     Autograd's gradient of a parameter is added to its fp32 memory after each backward and freed; linear layers add
     theirs directly. In the last backward of a stage (in every backward, if `sharded`) a bucket is reduced as soon as
-    its last gradient has arrived: reduce-scattered in place over `bucket.shard`, then summed over `bucket.rest`.
-    Buckets are reduced in one order on all ranks, whichever parameters get no gradient.
+    its last gradient has arrived: reduce-scattered in place over `bucket.shard`, then summed over `bucket.rest`. The
+    order of buckets is the same on all ranks, whichever parameters get no gradient.
 
-    A backward may be split (`start_deferring`): the products, and the reductions that follow them, then run in
-    `run_deferred`, as if that were the backward. What autograd returns for other parameters is added at once, but to a
-    sharded bucket, which would then be whole for longer: there it waits too.
+    A backward may be split (`start_deferring`): weight gradients, and the reductions after them, then run in
+    `run_deferred`. Autograd's gradients of other parameters are added at once, except in a sharded bucket, which would
+    have to stay whole for longer.
 
     Args:
         buckets: in the order in which backward completes them.
-        sharded: keep only this rank's shard of the sums between micro-batches (ZeRO-2), at the price of a
-            reduce-scatter for every micro-batch.
+        sharded: keep only this rank's shard of the sums between micro-batches (ZeRO-2), at the cost of a reduce-scatter
+            per micro-batch.
     """
 
     def __init__(self, buckets: Sequence[Bucket], sharded: bool, device: torch.device) -> None:

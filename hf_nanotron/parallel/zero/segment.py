@@ -19,10 +19,9 @@ class Segment:
     Args:
         name: of the parameter in the model.
         spec: which part of the Hub's tensor this rank holds.
-        start, stop: half-open range, in elements.
         master: the fp32 weights, `[stop - start]`. The optimizer's parameter.
         gradient: the fp32 gradient, `[stop - start]`; valid after `ShardedWeights.finish`.
-        weight: these elements of what the model computes with, where that is not the master itself.
+        weight: these elements of what the model computes with, unless that is the master itself.
     """
 
     name: str
@@ -34,17 +33,46 @@ class Segment:
     weight: torch.Tensor | None = None
 
 
-class ShardedWeights(Protocol):
-    """Owns the weights and gradients of this rank's part of a model while it trains, by one of the ZeRO stages.
+class WeightStore(Protocol):
+    """The owner of a model's weights while it trains, as far as the model has to know it.
 
-    Built over a model whose parameters are whole (not yet divided over data-parallel ranks). One optimizer step calls
-    `begin`, then for every backward of a stage `before_backward` and `after_backward`, then `finish`; the optimizer
-    updates the masters of `segments` from their gradients; `publish` brings the new weights to the model. A schedule
-    that splits its backwards calls `start_deferring` and `stop_deferring` instead, and later `run_deferred`.
+    The parameters may be fp32 shards (ZeRO stage 3), may be on their way from other ranks, or have fp32 masters. So
+    whoever reads, writes, moves or copies them through the model is sent to their owner.
     """
 
     segments: list[Segment]
     compute_dtype: torch.dtype
+
+    def wait(self) -> None:
+        """Wait for weights on their way, so that the model's parameters can be read."""
+
+    def whole(self, name: str) -> torch.Tensor:
+        """This rank's part of a parameter, of shape `spec.local_shape`, in the compute dtype. All ranks together."""
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Set a parameter to `value` of shape `spec.local_shape` (not a master of its own: see `read_from_model`)."""
+
+    def gather_in_backward(self, module: nn.Module | None, needed: bool) -> None:
+        """Say whether the backward of `module` reads its weights, where they are gathered for it."""
+
+    def copying(self, memo: dict[int, Any]) -> AbstractContextManager[None]:
+        """For the time in which `copy.deepcopy` copies the model with `memo`: the copy has no part in these weights.
+
+        Raises:
+            ValueError: if they cannot be copied.
+        """
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+
+
+class ShardedWeights(WeightStore, Protocol):
+    """Owns the weights and gradients of this rank's part of a model while it trains, by one of the ZeRO stages.
+
+    Built over a model with whole parameters. An optimizer step calls `begin`, then for every backward of a stage
+    `before_backward` and `after_backward` (or `start_deferring` and `stop_deferring`, and later `run_deferred`), then
+    `finish`; the optimizer updates the masters of `segments` from their gradients; `publish` copies them to the model.
+    """
 
     def begin(self) -> None:
         """Start a new optimizer step: gradients count from zero."""
@@ -68,46 +96,16 @@ class ShardedWeights(Protocol):
         """Make `gradient` of every segment the sum over all ranks."""
 
     def publish(self, rounded: bool = False) -> None:
-        """Bring the masters, which the optimizer has updated, into the model's parameters.
-
-        Args:
-            rounded: the optimizer has written `weight` of every segment too.
-        """
-
-    def wait(self) -> None:
-        """Wait for weights on their way, so that the model's parameters can be read."""
+        """Copy the masters to the model's parameters; if `rounded`, the optimizer has written every `weight`."""
 
     def read_from_model(self) -> None:
         """Take over weights that were written into the model's parameters with `write`."""
 
     def take_written(self, compare: bool = False) -> None:
-        """Bring what others have written into the model's parameters to the masters (see `written.py`).
+        """Copy what others have written into the model's parameters to the masters (see `written.py`).
 
-        Args:
-            compare: read all weights, to see also what moved no version counter (`weight.data.copy_(...)`).
-
-        Raises:
-            ValueError: for data that the parameters cannot have.
-        """
-
-    def whole(self, name: str) -> torch.Tensor:
-        """This rank's part of a parameter, of shape `spec.local_shape`, in the compute dtype. All ranks together."""
-
-    def write(self, name: str, value: torch.Tensor) -> None:
-        """Set a parameter to `value` of shape `spec.local_shape` (not a master of its own: see `read_from_model`)."""
-
-    def gather_in_backward(self, module: nn.Module | None, needed: bool) -> None:
-        """Say whether the backward of `module` reads its weights, where they are gathered for it."""
-
-    def copying(self, memo: dict[int, Any]) -> AbstractContextManager[None]:
-        """For the time in which `copy.deepcopy` copies the model with `memo`: the copy has no part in these weights.
-
-        Raises:
-            ValueError: if they cannot be copied.
+        With `compare`, read all weights, to detect also writes that move no version counter (`weight.data.copy_(...)`).
         """
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of this rank's `parameters`, `gradients` and `masters` (without those that are parameters)."""
-
-    def close(self) -> None:
-        """Take the hooks off the model."""

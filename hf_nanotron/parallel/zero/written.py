@@ -17,13 +17,7 @@ from .segment import Segment
 
 @dataclass
 class Place:
-    """Where a parameter is to lie.
-
-    Args:
-        name: of the parameter.
-        view: its memory, in its shape.
-        segment: what this rank's optimizer updates of it, if anything.
-    """
+    """Where a parameter is: `view` is its memory, in its shape; `segment` what this rank's optimizer updates of it."""
 
     name: str
     parameter: nn.Parameter
@@ -40,9 +34,6 @@ class Place:
 
         Nothing waits for the device. `weight.data.copy_(...)` moves no version counter, so it is seen with `compare`
         alone, which reads the weights.
-
-        Raises:
-            ValueError: if the parameter was given data of another shape.
         """
         parameter = self.parameter
         has_moved = parameter.data_ptr() != self.address
@@ -51,8 +42,8 @@ class Place:
         if has_moved:
             if parameter.shape != self.view.shape:
                 raise ValueError(
-                    f"the data of {self.name} was replaced by a tensor of shape {tuple(parameter.shape)}; this rank's "
-                    f"part of it has {tuple(self.view.shape)}."
+                    f"the data of {self.name} was replaced by a tensor of shape {tuple(parameter.shape)}, but this "
+                    f"rank's part has shape {tuple(self.view.shape)}."
                 )
             self.view.copy_(parameter.data)
             parameter.data = self.view

@@ -1,20 +1,10 @@
-"""AdamW in one pass over memory, as a Triton kernel. `optim/adamw.py` says what it computes, and does so on the CPU.
-
-Raises:
-    ImportError: if Triton is not installed.
-"""
+"""AdamW in one pass over memory, as a Triton kernel. `optim/adamw.py` says what it computes, and does so on the CPU."""
 
 from __future__ import annotations
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "AdamW on a GPU needs triton, which torch's CUDA builds for Linux bring along; `pip install triton` adds it."
-    ) from error
+from .language import tl, triton
 
 BLOCK = 1024
 
@@ -118,14 +108,14 @@ def adamw(
 
     Args:
         master, gradient: fp32, of one shape.
-        exp_avg, exp_avg_sq: of that shape, both fp32, or both bfloat16 and then rounded stochastically.
+        exp_avg, exp_avg_sq: of that shape, fp32, or bfloat16 with stochastic rounding.
         factors: `[n, 3]`, fp32; row `row` is lr / (1 - beta1^t), sqrt(1 - beta2^t) and the step t.
-        rounded: of that shape, of any floating type; the new `master` is written there too.
-        grad_scale: 0-dim, fp32; the gradient is divided by it. None: it is not.
+        rounded: of that shape, of any floating dtype; also gets the new `master`.
+        grad_scale: 0-dim, fp32; divides the gradient if given.
         found_inf: 0-dim; nothing is written if it is not zero.
         keys: of the random bits, two signed 32-bit integers.
         first: number of the first element in its stream of random bits.
-        decay: what `master` is multiplied by, 1 - lr * weight decay.
+        decay: 1 - lr * weight decay.
     """
     count = master.numel()
     if count == 0:  # an empty grid cannot be launched
