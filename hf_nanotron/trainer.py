@@ -110,8 +110,8 @@ class NanotronTrainer(Trainer):
     ) -> None:
         if not isinstance(args, NanotronTrainingArguments):
             raise ValueError(
-                f"NanotronTrainer takes `args` of type NanotronTrainingArguments, not {type(args).__name__}: they hold "
-                "the parallel sizes."
+                f"NanotronTrainer needs `args` of type NanotronTrainingArguments, which hold the parallel sizes, not "
+                f"{type(args).__name__}."
             )
         args.check()
         refuse_arguments(positional, kwargs)
@@ -297,7 +297,9 @@ class NanotronTrainer(Trainer):
         if self.model is not self.training_state.model:  # `model_init` made a new one
             self._take_up_model()
         elif self.model.weights is not self.weights:
-            raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
+            raise ValueError(
+                "another trainer has taken this model since; train with that one, or make a new trainer."
+            )
         start_run(self.training_state, self.args)
         self._written.take()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)
@@ -648,10 +650,10 @@ class NanotronTrainer(Trainer):
         return group_of(param, self.optimizer, self.model, self.weights)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused."""
+        """Not supported: trials run in one process."""
         raise ValueError(
-            "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
-            "one job per trial."
+            "hyperparameter_search is not supported: its trials run in one process, and a parallel model runs in many. "
+            "Start one job per trial."
         )
 
     # ---- what Trainer does not have ----

@@ -142,8 +142,8 @@ class LossChoice:
             )
         if model.mixture is not None and model.mixture.losses is not None and not model.plain_forward:
             raise ValueError(
-                f"the forward of {model.stock_class.__name__} computes a loss of its own, to which the losses over "
-                "routers would be added, not inside it but after it; turn them off (config.output_router_logits=False, "
+                f"the forward of {model.stock_class.__name__} computes its own loss, so router losses "
+                "could only be added after it; turn them off (config.output_router_logits=False, "
                 "config.router_z_loss_coef=0), or use compute_loss_func with the stock forward."
             )
         between = [
@@ -181,8 +181,8 @@ class LossChoice:
         sizes = f"pp_size={self.model.mesh.pp_size}"
         if self.is_overridden:
             raise ValueError(
-                f"{sizes} with {self.trainer}.compute_loss overridden: it calls the whole model, of which a "
-                "rank of a pipeline has a part. Pass compute_loss_func=f, with f(outputs, labels, "
+                f"{sizes} with {self.trainer}.compute_loss overridden: it calls the whole model, and a rank of "
+                "a pipeline has only its stage. Pass compute_loss_func=f, with f(outputs, labels, "
                 "num_items_in_batch=...), which is called with whole logits, or use pp_size=1."
             )
         if "forward" in vars(self.model):

@@ -1,4 +1,4 @@
-"""What every rank of a job must say alike, and the disk that all of them must see."""
+"""What every rank of a job must be given alike, and the disk that all of them must share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAY_DIFFER = frozenset(
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context do_train do_eval do_predict".split()
 )
-EVERY_RANK = "Every rank must be given the same; ranks read their own samples of it."
+EVERY_RANK = "Every rank must get the same values, and picks its own samples of the data itself."
 LONGEST = 80  # characters of a value in an error
 
 
@@ -130,12 +130,12 @@ def _look(path: Path, name: Path) -> None:
     until = time.monotonic() + 3.0  # network file systems keep what they have listed for a while
     while not name.exists():
         if time.monotonic() > until:
-            raise FileNotFoundError("a file that rank 0 has written there is not to be seen: it is another disk")
+            raise FileNotFoundError("a file that rank 0 has written there is not visible: it is not on a shared disk")
         with contextlib.suppress(OSError):
             os.listdir(path)
         time.sleep(0.1)
     if not os.access(path, os.W_OK):
-        raise PermissionError("it cannot be written")
+        raise PermissionError("it is not writable")
 
 
 def _try(action: Any) -> str:
