@@ -297,9 +297,7 @@ class NanotronTrainer(Trainer):
         if self.model is not self.training_state.model:  # `model_init` made a new one
             self._take_up_model()
         elif self.model.weights is not self.weights:
-            raise ValueError(
-                "another trainer has taken this model since; train with that one, or make a new trainer."
-            )
+            raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
         start_run(self.training_state, self.args)
         self._written.take()
         together(self.mesh, "checking the frozen parameters", self._check_frozen)

@@ -203,11 +203,7 @@ class LossChoice:
     # ---- where it is computed ----
 
     def of_step(self, window: Sequence[dict[str, Any]], has_items: bool) -> StepLoss | None:
-        """How the losses of a window are made; None for the plain loss.
-
-        Args:
-            has_items: whether its predicted tokens are counted, which takes `labels`.
-        """
+        """How the losses of a window are made, with its predicted tokens counted or not; None for the plain loss."""
         if not self.model.makes_logits:
             return None
         mesh = self.model.mesh
@@ -227,11 +223,7 @@ class LossChoice:
         return StepLoss(share, self.takes_items, copies, of_batch=of_batch)
 
     def of_batch(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int | None) -> tuple[Any, Any]:
-        """Loss and outputs of one batch, as `Trainer.compute_loss` in one process.
-
-        Args:
-            items: `num_items_in_batch`.
-        """
+        """Loss and outputs of one batch, as `Trainer.compute_loss` in one process."""
         of_outputs, mixture = self.of_outputs, self.model.mixture
         labels = inputs.pop("labels") if of_outputs is not None and "labels" in inputs else None
         if self.takes_items and items is not None:

@@ -120,11 +120,7 @@ class EvaluationRun:
 
     @contextlib.contextmanager
     def predicting(self, view: ParallelModel | None) -> Iterator[None]:
-        """While `prediction_step` computes.
-
-        Args:
-            view: a model whose backbone and head the user's code may call itself.
-        """
+        """While `prediction_step` computes; user's code may call backbone and head of the `view` itself."""
         self.is_predicting = True
         try:
             with contextlib.nullcontext() if view is None else whole_outputs(view, view):

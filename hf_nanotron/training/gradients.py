@@ -70,11 +70,7 @@ class GradientAccess:
 
 
 class WrittenWeights:
-    """Takes over what others write into the weights of a model, and refuses what its shards cannot follow.
-
-    Args:
-        weights: of the model.
-    """
+    """Takes over what others write into the weights of a model, and refuses what its shards cannot follow."""
 
     def __init__(self, model: ParallelModel, weights: ShardedWeights) -> None:
         self.model, self.weights = model, weights

@@ -47,12 +47,9 @@ def make_micro_batches(
 
 
 def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
-    """`micro_batches` of a step of a model that returns the mean over each: they weigh equally, as in Trainer.
+    """`micro_batches` of a model that returns the mean over each: they weigh equally, `fillers` nothing, as in Trainer.
 
     All data-parallel ranks together.
-
-    Args:
-        fillers: which of them only keep this rank in step.
     """
     own = torch.full((), float(len(fillers) - sum(fillers)), device=mesh.device)
     weight = 1 / all_reduce(own, mesh.dp)

@@ -105,13 +105,7 @@ class NonFiniteGuard:
         return None if self._unchecked is None else self._unchecked.verdict
 
     def judge(self, step: int, norm: torch.Tensor, loss: torch.Tensor, link: OptimizerLink) -> bool:
-        """Have the step left out if `norm` is not finite. False if the host knows already that it is not.
-
-        Args:
-            step: its number, from 1.
-            norm: of the step's gradient, over the whole model.
-            loss: this rank's part.
-        """
+        """Have the step left out if `norm` is not finite. False if the host knows already that it is not."""
         self._unchecked = FiniteCheck(step, norm, loss)
         # Biases of routers are moved by the host.
         if link.skips_on_device and not self.args.moe_bias_update_rate:
@@ -190,11 +184,7 @@ class FiniteLosses:
         self._without = 0
 
     def add(self, loss: torch.Tensor, logged: torch.Tensor) -> torch.Tensor:
-        """What to add to `logged`, Trainer's sum, so that it is the mean of the finite losses times the steps.
-
-        Args:
-            loss: of one more step.
-        """
+        """What to add to `logged`, Trainer's sum, so that it is the mean of the finite losses times the steps."""
         self._steps += 1
         finite = loss.isfinite()
         self._sum += torch.where(finite, loss, 0.0)
