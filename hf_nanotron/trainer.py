@@ -96,8 +96,7 @@ class NanotronTrainer(Trainer):
     throughput: Throughput
     memory_report: MemoryReport
     training_state: TrainingState
-    _step: TrainStep
-    _names: dict[torch.nn.Parameter, str]  # of the parameters that a user's optimizer was made over
+    _names: dict[nn.Parameter, str]
 
     # ---- construction ----
 
@@ -110,8 +109,8 @@ class NanotronTrainer(Trainer):
     ) -> None:
         if not isinstance(args, NanotronTrainingArguments):
             raise ValueError(
-                f"NanotronTrainer takes `args` of type NanotronTrainingArguments, not {type(args).__name__}: they hold "
-                "the parallel sizes."
+                f"NanotronTrainer needs `args` of type NanotronTrainingArguments, which hold the parallel sizes, not "
+                f"{type(args).__name__}."
             )
         args.check()
         refuse_arguments(positional, kwargs)
@@ -261,19 +260,12 @@ class NanotronTrainer(Trainer):
         return self._data_order.eval_sampler(eval_dataset, self.processing_class)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take.
-
-        Raises:
-            ValueError: if ranks have other data, or the run cannot go on with the next sample.
-        """
+        """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take."""
         self._data_order.compare(self.model.mesh, dataloader)
-        epochs, steps, examples, samples, batch, rounds, max_steps = super().set_initial_training_values(
-            args, dataloader
-        )
-        epochs, max_steps = self._data_order.plan(
-            dataloader, self.train_dataset, self._train_batch_size, batch, epochs, max_steps
-        )
-        return epochs, steps, examples, samples, batch, rounds, max_steps
+        epochs, *counts, batch, rounds, max_steps = super().set_initial_training_values(args, dataloader)
+        sizes = self._train_batch_size, batch
+        epochs, max_steps = self._data_order.plan(dataloader, self.train_dataset, *sizes, epochs, max_steps)
+        return epochs, *counts, batch, rounds, max_steps
 
     def get_tp_size(self) -> int:
         """Ranks that see the same batch: what Trainer divides by wherever it counts batches by the world size."""
@@ -288,11 +280,7 @@ class NanotronTrainer(Trainer):
         return self._data_order.progress(epoch, rounds, self.state)
 
     def _load_callback_state(self) -> None:
-        """Trainer's, with an error that says what to do.
-
-        Raises:
-            ValueError: for states that the callbacks of this run do not take.
-        """
+        """Trainer's, with an error that says what to do."""
         try:
             super()._load_callback_state()
         except (TypeError, AttributeError) as error:
@@ -346,11 +334,7 @@ class NanotronTrainer(Trainer):
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Reads this rank's part of the training state.
-
-        Raises:
-            NonFiniteWeightsError: if the checkpoint holds weights that are not finite.
-        """
+        """Reads this rank's part of the training state."""
         if checkpoint is not None:
             assert self.optimizer is not None
             self.weights.wait()
@@ -431,11 +415,7 @@ class NanotronTrainer(Trainer):
         has_items = self._check_labels(window)
         loss_choice = self._follow_loss()
         micro_batches = make_micro_batches(
-            window,
-            self._prepare_inputs,
-            self.mesh,
-            loss_choice.is_mean_of_means,
-            self.training_state.attention is not None,
+            window, self._prepare_inputs, self.training_state, loss_choice.is_mean_of_means
         )
         self._windows.read_verdict()
         if mixture is not None:
@@ -492,11 +472,7 @@ class NanotronTrainer(Trainer):
         return self._norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        """Over the whole model, before clipping.
-
-        Raises:
-            ValueError: if the step was not run.
-        """
+        """Over the whole model, before clipping."""
         if self._stepped != self.state.global_step:
             raise ValueError(
                 "training_step did not call super() for the last micro-batch of this step, with which the step runs. "
@@ -672,10 +648,10 @@ class NanotronTrainer(Trainer):
         return group_of(param, self.optimizer, self.model, self.weights)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused."""
+        """Not supported: trials run in one process."""
         raise ValueError(
-            "hyperparameter_search is not available: its trials run in one process, a parallel model in many. Start "
-            "one job per trial."
+            "hyperparameter_search is not supported: its trials run in one process, and a parallel model runs in many. "
+            "Start one job per trial."
         )
 
     # ---- what Trainer does not have ----
@@ -724,10 +700,7 @@ class NanotronTrainer(Trainer):
     # ---- parts of the overrides ----
 
     def _refuse_stray_call(self) -> None:
-        """
-        Raises:
-            ValueError: if `training_step` is not called by Trainer's loop, once for each batch.
-        """
+        """`training_step` is for Trainer's loop, once for each batch."""
         if not self.is_in_train:
             raise ValueError(
                 "training_step was called outside of train(): it collects the micro-batches of a step, and runs the "
@@ -740,11 +713,7 @@ class NanotronTrainer(Trainer):
             )
 
     def _check_labels(self, window: Window) -> bool:
-        """Whether the predicted tokens of a window are counted, which takes `labels`.
-
-        Raises:
-            ValueError: for a window without labels, where the loss needs them or other ranks have some.
-        """
+        """Whether the predicted tokens of a window are counted, which takes `labels`."""
         inputs, items = window[-1]
         if isinstance(items, torch.Tensor):
             return True
@@ -760,17 +729,11 @@ class NanotronTrainer(Trainer):
     def _loss(self) -> LossChoice:
         """Whose loss is trained now."""
         is_overridden = "compute_loss" in vars(self) or type(self).compute_loss is not NanotronTrainer.compute_loss
-        return LossChoice(
-            self.model,
-            self.args,
-            self.compute_loss,
-            is_overridden,
-            type(self).__name__,
-            self.compute_loss_func,
-            self.label_smoother,
-            self.model_accepts_loss_kwargs,
-            self.loss_is_scaled_for_ga,
-        )
+        asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
+        return LossChoice(self.model, self.args, self.compute_loss, is_overridden, type(self).__name__, *asked)
+
+    def _check_frozen(self) -> None:
+        check_frozen(self.training_state, self.args.save_hub_weights)
 
     def _check_loss(self) -> None:
         """See `LossChoice.check`."""
@@ -779,11 +742,7 @@ class NanotronTrainer(Trainer):
         loss_choice.check()
 
     def _follow_loss(self) -> LossChoice:
-        """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch.
-
-        Raises:
-            ValueError: see `LossChoice.check`.
-        """
+        """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch."""
         loss_choice = self._loss
         if loss_choice.whose != self._checked_loss:
             self._check_loss()
@@ -857,39 +816,27 @@ class NanotronTrainer(Trainer):
         return model
 
     def _take_up_model(self) -> None:
-        """Train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
-        self._set_up_training_state()
-        self._checkpointer.mesh = self._uploads.mesh = self.mesh
-        self._guard = NonFiniteGuard(self.args, self.model, self.weights, self._checkpointer.where_to_resume)
-        self._windows = WindowAgreement(self.window_check, self._guard)
-        self._evaluation = EvaluationRun(self.window_check, self.accelerator)
-
-    def _set_up_training_state(self) -> None:
-        """Weights, gradients and the step, for the model at hand."""
-        model = self.model
-        self.mesh = model.mesh
+        """Prepare, train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
+        model, mesh = self.model, self.model.mesh
         check_model(model)
         note_frozen(model)
-        self.mesh.set_timeout(self.args.ddp_timeout_delta)
-        self.window_check = WindowCheck(self.mesh, model.vocabulary)
-        self.accelerator.mesh, self.accelerator.model = self.mesh, model
+        mesh.set_timeout(self.args.ddp_timeout_delta)
+        self.mesh = self.accelerator.mesh = self._checkpointer.mesh = self._uploads.mesh = mesh
+        self.accelerator.model = model
+        self.window_check = WindowCheck(mesh, model.vocabulary)
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self.training_state = prepare_training(model, self.args)
         self.weights = self.training_state.weights
-        self._written = WrittenWeights(model, self.weights)
         self._step = TrainStep(self.training_state)
-
-    def _check_frozen(self) -> None:
-        check_frozen(self.training_state, self.args.save_hub_weights)
+        self._written = WrittenWeights(model, self.weights)
+        self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
+        self._windows = WindowAgreement(self.window_check, self._guard)
+        self._evaluation = EvaluationRun(self.window_check, self.accelerator)
 
 
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse the Trainer arguments that cannot be honoured.
-
-    Raises:
-        ValueError: naming the argument and the reason.
-    """
+    """Refuse the Trainer arguments that cannot be honoured."""
     if positional:
         raise ValueError("NanotronTrainer takes `model` and `args` by position and the rest by name.")
     if kwargs.get("optimizer_cls_and_kwargs") is not None:

@@ -593,7 +593,7 @@ def test_a_loss_that_needs_no_labels(pool: WorkerPool) -> None:
 
 
 def test_a_mixture_with_a_forward_of_its_own_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"DoublingMixture.*losses over routers.*output_router_logits=False"):
+    with pytest.raises(ValueError, match=r"DoublingMixture.*router losses.*output_router_logits=False"):
         build("mixture", checkpoint("mixtral", **MIXTURE), NanotronTrainer, NanotronTrainingArguments, History())
     quiet = checkpoint("mixtral", **{**MIXTURE, "output_router_logits": False})
     build("mixture", quiet, NanotronTrainer, NanotronTrainingArguments, History()).train()

@@ -379,6 +379,7 @@ def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
     """`trainer_state.json` names it by a whole path, which Trainer would load."""
     args: Any = SimpleNamespace(output_dir=str(tmp_path / "out"))
     checkpointer = Checkpointer(args, RemoteUploads(args), on_committed=print)
+    checkpointer._saved.add(tmp_path / "old/checkpoint-2")
     for folder, step in (("out", 3), ("old", 1), ("other", 3), ("out", 4)):
         directory = tmp_path / folder / f"checkpoint-{step}"
         begin(directory)

@@ -215,9 +215,9 @@ def made_differently(directory: str) -> None:
     link = Path(directory) / f"home-{rank}"
     link.mkdir(exist_ok=True)
     os.chdir(link)
-    with pytest.raises(ValueError, match="output_dir='out': .*is not to be seen.*rank 1"):
+    with pytest.raises(ValueError, match="output_dir='out': .*is not visible.*rank 1"):
         make({"output_dir": "out", "save_strategy": "steps"})
-    with pytest.raises(ValueError, match="output_dir='out': .*is not to be seen.*rank 1"):
+    with pytest.raises(ValueError, match="output_dir='out': .*is not visible.*rank 1"):
         trainer.save_model("out")
     (Path(directory) / "file").touch()
     with pytest.raises(ValueError, match=r"file.*: .*Not a directory.* \(rank 0\)"):

@@ -24,13 +24,12 @@ OVER_DATA_PARALLEL_RANKS = frozenset(
 )
 # What takes a model that every rank holds whole: refused for the trainer's, done for any other module.
 REFUSED = {
-    "prepare_model": "it is spread over the ranks already, and accelerate would wrap it as if every rank held a copy; "
+    "prepare_model": "it is sharded already, and accelerate would wrap it as if it was replicated on every rank; "
     "use it as it is",
-    "save_model": "a rank holds its part alone; use trainer.save_model(), on every rank",
-    "get_state_dict": "a rank holds its part alone; use trainer.save_model(), on every rank",
-    "clip_grad_norm_": "its gradients are divided over the ranks, so a norm of this rank's would be wrong; set "
-    "max_grad_norm",
-    "clip_grad_value_": "its gradients are divided over the ranks and not in `grad`; set max_grad_norm",
+    "save_model": "each rank holds only its shard; use trainer.save_model(), on every rank",
+    "get_state_dict": "each rank holds only its shard; use trainer.save_model(), on every rank",
+    "clip_grad_norm_": "its gradients are sharded, so the norm on one rank would be wrong; set max_grad_norm",
+    "clip_grad_value_": "its gradients are sharded and not in `grad`; set max_grad_norm",
     "save_state": "accelerate saves a whole model; use the trainer's checkpoints (save_strategy)",
     "load_state": "accelerate loads a whole model; use train(resume_from_checkpoint=...)",
     "prepare_scheduler": "accelerate steps it once for each process; hand it to the trainer as it is, in "

@@ -74,11 +74,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def running(self, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
-        """Around a run, which holds the lock of its folder: the checkpoint that it resumes, if any.
-
-        Raises:
-            ValueError: see `NanotronTrainer.train`.
-        """
+        """Around a run, which holds the lock of its folder: the checkpoint that it resumes, if any."""
         together(self.mesh, "the save of the run before", self.finish)
         self._saved.clear()
         self.was_told_to_stop = False
@@ -96,11 +92,7 @@ class Checkpointer:
                 self._lock.release()
 
     def choose(self, named: str | bool | None) -> str | None:
-        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
-
-        Raises:
-            ValueError: if the named checkpoint is not complete, or there is none at all.
-        """
+        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither."""
         if not named:
             return None
         if named is not True:
@@ -127,22 +119,13 @@ class Checkpointer:
                 self._uploads.uploader.note_run()
 
     def stop_if_told(self, told: torch.Tensor, received: str | None, control: TrainerControl) -> None:
-        """Save and stop after this step if any rank has received a signal.
-
-        Args:
-            told: how many ranks have.
-            received: the signal of this rank.
-        """
+        """Save and stop after this step if any rank was `told` to by a signal; this one `received` which."""
         if self.args.save_on_signal and told.item():
             logger.warning(f"{received or 'Another rank was told to stop'}: saving, then stopping.")
             control.should_save = control.should_training_stop = self.was_told_to_stop = True
 
     def where_to_resume(self, besides: str | None = None) -> str:
-        """What to do about weights that are lost, up to an "and". All ranks together.
-
-        Args:
-            besides: a checkpoint that is no use, nor are later ones.
-        """
+        """What to do about lost weights, up to an "and"; not from `besides` or what is newer. All ranks together."""
         try:
             together(self.mesh, "the save before", self.finish)  # it is the one to resume from
         except Exception as error:
@@ -157,11 +140,7 @@ class Checkpointer:
     # ---- saving ----
 
     def begin(self, folder: Path, step: int) -> Save | None:
-        """Begin `checkpoint-N/`, after the save before has ended; None if this run has it already.
-
-        Args:
-            folder: of the run.
-        """
+        """Begin `checkpoint-N/` in the folder of a run; None if this run has it already."""
         mesh, directory = self.mesh, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if directory.resolve() in self._saved:  # at the end of an epoch, say, that is also a step to save at
             return None
@@ -209,11 +188,7 @@ class Checkpointer:
         save.values = state_values(self.mesh, optimizer, scheduler, {**extra, KEY: self.run.to_dict()})
 
     def finish_save(self, save: Save, best: str | None) -> None:
-        """Write what is left, now or in the background, and commit.
-
-        Args:
-            best: a checkpoint that is kept in any case.
-        """
+        """Write what is left, now or in the background, and commit. The `best` checkpoint is kept in any case."""
         save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
         if self.args.async_save:
             save.copy_to_host(self.background.copies)
@@ -223,11 +198,7 @@ class Checkpointer:
             self._on_committed(save.directory)
 
     def finish(self, wait: bool = True) -> None:
-        """Take note of a background save that has ended.
-
-        Raises:
-            RuntimeError: if it failed.
-        """
+        """Take note of a background save that has ended."""
         directory = self.background.wait() if wait else self.background.poll()
         if directory is not None:
             self._on_committed(directory)

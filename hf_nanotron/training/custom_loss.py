@@ -104,7 +104,7 @@ class LossChoice:
 
     @property
     def is_mean_of_means(self) -> bool:
-        """Whether the plain loss is a mean over each micro-batch, which weigh equally (`step.weigh`)."""
+        """Whether the plain loss is a mean over each micro-batch, which weigh equally (`micro_batches.weigh`)."""
         return not (self.model.makes_logits or self.is_scaled or self.takes_items)
 
     # ---- what is possible ----
@@ -112,16 +112,13 @@ class LossChoice:
     def check(self) -> None:
         """Have the model make logits where the loss needs them. Called on every rank, when the trainer is made, when
         it starts, and with each epoch.
-
-        Raises:
-            ValueError: for a loss that this topology, or another argument, makes impossible.
         """
         model, mesh = self.model, self.model.mesh
         if mesh.pp_size > 1:
             self._refuse_without_whole_model()
             check_own_forward(model, model.stock_class)
         self._warn_of_parts()
-        # Of a model that takes no number of tokens, `step.weigh` divides the plain loss.
+        # Of a model that takes no number of tokens, `micro_batches.weigh` divides the plain loss.
         unscaled = self.takes_items and model.plain_forward and not self.is_scaled
         model.training_loss.needs_logits = self.of_outputs is not None or self.calls_whole_model or unscaled
         if not model.makes_logits:
@@ -136,10 +133,7 @@ class LossChoice:
         logger.info("The loss is not the model's plain one: the last stage makes full logits.")
 
     def _refuse_with_own_loss(self) -> None:
-        """
-        Raises:
-            ValueError: for what is possible with the plain loss alone.
-        """
+        """What is possible with the plain loss alone."""
         model, args, mesh = self.model, self.args, self.model.mesh
         if args.z_loss_coefficient:
             raise ValueError(
@@ -148,8 +142,8 @@ class LossChoice:
             )
         if model.mixture is not None and model.mixture.losses is not None and not model.plain_forward:
             raise ValueError(
-                f"the forward of {model.stock_class.__name__} computes a loss of its own, to which the losses over "
-                "routers would be added, not inside it but after it; turn them off (config.output_router_logits=False, "
+                f"the forward of {model.stock_class.__name__} computes its own loss, so router losses "
+                "could only be added after it; turn them off (config.output_router_logits=False, "
                 "config.router_z_loss_coef=0), or use compute_loss_func with the stock forward."
             )
         between = [
@@ -183,15 +177,12 @@ class LossChoice:
             )
 
     def _refuse_without_whole_model(self) -> None:
-        """
-        Raises:
-            ValueError: for what needs all layers of the model on one rank, which no rank of a pipeline has.
-        """
+        """What needs all layers of the model on one rank, which no rank of a pipeline has."""
         sizes = f"pp_size={self.model.mesh.pp_size}"
         if self.is_overridden:
             raise ValueError(
-                f"{sizes} with {self.trainer}.compute_loss overridden: it calls the whole model, of which a "
-                "rank of a pipeline has a part. Pass compute_loss_func=f, with f(outputs, labels, "
+                f"{sizes} with {self.trainer}.compute_loss overridden: it calls the whole model, and a rank of "
+                "a pipeline has only its stage. Pass compute_loss_func=f, with f(outputs, labels, "
                 "num_items_in_batch=...), which is called with whole logits, or use pp_size=1."
             )
         if "forward" in vars(self.model):
@@ -212,11 +203,7 @@ class LossChoice:
     # ---- where it is computed ----
 
     def of_step(self, window: Sequence[dict[str, Any]], has_items: bool) -> StepLoss | None:
-        """How the losses of a window are made; None for the plain loss.
-
-        Args:
-            has_items: whether its predicted tokens are counted, which takes `labels`.
-        """
+        """How the losses of a window are made, with its predicted tokens counted or not; None for the plain loss."""
         if not self.model.makes_logits:
             return None
         mesh = self.model.mesh
@@ -236,11 +223,7 @@ class LossChoice:
         return StepLoss(share, self.takes_items, copies, of_batch=of_batch)
 
     def of_batch(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int | None) -> tuple[Any, Any]:
-        """Loss and outputs of one batch, as `Trainer.compute_loss` in one process.
-
-        Args:
-            items: `num_items_in_batch`.
-        """
+        """Loss and outputs of one batch, as `Trainer.compute_loss` in one process."""
         of_outputs, mixture = self.of_outputs, self.model.mixture
         labels = inputs.pop("labels") if of_outputs is not None and "labels" in inputs else None
         if self.takes_items and items is not None:

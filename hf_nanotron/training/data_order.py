@@ -40,11 +40,7 @@ def make_loader(
     batch_size: int,
     is_training: bool,
 ) -> DataParallelLoader:
-    """A loader by the training arguments, over the data-parallel ranks of `mesh`.
-
-    Args:
-        batch_size: samples of one rank.
-    """
+    """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`."""
     # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
     loader = build_loader(
@@ -86,11 +82,7 @@ class DataOrder:
         self.begin_run(None)
 
     def begin_run(self, checkpoint: str | None) -> None:
-        """Forget the run before, and read the cursor that this one goes on from.
-
-        Args:
-            checkpoint: that is resumed, if any.
-        """
+        """Forget the run before, and read the cursor of the checkpoint that this one resumes, if any."""
         self._cursor: Cursor | None = None
         self._resumed: Cursor | None = None
         self._resumed_step = 0
@@ -107,12 +99,7 @@ class DataOrder:
     def train_sampler(
         self, dataset: Any, global_batch: Callable[[], int], tokenizer: Any = None
     ) -> Sampler[int] | None:
-        """None for a stream.
-
-        Args:
-            global_batch: samples of an optimizer step, over all ranks.
-            tokenizer: knows which column has the lengths.
-        """
+        """None for a stream. The tokenizer knows which column has the lengths."""
         if isinstance(dataset, IterableDataset):
             return None
         if self.args.train_sampling_strategy == "sequential":
@@ -176,11 +163,7 @@ class DataOrder:
     # ---- the loop ----
 
     def compare(self, mesh: ParallelMesh, loader: Any) -> None:
-        """Learn whether all ranks have the same data. All ranks together.
-
-        Raises:
-            ValueError: on every rank.
-        """
+        """Learn whether all ranks have the same data. All ranks together."""
         self._mesh = mesh
         self._fingerprint = check_same_data(mesh, loader, "training")
 
@@ -193,9 +176,6 @@ class DataOrder:
             dataset: of the trainer.
             batch_size: samples of one rank.
             epochs, max_steps: as Trainer has reckoned them, for a run from the beginning.
-
-        Raises:
-            ValueError: if the run cannot go on with the next sample.
         """
         self._is_stream, self._batch_size = isinstance(dataset, IterableDataset), batch_size
         if not (isinstance(loader, DataParallelLoader) and loader.tracks_position):
@@ -242,11 +222,7 @@ class DataOrder:
         return epochs, max_steps
 
     def progress(self, epoch: int, rounds: int, state: TrainerState) -> tuple[int, int]:
-        """Epochs and rounds that a run has behind it.
-
-        Args:
-            epoch, rounds: as Trainer has reckoned them.
-        """
+        """Epochs and rounds that a run has behind it: as Trainer has reckoned them, unless the cursor knows better."""
         return (epoch, rounds) if self._rest is None else (self._rest.epoch, self._rounds_before(self._rest, state))
 
     def _rounds_before(self, rest: Resumption, state: TrainerState) -> int:
@@ -258,12 +234,7 @@ class DataOrder:
     def begin_epoch(
         self, loader: Any, epoch: int, rounds: int, state: TrainerState, checkpoint: str | None
     ) -> Resumption | None:
-        """What is left of an epoch that is resumed, from which `loader` then reads; None for one from its beginning.
-
-        Args:
-            rounds: of the epoch, as Trainer has reckoned them.
-            checkpoint: that the run resumes.
-        """
+        """What is left of an epoch that is resumed, from which `loader` then reads; None for one from its beginning."""
         rest = self._rest
         self._loader, self._epoch, self._rounds_done, self._rounds_in_epoch = loader, epoch, 0, rounds
         if rest is None or epoch != rest.epoch or self._cursor is None:

@@ -87,11 +87,7 @@ class EvaluationRun:
 
     @contextlib.contextmanager
     def over(self, loader: Any, description: str) -> Iterator[Any]:
-        """During an evaluation: the loader to evaluate over, whose batches all ranks compare.
-
-        Raises:
-            ValueError: on every rank, for data that differs between them, or ids that the model does not know.
-        """
+        """During an evaluation: the loader to evaluate over, whose batches all ranks compare."""
         check_same_data(self.mesh, loader, description.lower(), reads=not is_stream(loader))
         self._description, self._announced = description, loader
         self._evaluated = loader if isinstance(loader, DataParallelLoader) else None
@@ -118,21 +114,13 @@ class EvaluationRun:
             self._compare(inputs, "prediction_step")
 
     def _compare(self, inputs: Any, where: str) -> None:
-        """Learn whether ranks have the same batch.
-
-        Raises:
-            ValueError, RuntimeError: see `WindowCheck.judge`.
-        """
+        """Learn whether ranks have the same batch."""
         window = [] if inputs is None else [inputs]
         self.check.judge(self.check.start(window, order=order_of(self._evaluated)), where)
 
     @contextlib.contextmanager
     def predicting(self, view: ParallelModel | None) -> Iterator[None]:
-        """While `prediction_step` computes.
-
-        Args:
-            view: a model whose backbone and head the user's code may call itself.
-        """
+        """While `prediction_step` computes; user's code may call backbone and head of the `view` itself."""
         self.is_predicting = True
         try:
             with contextlib.nullcontext() if view is None else whole_outputs(view, view):

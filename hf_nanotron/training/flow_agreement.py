@@ -54,12 +54,7 @@ class FlowAgreement:
             self._callbacks[:] = [*others, self._keeper]
 
     def turns(self, get_control: Callable[[], TrainerControl], step: int) -> Iterator[None]:
-        """One turn for each time that Trainer is to look at the flags and act: twice where it logs.
-
-        Args:
-            get_control: the trainer's, which callbacks may replace.
-            step: optimizer steps so far.
-        """
+        """One turn for each time that Trainer is to act by the flags of a control that callbacks may replace."""
         if not self.agrees:
             yield
             return

@@ -56,11 +56,7 @@ class GradientAccess:
 
     @contextlib.contextmanager
     def watching(self, mesh: ParallelMesh, callbacks: Iterable[TrainerCallback]) -> Iterator[None]:
-        """During an epoch. Warns in the end of callbacks that looked for gradients where there are none.
-
-        Raises:
-            ValueError: on every rank, for hooks that are not the same on each.
-        """
+        """During an epoch. Warns in the end of callbacks that looked for gradients where there are none."""
         compare_ranks(mesh, {"what add_gradient_hook was called for": self._hooks.weights()})
         self._reads = False
         try:
@@ -74,11 +70,7 @@ class GradientAccess:
 
 
 class WrittenWeights:
-    """Takes over what others write into the weights of a model, and refuses what its shards cannot follow.
-
-    Args:
-        weights: of the model.
-    """
+    """Takes over what others write into the weights of a model, and refuses what its shards cannot follow."""
 
     def __init__(self, model: ParallelModel, weights: ShardedWeights) -> None:
         self.model, self.weights = model, weights
@@ -88,11 +80,7 @@ class WrittenWeights:
         ]
 
     def take(self) -> None:
-        """Train on what was written into the weights so far. All ranks together.
-
-        Raises:
-            ValueError: on every rank, for data that they cannot have, and for copies that differ.
-        """
+        """Train on what was written into the weights so far. All ranks together."""
         check_model(self.model)
         mesh, message = self.model.mesh, None
         try:
@@ -111,11 +99,7 @@ class WrittenWeights:
         refuse_together(mesh, message)
 
     def check_slots(self) -> None:
-        """Before a step, on the host alone: weights that a callback has replaced, or put hooks on.
-
-        Raises:
-            ValueError: naming the first.
-        """
+        """Before a step, on the host alone: weights that a callback has replaced, or put hooks on."""
         for name, slots, leaf, parameter in self._slots:
             if slots.get(leaf) is not parameter:
                 raise ValueError(
@@ -127,11 +111,7 @@ class WrittenWeights:
 
 
 def check_model(model: ParallelModel) -> None:
-    """Refuse hooks on gradients, and changes of the model that its weights cannot follow. All ranks together.
-
-    Raises:
-        ValueError: on every rank.
-    """
+    """Refuse hooks on gradients, and changes of the model that its weights cannot follow. All ranks together."""
     model.check_cut()
     divided = None if model.mesh.pp_size == 1 else model.anatomy.backbone
     refuse_together(model.mesh, hook_message(model, model.mesh.tp_size, divided))

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from ..data.loader import FillerBatch
+from ..models.stage import LOSS_WEIGHT
 from ..parallel.batch import ones_like_tokens
+from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..prepare.attention import documents_of
-from .step import weigh
+from ..prepare.training_state import TrainingState
 from .step_window import DOCUMENTS, ROUTER_MASK
 
 Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
@@ -20,9 +22,8 @@ Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
 def make_micro_batches(
     window: Window,
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
-    mesh: ParallelMesh,
+    state: TrainingState,
     weigh_equally: bool,
-    finds_documents: bool,
 ) -> list[dict[str, Any]]:
     """What `TrainStep.run` takes. All data-parallel ranks together.
 
@@ -31,15 +32,26 @@ def make_micro_batches(
             micro-batches over, each with the count of its own.
         prepare: brings a batch to the device.
         weigh_equally: for a model that returns the mean over each micro-batch.
-        finds_documents: whether the attention is told of documents.
     """
+    mesh = state.model.mesh
     micro_batches = [{**prepare(batch), "num_items_in_batch": count} for batch, count in window]
     if weigh_equally:
         micro_batches = weigh(micro_batches, [isinstance(batch, FillerBatch) for batch, _ in window], mesh)
     multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
     for micro_batch, (batch, _) in zip(micro_batches, window, strict=True):
-        if finds_documents:
+        if state.attention is not None:
             micro_batch[DOCUMENTS] = documents_of(batch, multiple)
         if isinstance(batch, FillerBatch):
             micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
     return micro_batches
+
+
+def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
+    """`micro_batches` of a model that returns the mean over each: they weigh equally, `fillers` nothing, as in Trainer.
+
+    All data-parallel ranks together.
+    """
+    own = torch.full((), float(len(fillers) - sum(fillers)), device=mesh.device)
+    weight = 1 / all_reduce(own, mesh.dp)
+    inputs = [{k: v for k, v in batch.items() if k != "num_items_in_batch"} for batch in micro_batches]
+    return [{**batch, LOSS_WEIGHT: weight} for batch in inputs]

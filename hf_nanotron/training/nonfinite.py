@@ -105,13 +105,7 @@ class NonFiniteGuard:
         return None if self._unchecked is None else self._unchecked.verdict
 
     def judge(self, step: int, norm: torch.Tensor, loss: torch.Tensor, link: OptimizerLink) -> bool:
-        """Have the step left out if `norm` is not finite. False if the host knows already that it is not.
-
-        Args:
-            step: its number, from 1.
-            norm: of the step's gradient, over the whole model.
-            loss: this rank's part.
-        """
+        """Have the step left out if `norm` is not finite. False if the host knows already that it is not."""
         self._unchecked = FiniteCheck(step, norm, loss)
         # Biases of routers are moved by the host.
         if link.skips_on_device and not self.args.moe_bias_update_rate:
@@ -121,12 +115,7 @@ class NonFiniteGuard:
         return not link.skips_next
 
     def check(self) -> bool:
-        """Whether the last step's gradient was finite. Reports one that was not, once; the step is left out.
-
-        Raises:
-            NonFiniteGradientError: unless `skip_nonfinite_steps`, or after too many in a row. Weights, optimizer and
-                checkpoints are untouched.
-        """
+        """Whether the last step's gradient was finite. Reports one that was not, once; the step is left out."""
         check, self._unchecked = self._unchecked, None
         if check is None:
             return True
@@ -162,13 +151,7 @@ class NonFiniteGuard:
     # ---- weights ----
 
     def refuse_to_save(self, what: str, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """
-        Args:
-            optimizer: whose state is to be saved, too. One that is not finite ends the next step.
-
-        Raises:
-            NonFiniteWeightsError: on every rank, if a weight is not finite on any. Nothing is written.
-        """
+        """Not finite on any rank: then nothing is written. `optimizer` is one whose state is to be saved, too."""
         if self.model.weights is self.weights:  # what callbacks have written into the weights is what is saved
             together(self.model.mesh, f"saving {what}", lambda: self.weights.take_written(compare=True))
         bad = first_nonfinite(self.model, self.weights, optimizer)
@@ -179,11 +162,7 @@ class NonFiniteGuard:
             )
 
     def refuse_to_resume(self, checkpoint: str, optimizer: torch.optim.Optimizer | None) -> None:
-        """
-        Raises:
-            NonFiniteWeightsError: if the checkpoint, which another program or an earlier version may have written,
-                holds weights that are not finite.
-        """
+        """Another program, or an earlier version, may have written a checkpoint with such weights."""
         bad = first_nonfinite(self.model, self.weights, optimizer)
         if bad is not None:
             raise NonFiniteWeightsError(
@@ -205,11 +184,7 @@ class FiniteLosses:
         self._without = 0
 
     def add(self, loss: torch.Tensor, logged: torch.Tensor) -> torch.Tensor:
-        """What to add to `logged`, Trainer's sum, so that it is the mean of the finite losses times the steps.
-
-        Args:
-            loss: of one more step.
-        """
+        """What to add to `logged`, Trainer's sum, so that it is the mean of the finite losses times the steps."""
         self._steps += 1
         finite = loss.isfinite()
         self._sum += torch.where(finite, loss, 0.0)

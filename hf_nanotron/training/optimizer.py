@@ -16,15 +16,7 @@ from ..parallel.zero.segment import ShardedWeights
 def link_optimizer(
     link: OptimizerLink | None, optimizer: Any, model: ParallelModel, weights: ShardedWeights, compares: bool
 ) -> OptimizerLink:
-    """Let the optimizer update this rank's segments, whether it was made over them or over the model.
-
-    Args:
-        link: of before, which is kept if nothing has changed.
-        compares: see `OptimizerLink`.
-
-    Raises:
-        ValueError: for what is no optimizer.
-    """
+    """Let the optimizer update this rank's segments, whoever has made it. A link that still fits is kept."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"create_optimizer must set self.optimizer; it is {type(optimizer).__name__}.")
     masters = {segment.master for segment in weights.segments}

@@ -40,12 +40,7 @@ class RemoteUploads:
         self.uploader: Uploader | None = None
 
     def open(self) -> None:
-        """Reach `remote_checkpoints`, before the training starts.
-
-        Raises:
-            ValueError: if the URL cannot be written, naming it and the reason.
-            ImportError: if the package for its protocol is missing, naming the extra.
-        """
+        """Reach `remote_checkpoints`, before the training starts."""
         args, mesh = self.args, self.mesh
         if args.remote_checkpoints is None:
             return
@@ -65,7 +60,7 @@ class RemoteUploads:
     def begin_run(self, run: Run) -> None:
         """Upload what the run has left behind, too."""
         if self.store is not None:
-            together(self.mesh, "listing the remote checkpoints", lambda: self._submit_existing(run))
+            together(self.mesh, "listing the local checkpoints to upload", lambda: self._submit_existing(run))
 
     def _submit_existing(self, run: Run) -> None:
         if self.uploader is not None:

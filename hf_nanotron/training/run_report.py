@@ -27,11 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 class RunReport:
-    """Metrics of the whole job.
-
-    Attributes:
-        loads: of the experts, in the step that is logged next.
-    """
+    """Metrics of the whole job; `loads` are those of the experts in the step that is logged next."""
 
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
@@ -84,12 +80,7 @@ def report_memory(
     recomputed: frozenset[int],
     dataset: Any,
 ) -> MemoryReport:
-    """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together.
-
-    Args:
-        recomputed: layers that recompute their activations.
-        dataset: whose first sample says how long samples are.
-    """
+    """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together."""
     length, mesh = _sample_length(dataset, model), model.mesh
     activations = activation_bytes(
         model.config,

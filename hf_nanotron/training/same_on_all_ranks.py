@@ -1,4 +1,4 @@
-"""What every rank of a job must say alike, and the disk that all of them must see."""
+"""What every rank of a job must be given alike, and the disk that all of them must share."""
 
 from __future__ import annotations
 
@@ -30,16 +30,12 @@ MAY_DIFFER = frozenset(
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context do_train do_eval do_predict".split()
 )
-EVERY_RANK = "Every rank must be given the same; ranks read their own samples of it."
+EVERY_RANK = "Every rank must get the same values, and picks its own samples of the data itself."
 LONGEST = 80  # characters of a value in an error
 
 
 def compare_ranks(mesh: ParallelMesh, values: Mapping[str, Any]) -> None:
-    """Refuse `values` that are not the same on every rank. All ranks together.
-
-    Raises:
-        ValueError: on every rank, naming what differs, and the value of each group of ranks.
-    """
+    """Refuse `values` that are not the same on every rank. All ranks together."""
     if mesh.world_size == 1:
         return
     texts = {name: _text(value) for name, value in values.items()}
@@ -105,9 +101,6 @@ def check_shared(mesh: ParallelMesh, directory: str | os.PathLike[str], argument
     """Refuse a directory that rank 0 cannot write, or that other ranks do not see. All ranks together.
 
     Rank 0 writes a small file for a moment, which every rank reads; it only makes the directory unless `is_written`.
-
-    Raises:
-        ValueError: on every rank, naming the directory, the reason and the ranks.
     """
     path, token = Path(directory), secrets.randbits(48)
     problem = ""
@@ -137,12 +130,12 @@ def _look(path: Path, name: Path) -> None:
     until = time.monotonic() + 3.0  # network file systems keep what they have listed for a while
     while not name.exists():
         if time.monotonic() > until:
-            raise FileNotFoundError("a file that rank 0 has written there is not to be seen: it is another disk")
+            raise FileNotFoundError("a file that rank 0 has written there is not visible: it is not on a shared disk")
         with contextlib.suppress(OSError):
             os.listdir(path)
         time.sleep(0.1)
     if not os.access(path, os.W_OK):
-        raise PermissionError("it cannot be written")
+        raise PermissionError("it is not writable")
 
 
 def _try(action: Any) -> str:

@@ -60,5 +60,5 @@ class StopSignals:
             self._timer.start()
 
     def _end(self, number: int) -> None:
-        logger.error(f"{self.received}: no checkpoint was finished within save_on_signal={self.grace} seconds.")
+        logger.error(f"{self.received}: no checkpoint was complete within save_on_signal={self.grace} seconds.")
         os._exit(128 + number)  # as a shell reports a death by this signal; no handler of ours can come between

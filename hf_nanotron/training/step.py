@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from ..models.stage import LOSS_WEIGHT
-from ..parallel.collectives import all_reduce
-from ..parallel.mesh import ParallelMesh
 from ..parallel.pipeline.executor import StepHooks
 from ..parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from ..prepare.training_state import TrainingState
@@ -110,17 +107,3 @@ class TrainingHooks(StepHooks):
 
     def _is_last(self, action: Action) -> bool:
         return action == self.last[action.stage]
-
-
-def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
-    """`micro_batches` of a step of a model that returns the mean over each: they weigh equally, as in Trainer.
-
-    All data-parallel ranks together.
-
-    Args:
-        fillers: which of them only keep this rank in step.
-    """
-    own = torch.full((), float(len(fillers) - sum(fillers)), device=mesh.device)
-    weight = 1 / all_reduce(own, mesh.dp)
-    inputs = [{k: v for k, v in batch.items() if k != "num_items_in_batch"} for batch in micro_batches]
-    return [{**batch, LOSS_WEIGHT: weight} for batch in inputs]

@@ -96,12 +96,7 @@ class WindowAgreement:
         self._pending = self.check.start([inputs]), f"optimizer step {step}"
 
     def read_verdict(self) -> None:
-        """Of the gradient of the step before, and of the window that has been read since.
-
-        Raises:
-            ValueError, RuntimeError: see `WindowCheck.judge`.
-            NonFiniteGradientError: see `NonFiniteGuard.check`.
-        """
+        """Of the gradient of the step before, and of the window that has been read since."""
         self.guard.check()
         if self._pending is not None:
             (pending, where), self._pending = self._pending, None
