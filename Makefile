@@ -36,7 +36,7 @@ format: venv ## let ruff fix and format
 
 docs: venv ## build the documentation into build/docs; a dead link fails
 	@$(BIN)/python docs/settings/tables.py
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/settings/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/settings/mkdocs.yml
 	@echo "The pages are in build/docs/index.html"
 
 clean: ## remove .venv, caches and what the examples wrote
