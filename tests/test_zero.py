@@ -604,7 +604,7 @@ def test_a_trainer_knows_when_its_model_is_not_its_own() -> None:
         second.train()
     second.model.lm_head.requires_grad_(True)
     second.model.to("cpu")
-    with pytest.raises(ValueError, match=r"cannot go to torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"cannot be moved to torch.bfloat16"):
         second.model.bfloat16()
 
 
