@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hf_nanotron.cli_settings import check_complete, read_settings
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.cli import build_parser
+from hf_nanotron.cli.main import build_parser
+from hf_nanotron.cli.settings import check_complete, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -96,7 +96,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The arguments of `hf-nanotron` in a block of shell lines."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        for start in (["hf-nanotron"], ["-m", "hf_nanotron.cli"]):
+        for start in (["hf-nanotron"], ["-m", "hf_nanotron.cli.main"]):
             for at in range(len(words)):
                 if words[at : at + len(start)] == start and (len(start) == 2 or at == 0):
                     yield words[at + len(start) :]
