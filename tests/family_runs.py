@@ -135,8 +135,8 @@ def compare(
     Args:
         path: file of the `reference`, or of one for each of the `"micro_batches"` that layouts ask for.
         layouts: fields of `ParallelConfig`, and `"save"`: the name under which to save the model in `folder` before it
-            trains; `"micro_batches"`: of each step, if not `TWO_STEPS`; `"checkpointing"`: recompute activations;
-            `"wrong"`: leave out the sums over tensor-parallel ranks.
+            trains; `"micro_batches"`: of each step, if not `TWO_STEPS`; `"steps"`: how many of them to take;
+            `"checkpointing"`: recompute activations; `"wrong"`: leave out the sums over tensor-parallel ranks.
     """
     found = torch.load(path)
     results = []
@@ -166,7 +166,7 @@ def _errors(
     from hf_nanotron.training.step.train_step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
-    numbers = sizes.pop("micro_batches")
+    numbers, steps = sizes.pop("micro_batches"), sizes.pop("steps", None)
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
         try:
@@ -185,7 +185,7 @@ def _errors(
         weights = shard_weights(model, torch.float32, 1 << 16)
         step = TrainStep(TrainingState(model, weights))
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers)):
+        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers)[:steps]):
             loss = step.run(batches, index)
             loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
             loss = float(all_reduce(loss.detach().clone(), mesh.world))

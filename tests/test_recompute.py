@@ -318,7 +318,7 @@ def test_what_is_kept() -> None:
 
 
 def test_training(pool: WorkerPool, tmp_path: Path) -> None:
-    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+    stock_model("llama").save_pretrained(tmp_path)
     expected = train_stock(str(tmp_path), random_dataset(20), gradient_accumulation_steps=2)
     for first, second, switched in pool.run(2, train_twice, str(tmp_path)):
         assert first.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -380,7 +380,7 @@ OF_THE_USER: list[tuple[dict[str, Any], list[int]]] = [
 
 
 def test_each_trainer_sets_what_its_arguments_say(pool: WorkerPool, tmp_path: Path) -> None:
-    model = stock_model("llama", num_hidden_layers=2)
+    model = stock_model("llama")
     model.save_pretrained(tmp_path)
     model.activation_checkpointing_enable()
     data, arguments = random_dataset(4), training_arguments(max_steps=1)
@@ -437,9 +437,7 @@ def test_layers_that_are_not_there(pool: WorkerPool) -> None:
 def train_absent_layer() -> None:
     wrong = {"activation_checkpointing": True, "activation_checkpointing_layers": [1, 4]}
     args = NanotronTrainingArguments(**training_arguments(pp_size=2, gradient_accumulation_steps=2, **wrong))
-    NanotronTrainer(
-        model=AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), parallel=args.parallel), args=args
-    )
+    NanotronTrainer(model=AutoModelForCausalLM.from_config(tiny_config(), parallel=args.parallel), args=args)
 
 
 ON = {"activation_checkpointing": True}

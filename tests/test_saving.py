@@ -58,7 +58,7 @@ def run(
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "start")
+    stock_model("llama").save_pretrained(tmp_path / "start")
     return tmp_path
 
 
@@ -343,8 +343,6 @@ def test_a_run_starts_from_a_converted_repository(pool: WorkerPool, start: Path)
     expected, _ = pool.run(2, run, str(start / "plain"), sizes)[0]
     hub_to_sharded(start / "start", start / "out" / "checkpoint-0", copy_weights=False)
     torch.manual_seed(8)
-    stock_model("llama", num_hidden_layers=2, initializer_range=0.3).save_pretrained(
-        start / "start"
-    )  # not what is to be trained
+    stock_model("llama", initializer_range=0.3).save_pretrained(start / "start")  # not what is to be trained
     losses, _ = pool.run(2, run, str(start / "out"), sizes, True)[0]
     assert losses == expected
