@@ -35,9 +35,8 @@ UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since
 FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
 KNOWN = {**FAMILIES, **UNPLANNED}
 STEP_LENGTH, TOKENS = 0.05, 8
-# Of each step. The second of two sees what the update of the first has changed; one alone is for what differs in the
-# gradients only.
-TWO_STEPS, ONE_STEP = (4, 2), (2,)
+# Micro-batches of each step. The second step sees what the update of the first has changed.
+TWO_STEPS = (4, 4)
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
@@ -157,14 +156,14 @@ def _errors(
     thousandth of the global norm: a gradient that is zero but for rounding is compared with that.
     """
     from hf_nanotron.checkpoint.hub.model import save_hub_model
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.optim.norm import global_norm
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
-    from hf_nanotron.training.step import TrainStep
+    from hf_nanotron.training.step.train_step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
     numbers = sizes.pop("micro_batches")
