@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory import save as save_module
-from hf_nanotron.training import checkpointing
+from hf_nanotron.training import checkpointer
 
 
 class At(TrainerCallback):
@@ -129,17 +129,17 @@ def test_a_failed_save_ends_the_run_on_every_rank(pool: WorkerPool, start: Path)
 
 
 def run_with_unwritable_weights(output: str) -> None:
-    write = checkpointing.write_safetensors
+    write = checkpointer.write_safetensors
 
     def fail(path: Any, entries: Any, tensors: Any) -> None:
         next(iter(tensors))
         raise OSError(28, "No space left on device")
 
-    checkpointing.write_safetensors = fail
+    checkpointer.write_safetensors = fail
     try:
         run(output, {"tp_size": 2})
     finally:
-        checkpointing.write_safetensors = write
+        checkpointer.write_safetensors = write
 
 
 def test_weights_that_cannot_be_written_end_the_run_on_every_rank(pool: WorkerPool, start: Path) -> None:
