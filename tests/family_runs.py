@@ -35,9 +35,8 @@ UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since
 FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
 KNOWN = {**FAMILIES, **UNPLANNED}
 STEP_LENGTH, TOKENS = 0.05, 8
-# Of each step. The second of two sees what the update of the first has changed; one alone is for what differs in the
-# gradients only.
-TWO_STEPS, ONE_STEP = (4, 2), (2,)
+# Micro-batches of each step. The second step sees what the update of the first has changed.
+TWO_STEPS = (4, 4)
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:

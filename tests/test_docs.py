@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hf_nanotron.cli.settings import check_complete, read_settings
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.cli.main import build_parser
+from hf_nanotron.cli.settings import check_complete, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

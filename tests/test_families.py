@@ -17,8 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from family_runs import FAMILIES, KNOWN, ONE_STEP, UNPLANNED, compare, reference, tiny_model
-from family_table import COLUMNS, DENSE, ROUND_TRIP, SPARSE, Cell, as_record, describe, make_row, planned_types
+from family_runs import FAMILIES, KNOWN, UNPLANNED, compare, reference, tiny_model
+from family_table import (
+    COLUMNS,
+    DENSE,
+    ONE_STEP,
+    ROUND_TRIP,
+    SPARSE,
+    Cell,
+    as_record,
+    describe,
+    make_row,
+    planned_types,
+)
 from pool import WorkerPool
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

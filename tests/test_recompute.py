@@ -292,9 +292,9 @@ def compiled_costs() -> dict[str, tuple[int, Counter[str]]]:
 def test_compiled_layers_keep_products_and_attention_alone(pool: WorkerPool) -> None:
     (costs,) = pool.run(1, compiled_costs)
     (kept, calls), (less, calls_less) = costs["None"], costs["selective"]
-    names = ("linear", "joint_linear", "linear_backward", "joint_linear_backward")
+    names = ("linear", "linear_backward")
     for graph in (calls, calls_less):
-        assert [graph[f"hf_nanotron::{name}"] for name in names] == [2, 2, 2, 2]
+        assert [graph[f"hf_nanotron::{name}"] for name in names] == [7, 7]
         assert graph["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1
     assert calls_less["aten::rsqrt"] == 2 * calls["aten::rsqrt"]
     hidden, heads = SHAPE["hidden_size"], SHAPE["num_attention_heads"]
@@ -307,7 +307,7 @@ def test_what_is_kept() -> None:
     x = torch.zeros(2, 2)
     mine: Any = torch.ops.hf_nanotron
     flash = aten._scaled_dot_product_flash_attention.default
-    assert keeps(aten.mm.default, (x, x), {}) and keeps(mine.joint_linear.default, (x, [x], [x]), {})
+    assert keeps(aten.mm.default, (x, x), {}) and keeps(mine.linear.default, (x, x), {})
     assert keeps(flash, (x, x, x), {}) and keeps(flash, (x, x, x, 0.0, True), {})
     assert not keeps(flash, (x, x, x, 0.1, True), {}) and not keeps(flash, (x, x, x), {"dropout_p": 0.1})
     assert not keeps(aten.mm.out, (x, x), {"out": x}), "an operator that writes must run again"
