@@ -392,9 +392,9 @@ def test_commands(tmp_path: Path, argv: list[str], says: str) -> None:
 
 
 def run(*argv: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "hf_nanotron.cli.main"]
+    start = [sys.executable, "-m", "hf_nanotron.cli"]
     if processes > 1:
-        start = [sys.executable, str(Path(__file__).parent / "forked.py"), str(processes), "-m", "hf_nanotron.cli.main"]
+        start = [sys.executable, str(Path(__file__).parent / "forked.py"), str(processes), "-m", "hf_nanotron.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, *argv], capture_output=True, text=True, timeout=240, env=environment)
 

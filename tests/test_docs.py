@@ -96,7 +96,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The arguments of `hf-nanotron` in a block of shell lines."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        for start in (["hf-nanotron"], ["-m", "hf_nanotron.cli.main"]):
+        for start in (["hf-nanotron"], ["-m", "hf_nanotron.cli"]):
             for at in range(len(words)):
                 if words[at : at + len(start)] == start and (len(start) == 2 or at == 0):
                     yield words[at + len(start) :]
