@@ -32,9 +32,9 @@ from .checkpoint.state.training_state import DIRECTORY, has_training_state, load
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
-from .models.parallelize import parallelize
-from .models.selfcheck import compare, try_whole
-from .models.unwrap import refuse_meta, unwrap
+from .models.sharding.parallelize import parallelize
+from .models.sharding.selfcheck import compare, try_whole
+from .models.sharding.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport
 from .monitor.throughput import Throughput
@@ -52,22 +52,22 @@ from .prepare.setup import check_frozen, end_run, prepare_training, start_run
 from .prepare.training_state import TrainingState
 from .redaction import redacted
 from .training.accelerator import DataParallelAccelerator
+from .training.agreement.flow import FlowAgreement
+from .training.agreement.values import check_shared, compare_ranks, values_of
+from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
-from .training.custom_loss import LossChoice
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
-from .training.flow_agreement import FlowAgreement
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
-from .training.micro_batches import Window, make_micro_batches
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
-from .training.same_on_all_ranks import check_shared, compare_ranks, values_of
 from .training.signals import StopSignals
-from .training.step import TrainStep
+from .training.step.custom_loss import LossChoice
+from .training.step.micro_batches import Window, make_micro_batches
+from .training.step.train_step import TrainStep
 from .training.trainer_methods import check_methods, is_overridden
-from .training.window_agreement import WindowAgreement, evaluated_tokens
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)

@@ -35,9 +35,8 @@ UNPLANNED = {name: entry for name, entry in ALL_UNPLANNED.items() if not ("since
 FAMILIES |= {name: entry for name, entry in ALL_UNPLANNED.items() if name not in UNPLANNED}
 KNOWN = {**FAMILIES, **UNPLANNED}
 STEP_LENGTH, TOKENS = 0.05, 8
-# Of each step. The second of two sees what the update of the first has changed; one alone is for what differs in the
-# gradients only.
-TWO_STEPS, ONE_STEP = (4, 2), (2,)
+# Micro-batches of each step. The second step sees what the update of the first has changed.
+TWO_STEPS = (4, 4)
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
@@ -136,8 +135,8 @@ def compare(
     Args:
         path: file of the `reference`, or of one for each of the `"micro_batches"` that layouts ask for.
         layouts: fields of `ParallelConfig`, and `"save"`: the name under which to save the model in `folder` before it
-            trains; `"micro_batches"`: of each step, if not `TWO_STEPS`; `"checkpointing"`: recompute activations;
-            `"wrong"`: leave out the sums over tensor-parallel ranks.
+            trains; `"micro_batches"`: of each step, if not `TWO_STEPS`; `"steps"`: how many of them to take;
+            `"checkpointing"`: recompute activations; `"wrong"`: leave out the sums over tensor-parallel ranks.
     """
     found = torch.load(path)
     results = []
@@ -157,17 +156,17 @@ def _errors(
     thousandth of the global norm: a gradient that is zero but for rounding is compared with that.
     """
     from hf_nanotron.checkpoint.hub.model import save_hub_model
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.optim.norm import global_norm
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
-    from hf_nanotron.training.step import TrainStep
+    from hf_nanotron.training.step.train_step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
-    numbers = sizes.pop("micro_batches")
+    numbers, steps = sizes.pop("micro_batches"), sizes.pop("steps", None)
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
         try:
@@ -186,7 +185,7 @@ def _errors(
         weights = shard_weights(model, torch.float32, 1 << 16)
         step = TrainStep(TrainingState(model, weights))
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers)):
+        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers)[:steps]):
             loss = step.run(batches, index)
             loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
             loss = float(all_reduce(loss.detach().clone(), mesh.world))

@@ -1,6 +1,7 @@
 """The table of families: its columns, how a row is made, and `docs/families.md`.
 
-The layouts of two axes take two optimizer steps, the others one: they differ in the gradients, not in what follows.
+The layouts of two axes take two optimizer steps, the others one, of fewer micro-batches: they differ in the gradients,
+not in what follows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from family_runs import FAMILIES, KNOWN, ONE_STEP, TWO_STEPS, compare, reference, tiny_model
+from family_runs import FAMILIES, KNOWN, compare, reference, tiny_model
 from pool import WorkerPool
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,18 +25,20 @@ from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
+ONE_STEP, TWO_STEPS = (2,), (4, 2)  # micro-batches of each
 ONE: dict[str, Any] = {"micro_batches": ONE_STEP}
+TWO: dict[str, Any] = {"micro_batches": TWO_STEPS}
 DENSE: dict[str, dict[str, Any]] = {
     "tp 2 sp": {"tp_size": 2, **ONE},
     "tp 2": {"tp_size": 2, **WHOLE, **ONE},
     "pp 2": {"pp_size": 2, **ONE},
-    "tp 2 pp 2 sp": {"tp_size": 2, "pp_size": 2},
+    "tp 2 pp 2 sp": {"tp_size": 2, "pp_size": 2, **TWO},
     "tp 2 pp 2": {"tp_size": 2, "pp_size": 2, **WHOLE, **ONE},
     "tp 4": {"tp_size": 4, **WHOLE, **ONE},
 }
 SPARSE: dict[str, dict[str, Any]] = {
     "ep 2": {"ep_size": 2, **ONE},
-    "ep 2 tp 2 pp 2": {"ep_size": 2, "tp_size": 2, "pp_size": 2},
+    "ep 2 tp 2 pp 2": {"ep_size": 2, "tp_size": 2, "pp_size": 2, **TWO},
 }
 COLUMNS = {**DENSE, **SPARSE}
 ROUND_TRIP = "Hub round trip"

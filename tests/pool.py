@@ -2,7 +2,7 @@
 
 Importing torch and transformers costs seconds a process. A fork server pays it once (`preloaded.py`); each worker then
 runs any number of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or
-takes too long ends the workers, so that no later job meets a half-finished one.
+takes too long ends its workers, so that no later job meets a half-finished one.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class WorkerPool:
                     ok, value = False, ("EOFError", "the process died")
                 (results if ok else failures)[rank] = value
         if failures or waiting:
-            self.close()
+            self.close(len(connections))
             if not failures:
                 raise JobError(f"ranks {sorted(waiting.values())} did not finish in {TIMEOUT:.0f} s", {})
             rank = min(failures)
@@ -88,13 +88,14 @@ class WorkerPool:
             raise JobError(f"rank {rank} failed:\n{failures[rank][1]}", kinds)
         return [results[rank] for rank in range(len(connections))]
 
-    def close(self) -> None:
-        for process, connection in self._workers:
+    def close(self, count: int | None = None) -> None:
+        """End the first `count` workers, or all."""
+        ended, self._workers = self._workers[:count], self._workers[count:] if count is not None else []
+        for process, connection in ended:
             connection.close()
             process.kill()
-        for process, _ in self._workers:
+        for process, _ in ended:
             process.join()
-        self._workers = []
 
 
 def _start_server() -> None:

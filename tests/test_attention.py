@@ -420,14 +420,14 @@ def take_steps(family: str, kind: str, path: str, sizes: dict[str, Any], more: d
     """Errors of losses and gradients, graphs captured after the first step, and the attention in the last."""
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.compile import compile_layers
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
-    from hf_nanotron.training.step import TrainStep
+    from hf_nanotron.training.step.train_step import TrainStep
 
     torch._dynamo.reset()
     counters.clear()

@@ -34,7 +34,7 @@ from transformers import (
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.data.padding import pad_sequence
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.parallel.mesh import ParallelMesh
 
 # ---- sizes that do not fit the model ----

@@ -110,7 +110,7 @@ def run_steps(output: str, overrides: dict[str, Any], resume: bool = False, stoc
     values = training_arguments(output_dir=output, max_steps=4, save_strategy="steps", save_steps=2, **overrides)
     args = NanotronTrainingArguments(**values)
     if stock:
-        model = stock_model("llama")
+        model = stock_model("llama", num_hidden_layers=2)
     else:
         model = ParallelAuto.from_pretrained(str(Path(output).parent / "start"), parallel=args.parallel)
     history = History()

@@ -70,7 +70,7 @@ def test_restoring_finds_layers_with_new_hooks(pool: WorkerPool) -> None:
 
 
 def restore_after_a_hook() -> int:
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.compile import compile_layers, restore_layers
@@ -90,14 +90,14 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
     """Errors of the gradients in each step, graphs captured, and breaks in them."""
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.optim.norm import global_norm
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.compile import compile_layers
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
-    from hf_nanotron.training.step import TrainStep
+    from hf_nanotron.training.step.train_step import TrainStep
 
     torch._dynamo.reset()
     counters.clear()
@@ -128,7 +128,7 @@ def compiled_steps(family: str, path: str, sizes: dict[str, Any], overrides: dic
 def evaluate_after_compiling() -> int:
     from torch._dynamo.utils import counters
 
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
     from hf_nanotron.prepare.compile import compile_layers

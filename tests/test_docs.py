@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hf_nanotron.cli_settings import check_complete, read_settings
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.cli import build_parser
+from hf_nanotron.cli.main import build_parser
+from hf_nanotron.cli.settings import check_complete, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -122,6 +122,17 @@ def test_scripts_that_are_called_exist(text: str) -> None:
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"^make (\w+)", text, re.MULTILINE):
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE), name
+    for name in re.findall(r"-m (hf_nanotron[\w.]+)", text):
+        assert importlib.util.find_spec(name) is not None, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rooms_and_files_of_the_package_exist(page: Path) -> None:
+    """What stands in backquotes as `room/file` or `room/file.py`."""
+    package = ROOT / "hf_nanotron"
+    rooms = "|".join(path.name for path in package.iterdir() if path.is_dir())
+    named = re.findall(rf"`((?:{rooms})/[a-z_/0-9]+(?:\.py)?)`", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not ((package / name).exists() or (package / f"{name}.py").exists())]
 
 
 # ---- settings ----

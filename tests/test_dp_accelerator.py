@@ -73,7 +73,7 @@ def test_data_parallel_ranks_are_the_processes_of_data(pool: WorkerPool, tmp_pat
         assert told["gather"]["x"].tolist() == [0, 0, 1, 1] and told["gather"]["y"].tolist() == [0, 1]
         assert told["metrics"] == ["rank 0", "rank 1"]
         assert told["reduce"] == [3.0, 1.5, 2.0]
-        assert told["tokens"] == 5 * 2 * 16  # five steps of one sample on each data-parallel rank
+        assert told["tokens"] == 4 * 2 * 16  # four steps of one sample on each data-parallel rank
         assert told["rounds"] == 1  # batches of 8 on two ranks
         assert told["processes"] == (4, rank)
         assert told["ranks"] == divmod(rank, 2)

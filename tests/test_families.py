@@ -17,16 +17,27 @@ from typing import Any
 
 import pytest
 import torch
-from family_runs import FAMILIES, KNOWN, ONE_STEP, UNPLANNED, compare, reference, tiny_model
-from family_table import COLUMNS, DENSE, ROUND_TRIP, SPARSE, Cell, as_record, describe, make_row, planned_types
+from family_runs import FAMILIES, KNOWN, UNPLANNED, compare, reference, tiny_model
+from family_table import (
+    COLUMNS,
+    DENSE,
+    ONE_STEP,
+    ROUND_TRIP,
+    SPARSE,
+    Cell,
+    as_record,
+    describe,
+    make_row,
+    planned_types,
+)
 from pool import WorkerPool
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_nanotron import ParallelConfig, register_plan
+from hf_nanotron.models.sharding.tensor_shards import tensor_specs
 from hf_nanotron.models.stock import families
 from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.plan import make_plan
-from hf_nanotron.models.tensor_shards import tensor_specs
 
 # Relative to stock. A reduction that is left out or done twice misses them by three orders of magnitude.
 TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "gradient": 2e-5}
@@ -124,7 +135,7 @@ def test_layers_that_stock_keeps_in_fp32(pool: WorkerPool, family: str) -> None:
 
 def losses_by_precision(family: str) -> tuple[float, float]:
     from hf_nanotron.models.moe.routers import find_routers, fp32_router
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.mesh import ParallelMesh
 
     batch = {"input_ids": torch.arange(3, 35).view(2, 16), "labels": torch.arange(3, 35).view(2, 16)}
@@ -163,7 +174,7 @@ def test_the_guides_example_is_cut(pool: WorkerPool) -> None:
 
 
 def _cut_example(code: str) -> tuple[float, float, bool]:
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.mesh import ParallelMesh
 
     scope: dict[str, Any] = {"__name__": "example"}

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.training.flow_agreement import FLAGS, FlowAgreement
+from hf_nanotron.training.agreement.flow import FLAGS, FlowAgreement
 
 LOG, SAVE, EVALUATE, STOP = "should_log", "should_save", "should_evaluate", "should_training_stop"
 

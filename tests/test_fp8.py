@@ -17,7 +17,7 @@ from tiny import local_gradients
 from torch import nn
 
 from hf_nanotron import NanotronTrainingArguments
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.ops.fp8 import RECIPES, add_scaled_product, product, quantize, quantize_columns, quantize_rows, scales
 from hf_nanotron.ops.fp8_linear import Fp8Linear, WeightCopies, fp8_class
 from hf_nanotron.ops.linear import Linear
@@ -26,7 +26,7 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.fp8 import fp8_bytes, use_fp8
 from hf_nanotron.prepare.shard_weights import shard_weights
 from hf_nanotron.prepare.training_state import TrainingState
-from hf_nanotron.training.step import TrainStep
+from hf_nanotron.training.step.train_step import TrainStep
 
 E4M3 = torch.float8_e4m3fn
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.base import ParallelModel
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.models.stand_ins import AbsentLayer
 from hf_nanotron.parallel.collectives import all_reduce
 from hf_nanotron.parallel.mesh import ParallelMesh

@@ -247,7 +247,7 @@ LENGTH = {"max_new_tokens": NEW, "do_sample": False}
 
 def generate_families(sizes: Sizes) -> list[Any]:
     from hf_nanotron import ParallelConfig
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.mesh import ParallelMesh
 
     mesh = ParallelMesh(ParallelConfig(**sizes))

@@ -38,12 +38,12 @@ def mesh() -> Any:
 
 def run(mesh: Any, experts: bool, policy: str | None, backend: str | None, dropout: float) -> tuple[torch.Tensor, int]:
     """Gradients of the second step, and the bytes that its forward leaves."""
-    from hf_nanotron.models.parallelize import parallelize
+    from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.prepare.compile import compile_layers
     from hf_nanotron.prepare.recompute import chosen_layers, recompute_selectively, recompute_wholly
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
-    from hf_nanotron.training.step import TrainStep
+    from hf_nanotron.training.step.train_step import TrainStep
 
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_nanotron import ParallelConfig
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.parallel.collectives import all_reduce
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.compile import compile_layers
 from hf_nanotron.prepare.shard_weights import shard_weights
 from hf_nanotron.prepare.training_state import TrainingState
-from hf_nanotron.training.step import TrainStep
+from hf_nanotron.training.step.train_step import TrainStep
 
 TOLERANCE = 2e-5  # of the largest value of the parameter's gradient
 SMALL_BUCKETS = 1000  # bytes: several buckets in every group, so that their order counts

@@ -155,9 +155,9 @@ def worker_env(hub: HubServer, home: Path) -> dict[str, str]:
 
 
 def run_worker(hub: HubServer, folder: Path, *arguments: str, processes: int = 1, timeout: float = 180) -> None:
-    """Run a worker function of this file to its end, under torchrun if in several processes; it has to succeed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), __file__, *arguments]
+    """Run a worker function of this file to its end, if asked for on several ranks; it has to succeed."""
+    ranks = [str(Path(__file__).parent / "forked.py"), str(processes)]
+    command = [sys.executable, *(ranks if processes > 1 else []), __file__, *arguments]
     log = folder / "worker.log"
     with log.open("w") as output:
         env = worker_env(hub, folder / "home")
@@ -172,7 +172,7 @@ def run_worker(hub: HubServer, folder: Path, *arguments: str, processes: int = 1
 
 
 def stop(worker: subprocess.Popen[bytes]) -> None:
-    """End a worker that is still running: politely, so that torchrun ends its processes, then for certain."""
+    """End a worker that is still running, with the ranks that it has started: politely, then for certain."""
     for wish in (signal.SIGTERM, signal.SIGKILL):
         if worker.poll() is None:
             os.killpg(worker.pid, wish)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM, ParallelConfig
-from hf_nanotron.models import auto, initialize
+from hf_nanotron.models import auto
+from hf_nanotron.models.sharding import initialize
 
 OTHERS: dict[str, dict[str, Any]] = {  # whose modules set tensors of their children
     "gpt2": {"n_embd": 64, "n_layer": 8, "n_head": 4, "vocab_size": 128},

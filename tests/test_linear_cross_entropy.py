@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.head import linear_head
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.models.stock_forward import stock_forward
 from hf_nanotron.ops.linear import Linear
 from hf_nanotron.parallel.mesh import Group, ParallelMesh
@@ -28,7 +28,7 @@ from hf_nanotron.parallel.tp.loss import causal_lm_loss, chunk_size, linear_caus
 from hf_nanotron.parallel.tp.vocabulary import vocabulary_parts
 from hf_nanotron.prepare.shard_weights import shard_weights
 from hf_nanotron.prepare.training_state import TrainingState
-from hf_nanotron.training.step import TrainStep
+from hf_nanotron.training.step.train_step import TrainStep
 
 ALONE = Group((0,), 0, None)
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 13, 16, 120

@@ -31,9 +31,9 @@ from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingA
 from hf_nanotron.checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from hf_nanotron.convert.nanotron.convert import hub_to_nanotron, nanotron_to_hub
 from hf_nanotron.convert.sharded import hub_to_sharded, sharded_to_hub
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
+from hf_nanotron.models.sharding.unwrap import unwrap
 from hf_nanotron.models.stock.foreign import why_not_causal
-from hf_nanotron.models.unwrap import unwrap
 from hf_nanotron.parallel.mesh import ParallelMesh
 
 Figures = tuple[list[float], list[float], float]

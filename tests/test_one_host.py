@@ -87,7 +87,7 @@ def test_estimates_are_the_trainers(bench: argparse.Namespace, pool: WorkerPool,
     out = tmp_path / "rows.jsonl"
     cli = bench.one_host.make_parser().parse_args(["--gpus", "4", "--only", ",".join(NAMES)])
     cli.shape, cli.moe_shape, cli.sequence_length, cli.moe_sequence_length = "8b-tiny", "moe-tiny", 32, 32
-    cli.tokens_per_step = 16 * 32
+    cli.tokens_per_step = 8 * 32
     plans = bench.one_host.plan(bench.one_host.chosen(cli), cli)
     for item in plans:
         pool.run(4, in_this_process, item.row(item.sizes[0]), item.model.shape, str(out))
@@ -240,7 +240,7 @@ def test_dry_run_of_one_host(bench: argparse.Namespace, tmp_path: Path) -> None:
     """The whole script on two processes: rows, table, plot and the comparison of losses in fp32."""
     out = tmp_path / "rows.jsonl"
     only = ("dp 2 ZeRO-1", "tp 2", "pp 2 interleaved")
-    steps = (*SHORT, "--tokens-per-step", "256")
+    steps = (*SHORT, "--tokens-per-step", "128")
     ended = dry_run(out, "--gpus", "2", "--only", ",".join(only), *steps)
     assert ended.returncode == 0, ended.stderr[-2000:]
     results = bench.one_host.read(out)

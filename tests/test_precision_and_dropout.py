@@ -13,12 +13,12 @@ from tiny import History, local_gradients, pad_batch, random_dataset, training_a
 from transformers import Trainer, TrainingArguments
 
 from hf_nanotron import NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.parallel.collectives import all_gather
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.shard_weights import shard_weights
 from hf_nanotron.prepare.training_state import TrainingState
-from hf_nanotron.training.step import TrainStep
+from hf_nanotron.training.step.train_step import TrainStep
 
 DROPOUT = {"attention_dropout": 0.3}
 MICRO_BATCHES = 4  # of a step, over all data-parallel ranks

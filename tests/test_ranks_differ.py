@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -291,20 +290,12 @@ def test_only_rank_0_comes(tmp_path: Path) -> None:
     """`if trainer.is_world_process_zero(): trainer.save_model()` at the end of a script fails within seconds."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path / "out")))
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**os.environ, **store, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=200)[0] for rank in ranks]
-    match = re.search(r"SAID (\S+) ValueError: (.*)", said[0])
-    assert match is not None, said[0]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "forked.py"), "2", str(script)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+    )  # fmt: skip
+    match = re.search(r"SAID (\S+) ValueError: (.*)", done.stdout)
+    assert match is not None, done.stdout
     assert match[2] == "save_model must be called on every rank; only rank 0 came: rank 1 has ended."
     assert float(match[1]) < 20
 
@@ -344,9 +335,3 @@ def alone(directory: str) -> None:
 
 def test_others_wait_elsewhere(pool: WorkerPool, tmp_path: Path) -> None:
     pool.run(2, alone, str(tmp_path))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

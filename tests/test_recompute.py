@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.models.parallelize import parallelize
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.monitor.memory import activation_bytes
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.compile import compile_layers, compiled_parts
@@ -26,7 +26,7 @@ from hf_nanotron.prepare.compile_passes import rewriting
 from hf_nanotron.prepare.recompute import chosen_layers, keeps, recompute_selectively, recompute_wholly
 from hf_nanotron.prepare.shard_weights import shard_weights
 from hf_nanotron.prepare.training_state import TrainingState
-from hf_nanotron.training.step import TrainStep
+from hf_nanotron.training.step.train_step import TrainStep
 
 TOLERANCE = 1e-5
 aten: Any = torch.ops.aten
@@ -292,9 +292,9 @@ def compiled_costs() -> dict[str, tuple[int, Counter[str]]]:
 def test_compiled_layers_keep_products_and_attention_alone(pool: WorkerPool) -> None:
     (costs,) = pool.run(1, compiled_costs)
     (kept, calls), (less, calls_less) = costs["None"], costs["selective"]
-    names = ("linear", "joint_linear", "linear_backward", "joint_linear_backward")
+    names = ("linear", "linear_backward")
     for graph in (calls, calls_less):
-        assert [graph[f"hf_nanotron::{name}"] for name in names] == [2, 2, 2, 2]
+        assert [graph[f"hf_nanotron::{name}"] for name in names] == [7, 7]
         assert graph["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1
     assert calls_less["aten::rsqrt"] == 2 * calls["aten::rsqrt"]
     hidden, heads = SHAPE["hidden_size"], SHAPE["num_attention_heads"]
@@ -307,7 +307,7 @@ def test_what_is_kept() -> None:
     x = torch.zeros(2, 2)
     mine: Any = torch.ops.hf_nanotron
     flash = aten._scaled_dot_product_flash_attention.default
-    assert keeps(aten.mm.default, (x, x), {}) and keeps(mine.joint_linear.default, (x, [x], [x]), {})
+    assert keeps(aten.mm.default, (x, x), {}) and keeps(mine.linear.default, (x, x), {})
     assert keeps(flash, (x, x, x), {}) and keeps(flash, (x, x, x, 0.0, True), {})
     assert not keeps(flash, (x, x, x, 0.1, True), {}) and not keeps(flash, (x, x, x), {"dropout_p": 0.1})
     assert not keeps(aten.mm.out, (x, x), {"out": x}), "an operator that writes must run again"
@@ -318,7 +318,7 @@ def test_what_is_kept() -> None:
 
 
 def test_training(pool: WorkerPool, tmp_path: Path) -> None:
-    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+    stock_model("llama").save_pretrained(tmp_path)
     expected = train_stock(str(tmp_path), random_dataset(20), gradient_accumulation_steps=2)
     for first, second, switched in pool.run(2, train_twice, str(tmp_path)):
         assert first.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -380,7 +380,7 @@ OF_THE_USER: list[tuple[dict[str, Any], list[int]]] = [
 
 
 def test_each_trainer_sets_what_its_arguments_say(pool: WorkerPool, tmp_path: Path) -> None:
-    model = stock_model("llama", num_hidden_layers=2)
+    model = stock_model("llama")
     model.save_pretrained(tmp_path)
     model.activation_checkpointing_enable()
     data, arguments = random_dataset(4), training_arguments(max_steps=1)
@@ -437,9 +437,7 @@ def test_layers_that_are_not_there(pool: WorkerPool) -> None:
 def train_absent_layer() -> None:
     wrong = {"activation_checkpointing": True, "activation_checkpointing_layers": [1, 4]}
     args = NanotronTrainingArguments(**training_arguments(pp_size=2, gradient_accumulation_steps=2, **wrong))
-    NanotronTrainer(
-        model=AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2), parallel=args.parallel), args=args
-    )
+    NanotronTrainer(model=AutoModelForCausalLM.from_config(tiny_config(), parallel=args.parallel), args=args)
 
 
 ON = {"activation_checkpointing": True}

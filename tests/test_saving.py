@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory import save as save_module
-from hf_nanotron.training import checkpointing
+from hf_nanotron.training import checkpointer
 
 
 class At(TrainerCallback):
@@ -58,7 +58,7 @@ def run(
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    stock_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "start")
+    stock_model("llama").save_pretrained(tmp_path / "start")
     return tmp_path
 
 
@@ -129,17 +129,17 @@ def test_a_failed_save_ends_the_run_on_every_rank(pool: WorkerPool, start: Path)
 
 
 def run_with_unwritable_weights(output: str) -> None:
-    write = checkpointing.write_safetensors
+    write = checkpointer.write_safetensors
 
     def fail(path: Any, entries: Any, tensors: Any) -> None:
         next(iter(tensors))
         raise OSError(28, "No space left on device")
 
-    checkpointing.write_safetensors = fail
+    checkpointer.write_safetensors = fail
     try:
         run(output, {"tp_size": 2})
     finally:
-        checkpointing.write_safetensors = write
+        checkpointer.write_safetensors = write
 
 
 def test_weights_that_cannot_be_written_end_the_run_on_every_rank(pool: WorkerPool, start: Path) -> None:
@@ -343,8 +343,6 @@ def test_a_run_starts_from_a_converted_repository(pool: WorkerPool, start: Path)
     expected, _ = pool.run(2, run, str(start / "plain"), sizes)[0]
     hub_to_sharded(start / "start", start / "out" / "checkpoint-0", copy_weights=False)
     torch.manual_seed(8)
-    stock_model("llama", num_hidden_layers=2, initializer_range=0.3).save_pretrained(
-        start / "start"
-    )  # not what is to be trained
+    stock_model("llama", initializer_range=0.3).save_pretrained(start / "start")  # not what is to be trained
     losses, _ = pool.run(2, run, str(start / "out"), sizes, True)[0]
     assert losses == expected

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from hf_nanotron.models.stage_split import split_layers
+from hf_nanotron.models.sharding.stage_split import split_layers
 from hf_nanotron.parallel.pipeline.schedule import Action, Kind, Tick, build_table, compute_order, forward_order
 
 SIZES = [("afab", pp, 1) for pp in (1, 2, 3, 4, 8)]

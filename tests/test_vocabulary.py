@@ -110,7 +110,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_what_is_saved_is_the_whole_vocabulary(pool: WorkerPool, tmp_path: Path, tied: bool) -> None:
     """A run that goes from one size to the next computes what stock Trainer does, and saves what stock reads."""
     config = tiny_config(
-        vocab_size=SIZE, hidden_size=48, num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=tied
+        vocab_size=SIZE,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")

@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_nanotron import NanotronTrainingArguments, trainer_methods
+from hf_nanotron import NanotronTrainingArguments
+from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)

@@ -14,7 +14,7 @@ from figures import Shapes, flops_formulas, shapes_of
 from shapes import make_config
 
 from hf_nanotron import ParallelConfig
-from hf_nanotron.models.stage_split import EMBEDDING_COST, split_layers
+from hf_nanotron.models.sharding.stage_split import EMBEDDING_COST, split_layers
 from hf_nanotron.monitor.flops import IN_LAYERS, NUM_EXPERTS, first_of
 from hf_nanotron.monitor.memory import activation_bytes
 from hf_nanotron.parallel.pipeline.schedule import rank_of_stage

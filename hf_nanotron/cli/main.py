@@ -2,7 +2,7 @@
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
-    torchrun --nproc-per-node 4 -m hf_nanotron.cli.main generate MODEL --prompt "Once" --tp-size 2 --pp-size 2
+    torchrun --nproc-per-node 4 -m hf_nanotron.cli generate MODEL --prompt "Once" --tp-size 2 --pp-size 2
 """
 
 from __future__ import annotations
@@ -220,7 +220,3 @@ def _train(args: argparse.Namespace) -> None:
     from .train import train
 
     train(args.config, args.overrides)
-
-
-if __name__ == "__main__":
-    main()

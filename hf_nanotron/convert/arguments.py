@@ -26,7 +26,7 @@ class Conversion:
 
 CONVERSIONS = {
     "sharded-to-hub": Conversion(
-        "the training state of a checkpoint into a Hub repository",
+        "convert the training state of a checkpoint to a Hub repository",
         ".sharded",
         {
             "source": {"type": Path, "help": "checkpoint-N of a run, with its training_state/"},
@@ -46,7 +46,7 @@ CONVERSIONS = {
         },
     ),
     "hub-to-sharded": Conversion(
-        "a Hub repository into a checkpoint at step 0, for any layout",
+        "convert a Hub repository to a checkpoint at step 0, for any layout",
         ".sharded",
         {
             "source": {"help": "folder with config.json and safetensors, or a Hub id"},
@@ -62,7 +62,7 @@ CONVERSIONS = {
         },
     ),
     "nanotron-to-hub": Conversion(
-        "a nanotron checkpoint of any tp and pp into a Hub repository",
+        "convert a nanotron checkpoint of any tp and pp to a Hub repository",
         ".nanotron.convert",
         {
             "source": {"type": Path, "help": "checkpoint folder with latest.txt, or one of its step folders"},
@@ -76,7 +76,7 @@ CONVERSIONS = {
         },
     ),
     "hub-to-nanotron": Conversion(
-        "a Hub checkpoint into a nanotron checkpoint, weights only",
+        "convert a Hub checkpoint to a nanotron checkpoint, weights only",
         ".nanotron.convert",
         {
             "source": {"type": Path, "help": "local Hub folder with config.json and safetensors"},

@@ -20,8 +20,8 @@ from ..checkpoint.hub.model import load_hub_weights
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
 from .base import ParallelModel
-from .initialize import common_seed, initialise, materialise
-from .parallelize import parallelize
+from .sharding.initialize import common_seed, initialise, materialise
+from .sharding.parallelize import parallelize
 
 DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 

@@ -51,8 +51,8 @@ def compile_layers(
     their borders (communication, records of routers) stay outside. Layers of one kind share their graphs. Evaluation
     and generation, whose shapes change, run the stock forward. Experts are not compiled, shared experts are.
     """
-    overlaps = model.parallel.overlaps_tp(model.mesh.device)  # linears one by one
-    chosen = backend_of(backend, mode, keeps_operands=overlaps or model.parallel.splits_backward, joins=not overlaps)
+    keeps_operands = model.parallel.overlaps_tp(model.mesh.device) or model.parallel.splits_backward
+    chosen = backend_of(backend, mode, keeps_operands)
     for part in compiled_parts(model, recomputed):
         compiled = torch.compile(part.forward, backend=chosen)
         part.forward = CompiledForward(part, compiled, part.forward)
@@ -69,7 +69,7 @@ def restore_layers(model: ParallelModel) -> None:
 
 
 @functools.cache  # compiled code is kept by its backend: another object would have everything compiled anew
-def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = True) -> Backend:
+def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs (`rewriting`).
 
     `keeps_operands`: an operator may keep its inputs after it returns, for a deferred weight gradient.
@@ -83,7 +83,7 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool, joins: bool = 
             "of deferred weight gradients; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
             "tp_overlap=False."
         )
-    return rewriting(backend, joins)
+    return rewriting(backend)
 
 
 def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.together import refuse_together
 from ..parallel.zero.copies import differing_weights
 from ..parallel.zero.segment import ShardedWeights
-from .same_on_all_ranks import compare_ranks
+from .agreement.values import compare_ranks
 
 logger = logging.get_logger(__name__)
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from ...ops.embedding import add_rows
 from ...ops.fp8 import add_scaled_product
 from ...ops.grouped_mm import add_grouped_product
-from ...ops.linear import WeightGradient, add_product, can_add_product
+from ...ops.linear import add_product, can_add_product
 from ..collectives import reduce_scatter_in_place
 from .buckets import Bucket, Member
 from .deferred import DeferredWork
@@ -96,20 +96,6 @@ class MemberGradient:
     ) -> None:
         self.owner.deferred.do(partial(self._add, add_scaled_product), grad_output, input, grad_scale, input_scale)
 
-    def add_joint_product(
-        self, others: Sequence[WeightGradient], grad_output: torch.Tensor, input: torch.Tensor
-    ) -> bool:
-        members = [other for other in others if isinstance(other, MemberGradient) and other.owner is self.owner]
-        place = self.member.offset + self.member.numel
-        for member in members:
-            if member.member.offset != place:
-                return False
-            place += member.member.numel
-        if len(members) < len(others):
-            return False
-        self.owner.deferred.do(partial(self._add_joint_product, members), grad_output, input)
-        return True
-
     def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         self.owner.deferred.do(self._add_rows, ids, rows)
 
@@ -127,21 +113,6 @@ class MemberGradient:
         if self.held == 0 and self.when_added is not None:
             then, self.when_added = self.when_added, None
             then()
-
-    def _add_joint_product(
-        self, others: Sequence[MemberGradient], grad_output: torch.Tensor, input: torch.Tensor
-    ) -> None:
-        members = (self, *others)
-        if len({each.is_fresh for each in members}) > 1:  # one of them has another use, which came before
-            parts = grad_output.split([len(each.member.parameter) for each in members], dim=1)
-            for each, part in zip(members, parts, strict=True):
-                each._add(add_product, part, input)
-            return
-        start, stop = self.member.offset, members[-1].member.offset + members[-1].member.numel
-        view = self.owner.fill()[start:stop].view(-1, input.shape[-1])
-        add_product(view, grad_output, input, overwrite=self.is_fresh)
-        for each in members:
-            each.is_fresh = False
 
     def _add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         view = self.view()

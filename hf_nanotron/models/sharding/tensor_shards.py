@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..ops.embedding import Embedding
-from ..ops.linear import Linear
-from ..parallel.ep.experts import ParallelExperts, experts_class
-from ..parallel.mesh import ParallelMesh
-from ..parallel.shard_spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
-from ..parallel.tp.layers import ColumnParallelLinear, RowParallelLinear, split_norm_class, vocab_parallel_class
-from ..parallel.tp.vocabulary import vocabulary_parts
-from .stock.anatomy import Anatomy, join
-from .stock.families import (
+from ...ops.embedding import Embedding
+from ...ops.linear import Linear
+from ...parallel.ep.experts import ParallelExperts, experts_class
+from ...parallel.mesh import ParallelMesh
+from ...parallel.shard_spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
+from ...parallel.tp.layers import ColumnParallelLinear, RowParallelLinear, split_norm_class, vocab_parallel_class
+from ...parallel.tp.vocabulary import vocabulary_parts
+from ..stock.anatomy import Anatomy, join
+from ..stock.families import (
     FUSED_PARTS,
     KEY_HEADS,
     LOCAL_KEY_HEADS,
@@ -28,7 +28,7 @@ from .stock.families import (
     QUERY_HEADS,
     TAKES_FP32,
 )
-from .stock.plan import Plan, is_experts
+from ..stock.plan import Plan, is_experts
 
 # Linears that read the hidden states for every head at once: their block is attention.
 READS_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_value")

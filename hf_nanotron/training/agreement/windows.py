@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..data.loader import order_of
-from ..data.window_check import COUNT, SIZE, PendingWindow, WindowCheck
-from ..ops.host_copy import to_device
-from ..parallel.tp.loss import IGNORE_INDEX
-from .nonfinite import NonFiniteGuard
+from ...data.loader import order_of
+from ...data.window_check import COUNT, SIZE, PendingWindow, WindowCheck
+from ...ops.host_copy import to_device
+from ...parallel.tp.loss import IGNORE_INDEX
+from ..nonfinite import NonFiniteGuard
 
 
 class WindowAgreement:

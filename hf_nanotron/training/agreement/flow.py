@@ -9,9 +9,9 @@ import torch
 from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.utils import logging
 
-from ..ops.host_copy import HostCopy
-from ..parallel.collectives import all_reduce
-from ..parallel.mesh import ParallelMesh
+from ...ops.host_copy import HostCopy
+from ...parallel.collectives import all_reduce
+from ...parallel.mesh import ParallelMesh
 
 logger = logging.get_logger(__name__)
 

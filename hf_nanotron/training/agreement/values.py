@@ -18,10 +18,10 @@ import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from ..data.same_data import WHY_LENGTHS
-from ..parallel.collectives import all_gather, all_reduce
-from ..parallel.mesh import ParallelMesh
-from ..redaction import printable
+from ...data.same_data import WHY_LENGTHS
+from ...parallel.collectives import all_gather, all_reduce
+from ...parallel.mesh import ParallelMesh
+from ...redaction import printable
 
 # They say how a rank reports, reads or is reached; runs in which they differ train the same.
 MAY_DIFFER = frozenset(

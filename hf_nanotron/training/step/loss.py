@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..models.base import ParallelModel
-from ..models.logits import whole_outputs
-from ..models.stage import Stage
-from ..models.training_loss import Loss, MicroBatch
-from ..parallel.batch import EMBEDDINGS
+from ...models.base import ParallelModel
+from ...models.logits import whole_outputs
+from ...models.stage import Stage
+from ...models.training_loss import Loss, MicroBatch
+from ...parallel.batch import EMBEDDINGS
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..parallel.pipeline.executor import StepHooks
-from ..parallel.pipeline.schedule import Action, Tick, build_table, compute_order
-from ..prepare.training_state import TrainingState
-from .step_loss import StepLoss
-from .step_window import StepWindow, make_window
+from ...parallel.pipeline.executor import StepHooks
+from ...parallel.pipeline.schedule import Action, Tick, build_table, compute_order
+from ...prepare.training_state import TrainingState
+from .loss import StepLoss
+from .window import StepWindow, make_window
 
 
 class TrainStep:

@@ -12,13 +12,13 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..data.padding import KNOWN, pad_sequence
-from ..models.stage import LOSS_WEIGHT, Stage
-from ..models.training_loss import MicroBatch
-from ..parallel.batch import batch_shape, ones_like_tokens
-from ..prepare.attention import Documents, document_inputs, documents_of
-from ..prepare.training_state import TrainingState
-from .step_loss import BatchStage, StepLoss
+from ...data.padding import KNOWN, pad_sequence
+from ...models.stage import LOSS_WEIGHT, Stage
+from ...models.training_loss import MicroBatch
+from ...parallel.batch import batch_shape, ones_like_tokens
+from ...prepare.attention import Documents, document_inputs, documents_of
+from ...prepare.training_state import TrainingState
+from .loss import BatchStage, StepLoss
 
 logger = logging.get_logger(__name__)
 

@@ -19,13 +19,13 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from ..data.loader import FillerBatch
-from ..models.base import ParallelModel
-from ..models.stock.hooks import inner_hooks, users_hooks
-from ..models.stock.own_forward import OF_EVERY_LAYER, check_own_forward
-from ..parallel.collectives import all_reduce
-from ..training_args import NanotronTrainingArguments
-from .step_loss import StepLoss
+from ...data.loader import FillerBatch
+from ...models.base import ParallelModel
+from ...models.stock.hooks import inner_hooks, users_hooks
+from ...models.stock.own_forward import OF_EVERY_LAYER, check_own_forward
+from ...parallel.collectives import all_reduce
+from ...training_args import NanotronTrainingArguments
+from .loss import StepLoss
 
 logger = logging.get_logger(__name__)
 
@@ -164,7 +164,7 @@ class LossChoice:
             )
 
     def _warn_of_parts(self) -> None:
-        """Of hooks that nobody has tried: those of a stock model are, before it is cut (`models/selfcheck.py`)."""
+        """Of hooks that nobody has tried: those of a stock model are, before it is sharded (`selfcheck`)."""
         size = self.model.mesh.tp_size
         hooked = inner_hooks(self.model, self.model.anatomy.backbone) if size > 1 else []
         if new := [(name, hook) for name, hook in hooked if (name, hook) not in self.model.cut.tried_hooks]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .base import ParallelModel
+from ..base import ParallelModel
 
 Wrapped = (DataParallel, DistributedDataParallel)
 MERGE = "merge the adapters (model = model.merge_and_unload()) and set model.requires_grad_(True)"

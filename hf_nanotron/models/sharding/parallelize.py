@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.hub.layout import hub_layout
-from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
-from ..parallel.collectives import all_reduce
-from ..parallel.dropout_streams import LayerStreams, fields_of_chance, has_dropout
-from ..parallel.mesh import ParallelMesh
-from ..parallel.pipeline.executor import PipelineExecutor
-from ..parallel.pipeline.schedule import rank_of_stage
-from ..parallel.shard_spec import ShardSpec
-from ..parallel.tp.overlap import BlockOverlap, Overlap
-from ..parallel.tp.regions import (
+from ...checkpoint.hub.layout import hub_layout
+from ...checkpoint.hub.nonfinite_tensors import warn_nonfinite
+from ...parallel.collectives import all_reduce
+from ...parallel.dropout_streams import LayerStreams, fields_of_chance, has_dropout
+from ...parallel.mesh import ParallelMesh
+from ...parallel.pipeline.executor import PipelineExecutor
+from ...parallel.pipeline.schedule import rank_of_stage
+from ...parallel.shard_spec import ShardSpec
+from ...parallel.tp.overlap import BlockOverlap, Overlap
+from ...parallel.tp.regions import (
     Region,
     TokenRegion,
     WholeRegion,
@@ -30,22 +30,22 @@ from ..parallel.tp.regions import (
     split_argument,
     split_before,
 )
-from ..parallel.tp.transport import make_transport
-from .base import ParallelModel, parallel_class
-from .cut import Cut, holding_weights
-from .decorations import Decorations
-from .moe.mixture import make_mixture
-from .stage import Stage
+from ...parallel.tp.transport import make_transport
+from ..base import ParallelModel, parallel_class
+from ..cut import Cut, holding_weights
+from ..decorations import Decorations
+from ..moe.mixture import make_mixture
+from ..stage import Stage
+from ..stand_ins import ABSENT, Absent, AbsentLayer, put_stand_in, stand_in
+from ..stock.anatomy import Anatomy, dissect
+from ..stock.families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
+from ..stock.foreign import why_not_causal
+from ..stock.hooks import users_hooks
+from ..stock.plan import Plan, is_experts, make_plan
+from ..stock.torch_hooks import weight_hook_message
+from ..training_loss import TrainingLoss
 from .stage_split import EMBEDDING_COST, first_shared_layer, split_layers
-from .stand_ins import ABSENT, Absent, AbsentLayer, put_stand_in, stand_in
-from .stock.anatomy import Anatomy, dissect
-from .stock.families import NO_PIPELINE, NO_SEQUENCE_PARALLEL, SEQUENCE_DIM, SUMS_BEFORE, TOKEN_ARGUMENTS, row_of
-from .stock.foreign import why_not_causal
-from .stock.hooks import users_hooks
-from .stock.plan import Plan, is_experts, make_plan
-from .stock.torch_hooks import weight_hook_message
 from .tensor_shards import swap_layers, tensor_specs
-from .training_loss import TrainingLoss
 from .unwrap import class_of, unwrap
 
 

@@ -19,12 +19,12 @@ from torch.nn.modules.module import (
 )
 from transformers import PreTrainedModel
 
-from ..parallel.dropout_streams import GeneratorState, seed_from, seed_generators
-from ..parallel.mesh import ParallelMesh
-from ..parallel.shard_spec import ShardSpec
-from .base import ParallelModel
-from .methods import parameter_name
-from .stand_ins import ABSENT
+from ...parallel.dropout_streams import GeneratorState, seed_from, seed_generators
+from ...parallel.mesh import ParallelMesh
+from ...parallel.shard_spec import ShardSpec
+from ..base import ParallelModel
+from ..methods import parameter_name
+from ..stand_ins import ABSENT
 
 SMALL = 1 << 16  # elements that a constructor may compute with
 

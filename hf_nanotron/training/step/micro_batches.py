@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ..data.loader import FillerBatch
-from ..models.stage import LOSS_WEIGHT
-from ..parallel.batch import ones_like_tokens
-from ..parallel.collectives import all_reduce
-from ..parallel.mesh import ParallelMesh
-from ..prepare.attention import documents_of
-from ..prepare.training_state import TrainingState
-from .step_window import DOCUMENTS, ROUTER_MASK
+from ...data.loader import FillerBatch
+from ...models.stage import LOSS_WEIGHT
+from ...parallel.batch import ones_like_tokens
+from ...parallel.collectives import all_reduce
+from ...parallel.mesh import ParallelMesh
+from ...prepare.attention import documents_of
+from ...prepare.training_state import TrainingState
+from .window import DOCUMENTS, ROUTER_MASK
 
 Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
 

@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..parallel.dropout_streams import has_dropout
-from ..parallel.mesh import ParallelMesh
-from ..parallel.together import together
-from .base import ParallelModel
-from .calling import accepted, as_output
-from .generation import pipelined_forward
-from .stock.anatomy import Anatomy, dissect
-from .stock.foreign import is_foreign, why_not_causal
-from .stock.hooks import inner_hooks
+from ...parallel.dropout_streams import has_dropout
+from ...parallel.mesh import ParallelMesh
+from ...parallel.together import together
+from ..base import ParallelModel
+from ..calling import accepted, as_output
+from ..generation import pipelined_forward
+from ..stock.anatomy import Anatomy, dissect
+from ..stock.foreign import is_foreign, why_not_causal
+from ..stock.hooks import inner_hooks
 
 ROWS, TOKENS = 2, 8  # tokens a row, for each tensor-parallel rank
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the loss; what 16 bits round is much

@@ -1,0 +1,1 @@
+"""How a stock model becomes this rank's part of it."""

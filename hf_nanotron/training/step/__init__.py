@@ -1,0 +1,1 @@
+"""One optimizer step, from the window of batches to reduced gradients."""
