@@ -647,7 +647,7 @@ def test_a_forward_that_changes_its_loss_later() -> None:
     trainer = make_alone("quiet")
     assert trainer.model.linear_head is not None
     trainer.model.factor = 2.0
-    with pytest.raises(ValueError, match=r"forward of QuietForCausalLM has changed its loss.*plain_forward = False"):
+    with pytest.raises(ValueError, match=r"forward of QuietForCausalLM changed its loss.*plain_forward = False"):
         trainer.train()
     trainer.model.plain_forward = False
     trainer.train()
