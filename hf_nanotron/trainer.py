@@ -363,7 +363,7 @@ class NanotronTrainer(Trainer):
             together(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
             compare_ranks(self.mesh, self._loss.whose)
             stops = self.control.should_training_stop
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
             if rest is not None and rest.samples and loader.rounds == 0:
                 self.control.should_training_stop = stops  # nothing was left of a stream: on to the next epoch
 
@@ -463,7 +463,7 @@ class NanotronTrainer(Trainer):
             return
         if isinstance(inputs, FillerBatch):
             inputs = {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        super()._track_num_input_tokens(inputs)
+        super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """By the norm over the whole model."""
@@ -558,7 +558,7 @@ class NanotronTrainer(Trainer):
         together(self.mesh, "the last save", self._checkpointer.finish)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # to which `rotate` has kept
         try:
-            return super()._finalize_training(*args, **kwargs)
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.args.save_total_limit = limit
 
