@@ -406,7 +406,7 @@ def test_a_config_that_changes_is_noticed() -> None:
     model = parallelize(stock_model("granite", logits_scaling=4.0), ParallelMesh(ParallelConfig())).train()
     model(**plain(0))
     model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match=r"multiplied by 0\.125, and by 0\.25"):
+    with pytest.raises(ValueError, match=r"multiplied by 0\.125, but by 0\.25"):
         model(**plain(0))
 
 

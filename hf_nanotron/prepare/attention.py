@@ -23,10 +23,10 @@ from ..models.stock.anatomy import Anatomy
 from ..models.stock.families import FAST_ATTENTION, NO_DOCUMENTS
 from ..models.stock.foreign import is_foreign
 from ..ops.attention import HALF, Case, attention, pick
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.batch import batch_shape
 from ..parallel.dropout_streams import fields_of_chance
-from ..parallel.tp.loss import IGNORE_INDEX
 
 # By what may run: names of `ops.attention.KERNELS`.
 KERNELS: dict[str, tuple[str, ...]] = {"fa4": ("fa4", "flash"), "torch": ("flash",)}

@@ -17,8 +17,8 @@ from ..data.same_data import check_same_data
 from ..data.window_check import WindowCheck
 from ..models.base import ParallelModel
 from ..models.logits import whole_outputs
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..parallel.collectives import all_gather, all_reduce
-from ..parallel.tp.loss import IGNORE_INDEX
 
 
 class AnnouncedLoader:

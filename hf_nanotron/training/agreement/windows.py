@@ -9,8 +9,8 @@ import torch
 
 from ...data.loader import order_of
 from ...data.window_check import COUNT, SIZE, PendingWindow, WindowCheck
+from ...ops.cross_entropy import IGNORE_INDEX
 from ...ops.host_copy import to_device
-from ...parallel.tp.loss import IGNORE_INDEX
 from ..nonfinite import NonFiniteGuard
 
 
