@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from hf_nanotron import NanotronTrainingArguments, ParallelConfig
+from hf_nanotron import NanotronTrainingArguments, ParallelConfig, __version__
 from hf_nanotron.cli.main import build_parser
 from hf_nanotron.cli.settings import check_complete, read_settings
 
@@ -237,8 +236,7 @@ def test_versions_agree() -> None:
     ]
     assert sorted({need.split("==")[0] for need in needs}) == ["mypy", "ruff"]
     assert not {need for need in needs if need.split("==")[1] != pins[need.split("==")[0]]}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] in (ROOT / "CITATION.cff").read_text()
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob(".github/**/*.yml")), ids=lambda path: path.name)
