@@ -237,7 +237,7 @@ def test_versions_agree() -> None:
     ]
     assert sorted({need.split("==")[0] for need in needs}) == ["mypy", "ruff"]
     assert not {need for need in needs if need.split("==")[1] != pins[need.split("==")[0]]}
-    assert __version__ in (ROOT / "CITATION.cff").read_text()
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob(".github/**/*.yml")), ids=lambda path: path.name)
