@@ -65,7 +65,7 @@ def optimizer_choice(args: TrainingArguments, state_dtype: torch.dtype) -> Optim
     if args.optim == "lion_32bit":  # transformers would take it from bitsandbytes
         return Lion, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
     optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
-    # In fp32 it computes what torch's fused one does, a third faster (docs/performance.md).
+    # In fp32 it computes what torch's fused one does, a third faster (examples/benchmarks/NOTEBOOK.md).
     is_slower = optimizer_class is torch.optim.AdamW and arguments.get("fused") and args.device.type == "cuda"
     if state_dtype != torch.float32 or is_slower:
         return AdamW, {**{k: v for k, v in arguments.items() if k != "fused"}, "state_dtype": state_dtype}
