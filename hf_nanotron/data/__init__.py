@@ -1,4 +1,4 @@
-"""What is trained on: tokenized corpora and mixtures of them; which rank reads which samples; where a run is in them."""
+"""What is trained on: tokenized corpora and mixtures; which rank reads which samples; where a run is in them."""
 
 from __future__ import annotations
 
