@@ -40,14 +40,21 @@ class CutRows:
         masked: documents are kept apart.
         eos_token_id: ends documents of files that do not say where they end.
         use_loss: labels follow `.loss`.
+        stride: tokens from a row to the next; `length` if None.
     """
 
     def __init__(
-        self, files: Sequence[TokenFile], length: int, masked: bool, eos_token_id: int | None, use_loss: bool
+        self,
+        files: Sequence[TokenFile],
+        length: int,
+        masked: bool,
+        eos_token_id: int | None,
+        use_loss: bool,
+        stride: int | None = None,
     ) -> None:
         self.files, self.length, self.masked, self.use_loss = files, length, masked, use_loss
-        self.eos_token_id = eos_token_id
-        self.ends = np.cumsum([file.tokens // length for file in files], dtype=np.int64)
+        self.eos_token_id, self.stride = eos_token_id, stride or length
+        self.ends = np.cumsum([file.tokens // self.stride for file in files], dtype=np.int64)
         self._permutation = Permutation(len(self))
         if masked and eos_token_id is None:
             refuse_without_documents(files)
@@ -66,7 +73,7 @@ class CutRows:
         first_rows = np.where(chosen > 0, self.ends[chosen - 1], 0)
         spans = [
             (self.files[f], s, s + length)
-            for f, s in zip(chosen.tolist(), ((numbers - first_rows) * length).tolist(), strict=True)
+            for f, s in zip(chosen.tolist(), ((numbers - first_rows) * self.stride).tolist(), strict=True)
         ]
         prefetch([(file, start, stop + 1) for file, start, stop in spans])
         rows = empty_rows(len(numbers), length)

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache
 from .packing import WINDOW
+from .peer_orders import MegatronSamples, NanosetSamples
 from .row_reader import CutRows, PackedDocuments, RowReader, Rows
-from .token_file import TokenFile, open_token_files
+from .token_file import TokenFile, check_agreement, open_token_files
 
 HANDLING = ("cross", "mask", "pack")
 
@@ -45,6 +46,13 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         seed: of the order.
         shuffle: False for the order of the files: row i of one file begins at its token i * S.
         loss_mask: leave tokens out of the labels that a `.loss` file beside a `.ds` names.
+        order: `"megatron"` or `"nanoset"`: the samples of the peer's dataset, in its order, with its `seed` (1234 by
+            default there), instead of the permutation. They are those of a whole run: epochs of the peer's are part
+            of it, and `set_epoch` changes nothing. Megatron's is over one `.bin`; of nanosets, each of `paths` is a
+            folder.
+        samples: of such a run, which Megatron's order depends on; one epoch if None.
+        folder_weights: of nanosets' folders; by their lengths if None.
+        split: which part of its sequences Megatron's training reads, from 0 to 1.
         vocab_size: ids must be smaller; checked when they are read.
         pack_window: documents that are packed together.
         storage_options: for fsspec, where paths are URLs.
@@ -73,6 +81,10 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         seed: int = 0,
         shuffle: bool = True,
         loss_mask: bool = True,
+        order: Literal["megatron", "nanoset"] | None = None,
+        samples: int | None = None,
+        folder_weights: Sequence[float] | None = None,
+        split: tuple[float, float] = (0.0, 1.0),
         vocab_size: int | None = None,
         pack_window: int = WINDOW,
         storage_options: dict[str, Any] | None = None,
@@ -87,17 +99,24 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             raise ValueError(f"seed={seed} must not be negative.")
         self.sequence_length, self.documents, self.seed, self.shuffle = sequence_length, documents, seed, shuffle
         self.eos_token_id, self.loss_mask, self.epoch = eos_token_id, loss_mask, 0
+        self.peer = order
+        if order is None and (samples is not None or folder_weights is not None or split != (0.0, 1.0)):
+            raise ValueError("samples, folder_weights and split belong to order='megatron' or 'nanoset'.")
         listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        self.files: list[TokenFile] = open_token_files(
-            [os.fspath(path) for path in listed],
-            token_size=token_size,
-            dtype=dtype,
-            vocab_size=vocab_size,
-            cache=BlockCache(block_bytes, cache_bytes, dict(storage_options or {})),
-        )
+        if not listed:
+            raise FileNotFoundError("no path was given: name files of tokens, or folders of them.")
+        cache = BlockCache(block_bytes, cache_bytes, dict(storage_options or {}))
+        opened = [
+            open_token_files(os.fspath(path), token_size=token_size, dtype=dtype, vocab_size=vocab_size, cache=cache)
+            for path in listed
+        ]
+        self.files: list[TokenFile] = [file for files in opened for file in files]
+        check_agreement(self.files)
         self.tokenizer = next((file.tokenizer for file in self.files if file.tokenizer), None)
         self._reader: RowReader
-        if documents == "pack":
+        if order is not None:
+            self._reader = _peer_samples(self, order, opened, samples, folder_weights, split)
+        elif documents == "pack":
             self._reader = PackedDocuments(self.files, sequence_length, eos_token_id, loss_mask, pack_window)
         else:
             self._reader = CutRows(self.files, sequence_length, documents == "mask", eos_token_id, loss_mask)
@@ -128,7 +147,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     def order(self, epoch: int, places: np.ndarray | None = None) -> np.ndarray:
         """`[n]` int64: numbers of the rows, in the order of the files, at these places of an epoch; at all if None."""
         places = np.arange(len(self)) if places is None else np.asarray(places, np.int64)
-        return self._reader.order(places, self.seed, epoch) if self.shuffle else places
+        return self._reader.order(places, self.seed, epoch) if self.shuffle or self.peer else places
 
     def rows(self, places: Sequence[int] | np.ndarray, epoch: int | None = None) -> Rows:
         """Many rows at once: a dict of int64 arrays `[B, S]`.
@@ -172,4 +191,38 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             "documents": self.documents,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "order": self.peer,
+            "rows": len(self),
         }
+
+
+def _peer_samples(
+    dataset: TokenDataset,
+    order: str,
+    opened: list[list[TokenFile]],
+    samples: int | None,
+    folder_weights: Sequence[float] | None,
+    split: tuple[float, float],
+) -> RowReader:
+    masked = dataset.documents == "mask"
+    if dataset.documents == "pack" or not dataset.shuffle:
+        raise ValueError(f"order={order!r} is an order of its own: use documents='cross' or 'mask' and shuffle=True.")
+    if order == "nanoset":
+        return NanosetSamples(
+            opened,
+            dataset.sequence_length,
+            masked,
+            dataset.eos_token_id,
+            dataset.loss_mask,
+            dataset.seed,
+            samples,
+            folder_weights,
+        )
+    if order != "megatron":
+        raise ValueError(f"order={order!r} is not one of None, 'megatron', 'nanoset'.")
+    if len(dataset.files) != 1 or not dataset.files[0].path.endswith(".bin") or dataset.files[0].documents is None:
+        raise ValueError(
+            f"order='megatron' is over one .bin file with documents, and {dataset.files[0].shown} is "
+            f"{'none' if len(dataset.files) == 1 else f'one of {len(dataset.files)} files'}; make a Mixture of more."
+        )
+    return MegatronSamples(dataset.files, dataset.sequence_length, masked, dataset.seed, samples, split)

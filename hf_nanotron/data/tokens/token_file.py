@@ -183,7 +183,7 @@ def open_token_files(
             files.append(_npy(group, head[".npy"], cache))
         else:
             files.append(_datatrove(group, head, given, cache))
-    _agree(files)
+    check_agreement(files)
     for file in files:
         file.vocab_size = vocab_size
     return files
@@ -413,8 +413,8 @@ def _npy(group: Group, head: bytes, cache: BlockCache) -> TokenFile:
     return TokenFile(main.path, _opened(main, cache), dtype, stream.tell(), shape[0], version=main.version)
 
 
-def _agree(files: list[TokenFile]) -> None:
-    """Refuse files that were not written with one tokenizer."""
+def check_agreement(files: Sequence[TokenFile]) -> None:
+    """Refuse files that were not written with one tokenizer, and in one width."""
     known = [file for file in files if file.tokenizer]
     for file in known[1:]:
         if file.tokenizer != known[0].tokenizer:
