@@ -32,8 +32,8 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(folder / "tokenizer.json"))
     for rank in range(2):
-        texts = [" ".join(f"w{token}" for token in doc if token) or "w7" for doc in documents(70, seed=rank)]
-        docs = [Document(text, f"{n}", metadata={"no_loss_ranges": [(0, 2)]}) for n, text in enumerate(texts)]
+        texts = [" ".join(f"w{token}" for token in [3, 4, *doc] if token) for doc in documents(70, seed=rank)]
+        docs = [Document(text, f"{n}", metadata={"no_loss_ranges": [(0, 3)]}) for n, text in enumerate(texts)]
         DocumentTokenizer(
             str(folder / "files"),
             tokenizer_name_or_path=str(folder / "tokenizer.json"),

@@ -130,15 +130,21 @@ class Mixture(Dataset[dict[str, Any]]):
         for k, places, epoch in self._reads(sets, ordinals):
             found = self.datasets[self.names[k]].rows(ordinals[places] % self.lengths[k], epoch)
             parts.append((places, found))
-        names = {name: None for _, found in parts for name in found}
         rows: Rows = {}
         for places, found in parts:
-            for name in names:
+            for name in self.columns:
                 column = found.get(name)
-                if column is None:  # the set does not keep documents apart
+                if column is None:  # of positions: the set does not keep documents apart
                     column = np.broadcast_to(np.arange(found["input_ids"].shape[1]), found["input_ids"].shape)
-                rows.setdefault(name, np.empty((len(sets), *column.shape[1:]), column.dtype))[places] = column
+                if name not in rows:
+                    rows[name] = np.empty((len(sets), *column.shape[1:]), column.dtype)
+                rows[name][places] = column
         return {**rows, "domain": sets}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the rows of token sets, without `domain`: those of all sets, so that every batch has the same."""
+        return tuple(dict.fromkeys(name for dataset in self.datasets.values() for name in dataset.columns))
 
     def _reads(self, sets: np.ndarray, ordinals: np.ndarray) -> Iterator[tuple[int, np.ndarray, int]]:
         """Samples of one set and epoch: the set, their places, the epoch."""
