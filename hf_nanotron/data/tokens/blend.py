@@ -65,7 +65,7 @@ class Blend:
         """Number of samples up to its end; None if it has none.
 
         A set is chosen when it is behind its weight, so of j samples of a mixture at most `weight * (j - 1) + 1` are
-        its own. It ends where a set could have given all of its samples by that, at most a few before one has.
+        its own. (Rounding up by less than one changes nothing: counts are whole.) It ends where a set could have given all of its samples by that, at most a few before one has.
         """
         begin = self.begin
         left = [c - n for c, n in zip(self.capacities, begin.counts, strict=True)]
@@ -82,7 +82,7 @@ class Blend:
         total = float(np.sum(np.array(self.weights, np.float64)))
         room = [self.capacities[k] - begin.anchor_counts[k] for k in limited]
         ends = [
-            int((1 + (n - 1) * total / self.weights[k]) * (1 - 1e-12)) if n > 0 else 0
+            int((1 + (n - 1) * total / self.weights[k]) * (1 + 1e-13)) if n > 0 else 0
             for k, n in zip(limited, room, strict=True)
         ]
         return max(begin.samples, begin.anchor_samples + min(ends))
