@@ -65,7 +65,8 @@ class Blend:
         """Number of samples up to its end; None if it has none.
 
         A set is chosen when it is behind its weight, so of j samples of a mixture at most `weight * (j - 1) + 1` are
-        its own. (Rounding up by less than one changes nothing: counts are whole.) It ends where a set could have given all of its samples by that, at most a few before one has.
+        its own. It ends where a set could have given all of its samples by that, at most a few before one has. The
+        quotient is rounded up by less than its error, which changes nothing: counts are whole.
         """
         begin = self.begin
         left = [c - n for c, n in zip(self.capacities, begin.counts, strict=True)]
