@@ -14,13 +14,11 @@ SCAN_TOKENS = 2**22  # ids in memory at a time, while the ends of documents are 
 
 
 class Documents(Protocol):
-    """The documents of one file, in its order. They have no gaps between them.
+    """The documents of one file, in its order. They have no gaps between them."""
 
-    Attributes:
-        count: how many; some may be empty.
-    """
-
-    count: int
+    @property
+    def count(self) -> int:
+        """How many; some may be empty."""
 
     def edges(self, first: int, stop: int) -> np.ndarray:
         """`[stop - first + 1]` int64: where each of these documents begins, and where the last one ends, in tokens."""
