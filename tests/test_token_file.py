@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from token_files import count_requests, documents, flat, write_ds, write_megatron
@@ -157,14 +158,20 @@ def test_remote_search_is_logarithmic() -> None:
     assert len(requests) <= 6
 
 
-def test_remote_megatron_and_npy() -> None:
+def test_remote_megatron_and_npy(tmp_path: Path) -> None:
     count_requests()
-    import fsspec
-
-    tokens = flat(documents(30))
+    docs = [documents(1 + number % 2, seed=number) for number in range(300)]
+    tokens = write_megatron(tmp_path / "a", docs)
     with fsspec.open("counting://corpus/a.npy", "wb") as file:
         np.save(file, tokens)
+    for end in (".bin", ".idx"):
+        with fsspec.open(f"counting://corpus/a{end}", "wb") as file:
+            file.write((tmp_path / f"a{end}").read_bytes())
     np.testing.assert_array_equal(TokenFile.open("counting://corpus/a.npy").read(3, 50), tokens[3:50])
+    for path in ("counting://corpus/a.bin", "counting://corpus/a"):
+        (found,) = open_token_files(path, cache=BlockCache(block=256, limit=512))
+        np.testing.assert_array_equal(found.read(3, 5_000), tokens[3:5_000])
+        check_documents(found, np.cumsum([0, *(len(flat(doc)) for doc in docs)]))
 
 
 def test_pickled(tmp_path: Path) -> None:
