@@ -1,1 +1,22 @@
+"""What is trained on: tokenized corpora and mixtures; which rank reads which samples; where a run is in them."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .tokens.mixture import Mixture
+    from .tokens.token_dataset import TokenDataset
+    from .tokens.token_file import TokenFile
+
+__all__ = ["Mixture", "TokenDataset", "TokenFile"]
+
+_HOME = {"Mixture": ".tokens.mixture", "TokenDataset": ".tokens.token_dataset", "TokenFile": ".tokens.token_file"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the modules of this package are used without these, too."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

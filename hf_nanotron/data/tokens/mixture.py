@@ -1,0 +1,291 @@
+"""Several datasets as one, by weights: which row comes next follows from how many of each came before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import Dataset
+
+from .blend import UNLIMITED, Blend, Point
+from .permutation import Permutation
+from .row_reader import Rows
+
+ENDINGS = ("stop", "redistribute")
+
+
+class Mixture(Dataset[dict[str, Any]]):
+    """Rows of several sets, in proportion to their weights from the first row on.
+
+    `mixture[i]` is sample i of the whole run, not of an epoch: the set is the one furthest behind its weight (see
+    `blend`), and of each set rows come in the order of its epochs, one after the other. A row has a `domain`, too:
+    the place of its set in `names`.
+
+    What was read is told by the number of rows of each set alone (`state_dict`). A mixture that is given the state goes
+    on with its own weights, sets and ends, whatever those before were: no row of a set is left out or comes again.
+
+    Args:
+        datasets: map-style, by name, each with rows. `TokenDataset`s bring their order; any other set is shuffled by
+            the seed, its name and the epoch, without storing an order.
+        weights: by name, or in the order of the sets; shares of the rows. They need not sum to one. A set of weight 0
+            is not read.
+        seed: of the order of sets that bring none.
+        max_epochs: how often a set is read at most: one number, or one by name; None for any.
+        when_exhausted: what happens when a set has been read that often: `"stop"`: the mixture ends; `"redistribute"`:
+            its weight goes to the others, and the mixture ends with the last.
+
+    Raises:
+        ValueError: for weights that are negative, not finite, all zero or not those of the sets; a set without rows;
+            sets whose rows have different lengths, or that were written with different tokenizers.
+
+    Attributes:
+        names: of the sets.
+        samples: where `iter(mixture)` goes on.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Any],
+        weights: Mapping[str, float] | Sequence[float],
+        seed: int = 0,
+        max_epochs: int | None | Mapping[str, int | None] = 1,
+        when_exhausted: Literal["stop", "redistribute"] = "stop",
+    ) -> None:
+        if when_exhausted not in ENDINGS:
+            raise ValueError(f"when_exhausted={when_exhausted!r} is not one of {', '.join(map(repr, ENDINGS))}.")
+        self.datasets, self.names, self.seed = dict(datasets), tuple(datasets), seed
+        if not self.names:
+            raise ValueError("a mixture needs a set.")
+        self.weights = _weights(self.names, weights)
+        self.lengths = tuple(len(dataset) for dataset in self.datasets.values())
+        for name, length in zip(self.names, self.lengths, strict=True):
+            if not length:
+                raise ValueError(f"the set {name!r} has no rows.")
+        for attribute, what in (("sequence_length", "rows of another length"), ("tokenizer", "another tokenizer")):
+            _same(self.datasets, attribute, what)
+        self.max_epochs = _epochs(self.names, max_epochs)
+        self.when_exhausted = when_exhausted
+        self.samples = 0
+        self._gone: dict[str, int] = {}  # rows of sets that this mixture does not have
+        self._blend = self._blend_from(Point.start(len(self.names)))
+
+    def _blend_from(self, begin: Point) -> Blend:
+        capacities = tuple(
+            UNLIMITED if epochs is None else epochs * length
+            for epochs, length in zip(self.max_epochs, self.lengths, strict=True)
+        )
+        return Blend(self.weights, capacities, self.when_exhausted == "redistribute", begin)
+
+    def __len__(self) -> int:
+        """Samples up to its end, those before a state that was loaded among them.
+
+        Raises:
+            TypeError: if it has no end, because a set is repeated without end.
+        """
+        end = self._blend.end
+        if end is None:
+            raise TypeError("the mixture has no end (max_epochs=None); say with max_steps how far to train.")
+        return end + sum(self._gone.values())
+
+    def locate(self, samples: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each sample `[n]`, the set, and how many rows of the set come before it.
+
+        Raises:
+            IndexError: for a sample behind the end, which says which set ends it; or before the state that was loaded.
+        """
+        gone = sum(self._gone.values())
+        wanted = np.asarray(samples, np.int64) - gone
+        end, begin = self._blend.end, self._blend.begin.samples
+        if wanted.size and end is not None and wanted.max() >= end:
+            raise IndexError(f"the mixture has {end + gone} samples: {self._why_it_ends()}")
+        if wanted.size and wanted.min() < begin:
+            raise IndexError(
+                f"sample {int(wanted.min()) + gone} comes before sample {begin + gone}, with which this mixture goes "
+                "on: its weights may have been others."
+            )
+        return self._blend.locate(wanted)
+
+    def _why_it_ends(self) -> str:
+        ways = "raise max_epochs, lower its weight, or use when_exhausted='redistribute'"
+        if self.when_exhausted == "redistribute":
+            return "all of its sets have been read max_epochs times."
+        counts = self._blend.at(self._blend.end or 0).counts
+        left = [
+            c - n if weight > 0 else UNLIMITED
+            for c, n, weight in zip(self._blend.capacities, counts, self.weights, strict=True)
+        ]
+        k = int(np.argmin(left))
+        return (
+            f"the set {self.names[k]!r} ({self.lengths[k]} rows) has then been read {self.max_epochs[k]} times; {ways}."
+        )
+
+    def rows(self, samples: Sequence[int] | np.ndarray) -> Rows:
+        """Many samples at once: int64 arrays `[B, S]`, and `domain` `[B]`. All sets must have a method `rows`."""
+        sets, ordinals = self.locate(samples)
+        parts = []
+        for k, places, epoch in self._reads(sets, ordinals):
+            found = self.datasets[self.names[k]].rows(ordinals[places] % self.lengths[k], epoch)
+            parts.append((places, found))
+        rows: Rows = {}
+        for places, found in parts:
+            for name in self.columns:
+                column = found.get(name)
+                if column is None:  # of positions: the set does not keep documents apart
+                    column = np.broadcast_to(np.arange(found["input_ids"].shape[1]), found["input_ids"].shape)
+                if name not in rows:
+                    rows[name] = np.empty((len(sets), *column.shape[1:]), column.dtype)
+                rows[name][places] = column
+        return {**rows, "domain": sets}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the rows of token sets, without `domain`: those of all sets, so that every batch has the same."""
+        return tuple(dict.fromkeys(name for dataset in self.datasets.values() for name in dataset.columns))
+
+    def _reads(self, sets: np.ndarray, ordinals: np.ndarray) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Samples of one set and epoch: the set, their places, the epoch."""
+        epochs = ordinals // np.array(self.lengths)[sets]
+        for k, epoch in sorted(set(zip(sets.tolist(), epochs.tolist(), strict=True))):
+            yield k, np.flatnonzero((sets == k) & (epochs == epoch)), epoch
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """What a `DataLoader` asks for: the rows of a batch."""
+        if all(hasattr(dataset, "rows") for dataset in self.datasets.values()):
+            columns = {name: torch.from_numpy(column) for name, column in self.rows(samples).items()}
+            return [{name: column[row] for name, column in columns.items()} for row in range(len(samples))]
+        sets, ordinals = self.locate(samples)
+        found: list[Any] = [None] * len(samples)
+        for k, places, epoch in self._reads(sets, ordinals):
+            for place, row in zip(places, self._own_rows(k, ordinals[places] % self.lengths[k], epoch), strict=True):
+                found[place] = {**row, "domain": torch.tensor(k)}
+        return found
+
+    def _own_rows(self, k: int, places: np.ndarray, epoch: int) -> list[Mapping[str, Any]]:
+        name, dataset = self.names[k], self.datasets[self.names[k]]
+        if hasattr(dataset, "rows"):
+            columns = {column: torch.from_numpy(array) for column, array in dataset.rows(places, epoch).items()}
+            return [{column: array[row] for column, array in columns.items()} for row in range(len(places))]
+        stream = xxhash.xxh32_intdigest(name.encode())
+        return [dataset[int(n)] for n in Permutation(self.lengths[k], self.seed, epoch, stream)(places)]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Rows from `samples` on, which counts them."""
+        end = None if self._blend.end is None else len(self)
+        while end is None or self.samples < end:
+            row = self[self.samples]
+            self.samples += 1
+            yield row
+
+    def counts(self, samples: int | None = None) -> dict[str, int]:
+        """Rows of each set among the first `samples`; among those iterated over if None."""
+        samples = self.samples if samples is None else samples
+        return dict(zip(self.names, self._point(samples).counts, strict=True))
+
+    def epochs(self, samples: int | None = None) -> dict[str, float]:
+        """How often each set has been read, as `counts`."""
+        return {name: n / len(self.datasets[name]) for name, n in self.counts(samples).items()}
+
+    def _point(self, samples: int) -> Point:
+        wanted = samples - sum(self._gone.values())
+        end, begin = self._blend.end, self._blend.begin.samples
+        if wanted < begin or (end is not None and wanted > end):
+            raise IndexError(f"the mixture goes on from sample {begin}, to {end}; it has no sample {samples}.")
+        return self._blend.at(wanted)
+
+    def state_dict(self, samples: int | None = None) -> dict[str, Any]:
+        """Where it is behind the first `samples`, or behind those iterated over: counts, in JSON's types."""
+        point = self._point(self.samples if samples is None else samples)
+        return {
+            "counts": {**self._gone, **dict(zip(self.names, point.counts, strict=True))},
+            "anchor": dict(zip(self.names, point.anchor_counts, strict=True)),
+            "mixing": self._mixing(),
+        }
+
+    def _mixing(self) -> dict[str, Any]:
+        """What the next set depends on besides the counts."""
+        return {
+            "weights": dict(zip(self.names, self.weights, strict=True)),
+            "max_epochs": dict(zip(self.names, self.max_epochs, strict=True)),
+            "rows": dict(zip(self.names, self.lengths, strict=True)),
+            "when_exhausted": self.when_exhausted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind a state, of this mixture or of one with other weights or sets.
+
+        New weights hold from here on. The count of a set that is not here is kept, should it come back.
+
+        Raises:
+            ValueError: if it is no state of a mixture.
+        """
+        try:
+            counts = {str(name): int(count) for name, count in state["counts"].items()}
+            anchor, mixing = {str(name): int(n) for name, n in state["anchor"].items()}, state["mixing"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"this is no state of a mixture ({type(error).__name__}: {error}).") from error
+        if min(counts.values(), default=0) < 0:
+            raise ValueError(f"this is no state of a mixture: a count is negative ({counts}).")
+        self._gone = {name: count for name, count in counts.items() if name not in self.names}
+        ours = tuple(counts.get(name, 0) for name in self.names)
+        begin = Point(sum(ours), ours, sum(ours), ours)
+        if mixing == self._mixing():
+            before = tuple(anchor.get(name, 0) for name in self.names)
+            begin = Point(sum(ours), ours, sum(before), before)
+        self._blend = self._blend_from(begin)
+        self.samples = sum(counts.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_blend": self._blend_from(self._blend.begin)}
+
+
+def _weights(names: Sequence[str], weights: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(weights, Mapping):
+        missing, unknown = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
+        if missing or unknown:
+            raise ValueError(
+                "weights must name the sets of the mixture: "
+                + " and ".join(
+                    [f"{', '.join(map(repr, missing))} has none"] * bool(missing)
+                    + [f"{', '.join(map(repr, unknown))} is no set"] * bool(unknown)
+                )
+                + "."
+            )
+        weights = [weights[name] for name in names]
+    if len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weights do not cover {len(names)} sets ({', '.join(names)}).")
+    found = tuple(float(weight) for weight in weights)
+    for name, weight in zip(names, found, strict=True):
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"the weight {weight} of the set {name!r} cannot be: weights are finite and not negative.")
+    if not sum(found) or not math.isfinite(sum(found)):
+        raise ValueError(f"the weights {list(found)} sum to {sum(found)}; the sum must be positive and finite.")
+    return found
+
+
+def _epochs(names: Sequence[str], epochs: int | None | Mapping[str, int | None]) -> tuple[int | None, ...]:
+    if isinstance(epochs, Mapping):
+        if set(epochs) != set(names):
+            raise ValueError(f"max_epochs names {sorted(epochs)}, and the sets are {sorted(names)}.")
+        found = tuple(epochs[name] for name in names)
+    else:
+        found = (epochs,) * len(names)
+    for name, number in zip(names, found, strict=True):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"max_epochs={number!r} of the set {name!r} cannot be: a positive integer, or None.")
+    return found
+
+
+def _same(datasets: Mapping[str, Any], attribute: str, what: str) -> None:
+    known = [(name, value) for name, d in datasets.items() if (value := getattr(d, attribute, None)) is not None]
+    for name, value in known[1:]:
+        if value != known[0][1]:
+            raise ValueError(
+                f"the set {name!r} has {what} ({value!r}) than {known[0][0]!r} ({known[0][1]!r}); a mixture has one."
+            )
