@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...ops.cross_entropy import IGNORED
+from ...ops.cross_entropy import IGNORE_INDEX
 from .byte_ranges import BlockCache, RemoteFile
 from .documents import Documents, scan
 from .packing import WINDOW, PackedRows, pack, row_count
@@ -216,10 +216,10 @@ def read_span(
     labels[:] = inner
     following = len(ids) - 1
     shifted[:following] = ids[1:]
-    shifted[following:] = IGNORED
+    shifted[following:] = IGNORE_INDEX
     if use_loss and (kept := file.read_loss(start, start + len(ids))) is not None:
-        labels[kept[:size] == 0] = IGNORED
-        shifted[:following][kept[1:] == 0] = IGNORED
+        labels[kept[:size] == 0] = IGNORE_INDEX
+        shifted[:following][kept[1:] == 0] = IGNORE_INDEX
 
 
 def read_pieces(
@@ -238,7 +238,7 @@ def read_pieces(
             column += size
         if column < length:
             rows["input_ids"][number, column:] = FILL
-            rows["labels"][number, column:] = rows["shift_labels"][number, column:] = IGNORED
+            rows["labels"][number, column:] = rows["shift_labels"][number, column:] = IGNORE_INDEX
             begins.append((number, column))
     if masked:
         where = np.array(begins, np.int64).reshape(-1, 2)
@@ -254,9 +254,9 @@ def separate(rows: Rows, row: np.ndarray, column: np.ndarray) -> None:
     """
     count, length = rows["input_ids"].shape
     inside = column < length
-    rows["labels"][row[inside], column[inside]] = IGNORED
+    rows["labels"][row[inside], column[inside]] = IGNORE_INDEX
     later = column > 0
-    rows["shift_labels"][row[later], column[later] - 1] = IGNORED
+    rows["shift_labels"][row[later], column[later] - 1] = IGNORE_INDEX
     begins = np.zeros((count, length), np.int64)
     begins[row[inside], column[inside]] = column[inside]
     np.maximum.accumulate(begins, axis=1, out=begins)
