@@ -224,12 +224,16 @@ def count_collectives(directory: str, sizes: dict[str, Any]) -> tuple[list[list[
 
         return call
 
+    class SmallBuckets(NanotronTrainingArguments):
+        """For a small model; `ddp_bucket_cap_mb` is at least 1 MiB."""
+
+        gradient_bucket_bytes = 10_000  # type: ignore[assignment]
+
     original = gradients_module.reduce_scatter_in_place, zero_module.all_gather_in_place
     gradients_module.reduce_scatter_in_place = recorded("reduce_scatter", original[0])
     zero_module.all_gather_in_place = recorded("all_gather", original[1])
     try:
-        args = NanotronTrainingArguments(**training_arguments(max_steps=3, **sizes))
-        args.ddp_bucket_cap_mb = 10_000 / 2**20  # type: ignore[assignment]  # small buckets, for a small model
+        args = SmallBuckets(**training_arguments(max_steps=3, **sizes))
         model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
         trainer = NanotronTrainer(
             model=model, args=args, train_dataset=random_dataset(SAMPLES), data_collator=pad_batch
