@@ -71,6 +71,7 @@ class MeshesOfJob:
                         dist.destroy_process_group(handle)
 
 
+# The default process group is the one object that all meshes of a job share; what is known of them goes with it.
 _jobs: weakref.WeakKeyDictionary[dist.ProcessGroup, MeshesOfJob] = weakref.WeakKeyDictionary()
 
 
