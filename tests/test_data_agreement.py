@@ -90,7 +90,10 @@ def swapped_late(rank: int) -> Any:
 
 
 WRONG: dict[str, tuple[Callable[[int], Any], list[str]]] = {
-    "random.shuffle": (shuffled_rows, ["before its first step: ranks 0 and 1 of one replica", "row 0 of 80", "seed"]),
+    "random.shuffle": (
+        shuffled_rows,
+        ["before its first step: ranks 0 and 1 of one replica", " of 80 is the first of the compared rows", "seed"],
+    ),
     "Dataset.shuffle": (lambda rank: counting().shuffle(), ["ranks 0 and 1 of one replica", "shuffle(seed=42)"]),
     "train_test_split": (
         lambda rank: counting().train_test_split(0.1)["train"],
