@@ -88,7 +88,6 @@ class NanotronTrainer(Trainer):
         ValueError: for an argument that cannot be honoured, naming it and what to use instead.
     """
 
-    args: NanotronTrainingArguments
     model: ParallelModel
     accelerator: DataParallelAccelerator
     mesh: ParallelMesh
@@ -148,6 +147,18 @@ class NanotronTrainer(Trainer):
             f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
         )
+
+    @property  # type: ignore[override]
+    def args(self) -> NanotronTrainingArguments:
+        """Others may be assigned between runs. All parts of the trainer go by them."""
+        return self._args
+
+    @args.setter
+    def args(self, value: NanotronTrainingArguments) -> None:
+        self._args = value
+        for part in (self._data_order, self._uploads, self._checkpointer, getattr(self, "_guard", None)):
+            if part is not None:
+                part.args = value
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, for which the ranks of a replica are one process where data is dealt or results are joined."""
