@@ -356,11 +356,24 @@ def test_a_trainer_goes_by_arguments_that_were_assigned_to_it(tmp_path: Path, po
     pool.run(1, train_by_others, str(tmp_path))
 
 
+class Keeping(NanotronTrainer):
+    """Has attributes of its own, and assigns one of Trainer's before Trainer does."""
+
+    def __init__(self, model: Any, args: NanotronTrainingArguments, **kwargs: Any) -> None:
+        self.args = args
+        self._loss = 0.0
+        super().__init__(model, args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._loss = logs.get("loss", self._loss)
+        super().log(logs, start_time)
+
+
 def train_by_others(folder: str) -> None:
     """Between runs. Lock, record, retention, resume and data order are those of the new ones, as the saving is."""
     made_with, other = Path(folder, "made_with"), Path(folder, "other")
     args = NanotronTrainingArguments(**training_arguments(output_dir=str(made_with), save_strategy="no"))
-    trainer = NanotronTrainer(stock_model("llama"), args, train_dataset=random_dataset(64))
+    trainer = Keeping(stock_model("llama"), args, train_dataset=random_dataset(64))
     trainer.args = copy.copy(args)
     for name, value in {"output_dir": str(other), "save_strategy": SaveStrategy.STEPS, "save_steps": 1}.items():
         setattr(trainer.args, name, value)
