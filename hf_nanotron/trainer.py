@@ -88,7 +88,6 @@ class NanotronTrainer(Trainer):
         ValueError: for an argument that cannot be honoured, naming it and what to use instead.
     """
 
-    args: NanotronTrainingArguments
     model: ParallelModel
     accelerator: DataParallelAccelerator
     mesh: ParallelMesh
@@ -148,6 +147,18 @@ class NanotronTrainer(Trainer):
             f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
         )
+
+    @property  # type: ignore[override]
+    def args(self) -> NanotronTrainingArguments:
+        """Others may be assigned between runs. All parts of the trainer go by them."""
+        return self._args
+
+    @args.setter
+    def args(self, value: NanotronTrainingArguments) -> None:
+        self._args = value
+        for name in ("_data_order", "_uploads", "_checkpointer", "_guard"):
+            if (part := vars(self).get(name)) is not None:  # a subclass may assign before it calls `__init__`
+                part.args = value
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, for which the ranks of a replica are one process where data is dealt or results are joined."""
@@ -361,7 +372,7 @@ class NanotronTrainer(Trainer):
                 if not rest.samples:
                     self._load_rng_state(checkpoint)
             together(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
-            compare_ranks(self.mesh, self._loss.whose)
+            compare_ranks(self.mesh, self._loss_choice.whose)
             stops = self.control.should_training_stop
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
             if rest is not None and rest.samples and loader.rounds == 0:
@@ -444,7 +455,7 @@ class NanotronTrainer(Trainer):
 
         While a model trains, it is called for a subclass that overrides it, and for a model with hooks.
         """
-        loss, outputs = self._loss.of_batch(model, inputs, num_items_in_batch)
+        loss, outputs = self._loss_choice.of_batch(model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_input(self, data: Any) -> Any:
@@ -605,7 +616,7 @@ class NanotronTrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Trainer's; for the plain loss alone, no rank makes whole logits."""
         self._evaluation.compare_by_hand(inputs)
-        loss_choice = self._loss
+        loss_choice = self._loss_choice
         if prediction_loss_only and "labels" in inputs and not loss_choice.is_own:
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
@@ -718,7 +729,7 @@ class NanotronTrainer(Trainer):
         if isinstance(items, torch.Tensor):
             return True
         self._windows.read_verdict()  # of what is wrong with the data, rather than of this
-        if self._loss.needs_labels or self._windows.counted:
+        if self._loss_choice.needs_labels or self._windows.counted:
             raise ValueError(
                 f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
@@ -726,7 +737,7 @@ class NanotronTrainer(Trainer):
         return False
 
     @property
-    def _loss(self) -> LossChoice:
+    def _loss_choice(self) -> LossChoice:
         """Whose loss is trained now."""
         is_overridden = "compute_loss" in vars(self) or type(self).compute_loss is not NanotronTrainer.compute_loss
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
@@ -737,13 +748,13 @@ class NanotronTrainer(Trainer):
 
     def _check_loss(self) -> None:
         """See `LossChoice.check`."""
-        loss_choice = self._loss
+        loss_choice = self._loss_choice
         self._checked_loss = loss_choice.whose
         loss_choice.check()
 
     def _follow_loss(self) -> LossChoice:
         """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch."""
-        loss_choice = self._loss
+        loss_choice = self._loss_choice
         if loss_choice.whose != self._checked_loss:
             self._check_loss()
         return loss_choice

@@ -23,7 +23,7 @@ from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_nanotron.cli import main as cli, train as cli_train
+from hf_nanotron.cli import main, train as cli_train
 
 DATA = Path(__file__).parent / "data" / "nanotron"
 PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
@@ -40,7 +40,7 @@ def command(*argv: str) -> Result:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.main(argv)
+            main(argv)
         except SystemExit as exit:
             code = exit.code if isinstance(exit.code, int) else 1
     return code, out.getvalue(), err.getvalue()
@@ -78,7 +78,7 @@ def checkpoint() -> str:
 def test_help_is_there_without_torch() -> None:
     program = """
 import contextlib, io, sys
-from hf_nanotron.cli.main import main
+from hf_nanotron.cli import main
 for argv in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["convert", "--help"],
              ["convert", "nanotron-to-hub", "--help"], ["convert", "hub-to-nanotron", "--help"], ["generate"], []):
     out = io.StringIO()
@@ -156,7 +156,7 @@ def test_foreign_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cli_train, "train", fail)
     with pytest.raises(ValueError, match="somebody else"):
-        cli.main(["train", "x.yaml"])
+        main(["train", "x.yaml"])
 
 
 # ---- convert ----

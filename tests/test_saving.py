@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -22,9 +23,12 @@ from test_gradients import stock_model
 from test_resume import contents
 from tiny import History, pad_batch, random_dataset, training_arguments
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory import save as save_module
+from hf_nanotron.checkpoint.directory.retention import newest
+from hf_nanotron.checkpoint.directory.runs import RECORD
 from hf_nanotron.training import checkpointer
 
 
@@ -346,3 +350,41 @@ def test_a_run_starts_from_a_converted_repository(pool: WorkerPool, start: Path)
     stock_model("llama", initializer_range=0.3).save_pretrained(start / "start")  # not what is to be trained
     losses, _ = pool.run(2, run, str(start / "out"), sizes, True)[0]
     assert losses == expected
+
+
+def test_a_trainer_goes_by_arguments_that_were_assigned_to_it(tmp_path: Path, pool: WorkerPool) -> None:
+    pool.run(1, train_by_others, str(tmp_path))
+
+
+class Keeping(NanotronTrainer):
+    """Has attributes of its own, and assigns one of Trainer's before Trainer does."""
+
+    def __init__(self, model: Any, args: NanotronTrainingArguments, **kwargs: Any) -> None:
+        self.args = args
+        self._loss = 0.0
+        super().__init__(model, args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._loss = logs.get("loss", self._loss)
+        super().log(logs, start_time)
+
+
+def train_by_others(folder: str) -> None:
+    """Between runs. Lock, record, retention, resume and data order are those of the new ones, as the saving is."""
+    made_with, other = Path(folder, "made_with"), Path(folder, "other")
+    args = NanotronTrainingArguments(**training_arguments(output_dir=str(made_with), save_strategy="no"))
+    trainer = Keeping(stock_model("llama"), args, train_dataset=random_dataset(64))
+    trainer.args = copy.copy(args)
+    for name, value in {"output_dir": str(other), "save_strategy": SaveStrategy.STEPS, "save_steps": 1}.items():
+        setattr(trainer.args, name, value)
+    trainer.args.max_steps, trainer.args.save_total_limit, trainer.args.train_sampling_strategy = 2, 1, "sequential"
+    trainer.train()
+    assert [path.name for path in newest(str(other))] == ["checkpoint-2"] and (other / RECORD).is_file()
+    cursor = trainer.data_cursor()
+    assert cursor is not None and cursor["order"]["kind"] == "sequential"
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.max_steps = 3
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+    assert trainer.args.logging_nan_inf_filter and not any(made_with.iterdir())
+    trainer.mesh.close()

@@ -25,7 +25,7 @@ import torch
 from hub_server import HubServer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from hf_nanotron.cli import main as cli
+from hf_nanotron.cli import main
 from hf_nanotron.training_args import NanotronTrainingArguments
 
 HF = "hf_" + "Zx9" * 12
@@ -210,8 +210,8 @@ def run(out: str) -> None:
     trainer.save_model(f"{out}/saved")
     trainer.save_state()
     trainer.push_to_hub()
-    cli.main(["convert", "sharded-to-hub", f"{out}/checkpoint-2", f"{out}/converted"])
-    cli.main(["convert", "hub-to-nanotron", f"{out}/converted", f"{out}/nanotron"])
+    main(["convert", "sharded-to-hub", f"{out}/checkpoint-2", f"{out}/converted"])
+    main(["convert", "hub-to-nanotron", f"{out}/converted", f"{out}/nanotron"])
 
 
 # ---- what the command line and the arguments complain about ----
@@ -257,7 +257,7 @@ def test_complaints_hold_no_secret(traces: bool, tmp_path: Path, capsys: pytest.
     for name, (text, overrides) in COMPLAINTS.items():
         path.write_text(f"{text}\n")
         with pytest.raises((SystemExit, Exception)) as caught:
-            cli.main([*(["--traceback"] if traces else []), "train", str(path), *overrides])
+            main([*(["--traceback"] if traces else []), "train", str(path), *overrides])
         said = "".join(capsys.readouterr())
         if traces:
             assert not isinstance(caught.value, SystemExit), name
@@ -276,7 +276,7 @@ def test_options_that_are_none_hold_no_secret(capsys: pytest.CaptureFixture[str]
         [f"https://me:{PLAIN}@host"],
     ):
         with pytest.raises(SystemExit):
-            cli.main(command)
+            main(command)
         said = "".join(capsys.readouterr())
         assert "error:" in said and PLAIN not in said and HF not in said, said
 
