@@ -273,6 +273,8 @@ def test_refusals(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             Mixture(two, weights)
+    with pytest.raises(ValueError, match="the name 0 of a set must be text"):
+        Mixture({0: Numbers(3), 1: Numbers(5)}, [1, 1])  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="a mixture needs a set"):
         Mixture({}, [])
     with pytest.raises(ValueError, match="the set 'b' has no rows"):
