@@ -177,6 +177,16 @@ def test_no_end() -> None:
     assert mixture.epochs(1_000)["a"] == pytest.approx(500 / 3, abs=1)
 
 
+@pytest.mark.parametrize("weight", [1e-300, 1e-320])
+@pytest.mark.parametrize("ending", ["stop", "redistribute"])
+def test_a_set_of_next_to_no_weight(weight: float, ending: Any) -> None:
+    mixture = Mixture({"a": Numbers(5), "b": Numbers(4)}, [weight, 1], when_exhausted=ending)
+    assert len(mixture) == (4 if ending == "stop" else 9)
+    endless = Mixture({"a": Numbers(5), "b": Numbers(4)}, [weight, 1], max_epochs={"a": 1, "b": None})
+    assert len(endless) > 2**61
+    assert endless.counts(1000)["a"] <= 1
+
+
 def test_a_set_of_weight_zero_is_not_read() -> None:
     mixture = Mixture({"a": Numbers(3), "b": Numbers(500)}, [0, 1])
     assert mixture.counts(len(mixture)) == {"a": 0, "b": 500}
@@ -263,6 +273,8 @@ def test_refusals(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             Mixture(two, weights)
+    with pytest.raises(ValueError, match="the name 0 of a set must be text"):
+        Mixture({0: Numbers(3), 1: Numbers(5)}, [1, 1])  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="a mixture needs a set"):
         Mixture({}, [])
     with pytest.raises(ValueError, match="the set 'b' has no rows"):

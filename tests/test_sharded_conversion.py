@@ -419,9 +419,11 @@ def test_damaged_states_are_refused_by_name(checkpoint: Path) -> None:
     file.write_bytes(data)
     refuse(sharded_to_hub, checkpoint, f"{file.name} is damaged: the checksum of master")
     file.write_bytes(whole[:-1])
-    refuse(sharded_to_hub, checkpoint, f"{file.name} was cut off: it has .* bytes instead of")
+    refuse(
+        sharded_to_hub, checkpoint, f"{file.name} was cut off: it has .* bytes instead of .*; use an earlier checkpoint"
+    )
     file.unlink()
-    refuse(sharded_to_hub, checkpoint, f"{file.name} is missing")
+    refuse(sharded_to_hub, checkpoint, f"{file.name} is missing, but index.json names it; use an earlier checkpoint")
     file.write_bytes(whole)
     index = checkpoint / "training_state" / "index.json"
     damage(index)

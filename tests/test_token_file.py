@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from token_files import count_requests, documents, flat, write_ds, write_megatron
 
-from hf_nanotron.data.tokens.byte_ranges import BlockCache
-from hf_nanotron.data.tokens.documents import scan
+from hf_nanotron.data.tokens.byte_ranges import BlockCache, RemoteFile
+from hf_nanotron.data.tokens.documents import EndsInFile, scan
+from hf_nanotron.data.tokens.sorted_ints import SortedInts
 from hf_nanotron.data.tokens.token_file import TokenFile, open_token_files, parse_metadata
 
 
@@ -128,6 +129,25 @@ def test_folder_pattern_and_list(tmp_path: Path) -> None:
         assert [file.path for file in open_token_files(paths, token_size=2)] == names
 
 
+def test_names_with_the_marks_of_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]"
+    (folder / "folder.ds").mkdir(parents=True)
+    for name in ("a[1].ds", "a*.ds", "b.ds"):
+        write_ds(folder / name, documents(5))
+
+    def names(path: str) -> list[str]:
+        return [Path(file.path).name for file in open_token_files(path, token_size=2)]
+
+    assert names(str(folder)) == ["a*.ds", "a[1].ds", "b.ds"]
+    assert names(str(folder / "a[1].ds")) == ["a[1].ds"]
+    assert names(str(folder / "a*.ds")) == ["a*.ds"]
+    write_megatron(folder / "m[2]", [[doc] for doc in documents(5)])
+    assert names(str(folder / "m[2]")) == ["m[2].bin"]
+    assert names(str(tmp_path / "run*" / "m?2?.bin")) == ["m[2].bin"]
+    (folder / "m[2].bin").unlink()
+    assert names(str(tmp_path / "run*" / "*.ds")) == ["a*.ds", "a[1].ds", "b.ds"]
+
+
 def test_remote_reads_blocks_once(tmp_path: Path) -> None:
     requests = count_requests()
     docs = documents(2_000)
@@ -208,6 +228,7 @@ def test_refusals(tmp_path: Path) -> None:
     refused("token_size=3 cannot be", token_size=3)
     refused("contradict", token_size=2, dtype="uint32")
     refused("ids are integers", dtype="float32")
+    refused("are little-endian", dtype=">u2")
     refused(r"a.ds: token \d+ has the id \d+, and the vocabulary has 50", token_size=2, vocab_size=50)
     path.write_bytes(path.read_bytes()[:-1])
     refused("a.ds: .* bytes are no whole number", token_size=2)
@@ -268,6 +289,13 @@ def test_refusals_of_megatron_and_npy(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.zeros((2, 3), np.int32))
     with pytest.raises(ValueError, match=r"c.npy holds int32 of shape \(2, 3\)"):
         TokenFile.open(str(tmp_path / "c.npy"))
+    np.save(tmp_path / "c.npy", np.array([1, 2**63 + 5], np.uint64))
+    with pytest.raises(ValueError, match=r"c.npy: token 1 has the id 9223372036854775813; rows hold ids as int64"):
+        TokenFile.open(str(tmp_path / "c.npy")).read(0, 2)
+    for header in (b"{'descr': '<u4',", b"'''aaaaa", b"  a\n b\nc"):
+        (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        with pytest.raises(ValueError, match="c.npy is no .npy file that can be read"):
+            TokenFile.open(str(tmp_path / "c.npy"))
     np.save(tmp_path / "c.npy", np.zeros(30, np.int32))
     (tmp_path / "c.npy").write_bytes((tmp_path / "c.npy").read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"c.npy: .* cut off"):
@@ -293,3 +321,16 @@ def test_secrets_of_an_address_are_not_shown() -> None:
     with pytest.raises(FileNotFoundError) as error:
         TokenFile.open("memory://user:hunter22@host/absent.ds", token_size=2)
     assert "hunter22" not in str(error.value)
+
+
+@pytest.mark.parametrize("ends", [[3, 2, 8], [2**63, 8]])
+def test_secrets_are_not_shown_by_documents_and_reprs(ends: list[int]) -> None:
+    options = {"secret": "hunter33"}
+    path, cache = "https://user:hunter22@host/a.ds", BlockCache(options=options)
+    file = RemoteFile(path, 8 * len(ends), cache)
+    cache.blocks[path, 0] = np.array(ends, "<u8").tobytes()
+    documents = EndsInFile(SortedInts(file, 0, len(ends)), 8, 8)
+    with pytest.raises(ValueError, match=r"https://\*\*\*@host/a.ds") as error:
+        documents.edges(0, len(ends))
+    shown = f"{error.value} {file} {cache} {documents} {TokenFile(path, file, np.dtype('u2'), 0, 8, documents)}"
+    assert "hunter" not in shown

@@ -211,6 +211,7 @@ def test_refusals(tmp_path: Path) -> None:
         ("b.bin", {"order": "fair"}, "order='fair' is not one of"),
         ("b.bin", {"samples": 9}, "belong to order="),
         ("a.ds", {"order": "nanoset", "folder_weights": [1, 2]}, "2 weights do not cover 1 folders"),
+        ("a.ds", {"order": "nanoset", "folder_weights": [0.0]}, r"folder_weights=\[0.0\] cannot be"),
     ]:
         with pytest.raises(ValueError, match=match):
             TokenDataset(tmp_path / path, LENGTH, token_size=2, **options)  # type: ignore[arg-type]

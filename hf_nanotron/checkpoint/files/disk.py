@@ -42,18 +42,19 @@ def size_of(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def check_length(path: Path, expected: int, why: str) -> None:
+def check_length(path: Path, expected: int, why: str, advice: str = "") -> None:
+    end = f"; {advice}." if advice else "."
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, but {why}.") from None
+        raise ValueError(f"{path} is missing, but {why}{end}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}).") from error
+        raise ValueError(f"{path} cannot be read ({error}){end}") from error
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-        raise ValueError(f"{path} is not a regular file, but {why}.")
+        raise ValueError(f"{path} is not a regular file, but {why}{end}")
     if (size := status.st_size) != expected:
         fault = "was cut off" if size < expected else "has grown"
-        raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}.")
+        raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}{end}")
 
 
 def crc32(data: bytes | bytearray | memoryview) -> str:

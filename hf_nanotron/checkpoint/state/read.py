@@ -13,6 +13,7 @@ import torch
 
 from ..files.disk import CHUNK_BYTES, StrPath, check_length
 from ..files.safetensors_file import DTYPES
+from ..files.schema import EARLIER
 from .file import INDEX
 from .index import StateIndex
 from .pieces import Piece, slice_of
@@ -48,7 +49,7 @@ class StoredState:
         self._block_bytes = index.block_bytes
         self.values = index.values
         for name, entry in index.files.items():
-            check_length(index.place(name), entry["bytes"], f"{INDEX} names it")
+            check_length(index.place(name), entry["bytes"], f"{INDEX} names it", EARLIER)
         self._pieces: dict[str, list[tuple[Slice, Piece]]] = {}
         for piece in (piece for pieces in index.pieces_of.values() for piece in pieces):
             self._pieces.setdefault(piece["name"], []).append((slice_of(piece), piece))

@@ -83,7 +83,8 @@ class Blend:
         total = float(np.sum(np.array(self.weights, np.float64)))
         room = [self.capacities[k] - begin.anchor_counts[k] for k in limited]
         ends = [
-            int((1 + (n - 1) * total / self.weights[k]) * (1 + 1e-13)) if n > 0 else 0
+            # infinite by a weight that is next to nothing
+            int(min((1 + (n - 1) * total / self.weights[k]) * (1 + 1e-13), UNLIMITED)) if n > 0 else 0
             for k, n in zip(limited, room, strict=True)
         ]
         return max(begin.samples, begin.anchor_samples + min(ends))

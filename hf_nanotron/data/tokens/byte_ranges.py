@@ -76,7 +76,7 @@ class BlockCache:
 
     block: int = BLOCK_BYTES
     limit: int = CACHE_BYTES
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # may hold keys
     blocks: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     def fetch(self, wanted: Iterable[tuple[RemoteFile, int, int]]) -> None:
@@ -122,6 +122,9 @@ class RemoteFile:
     cache: BlockCache
 
     is_local = False
+
+    def __repr__(self) -> str:
+        return f"RemoteFile(path={printable_url(self.path)!r}, size={self.size})"
 
     def array(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         """`[count]` numbers that begin at byte `offset`: a copy, read-only."""

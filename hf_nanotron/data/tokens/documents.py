@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ...redaction import printable_url
 from .sorted_ints import SortedInts
 
 SCAN_TOKENS = 2**22  # ids in memory at a time, while the ends of documents are looked for
@@ -133,6 +134,7 @@ def _following(numbers: SortedInts, start: int, stop: int) -> tuple[int, np.ndar
 def _checked(edges: np.ndarray, low: int, high: int, path: str) -> np.ndarray:
     if len(edges) and (edges[0] < low or edges[-1] > high or (edges[1:] < edges[:-1]).any()):
         raise ValueError(
-            f"{path}: the ends of documents do not ascend, or lie beyond the {high} tokens they belong to."
+            f"{printable_url(path)}: the ends of documents do not ascend, or lie beyond the {high} tokens they belong "
+            "to."
         )
     return edges

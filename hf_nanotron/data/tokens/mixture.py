@@ -60,6 +60,9 @@ class Mixture(Dataset[dict[str, Any]]):
         self.datasets, self.names, self.seed = dict(datasets), tuple(datasets), seed
         if not self.names:
             raise ValueError("a mixture needs a set.")
+        for name in self.names:
+            if not isinstance(name, str):
+                raise ValueError(f"the name {name!r} of a set must be text: the state tells sets by their names.")
         self.weights = _weights(self.names, weights)
         self.lengths = tuple(len(dataset) for dataset in self.datasets.values())
         for name, length in zip(self.names, self.lengths, strict=True):

@@ -166,6 +166,8 @@ def nanoset_order(sizes: np.ndarray, weights: Sequence[float] | None) -> tuple[n
     shares = np.array(sizes if weights is None else weights, np.float64)
     if len(shares) != len(sizes):
         raise ValueError(f"{len(shares)} weights do not cover {len(sizes)} folders.")
+    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
+        raise ValueError(f"folder_weights={shares.tolist()} cannot be: finite, not negative, and not all of them 0.")
     choose = greedy if len(sizes) <= FEW_FOLDERS else greedy_by_arrays
     zeros, never = [0] * len(sizes), [UNLIMITED] * len(sizes)
     sets = np.array(choose(shares / shares.sum(), zeros, never, 0, count), np.int64)

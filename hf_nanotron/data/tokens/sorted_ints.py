@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...redaction import printable_url
 from .byte_ranges import AnyFile
 
 
@@ -34,7 +35,8 @@ class SortedInts:
         found = self._raw(start, stop)
         if len(found) > 1 and (found[1:] < found[:-1]).any():
             place = start + int(np.argmax(found[1:] < found[:-1]))
-            raise ValueError(f"{self.file.path}: number {place + 1} is smaller than the one before; it must ascend.")
+            shown = printable_url(self.file.path)
+            raise ValueError(f"{shown}: number {place + 1} is smaller than the one before; it must ascend.")
         return found // self.scale if self.scale > 1 else found
 
     def search(self, values: np.ndarray, side: str = "left") -> np.ndarray:

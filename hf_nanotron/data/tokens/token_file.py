@@ -13,6 +13,8 @@ it may stand
 from __future__ import annotations
 
 import io
+import os
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from .byte_ranges import (
     expand,
     is_remote,
     list_folder,
+    local_path,
     read_ranges,
     stat_files,
 )
@@ -87,6 +90,9 @@ class TokenFile:
     def __len__(self) -> int:
         return self.tokens
 
+    def __repr__(self) -> str:
+        return f"TokenFile(path={self.shown!r}, dtype={self.dtype.name}, tokens={self.tokens})"
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """`[stop - start]` ids of the file's dtype; fewer at its end. A view, where the file is local.
 
@@ -110,6 +116,9 @@ class TokenFile:
                 f"{self.shown}: token {start + place} has the id {ids[place]}, and the vocabulary has {size} (ids 0 to "
                 f"{size - 1}): it was written with another tokenizer, or its ids have another width."
             )
+        if ids.dtype.kind == "u" and ids.dtype.itemsize == 8 and int(ids.max()) > np.iinfo(np.int64).max:
+            place = int(np.argmax(ids > np.iinfo(np.int64).max))
+            raise ValueError(f"{self.shown}: token {start + place} has the id {ids[place]}; rows hold ids as int64.")
         if ids.dtype.kind == "i" and int(ids.min()) < 0:
             place = int(np.argmax(ids < 0))
             raise ValueError(f"{self.shown}: token {start + place} has the id {ids[place]}; ids are not negative.")
@@ -222,7 +231,9 @@ def _given_dtype(token_size: int | None, dtype: Any) -> np.dtype | None:
         raise ValueError(f"dtype={dtype!r} cannot be; ids are integers.")
     if token_size is not None and found.itemsize != token_size:
         raise ValueError(f"token_size={token_size} and dtype={found.name} contradict each other.")
-    return found.newbyteorder("<")
+    if found != found.newbyteorder("<"):
+        raise ValueError(f"dtype={dtype!r} cannot be; the ids of a .ds file are little-endian.")
+    return found
 
 
 Group = dict[str, Stat]  # what belongs to one file, by the ends of their names
@@ -230,11 +241,12 @@ Group = dict[str, Stat]  # what belongs to one file, by the ends of their names
 
 def _groups(path: str, options: dict[str, Any]) -> list[Group]:
     """The files that a path stands for, each with what stands beside it."""
-    if any(mark in path for mark in "*?["):
+    if _is_pattern(path):
         matches = [match for match in expand(path, options) if match.endswith(KINDS)]
-        if not matches:
+        groups = [group for match in matches if (group := _single(match, options))]  # none of a folder
+        if not groups:
             raise FileNotFoundError(f"{printable_url(path)} matches no {_kinds()} file.")
-        return [group for match in matches for group in _groups(match, options)]
+        return groups
     if path.endswith(KINDS) and (group := _single(path, options)):
         return [group]
     listed = list_folder(path, options)
@@ -254,6 +266,12 @@ def _groups(path: str, options: dict[str, Any]) -> list[Group]:
             f"({printable_url(path).rstrip('/')}/*{kinds[0]})."
         )
     return [_with_siblings(name, listed) for name in names]
+
+
+def _is_pattern(path: str) -> bool:
+    """A local name may have the marks of a pattern in it, too."""
+    exists = not is_remote(path) and any(os.path.exists(local_path(path) + end) for end in ("", ".bin"))
+    return any(mark in path for mark in "*?[") and not exists
 
 
 def _kinds() -> str:
@@ -401,7 +419,7 @@ def _npy(group: Group, head: bytes, cache: BlockCache) -> TokenFile:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except ValueError as error:
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"{shown} is no .npy file that can be read ({error}).") from None
     if len(shape) != 1 or dtype.kind not in "iu":
         raise ValueError(f"{shown} holds {dtype.name} of shape {shape}; ids are integers in one dimension.")
