@@ -2,7 +2,7 @@
 
 Many families keep their modules' tensors in another form than their files, as transformers declares it
 (`transformers.conversion_mapping`): experts stacked, gate and up joined, other names. Its own conversions are run here
-on tensors without data (`grids.Traced`), towards the files for a save and from what a repository holds for a load.
+on tensors without data (`trace.Traced`), towards the files for a save and from what a repository holds for a load.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A nanotron checkpoint is a folder with `latest.txt` and one folder per step. The
 holds one tensor a file under the key `data`: `model_weight.safetensors` for a replicated parameter, else one
 `model_weight_pp-rank-P-of-PP_tp-rank-T-of-TP.safetensors` per tensor-parallel rank, whose header says which slices of
 the whole parameter it is. `optimizer/optimizer_pp-P-of-PP_tp-T-of-TP_exp-0-of-1.pt` holds fp32 masters in the same
-shards (`nanotron_masters.py`). Source: nanotron at commit 2411b022 (checkpoint format 1.5), `serialize/`.
+shards (`masters.py`). Source: nanotron at commit 2411b022 (checkpoint format 1.5), `serialize/`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The layers that hold a shard: what each computes, and nothing about who calls them.
 
 Column and row layers do not communicate themselves. Stock attention modules reshape by the sequence length they see,
-so the gather and the reduction sit at the border of the whole attention or MLP module (`region.py`). A stock module
+so the gather and the reduction sit at the border of the whole attention or MLP module (`regions.py`). A stock module
 becomes one of these by a change of its class; what it holds besides its weights stays.
 """
 
