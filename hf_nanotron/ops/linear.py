@@ -95,11 +95,6 @@ _products: weakref.WeakValueDictionary[int, Products] = weakref.WeakValueDiction
 _keys = itertools.count()
 
 
-def weight_gradient_of(key: torch.Tensor) -> WeightGradient:
-    """Where the gradient of the weight that compiled code calls `key` is accumulated."""
-    return _totals[int(key.item())]
-
-
 @torch.library.custom_op("hf_nanotron::linear", mutates_args=())
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
     return _multiply(input, weight, bias, _products.get(int(key.item())))
