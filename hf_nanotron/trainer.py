@@ -31,7 +31,7 @@ from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
-from .data.ordered import COLUMNS, WithoutDomain, brings_order, stack
+from .data.ordered import COLUMNS, brings_order, stack
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
@@ -45,6 +45,7 @@ from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, ch
 from .optim.gradients import GradientHook, GradientPart, HookHandle
 from .optim.norm import global_norm
 from .optim.optimizer_link import OptimizerLink
+from .parallel.batch import DOMAIN
 from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
@@ -255,10 +256,8 @@ class NanotronTrainer(Trainer):
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
-        if brings_order(dataset):
-            collate = self._ordered_collator(description)
-        elif isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
-            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        if brings_order(dataset) or isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
+            collate = self._collator(dataset, description)
         else:
             dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
         loader = make_loader(self.args, self.model.mesh, dataset, sampler, collate, batch_size, is_training)
@@ -266,13 +265,17 @@ class NanotronTrainer(Trainer):
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader
 
-    def _ordered_collator(self, description: str) -> Callable[[list[Any]], Any]:
-        """Of datasets that bring their order: keeps their columns, also those that `forward` does not name."""
-        collate = stack if self.data_collator is self._default_collator else self.data_collator
+    def _collator(self, dataset: Any, description: str) -> Callable[[list[Any]], Any]:
+        """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, and not
+        domains that have names.
+        """
+        ordered, named = brings_order(dataset), getattr(dataset, "domain_names", None) is not None
+        collate = stack if ordered and self.data_collator is self._default_collator else self.data_collator
         collate = self._get_collator_with_removed_columns(collate, description=description)
         if isinstance(collate, RemoveColumnsCollator):
-            collate.signature_columns = [*collate.signature_columns, *COLUMNS]
-        return WithoutDomain(collate)
+            kept = COLUMNS if ordered else (DOMAIN,) if named else ()
+            collate.signature_columns = [*collate.signature_columns, *kept]
+        return collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """By `data_seed` alone, at any sizes; groups by length as the run began."""

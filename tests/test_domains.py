@@ -330,7 +330,7 @@ def resume(directory: str, output: str) -> list[dict[str, Any]]:
     """Two steps over two replicas, and a third with tensor parallelism."""
     saving = {"output_dir": output, "save_strategy": "steps", "save_steps": 2}
     trainer = make(
-        directory, Rows("rows"), gradient_accumulation_steps=2, logging_steps=5, **{**saving, "max_steps": 2}
+        directory, Rows("rows"), gradient_accumulation_steps=2, logging_steps=3, **{**saving, "max_steps": 2}
     )
     trainer.train()
     trainer.model.mesh.close()
