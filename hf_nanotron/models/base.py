@@ -50,8 +50,10 @@ class ParallelModel(WholeModel, GenerationMixin):
     def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
         as_tuple = inputs.pop("return_dict", True) is False
-        if DOMAIN in inputs and DOMAIN not in self.own_columns:  # for whoever computes losses by domain
-            del inputs[DOMAIN]
+        if DOMAIN in inputs and DOMAIN not in self.own_columns:
+            column = inputs.pop(DOMAIN)
+            if self.training_loss.domains is not None:
+                self.training_loss.domains.columns = [column]
         refuse_foreign_ids(self, inputs)
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
             if self.mixture is not None:

@@ -68,7 +68,7 @@ class DomainSums:
     """The summed loss and the predicted tokens of each domain, over the micro-batches of a window.
 
     Args:
-        columns: of each micro-batch, `domain` `[B]` or `[B, S]` on the device; None if it has none.
+        columns: of each micro-batch, `domain` `[B]` or `[B, S]`; None if it has none.
         number: of domains.
         device: of the sums.
 

@@ -203,9 +203,8 @@ class ParallelMesh:
 
     @property
     def speaks_for_tokens(self) -> bool:
-        """Whether this rank counts in a sum over the job of what the loss has found out: each token counts once.
-
-        The last stage computes the loss, and its tensor-parallel ranks compute the same.
+        """Whether this rank counts in a sum over the job of what the loss finds out of its tokens: the last stage
+        computes it, and tensor-parallel ranks compute the same.
         """
         return self.is_last_stage and self.tp_rank == 0
 

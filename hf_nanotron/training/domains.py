@@ -65,10 +65,12 @@ class DomainTotals:
             self._number = max(self._number, check_column(batch, self._names))
 
     def sums_of(self, batches: Sequence[Any]) -> DomainSums | None:
-        """Where the losses of micro-batches on the device are summed; None without a column."""
+        """Where the losses of micro-batches are summed; None without a column. After `check`."""
         columns = [batch[DOMAIN] if self._has_domains(batch) else None for batch in batches]
         if all(column is None for column in columns):
             return None
+        if not self.is_used:
+            raise ValueError(f"the column {DOMAIN!r} was added after the batch was read; have the collator add it.")
         return DomainSums(columns, self._number, self._model.mesh.device)
 
     def _has_domains(self, batch: Any) -> bool:
@@ -86,16 +88,19 @@ class DomainTotals:
     def read(self) -> dict[str, list[float]]:
         """By name, what was added since the last time, over the job. All ranks together; the host waits."""
         mesh = self._model.mesh
-        if self._since is None:  # on all ranks: they take the same steps
+        if not self.is_used:
             return {}
-        since, self._since, number = self._since, None, self._number
+        device, number = mesh.device, self._number
+        since, self._since = self._since, None
         if not self._are_compared:
             compare_ranks(mesh, {"the list of the domains' names": self._names})
             self._are_compared = True
         if self._names is None:  # a rank may have seen more domains than another
-            largest = torch.tensor(number, device=mesh.device)
+            largest = torch.tensor(number, device=device)
             number = int(all_reduce(largest, mesh.world, dist.ReduceOp.MAX))
-        own = _longer(since, number) if mesh.speaks_for_tokens else since.new_zeros(number, 3)
+        own = torch.zeros(number, 3, dtype=torch.float64, device=device)
+        if since is not None and mesh.speaks_for_tokens:
+            own[: len(since)] = since
         return dict(zip(self._keys(number), all_reduce(own, mesh.world).tolist(), strict=True))
 
     def _keys(self, number: int) -> Sequence[str]:

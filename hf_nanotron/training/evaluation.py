@@ -18,8 +18,6 @@ from ..data.window_check import WindowCheck
 from ..models.base import ParallelModel
 from ..models.logits import whole_outputs
 from ..ops.cross_entropy import IGNORE_INDEX
-from ..ops.host_copy import to_device
-from ..parallel.batch import DOMAIN
 from ..parallel.collectives import all_gather, all_reduce
 from .domains import DomainTotals
 
@@ -105,10 +103,8 @@ class EvaluationRun:
     @contextlib.contextmanager
     def summing_domains(self, inputs: Any) -> Iterator[None]:
         """While the plain loss of a batch is computed: add its tokens' losses up, by domain."""
-        domains, column = self._domains, inputs.get(DOMAIN)
-        sums = None
-        if domains is not None and column is not None:
-            sums = domains.sums_of([{DOMAIN: to_device(column, self.mesh.device)}])
+        domains = self._domains
+        sums = None if domains is None else domains.sums_of([inputs])
         if domains is None or sums is None:
             yield
             return
