@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .tokens.mixture import Mixture
+    from .tokens.stages import Stage, Stages
     from .tokens.token_dataset import TokenDataset
     from .tokens.token_file import TokenFile
 
-__all__ = ["Mixture", "TokenDataset", "TokenFile"]
+__all__ = ["Mixture", "Stage", "Stages", "TokenDataset", "TokenFile"]
 
-_HOME = {"Mixture": ".tokens.mixture", "TokenDataset": ".tokens.token_dataset", "TokenFile": ".tokens.token_file"}
+_HOME = {
+    "Mixture": ".tokens.mixture",
+    "Stage": ".tokens.stages",
+    "Stages": ".tokens.stages",
+    "TokenDataset": ".tokens.token_dataset",
+    "TokenFile": ".tokens.token_file",
+}
 
 
 def __getattr__(name: str) -> Any:
