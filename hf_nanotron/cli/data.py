@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..data.ordered import DOMAIN
 from ..data.padding import PADDING
 from ..data.tokens.mixture import Mixture
 from ..data.tokens.token_dataset import TokenDataset
@@ -65,7 +66,7 @@ def _tokens(plan: SetPlan, tokenizer: Any, seed: int) -> TokenDataset:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows as a batch of int64 `[B, S]`, padded on the right where they differ in length.
+    """Rows as a batch of int64 `[B, S]`, padded on the right where they differ in length; of mixtures, `domain` `[B]`.
 
     Rows without labels predict themselves. Where some rows have `shift_labels`, `position_ids` or an `attention_mask`,
     as those of one set of a mixture may, the others get what they mean without.
@@ -80,10 +81,13 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for name in names:
             if name not in row:
                 row[name] = MEANT[name](row)
-    return {
+    batch = {
         name: pad_sequence([row[name] for row in columns], batch_first=True, padding_value=PADDING[name])
         for name in names
     }
+    if DOMAIN in rows[0]:
+        batch[DOMAIN] = torch.stack([torch.as_tensor(row[DOMAIN]) for row in rows])
+    return batch
 
 
 # What a row without a column means.

@@ -23,9 +23,6 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     """Train as the YAML file at `path` says (see `hf-nanotron train --help`), evaluate if it has a split, and save."""
     settings, tokenizer_name = read_settings(path, overrides)
     plan = check_complete(settings)
-    if plan.brings_order:
-        own = {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
-        settings["training"] = own | settings["training"]
     with explained("training"):
         args = NanotronTrainingArguments(**settings["training"])
     tokenizer = load_tokenizer(tokenizer_name)
