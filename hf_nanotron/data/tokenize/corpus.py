@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from .encoders import ChatEncoder, Encoder, PromptCompletionEncoder, TextEncoder
 from .machines import check_executor, submit
-from .output import OutputFolder
+from .output import PLAN, OutputFolder
 from .plan import VERSION, Counts, begin, deal, finished, shard_name
 from .rows import RowReader
 from .shards import TOO_LONG, Job
-from .source import SAMPLE_BY, open_source
+from .source import SAMPLE_BY, Piece, open_source
 from .tokenizers import ChosenTokenizer, choose_tokenizer
 from .workers import Bar, run_here
 
@@ -125,13 +125,109 @@ def tokenize_corpus(
         RuntimeError: if another process writes to `out`, or a worker has died.
         ImportError: if an executor is not installed.
     """
-    _check(kind, sample_by, too_long, max_length, max_documents, workers, file_name)
     options = dict(executor_options or {})
     found = check_executor(executor, options) if executor != "local" else None
     if found is None and options:
         raise ValueError(f"executor_options={options!r} belong to executor='slurm' or 'ray'.")
     if found is not None and storage_options:
         raise ValueError(f"executor={executor!r} would write storage_options to its files; use the environment.")
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+    folder = OutputFolder(out, storage_options)
+    before = None if overwrite else folder.read(PLAN)
+    corpus = prepare(
+        source,
+        tokenizer,
+        kind=kind,
+        column=column,
+        name=name,
+        split=split,
+        revision=revision,
+        format=format,
+        sample_by=sample_by,
+        append_eos=append_eos,
+        eos_token=eos_token,
+        add_special_tokens=add_special_tokens,
+        train_on=train_on,
+        max_length=max_length,
+        too_long=too_long,
+        token_size=token_size,
+        shuffle=shuffle,
+        max_documents=max_documents,
+        shards=shards,
+        earlier_shards=None if before is None else before["options"]["shards"],
+        file_name=file_name,
+        storage_options=storage_options,
+    )
+    job = Job(corpus.plan, corpus.pieces, corpus.reader, corpus.encoder, folder, skip_unreadable)
+    size = corpus.plan["options"]["token_size"]
+    with folder.lock(wait):
+        goes_on = begin(folder, corpus.plan, overwrite)
+        done = finished(folder, len(corpus.pieces), size) if goes_on else {}
+        missing = [number for number in range(len(corpus.pieces)) if number not in done]
+        if found is not None:
+            if missing:
+                submit(found, options, job, frozenset(done))
+        elif missing:
+            with Bar(len(corpus.pieces), done, disable=not progress) as bar:
+                run_here(job, missing, workers, bar)
+    after = finished(folder, len(corpus.pieces), size)
+    names = tuple(shard_name(corpus.plan, number) for number in sorted(after) if after[number].documents)
+    complete = len(after) == len(corpus.pieces)
+    counts = sum(after.values(), Counts()) if complete else None
+    if counts is not None and not counts.documents:
+        raise ValueError(f"{corpus.reader.source.shown} has no document: {_said(counts) or 'it has no rows'}.")
+    if counts is not None and (text := _said(counts)):
+        logger.warning("%s: %s.", corpus.reader.source.shown, text)
+    return TokenizedCorpus(folder.path, names, counts, len(done), len(corpus.pieces), size)
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """What is to be tokenized, and how.
+
+    Attributes:
+        plan: in JSON's types; another one gives other files.
+        pieces: of each shard.
+    """
+
+    plan: dict[str, Any]
+    pieces: list[list[Piece]]
+    reader: RowReader
+    encoder: Encoder
+
+
+def prepare(
+    source: Any,
+    tokenizer: Any,
+    *,
+    kind: str = "text",
+    column: str | None = None,
+    name: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    format: str | None = None,
+    sample_by: str = "document",
+    append_eos: bool = True,
+    eos_token: str | None = None,
+    add_special_tokens: bool | None = None,
+    train_on: str = "replies",
+    max_length: int | None = None,
+    too_long: str = "truncate",
+    token_size: int | None = None,
+    shuffle: int | None = None,
+    max_documents: int | None = None,
+    shards: int | None = None,
+    earlier_shards: int | None = None,
+    file_name: str = "",
+    storage_options: dict[str, Any] | None = None,
+) -> PreparedCorpus:
+    """Check the arguments of `tokenize_corpus`, and find what the source consists of.
+
+    Args:
+        earlier_shards: that an earlier run has planned, used if `shards` is None and the source allows it.
+    """
+    _check(kind, sample_by, too_long, max_length, max_documents, shuffle, file_name)
     opened = open_source(
         source,
         name=name,
@@ -144,6 +240,8 @@ def tokenize_corpus(
     chosen = choose_tokenizer(tokenizer, eos_token)
     size = chosen.token_size(token_size)
     encoder = make_encoder(chosen, kind, column, append_eos, add_special_tokens, train_on)
+    if shards is None and earlier_shards is not None:
+        shards = min(earlier_shards, len(opened.pieces))
     pieces = deal(opened.pieces, shards)
     plan = {
         "version": VERSION,
@@ -165,28 +263,7 @@ def tokenize_corpus(
             "name": file_name,
         },
     }
-    folder = OutputFolder(out, storage_options)
-    reader = RowReader(opened, encoder.columns, encoder.optional, sample_by)
-    job = Job(plan, pieces, reader, encoder, folder, skip_unreadable)
-    with folder.lock(wait):
-        goes_on = begin(folder, plan, overwrite)
-        done = finished(folder, len(pieces), size) if goes_on else {}
-        missing = [number for number in range(len(pieces)) if number not in done]
-        if found is not None:
-            if missing:
-                submit(found, options, job, frozenset(done))
-        elif missing:
-            with Bar(len(pieces), done, disable=not progress) as bar:
-                run_here(job, missing, workers, bar)
-    after = finished(folder, len(pieces), size)
-    names = tuple(shard_name(plan, number) for number in sorted(after) if after[number].documents)
-    complete = len(after) == len(pieces)
-    counts = sum(after.values(), Counts()) if complete else None
-    if counts is not None and not counts.documents:
-        raise ValueError(f"{opened.shown} has no document: {_said(counts) or 'it has no rows'}.")
-    if counts is not None and (text := _said(counts)):
-        logger.warning("%s: %s.", opened.shown, text)
-    return TokenizedCorpus(folder.path, names, counts, len(done), len(pieces), size)
+    return PreparedCorpus(plan, pieces, RowReader(opened, encoder.columns, encoder.optional, sample_by), encoder)
 
 
 def make_encoder(
@@ -216,7 +293,7 @@ def _check(
     too_long: str,
     max_length: int | None,
     max_documents: int | None,
-    workers: int,
+    shuffle: int | None,
     file_name: str,
 ) -> None:
     choices: Sequence[tuple[str, str, Sequence[str]]] = (
@@ -227,9 +304,11 @@ def _check(
     for argument, value, known in choices:
         if value not in known:
             raise ValueError(f"{argument}={value!r} is not one of {', '.join(map(repr, known))}.")
-    for argument, number in (("max_length", max_length), ("max_documents", max_documents), ("workers", workers)):
+    for argument, number in (("max_length", max_length), ("max_documents", max_documents)):
         if number is not None and number < 1:
             raise ValueError(f"{argument}={number} must be at least 1.")
+    if shuffle is not None and shuffle < 0:
+        raise ValueError(f"shuffle={shuffle} is a seed, and must not be negative.")
     if "/" in file_name or file_name.startswith("."):
         raise ValueError(f"file_name={file_name!r} must be the beginning of a file's name.")
 
