@@ -200,8 +200,8 @@ def _note(lengths: Lengths, files: Sequence[TokenFile], notes: list[str]) -> Non
         notes.append(f"{without.shown} does not say where its documents end; give eos_token_id, the id that ends them.")
     elif lengths.is_sample:
         notes.append(
-            f"lengths are those of a sample: {lengths.looked_at:,} of {lengths.documents:,} documents, in runs that are "
-            "spread over the files."
+            f"lengths are those of a sample: {lengths.looked_at:,} of {lengths.documents:,} documents, in runs "
+            "that are spread over the files."
         )
 
 

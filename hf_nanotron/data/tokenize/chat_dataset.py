@@ -121,6 +121,6 @@ def kind_of(source: Source) -> tuple[Literal["chat", "prompt_completion"], str |
             return "prompt_completion", None
         break
     raise ValueError(
-        f"{source.shown} has neither {' or '.join(COLUMNS[:2])} nor prompt and completion in its first row; say with kind "
-        "and column where its conversations are."
+        f"{source.shown} has neither {' or '.join(COLUMNS[:2])} nor prompt and completion in its first row; say with "
+        "kind and column where its conversations are."
     )

@@ -49,7 +49,7 @@ class TextEncoder:
     optional: tuple[str, ...] = ()
 
     def __init__(self, chosen: ChosenTokenizer, column: str, append_eos: bool, add_special_tokens: bool) -> None:
-        self.columns = (column,)
+        self.columns: tuple[str, ...] = (column,)
         self.end = _end(chosen) if append_eos else None
         self.special = add_special_tokens
         self._slow = None if getattr(chosen.tokenizer, "is_fast", False) else chosen.tokenizer
@@ -88,6 +88,7 @@ class TextEncoder:
 class _Conversations:
     """What chats, and prompts with completions, have in common."""
 
+    columns: tuple[str, ...] = ()
     masked = True
     optional: tuple[str, ...] = ("tools", "chat_template_kwargs")
 
@@ -195,7 +196,7 @@ class PromptCompletionEncoder(_Conversations):
     (`SFTTrainer`, 1.16), and as there, texts get the tokenizer's special tokens, and the end-of-text token behind them.
     """
 
-    columns = ("prompt", "completion")
+    columns: tuple[str, ...] = ("prompt", "completion")
 
     def __init__(self, chosen: ChosenTokenizer, train_on: str, append_eos: bool, add_special_tokens: bool) -> None:
         super().__init__(chosen, train_on)

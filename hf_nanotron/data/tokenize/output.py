@@ -104,9 +104,11 @@ class OutputFolder:
             return
         for name in names:
             Path(self.path, name).unlink(missing_ok=True)
-        for path in sorted(Path(self.path, OWN).rglob("*"), reverse=True):
-            if path.name != "lock":
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        for own in sorted(Path(self.path, OWN).rglob("*"), reverse=True):
+            if own.is_dir() and not own.is_symlink():
+                own.rmdir()
+            elif own.name != "lock":
+                own.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def workplace(self, rank: int) -> Iterator[Path]:

@@ -113,8 +113,8 @@ def _checked(future: Future[None]) -> None:
         future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a worker has ended without a word, perhaps because the machine ran out of memory. Complete shards are kept: "
-            "run it again to go on, with fewer workers."
+            "a worker has ended without a word, perhaps because the machine ran out of memory. Complete shards are "
+            "kept: run it again to go on, with fewer workers."
         ) from error
     except (ValueError, OSError) as error:  # raised here again, it is one of this package
         raise type(error)(str(error)) from error
