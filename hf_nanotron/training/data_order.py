@@ -183,13 +183,6 @@ class DataOrder:
             cursor = replace(cursor, state=data_state(dataset, cursor.samples))
         return cursor.to_dict()
 
-    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
-        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
-        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
-            return {}
-        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
-        return epochs
-
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
             return {"kind": "stream", FINGERPRINT: self._fingerprint}
