@@ -36,6 +36,7 @@ TOKENS: dict[str, Any] = {
     "vocab_size": NUMBER,
     "order": TEXT,
     "samples": NUMBER,
+    "skip_samples": NUMBER,
     "folder_weights": list[float] | None,
     "split": list[float] | None,
     "pack_window": NUMBER,
@@ -55,7 +56,17 @@ TABLE: dict[str, Any] = {
     "num_proc": NUMBER,
 }
 SETS = {"tokens": TOKENS, "path": TABLE}
-OWN = ("tokens", "path", "name", "data_files", "split", "order", "samples", "folder_weights")  # never of several sets
+OWN = (
+    "tokens",
+    "path",
+    "name",
+    "data_files",
+    "split",
+    "order",
+    "samples",
+    "skip_samples",
+    "folder_weights",
+)  # never of several sets
 SHARED = {key: kind for types in SETS.values() for key, kind in types.items() if key not in OWN}
 OF_TRAINING = ("seed", "shuffle")  # of the order, which evaluation has its own of
 MIXING = {"when_exhausted": TEXT, "max_epochs": NUMBER}
@@ -75,7 +86,7 @@ LEAST = {
     "sequence_length": 2,
     **dict.fromkeys(("samples", "vocab_size", "pack_window", "block_bytes", "cache_bytes", "num_proc"), 1),
     **dict.fromkeys(("token_size", "max_epochs", "global_batch_size"), 1),
-    **dict.fromkeys(("eos_token_id", "seed", "start_tokens", "start_step"), 0),
+    **dict.fromkeys(("skip_samples", "eos_token_id", "seed", "start_tokens", "start_step"), 0),
 }
 CHOICES = {"documents": HANDLING, "order": ("megatron", "nanoset"), "when_exhausted": ENDINGS}
 WHAT = (
@@ -280,7 +291,7 @@ def _set(where: str, section: Section, shared: Section, extra: Types | None = No
         )
     if "order" in options and "seed" not in options:
         raise ValueError(f"{where}.order={options['order']!r} needs seed: that of the run whose samples are read.")
-    for key in ("samples", "folder_weights"):
+    for key in ("samples", "skip_samples", "folder_weights"):
         if key in options and "order" not in options:
             raise ValueError(f"{where}.{key} belongs to order, which is not given: 'megatron' or 'nanoset'.")
     if "tokens" in options and not options["tokens"]:

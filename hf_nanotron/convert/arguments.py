@@ -87,6 +87,15 @@ CONVERSIONS = {
             "--overwrite": _OVERWRITE,
         },
     ),
+    "nanotron-config": Conversion(
+        "convert a run's configuration of nanotron to a YAML file for hf-nanotron train",
+        ".nanotron.run.config",
+        {
+            "source": {"type": Path, "help": "nanotron's YAML file"},
+            "destination": {"type": Path, "help": "YAML file to write"},
+            "--overwrite": {"action": "store_true", "help": "replace the destination"},
+        },
+    ),
 }
 
 
