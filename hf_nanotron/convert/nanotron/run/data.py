@@ -71,21 +71,29 @@ def dataset_section(keys: Keys, run: Run) -> Found:
                 "write a script (see examples/custom_dataloader)",
             )
             continue
-        parts.append({"start_step": max(0, start - run.step), "sequence_length": length, **part})
+        parts.append((name, {"start_step": max(0, start - run.step), "sequence_length": length, **part}))
     if not parts:
         return Found({"path": UNNAMED}, tokenizer, workers)
-    parts[0]["start_step"] = 0
     if len(parts) == 1:
-        (part,) = parts
+        ((_, part),) = parts
         del part["start_step"]
         if "path" in part:
             part["train_split"] = part.pop("split")
         return Found(part, tokenizer, workers)
     shared = run.sequence_length
-    for part in parts:
-        if part["sequence_length"] == shared:
-            del part["sequence_length"]
-    return Found({"sequence_length": shared, "stages": parts}, tokenizer, workers)
+    parts[0][1]["start_step"] = 0
+    stages = [_stage(name, part, shared) for name, part in parts]
+    return Found({"sequence_length": shared, "stages": stages}, tokenizer, workers)
+
+
+def _stage(name: str, part: dict[str, Any], shared: int) -> dict[str, Any]:
+    """A stage. A nanoset begins at its first sample in each of them, as a set of the stage's name does."""
+    of_stage = {key: part.pop(key) for key in ("start_step", "sequence_length")}
+    if of_stage["sequence_length"] == shared:
+        del of_stage["sequence_length"]
+    if "order" not in part:
+        return {**of_stage, **part}
+    return {**of_stage, "max_epochs": None, "mixture": {name: {**part, "weight": 1.0}}}
 
 
 def _stages(keys: Keys) -> list[str]:
@@ -114,13 +122,12 @@ def _set(keys: Keys, prefix: str, run: Run, consumed: int) -> tuple[dict[str, An
 def _table(keys: Keys, prefix: str, given: dict[str, Any]) -> dict[str, Any]:
     """Text, or chats, that `datasets` reads."""
     is_chat = "sft_dataloader" in given or "debug_max_samples" in given
+    kind = "chat" if is_chat else "path"
     shared: dict[str, Any] = {}
     if not is_chat:
         shared["text_column"] = given.get("text_column_name") or "text"
         if (given.get("dataset_processing_num_proc_per_process") or 1) > 1:
             shared["num_proc"] = given["dataset_processing_num_proc_per_process"]
-    else:
-        keys.note(f"{prefix}.hf_dataset_or_datasets", "prompts and answers: tokenize them first, or name text_column")
     if (name := given.get("hf_dataset_config_name")) is not None:
         shared["name"] = name
     split = given.get("hf_dataset_splits") or "train"
@@ -135,17 +142,17 @@ def _table(keys: Keys, prefix: str, given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(names, list):
         shares = dict.fromkeys(map(str, names), 1.0)
     if not shares:
-        return {"path": str(names), "split": str(split), **shared}
+        return {kind: str(names), "split": str(split), **shared}
     if len(shares) == 1:
         ((name, share),) = shares.items()
         part = "" if share == 1 else f"[:{100 * float(share):g}%]"
-        return {"path": name, "split": f"{split}{part}", **shared}
+        return {kind: name, "split": f"{split}{part}", **shared}
     keys.note(
         f"{prefix}.hf_dataset_or_datasets",
         "nanotron joins these shares of the sets, and a weight is a share of the rows that are trained on: multiply "
         "each by the number of rows of its set",
     )
-    sets = {name: {"path": name, "split": str(split), **shared, "weight": share} for name, share in shares.items()}
+    sets = {name: {kind: name, "split": str(split), **shared, "weight": share} for name, share in shares.items()}
     return {"mixture": sets}
 
 
@@ -195,11 +202,8 @@ def _nanoset(
         if len(folders) == 1:
             return {"tokens": folders, **options}, tokenizer
         shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
-        own = {key: value for key, value in options.items() if key != "seed"}
-        sets = {
-            folder: {"tokens": [folder], **own, "weight": share} for folder, share in zip(folders, shares, strict=True)
-        }
-        return {"mixture": sets, "max_epochs": None}, tokenizer
+        sets = {folder: {"tokens": [folder], "weight": share} for folder, share in zip(folders, shares, strict=True)}
+        return {"mixture": sets, "max_epochs": None, **options}, tokenizer
     options |= {"order": "nanoset", "seed": seed, "samples": run.samples}
     if weights is not None and len(folders) > 1:
         options["folder_weights"] = [float(weight) for weight in weights]
