@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -197,6 +198,13 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         """What a `DataLoader` asks for: the rows of a batch."""
         columns = {name: torch.from_numpy(array) for name, array in self.rows(places).items()}
         return [{name: column[row] for name, column in columns.items()} for row in range(len(places))]
+
+    def with_vocabulary(self, size: int) -> TokenDataset:
+        """The same, whose ids are checked to be smaller where they are read."""
+        other = copy.copy(self)
+        other.files = [replace(file, vocab_size=min(file.vocab_size or size, size)) for file in self.files]
+        other._reader = self._reader.reading({id(f): n for f, n in zip(self.files, other.files, strict=True)})
+        return other
 
     @property
     def counts_tokens(self) -> bool:
