@@ -187,7 +187,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def convert(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
     """What is written, read as YAML; its comments; the file."""
     source, destination = folder / "theirs.yaml", folder / "ours.yaml"
-    source.write_text(yaml.safe_dump(config))
+    source.write_text(yaml.safe_dump(config, sort_keys=False))
     nanotron_config(source, destination, overwrite=True)
     text = destination.read_text()
     return yaml.safe_load(text), "\n".join(line for line in text.splitlines() if line[:1] == "#"), str(destination)
@@ -216,11 +216,13 @@ def test_each_loads_and_accounts_for_every_key(tmp_path: Path, name: str, capsys
 def test_a_key_that_is_not_known_is_named(tmp_path: Path) -> None:
     config = changed(general={"mood": "good"}, tokens={"colour": 3}, model={"model_config": {"softness": 0.5}}, extra=5)
     config["data_stages"][0]["data"]["dataset"]["sieve"] = 1
+    config["data_stages"].append(stage({**NANOSET, "comb": 2}, "two", 9))
     config["data_stages"][0]["mark"] = True
     _, comments, _ = convert(tmp_path, config)
     for part in ("general.mood=good", "tokens.colour=3", "extra=5", "not known here",
                  "model.model_config.softness=0.5: llama has nothing like it", "data_stages[0].mark=True",
-                 "data_stages[0].data.dataset.sieve=1"):  # fmt: skip
+                 "data_stages[0].data.dataset.sieve=1",
+                 "data_stages[1].data.dataset.comb=2"):  # fmt: skip
         assert part in comments
 
 

@@ -14,6 +14,13 @@ LATER_READER = (
     "token_size_in_bytes", "tokenizer_name", "use_old_brrr_dataloader",
 )  # fmt: skip
 
+# Keys of its two kinds of datasets.
+TABLE = (
+    "hf_dataset_or_datasets", "hf_dataset_splits", "hf_dataset_config_name", "text_column_name", "sft_dataloader",
+    "dataset_processing_num_proc_per_process", "dataset_overwrite_cache", "debug_max_samples",
+)  # fmt: skip
+NANOSET = ("dataset_folder", "dataset_weights", "vocab_size", "return_positions", *LATER_READER)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,15 +115,19 @@ def _set(keys: Keys, prefix: str, run: Run, consumed: int) -> tuple[dict[str, An
     """One stage's set or mixture (None if it has none), and the tokenizer that it names."""
     seed = keys.number(f"{prefix}.seed", 42)
     given = keys.below(f"{prefix}.dataset")
-    if any(name == "dataset_folder" or name.startswith("dataset_folder.") for name in given):
+    heads = {name.partition(".")[0] for name in given}
+    is_nanoset, is_table = "dataset_folder" in heads, "hf_dataset_or_datasets" in heads
+    known = NANOSET if is_nanoset else TABLE if is_table else ()
+    for name, value in given.items():
+        if name.partition(".")[0] not in known and value is not None and name:
+            keys.note(f"{prefix}.dataset.{name}", "not known here")
+    if is_nanoset:
         return _nanoset(keys, f"{prefix}.dataset", given, run, seed, consumed)
-    if any(name.startswith("hf_dataset_or_datasets") for name in given):
-        if consumed:
-            keys.note(f"{prefix}.dataset", f"begins anew: the {consumed} samples that were read are not skipped")
-        return _table(keys, f"{prefix}.dataset", given), None
-    for name in given:
-        keys.note(f"{prefix}.dataset.{name}", "not known to be of a nanoset, or of a set of `datasets`")
-    return None, None
+    if not is_table:
+        return None, None
+    if consumed:
+        keys.note(f"{prefix}.dataset", f"begins anew: the {consumed} samples that were read are not skipped")
+    return _table(keys, f"{prefix}.dataset", given), None
 
 
 def _table(keys: Keys, prefix: str, given: dict[str, Any]) -> dict[str, Any]:
