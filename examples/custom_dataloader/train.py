@@ -74,8 +74,8 @@ def collate(blocks: list[bytes]) -> dict[str, torch.Tensor]:
 class OwnLoader(NanotronTrainer):
     """`get_train_dataloader` returns any DataLoader; `accelerator.prepare` deals its batches over the ranks.
 
-    All ranks must shuffle alike, so the sampler has a seed. A run that is resumed reads the batches before its step once
-    more, and drops them, as in Trainer.
+    All ranks must shuffle alike, so the sampler has a seed. A run that is resumed reads the batches before its step
+    once more, and drops them, as in Trainer.
     """
 
     def get_train_dataloader(self) -> DataLoader[Any]:

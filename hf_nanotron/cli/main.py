@@ -134,6 +134,9 @@ Pretrain from scratch or from existing weights, as described in a YAML file:
     max_steps: 1000
     tp_size: 2
 
+Instead of path, the section dataset takes tokens (files of token ids), chat (conversations), mixture (sets by
+weights) or stages (data that change in the run), and eval (sets to evaluate on).
+
 Other keys: model.revision, model.dtype, model.attn_implementation, dataset.name, dataset.data_files,
 dataset.train_split, dataset.num_proc.""",
     )
