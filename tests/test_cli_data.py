@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_nanotron.cli import data as cli_data
 from hf_nanotron.cli.data_plan import CHAT, TOKENS, MixturePlan, SetPlan, plan_data
+from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.data import ChatDataset, Mixture, Stages, TokenDataset
 
 LENGTH = 8
@@ -235,9 +236,20 @@ def test_conflicts_with_training(tmp_path: Path) -> None:
     dataset = {"tokens": str(tmp_path / "web.ds"), "sequence_length": LENGTH, "token_size": 2, "seed": 3}
     for training, says in (
         ({"data_seed": 4}, "dataset.seed=3 and training.data_seed=4 differ"),
+        ({"max_steps": -1}, None),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy='random': files of tokens and mixtures come"),
     ):
-        assert says in one_line(command("train", settings(tmp_path, dataset, **training)))
+        if says is not None:
+            assert says in one_line(command("train", settings(tmp_path, dataset, **training)))
+        else:
+            check_complete(read_settings(Path(settings(tmp_path, dataset, **training)), [])[0])
+    mixture = {"mixture": {"web": {"tokens": "x", "weight": 1}, "code": {"tokens": "y", "weight": 1, "max_epochs": 2}}}
+    endless = {"sequence_length": LENGTH, "max_epochs": None, **mixture}
+    stages = {"sequence_length": LENGTH, "stages": [{"tokens": "x"}]}
+    for data in ({**endless, "when_exhausted": "redistribute"}, stages):
+        path = settings(tmp_path, data, max_steps=-1)
+        assert "training.max_steps is needed" in one_line(command("train", path))
+    check_complete(read_settings(Path(settings(tmp_path, endless, max_steps=-1)), [])[0])
 
 
 def test_rows_of_several_sets_make_a_batch() -> None:

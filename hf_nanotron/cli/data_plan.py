@@ -202,6 +202,16 @@ class DataPlan:
     seed: int | None
 
     @property
+    def has_no_end(self) -> bool:
+        """Whether the steps of the run must be given."""
+        if isinstance(self.train, list):
+            return True
+        if not isinstance(self.train, MixturePlan):
+            return False
+        endless = [self.train.max_epochs[name] is None for name, weight in self.train.weights.items() if weight]
+        return any(endless) if self.train.when_exhausted == "redistribute" else all(endless)
+
+    @property
     def brings_order(self) -> bool:
         """Whether rows come in the order of the data, and not in one of Trainer's."""
         return not isinstance(self.train, SetPlan) or self.train.kind != "path"

@@ -155,9 +155,10 @@ def _add_convert(commands: Any) -> None:
         commands, "convert", "convert between Hub repositories and training states or huggingface/nanotron checkpoints"
     )
     directions = parser.add_subparsers(metavar="DIRECTION", required=True)
-    parser.set_defaults(explains="the checkpoint cannot be converted")
     for direction, conversion in CONVERSIONS.items():
-        add_arguments(_add_command(directions, direction, conversion.summary), direction)
+        chosen = _add_command(directions, direction, conversion.summary)
+        chosen.set_defaults(explains=f"the {conversion.what} cannot be converted")
+        add_arguments(chosen, direction)
 
 
 def _add_data(commands: Any) -> None:

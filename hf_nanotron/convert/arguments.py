@@ -22,6 +22,7 @@ class Conversion:
     summary: str
     module: str
     arguments: dict[str, dict[str, Any]]
+    what: str = "checkpoint"  # is converted
 
 
 CONVERSIONS = {
@@ -95,6 +96,7 @@ CONVERSIONS = {
             "destination": {"type": Path, "help": "YAML file to write"},
             "--overwrite": {"action": "store_true", "help": "replace the destination"},
         },
+        what="configuration",
     ),
 }
 

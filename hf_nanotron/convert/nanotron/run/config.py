@@ -240,6 +240,8 @@ def _weights(
     if source is None:
         return {"config": config}, [], 0, {}
     key = "model.init_method.path" if resumed is None else "checkpoints.resume_checkpoint_path"
+    if resumed is not None and initial is not None:
+        keys.note("model.init_method.path", "the weights are those of resume_checkpoint_path")
     command = f"hf-nanotron convert nanotron-to-hub {source} {source.rstrip('/')}-hub"
     metadata = _metadata(Path(source))
     if resumed is not None and metadata is None:
