@@ -383,7 +383,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
 BAD: dict[str, tuple[str, bytes, str]] = {
     "number": ("a.jsonl", b'{"text": "w3"}\n{"text": 5}\n', r"a.jsonl, line 2: its text is a int \('5'\), not text"),
     "list": ("a.jsonl", b'{"text": ["w3"]}\n', "line 1: its text is a list"),
-    "no column": ("a.jsonl", b'{"text": "w3"}\n\n{"txt": "w3", "id": 1}\n', "3: it has no column 'text'; it has txt, id"),
+    "no column": ("a.jsonl", b'{"text": "w3"}\n\n{"txt": "w3", "id": 1}\n', "3: it has no column 'text'; it has txt"),
     "no object": ("a.jsonl", b'"w3"\n', "line 1: it holds a str instead of columns"),
     "no json": ("a.jsonl", b'{"text": "w3"}\n{"text": "w4\n', "line 2: it is no JSON"),
     "not utf-8": ("a.jsonl", b'{"text": "w3"}\n{"text": "\xff"}\n', "line 2: it is not UTF-8 .* at its byte 10"),
