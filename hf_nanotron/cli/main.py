@@ -127,7 +127,7 @@ Pretrain from scratch or from existing weights, as described in a YAML file:
   dataset:
     path: corpus.jsonl       # or a folder of save_to_disk, or anything datasets.load_dataset takes
     text_column: text        # is tokenized and packed; omit it if the dataset has input_ids
-    block_size: 2048
+    sequence_length: 2048
     eval_split: test         # omit it for no evaluation
   training:                  # fields of NanotronTrainingArguments
     output_dir: out

@@ -10,14 +10,26 @@ if TYPE_CHECKING:
     from .tokenize.chat_dataset import ChatDataset
     from .tokenize.corpus import tokenize_corpus
     from .tokens.mixture import Mixture
+    from .tokens.stages import Stage, Stages
     from .tokens.token_dataset import TokenDataset
     from .tokens.token_file import TokenFile
 
-__all__ = ["ChatDataset", "Mixture", "TokenDataset", "TokenFile", "inspect_tokens", "tokenize_corpus"]
+__all__ = [
+    "ChatDataset",
+    "Mixture",
+    "Stage",
+    "Stages",
+    "TokenDataset",
+    "TokenFile",
+    "inspect_tokens",
+    "tokenize_corpus",
+]
 
 _HOME = {
     "ChatDataset": ".tokenize.chat_dataset",
     "Mixture": ".tokens.mixture",
+    "Stage": ".tokens.stages",
+    "Stages": ".tokens.stages",
     "TokenDataset": ".tokens.token_dataset",
     "TokenFile": ".tokens.token_file",
     "inspect_tokens": ".inspection",
