@@ -31,6 +31,7 @@ from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, WithoutDomain, brings_order, stack
+from .data.streaming.lane_stream import LaneStream
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
@@ -252,7 +253,7 @@ class NanotronTrainer(Trainer):
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
-        if brings_order(dataset):
+        if brings_order(dataset) or isinstance(dataset, LaneStream):
             collate = self._ordered_collator(description)
         elif isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
             collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
@@ -559,6 +560,7 @@ class NanotronTrainer(Trainer):
         else:
             checkpointer.write_model(save, self.model, with_weights)
         checkpointer.note_best(self.state, folder)
+        self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
         checkpointer.finish_save(save, self.state.best_model_checkpoint)
 
@@ -713,7 +715,10 @@ class NanotronTrainer(Trainer):
         return self._gradients.read(self._link)
 
     def data_cursor(self) -> dict[str, Any] | None:
-        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours."""
+        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours.
+
+        Outside of a save, the `state` of a `TokenStream` is that of the lanes that this rank reads.
+        """
         return self._data_order.cursor(self.control, self.train_dataset)
 
     def extra_state(self) -> dict[str, Any]:

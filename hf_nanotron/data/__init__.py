@@ -6,13 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .streaming.token_stream import TokenStream
     from .tokens.mixture import Mixture
     from .tokens.token_dataset import TokenDataset
     from .tokens.token_file import TokenFile
 
-__all__ = ["Mixture", "TokenDataset", "TokenFile"]
+__all__ = ["Mixture", "TokenDataset", "TokenFile", "TokenStream"]
 
-_HOME = {"Mixture": ".tokens.mixture", "TokenDataset": ".tokens.token_dataset", "TokenFile": ".tokens.token_file"}
+_HOME = {
+    "Mixture": ".tokens.mixture",
+    "TokenDataset": ".tokens.token_dataset",
+    "TokenFile": ".tokens.token_file",
+    "TokenStream": ".streaming.token_stream",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -267,7 +267,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows: int | None = None
         self.is_finished = False
-        super().__init__(dataset, collate_fn=self._collator(collate), **kwargs)  # type: ignore[arg-type]
+        super().__init__(dataset, collate_fn=self._collator(collate), **kwargs)
 
     def _collator(self, collate: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
         """What torch's loader calls, in a worker process."""

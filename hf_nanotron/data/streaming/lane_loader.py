@@ -78,7 +78,7 @@ class _RankRows(IterableDataset[Any]):
 class LaneLoader(DataParallelLoader):
     """Batches of one rank. Workers make rows; they are collated here, so that a batch may be of several workers' lanes.
 
-    `position` has the states of this rank's lanes behind its last batch; `joined` makes one state of those of all ranks.
+    `position` has the states of this rank's lanes behind its last batch; `joined` makes one of those of all ranks.
     """
 
     def __init__(

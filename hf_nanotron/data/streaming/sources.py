@@ -90,7 +90,8 @@ class _DatasetReader:
 
     def __init__(self, part: IterableDataset, state: Any) -> None:
         self.part = part
-        self.before, skipped = (None, 0) if state is None else state  # None: nothing
+        self.before: Any  # None: nothing has been read
+        self.before, skipped = (None, 0) if state is None else state
         if self.before is not None:
             part.load_state_dict(self.before)
         # Unlike iter(part), this does not divide the shards over the workers of a torch DataLoader.
@@ -118,7 +119,7 @@ class IterableSource:
     """Any other iterable that can be begun anew: one shard. Exact, and cheap to resume, if it has a `state_dict`."""
 
     shards = 1
-    columns = None
+    columns: list[str] | None = None
 
     def __init__(self, iterable: Iterable[Any]) -> None:
         self.iterable = iterable

@@ -66,7 +66,9 @@ class TokenIds:
         if self.tokenizer is None:
             return self._checked(value)
         if not isinstance(value, str):
-            raise ValueError(f"the column {self.column!r} must hold text, not a {type(value).__name__} ({value!r:.40}).")
+            raise ValueError(
+                f"the column {self.column!r} must hold text, not a {type(value).__name__} ({value!r:.40})."
+            )
         return value
 
     def _checked(self, value: Any) -> np.ndarray:

@@ -122,4 +122,3 @@ _INSTEAD = {"shuffle_buffer": "; shuffle=False reads documents in their order"}
 
 def _divisor(number: int, most: int) -> int:
     return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)
-
