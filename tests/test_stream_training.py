@@ -40,12 +40,14 @@ def train(folder: str, sizes: dict[str, Any], resumes: bool) -> list[float]:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # has data workers
     sizes = {"per_device_train_batch_size": 1, **sizes}
     each = sizes.pop("dp") * sizes["per_device_train_batch_size"]
-    args = NanotronTrainingArguments(
-        **training_arguments(max_steps=STEPS, output_dir=f"{folder}/out", save_strategy="no" if resumes else "steps"),
+    values: dict[str, Any] = {
+        "save_strategy": "no" if resumes else "steps",
+        "dataloader_multiprocessing_context": "fork" if sizes.get("dataloader_num_workers") else None,
+        "gradient_accumulation_steps": GLOBAL_BATCH // each,
         **sizes,
-        gradient_accumulation_steps=GLOBAL_BATCH // each,
-        save_steps=SAVED,
-        dataloader_multiprocessing_context="fork" if sizes.get("dataloader_num_workers") else None,
+    }
+    args = NanotronTrainingArguments(
+        **training_arguments(max_steps=STEPS, output_dir=f"{folder}/out", save_steps=SAVED, **values)
     )
     history = History()
     model = ParallelAuto.from_pretrained(f"{folder}/model", parallel=args.parallel)

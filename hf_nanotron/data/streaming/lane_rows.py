@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,10 +111,30 @@ class CutLane:
         return {"rows": self.rows, "buffer": asdict(self._start), "document": self._document, "token": self._token}
 
 
+@dataclass(frozen=True)
+class PackedBuffer:
+    """The packed documents of a buffer.
+
+    Attributes:
+        start: of the buffer.
+        tokens: of its documents, one after the other.
+        places: `[rows]`: numbers of the packed rows, in the order in which they are given.
+    """
+
+    start: BufferStart
+    tokens: np.ndarray
+    packed: PackedRows
+    places: np.ndarray
+
+    def row(self, number: int, length: int) -> Row:
+        return packed_row(self.tokens, self.packed.row(int(self.places[number])), length)
+
+
 class PackLane:
     """Whole documents, best fit: those of a buffer are packed together, and its rows shuffled.
 
-    The state is the start of the buffer, and the rows given of it. Going on packs this buffer again.
+    The next buffer is tokenized bit by bit while rows of this one are given, so that no row waits for all of it. The
+    state is the start of the buffer, and the rows given of it. Going on packs this buffer again.
     """
 
     def __init__(
@@ -124,30 +144,41 @@ class PackLane:
         self.rows = state.get("rows", 0)
         self._start = BufferStart(**state.get("buffer", {}))
         self._given = state.get("row", 0)  # rows of this buffer
-        self._buffers = buffers(order, ids.content, self._start, epochs)
-        self._packed: PackedRows | None = None
-        self._tokens = self._places = np.empty(0, np.int64)
+        self._work = self._prepare(buffers(order, ids.content, self._start, epochs))
+        self._steps = 0  # of the work on the next buffer
+        self._next: PackedBuffer | None = None
+        self._now: PackedBuffer | None = None
+
+    def _prepare(self, parts: Iterator[tuple[BufferStart, list[Any]]]) -> Iterator[PackedBuffer | None]:
+        """A buffer, after steps of work on it."""
+        for start, documents in parts:
+            ids: list[np.ndarray] = []
+            for first in range(0, len(documents), TOGETHER):
+                ids += self.ids.of(documents[first : first + TOGETHER])
+                yield None
+            packed = pack(np.cumsum([0, *map(len, ids)], dtype=np.int64), self.length)
+            rows = len(packed)
+            places = self.order.permuted(rows, start) if self.order.shuffle else np.arange(rows)
+            yield PackedBuffer(start, np.concatenate(ids), packed, places)
 
     def next_row(self) -> Row | None:
-        while self._packed is None or self._given >= len(self._packed):
-            if self._packed is not None:
+        while self._now is None or self._given >= len(self._now.places):
+            while self._next is None:
+                try:
+                    self._next = next(self._work)
+                except StopIteration:
+                    return None
+            if self._now is not None:
                 self._given = 0
-            found = next(self._buffers, None)
-            if found is None:
-                return None
-            self._pack(*found)
-        assert self._packed is not None
-        pieces = self._packed.row(int(self._places[self._given]))
+            self._now, self._next, self._steps = self._next, None, 0
+            self._start = self._now.start
+        row = self._now.row(self._given, self.length)
         self._given += 1
         self.rows += 1
-        return packed_row(self._tokens, pieces, self.length)
-
-    def _pack(self, start: BufferStart, documents: list[Any]) -> None:
-        ids = [part for n in range(0, len(documents), TOGETHER) for part in self.ids.of(documents[n : n + TOGETHER])]
-        edges = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-        self._start, self._tokens, self._packed = start, np.concatenate(ids), pack(edges, self.length)
-        rows = len(self._packed)
-        self._places = self.order.permuted(rows, start) if self.order.shuffle else np.arange(rows)
+        all_steps = -(-self.order.buffer // TOGETHER) + 1
+        while self._next is None and self._steps * len(self._now.places) < self._given * all_steps:
+            self._next, self._steps = next(self._work, None), self._steps + 1
+        return row
 
     def state(self) -> dict[str, Any]:
         return {"rows": self.rows, "buffer": asdict(self._start), "row": self._given}
