@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..tokens.permutation import Permutation
-from .sources import ShardReader, Source
+from .sources import Source
 
 _END = object()
 
@@ -19,15 +19,13 @@ class BufferStart:
     """Before the first document of a buffer.
 
     Attributes:
-        epoch: of the lane.
-        shard: place in the epoch's order of the lane's shards.
+        turn: place of the shard in `LaneOrder.shard`.
         read: examples of this shard before it.
         state: of the shard; None for its beginning.
-        number: buffers before it, in all epochs.
+        number: buffers before it.
     """
 
-    epoch: int = 0
-    shard: int = 0
+    turn: int
     read: int = 0
     state: Any = None
     number: int = 0
@@ -37,10 +35,13 @@ class BufferStart:
 class LaneOrder:
     """Which documents a lane reads, and in which order.
 
-    Lane l of n reads the shards l, l + n, ... If there are more lanes than shards, the lanes of one shard take its
-    examples in turn.
+    The shards of all epochs, each epoch in an order of its own, are one sequence of turns without end, and lane l of n
+    takes the turns l, l + n, ... So each shard is read once an epoch, whatever the number of lanes. Where there are
+    more lanes than shards, every shard counts as several parts, which take its examples in turn.
 
     Attributes:
+        first: turn of lane 0.
+        end: turn before which all lanes end; None for never.
         buffer: documents that are shuffled together.
     """
 
@@ -50,77 +51,75 @@ class LaneOrder:
     seed: int
     shuffle: bool
     buffer: int
+    first: int = 0
+    end: int | None = None
 
     @property
-    def shards(self) -> list[int]:
-        return list(range(self.lane % self.source.shards, self.source.shards, self.lanes))
+    def parts(self) -> int:
+        """Of a shard."""
+        return parts_of(self.source.shards, self.lanes)
 
     @property
-    def turn(self) -> tuple[int, int]:
-        """Of the examples of a shard, this lane takes those whose number is the first modulo the second."""
-        first, shards = self.lane % self.source.shards, self.source.shards
-        return self.lane // shards, len(range(first, self.lanes, shards))
+    def turns(self) -> int:
+        """Of an epoch."""
+        return self.source.shards * self.parts
 
-    def shard(self, epoch: int, place: int) -> int:
-        """The shard that is read at a place of an epoch."""
+    @property
+    def start(self) -> BufferStart:
+        return BufferStart(self.first + self.lane)
+
+    def shard(self, turn: int) -> tuple[int, int]:
+        """The shard that is read in a turn, and which part of it."""
+        epoch, place = divmod(turn, self.turns)
         if self.shuffle:
-            place = int(Permutation(len(self.shards), self.seed, epoch, self.lane)(np.array([place]))[0])
-        return self.shards[place]
-
-    def shuffled(self, documents: int, start: BufferStart) -> np.ndarray:
-        """`[documents]`: places in the order of the source, in the order of the lane."""
-        return self.permuted(documents, start) if self.shuffle else np.arange(documents)
+            place = int(Permutation(self.turns, self.seed, epoch)(np.array([place]))[0])
+        return place % self.source.shards, place // self.source.shards
 
     def permuted(self, count: int, start: BufferStart) -> np.ndarray:
-        """A permutation of the buffer's own."""
+        """`[count]`: a permutation of the buffer's own; none without `shuffle`."""
+        if not self.shuffle:
+            return np.arange(count)
         stream = (start.number + 1) * self.lanes + self.lane
-        return Permutation(count, self.seed, start.epoch, stream)(np.arange(count))
+        return Permutation(count, self.seed, start.turn // self.turns, stream)(np.arange(count))
+
+
+def parts_of(shards: int, lanes: int) -> int:
+    return -(-lanes // shards)
 
 
 def buffers(
-    order: LaneOrder, content: Callable[[Any], Any], start: BufferStart, epochs: int | None
+    order: LaneOrder, content: Callable[[Any], Any], start: BufferStart
 ) -> Iterator[tuple[BufferStart, list[Any]]]:
-    """Buffers of a lane from `start` on: where each begins, and its documents in their order.
-
-    A buffer ends with the epoch. At most one is in memory.
+    """Buffers of a lane from `start` on: where each begins, and its documents in their order. One is in memory.
 
     Args:
         content: of an example; None for one that is left out.
-        epochs: after which the lane ends; None for a lane without end.
 
     Raises:
-        ValueError: for an epoch without documents.
+        ValueError: if a lane without end finds no document in as many turns as an epoch has.
     """
-    here = start
-    while epochs is None or here.epoch < epochs:
-        documents: list[Any] = []
-        begin, reader = here, _open(order, here)
-        while reader is not None:
-            example = next(reader, _END)
-            if example is _END:
-                here = replace(here, shard=here.shard + 1, read=0, state=None)
-                reader = _open(order, here)
-                continue
-            turn, of = order.turn
-            mine, here = here.read % of == turn, replace(here, read=here.read + 1)
+    documents: list[Any] = []
+    begin = here = start
+    empty = 0  # turns without a document
+    while order.end is None or here.turn < order.end:
+        shard, part = order.shard(here.turn)
+        reader = order.source.open(shard, here.state)
+        empty += 1
+        while (example := next(reader, _END)) is not _END:
+            mine, here = here.read % order.parts == part, replace(here, read=here.read + 1)
             if mine and (document := content(example)) is not None:
                 documents.append(document)
+                empty = 0
             if len(documents) == order.buffer:
                 here = replace(here, state=reader.state(), number=here.number + 1)
-                yield begin, [documents[place] for place in order.shuffled(len(documents), begin).tolist()]
+                yield begin, [documents[place] for place in order.permuted(len(documents), begin).tolist()]
                 documents, begin = [], here
-        if documents:
-            yield begin, [documents[place] for place in order.shuffled(len(documents), begin).tolist()]
-            here = replace(here, number=here.number + 1)
-        elif begin == BufferStart(here.epoch, number=here.number):
+        here = BufferStart(here.turn + order.lanes, number=here.number)
+        begin = begin if documents else here
+        if empty > order.turns and order.end is None:
             raise ValueError(
-                f"lane {order.lane} of {order.lanes} has no documents with text (shards "
-                f"{', '.join(map(str, order.shards[:8]))} of {order.source.shards}); use fewer lanes."
+                f"lane {order.lane} of {order.lanes} has found no document with text in {order.turns} shards; the "
+                f"dataset has {order.source.shards}."
             )
-        here = BufferStart(here.epoch + 1, number=here.number)
-
-
-def _open(order: LaneOrder, here: BufferStart) -> ShardReader | None:
-    if here.shard >= len(order.shards):
-        return None
-    return order.source.open(order.shard(here.epoch, here.shard), here.state)
+    if documents:
+        yield begin, [documents[place] for place in order.permuted(len(documents), begin).tolist()]

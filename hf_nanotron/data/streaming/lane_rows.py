@@ -44,15 +44,13 @@ class CutLane:
         masked: documents are kept apart.
     """
 
-    def __init__(
-        self, order: LaneOrder, ids: TokenIds, length: int, masked: bool, epochs: int | None, state: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, order: LaneOrder, ids: TokenIds, length: int, masked: bool, state: Mapping[str, Any]) -> None:
         self.ids, self.length, self.masked = ids, length, masked
         self.rows = state.get("rows", 0)
-        self._start = BufferStart(**state.get("buffer", {}))
+        self._start = BufferStart(**state["buffer"]) if state else order.start
         self._document, self._token = state.get("document", 0), state.get("token", 0)
         self._ahead: deque[tuple[BufferStart, int, np.ndarray]] = deque()  # buffer, document, its ids
-        self._documents = self._read(buffers(order, ids.content, self._start, epochs), self._document)
+        self._documents = self._read(buffers(order, ids.content, self._start), self._document)
 
     def _read(
         self, parts: Iterator[tuple[BufferStart, list[Any]]], skipped: int
@@ -137,14 +135,12 @@ class PackLane:
     state is the start of the buffer, and the rows given of it. Going on packs this buffer again.
     """
 
-    def __init__(
-        self, order: LaneOrder, ids: TokenIds, length: int, epochs: int | None, state: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, order: LaneOrder, ids: TokenIds, length: int, state: Mapping[str, Any]) -> None:
         self.order, self.ids, self.length = order, ids, length
         self.rows = state.get("rows", 0)
-        self._start = BufferStart(**state.get("buffer", {}))
+        self._start = BufferStart(**state["buffer"]) if state else order.start
         self._given = state.get("row", 0)  # rows of this buffer
-        self._work = self._prepare(buffers(order, ids.content, self._start, epochs))
+        self._work = self._prepare(buffers(order, ids.content, self._start))
         self._steps = 0  # of the work on the next buffer
         self._next: PackedBuffer | None = None
         self._now: PackedBuffer | None = None
@@ -157,9 +153,7 @@ class PackLane:
                 ids += self.ids.of(documents[first : first + TOGETHER])
                 yield None
             packed = pack(np.cumsum([0, *map(len, ids)], dtype=np.int64), self.length)
-            rows = len(packed)
-            places = self.order.permuted(rows, start) if self.order.shuffle else np.arange(rows)
-            yield PackedBuffer(start, np.concatenate(ids), packed, places)
+            yield PackedBuffer(start, np.concatenate(ids), packed, self.order.permuted(len(packed), start))
 
     def next_row(self) -> Row | None:
         while self._now is None or self._given >= len(self._now.places):

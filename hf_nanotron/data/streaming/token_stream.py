@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
-from .documents import LaneOrder
+from .documents import LaneOrder, parts_of
 from .lane_rows import CutLane, LaneRows, PackLane
 from .lane_stream import LaneStream
 from .sources import IterableSource, source_of
@@ -19,10 +19,11 @@ MOST_LANES = 64  # by default; more take memory where few ranks read them all
 class TokenStream(LaneStream):
     """Rows of `sequence_length` tokens out of a `datasets.IterableDataset`, with the columns of `TokenDataset`.
 
-    The stream is divided into lanes. Each reads shards of its own, shuffles documents in a buffer of its own, and makes
-    rows of its own; sample i is the next row of lane `i % lanes`. So the order follows from the data, `lanes`, `seed`
-    and the arguments below, and neither from the number of ranks nor from workers or batches; and a rank reads only the
-    lanes that its samples come from. Where the ranks' number divides `lanes`, no two ranks read one lane.
+    The stream is divided into lanes, to which shards are given in turn. Each lane reads its shards, shuffles documents
+    in a buffer of its own, and makes rows of its own; sample i is the next row of lane `i % lanes`. So the order
+    follows from the data, `lanes`, `seed` and the arguments below, and neither from the number of ranks nor from
+    workers or batches; and a rank reads only the lanes that its samples come from. Where the ranks' number divides
+    `lanes`, no two ranks read one lane.
 
     A row is a dict of int64 tensors `[S]`: `input_ids`; `labels`, the same, -100 where not predicted; `shift_labels`,
     what each token predicts; and with documents kept apart `position_ids`, which begin anew with each.
@@ -40,10 +41,11 @@ class TokenStream(LaneStream):
         seed: of all orders.
         shuffle: the shards of a lane in each epoch, the documents of a buffer, and the packed rows of a buffer.
         shuffle_buffer: documents of a lane that are in memory at a time, and are shuffled or packed together.
-        lanes: the shards' number, or its largest divisor up to 64, if None.
-        epochs: None: a lane that has given all its documents begins anew, in another order, so that the stream has no
-            end and no rank waits for another. A number: each lane ends after as many, and the stream with the last;
-            then every rank reads all of it.
+        lanes: the largest power of two up to the number of shards and 64 if None. More lanes than shards read shards
+            several times, each for a part of the documents.
+        epochs: None: when all shards have been given to lanes, they are given again, in another order, so that the
+            stream has no end and no rank waits for another. A number: they are given as often, and the stream ends with
+            the last lane; then every rank reads all of it.
         vocab_size: ids must be smaller; the tokenizer's length if None.
 
     Raises:
@@ -84,7 +86,7 @@ class TokenStream(LaneStream):
             )
         self.sequence_length, self.documents, self.epochs = sequence_length, documents, epochs
         self.seed, self.shuffle, self.shuffle_buffer = seed, shuffle, shuffle_buffer
-        self.lanes = lanes or _divisor(self.source.shards, MOST_LANES)
+        self.lanes = lanes or 2 ** (min(self.source.shards, MOST_LANES).bit_length() - 1)
         column = "input_ids" if tokenizer is None else text_column
         self.ids = TokenIds(tokenizer, column, eos_token_id, vocab_size, self.source.columns)
 
@@ -94,14 +96,14 @@ class TokenStream(LaneStream):
         return ("input_ids", "labels", "shift_labels", *(("position_ids",) if self.documents != "cross" else ()))
 
     def open_lane(self, lane: int, state: Mapping[str, Any]) -> LaneRows:
-        """See `LaneStream`. The lane's epochs are counted from `epoch`, times `epochs`."""
-        order = LaneOrder(self.source, lane, self.lanes, self.seed, self.shuffle, self.shuffle_buffer)
-        first = self.epoch * (self.epochs or 1)
-        state = state or {"buffer": {"epoch": first}}
-        last = None if self.epochs is None else first + self.epochs
+        """See `LaneStream`."""
+        turns = self.source.shards * parts_of(self.source.shards, self.lanes) * (self.epochs or 1)
+        first, end = self.epoch * turns, None if self.epochs is None else (self.epoch + 1) * turns
+        choice = (self.lanes, self.seed, self.shuffle, self.shuffle_buffer)
+        order = LaneOrder(self.source, lane, *choice, first, end)
         if self.documents == "pack":
-            return PackLane(order, self.ids, self.sequence_length, last, state)
-        return CutLane(order, self.ids, self.sequence_length, self.documents == "mask", last, state)
+            return PackLane(order, self.ids, self.sequence_length, state)
+        return CutLane(order, self.ids, self.sequence_length, self.documents == "mask", state)
 
     def identity(self) -> dict[str, Any]:
         """See `LaneStream`."""
@@ -118,7 +120,3 @@ class TokenStream(LaneStream):
 
 
 _INSTEAD = {"shuffle_buffer": "; shuffle=False reads documents in their order"}
-
-
-def _divisor(number: int, most: int) -> int:
-    return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)
