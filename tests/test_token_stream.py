@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from tiny import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +24,7 @@ from hf_nanotron.data.loader import Position, build_loader
 from hf_nanotron.data.ordered import stack
 from hf_nanotron.data.streaming.lane_loader import LaneShare, build_lane_loader
 from hf_nanotron.data.streaming.lane_stream import joined
+from hf_nanotron.data.streaming.sources import source_of
 from hf_nanotron.data.tokens.packing import pack
 from hf_nanotron.data.tokens.permutation import Permutation
 
@@ -302,7 +303,50 @@ def test_a_stream_with_an_end_resumes(tmp_path: Path) -> None:
     assert split == expected, "workers of torch's own loader divide it"
 
 
-# ---- other sources ----
+# ---- sources ----
+
+
+def double(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {"text": [text for text in rows["text"] for _ in range(2)]}
+
+
+def test_a_shard_goes_on_behind_any_example(tmp_path: Path) -> None:
+    """Of files of several tables, and through what `datasets` lays over them."""
+    from datasets import Dataset
+
+    texts = [f"w{number}" for number in range(300)]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "0.parquet", batch_size=37)
+    (tmp_path / "0.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parquet = load_dataset("parquet", data_files=str(tmp_path / "0.parquet"), split="train", streaming=True)
+    lines = load_dataset("json", data_files=str(tmp_path / "0.jsonl"), split="train", streaming=True, chunksize=700)
+    memory = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    generated = IterableDataset.from_generator(lambda: iter([{"text": text} for text in texts]))
+    for number, dataset in enumerate(
+        (
+            parquet,
+            lines,
+            memory,
+            generated,
+            parquet.map(lambda row: {"text": row["text"] + "!"}),
+            lines.filter(lambda row: not row["text"].endswith("7")),
+            lines.map(double, batched=True, batch_size=9),
+            concatenate_datasets([parquet, memory.skip(250)]),
+            interleave_datasets([generated, memory], [0.3, 0.7], seed=1),
+            parquet.with_format("torch"),
+            parquet.select_columns(["text"]),
+        )
+    ):
+        expected = [row["text"] for row in dataset]
+        source = source_of(dataset)
+        reader = source.open(0)
+        for place in range(len(expected) + 1):
+            if place % 23 == 0 or place in (63, 64, 65, 128, len(expected)):
+                state = json.loads(json.dumps(reader.state()))
+                rest = source.open(0, state)
+                assert [row["text"] for row in iter(rest.__next__, None)] == expected[place:], (number, place)
+            if place < len(expected):
+                assert next(reader)["text"] == expected[place]
+        assert len(json.dumps(state)) < 1500
 
 
 class Lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Protocol
@@ -79,9 +80,11 @@ class DatasetSource:
             self.shards = 1
 
     def open(self, shard: int, state: Any = None) -> _DatasetReader:
-        whole = self.dataset.num_shards
-        part = twin(self.dataset) if self.shards == 1 else self.dataset.shard(whole, shard, contiguous=False)
-        part._starting_state_dict = None  # a state that the user has loaded would hold in every epoch
+        if self.shards > 1:
+            part = self.dataset.shard(self.shards, shard, contiguous=False)
+        else:  # a copy of its own: lanes that read the shard at the same time must not share a state
+            part = copy.deepcopy(self.dataset)
+            part._starting_state_dict = None  # of the user; it would hold in every epoch
         return _DatasetReader(part, state)
 
 
