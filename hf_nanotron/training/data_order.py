@@ -23,7 +23,7 @@ from ..checkpoint.state.training_state import DIRECTORY, run_values
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
 from ..data.loader import DataParallelLoader, Position, build_loader
-from ..data.ordered import brings_order
+from ..data.ordered import brings_order, is_run
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
 from ..data.streaming.lane_loader import build_lane_loader
 from ..data.streaming.lane_stream import LaneStream, joined
@@ -191,6 +191,13 @@ class DataOrder:
         dist.all_gather_object(states, cursor.state, group=self._mesh.dp.handle)
         if known := [state for state in states if state is not None]:  # none where an epoch begins
             self._cursor = replace(cursor, state=joined(known))
+
+    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
+        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
+        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
+            return {}
+        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
+        return epochs
 
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
