@@ -32,6 +32,7 @@ from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, stack
+from .data.streaming.lane_stream import LaneStream
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
@@ -274,7 +275,8 @@ class NanotronTrainer(Trainer):
         """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, and not
         domains that have names.
         """
-        ordered, named = brings_order(dataset), getattr(dataset, "domain_names", None) is not None
+        ordered = brings_order(dataset) or isinstance(dataset, LaneStream)
+        named = getattr(dataset, "domain_names", None) is not None
         collate = stack if ordered and self.data_collator is self._default_collator else self.data_collator
         collate = self._get_collator_with_removed_columns(collate, description=description)
         if isinstance(collate, RemoveColumnsCollator):
@@ -576,6 +578,7 @@ class NanotronTrainer(Trainer):
         else:
             checkpointer.write_model(save, self.model, with_weights)
         checkpointer.note_best(self.state, folder)
+        self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
         checkpointer.finish_save(save, self.state.best_model_checkpoint)
 
@@ -741,7 +744,10 @@ class NanotronTrainer(Trainer):
         return self._gradients.read(self._link)
 
     def data_cursor(self) -> dict[str, Any] | None:
-        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours."""
+        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours.
+
+        Outside of a save, the `state` of a `TokenStream` is that of the lanes that this rank reads.
+        """
         return self._data_order.cursor(self.control, self.train_dataset)
 
     def extra_state(self) -> dict[str, Any]:
