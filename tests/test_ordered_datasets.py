@@ -194,16 +194,18 @@ def in_one_process(folder: str) -> dict[str, Any]:
     }.items():
         found[name] = message(action)
 
-    checkpoint = f"{folder}/out/checkpoint-1"
+    checkpoint = f"{folder}/out/checkpoint-2"  # of which `code` was read
     tokens = run(web, save_strategy="steps", save_steps=1, output_dir=folder + "/plain")
     plain = f"{folder}/plain/checkpoint-1"
     found["plain"] = run(web, resume=plain).losses == tokens.losses[1:]
     write_ds(Path(folder) / "code.ds", documents(91, 1, vocabulary=120))
     code = token_set(folder, "code", LENGTH, documents="mask")
-    found["changed"] = message(lambda: run(mixture(max_epochs=None), resume=checkpoint))
-    accepted = run(mixture(max_epochs=None), resume=checkpoint, accept_changed_data=True)
+    found["changed"] = message(lambda: run(mixture(max_epochs=None), resume=checkpoint, max_steps=3))
+    accepted = run(mixture(max_epochs=None), resume=checkpoint, max_steps=3, accept_changed_data=True)
     found["accepted"] = accepted.state.global_step, [text for text in warned if "accept_changed_data=True:" in text][:1]
-    found["anew"] = run(mixture(max_epochs=None), resume=checkpoint, ignore_data_skip=True).state.global_step
+    found["anew"] = run(
+        mixture(max_epochs=None), resume=checkpoint, max_steps=3, ignore_data_skip=True
+    ).state.global_step
     web = token_set(folder, "web", LENGTH, documents="mask", seed=9)
     found["seed"] = message(lambda: run(web, resume=plain))
     found["kind"] = message(lambda: run(mixture(max_epochs=None), resume=plain))
@@ -244,4 +246,4 @@ def test_in_one_process(pool: WorkerPool, tmp_path: Path) -> None:
     }.items():
         for text in texts:
             assert text in found[name], (name, found[name])
-    assert found["accepted"][0] == found["anew"] == 2 and "code.ds has another length" in found["accepted"][1][0]
+    assert found["accepted"][0] == found["anew"] == 3 and "code.ds has another length" in found["accepted"][1][0]
