@@ -6,19 +6,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .inspection import inspect_tokens
+    from .streaming.token_stream import TokenStream
+    from .tokenize.chat_dataset import ChatDataset
+    from .tokenize.corpus import tokenize_corpus
     from .tokens.mixture import Mixture
     from .tokens.stages import Stage, Stages
     from .tokens.token_dataset import TokenDataset
     from .tokens.token_file import TokenFile
 
-__all__ = ["Mixture", "Stage", "Stages", "TokenDataset", "TokenFile"]
+__all__ = [
+    "ChatDataset",
+    "Mixture",
+    "Stage",
+    "Stages",
+    "TokenDataset",
+    "TokenFile",
+    "TokenStream",
+    "inspect_tokens",
+    "tokenize_corpus",
+]
 
 _HOME = {
+    "ChatDataset": ".tokenize.chat_dataset",
     "Mixture": ".tokens.mixture",
     "Stage": ".tokens.stages",
     "Stages": ".tokens.stages",
     "TokenDataset": ".tokens.token_dataset",
     "TokenFile": ".tokens.token_file",
+    "TokenStream": ".streaming.token_stream",
+    "inspect_tokens": ".inspection",
+    "tokenize_corpus": ".tokenize.corpus",
 }
 
 

@@ -66,7 +66,9 @@ def _hashes_of_sets(dataset: Any) -> dict[int, int]:
 
 def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
     if isinstance(dataset, IterableDataset):
-        if hasattr(dataset, "_ex_iterable"):
+        if hasattr(dataset, "first_documents"):
+            yield from enumerate(dataset.first_documents())
+        elif hasattr(dataset, "_ex_iterable"):
             yield from enumerate(islice(twin(dataset), STREAM_ROWS))
         return
     length = len(dataset)

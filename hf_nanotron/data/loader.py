@@ -282,7 +282,14 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows: int | None = None
         self.is_finished = False
-        super().__init__(dataset, collate_fn=_Collate(collate), **kwargs)  # type: ignore[arg-type]
+        super().__init__(dataset, collate_fn=self._collator(collate), **kwargs)
+
+    def _collator(self, collate: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+        """What torch's loader calls, in a worker process."""
+        return _Collate(collate)
+
+    def _marked_batches(self) -> Iterator[tuple[Any, Mark]]:
+        return super().__iter__()
 
     def _counted_rows(self, batch: Any, mark: Mark) -> int | None:
         if not mark.samples or not (self.is_finished and mark.ends_round):
@@ -317,7 +324,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows = None
         try:
-            batches = super().__iter__()
+            batches = self._marked_batches()
             current = next(batches, None)
             while current is not None:
                 following = next(batches, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import IterableDataset, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -24,6 +25,8 @@ from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Res
 from ..data.loader import DataParallelLoader, Position, build_loader
 from ..data.ordered import brings_order, is_run
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
+from ..data.streaming.lane_loader import build_lane_loader
+from ..data.streaming.lane_stream import LaneStream, joined
 from ..parallel.mesh import ParallelMesh
 from ..training_args import NanotronTrainingArguments
 from .run_order import Consumed, RunOrder, accept_changes, data_state
@@ -46,6 +49,10 @@ def make_loader(
     """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`."""
     # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
+    if isinstance(dataset, LaneStream) and dataset.epochs is None:
+        if not is_training:
+            raise ValueError(f"this {type(dataset).__name__} has no end: make one with epochs=1 to evaluate on.")
+        return _lane_loader(args, mesh, dataset, collate, batch_size)
     loader = build_loader(
         dataset,
         sampler,
@@ -65,6 +72,24 @@ def make_loader(
     )
     loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
     return loader
+
+
+def _lane_loader(
+    args: NanotronTrainingArguments, mesh: ParallelMesh, stream: LaneStream, collate: Any, batch_size: int
+) -> DataParallelLoader:
+    return build_lane_loader(
+        stream,
+        collate,
+        batch_size,
+        mesh.dp_rank,
+        mesh.dp_size,
+        positions=True,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
 
 
 def data_seed(args: NanotronTrainingArguments) -> int:
@@ -183,9 +208,30 @@ class DataOrder:
             cursor = replace(cursor, state=data_state(dataset, cursor.samples))
         return cursor.to_dict()
 
+    def share_state(self, dataset: Any) -> None:
+        """Before a checkpoint: have the state of all lanes, of which each data-parallel rank knows its own.
+
+        All ranks together.
+        """
+        cursor = self._cursor
+        if cursor is None or not isinstance(dataset, LaneStream) or self._mesh.dp_size == 1:
+            return
+        states: list[Any] = [None] * self._mesh.dp_size
+        dist.all_gather_object(states, cursor.state, group=self._mesh.dp.handle)
+        if known := [state for state in states if state is not None]:  # none where an epoch begins
+            self._cursor = replace(cursor, state=joined(known))
+
+    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
+        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
+        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
+            return {}
+        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
+        return epochs
+
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
-            return {"kind": "stream", FINGERPRINT: self._fingerprint}
+            own = dataset.identity() if isinstance(dataset, LaneStream) else {}
+            return {"kind": "stream", **own, FINGERPRINT: self._fingerprint}
         kind = "sequential" if brings_order(dataset) else self.args.train_sampling_strategy
         return {
             "kind": kind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ class WindowAgreement:
     Args:
         check: sends and reads what is told.
         guard: holds the verdict on the gradient of the step before, which is read first.
+        examine: raises an error for a window of this rank that cannot be trained on.
 
     Attributes:
         counted: predicted tokens of the window, over all ranks.
     """
 
-    def __init__(self, check: WindowCheck, guard: NonFiniteGuard) -> None:
-        self.check, self.guard = check, guard
+    def __init__(self, check: WindowCheck, guard: NonFiniteGuard, examine: Callable[[list[Any]], None]) -> None:
+        self.check, self.guard, self._examine = check, guard, examine
         self.counted = 0
         self.begin_epoch(None)
 
@@ -72,6 +73,7 @@ class WindowAgreement:
         failure, count = self._failure, None
         try:
             count = predicted_tokens(window)
+            self._examine(window)
         except Exception as error:
             failure = failure or error
         pending = self.check.start(
@@ -93,7 +95,12 @@ class WindowAgreement:
             self._told -= 1
             return
         self.read_verdict()
-        self._pending = self.check.start([inputs]), f"optimizer step {step}"
+        failure: Exception | None = None
+        try:
+            self._examine([inputs])
+        except Exception as error:
+            failure = error
+        self._pending = self.check.start([inputs], failure=failure), f"optimizer step {step}"
 
     def read_verdict(self) -> None:
         """Of the gradient of the step before, and of the window that has been read since."""
