@@ -22,7 +22,7 @@ from hf_nanotron.cli.data_plan import MEANINGS, SETS
 from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent
-MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (\w+) -->)\n.*?(?<=\n)(<!-- end -->)", re.DOTALL)
 
 
 def own_fields() -> list[dataclasses.Field[Any]]:
@@ -84,7 +84,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def renewed(page: str) -> str:
     """`page` with its tables made anew."""
-    return MARK.sub(lambda found: found.group(1) + TABLES[found.group(2)]() + found.group(3), page)
+    return MARK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", page)
 
 
 def pages() -> list[Path]:

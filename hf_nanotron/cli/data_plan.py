@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..arguments.values import plain_value, wrong_type
 from ..data.tokens.mixture import ENDINGS
@@ -179,7 +179,7 @@ class MixturePlan:
     sets: dict[str, SetPlan]
     weights: dict[str, float]
     max_epochs: dict[str, int | None]
-    when_exhausted: str
+    when_exhausted: Literal["stop", "redistribute"]
     schedule: tuple[dict[str, Any], ...] = ()
 
 
