@@ -301,7 +301,8 @@ def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
     if not sum(weights.values()):
         raise ValueError(f"the weights of {where}.mixture are all 0; one of them must be positive.")
     schedule = _schedule(where, section.get("schedule") or [], tuple(sets))
-    return MixturePlan(where, sets, weights, epochs, section.get("when_exhausted") or ENDINGS[0], schedule)
+    ending: Any = section.get("when_exhausted") or ENDINGS[0]
+    return MixturePlan(where, sets, weights, epochs, ending, schedule)
 
 
 def _schedule(where: str, parts: list[Any], names: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
