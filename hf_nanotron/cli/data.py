@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.ordered import DOMAIN
 from ..data.padding import PADDING
+from ..data.streaming.token_stream import TokenStream
 from ..data.tokenize.chat_dataset import ChatDataset
 from ..data.tokens.mixture import Mixture
 from ..data.tokens.stages import Stage, Stages
@@ -19,8 +20,8 @@ from ..data.tokens.token_dataset import TokenDataset
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..redaction import printable
 from .data_plan import DataPlan, MixturePlan, SetPlan, StagePlan
-from .errors import SettingsError
-from .table_data import load_table
+from .errors import SettingsError, explained
+from .table_data import load_stream, load_table
 
 
 def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
@@ -96,9 +97,21 @@ def _chat(plan: SetPlan, tokenizer: Any, seed: int) -> ChatDataset:
         return ChatDataset(source, tokenizer, **options)
 
 
+def _stream(plan: SetPlan, tokenizer: Any, seed: int) -> TokenStream:
+    options = {"seed": seed, **plan.options}
+    arguments = {name: options.pop(name, None) for name in ("stream", "name", "data_files", "split")}
+    if "text_column" in options and tokenizer is None:
+        raise ValueError(f"{plan.where}.text_column needs a tokenizer with an end-of-text token.")
+    with explained(f"{plan.where}.stream={arguments['stream']!r} cannot be read"):
+        stream = load_stream(**arguments)
+    with _named(plan.where):
+        return TokenStream(stream, tokenizer=tokenizer if "text_column" in options else None, **options)
+
+
 OPEN: dict[str, Callable[[SetPlan, Any, int], Any]] = {
     "tokens": _tokens,
     "chat": _chat,
+    "stream": _stream,
     "path": lambda plan, tokenizer, seed: load_table(plan, tokenizer),
 }
 

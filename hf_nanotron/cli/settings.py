@@ -14,7 +14,7 @@ from ..arguments.values import wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
-from .data_plan import KEYS, MAPPING, TEXT, DataPlan, check_types, plan_data
+from .data_plan import KEYS, MAPPING, TEXT, DataPlan, MixturePlan, SetPlan, check_types, plan_data
 from .hints import refuse_nanotron, refuse_unknown
 
 Settings = dict[str, dict[str, Any]]
@@ -105,7 +105,8 @@ def check_complete(settings: Settings) -> DataPlan:
             "and mixtures come in their own order, by dataset.seed; leave it out (dataset.shuffle is their switch)."
         )
     if plan.has_no_end and settings["training"].get("max_steps") in (None, -1):
-        what = "stages have" if isinstance(plan.train, list) else "a mixture with max_epochs: null has"
+        endless = {list: "stages have", MixturePlan: "a mixture with max_epochs: null has", SetPlan: "a stream has"}
+        what = endless[type(plan.train)]
         raise ValueError(f"training.max_steps is needed: {what} no end.")
     return plan
 
