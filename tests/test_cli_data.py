@@ -259,6 +259,16 @@ def test_conflicts_with_training(tmp_path: Path) -> None:
     check_complete(read_settings(Path(settings(tmp_path, endless, max_steps=-1)), [])[0])
 
 
+def test_stages_are_overridden_by_place(tmp_path: Path) -> None:
+    path = settings(tmp_path, {"sequence_length": 8, "stages": [{"tokens": "a"}, {"tokens": "b", "start_step": 5}]})
+    overrides = ["--dataset.stages.1.start_step=7", "--dataset.stages.0.documents", "mask"]
+    assert read_settings(Path(path), overrides)[0]["dataset"]["stages"] == [
+        {"tokens": "a", "documents": "mask"}, {"tokens": "b", "start_step": 7},
+    ]  # fmt: skip
+    for override in ("--dataset.stages.2.start_step=7", "--dataset.stages.x.tokens=a", "--dataset.stages.-1=a"):
+        assert "is no place in a list of 2 (0 to 1)" in one_line(command("train", path, override))
+
+
 def test_rows_of_several_sets_make_a_batch() -> None:
     """What some rows say, and others leave out, is filled in; `domain` is kept."""
     rows = [

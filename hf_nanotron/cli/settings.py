@@ -72,12 +72,15 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         )
     for key, value in _pairs(overrides):
         *parents, leaf = key.split(".") if "." in key or key == "tokenizer" else ("training", key)
-        section = settings
+        section: Any = settings
         for parent in parents:
-            section[parent] = section = section.get(parent) or {}
-            if not isinstance(section, dict):
+            place = _place(section, parent, key)
+            if isinstance(section, dict) and section.get(place) is None:
+                section[place] = {}
+            section = section[place]
+            if not isinstance(section, dict | list):
                 raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {path}, not a section.")
-        section[leaf] = value
+        section[_place(section, leaf, key)] = value
     refuse_unknown("", settings, (*SECTIONS, "tokenizer"), SECTIONS)
     sections = {name: {} if settings.get(name) is None else settings[name] for name in SECTIONS}
     refuse_removed(sections["training"])
@@ -88,6 +91,15 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         refuse_unknown(f"{name}.", sections[name], known, SECTIONS)
     _check_types(sections, settings.get("tokenizer"))
     return sections, settings.get("tokenizer")
+
+
+def _place(section: dict[str, Any] | list[Any], name: str, key: str) -> Any:
+    """A name in a section, or a number in a list such as `dataset.stages`."""
+    if isinstance(section, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(section):
+        raise ValueError(f"--{key}: {name!r} is no place in a list of {len(section)} (0 to {len(section) - 1}).")
+    return int(name)
 
 
 def check_complete(settings: Settings) -> DataPlan:
