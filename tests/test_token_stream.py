@@ -510,7 +510,8 @@ def test_a_mixture_of_streams(tmp_path: Path) -> None:
 
     # Other weights, and another set: each lane of a set goes on.
     rows, start, _ = read(mixture(tmp_path, weights), 2, 1, 7)
-    more, end, _ = read(mixture(tmp_path, {"web": 0.0, "code": 1.0}), 1, 1, 9, 0, start)
+    more, end, _ = read(mixture(tmp_path, {"web": 0.0, "code": 1.0}), 1, 1, 9, 2, start)
+    assert start.state["mixture"]["anchor"] == 0 and end.state["mixture"]["anchor"] == 14
     last, *_ = read(mixture(tmp_path, weights), 2, 1, 20, 0, end)
     assert {row["domain"] for row in more} == {1} and abs(sum(row["domain"] for row in last) - 20) <= 2
     taken = dict.fromkeys(taken, 0)

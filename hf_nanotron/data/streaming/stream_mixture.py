@@ -32,7 +32,7 @@ class StreamMixture(LaneStream):
         seed: of which set is next.
 
     Raises:
-        ValueError: for weights that cannot be, streams with an end, or with different lanes, lengths or seeds.
+        ValueError: for weights that cannot be, streams with an end, or with different lanes or lengths.
 
     Attributes:
         names: of the sets; `domain` is the place in it.
