@@ -60,6 +60,7 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
+from .training.data_fit import fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.domains import DomainLog
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
@@ -217,6 +218,7 @@ class NanotronTrainer(Trainer):
                 return result
         finally:
             self._garbage.release()
+            self._data_order.end_run()
             end_run(self.model)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
@@ -256,6 +258,9 @@ class NanotronTrainer(Trainer):
         dataloader_key: str | None = None,
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
+        if brings_order(dataset):
+            dataset = fitted(dataset, self.model, self.processing_class, description)
+            dataset = self._data_order.take(dataset) if is_training else dataset
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
         if brings_order(dataset) or isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
             collate = self._collator(dataset, description)
@@ -293,6 +298,8 @@ class NanotronTrainer(Trainer):
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take."""
         self._data_order.compare(self.model.mesh, dataloader)
+        if (values := self._data_order.plan_run(dataloader, self._train_batch_size)) is not None:
+            return values
         epochs, *counts, batch, rounds, max_steps = super().set_initial_training_values(args, dataloader)
         sizes = self._train_batch_size, batch
         epochs, max_steps = self._data_order.plan(dataloader, self.train_dataset, *sizes, epochs, max_steps)
@@ -389,7 +396,7 @@ class NanotronTrainer(Trainer):
             )
             if rest is not None:  # for Trainer a short epoch from its first batch on: it has nothing to skip
                 kwargs.update(epochs_trained=-1, steps_in_epoch=rest.rounds, num_update_steps_per_epoch=rest.steps)
-                if not rest.samples:
+                if rest.is_resumed and not rest.samples:
                     self._load_rng_state(checkpoint)
             together(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
             compare_ranks(self.mesh, self._loss_choice.whose)

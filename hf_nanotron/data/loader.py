@@ -52,11 +52,15 @@ class Mark(NamedTuple):
 
 
 class Share(list):
-    """Indices, or samples, of one rank in a round; `end`, `ends_round` and `first` as in `Mark`."""
+    """Indices, or samples, of one rank in a round; `end`, `ends_round` and `first` as in `Mark`.
+
+    `epoch` is that of the indices: a worker process that outlives an epoch is not told of `set_epoch` otherwise.
+    """
 
     end: Position
     ends_round: bool = False
     first: int = 0
+    epoch: int | None = None
 
 
 class Filler(Share):
@@ -75,6 +79,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
     """
 
     start: Position | None = None
+    epoch: int | None = None
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, dp_rank: int, dp_size: int, drop_last: bool, seed: int
@@ -83,6 +88,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
         elif isinstance(generator := getattr(self.sampler, "generator", None), torch.Generator):
@@ -99,7 +105,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         indices = islice(self.sampler, samples, None)
         for share in deal(batched(indices, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
             samples += share.end.samples
-            share.end = Position(samples)
+            share.end, share.epoch = Position(samples), self.epoch
             yield share
 
 
@@ -193,6 +199,13 @@ class _MarkedDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self._epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of a dataset that has rows of its own for each epoch."""
+        self._epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "dataset":  # asked for before there is one, by pickle
@@ -206,6 +219,8 @@ class _MarkedDataset(torch.utils.data.Dataset):
         return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        if isinstance(indices, Share) and indices.epoch not in (None, self._epoch):
+            self.set_epoch(indices.epoch)
         if hasattr(self.dataset, "__getitems__"):
             samples = self.dataset.__getitems__(indices)
         else:

@@ -29,10 +29,12 @@ from ..data.streaming.lane_loader import build_lane_loader
 from ..data.streaming.lane_stream import LaneStream, joined
 from ..parallel.mesh import ParallelMesh
 from ..training_args import NanotronTrainingArguments
+from .run_order import Consumed, RunOrder, accept_changes, data_state
 
 logger = logging.get_logger(__name__)
 
 CURSOR = "data_cursor"  # its key in the `extra` of a training state
+NO_CURSOR = f"the checkpoint does not say which samples it was trained on; {ANEW}."
 
 
 def make_loader(
@@ -114,11 +116,32 @@ class DataOrder:
         self._resumed_step = 0
         self._rest: Resumption | None = None
         self._rng_checkpoint: str | None = None
+        self._run: RunOrder | None = None  # of the loader that is trained on
+        self._taken: RunOrder | None = None  # of the one made last
         self._fingerprint: int | None = None
         self._goes_on = checkpoint is not None and not self.args.ignore_data_skip
-        if checkpoint is not None and self._goes_on:
-            self._resumed = read_cursor(checkpoint)
+        if checkpoint is not None:
             self._resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+            self._resumed = read_cursor(checkpoint) if self._goes_on else None
+
+    def end_run(self) -> None:
+        """Give the arguments back as they were."""
+        if self._run is not None:
+            self._run.end()
+
+    def take(self, dataset: Any) -> Any:
+        """What a loader is to read of a training dataset: a copy, where its samples are those of a run."""
+        if not is_run(dataset):
+            return dataset
+        self._taken = RunOrder(self.args, dataset, self._resumed, 0 if self._goes_on else self._resumed_step)
+        return self._taken.dataset
+
+    @property
+    def consumed(self) -> Consumed | None:
+        """What the steps of this run, and of those that it resumes, have read of each set; None if the data is one."""
+        if self._run is None or self._cursor is None:
+            return None
+        return self._run.consumed(self._cursor.samples)
 
     # ---- samplers ----
 
@@ -133,6 +156,8 @@ class DataOrder:
                 f"train_sampling_strategy='group_by_length' with a {type(dataset).__name__}: it brings its order, in "
                 "which it is read. Leave train_sampling_strategy out."
             )
+        if self._taken is not None and dataset is self._taken.dataset:
+            return self._taken.sampler
         if brings_order(dataset) or self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(dataset)
         if self.args.train_sampling_strategy == "group_by_length":
@@ -169,6 +194,8 @@ class DataOrder:
         cursor = self._cursor
         if cursor is None:
             return None
+        if self._run is not None:
+            return replace(cursor, state=data_state(self._run.dataset, cursor.samples)).to_dict()
         if control.should_epoch_stop and cursor.samples:  # a callback has had enough of this epoch
             cursor = replace(cursor, epoch=cursor.epoch + 1, samples=0, state=None)
         if cursor.samples and cursor.order["kind"] == "stream":
@@ -177,6 +204,8 @@ class DataOrder:
                 encode(cursor.state, "the stream's state_dict")
             except ValueError as error:
                 cursor = replace(cursor, state=None, refused=str(error).rstrip("."))
+        elif brings_order(dataset):
+            cursor = replace(cursor, state=data_state(dataset, cursor.samples))
         return cursor.to_dict()
 
     def share_state(self, dataset: Any) -> None:
@@ -209,7 +238,7 @@ class DataOrder:
             "samples": len(loader.dataset),  # type: ignore[arg-type]
             "data_seed": None if kind == "sequential" else data_seed(self.args),
             "group": self._length_group(global_batch) if kind == "group_by_length" else None,
-            FINGERPRINT: self._fingerprint,
+            FINGERPRINT: None if brings_order(dataset) else self._fingerprint,  # which have an identity
         }
 
     # ---- the loop ----
@@ -218,6 +247,25 @@ class DataOrder:
         """Learn whether all ranks have the same data. All ranks together."""
         self._mesh = mesh
         self._fingerprint = check_same_data(mesh, loader, "training")
+
+    def plan_run(self, loader: Any, batch_size: int) -> tuple[int, ...] | None:
+        """What `set_initial_training_values` returns, for data whose samples are those of a run. After `compare`.
+
+        None for other data.
+        """
+        run, cursor = self._taken, self._resumed
+        if run is None or not isinstance(loader, DataParallelLoader):
+            return None
+        if getattr(loader.batch_sampler, "sampler", None) is not run.sampler:  # a subclass has chosen another one
+            return None
+        if cursor is None and self._goes_on and self._resumed_step:
+            raise ValueError(NO_CURSOR)
+        if cursor is not None:
+            cursor.check(run.order)
+        run.plan(batch_size, self._mesh.dp_size)
+        self._run, self._batch_size, self._is_stream = run, batch_size, False
+        self._cursor = Cursor(run.step, run.first.number, run.begin, run.order)
+        return run.training_values()
 
     def plan(
         self, loader: Any, dataset: Any, batch_size: int, global_batch: int, epochs: int, max_steps: int
@@ -244,7 +292,9 @@ class DataOrder:
         if cursor is None and self._resumed_step == 0:  # converted from the Hub: no data was seen
             return epochs, max_steps
         if cursor is None:
-            raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")
+            raise ValueError(NO_CURSOR)
+        if brings_order(dataset):
+            cursor = accept_changes(cursor, dataset, args)
         cursor.check(order)
         if self._is_stream:
             refused = refused or (
@@ -276,6 +326,8 @@ class DataOrder:
 
     def progress(self, epoch: int, rounds: int, state: TrainerState) -> tuple[int, int]:
         """Epochs and rounds that a run has behind it: as Trainer has reckoned them, unless the cursor knows better."""
+        if self._run is not None:
+            return self._run.first.number, self._run.rounds_before(self._run.first)
         return (epoch, rounds) if self._rest is None else (self._rest.epoch, self._rounds_before(self._rest, state))
 
     def _rounds_before(self, rest: Resumption, state: TrainerState) -> int:
@@ -290,6 +342,8 @@ class DataOrder:
         """What is left of an epoch that is resumed, from which `loader` then reads; None for one from its beginning."""
         rest = self._rest
         self._loader, self._epoch, self._rounds_done, self._rounds_in_epoch = loader, epoch, 0, rounds
+        if self._run is not None and self._cursor is not None:
+            return self._begin_leg(self._run, self._cursor, checkpoint)
         if rest is None or epoch != rest.epoch or self._cursor is None:
             return None
         self._rest = None
@@ -297,6 +351,15 @@ class DataOrder:
         self._rounds_in_epoch = rest.rounds if self._is_stream else self._rounds_done + rest.rounds
         if rest.samples:
             loader.start_at(Position(rest.samples, self._cursor.state))
+            self._rng_checkpoint = checkpoint
+        return rest
+
+    def _begin_leg(self, run: RunOrder, cursor: Cursor, checkpoint: str | None) -> Resumption:
+        is_first = self._epoch == run.first.number
+        rest = run.begin_epoch(self._epoch, cursor.samples, is_first and checkpoint is not None)
+        self._rounds_done = run.rounds_before(run.legs[self._epoch])
+        self._rounds_in_epoch = self._rounds_done + rest.rounds
+        if rest.is_resumed and rest.samples:
             self._rng_checkpoint = checkpoint
         return rest
 
@@ -315,6 +378,10 @@ class DataOrder:
         loader = self._loader
         state.epoch = self._epoch + (self._rounds_done + loader.rounds) / self._rounds_in_epoch
         order, step = self._cursor.order, state.global_step
+        if self._run is not None:
+            samples = self._run.legs[self._epoch].first + loader.position.samples
+            self._cursor = Cursor(step, self._epoch, samples, order)
+            return
         if loader.is_finished:
             self._cursor = Cursor(step, self._epoch + 1, 0, order)
             return
