@@ -308,7 +308,8 @@ class DataOrder:
             self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
             epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
         before = cursor.order.get(FINGERPRINT)
-        if self._fingerprint is not None and before not in (None, self._fingerprint):
+        has_new_sets = isinstance(dataset, LaneStream) and not set(order) <= set(cursor.order)  # of a StreamMixture
+        if self._fingerprint is not None and before not in (None, self._fingerprint) and not has_new_sets:
             # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
             if is_repeatable(self._mesh, dataset_of(loader), self._fingerprint):
                 raise ValueError(OTHER_DATA)
