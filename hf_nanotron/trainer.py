@@ -211,7 +211,7 @@ class NanotronTrainer(Trainer):
                 return result
         finally:
             self._garbage.release()
-            end_run(self.model)
+            end_run(self.model, self.training_state)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""

@@ -233,7 +233,7 @@ def test_the_estimate_of_what_is_kept(costs: dict[str, tuple[int, int, int]], ki
 
     def estimate(layers: int, share: float, selective: bool) -> int:
         changed = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
-        return activation_bytes(changed, TOKENS, one, 0, 1, 4, share, selective=selective)
+        return activation_bytes(changed, TOKENS, one, 0, 1, 4, share, policy="selective" if selective else "full")
 
     logits = TOKENS * config.vocab_size * (2 * 4 + 8)
     layers, selective = SHAPE["num_hidden_layers"], kind == "selective"
