@@ -320,7 +320,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
         sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
-        if self.mlp_chunk_tokens is not None and self.tp_overlap is None:
+        if self.mlp_chunk_tokens is not None and self.tp_size > 1 and self.tp_overlap is None:
             sizes["tp_overlap"] = False
         layers = _layer_counts(self.pp_layers_per_stage)
         return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})

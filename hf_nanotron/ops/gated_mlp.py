@@ -113,7 +113,8 @@ class _Sum:
 
     def __init__(self, weight: torch.Tensor, key: torch.Tensor | None, returned: bool) -> None:
         self._total = None if key is None else total_of(key)
-        self._sum = weight.new_zeros(weight.shape, dtype=torch.float32) if returned else None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._sum = weight.new_zeros(weight.shape, dtype=dtype) if returned else None
         self._dtype = weight.dtype
 
     def add(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
@@ -121,7 +122,7 @@ class _Sum:
             self._total.add_product(grad_output, input)
         elif self._sum is not None:
             if not can_add_product(self._sum, input.dtype):  # a product in 16 bits, on the CPU
-                grad_output, input = grad_output.float(), input.float()
+                grad_output, input = grad_output.to(self._sum.dtype), input.to(self._sum.dtype)
             add_product(self._sum, grad_output, input, overwrite=False)
 
     def result(self, like: torch.Tensor) -> torch.Tensor:

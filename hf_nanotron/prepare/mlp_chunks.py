@@ -80,7 +80,8 @@ def chunk_mlps(model: ParallelModel, tokens: int) -> None:
             f"{reason}. Omit mlp_chunk_tokens; activation_checkpointing saves its memory otherwise."
         )
     for module in found:
-        module.__class__ = chunked_class(type(module))
+        stock: Any = type(module)
+        module.__class__ = chunked_class(stock)
         module.chunk_tokens, module.activation = tokens, ACTIVATIONS[type(module.act_fn).__name__]
     model.decorations.add(NAME, restore_mlps)
 
