@@ -126,7 +126,7 @@ def activation_bytes(
     layers = -(-text.num_hidden_layers // parallel.num_stages)
     chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
     less = between if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
-    away = _offloaded_layers(layers * recomputed, offload)
+    away = _offloaded_layers(layers * recomputed, offload, pp_rank == parallel.pp_size - 1)
     kept = round(chunks * ((layers * recomputed - away) * less + layers * (1 - recomputed) * layer))
     kept += round(min(2, away) * less)
     if recomputed:
@@ -166,14 +166,13 @@ def offloaded_bytes(
     own = text.hidden_size * item // cut
     less = own if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
     layers = -(-text.num_hidden_layers // parallel.num_stages) * recomputed
-    return round(
-        tokens * _chunks_in_flight(parallel, pp_rank, micro_batches) * _offloaded_layers(layers, offload) * less
-    )
+    away = _offloaded_layers(layers, offload, pp_rank == parallel.pp_size - 1)
+    return round(tokens * _chunks_in_flight(parallel, pp_rank, micro_batches) * away * less)
 
 
-def _offloaded_layers(recomputed: float, offload: float) -> float:
-    """Of so many recomputed layers of a stage: the last stays on the device."""
-    return max(0.0, min(math.ceil(offload * recomputed), recomputed - 1)) if offload else 0.0
+def _offloaded_layers(recomputed: float, offload: float, is_last: bool) -> float:
+    """Of so many recomputed layers of a stage: the last of the model stays on the device."""
+    return max(0.0, min(math.ceil(offload * recomputed), recomputed - is_last)) if offload else 0.0
 
 
 def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, mlp_in_blocks: bool = False) -> int:

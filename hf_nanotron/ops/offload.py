@@ -1,8 +1,8 @@
 """Saved activations in host memory between a forward and its backward, copied beside the computation.
 
 Hooks on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) hand a layer's saved tensors to a `LayerSaves`. On a
-GPU a stream copies them to pinned buffers during the forward; in the backward another one fetches those of the layer
-before while a layer computes. No value changes. The graph holds what was saved: when it is freed, so is the buffer.
+GPU a stream copies them to pinned buffers during the forward; in the backward another one fetches those of the next
+layer while a layer computes. No value changes. The graph holds what was saved: when it is freed, so is the buffer.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Saved:
 
 
 class Stays:
-    """One saved tensor that stays on the device; reading it fetches what the layer before has offloaded."""
+    """One saved tensor that stays on the device; reading it fetches what the next layer has offloaded."""
 
     def __init__(self, layer: LayerSaves, tensor: torch.Tensor) -> None:
         self.layer, self._tensor = layer, Unchanged(tensor)
@@ -179,7 +179,7 @@ class LayerSaves:
     """What one forward of one layer saves.
 
     Args:
-        before: the layer before it in the same forward, if that offloads.
+        following: what is fetched while its backward runs, asked for when that begins.
         stays: keep it on the device: its backward comes first.
         shared: addresses of memory that others hold as well (weights, positions), asked for when the first tensor is
             saved.
@@ -188,11 +188,11 @@ class LayerSaves:
     def __init__(
         self,
         transfers: Transfers,
-        before: LayerSaves | None,
+        following: Callable[[LayerSaves], LayerSaves | None],
         stays: bool,
         shared: Callable[[], set[int]],
     ) -> None:
-        self.transfers, self.before, self.stays = transfers, before, stays
+        self.transfers, self.following, self.stays = transfers, following, stays
         self._shared: Callable[[], set[int]] | None = shared
         self._addresses: set[int] = set()
         self._by_place: dict[tuple[Any, ...], weakref.ref[Saved]] = {}
@@ -223,6 +223,11 @@ class LayerSaves:
             self._held.append(tensor)
         return saved
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether the graph still holds something of it."""
+        return any(known() is not None for known in self._by_place.values())
+
     def fetch(self) -> None:
         """Start to copy back what is still needed."""
         for known in self._by_place.values():
@@ -242,13 +247,14 @@ class LayerSaves:
 
 
 def unpack(kept: Any) -> torch.Tensor:
-    """The tensor that `LayerSaves.pack` was given. Fetches those of its layer, and of the layer before."""
+    """The tensor that `LayerSaves.pack` was given. Fetches those of its layer, and of the next."""
     if isinstance(kept, torch.Tensor):
         return kept
     layer = kept.layer
     layer.transfers.settle()
     layer.fetch()
     tensor: torch.Tensor = kept.read()
-    if layer.before is not None:
-        layer.before.fetch()
+    following = layer.following(layer)
+    if following is not None:
+        following.fetch()
     return tensor

@@ -1,8 +1,8 @@
 """Layers that recompute, with what they keep for their backward in host memory (`activation_offload`).
 
 What a recomputed layer keeps, its input above all, is copied to pinned buffers beside the forward, and fetched while
-the layer after it runs its backward (Rajbhandari et al. 2021, arXiv:2104.07857, for the idea). The last layer of a
-stage keeps it on the device: its backward comes first.
+another layer runs its backward (Rajbhandari et al. 2021, arXiv:2104.07857, for the idea). The last layer of the model
+keeps it on the device: its backward comes first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from types import MethodType
 from typing import Any
@@ -30,11 +31,31 @@ NAME = "activation offload"  # among the decorations of a model
 
 
 class StageSaves:
-    """The layers of one stage that offload, in model order; what the forward that runs now has saved last."""
+    """What the forwards of one stage have saved.
+
+    Attributes:
+        latest: of the layer that the running forward has computed last.
+        waiting: of the last layer of each micro-batch whose backward has not begun, the oldest first.
+    """
 
     def __init__(self, transfers: Transfers) -> None:
         self.transfers = transfers
         self.latest: LayerSaves | None = None
+        self.waiting: deque[LayerSaves] = deque()
+
+    def follow(self, before: LayerSaves | None, layer: LayerSaves) -> LayerSaves | None:
+        """The backward of `layer` begins: what is needed next, of `before` or of the next micro-batch."""
+        if layer in self.waiting:
+            self.waiting.remove(layer)
+        if before is not None:
+            return before
+        return self.waiting[0] if self.waiting else None
+
+    def end(self, layer: LayerSaves) -> None:
+        """The forward of a micro-batch has ended with `layer`."""
+        self.latest = None
+        self.waiting = deque(one for one in self.waiting if one.is_needed)  # some were broken off
+        self.waiting.append(layer)
 
 
 class OffloadingForward:
@@ -44,7 +65,8 @@ class OffloadingForward:
 
     Args:
         checkpointed: how to recompute the whole layer, or None where its forward recomputes by itself.
-        first, stays: it is the first of its stage that offloads; the last one.
+        first, last: of those of its stage.
+        stays: it keeps on the device what it saves.
     """
 
     def __init__(
@@ -53,11 +75,12 @@ class OffloadingForward:
         forward: Callable[..., Any],
         stage: StageSaves,
         first: bool,
+        last: bool,
         stays: bool,
         checkpointed: Callable[..., Any] | None,
     ) -> None:
         self.layer, self.forward, self.stage = weakref.ref(layer), forward, stage
-        self.first, self.stays, self.checkpointed = first, stays, checkpointed
+        self.first, self.last, self.stays, self.checkpointed = first, last, stays, checkpointed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer()
@@ -65,13 +88,18 @@ class OffloadingForward:
         # A key-value cache would be written a second time.
         if not layer.training or not torch.is_grad_enabled() or cache_in(kwargs) is not None:
             return self.forward(*args, **kwargs)
-        before = None if self.first else self.stage.latest
-        saves = LayerSaves(self.stage.transfers, before, self.stays, lambda: _shared(layer, args[1:], kwargs))
-        self.stage.latest = None if self.stays else saves
+        stage, before = self.stage, None if self.first else self.stage.latest
+        following = functools.partial(stage.follow, before)
+        saves = LayerSaves(stage.transfers, following, self.stays, lambda: _shared(layer, args[1:], kwargs))
+        stage.latest = saves
         with saves.hooks():
             if self.checkpointed is None:
-                return self.forward(*args, **kwargs)
-            return self.checkpointed(functools.partial(self.forward, **kwargs), *args)
+                output = self.forward(*args, **kwargs)
+            else:
+                output = self.checkpointed(functools.partial(self.forward, **kwargs), *args)
+        if self.last:
+            stage.end(saves)
+        return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.forward, memo)  # a method, of the layer's copy
@@ -85,13 +113,16 @@ def offload_layers(
     """
     transfers = Transfers(model.mesh.device)
     checkpointed = functools.partial(checkpoint, **with_defaults(options, model)) if policy == "full" else None
-    for own in _stages(model, layers):
+    for number, own in _stages(model, layers).items():
         stage, count = StageSaves(transfers), math.ceil(fraction * len(own))
+        last = min(count, len(own) - 1)  # whose backward has the others fetched
+        is_end = number == model.parallel.num_stages - 1
         for index, layer in enumerate(own):
-            stays = index == len(own) - 1 or index >= count
-            if index <= count or checkpointed is not None:
-                forward = OffloadingForward(layer, layer.forward, stage, index == 0, stays, checkpointed)
-                layer.forward = forward
+            stays = index >= count or (is_end and index == len(own) - 1)
+            if index <= last or checkpointed is not None:
+                layer.forward = OffloadingForward(
+                    layer, layer.forward, stage, index == 0, index == last, stays, checkpointed
+                )
     model.decorations.add(NAME, restore_offloaded)
     return transfers
 
@@ -106,7 +137,7 @@ def restore_offloaded(model: ParallelModel) -> None:
             del module.__dict__["forward"]
 
 
-def _stages(model: ParallelModel, layers: Collection[int]) -> list[list[nn.Module]]:
+def _stages(model: ParallelModel, layers: Collection[int]) -> dict[int, list[nn.Module]]:
     """This rank's `layers`, by the stages that they belong to."""
     stage_of = {id(parameter): model.stage_of.get(name, 0) for name, parameter in model.named_parameters()}
     stages: dict[int, list[nn.Module]] = {}
@@ -114,7 +145,7 @@ def _stages(model: ParallelModel, layers: Collection[int]) -> list[list[nn.Modul
         if index in layers and not isinstance(layer, AbsentLayer):
             stage = next((stage_of[id(parameter)] for parameter in layer.parameters()), 0)
             stages.setdefault(stage, []).append(layer)
-    return list(stages.values())
+    return stages
 
 
 def _shared(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
