@@ -4,8 +4,8 @@
     python long_rows.py --shape 8b-10 --rows 32768:selective 131072:full 131072:all --budget 500 --out long.jsonl
 
 Each row is `LENGTH:WAY`, one sample a step, in a process of its own, which imports its packages while the row before it
-runs. A first step compiles and makes the optimizer's state; the next `--timed-steps` are timed by events on the device,
-without a step after them. After each step a line tells the peak so far, so that a row that is stopped has told what it
+runs. A first step compiles and makes the optimizer's state; the next ones, `--timed-tokens` in all and one at least, are
+timed by events on the device. After each step a line tells the peak so far, so that a row that is stopped has told what it
 fitted in. Prints a JSON line for each row, with the fields of `throughput.py`.
 """
 
@@ -73,12 +73,13 @@ def work(row: str, cli: argparse.Namespace) -> None:
 
     began = time.monotonic()
     length, way = row.split(":")
+    timed = max(1, cli.timed_tokens // int(length))
     transformers.set_seed(0)
     task = Task(
         cli.shape,
         make_config(cli.shape, int(length)),
         int(length),
-        Short(1, cli.timed_steps),
+        Short(1, timed),
         True,
         Path(tempfile.mkdtemp()),
     )
@@ -90,7 +91,7 @@ def work(row: str, cli: argparse.Namespace) -> None:
 
 
 def start(row: str, cli: argparse.Namespace) -> subprocess.Popen[str]:
-    options = ["--here", row, "--shape", cli.shape, "--timed-steps", str(cli.timed_steps)]
+    options = ["--here", row, "--shape", cli.shape, "--timed-tokens", str(cli.timed_tokens)]
     return subprocess.Popen(
         [sys.executable, __file__, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -100,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b-10")
     parser.add_argument("--rows", nargs="+", default=ROWS, help="LENGTH:WAY; ways are " + ", ".join(WAYS))
-    parser.add_argument("--timed-steps", type=int, default=1)
+    parser.add_argument("--timed-tokens", type=int, default=131072, help="of the timed steps together")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which everything is stopped")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--here", metavar="ROW", help="one row in this process")
