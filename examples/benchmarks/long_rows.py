@@ -3,10 +3,10 @@
     python long_rows.py --out long.jsonl
     python long_rows.py --shape 8b-10 --rows 32768:selective 131072:full 131072:all --budget 500 --out long.jsonl
 
-Each row is `LENGTH:WAY`, one sample a step, in a process of its own, which imports its packages while the row before it
-runs. A first step compiles and makes the optimizer's state; the next ones, `--timed-tokens` in all and one at least, are
-timed by events on the device. After each step a line tells the peak so far, so that a row that is stopped has told what it
-fitted in. Prints a JSON line for each row, with the fields of `throughput.py`.
+Each row is `LENGTH:WAY`, one sample a step, in a process of its own, which imports its packages while the row before
+runs. A first step compiles and makes the optimizer's state; the next ones, `--timed-tokens` in all and one at least,
+are timed by events on the device. A line at each step tells the peak so far, so that a row that is stopped has told
+what it needs. Prints a JSON line for each row, with the fields of `throughput.py`.
 """
 
 import argparse
@@ -64,7 +64,6 @@ def work(row: str, cli: argparse.Namespace) -> None:
         def mark(self, profile: bool = True) -> None:
             super().mark(profile)
             if torch.cuda.is_available():
-                torch.cuda.synchronize()
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 print(
                     f"{row}: step {len(self.clock)} after {time.monotonic() - began:.1f} s, peak {peak:.2f} GiB",
