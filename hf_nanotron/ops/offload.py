@@ -200,7 +200,9 @@ class LayerSaves:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Instead of `tensor`, what the graph keeps. A tensor that several operators save is copied once."""
-        if type(tensor) is not torch.Tensor or tensor.device != self.transfers.device or not tensor.is_floating_point():
+        # Of the devices the types alone: "cuda" is not equal to "cuda:0".
+        is_ours = type(tensor) is torch.Tensor and tensor.device.type == self.transfers.device.type
+        if not is_ours or not tensor.is_floating_point():
             return tensor
         size = tensor.numel() * tensor.element_size()
         # What has one byte an element is mostly a copy of a weight in FP8.
@@ -244,6 +246,7 @@ class LayerSaves:
                 yield
         finally:
             self._held.clear()
+            self._shared = None  # it holds the arguments
 
 
 def unpack(kept: Any) -> torch.Tensor:

@@ -55,7 +55,8 @@ class StageSaves:
         """The forward of a micro-batch has ended with `layer`."""
         self.latest = None
         self.waiting = deque(one for one in self.waiting if one.is_needed)  # some were broken off
-        self.waiting.append(layer)
+        if layer.is_needed:
+            self.waiting.append(layer)
 
 
 class OffloadingForward:
