@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "mlp_chunk_tokens": CHUNK,
         "optim_state_dtype": "bfloat16",
     },
+    "chunks-bf16": {**ATTENTION, "mlp_chunk_tokens": CHUNK, "optim_state_dtype": "bfloat16"},
 }
 ROWS = (
     *("32768:selective", "32768:attention", "32768:offload", "32768:all"),
