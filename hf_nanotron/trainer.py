@@ -219,7 +219,7 @@ class NanotronTrainer(Trainer):
         finally:
             self._garbage.release()
             self._data_order.end_run()
-            end_run(self.model)
+            end_run(self.model, self.training_state)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""
