@@ -54,7 +54,12 @@ class NanotronTrainingArguments(SecretlessArguments):
 
     tp_size: int = _option(1, "Ranks that shard every layer (tensor parallelism).")
     pp_size: int = _option(1, "Ranks that share the stack of layers (pipeline parallelism).")
-    cp_size: int = _option(1, "Ranks that share a sequence (context parallelism).")
+    cp_size: int = _option(1, "Ranks that share the tokens of every row (context parallelism).")
+    cp_mode: str = _option(
+        "gather",
+        "How attention sees the tokens of all cp ranks: keys and values of all are gathered (gather), or each rank gets "
+        "all tokens of some heads (heads).",
+    )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
     zero_stage: int = _option(

@@ -47,7 +47,8 @@ class RunReport:
         """
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)
         speaks = mesh.is_last_stage and mesh.tp_rank == 0
-        values = torch.tensor([0.0, tokens * speaks, float(is_told_to_stop)], dtype=torch.float64)
+        counted = tokens * (speaks and mesh.cp_rank == 0)  # context-parallel ranks share them, and the loss
+        values = torch.tensor([0.0, counted, float(is_told_to_stop)], dtype=torch.float64)
         told = to_device(values, loss.device)
         told[0] = loss * speaks
         told = all_reduce(told, mesh.world)
@@ -84,7 +85,7 @@ def report_memory(
     length, mesh = _sample_length(dataset, model), model.mesh
     activations = activation_bytes(
         model.config,
-        args.per_device_train_batch_size * length,
+        args.per_device_train_batch_size * -(-length // mesh.cp_size),
         args.parallel,
         mesh.pp_rank,
         args.gradient_accumulation_steps,

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ...parallel.batch import batch_shape, ones_like_tokens
 from ...parallel.collectives import all_reduce, own_part
 from ...parallel.ep.experts import ParallelExperts
-from ...parallel.ep.router_loss import RouterSums, empty, pack, sum_over_ranks, unpack
+from ...parallel.ep.router_loss import RouterSums, empty, pack, scale_gradient, sum_over_ranks, unpack
 from ...parallel.mesh import ParallelMesh
 from ..stock.plan import Plan
 from .balance import BiasBalancer, RouterLoads, load_report, num_choices
@@ -117,10 +117,13 @@ class Mixture:
         return self._total(replace(self.losses, coefficient=1.0, z_coefficient=0.0), packed, training)
 
     def _total(self, losses: RouterLosses, packed: torch.Tensor, training: bool) -> torch.Tensor:
-        sums = RouterSums(packed)
-        if self._is_parted(training):
-            return losses.total(sum_over_ranks(sums, self.mesh.tp))
-        return losses.total(sums, 1 / self.mesh.tp_size)
+        mesh, parted = self.mesh, self._is_parted(training)
+        deals = training and mesh.cp_size > 1
+        group = (mesh.row if parted else mesh.cp) if deals else (mesh.tp if parted else mesh.alone)
+        total = losses.total(sum_over_ranks(RouterSums(packed), group), 1.0 if parted else 1 / mesh.tp_size)
+        # All context-parallel ranks compute the loss of all tokens, and the loss of a step is the sum of theirs. The
+        # gradient reaches the tokens of this rank alone.
+        return scale_gradient(total / mesh.cp_size, mesh.cp_size) if deals else total
 
     def _is_parted(self, training: bool) -> bool:
         """Whether the routers of this rank see a part of the tokens. Evaluation keeps sequences whole."""
