@@ -57,6 +57,7 @@ from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
+from .training.dealt_evaluation import DealtModel
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.nonfinite import NonFiniteGuard
@@ -144,7 +145,8 @@ class NanotronTrainer(Trainer):
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
         logger.info(
-            f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
+            f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; "
+            "stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
         )
 
@@ -616,6 +618,8 @@ class NanotronTrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Trainer's; for the plain loss alone, no rank makes whole logits."""
         self._evaluation.compare_by_hand(inputs)
+        if self.mesh.cp_size > 1:
+            model = cast(nn.Module, DealtModel(self.training_state))
         loss_choice = self._loss_choice
         if prediction_loss_only and "labels" in inputs and not loss_choice.is_own:
             with torch.no_grad():

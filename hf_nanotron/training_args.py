@@ -57,8 +57,8 @@ class NanotronTrainingArguments(SecretlessArguments):
     cp_size: int = _option(1, "Ranks that share the tokens of every row (context parallelism).")
     cp_mode: str = _option(
         "gather",
-        "How attention sees the tokens of all cp ranks: keys and values of all are gathered (gather), or each rank gets "
-        "all tokens of some heads (heads).",
+        "How attention sees the tokens of all cp ranks: each gathers the keys and values of all (gather), or gets all "
+        "tokens of some heads (heads).",
     )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
@@ -263,6 +263,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             raise ValueError(
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "
                 "load), or None."
+            )
+        if self.cp_size > 1 and self.attention == "stock":
+            raise ValueError(
+                f"attention='stock' with cp_size={self.cp_size}: the model's own attention would see the tokens of one "
+                "rank alone; use attention='auto', or cp_size=1."
             )
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:

@@ -81,8 +81,6 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        if self.cp_size != 1:
-            raise ValueError(f"cp_size={self.cp_size}: context parallelism is not supported yet; use cp_size=1.")
         if self.cp_mode not in CP_MODES:
             raise ValueError(f"cp_mode={self.cp_mode!r} is not one of {', '.join(map(repr, CP_MODES))}.")
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):

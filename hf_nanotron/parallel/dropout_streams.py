@@ -2,8 +2,8 @@
 
 Every decoder layer draws from a stream seeded by (seed, step, micro-batch, layer), so masks are the same for every
 pipeline layout, schedule and data-parallel size and after a resume. Where tensors are sharded over tensor- or
-context-parallel ranks, each rank has its own stream. Activation recomputation replays the draws: `torch.utils.checkpoint` restores the
-generators, from which every seed here is derived.
+context-parallel ranks, each rank has its own stream. Activation recomputation replays the draws:
+`torch.utils.checkpoint` restores the generators, from which every seed here is derived.
 """
 
 from __future__ import annotations

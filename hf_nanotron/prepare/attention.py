@@ -64,10 +64,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model trains with. `takes_documents`: it hands keyword arguments on to its attention."""
+    """What a model trains with.
+
+    Args:
+        takes_documents: whether the model hands keyword arguments on to its attention.
+        windows: for `cp_size` above 1, tokens that each layer of the whole model sees, None for all.
+    """
 
     kind: str
     takes_documents: bool
+    windows: tuple[int | None, ...] = ()
 
     @contextlib.contextmanager
     def training(self, config: PreTrainedConfig, packed: bool) -> Iterator[None]:

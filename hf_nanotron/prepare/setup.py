@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from ..parallel.together import together
 from .attention import choose_attention
 from .checkpointing_switches import restore_switches
 from .compile import compile_layers, restore_layers
+from .context_attention import choose_context_attention, let_rotary_see_rows
 from .fp8 import use_fp8
 from .neftune import set_noise
 from .recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
@@ -59,7 +61,12 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     if args.torch_compile:
         backend = args.torch_compile_backend or "inductor"
         compile_layers(model, backend, args.torch_compile_mode, state.recomputed)
-    state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
+    if mesh.cp_size > 1:
+        choose = functools.partial(choose_context_attention, model, dtype, mesh.device)
+        state.attention, chosen = together(mesh, "sharing rows among ranks (cp_size)", choose)
+    else:
+        state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
+    let_rotary_see_rows(model)
     logger.info(chosen)
     model.training_loss.z_loss = args.z_loss_coefficient
     together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))

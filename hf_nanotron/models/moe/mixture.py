@@ -48,7 +48,7 @@ class Mixture:
         self._has_stock_loss = hasattr(model, "router_aux_loss_coef")
         self.routers: list[Router] = []
         self.experts: list[ParallelExperts] = []
-        self.counts_loads = self.reports_loss = False
+        self.counts_loads = self.reports_loss = self._is_dealt = False
         self._balancer: BiasBalancer | None = None
         self.mask: torch.Tensor | None = None
 
@@ -74,6 +74,17 @@ class Mixture:
             yield
         finally:
             self.reports_loss = False
+
+    @contextmanager
+    def dealing(self, mask: torch.Tensor | None) -> Iterator[None]:
+        """Inside the block, an evaluated batch is shared by context-parallel ranks, as batches in training are. `mask`:
+        see `mask`.
+        """
+        self._is_dealt, self.mask = True, mask
+        try:
+            yield
+        finally:
+            self._is_dealt, self.mask = False, None
 
     def without_stock_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
@@ -118,7 +129,7 @@ class Mixture:
 
     def _total(self, losses: RouterLosses, packed: torch.Tensor, training: bool) -> torch.Tensor:
         mesh, parted = self.mesh, self._is_parted(training)
-        deals = training and mesh.cp_size > 1
+        deals = mesh.cp_size > 1 and (training or self._is_dealt)
         group = (mesh.row if parted else mesh.cp) if deals else (mesh.tp if parted else mesh.alone)
         total = losses.total(sum_over_ranks(RouterSums(packed), group), 1.0 if parted else 1 / mesh.tp_size)
         # All context-parallel ranks compute the loss of all tokens, and the loss of a step is the sum of theirs. The

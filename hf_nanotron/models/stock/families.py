@@ -279,6 +279,10 @@ FAST_ATTENTION = (
 NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
 
 
+# Those of them whose rows cannot be shared by context-parallel ranks, and why.
+NO_CONTEXT_PARALLEL: dict[str, str] = {}
+
+
 def row_of(table: Mapping[str, T], module: object) -> T | None:
     """The row of a table for the class of `module`, or for the nearest ancestor of it that has one."""
     return next((table[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in table), None)

@@ -1,0 +1,73 @@
+"""How the rows of one batch are shared by context-parallel ranks: for their tensors, and for their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..mesh import ParallelMesh
+from .attention import DeviceLayout, cp_attention, device_layout
+from .layout import filled_length, plan
+from .rows import RowParts
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPlan:
+    """What the attention of every layer knows of a batch.
+
+    Attributes:
+        parts: which rank has which tokens of every row.
+        layout: the same for kernels, on the device.
+        length: tokens of a row before it was filled up.
+        filled: tokens of a row.
+        mode: `ParallelConfig.cp_mode`.
+    """
+
+    parts: RowParts
+    layout: DeviceLayout
+    length: int
+    filled: int
+    mode: str
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kernel: str,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """See `cp_attention`."""
+        window = _within(window, self.filled)
+        return cp_attention(query, key, value, self.layout, self.parts.group, kernel, scale, window, self.mode)
+
+
+def make_context_plan(
+    mesh: ParallelMesh, rows: int, length: int, bounds: torch.Tensor, windows: Sequence[int | None]
+) -> ContextPlan:
+    """Share `rows` of `length` tokens, filled up to `row_length`.
+
+    Args:
+        bounds: of documents, `[documents + 1]`, over the tokens of all filled rows, on the host.
+        windows: tokens that each layer of the whole model sees, None for all.
+    """
+    filled = row_length(mesh, length)
+    windows = [_within(window, filled) for window in windows]
+    layout = plan(bounds, rows, filled, mesh.cp_size, windows)
+    places = torch.stack([layout.tokens(rank) for rank in range(mesh.cp_size)])
+    kinds = tuple(dict.fromkeys(windows))
+    on_device = device_layout(layout, mesh.cp_rank, mesh.device, kinds)
+    return ContextPlan(RowParts(mesh.cp, places), on_device, length, filled, mesh.parallel.cp_mode)
+
+
+def row_length(mesh: ParallelMesh, length: int) -> int:
+    """Tokens that rows of `length` are filled up to."""
+    return filled_length(length, mesh.cp_size, mesh.tp_size if mesh.parallel.sequence_parallel else 1)
+
+
+def _within(window: int | None, length: int) -> int | None:
+    """A window that hides anything in a row of `length`."""
+    return None if window is None or window >= length else window

@@ -1,0 +1,38 @@
+"""The tokens of every row that a context-parallel rank has, and whole rows made of them again.
+
+All but attention sees a token with its position, so tokens may lie on the ranks in any order. Which rank has which is
+said by `places`, the same on all ranks of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..collectives import all_gather
+from ..mesh import Group
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """How the rows of one batch are shared by the ranks of `group`.
+
+    Args:
+        places: `[ranks, B, S / ranks]`, int64, on the host: places of each rank's tokens in their rows, in the order in
+            which the rank has them.
+    """
+
+    group: Group
+    places: torch.Tensor
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """`[B, S, ...]` -> this rank's tokens of each row, `[B, S / ranks, ...]`."""
+        index = self.places[self.group.rank].to(whole.device)
+        return torch.take_along_dim(whole, index.view(*index.shape, *(1,) * (whole.dim() - 2)), 1)
+
+    def whole(self, own: torch.Tensor) -> torch.Tensor:
+        """`[B, S / ranks, ...]` of every rank -> `[B, S, ...]` on all of them. No gradient."""
+        joined = all_gather(own, self.group, 1)
+        index = self.places.movedim(0, 1).flatten(1).argsort(1).to(own.device)
+        return torch.take_along_dim(joined, index.view(*index.shape, *(1,) * (own.dim() - 2)), 1)

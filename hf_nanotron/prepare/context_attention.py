@@ -1,0 +1,144 @@
+"""The attention of a model whose rows are shared by context-parallel ranks: for which models, and under which name.
+
+It is an attention function of transformers that gets a `ContextPlan` in a keyword argument. A model's own attention
+would take a jump of `position_ids` for a new document, so it never runs over a part of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AttentionInterface
+
+from ..models.base import ParallelModel
+from ..models.calling import CONTEXT
+from ..models.stock.families import NO_CONTEXT_PARALLEL, NO_DOCUMENTS
+from ..models.stock.plan import mixes_tokens
+from ..ops.attention import HALF, Case, pick
+from ..ops.kernels.attention import flash_attention_4
+from ..parallel.collectives import all_reduce
+from ..parallel.cp.plan import ContextPlan
+from ..parallel.mesh import Group
+from .attention import KERNELS, PECULIAR, Attention, why_stock
+
+GROWING = ("dynamic", "longrope")  # rotary embeddings that go by the largest position they see
+ROTARY = "rotary embeddings that see the largest position of a row"  # among the decorations of a model
+
+
+def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: torch.device) -> tuple[Attention, str]:
+    """What a model with `cp_size` above 1 trains with, and a sentence for the log.
+
+    Raises:
+        ValueError: for a model whose attention cannot be ours.
+    """
+    sizes = f"cp_size={model.mesh.cp_size}"
+    if (reason := why_not(model)) is not None:
+        raise ValueError(f"{sizes} is not supported for {model.stock_class.__name__}: {reason}; use cp_size=1.")
+    kind = "torch"
+    if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
+        kind = "fa4" if flash_attention_4()[0] is not None else "torch"
+    chosen = f"attention: {kind}, of rows shared by {sizes} ranks (cp_mode={model.parallel.cp_mode!r})"
+    return Attention(f"{kind}_context", True, windows_of(model)), chosen
+
+
+def windows_of(model: ParallelModel) -> tuple[int | None, ...]:
+    """Tokens that each layer of the whole model sees, None for all; ascending. All ranks together."""
+    usual = getattr(model.config.get_text_config(), "sliding_window", None)
+    own = [getattr(module, "sliding_window", usual) for module in model.modules() if hasattr(module, "is_causal")]
+    of_all: list[Any] = [own]
+    if (group := model.mesh.pp).size > 1:
+        of_all = [None] * group.size
+        dist.all_gather_object(of_all, own, group=group.handle)
+    found = [window for windows in of_all for window in windows]
+    return tuple(sorted(found or [None], key=lambda window: (window is None, window or 0)))
+
+
+def why_not(model: ParallelModel) -> str | None:
+    """Why the rows of `model` cannot be shared by ranks; None if they can."""
+    config = model.config.get_text_config()
+    kind = config.model_type
+    if kind in NO_CONTEXT_PARALLEL:
+        return NO_CONTEXT_PARALLEL[kind]
+    if (reason := why_stock(model.anatomy)) is not None:
+        return reason
+    if kind in NO_DOCUMENTS:
+        return f"{kind!r} does not hand keyword arguments on to its attention"
+    mixing = [block for _, block in model.anatomy.blocks() if mixes_tokens(block)]
+    if others := {type(x).__name__ for x in mixing if not any(hasattr(part, "is_causal") for part in x.modules())}:
+        return f"{', '.join(sorted(others))} mixes tokens otherwise than by attention"
+    heads, tp = config.num_attention_heads, model.mesh.tp_size
+    if model.parallel.cp_mode == "heads" and (heads // tp) % model.mesh.cp_size:
+        return f"cp_mode='heads' needs attention heads ({heads} / tp_size={tp}) that cp_size divides; use 'gather'"
+    return None
+
+
+def let_rotary_see_rows(model: ParallelModel) -> None:
+    """Have rotary embeddings that grow with the largest position go by that of all context-parallel ranks."""
+    model.decorations.remove(ROTARY, model)
+    group = model.mesh.cp
+    hooks = []
+    for module in model.modules() if group.size > 1 else ():
+        kinds = getattr(module, "rope_type", None)
+        kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+        if any(isinstance(kind, str) and ("dynamic" in kind or kind in GROWING) for kind in kinds):
+            hooks.append(module.register_forward_pre_hook(functools.partial(_append_largest, group), with_kwargs=True))
+            hooks.append(module.register_forward_hook(_drop_last))
+    model.decorations.add(ROTARY, functools.partial(_remove, hooks))
+
+
+def _append_largest(group: Group, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    largest = all_reduce(positions.max(), group, dist.ReduceOp.MAX)
+    longer = torch.cat([positions, largest.expand(*positions.shape[:-1], 1)], -1)
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": longer}
+    return (args[0], longer, *args[2:]), kwargs
+
+
+def _drop_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return tuple(part[..., :-1, :] for part in output) if isinstance(output, tuple) else output[..., :-1, :]
+
+
+def _remove(hooks: list[Any], model: ParallelModel) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _attend(
+    kernels: tuple[str, ...],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers: `[B, heads, S / cp, D]` -> `[B, S / cp, heads, D]`."""
+    plan: ContextPlan | None = kwargs.get(CONTEXT)
+    causal = is_causal is not False and getattr(module, "is_causal", True)
+    peculiar = [name for name in PECULIAR if kwargs.get(name) is not None]
+    if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:
+        what = ", ".join(peculiar) or ("dropout" if dropout else "a mask, or keys of another length")
+        raise ValueError(f"{type(module).__name__} attends with {what}, which cp_size above 1 does not support.")
+    if plan is None:
+        raise ValueError(
+            f"{type(module).__name__} does not learn how rows are shared by ranks: its model does not pass keyword "
+            "arguments on. Use cp_size=1."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    kernel = pick(kernels, Case(query.device.type == "cuda", query.dtype, query.shape[-1], True, sliding_window))
+    assert kernel is not None
+    return plan.attend(q, k, v, kernel, scale, sliding_window), None
+
+
+for _kind, _kernels in KERNELS.items():
+    AttentionInterface.register(f"hf_nanotron_{_kind}_context", functools.partial(_attend, _kernels))
