@@ -280,7 +280,9 @@ NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
 
 
 # Those of them whose rows cannot be shared by context-parallel ranks, and why.
-NO_CONTEXT_PARALLEL: dict[str, str] = {}
+NO_CONTEXT_PARALLEL: dict[str, str] = {
+    "zaya": "convolutions in its attention mix neighbouring tokens",
+}
 
 
 def row_of(table: Mapping[str, T], module: object) -> T | None:

@@ -58,7 +58,7 @@ def make_context_plan(
     windows = [_within(window, filled) for window in windows]
     layout = plan(bounds, rows, filled, mesh.cp_size, windows)
     places = torch.stack([layout.tokens(rank) for rank in range(mesh.cp_size)])
-    kinds = tuple(dict.fromkeys(windows))
+    kinds = tuple(dict.fromkeys((*windows, None)))  # some layers ignore the window that they say they have
     on_device = device_layout(layout, mesh.cp_rank, mesh.device, kinds)
     return ContextPlan(RowParts(mesh.cp, places), on_device, length, filled, mesh.parallel.cp_mode)
 
