@@ -1,4 +1,5 @@
-"""`NanotronTrainer`: a `transformers.Trainer` whose model is spread over tensor-, pipeline- and data-parallel ranks.
+"""`NanotronTrainer`: a `transformers.Trainer` whose model is spread over tensor-, context-, pipeline- and data-parallel
+ranks.
 
 The loop, the callbacks, logging, evaluation and pushing are Trainer's own. What is replaced: where a step's gradients
 come from (`training_step`), which samples a rank reads, how gradients are clipped, and how checkpoints are written.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +67,7 @@ from .training.optimizer import group_of, link_optimizer
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
+from .training.step.context import check_batch
 from .training.step.custom_loss import LossChoice
 from .training.step.micro_batches import Window, make_micro_batches
 from .training.step.train_step import TrainStep
@@ -75,7 +78,7 @@ logger = logging.get_logger(__name__)
 
 
 class NanotronTrainer(Trainer):
-    """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
+    """Trains a causal language model on any tp x cp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
     same sizes, or a stock causal LM, which is sharded in place.
@@ -180,7 +183,7 @@ class NanotronTrainer(Trainer):
 
     @gather_function.setter
     def gather_function(self, value: Any) -> None:
-        """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
+        """Trainer assigns accelerate's gather here, which would count every batch once per tp, cp and pp rank."""
 
     @property
     def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
@@ -846,7 +849,7 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
-        self._windows = WindowAgreement(self.window_check, self._guard)
+        self._windows = WindowAgreement(self.window_check, self._guard, partial(check_batch, mesh))
         self._evaluation = EvaluationRun(self.window_check, self.accelerator)
 
 

@@ -14,10 +14,11 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from family_runs import KNOWN, compare as compare_family, reference as family_reference
+from family_runs import KNOWN, compare as compare_family, reference as family_reference, tiny_model
 from pool import WorkerPool
-from test_parity import HEADER as COLUMNS, TOLERANCE, llama_for, relative
-from tiny import History, train_parallel, train_stock
+from test_parity import HEADER as COLUMNS, TOLERANCE, checkpoint, llama_for, relative
+from tiny import History, message, tiny_config, train_parallel, train_stock, training_arguments
+from transformers import AutoModelForCausalLM
 
 from hf_nanotron.models.stock.families import FAST_ATTENTION
 from hf_nanotron.parallel.cp.plan import make_context_plan
@@ -31,8 +32,12 @@ LENGTH = 22  # which is filled up on every layout
 DOCUMENTS = ([22], [1, 13, 8], [5, 17], [3, 3, 3, 3, 10])
 
 
-def rows_of_documents(packed: bool, samples: int = 48, vocabulary: int = 120) -> Dataset:
-    """Rows of one document, or of several that `position_ids` mark; some labels are ignored."""
+def samples(kind: str, samples: int = 48, vocabulary: int = 120) -> Dataset:
+    """Rows, some of whose labels are ignored.
+
+    `kind`: `"whole"` rows of one document, rows `"packed"` with several that `position_ids` mark, or rows of different
+    lengths, `"padded"` on the right and with an `attention_mask`.
+    """
     generator = torch.Generator().manual_seed(5)
     rows = []
     for index in range(samples):
@@ -40,7 +45,11 @@ def rows_of_documents(packed: bool, samples: int = 48, vocabulary: int = 120) ->
         labels = ids.clone()
         labels[: index % 4] = -100
         row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
-        if packed:
+        if kind == "padded":
+            hidden = index % 7
+            row["labels"][LENGTH - hidden :] = [-100] * hidden
+            row["attention_mask"] = [1] * (LENGTH - hidden) + [0] * hidden
+        if kind == "packed":
             documents = DOCUMENTS[index % len(DOCUMENTS)]
             row["position_ids"] = [place for length in documents for place in range(length)]
         rows.append(row)
@@ -52,19 +61,19 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def reference(directory: str, packed: bool, global_batch: int, rows: int) -> History:
+def reference(directory: str, kind: str, global_batch: int, rows: int) -> History:
     sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": global_batch}
-    return train_stock(directory, rows_of_documents(packed), collate=collate, **sizes)
+    return train_stock(directory, samples(kind), collate=collate, **sizes)
 
 
-def train(directory: str, packed: bool, sizes: dict[str, Any]) -> History:
-    return train_parallel(directory, rows_of_documents(packed), collate=collate, **sizes)
+def train(directory: str, kind: str, sizes: dict[str, Any]) -> History:
+    return train_parallel(directory, samples(kind), collate=collate, **sizes)
 
 
 def compare(
     pool: WorkerPool,
     directory: str,
-    packed: bool,
+    kind: str,
     layout: tuple[int, int, int, int],
     accumulation: int = 2,
     rows: int = 1,
@@ -76,9 +85,9 @@ def compare(
     sizes = {"pp_size": pp, "cp_size": cp, "tp_size": tp, **options, "per_device_train_batch_size": rows}
     accumulation = max(accumulation, pp)
     histories = pool.run(
-        pp * dp * cp * tp, train, directory, packed, {**sizes, "gradient_accumulation_steps": accumulation}
+        pp * dp * cp * tp, train, directory, kind, {**sizes, "gradient_accumulation_steps": accumulation}
     )
-    expected, got = reference(directory, packed, dp * accumulation, rows), histories[0]
+    expected, got = reference(directory, kind, dp * accumulation, rows), histories[0]
     assert len(got.losses) == len(expected.losses) == 4
     assert all(h.losses == got.losses and h.norms == got.norms for h in histories), "ranks report different figures"
     error = {
@@ -86,8 +95,7 @@ def compare(
         "loss": relative(got.losses, expected.losses),
         "norm": relative(got.norms, expected.norms),
     }
-    told = "packed" if packed else "whole"
-    label = f"{name} pp {pp} dp {dp} cp {cp} tp {tp} {told} " + " ".join(f"{k}={v}" for k, v in options.items())
+    label = f"{name} pp {pp} dp {dp} cp {cp} tp {tp} {kind} " + " ".join(f"{k}={v}" for k, v in options.items())
     ROWS.append(f"{label:86s} " + " ".join(f"{error[each]:10.1e}" for each in TOLERANCE))
     assert all(error[each] <= TOLERANCE[each] for each in TOLERANCE), f"{label}: {error}"
 
@@ -121,6 +129,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"sequence_parallel": False},
     {"dp_replicate_size": 2},
     {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    {"gradient_checkpointing": True, "activation_checkpointing_policy": "selective"},
 ]
 SCHEDULES: list[dict[str, Any]] = [
     {},
@@ -130,11 +139,11 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-def options_of(layout: Layout, packed: bool, mode: str) -> dict[str, Any]:
+def options_of(layout: Layout, kind: str, mode: str) -> dict[str, Any]:
     """ZeRO stage, schedule and one more option of a row of the table, by turns."""
     pp, dp, cp, tp = layout
-    turn = LAYOUTS.index(layout) + 2 * packed + (mode == "heads")
-    found = {**ZERO[turn % 4], **OPTIONS[turn % 5], **(SCHEDULES[turn // 2 % 4] if pp > 1 else {})}
+    turn = LAYOUTS.index(layout) + 2 * (kind == "packed") + (mode == "heads")
+    found = {**ZERO[turn % 4], **OPTIONS[turn % 6], **(SCHEDULES[turn // 2 % 4] if pp > 1 else {})}
     if found.get("pp_schedule") == "zb" and found["zero_stage"] == 3:
         found["zero_stage"] = 2
     if found.get("dp_replicate_size") and (dp * cp % 2 or not found["zero_stage"]):
@@ -144,48 +153,68 @@ def options_of(layout: Layout, packed: bool, mode: str) -> dict[str, Any]:
     return found
 
 
-CHOSEN: set[tuple[Layout, bool, str]] = {
-    ((1, 1, 2, 1), True, "gather"),
-    ((1, 2, 2, 1), True, "heads"),
-    ((2, 1, 2, 1), True, "gather"),
-    ((1, 1, 2, 2), True, "gather"),
-    ((1, 1, 4, 1), False, "heads"),
-    ((2, 1, 2, 2), True, "gather"),
+CHOSEN: set[tuple[Layout, str, str]] = {
+    ((1, 1, 2, 1), "packed", "gather"),
+    ((1, 2, 2, 1), "packed", "heads"),
+    ((2, 1, 2, 1), "packed", "gather"),
+    ((1, 1, 2, 2), "packed", "gather"),
+    ((1, 1, 4, 1), "whole", "heads"),
+    ((2, 1, 2, 2), "packed", "gather"),
 }
 
 
 @pytest.mark.parametrize("mode", ["gather", "heads"])
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kind", ["whole", "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "pp{} dp{} cp{} tp{}".format(*sizes))
-def test_layouts(pool: WorkerPool, pytestconfig: pytest.Config, layout: Layout, packed: bool, mode: str) -> None:
+def test_layouts(pool: WorkerPool, pytestconfig: pytest.Config, layout: Layout, kind: str, mode: str) -> None:
     """Every (pp, dp, cp, tp) with a product of at most 8; ZeRO stages, schedules and other options take turns."""
-    if (layout, packed, mode) not in CHOSEN and not pytestconfig.getoption("full_matrix"):
+    if (layout, kind, mode) not in CHOSEN and not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
     pp, _, cp, tp = layout
     if mode == "heads" and all(heads % (cp * tp) for heads in (8, 6, 5, 7)):
         pytest.skip("no tiny model has so many heads")
-    options = options_of(layout, packed, mode)
+    options = options_of(layout, kind, mode)
     stages = pp * options.get("pp_virtual_stages", 1)
     interleaved = stages > pp
     directory = llama(stages, cp, tp, mode)
-    compare(pool, directory, packed, layout, pp + 1 if interleaved else 2, 1 + packed, cp_mode=mode, **options)
+    compare(
+        pool, directory, kind, layout, pp + 1 if interleaved else 2, 1 + (kind == "packed"), cp_mode=mode, **options
+    )
 
 
 def test_noise_on_embeddings(pool: WorkerPool) -> None:
     """NEFTune's is drawn for whole rows: it is that of one process."""
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5.0}
     directory = llama_for(1, 1)
-    expected = pool.run(1, train, directory, True, sizes)[0]
-    for got in pool.run(2, train, directory, True, {**sizes, "cp_size": 2}):
+    expected = pool.run(1, train, directory, "packed", sizes)[0]
+    for got in pool.run(2, train, directory, "packed", {**sizes, "cp_size": 2}):
         assert relative(got.losses, expected.losses) <= TOLERANCE["loss"]
-    assert relative(expected.losses, reference(directory, True, 2, 2).losses) > 100 * TOLERANCE["loss"]
+    assert relative(expected.losses, reference(directory, "packed", 2, 2).losses) > 100 * TOLERANCE["loss"]
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_go_by_the_length(pool: WorkerPool, tmp_path: Path, rope_type: str) -> None:
+    """They see the largest position of all ranks."""
+    parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    if rope_type == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]}
+        parameters |= {"original_max_position_embeddings": 14}  # some packed rows have longer documents, some not
+    fields = {"max_position_embeddings": 28 if rope_type == "longrope" else 14, "rope_parameters": parameters}
+    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2, **fields)).save_pretrained(tmp_path)
+    compare(pool, str(tmp_path), "packed", (1, 1, 2, 1), name=f"llama {rope_type}")
+
+
+def test_right_padding(pool: WorkerPool) -> None:
+    """With experts, whose losses over routers do not count padding."""
+    directory = checkpoint("mixtral", num_hidden_layers=2, output_router_logits=True, num_local_experts=4)
+    compare(pool, directory, "padded", (1, 1, 2, 1), rows=3, name="mixtral")
 
 
 def test_documents_that_see_each_other_cannot_pass(pool: WorkerPool) -> None:
     """Packed rows whose attention forgets where documents begin miss the tolerance by far."""
     directory = llama_for(1, 1)
     got = pool.run(2, train_without_bounds, directory)[0]
-    expected = reference(directory, True, 2, 1)
+    expected = reference(directory, "packed", 2, 1)
     assert relative(got.losses[:1], expected.losses[:1]) > 100 * TOLERANCE["first loss"]
     assert relative(got.norms, expected.norms) > 10 * TOLERANCE["norm"]
 
@@ -198,7 +227,7 @@ def train_without_bounds(directory: str) -> History:
         return make_context_plan(mesh, rows, length, torch.arange(rows + 1) * filled, windows)
 
     with mock.patch.object(context, "make_context_plan", bounds_of_rows):
-        return train(directory, True, {"cp_size": 2, "gradient_accumulation_steps": 2})
+        return train(directory, "packed", {"cp_size": 2, "gradient_accumulation_steps": 2})
 
 
 # ---- families ----
@@ -223,3 +252,57 @@ def test_families(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path,
         assert not isinstance(results[0], str), results[0]
         for kind, most in FAMILY_TOLERANCE.items():
             assert max(result[kind] for result in results) <= most, results
+
+
+# ---- refusals ----
+
+
+def refusals() -> dict[str, str]:
+    """What is said of each that context parallelism cannot have."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    told = {}
+
+    def attempt(name: str, model: Any = None, data: Any = collate, trainer: Any = None, **options: Any) -> None:
+        def run() -> None:
+            args = NanotronTrainingArguments(**training_arguments(**{"cp_size": 2, **options}))
+            config = tiny_config() if model is None else model
+            made = ParallelAuto.from_config(config, parallel=args.parallel, **(trainer or {}).pop("of_model", {}))
+            rows = {"train_dataset": samples("padded"), "data_collator": data}
+            NanotronTrainer(model=made, args=args, **rows, **(trainer or {})).train()
+
+        told[name] = message(run)
+
+    attempt("stock attention", attention="stock")
+    attempt("convolutions", tiny_model("lfm2", attn_implementation="sdpa").config)
+    attempt("dropout", tiny_config(attention_dropout=0.1))
+    attempt("heads", tiny_config(num_attention_heads=3, num_key_value_heads=3, hidden_size=24), cp_mode="heads")
+    attempt("named attention", trainer={"of_model": {"attn_implementation": "eager"}})
+    attempt("own loss", trainer={"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()})
+    attempt("label smoothing", label_smoothing_factor=0.1)
+    attempt("left padding", data=left_padded)
+    attempt("another column", data=lambda rows: {**collate(rows), "token_type_ids": collate(rows)["input_ids"]})
+    return told
+
+
+def left_padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {name: value.flip(1) for name, value in collate(rows).items()}
+
+
+REFUSALS = {
+    "stock attention": "attention='stock' with cp_size=2: the model's own attention would see the tokens of one rank",
+    "convolutions": "cp_size=2 is not supported for Lfm2ForCausalLM: Lfm2ShortConv mixes tokens otherwise than by",
+    "dropout": "attention_dropout above 0",
+    "heads": "cp_mode='heads' needs attention heads (3 / tp_size=1) that cp_size divides; use 'gather'",
+    "named attention": "attn_implementation was given",
+    "own loss": "cp_size=2 with compute_loss_func: a rank has its tokens' logits alone",
+    "label smoothing": "cp_size=2 with label_smoothing_factor: a rank has its tokens' logits alone",
+    "left padding": "cp_size=2: a batch with attention_mask, input_ids, labels needs an attention mask, which",
+    "another column": "cp_size=2: the batches have token_type_ids",
+}
+
+
+def test_what_cannot_work_is_refused_on_every_rank(pool: WorkerPool) -> None:
+    for told in pool.run(2, refusals):
+        for name, sentence in REFUSALS.items():
+            assert sentence in told[name], told[name]

@@ -30,7 +30,7 @@ from .compile import parts_of
 KEPT = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"),
     *("aten::_grouped_mm", "aten::_scaled_mm", "aten::_scaled_grouped_mm"),
-    *("hf_nanotron::linear", "hf_nanotron::fp8_linear", "hf_nanotron::grouped"),
+    *("hf_nanotron::linear", "hf_nanotron::fp8_linear", "hf_nanotron::grouped", "hf_nanotron::cp_to_"),
     *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
     *("aten::_cudnn_attention_forward", "hf_nanotron::attention", "flash_attn", "flex_attention"),
     "_c10d_functional::",

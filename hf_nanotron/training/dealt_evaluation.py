@@ -39,7 +39,9 @@ class DealtModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.attention.training(model.config, False))
             if mixture is not None:
-                stack.enter_context(mixture.dealing(counted))
+                stack.enter_context(mixture.dealing())
+                mixture.before_forward(counted, None)
+                stack.callback(mixture.before_forward, None, None)
             output = model(**{**dealt, "use_cache": False}, gather_logits=gather_logits)
         if output.loss is not None:
             output.loss = all_reduce(output.loss, model.mesh.cp)

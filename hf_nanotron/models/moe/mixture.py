@@ -76,15 +76,13 @@ class Mixture:
             self.reports_loss = False
 
     @contextmanager
-    def dealing(self, mask: torch.Tensor | None) -> Iterator[None]:
-        """Inside the block, an evaluated batch is shared by context-parallel ranks, as batches in training are. `mask`:
-        see `mask`.
-        """
-        self._is_dealt, self.mask = True, mask
+    def dealing(self) -> Iterator[None]:
+        """Inside the block, context-parallel ranks share the tokens of every row."""
+        self._is_dealt = True
         try:
             yield
         finally:
-            self._is_dealt, self.mask = False, None
+            self._is_dealt = False
 
     def without_stock_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
@@ -129,7 +127,7 @@ class Mixture:
 
     def _total(self, losses: RouterLosses, packed: torch.Tensor, training: bool) -> torch.Tensor:
         mesh, parted = self.mesh, self._is_parted(training)
-        deals = mesh.cp_size > 1 and (training or self._is_dealt)
+        deals = self._is_dealt
         group = (mesh.row if parted else mesh.cp) if deals else (mesh.tp if parted else mesh.alone)
         total = losses.total(sum_over_ranks(RouterSums(packed), group), 1.0 if parted else 1 / mesh.tp_size)
         # All context-parallel ranks compute the loss of all tokens, and the loss of a step is the sum of theirs. The

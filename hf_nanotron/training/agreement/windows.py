@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,13 +23,16 @@ class WindowAgreement:
     Args:
         check: sends and reads what is told.
         guard: holds the verdict on the gradient of the step before, which is read first.
+        refuse: raises an error for a batch that the layout cannot have.
 
     Attributes:
         counted: predicted tokens of the window, over all ranks.
     """
 
-    def __init__(self, check: WindowCheck, guard: NonFiniteGuard) -> None:
-        self.check, self.guard = check, guard
+    def __init__(
+        self, check: WindowCheck, guard: NonFiniteGuard, refuse: Callable[[dict[str, Any]], None] = lambda batch: None
+    ) -> None:
+        self.check, self.guard, self._refuse = check, guard, refuse
         self.counted = 0
         self.begin_epoch(None)
 
@@ -72,6 +75,8 @@ class WindowAgreement:
         failure, count = self._failure, None
         try:
             count = predicted_tokens(window)
+            for batch in window:
+                self._refuse(batch)
         except Exception as error:
             failure = failure or error
         pending = self.check.start(

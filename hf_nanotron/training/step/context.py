@@ -29,6 +29,15 @@ def needs_mask(batch: dict[str, Any]) -> str | None:
     return f"a batch with {', '.join(columns)} needs an attention mask"
 
 
+def check_batch(mesh: ParallelMesh, batch: dict[str, Any]) -> None:
+    """Refuse a batch whose rows cannot be shared by the context-parallel ranks of `mesh`."""
+    if mesh.cp_size > 1 and (reason := needs_mask(batch)) is not None:
+        raise ValueError(
+            f"cp_size={mesh.cp_size}: {reason}, which attention over the tokens of several ranks has not. Pad on the "
+            "right with labels of -100, mark documents by position_ids, leave other columns out, or use cp_size=1."
+        )
+
+
 def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None) -> dict[str, Any]:
     """The tokens of this rank, with `shift_labels`, global `position_ids`, `COUNTED` and a `ContextPlan`.
 
@@ -41,11 +50,7 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     Raises:
         ValueError: if the batch needs an attention mask.
     """
-    if (reason := needs_mask(batch)) is not None:
-        raise ValueError(
-            f"cp_size={mesh.cp_size}: {reason}, and context-parallel attention has none. Pad on the right, mark "
-            "documents by position_ids, or use cp_size=1."
-        )
+    check_batch(mesh, batch)
     rows, length = batch_shape(batch)
     filled = row_length(mesh, length)
     missing = filled - length

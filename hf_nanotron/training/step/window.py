@@ -74,6 +74,8 @@ def make_window(state: TrainingState, micro_batches: list[Batch], own_loss: Step
     handed: list[MicroBatch | None] = [None] * len(inputs)
     stages: Sequence[Stage | BatchStage] = model.stages
     contexts = [attention]
+    if mixture is not None and model.mesh.cp_size > 1:
+        contexts.append(mixture.dealing())
     if own_loss is not None:
         given = [{name: batch[name] for name in filled} for batch, filled in zip(micro_batches, inputs, strict=True)]
         counts = [ROUTER_MASK not in batch for batch in micro_batches]
