@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveColumnsCollator
 from transformers.utils import logging
 
 from .checkpoint.directory.save import Save
@@ -32,6 +32,7 @@ from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
+from .data.ordered import COLUMNS, WithoutDomain, brings_order, stack
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
@@ -134,6 +135,7 @@ class NanotronTrainer(Trainer):
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         super().__init__(model, args, *positional, **kwargs)
         self.callback_handler.callbacks.insert(0, DataProgress(self._data_order))
+        self._default_collator = self.data_collator if kwargs.get("data_collator") is None else None
         self.neftune_noise_alpha = None  # Trainer's own hook would draw other noise on each rank
         compare_ranks(self.model.mesh, values_of(self))
         self._take_up_model()
@@ -255,7 +257,9 @@ class NanotronTrainer(Trainer):
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
-        if isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
+        if brings_order(dataset):
+            collate = self._ordered_collator(description)
+        elif isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
             collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
         else:
             dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
@@ -263,6 +267,14 @@ class NanotronTrainer(Trainer):
         if dataloader_key is not None and self.args.dataloader_persistent_workers:
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader
+
+    def _ordered_collator(self, description: str) -> Callable[[list[Any]], Any]:
+        """Of datasets that bring their order: keeps their columns, also those that `forward` does not name."""
+        collate = stack if self.data_collator is self._default_collator else self.data_collator
+        collate = self._get_collator_with_removed_columns(collate, description=description)
+        if isinstance(collate, RemoveColumnsCollator):
+            collate.signature_columns = [*collate.signature_columns, *COLUMNS]
+        return WithoutDomain(collate)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """By `data_seed` alone, at any sizes; groups by length as the run began."""

@@ -28,23 +28,16 @@ def rows_of(folder: str, kept_apart: str) -> Any:
     return Mixture(sets, {"web": 0.7, "code": 0.3}, max_epochs=2)
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """All columns of the model; `domain` is none."""
-    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS if name in rows[0]}
-
-
 def train(folder: str, kept_apart: str, sizes: dict[str, Any]) -> list[float]:
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
-    values = training_arguments(max_steps=3, train_sampling_strategy="sequential", remove_unused_columns=False)
+    values = training_arguments(max_steps=3)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     replicas = world // (sizes.get("tp_size", 1) * sizes.get("pp_size", 1))
     args = NanotronTrainingArguments(**values, **sizes, gradient_accumulation_steps=4 // replicas)
     history = History()
     model = ParallelAuto.from_pretrained(f"{folder}/model", parallel=args.parallel)
-    trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=rows_of(folder, kept_apart), data_collator=collate, callbacks=[history]
-    )
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=rows_of(folder, kept_apart), callbacks=[history])
     trainer.train()
     model.mesh.close()
     return history.losses

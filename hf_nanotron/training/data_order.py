@@ -22,6 +22,7 @@ from ..checkpoint.state.training_state import DIRECTORY, run_values
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
 from ..data.loader import DataParallelLoader, Position, build_loader
+from ..data.ordered import brings_order
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
 from ..parallel.mesh import ParallelMesh
 from ..training_args import NanotronTrainingArguments
@@ -102,7 +103,12 @@ class DataOrder:
         """None for a stream. The tokenizer knows which column has the lengths."""
         if isinstance(dataset, IterableDataset):
             return None
-        if self.args.train_sampling_strategy == "sequential":
+        if brings_order(dataset) and self.args.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                f"train_sampling_strategy='group_by_length' with a {type(dataset).__name__}: it brings its order, in "
+                "which it is read. Leave train_sampling_strategy out."
+            )
+        if brings_order(dataset) or self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(dataset)
         if self.args.train_sampling_strategy == "group_by_length":
             return self._length_sampler(dataset, self._length_group(global_batch()), tokenizer)
@@ -112,7 +118,7 @@ class DataOrder:
         """None for a stream."""
         if isinstance(dataset, IterableDataset):
             return None
-        if self.args.train_sampling_strategy == "group_by_length":
+        if self.args.train_sampling_strategy == "group_by_length" and not brings_order(dataset):
             return self._length_sampler(dataset, self.args.eval_batch_size, tokenizer)
         return SequentialSampler(dataset)
 
@@ -151,7 +157,7 @@ class DataOrder:
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
             return {"kind": "stream", FINGERPRINT: self._fingerprint}
-        kind = self.args.train_sampling_strategy
+        kind = "sequential" if brings_order(dataset) else self.args.train_sampling_strategy
         return {
             "kind": kind,
             "samples": len(loader.dataset),  # type: ignore[arg-type]
