@@ -131,6 +131,18 @@ def activation_bytes(
     return tokens * (kept + norm + hidden * item) + min(tokens, chunk_size(tokens, row)) * row
 
 
+def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
+    """What context-parallel attention gathers in the backward of a layer: keys and values of `tokens`, those of a
+    micro-batch on all ranks, for a quarter of the heads, while the next quarter arrives, and their gradients, which are
+    summed in fp32.
+    """
+    if parallel.cp_size == 1 or parallel.cp_mode != "gather":
+        return 0
+    text = max(layer_configs(config.get_text_config()), key=_attention_elements, default=config.get_text_config())
+    quarter = -(-_key_value_elements(text) // (4 * parallel.tp_size))
+    return tokens * quarter * (2 * item + 4 + item)
+
+
 def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
     """Bytes per token of one layer that keeps matmuls and attention.
 
@@ -152,10 +164,14 @@ def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
 def _attention_elements(config: Any) -> int:
     """Queries, keys, values, and twice the output of one token; none without attention heads."""
     query_dim, value_dim = head_dims(config)
+    return attention_heads(config) * (query_dim + 2 * value_dim) + _key_value_elements(config)
+
+
+def _key_value_elements(config: Any) -> int:
+    """Keys and values of one token. Latent attention makes them for every head."""
     heads = attention_heads(config)
-    # Latent attention makes keys and values for every head.
     grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
-    return heads * (query_dim + 2 * value_dim) + grouped * (query_dim + value_dim)
+    return grouped * sum(head_dims(config))
 
 
 def _mlp_elements(config: Any, selective: bool = False) -> int:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.fingerprint import unnoticed
 from ..data.loader import FillerBatch
 from ..models.base import ParallelModel
-from ..monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
+from ..monitor.memory import MemoryReport, activation_bytes, fullest, gathered_bytes, moment_bytes
 from ..monitor.throughput import Throughput
 from ..ops.host_copy import to_device
 from ..parallel.batch import batch_shape
@@ -95,6 +95,8 @@ def report_memory(
         whole_logits=model.makes_logits,
         selective=args.activation_checkpointing_policy == "selective",
     )
+    rows = args.per_device_train_batch_size * length
+    activations += gathered_bytes(model.config, rows, args.parallel, model.dtype.itemsize)
     held = weights.bytes_held()
     held["parameters"] += fp8_bytes(model)
     report = MemoryReport(**held, moments=moment_bytes(optimizer, weights), activations=activations)
