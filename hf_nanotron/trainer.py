@@ -10,9 +10,9 @@ in `training/`, in classes that know nothing of a Trainer.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
-from .data.ordered import COLUMNS, WithoutDomain, brings_order, stack
+from .data.ordered import COLUMNS, brings_order, stack
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
@@ -46,6 +46,7 @@ from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, ch
 from .optim.gradients import GradientHook, GradientPart, HookHandle
 from .optim.norm import global_norm
 from .optim.optimizer_link import OptimizerLink
+from .parallel.batch import DOMAIN
 from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
@@ -61,6 +62,7 @@ from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
+from .training.domains import DomainLog
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.nonfinite import NonFiniteGuard
@@ -242,6 +244,7 @@ class NanotronTrainer(Trainer):
         is_subclass = type(self).__module__.partition(".")[0] != "hf_nanotron"
         self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass)
         self._data_order.begin_run(resume_from_checkpoint)
+        self._domains = DomainLog(self.model, self.train_dataset, resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
 
     # ---- data ----
@@ -257,10 +260,8 @@ class NanotronTrainer(Trainer):
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
-        if brings_order(dataset):
-            collate = self._ordered_collator(description)
-        elif isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
-            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        if brings_order(dataset) or isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
+            collate = self._collator(dataset, description)
         else:
             dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
         loader = make_loader(self.args, self.model.mesh, dataset, sampler, collate, batch_size, is_training)
@@ -268,13 +269,17 @@ class NanotronTrainer(Trainer):
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader
 
-    def _ordered_collator(self, description: str) -> Callable[[list[Any]], Any]:
-        """Of datasets that bring their order: keeps their columns, also those that `forward` does not name."""
-        collate = stack if self.data_collator is self._default_collator else self.data_collator
+    def _collator(self, dataset: Any, description: str) -> Callable[[list[Any]], Any]:
+        """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, and not
+        domains that have names.
+        """
+        ordered, named = brings_order(dataset), getattr(dataset, "domain_names", None) is not None
+        collate = stack if ordered and self.data_collator is self._default_collator else self.data_collator
         collate = self._get_collator_with_removed_columns(collate, description=description)
         if isinstance(collate, RemoveColumnsCollator):
-            collate.signature_columns = [*collate.signature_columns, *COLUMNS]
-        return WithoutDomain(collate)
+            kept = COLUMNS if ordered else (DOMAIN,) if named else ()
+            collate.signature_columns = [*collate.signature_columns, *kept]
+        return collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """By `data_seed` alone, at any sizes; groups by length as the run began."""
@@ -450,12 +455,14 @@ class NanotronTrainer(Trainer):
             mixture.counts_loads = bool(self.args.moe_bias_update_rate) or logs_next(self.args, self.state)
         self._stepped = step
         self._written.check_slots()
-        loss = self._step.run(micro_batches, step, loss_choice.of_step(batches, has_items))
+        domains, own_loss = self._domains.totals.sums_of(micro_batches), loss_choice.of_step(batches, has_items)
+        loss = self._step.run(micro_batches, step, own_loss, domains)
         self._gradients.run_hooks(self._link)
         self._norm = global_norm(self.weights.segments, self.mesh)
         is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
         self._empty_cache()
         mean_loss, told = self._report.sum_step(self.mesh, loss, batches, self._signals.received is not None)
+        self._domains.end_step(domains, own_loss is None, mean_loss, self._guard.filters)
         if mixture is not None and mixture.counts_loads:
             self._report.loads = mixture.balance(is_finite)
         self._checkpointer.stop_if_told(told, self._signals.received, self.control)
@@ -520,10 +527,11 @@ class NanotronTrainer(Trainer):
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds throughput, memory, loads of experts and uploads to lines with a loss; redacts secrets."""
+        """Adds throughput, memory, loads of experts, domains and uploads to lines with a loss; redacts secrets."""
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
+            logs.update(self._domains.metrics(self._data_order.epochs_of_domains(self.train_dataset)))
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())
         correct_speed(logs, self._evaluation.rounds)
@@ -553,6 +561,7 @@ class NanotronTrainer(Trainer):
         self._guard.refuse_to_save(f"checkpoint-{step}", step, None if args.save_only_model else self.optimizer)
         together(self.mesh, "the save before", checkpointer.finish)
         self.store_flos()
+        self._domains.settle()
         folder = Path(self._get_output_dir(trial=trial))
         save = checkpointer.begin(folder, step)
         if save is None:
@@ -618,14 +627,24 @@ class NanotronTrainer(Trainer):
         correct_speed(output.metrics or {}, self._evaluation.rounds)
         return output
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's, over batches that all ranks have compared.
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's, over batches that all ranks have compared; with the losses of domains.
 
         Raises:
             ValueError: on every rank, for data that differs between them, or ids that the model does not know.
         """
         with self._guard.evaluating(), self._evaluation.over(dataloader, description) as announced:
-            output = super().evaluation_loop(announced, description, *args, **kwargs)
+            output = super().evaluation_loop(
+                announced, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            output = self._evaluation.with_losses_of_domains(output, metric_key_prefix)
             return self._evaluation.with_samples_of_all(output)
 
     def prediction_step(
@@ -636,11 +655,12 @@ class NanotronTrainer(Trainer):
         if self.mesh.cp_size > 1:
             model = cast(nn.Module, DealtModel(self.training_state))
         loss_choice = self._loss_choice
+        domains = contextlib.nullcontext() if loss_choice.is_own else self._evaluation.summing_domains(inputs)
         if prediction_loss_only and "labels" in inputs and not loss_choice.is_own:
-            with torch.no_grad():
+            with torch.no_grad(), domains:
                 loss = model(**self._prepare_inputs(inputs), gather_logits=False).loss
             return loss.detach(), None, None
-        with self._evaluation.predicting(self.model if loss_choice.is_overridden else None):
+        with domains, self._evaluation.predicting(self.model if loss_choice.is_overridden else None):
             return super().prediction_step(model, {**inputs, "use_cache": False}, prediction_loss_only, ignore_keys)
 
     # ---- called by users ----
@@ -725,7 +745,7 @@ class NanotronTrainer(Trainer):
 
     def extra_state(self) -> dict[str, Any]:
         """What the training state of a checkpoint holds besides, the same on every rank."""
-        return {CURSOR: self.data_cursor()}
+        return {CURSOR: self.data_cursor(), **self._domains.state()}
 
     # ---- parts of the overrides ----
 
@@ -777,6 +797,12 @@ class NanotronTrainer(Trainer):
         if loss_choice.whose != self._checked_loss:
             self._check_loss()
         return loss_choice
+
+    def _examine(self, window: list[Any]) -> None:
+        """Raises for a window that this rank has read and that cannot be trained on."""
+        self._domains.totals.check(window)
+        for batch in window:
+            check_batch(self.mesh, batch)
 
     def _empty_cache(self) -> None:
         every = self.args.torch_empty_cache_steps
@@ -861,8 +887,9 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
-        self._windows = WindowAgreement(self.window_check, self._guard, partial(check_batch, mesh))
-        self._evaluation = EvaluationRun(self.window_check, self.accelerator)
+        self._domains = DomainLog(model, self.train_dataset)
+        self._windows = WindowAgreement(self.window_check, self._guard, self._examine)
+        self._evaluation = EvaluationRun(self.window_check, self.accelerator, model)
 
 
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

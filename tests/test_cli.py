@@ -23,7 +23,7 @@ from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_nanotron.cli import main, train as cli_train
+from hf_nanotron.cli import data as cli_data, main, table_data, train as cli_train
 
 DATA = Path(__file__).parent / "data" / "nanotron"
 PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
@@ -233,7 +233,7 @@ tokenizer: {tokenizer}
 dataset:
   path: {corpus}
   text_column: text
-  block_size: 8
+  sequence_length: 8
   train_split: train[:80%]
   eval_split: train[80%:]
 training:
@@ -325,9 +325,10 @@ def test_train_from_weights_and_tokens(pool: WorkerPool, tmp_path: Path) -> None
         (1, ["--fp16"], "fp16=True"),
         (1, ["--save_strategy", "best", "--eval_strategy", "no"], "metric_for_best_model"),
         (1, ["--dataset.text_column", "texts"], "text_column='texts' is not one of text, id"),
-        (1, ["--dataset.text_column", "null"], "without input_ids"),
-        (1, ["--dataset.block_size", "0"], "block_size=0"),
-        (1, ["--dataset.block_size", "5000"], "too short"),
+        (1, ["--dataset.text_column", "null"], "dataset.sequence_length needs dataset.text_column"),
+        (1, ["--dataset.text_column", "null", "--dataset.sequence_length", "null"], "without input_ids"),
+        (1, ["--dataset.sequence_length", "0"], "dataset.sequence_length=0 must be at least 2"),
+        (1, ["--dataset.sequence_length", "5000"], "too short"),
         (1, ["--tokenizer", "null"], "needs a tokenizer"),
         (1, ["--model.config.vocab_size", "7"], "smaller than the tokenizer's 120"),
         (1, ["--model.config.hidden_sise", "7"], "did you mean model.config.hidden_size?"),
@@ -349,7 +350,7 @@ def test_train_refuses(pool: WorkerPool, tmp_path: Path, world: int, overrides: 
         ("training: {max_step: 1}", [], "unknown key training.max_step; did you mean training.max_steps?"),
         ("", ["--learning-rat", "1"], "did you mean training.learning_rate?"),
         ("", ["--model.nameorpath", "x"], "did you mean model.name_or_path?"),
-        ("dataset: {split: a}", [], "unknown key dataset.split; did you mean dataset."),
+        ("dataset: {split: a}", [], "Of a set of datasets it is train_split"),
         ("model: llama", [], "must be a mapping"),
         ("model: llama", ["--model.name_or_path", "x"], "not a section"),
         ("[1]", [], "holds a list"),
@@ -399,9 +400,9 @@ def test_a_removed_key_is_refused(tmp_path: Path, in_file: bool) -> None:
 def test_packing_keeps_every_token() -> None:
     """Texts are joined with the end-of-text token between, and only the tail is dropped."""
     texts = Dataset.from_dict({"text": ["w5 w6 w7", "w8", "w9 w10 w11 w12"]})
-    packed = cli_train._tokenised(texts, {"text_column": "text", "block_size": 3}, tokenizer())
+    packed = table_data._tokenised(texts, {"text_column": "text", "sequence_length": 3}, tokenizer())
     assert packed["input_ids"][:] == [[5, 6, 7], [2, 8, 2], [9, 10, 11]]
     assert packed.column_names == ["input_ids"]
-    batch = cli_train.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+    batch = cli_data.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]

@@ -30,8 +30,8 @@ SYNONYMS: dict[str, str] = {
         "gas grad_accum gradient_accumulation accumulation_steps batch_accumulation_per_replica grad_acc_steps": (
             "training.gradient_accumulation_steps"
         ),
-        "sequence_length seq_length seq_len max_seq_length max_seq_len max_length sequence_len context_length "
-        "cutoff_len": "dataset.block_size",
+        "block_size seq_length seq_len max_seq_length max_seq_len max_length sequence_len context_length "
+        "cutoff_len": "dataset.sequence_length",
         "steps train_steps total_steps num_steps train_iters max_iters num_training_steps": "training.max_steps",
         "epochs num_epochs": "training.num_train_epochs",
         "scheduler lr_scheduler lr_decay_style": "training.lr_scheduler_type",
@@ -61,7 +61,10 @@ SYNONYMS: dict[str, str] = {
         "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "vocab_size max_position_embeddings rope_theta tie_word_embeddings": "model.config.{}",
         "tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_model": "tokenizer",
-        "dataset_name dataset_path data_path dataset_folder train_file data datasets": "dataset.path",
+        "dataset_name dataset_path train_file data datasets": "dataset.path",
+        "dataset_folder data_path data_prefix": "dataset.tokens",
+        "weights dataset_weights data_weights blend sampling_weights": "a weight in each set of dataset.mixture",
+        "data_stages curriculum": "dataset.stages",
         "dataset_config_name": "dataset.name",
         "validation_split val_split": "dataset.eval_split",
         "dataset_text_field text_field text_key text_column_name": "dataset.text_column",
@@ -84,29 +87,16 @@ NANOTRON = frozenset(
         "profiler",
     )
 )
-FROM_NANOTRON = {
-    "parallelism.tp": "training.tp_size",
-    "parallelism.pp": "training.pp_size",
-    "parallelism.dp": "given by the number of processes",
-    "tokens.micro_batch_size": "training.per_device_train_batch_size",
-    "tokens.batch_accumulation_per_replica": "training.gradient_accumulation_steps",
-    "tokens.sequence_length": "dataset.block_size",
-    "tokens.train_steps": "training.max_steps",
-    "optimizer.learning_rate_scheduler.learning_rate": "training.learning_rate",
-    "model.model_config": "model.config",
-    "data_stages": "dataset",
-}
 
 
 def refuse_nanotron(where: str, settings: Mapping[Any, Any]) -> None:
-    """Refuse a configuration of huggingface/nanotron, with what its keys are here."""
+    """Refuse a configuration of huggingface/nanotron, and name the command that converts it."""
     found = [str(key) for key in settings if key in NANOTRON]
     if len(found) >= 2:
-        keys = "; ".join(f"{theirs} is {ours}" for theirs, ours in FROM_NANOTRON.items())
         raise ValueError(
-            f"{where} is a configuration of huggingface/nanotron (it has {', '.join(found)}), but hf-nanotron reads "
-            f"the sections model, dataset and training (see hf-nanotron train --help): {keys}. Convert its checkpoints "
-            "with hf-nanotron convert nanotron-to-hub."
+            f"{where} is a configuration of huggingface/nanotron (it has {', '.join(found)}). Convert it with "
+            f"hf-nanotron convert nanotron-config {where} OUT.yaml, and its checkpoints with hf-nanotron convert "
+            "nanotron-to-hub."
         )
 
 
@@ -128,17 +118,24 @@ def hint(prefix: str, key: str, known: Collection[str], sections: Mapping[str, C
         return f"{key} is a section: write {key}.KEY, one of {_some(sections[key])}."
     if key == "tokenizer" and sections:
         return "tokenizer is a top-level key, next to the sections."
+    meaning = SYNONYMS[key].format(key) if sections and key in SYNONYMS else None
+    if meaning is not None and prefix and meaning.startswith(prefix) and meaning != f"{prefix}{key}":
+        return f"the equivalent is {meaning}."
     for section, names in sections.items():
         if key in names:
             return f"it belongs to the section {section}: {section}.{key}."
-    meaning = SYNONYMS[key].format(key) if sections and key in SYNONYMS else None
     if meaning not in (None, f"{prefix}{key}"):
         return f"the equivalent is {meaning}."
-    if nearest := difflib.get_close_matches(key, known, n=1, cutoff=CUT_OFF):
-        return f"did you mean {prefix}{nearest[0]}?"
-    paths = {name: f"{section}.{name}" for section, names in sections.items() for name in names}
-    if nearest := difflib.get_close_matches(key, paths, n=1, cutoff=CUT_OFF):
-        return f"did you mean {paths[nearest[0]]}?"
+    here, elsewhere = (
+        difflib.get_close_matches(key, names, n=1, cutoff=CUT_OFF)
+        for names in (known, [name for names in sections.values() for name in names])
+    )
+    likeness = [difflib.SequenceMatcher(None, key, match).ratio() for match in (*here, *elsewhere)]
+    if here and likeness[0] == max(likeness):
+        return f"did you mean {prefix}{here[0]}?"
+    if elsewhere:
+        section = next(section for section, names in sections.items() if elsewhere[0] in names)
+        return f"did you mean {section}.{elsewhere[0]}?"
     return f"known keys are {_some(known)}."
 
 

@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, convert, upload.
+"""The `hf-nanotron` command: generate, train, convert, tokenize, data, upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -18,6 +18,8 @@ from typing import Any
 from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
 from .errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
+from .inspect import add_inspect_arguments
+from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
 from .upload import add_upload_arguments
 
 
@@ -53,6 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     _add_convert(commands)
+    add_tokenize_arguments(
+        _add_command(commands, "tokenize", "tokenize a corpus into files for TokenDataset", TOKENIZE)
+    )
+    _add_data(commands)
     add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser
 
@@ -121,7 +127,7 @@ Pretrain from scratch or from existing weights, as described in a YAML file:
   dataset:
     path: corpus.jsonl       # or a folder of save_to_disk, or anything datasets.load_dataset takes
     text_column: text        # is tokenized and packed; omit it if the dataset has input_ids
-    block_size: 2048
+    sequence_length: 2048
     eval_split: test         # omit it for no evaluation
   training:                  # fields of NanotronTrainingArguments
     output_dir: out
@@ -149,6 +155,12 @@ def _add_convert(commands: Any) -> None:
     parser.set_defaults(explains="the checkpoint cannot be converted")
     for direction, conversion in CONVERSIONS.items():
         add_arguments(_add_command(directions, direction, conversion.summary), direction)
+
+
+def _add_data(commands: Any) -> None:
+    parser = _add_command(commands, "data", "look into tokenized corpora")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    add_inspect_arguments(_add_command(actions, "inspect", "show what is in files of tokens, without reading them"))
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -10,29 +10,19 @@ from typing import Any
 
 import yaml
 
-from ..arguments.values import plain_value, wrong_type
+from ..arguments.values import wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
+from .data_plan import KEYS, MAPPING, TEXT, DataPlan, check_types, plan_data
 from .hints import refuse_nanotron, refuse_unknown
 
 Settings = dict[str, dict[str, Any]]
 
-TEXT, MAPPING, NUMBER = str | None, dict | None, int | None
-
 # What the keys of a section take; `training` is checked as training arguments are.
 TYPES: dict[str, dict[str, Any]] = {
     "model": {"name_or_path": TEXT, "config": MAPPING, "revision": TEXT, "dtype": TEXT, "attn_implementation": TEXT},
-    "dataset": {
-        "path": TEXT,
-        "name": TEXT,
-        "data_files": str | list | dict | None,
-        "train_split": TEXT,
-        "eval_split": TEXT,
-        "text_column": TEXT,
-        "block_size": NUMBER,
-        "num_proc": NUMBER,
-    },
+    "dataset": KEYS,
 }
 SECTIONS: dict[str, Collection[str]] = {
     **TYPES,
@@ -100,13 +90,21 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
     return sections, settings.get("tokenizer")
 
 
-def check_complete(settings: Settings) -> None:
-    """Refuse settings without a model or data."""
-    model, dataset = settings["model"], settings["dataset"]
+def check_complete(settings: Settings) -> DataPlan:
+    """Refuse settings without a model or data, and data that do not go together; the plan of the data."""
+    model = settings["model"]
     if (model.get("name_or_path") is None) == (model.get("config") is None):
         raise ValueError("model needs either name_or_path (existing weights) or config (random weights).")
-    if dataset.get("path") is None:
-        raise ValueError("dataset needs path: a file, a folder of save_to_disk, or a name for datasets.load_dataset.")
+    plan = plan_data(settings["dataset"])
+    data_seed = settings["training"].get("data_seed")
+    if None not in (plan.seed, data_seed) and plan.seed != data_seed:
+        raise ValueError(f"dataset.seed={plan.seed} and training.data_seed={data_seed} differ; give one of them.")
+    if plan.brings_order and settings["training"].get("train_sampling_strategy") not in (None, "sequential"):
+        raise ValueError(
+            f"training.train_sampling_strategy={settings['training']['train_sampling_strategy']!r}: files of tokens "
+            "and mixtures come in their own order, by dataset.seed; leave it out (dataset.shuffle is their switch)."
+        )
+    return plan
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -168,14 +166,8 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
 def _check_types(sections: Settings, tokenizer: Any) -> None:
     problems = [wrong_type("tokenizer", tokenizer, TEXT)]
     for name, types in TYPES.items():
-        section = sections[name]
-        for key, value in section.items():
-            section[key] = plain_value(value, [int] if types[key] == NUMBER else [])
-            problems.append(wrong_type(f"{name}.{key}", section[key], types[key]))
+        problems += check_types(name, sections[name], types)
     if sections["model"].get("dtype") not in (None, *DTYPES):
         problems.append(f"model.dtype={sections['model']['dtype']!r} is not one of {', '.join(map(repr, DTYPES))}.")
-    num_proc = sections["dataset"].get("num_proc")
-    if isinstance(num_proc, int) and num_proc < 1:
-        problems.append(f"dataset.num_proc={num_proc} must be at least 1.")
     if found := [problem for problem in problems if problem is not None]:
         raise ValueError("\n".join(found))

@@ -6,13 +6,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .inspection import inspect_tokens
+    from .tokenize.chat_dataset import ChatDataset
+    from .tokenize.corpus import tokenize_corpus
     from .tokens.mixture import Mixture
+    from .tokens.stages import Stage, Stages
     from .tokens.token_dataset import TokenDataset
     from .tokens.token_file import TokenFile
 
-__all__ = ["Mixture", "TokenDataset", "TokenFile"]
+__all__ = [
+    "ChatDataset",
+    "Mixture",
+    "Stage",
+    "Stages",
+    "TokenDataset",
+    "TokenFile",
+    "inspect_tokens",
+    "tokenize_corpus",
+]
 
-_HOME = {"Mixture": ".tokens.mixture", "TokenDataset": ".tokens.token_dataset", "TokenFile": ".tokens.token_file"}
+_HOME = {
+    "ChatDataset": ".tokenize.chat_dataset",
+    "Mixture": ".tokens.mixture",
+    "Stage": ".tokens.stages",
+    "Stages": ".tokens.stages",
+    "TokenDataset": ".tokens.token_dataset",
+    "TokenFile": ".tokens.token_file",
+    "inspect_tokens": ".inspection",
+    "tokenize_corpus": ".tokenize.corpus",
+}
 
 
 def __getattr__(name: str) -> Any:

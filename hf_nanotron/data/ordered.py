@@ -13,13 +13,14 @@ What both return is compared or stored in checkpoints: dicts of numbers, text, l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import IterableDataset
 
-DOMAIN = "domain"  # int64, of a row: the place of its set in the dataset's `names`
+from ..parallel.batch import DOMAIN
+
 COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", DOMAIN)
 
 
@@ -73,16 +74,3 @@ def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             )
         batch[name] = torch.stack(column)
     return batch
-
-
-class WithoutDomain:
-    """Takes `domain` off the batches of a collator, since models do not take it."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: list[Any]) -> Any:
-        batch = self.collate(rows)
-        if isinstance(batch, MutableMapping):
-            batch.pop(DOMAIN, None)
-        return batch

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..ops.host_copy import HostCopy
+from ..parallel.batch import DOMAIN
 from ..parallel.early_sum import EarlySum, EarlySums
 from ..parallel.mesh import Group, ParallelMesh
 from .hashing import tensor_hashes, window_hash
@@ -23,7 +24,7 @@ from .vocabulary import ADVICE, ForeignId, Vocabulary, foreign_id
 Window = Sequence[Mapping[str, Any]]
 
 # What the sum holds: a number is that of the whole job.
-COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, OTHER_ORDER = range(6)
+COUNT, DISAGREEMENT, FAULTS, SIZE, SQUARED_SIZE, OTHER_ORDER, WITH_DOMAINS = range(7)
 
 
 class WindowCheck:
@@ -68,7 +69,8 @@ class WindowCheck:
             failure = failure or error
         other_order = (group.size - 1) * order if group.rank == 0 else -order
         faults = int(bool(foreign or failure))
-        sent = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order]
+        domains = has_domains(window)
+        sent = [count * leads, disagreement, faults, len(window), len(window) ** 2, other_order, int(domains)]
         return PendingWindow(window, foreign, failure, order, self._sums.start(sent, after))
 
     def judge(self, pending: PendingWindow, where: str) -> list[int]:
@@ -78,13 +80,14 @@ class WindowCheck:
 
         Raises:
             ValueError: on every rank, if ranks of one replica have read different samples, if ranks have different
-                numbers of micro-batches, or an id is not in the vocabulary.
+                numbers of micro-batches, if some alone have a column `domain`, or an id is not in the vocabulary.
             RuntimeError: if reading failed on another rank. Where it failed, its own error.
         """
         total = pending.sum.read()
         group = self._sums.group
         same_size = group.size * total[SQUARED_SIZE] == total[SIZE] ** 2
-        if total[DISAGREEMENT] == total[OTHER_ORDER] == total[FAULTS] == 0 and same_size:
+        same_columns = total[WITH_DOMAINS] in (0, group.size)
+        if total[DISAGREEMENT] == total[OTHER_ORDER] == total[FAULTS] == 0 and same_size and same_columns:
             return total
         mine = pending.report(self.mesh)
         reports: list[Any] = [mine]
@@ -122,6 +125,7 @@ class PendingWindow:
             hashes=hashes,
             foreign=self.foreign,
             order=self.order,
+            domains=has_domains(self.window),
             failure=None if self.failure is None else f"{type(self.failure).__name__}: {self.failure}",
         )
 
@@ -136,6 +140,7 @@ class WindowReport:
     hashes: list[dict[str, int]]
     foreign: list[tuple[int, ForeignId]]
     order: int
+    domains: bool
     failure: str | None
 
 
@@ -158,6 +163,11 @@ WHY_DEALT = (
 )
 
 
+def has_domains(window: Window) -> bool:
+    """Whether a batch says of which domain its rows are, so that ranks sum losses by domain."""
+    return any(isinstance(batch, Mapping) and batch.get(DOMAIN) is not None for batch in window)
+
+
 def on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """A batch whose tensors can be read without waiting."""
     copies = {k: HostCopy(v) for k, v in batch.items() if isinstance(v, torch.Tensor) and v.device.type != "cpu"}
@@ -178,7 +188,13 @@ def explain(reports: Sequence[WindowReport], where: str) -> Exception:
             whose = say_ranks([other.rank for other in reports if other.replica == report.replica])
             return ValueError(f"{where}, {place}{whose}, {found}. {ADVICE}")
     if len({report.size for report in reports}) == 1:
-        other = next(report for report in reports if report.order != reports[0].order)
+        other = next((report for report in reports if report.order != reports[0].order), None)
+        if other is None:
+            one, none = (next(report.rank for report in reports if report.domains is has) for has in (True, False))
+            return ValueError(
+                f"{where}: the batches of rank {one} have a column {DOMAIN!r}, and those of rank {none} have not. "
+                "Give the rows of all ranks that column, or of none."
+            )
         differ = f"ranks {reports[0].rank} and {other.rank}"
         return ValueError(f"{where}: {differ} of different replicas read the data in different orders. {WHY_DEALT}")
     sizes = ", ".join(f"{report.size} on rank {report.rank}" for report in reports[:16])

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..checkpoint.hub.model import save_hub_model
+from ..parallel.batch import DOMAIN
 from ..parallel.together import refuse_together
 from .copy_model import copy_model
 from .generation import pipelined_forward, share_generators
@@ -49,6 +50,10 @@ class ParallelModel(WholeModel, GenerationMixin):
     def parallel_forward(self, gather_logits: bool = True, **inputs: Any) -> Any:
         """`forward` behind the stock signature. `gather_logits=False` spares the logits when only the loss counts."""
         as_tuple = inputs.pop("return_dict", True) is False
+        if DOMAIN in inputs and DOMAIN not in self.own_columns:
+            column = inputs.pop(DOMAIN)
+            if self.training_loss.domains is not None:
+                self.training_loss.domains.columns = [column]
         refuse_foreign_ids(self, inputs)
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
             if self.mixture is not None:

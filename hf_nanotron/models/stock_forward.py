@@ -59,6 +59,7 @@ def stock_forward(
             chunk,
             scale,
             weight_gradient=head.weight_gradient,
+            note=model.training_loss.note,
         )
 
     with model.linear_head.predicting(view, loss):

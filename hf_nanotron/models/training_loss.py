@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ..ops.domain_sums import domain_sums, filled_up
+from ..parallel.tp.loss import NoteLosses, predicted
 
 Loss = Callable[[Any, torch.Tensor | None, Any], torch.Tensor]
 
@@ -61,9 +64,40 @@ class MicroBatch:
         return loss.reshape(()) * self.share
 
 
+class DomainSums:
+    """The summed loss and the predicted tokens of each domain, over the micro-batches of a window.
+
+    Args:
+        columns: of each micro-batch, `domain` `[B]` or `[B, S]`; None if it has none.
+        number: of domains.
+        device: of the sums.
+
+    Attributes:
+        total: `[number, 2]` in fp64: this rank's sums, which are zero where it does not compute the loss.
+        index: the micro-batch whose loss is computed now.
+    """
+
+    def __init__(self, columns: Sequence[torch.Tensor | None], number: int, device: torch.device) -> None:
+        self.columns, self.index = columns, 0
+        self.total = torch.zeros(number, 2, dtype=torch.float64, device=device)
+
+    def note(self, losses: torch.Tensor, counts: torch.Tensor) -> None:
+        """See `NoteLosses`."""
+        column = self.columns[self.index]
+        if column is not None:
+            column = filled_up(column, len(losses) // len(column))
+            self.total += domain_sums(losses, counts, column, len(self.total))
+
+    def note_labels(self, batch: Mapping[str, Any]) -> None:
+        """Of a micro-batch whose loss is not a sum over tokens: what is predicted, without losses."""
+        if batch.get("labels") is not None:
+            counts = predicted(batch["labels"], batch.get("shift_labels"))
+            self.note(torch.zeros(counts.numel(), device=counts.device), counts.flatten())
+
+
 @dataclass
 class TrainingLoss:
-    """What the forward of a training model reads of its trainer.
+    """What the forward of a model reads of the trainer that trains or evaluates it.
 
     A model has one for life, shared with the views of its pipeline stages. It cannot be an argument: the user's
     `compute_loss` calls the model itself, with the batch alone.
@@ -72,8 +106,15 @@ class TrainingLoss:
         z_loss: coefficient of `log(Z)^2` in the loss of each predicted token.
         needs_logits: make whole logits, for whoever computes the loss from them.
         micro_batch: the one that is trained on now, where the model `makes_logits`.
+        domains: what the losses of tokens are added to, if they are told by domain.
     """
 
     z_loss: float = 0.0
     needs_logits: bool = False
     micro_batch: MicroBatch | None = None
+    domains: DomainSums | None = None
+
+    @property
+    def note(self) -> NoteLosses | None:
+        """Who is told the losses of tokens."""
+        return None if self.domains is None else self.domains.note

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
+DOMAIN = "domain"  # int64 `[B]` or `[B, S]`: which part of the data a row, or what a token predicts, comes from
 
 
 def batch_shape(batch: Mapping[str, Any]) -> torch.Size:

@@ -214,6 +214,13 @@ class ParallelMesh:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    @property
+    def speaks_for_tokens(self) -> bool:
+        """Whether this rank counts in a sum over the job of what the loss finds out of its tokens: the last stage
+        computes it, and tensor-parallel ranks compute the same. Context-parallel ranks have other tokens.
+        """
+        return self.is_last_stage and self.tp_rank == 0
+
     def at_close(self, release: Callable[[], None]) -> None:
         """Call `release` in `close`, before the process groups go."""
         self._at_close.append(release)

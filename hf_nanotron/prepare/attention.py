@@ -25,7 +25,7 @@ from ..models.stock.foreign import is_foreign
 from ..ops.attention import HALF, Case, attention, pick
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.kernels.attention import flash_attention_4
-from ..parallel.batch import batch_shape
+from ..parallel.batch import DOMAIN, batch_shape
 from ..parallel.dropout_streams import fields_of_chance
 
 # By what may run: names of `ops.attention.KERNELS`.
@@ -45,6 +45,7 @@ KNOWN_INPUTS = frozenset(
         "position_ids",
         "num_items_in_batch",
         "use_cache",
+        DOMAIN,
     )
 )
 BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))

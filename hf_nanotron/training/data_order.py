@@ -22,7 +22,7 @@ from ..checkpoint.state.training_state import DIRECTORY, run_values
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
 from ..data.loader import DataParallelLoader, Position, build_loader
-from ..data.ordered import brings_order
+from ..data.ordered import brings_order, is_run
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
 from ..parallel.mesh import ParallelMesh
 from ..training_args import NanotronTrainingArguments
@@ -153,6 +153,13 @@ class DataOrder:
             except ValueError as error:
                 cursor = replace(cursor, state=None, refused=str(error).rstrip("."))
         return cursor.to_dict()
+
+    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
+        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
+        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
+            return {}
+        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
+        return epochs
 
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):

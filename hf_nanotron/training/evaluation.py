@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..data.loader import DataParallelLoader, DataParallelStream, order_of
-from ..data.same_data import check_same_data
+from ..data.same_data import check_same_data, dataset_of
 from ..data.window_check import WindowCheck
 from ..models.base import ParallelModel
 from ..models.logits import whole_outputs
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..parallel.collectives import all_gather, all_reduce
+from .domains import DomainTotals
 
 
 class AnnouncedLoader:
@@ -69,19 +70,21 @@ class EvaluationRun:
     Args:
         check: compares batches between ranks.
         accelerator: of the trainer, for loaders that it has prepared.
+        model: that is evaluated.
 
     Attributes:
         rounds: batches of this rank in the last evaluation.
         is_predicting: whether `prediction_step` is computing a loss or logits.
     """
 
-    def __init__(self, check: WindowCheck, accelerator: Accelerator) -> None:
-        self.check, self.mesh, self._accelerator = check, check.mesh, accelerator
+    def __init__(self, check: WindowCheck, accelerator: Accelerator, model: ParallelModel) -> None:
+        self.check, self.mesh, self._accelerator, self._model = check, check.mesh, accelerator, model
         self.rounds = 0
         self.is_predicting = False
         self._description: str | None = None  # of the evaluation that is going on
         self._announced: Any = None  # its loader, whoever made it
         self._evaluated: DataParallelLoader | None = None  # the same, if it is ours
+        self._domains: DomainTotals | None = None  # of its rows
 
     # ---- batches in ----
 
@@ -91,10 +94,33 @@ class EvaluationRun:
         check_same_data(self.mesh, loader, description.lower(), reads=not is_stream(loader))
         self._description, self._announced = description, loader
         self._evaluated = loader if isinstance(loader, DataParallelLoader) else None
+        self._domains = DomainTotals(self._model, dataset_of(loader))
         try:
             yield AnnouncedLoader(loader, self._announce)
         finally:
-            self._description = self._evaluated = self._announced = None
+            self._description = self._evaluated = self._announced = self._domains = None
+
+    @contextlib.contextmanager
+    def summing_domains(self, inputs: Any) -> Iterator[None]:
+        """While the plain loss of a batch is computed: add its tokens' losses up, by domain."""
+        domains = self._domains
+        sums = None if domains is None else domains.sums_of([inputs])
+        if domains is None or sums is None:
+            yield
+            return
+        self._model.training_loss.domains = sums
+        try:
+            yield
+        finally:
+            self._model.training_loss.domains = None
+        domains.add(torch.cat((sums.total, sums.total[:, 1:]), 1))
+
+    def with_losses_of_domains(self, output: EvalLoopOutput, prefix: str) -> EvalLoopOutput:
+        """And the mean loss of the tokens of each domain. Inside of `over`; all ranks together."""
+        assert self._domains is not None
+        sums = self._domains.read()
+        losses = {f"{prefix}_loss/{name}": loss / count for name, (loss, count, _) in sums.items() if count}
+        return output._replace(metrics={**(output.metrics or {}), **losses})
 
     def with_samples_of_all(self, output: EvalLoopOutput) -> EvalLoopOutput:
         """A stream has no length, and Trainer counts what this rank saw of it. Inside of `over`."""
@@ -115,8 +141,13 @@ class EvaluationRun:
 
     def _compare(self, inputs: Any, where: str) -> None:
         """Learn whether ranks have the same batch."""
-        window = [] if inputs is None else [inputs]
-        self.check.judge(self.check.start(window, order=order_of(self._evaluated)), where)
+        window, failure = [] if inputs is None else [inputs], None
+        try:
+            if self._domains is not None:
+                self._domains.check(window)
+        except ValueError as error:
+            failure = error
+        self.check.judge(self.check.start(window, failure=failure, order=order_of(self._evaluated)), where)
 
     @contextlib.contextmanager
     def predicting(self, view: ParallelModel | None) -> Iterator[None]:

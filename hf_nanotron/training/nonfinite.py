@@ -62,6 +62,11 @@ class NonFiniteGuard:
         """`logging_nan_inf_filter` as the user has set it."""
         return self.args.logging_nan_inf_filter or self._filters
 
+    @property
+    def filters(self) -> bool:
+        """Whether a loss that is not finite is left out of what is logged now."""
+        return self._filters
+
     @contextlib.contextmanager
     def filtering(self) -> Iterator[None]:
         """Switch off Trainer's own test of the loss, for which the host waits in each micro-batch."""

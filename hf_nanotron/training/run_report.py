@@ -46,7 +46,7 @@ class RunReport:
             The loss of the step, fp32, and how many ranks were told to stop.
         """
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)
-        speaks = mesh.is_last_stage and mesh.tp_rank == 0
+        speaks = mesh.speaks_for_tokens
         counted = tokens * (speaks and mesh.cp_rank == 0)  # context-parallel ranks share them, and the loss
         values = torch.tensor([0.0, counted, float(is_told_to_stop)], dtype=torch.float64)
         told = to_device(values, loss.device)

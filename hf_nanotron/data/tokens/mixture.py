@@ -11,9 +11,10 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
-from .blend import UNLIMITED, Blend, Point
+from .blend import UNLIMITED, Point
 from .permutation import Permutation
 from .row_reader import Rows
+from .weight_schedule import BlendSchedule, Part, part_start, parts_of
 
 ENDINGS = ("stop", "redistribute")
 
@@ -32,11 +33,13 @@ class Mixture(Dataset[dict[str, Any]]):
         datasets: map-style, by name, each with rows. `TokenDataset`s bring their order; any other set is shuffled by
             the seed, its name and the epoch, without storing an order.
         weights: by name, or in the order of the sets; shares of the rows. They need not sum to one. A set of weight 0
-            is not read.
+            is not read. None if the `schedule` begins at 0.
         seed: of the order of sets that bring none.
         max_epochs: how often a set is read at most: one number, or one by name; None for any.
         when_exhausted: what happens when a set has been read that often: `"stop"`: the mixture ends; `"redistribute"`:
             its weight goes to the others, and the mixture ends with the last.
+        schedule: weights that hold later: a list of dicts with `weights`, and `start_samples` or `start_tokens` of the
+            mixture. Parts that have not begun may be others when a run is resumed.
 
     Raises:
         ValueError: for weights that are negative, not finite, all zero or not those of the sets; a set without rows;
@@ -44,16 +47,19 @@ class Mixture(Dataset[dict[str, Any]]):
 
     Attributes:
         names: of the sets.
+        sequence_length, tokenizer: of the sets; None if none of them says it.
+        parts: weights, and the samples with which they begin.
         samples: where `iter(mixture)` goes on.
     """
 
     def __init__(
         self,
         datasets: Mapping[str, Any],
-        weights: Mapping[str, float] | Sequence[float],
+        weights: Mapping[str, float] | Sequence[float] | None = None,
         seed: int = 0,
         max_epochs: int | None | Mapping[str, int | None] = 1,
         when_exhausted: Literal["stop", "redistribute"] = "stop",
+        schedule: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if when_exhausted not in ENDINGS:
             raise ValueError(f"when_exhausted={when_exhausted!r} is not one of {', '.join(map(repr, ENDINGS))}.")
@@ -63,25 +69,44 @@ class Mixture(Dataset[dict[str, Any]]):
         for name in self.names:
             if not isinstance(name, str):
                 raise ValueError(f"the name {name!r} of a set must be text: the state tells sets by their names.")
-        self.weights = _weights(self.names, weights)
         self.lengths = tuple(len(dataset) for dataset in self.datasets.values())
         for name, length in zip(self.names, self.lengths, strict=True):
             if not length:
                 raise ValueError(f"the set {name!r} has no rows.")
-        for attribute, what in (("sequence_length", "rows of another length"), ("tokenizer", "another tokenizer")):
-            _same(self.datasets, attribute, what)
+        self.sequence_length: int | None = same(self.datasets, "sequence_length", "rows of another length", "a mixture")
+        self.tokenizer: str | None = same(self.datasets, "tokenizer", "another tokenizer", "a mixture")
+        self.parts = self._parts(weights, schedule)
         self.max_epochs = _epochs(self.names, max_epochs)
         self.when_exhausted = when_exhausted
         self.samples = 0
         self._gone: dict[str, int] = {}  # rows of sets that this mixture does not have
         self._blend = self._blend_from(Point.start(len(self.names)))
 
-    def _blend_from(self, begin: Point) -> Blend:
+    def _parts(
+        self, weights: Mapping[str, float] | Sequence[float] | None, schedule: Sequence[Mapping[str, Any]]
+    ) -> tuple[Part, ...]:
+        if weights is None and not schedule:
+            raise ValueError(f"a mixture needs weights of its sets ({', '.join(self.names)}), or a schedule of them.")
+        parts = [] if weights is None else [Part(0, _weights(self.names, weights))]
+        for number, entry in enumerate(schedule):
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"schedule[{number}]={entry!r} must be a dict with `weights` and where they begin.")
+            if not number and weights is None and len(entry) == 1:
+                entry = {**entry, "start_samples": 0}
+            parts.append(
+                Part(part_start(number, entry, self.sequence_length), _weights(self.names, entry.get("weights", ())))
+            )
+        return parts_of(parts)
+
+    def _blend_from(self, begin: Point) -> BlendSchedule:
         capacities = tuple(
             UNLIMITED if epochs is None else epochs * length
             for epochs, length in zip(self.max_epochs, self.lengths, strict=True)
         )
-        return Blend(self.weights, capacities, self.when_exhausted == "redistribute", begin)
+        gone = sum(self._gone.values())  # which the samples of the schedule count, and those of the blend do not
+        parts = tuple(Part(max(part.start - gone, 0), part.weights) for part in self.parts)
+        first = max(number for number, part in enumerate(parts) if not part.start)
+        return BlendSchedule(parts[first:], capacities, self.when_exhausted == "redistribute", begin)
 
     def __len__(self) -> int:
         """Samples up to its end, those before a state that was loaded among them.
@@ -89,10 +114,21 @@ class Mixture(Dataset[dict[str, Any]]):
         Raises:
             TypeError: if it has no end, because a set is repeated without end.
         """
-        end = self._blend.end
+        end = self.end()
         if end is None:
             raise TypeError("the mixture has no end (max_epochs=None); say with max_steps how far to train.")
-        return end + sum(self._gone.values())
+        return end
+
+    def end(self, samples: int | None = None) -> int | None:
+        """Samples up to its end; None if it has none, or none among the first `samples`, which is found out faster."""
+        gone = sum(self._gone.values())
+        end = self._blend.end(None if samples is None else samples - gone)
+        return None if end is None else end + gone
+
+    @property
+    def begin(self) -> int:
+        """The sample with which it goes on behind a state that was loaded; 0 without."""
+        return self._blend.begin.samples + sum(self._gone.values())
 
     def locate(self, samples: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample `[n]`, the set, and how many rows of the set come before it.
@@ -102,9 +138,9 @@ class Mixture(Dataset[dict[str, Any]]):
         """
         gone = sum(self._gone.values())
         wanted = np.asarray(samples, np.int64) - gone
-        end, begin = self._blend.end, self._blend.begin.samples
-        if wanted.size and end is not None and wanted.max() >= end:
-            raise IndexError(f"the mixture has {end + gone} samples: {self._why_it_ends()}")
+        begin = self._blend.begin.samples
+        if wanted.size and (end := self._blend.end(int(wanted.max()))) is not None:
+            raise IndexError(f"the mixture has {end + gone} samples: {self.why_it_ends(end + gone)}")
         if wanted.size and wanted.min() < begin:
             raise IndexError(
                 f"sample {int(wanted.min()) + gone} comes before sample {begin + gone}, with which this mixture goes "
@@ -112,14 +148,16 @@ class Mixture(Dataset[dict[str, Any]]):
             )
         return self._blend.locate(wanted)
 
-    def _why_it_ends(self) -> str:
+    def why_it_ends(self, end: int) -> str:
+        """What ends it at its `end`, and what would work, as a sentence."""
         ways = "raise max_epochs, lower its weight, or use when_exhausted='redistribute'"
         if self.when_exhausted == "redistribute":
             return "all of its sets have been read max_epochs times."
-        counts = self._blend.at(self._blend.end or 0).counts
+        end -= sum(self._gone.values())
+        blend = self._blend.last(end)
         left = [
             c - n if weight > 0 else UNLIMITED
-            for c, n, weight in zip(self._blend.capacities, counts, self.weights, strict=True)
+            for c, n, weight in zip(blend.capacities, blend.at(end).counts, blend.weights, strict=True)
         ]
         k = int(np.argmin(left))
         return (
@@ -180,7 +218,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Rows from `samples` on, which counts them."""
-        end = None if self._blend.end is None else len(self)
+        end = self.end()
         while end is None or self.samples < end:
             row = self[self.samples]
             self.samples += 1
@@ -193,28 +231,46 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def epochs(self, samples: int | None = None) -> dict[str, float]:
         """How often each set has been read, as `counts`."""
-        return {name: n / len(self.datasets[name]) for name, n in self.counts(samples).items()}
+        return {name: n / length for (name, n), length in zip(self.counts(samples).items(), self.lengths, strict=True)}
+
+    def tokens(self, samples: int | None = None) -> dict[str, int]:
+        """Tokens that were read of each set, as `counts`; of sets that say their `sequence_length`."""
+        length = self.sequence_length
+        return {} if length is None else {name: n * length for name, n in self.counts(samples).items()}
+
+    def identities(self, samples: int | None = None) -> dict[str, dict[str, Any]]:
+        """Of the sets by name, to be compared when a run is resumed: those read by then; of all if None."""
+        counts = None if samples is None else self.counts(samples)
+        return {
+            name: set_identity(dataset) for name, dataset in self.datasets.items() if counts is None or counts[name]
+        }
 
     def _point(self, samples: int) -> Point:
-        wanted = samples - sum(self._gone.values())
-        end, begin = self._blend.end, self._blend.begin.samples
-        if wanted < begin or (end is not None and wanted > end):
-            raise IndexError(f"the mixture goes on from sample {begin}, to {end}; it has no sample {samples}.")
+        gone = sum(self._gone.values())
+        wanted, begin = samples - gone, self._blend.begin.samples
+        end = self._blend.end(wanted - 1) if wanted > begin else None
+        if wanted < begin or end is not None:
+            raise IndexError(
+                f"the mixture goes on from sample {begin + gone}"
+                f"{'' if end is None else f', to {end + gone}'}; there is no point behind {samples} samples."
+            )
         return self._blend.at(wanted)
 
     def state_dict(self, samples: int | None = None) -> dict[str, Any]:
         """Where it is behind the first `samples`, or behind those iterated over: counts, in JSON's types."""
-        point = self._point(self.samples if samples is None else samples)
+        samples = self.samples if samples is None else samples
+        point = self._point(samples)
+        weights = self._blend.weights_at(max(point.samples - 1, self._blend.begin.samples))
         return {
             "counts": {**self._gone, **dict(zip(self.names, point.counts, strict=True))},
             "anchor": dict(zip(self.names, point.anchor_counts, strict=True)),
-            "mixing": self._mixing(),
+            "mixing": self._mixing(weights),
         }
 
-    def _mixing(self) -> dict[str, Any]:
+    def _mixing(self, weights: tuple[float, ...]) -> dict[str, Any]:
         """What the next set depends on besides the counts."""
         return {
-            "weights": dict(zip(self.names, self.weights, strict=True)),
+            "weights": dict(zip(self.names, weights, strict=True)),
             "max_epochs": dict(zip(self.names, self.max_epochs, strict=True)),
             "rows": dict(zip(self.names, self.lengths, strict=True)),
             "when_exhausted": self.when_exhausted,
@@ -238,7 +294,8 @@ class Mixture(Dataset[dict[str, Any]]):
         self._gone = {name: count for name, count in counts.items() if name not in self.names}
         ours = tuple(counts.get(name, 0) for name in self.names)
         begin = Point(sum(ours), ours, sum(ours), ours)
-        if mixing == self._mixing():
+        self._blend = self._blend_from(begin)
+        if mixing == self._mixing(self._blend.weights_at(begin.samples)):
             before = tuple(anchor.get(name, 0) for name in self.names)
             begin = Point(sum(ours), ours, sum(before), before)
         self._blend = self._blend_from(begin)
@@ -285,10 +342,17 @@ def _epochs(names: Sequence[str], epochs: int | None | Mapping[str, int | None])
     return found
 
 
-def _same(datasets: Mapping[str, Any], attribute: str, what: str) -> None:
+def set_identity(dataset: Any) -> dict[str, Any]:
+    """Of a set of a mixture: its own, or its number of rows."""
+    return dataset.identity() if hasattr(dataset, "identity") else {"rows": len(dataset)}
+
+
+def same(datasets: Mapping[str, Any], attribute: str, what: str, whole: str) -> Any:
+    """The attribute that all sets have which have it at all; None if none does."""
     known = [(name, value) for name, d in datasets.items() if (value := getattr(d, attribute, None)) is not None]
     for name, value in known[1:]:
         if value != known[0][1]:
             raise ValueError(
-                f"the set {name!r} has {what} ({value!r}) than {known[0][0]!r} ({known[0][1]!r}); a mixture has one."
+                f"the set {name!r} has {what} ({value!r}) than {known[0][0]!r} ({known[0][1]!r}); {whole} has one."
             )
+    return known[0][1] if known else None

@@ -76,7 +76,7 @@ class MegatronSamples:
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         return self.shuffle[places].astype(np.int64)
 
-    def read(self, numbers: np.ndarray) -> Rows:
+    def read(self, numbers: np.ndarray, epoch: int = 0) -> Rows:
         pieces = [(self.file, self._pieces(number * self.length)) for number in numbers.tolist()]
         rows = read_pieces(pieces, self.length, use_loss=False, masked=self.masked)
         if not self.masked:
@@ -156,7 +156,7 @@ class NanosetSamples:
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         return self.numbers[places % len(self.numbers)]
 
-    def read(self, numbers: np.ndarray) -> Rows:
+    def read(self, numbers: np.ndarray, epoch: int = 0) -> Rows:
         return self.rows.read(numbers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,8 +29,17 @@ class RowReader(Protocol):
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """`[n]` numbers of the rows at these places of a shuffled epoch."""
 
-    def read(self, numbers: np.ndarray) -> Rows:
-        """Rows by number."""
+    def read(self, numbers: np.ndarray, epoch: int = 0) -> Rows:
+        """Rows of an epoch by number."""
+
+
+class FirstToken(NamedTuple):
+    """Where rows of another length began in one epoch: `row` of `file` begins at its `token`."""
+
+    epoch: int
+    file: int
+    row: int
+    token: int
 
 
 class CutRows:
@@ -55,6 +64,7 @@ class CutRows:
         self.files, self.length, self.masked, self.use_loss = files, length, masked, use_loss
         self.eos_token_id, self.stride = eos_token_id, stride or length
         self.ends = np.cumsum([file.tokens // self.stride for file in files], dtype=np.int64)
+        self.shift: FirstToken | None = None
         self._permutation = Permutation(len(self))
         if masked and eos_token_id is None:
             refuse_without_documents(files)
@@ -67,14 +77,36 @@ class CutRows:
             self._permutation = Permutation(len(self), seed, epoch)
         return self._permutation(places)
 
-    def read(self, numbers: np.ndarray) -> Rows:
-        length = self.length
+    def first_row(self, file: int) -> int:
+        """The number of a file's first row."""
+        return int(self.ends[file - 1]) if file else 0
+
+    def place_of(self, number: int, epoch: int) -> tuple[int, int]:
+        """The file and token with which a row begins."""
+        file = int(np.searchsorted(self.ends, number, "right"))
+        row, shift = number - self.first_row(file), self.shift
+        if shift is not None and (shift.epoch, shift.file) == (epoch, file) and row >= shift.row:
+            return file, shift.token + (row - shift.row) * self.stride
+        return file, row * self.stride
+
+    def begin_at(self, epoch: int, file: int, token: int) -> int:
+        """Cut this file anew from a token on, in this epoch: the number of the row that then begins there.
+
+        It is of the next file if what is left of this one is no row.
+        """
+        rows = self.files[file].tokens // self.stride
+        row = rows - (self.files[file].tokens - token) // self.stride
+        self.shift = FirstToken(epoch, file, row, token) if token % self.stride else None
+        return self.first_row(file) + row
+
+    def read(self, numbers: np.ndarray, epoch: int = 0) -> Rows:
+        length, shift = self.length, self.shift
         chosen = np.searchsorted(self.ends, numbers, "right")
-        first_rows = np.where(chosen > 0, self.ends[chosen - 1], 0)
-        spans = [
-            (self.files[f], s, s + length)
-            for f, s in zip(chosen.tolist(), ((numbers - first_rows) * self.stride).tolist(), strict=True)
-        ]
+        starts = (numbers - np.where(chosen > 0, self.ends[chosen - 1], 0)) * self.stride
+        if shift is not None and shift.epoch == epoch:
+            moved = (chosen == shift.file) & (starts >= shift.row * self.stride)
+            starts[moved] += shift.token - shift.row * self.stride
+        spans = [(self.files[f], s, s + length) for f, s in zip(chosen.tolist(), starts.tolist(), strict=True)]
         prefetch([(file, start, stop + 1) for file, start, stop in spans])
         rows = empty_rows(len(numbers), length)
         for row, (file, start, stop) in enumerate(spans):
@@ -163,7 +195,7 @@ class PackedDocuments:
             self._epoch = (seed, epoch, order, ends)
         return self._epoch[2:]
 
-    def read(self, numbers: np.ndarray) -> Rows:
+    def read(self, numbers: np.ndarray, epoch: int = 0) -> Rows:
         windows = np.searchsorted(self.ends, numbers, "right")
         first_rows = np.where(windows > 0, self.ends[windows - 1], 0)
         pieces = [

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from torch.utils.data import Dataset
 
+from ..identity import FileFacts, file_prints
 from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache
 from .packing import WINDOW
 from .peer_orders import MegatronSamples, NanosetSamples
@@ -67,6 +68,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         files: the `TokenFile`s.
         epoch: whose order is read.
         tokenizer: name of it in the files' metadata; None if none is told.
+        name: of the first of `paths`, without its folder and ending.
     """
 
     def __init__(
@@ -100,11 +102,16 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self.sequence_length, self.documents, self.seed, self.shuffle = sequence_length, documents, seed, shuffle
         self.eos_token_id, self.loss_mask, self.epoch = eos_token_id, loss_mask, 0
         self.peer = order
+        self._order_options: dict[str, Any] = {"pack_window": pack_window} if documents == "pack" else {}
+        if order is not None:
+            weights = None if folder_weights is None else [float(weight) for weight in folder_weights]
+            self._order_options = {"samples": samples, "folder_weights": weights, "split": list(split)}
         if order is None and (samples is not None or folder_weights is not None or split != (0.0, 1.0)):
             raise ValueError("samples, folder_weights and split belong to order='megatron' or 'nanoset'.")
         listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not listed:
             raise FileNotFoundError("no path was given: name files of tokens, or folders of them.")
+        self.name = os.path.basename(os.fspath(listed[0]).rstrip("/")).split(".")[0]
         cache = BlockCache(block_bytes, cache_bytes, dict(storage_options or {}))
         opened = [
             open_token_files(os.fspath(path), token_size=token_size, dtype=dtype, vocab_size=vocab_size, cache=cache)
@@ -166,7 +173,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         if wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"row {np.asarray(places).tolist()} of a dataset with {len(self)} rows")
-        return self._reader.read(self.order(self.epoch if epoch is None else epoch, wanted))
+        epoch = self.epoch if epoch is None else epoch
+        return self._reader.read(self.order(epoch, wanted), epoch)
 
     def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([place])[0]
@@ -176,22 +184,48 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         columns = {name: torch.from_numpy(array) for name, array in self.rows(places).items()}
         return [{name: column[row] for name, column in columns.items()} for row in range(len(places))]
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether rows come in the order of the files, so that rows of another length can go on from a token."""
+        return isinstance(self._reader, CutRows) and not self.shuffle
+
+    def token_after(self, rows: int) -> tuple[int, int, int]:
+        """Behind so many rows: the epoch, the file (its place in `files`) and the token. See `counts_tokens`."""
+        assert isinstance(self._reader, CutRows)
+        epoch, row = divmod(rows, len(self))
+        if not row:
+            return epoch, 0, 0
+        file, token = self._reader.place_of(row - 1, epoch)
+        return epoch, file, token + self.sequence_length
+
+    def from_token(self, epoch: int, file: int, token: int) -> tuple[TokenDataset, int]:
+        """The same set, whose rows of this epoch go on from a token; and how many rows come before it.
+
+        In this file and epoch, rows lie from there on behind each other; all others are as before.
+        """
+        other, reader = copy.copy(self), copy.copy(self._reader)
+        assert isinstance(reader, CutRows)
+        other._reader = reader
+        return other, epoch * len(self) + reader.begin_at(epoch, file, token)
+
     def identity(self) -> dict[str, Any]:
-        """What the rows and their order depend on, to be compared when a run is resumed.
+        """What the rows and their order depend on, to be compared when a run is resumed (see `data.identity`).
 
         `files` changes with the name, length or time of a file, as far as its file system tells them.
         """
-        hasher = xxhash.xxh3_64()
-        for file in self.files:
-            hasher.update(f"{os.path.basename(file.path)}|{file.file.size}|{file.dtype}|{file.version}\n".encode())
+        facts = [
+            FileFacts(os.path.basename(file.path), f"{file.file.size}|{file.dtype}", str(file.version))
+            for file in self.files
+        ]
         return {
-            "files": hasher.intdigest(),
+            "files": file_prints(facts),
             "tokens": self.tokens,
             "sequence_length": self.sequence_length,
             "documents": self.documents,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "order": self.peer,
+            **self._order_options,
             "rows": len(self),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +22,9 @@ from ..mesh import Group
 CHUNK_TOKENS = 4096
 CHUNK_BYTES = 2**30  # fewer, if their logits take more
 TILE = 256  # tokens: matrix products work in whole tiles
+
+# Is told the loss of each token `[B * S]`, zero where nothing is predicted, and where something is. No gradient.
+NoteLosses = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class _VocabParallelNLL(torch.autograd.Function):
@@ -69,6 +73,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
     z_loss: float = 0.0,
+    note: NoteLosses | None = None,
 ) -> torch.Tensor:
     """Next-token loss, as `transformers.loss.ForCausalLMLoss`, over a slice of the vocabulary.
 
@@ -78,6 +83,7 @@ def causal_lm_loss(
         start: first global id of our slice.
         num_items_in_batch: divisor of the summed loss; the number of predicted tokens if None.
         z_loss: coefficient of `log(Z)^2`, added for each predicted token.
+        note: is told the loss of each token, the same on every rank of `group`.
 
     Returns:
         A scalar in fp32, the same on every rank of `group`.
@@ -85,13 +91,25 @@ def causal_lm_loss(
     target, keep, items = _targets(labels, shift_labels, num_items_in_batch, logits.device)
     rows = logits.reshape(-1, logits.shape[-1])
     nll = _VocabParallelNLL.apply(rows, target.masked_fill(~keep, 0), start, group, z_loss)
-    return nll.masked_fill(~keep, 0.0).sum() / items
+    losses = nll.masked_fill(~keep, 0.0)
+    if note is not None:
+        note(losses.detach(), keep)
+    return losses.sum() / items
 
 
 def predicted_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
     """Number of tokens of a micro-batch that are predicted, on its device; 1 if there are none."""
     targets = labels[..., 1:] if shift_labels is None else shift_labels
     return (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def predicted(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """`[B, S]` bool: whether a token predicts something."""
+    return _shifted(labels, shift_labels) != IGNORE_INDEX
+
+
+def _shifted(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> torch.Tensor:
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
 
 
 def _targets(
@@ -101,9 +119,7 @@ def _targets(
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]:
     """What each token predicts `[B * S]`, where that counts, and what the summed loss is divided by."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-    target = shift_labels.reshape(-1).to(device)
+    target = _shifted(labels, shift_labels).reshape(-1).to(device)
     keep = target != IGNORE_INDEX
     if num_items_in_batch is None:
         return target, keep, keep.sum()
@@ -131,6 +147,7 @@ class _Head:
     chunk: int
     sink: EarlyWeightGradient | None
     differentiates: bool
+    note: NoteLosses | None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -186,7 +203,10 @@ class _LinearLoss(torch.autograd.Function):
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         ctx.added_early = wants[1] and head.sink is not None
-        return losses.masked_fill_(~keep, 0.0).sum() / items
+        losses.masked_fill_(~keep, 0.0)
+        if head.note is not None:
+            head.note(losses, keep)
+        return losses.sum() / items
 
     @staticmethod
     @once_differentiable
@@ -256,6 +276,7 @@ def linear_causal_lm_loss(
     chunk: int | None = None,
     scale: float = 1.0,
     weight_gradient: WeightGradient | None = None,
+    note: NoteLosses | None = None,
 ) -> torch.Tensor:
     """`causal_lm_loss` of `scale * (hidden @ weight.T + bias)`, without the logits.
 
@@ -267,7 +288,7 @@ def linear_causal_lm_loss(
         hidden: `[B, S, H]`, the same on every rank of `group`.
         weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
         bias: `[V_local]` or None.
-        labels, start, group, num_items_in_batch, shift_labels, z_loss: as in `causal_lm_loss`.
+        labels, start, group, num_items_in_batch, shift_labels, z_loss, note: as in `causal_lm_loss`.
         chunk: tokens at a time, the same on every rank of `group`; by default see `chunk_size`, for slices of one
             length.
         scale: multiplies the head's output.
@@ -289,6 +310,6 @@ def linear_causal_lm_loss(
         )
     differentiates = torch.is_grad_enabled()
     sink = _early_sink(weight_gradient, weight, hidden.dtype) if differentiates else None
-    head = _Head(start, group, z_loss, scale, chunk, sink, differentiates)
+    head = _Head(start, group, z_loss, scale, chunk, sink, differentiates, note)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return _LinearLoss.apply(rows, weight, bias, target, keep, items, head)

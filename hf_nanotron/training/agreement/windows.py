@@ -23,16 +23,14 @@ class WindowAgreement:
     Args:
         check: sends and reads what is told.
         guard: holds the verdict on the gradient of the step before, which is read first.
-        refuse: raises an error for a batch that the layout cannot have.
+        examine: raises an error for a window of this rank that cannot be trained on.
 
     Attributes:
         counted: predicted tokens of the window, over all ranks.
     """
 
-    def __init__(
-        self, check: WindowCheck, guard: NonFiniteGuard, refuse: Callable[[dict[str, Any]], None] = lambda batch: None
-    ) -> None:
-        self.check, self.guard, self._refuse = check, guard, refuse
+    def __init__(self, check: WindowCheck, guard: NonFiniteGuard, examine: Callable[[list[Any]], None]) -> None:
+        self.check, self.guard, self._examine = check, guard, examine
         self.counted = 0
         self.begin_epoch(None)
 
@@ -75,8 +73,7 @@ class WindowAgreement:
         failure, count = self._failure, None
         try:
             count = predicted_tokens(window)
-            for batch in window:
-                self._refuse(batch)
+            self._examine(window)
         except Exception as error:
             failure = failure or error
         pending = self.check.start(
@@ -98,7 +95,12 @@ class WindowAgreement:
             self._told -= 1
             return
         self.read_verdict()
-        self._pending = self.check.start([inputs]), f"optimizer step {step}"
+        failure: Exception | None = None
+        try:
+            self._examine([inputs])
+        except Exception as error:
+            failure = error
+        self._pending = self.check.start([inputs], failure=failure), f"optimizer step {step}"
 
     def read_verdict(self) -> None:
         """Of the gradient of the step before, and of the window that has been read since."""

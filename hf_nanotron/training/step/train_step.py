@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...models.calling import CONTEXT
+from ...models.training_loss import DomainSums
 from ...parallel.cp.plan import ContextPlan
 from ...parallel.pipeline.executor import StepHooks
 from ...parallel.pipeline.schedule import Action, Tick, build_table, compute_order
@@ -24,7 +25,13 @@ class TrainStep:
         self.state = state
         self._tables: dict[int, tuple[Tick, ...]] = {}
 
-    def run(self, micro_batches: list[dict[str, Any]], step: int, own_loss: StepLoss | None = None) -> torch.Tensor:
+    def run(
+        self,
+        micro_batches: list[dict[str, Any]],
+        step: int,
+        own_loss: StepLoss | None = None,
+        domains: DomainSums | None = None,
+    ) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
         Args:
@@ -33,6 +40,8 @@ class TrainStep:
                 micro-batches and data-parallel ranks; perhaps `LOSS_WEIGHT`.
             step: optimizer step, for the dropout streams.
             own_loss: where the loss comes from; of a model that makes no logits, None.
+            domains: is given the losses of the micro-batches' tokens; of an `own_loss`, only where something is
+                predicted.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -43,11 +52,15 @@ class TrainStep:
         window = make_window(self.state, micro_batches, own_loss)
         table = self._table(len(micro_batches))
         with ExitStack() as stack:
-            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step))
+            plain = domains if own_loss is None else None
+            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain))
             for context in window.contexts:
                 stack.enter_context(context)
             losses = model.executor.run(table, window.stages, window.inputs, hooks)
         weights.finish()
+        if domains is not None and own_loss is not None:
+            for domains.index, micro_batch in enumerate(micro_batches):
+                domains.note_labels(micro_batch)
         return torch.stack(list(losses.values())).sum() if losses else torch.zeros((), device=model.mesh.device)
 
     def _table(self, num_micro_batches: int) -> tuple[Tick, ...]:
@@ -61,8 +74,15 @@ class TrainStep:
 class TrainingHooks(StepHooks):
     """Tells weights and model which micro-batch runs. What it says ends with the block, also one that fails."""
 
-    def __init__(self, state: TrainingState, window: StepWindow, table: Sequence[Tick], step: int) -> None:
-        self.state, self.window, self.step = state, window, step
+    def __init__(
+        self,
+        state: TrainingState,
+        window: StepWindow,
+        table: Sequence[Tick],
+        step: int,
+        domains: DomainSums | None = None,
+    ) -> None:
+        self.state, self.window, self.step, self.domains = state, window, step, domains
         self.splits = state.model.parallel.splits_backward
         ends = "W" if self.splits else "B"  # what computes the weight gradients of a micro-batch
         self.last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
@@ -70,11 +90,12 @@ class TrainingHooks(StepHooks):
     def __enter__(self) -> TrainingHooks:
         if self.state.fp8 is not None:
             self.state.fp8.begin()
+        self.state.model.training_loss.domains = self.domains
         return self
 
     def __exit__(self, *error: object) -> None:
         state, model = self.state, self.state.model
-        model.training_loss.micro_batch = None
+        model.training_loss.micro_batch = model.training_loss.domains = None
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
         for stateful in (state.noise, model.streams, state.fp8):
@@ -84,6 +105,8 @@ class TrainingHooks(StepHooks):
     def on_forward(self, action: Action) -> None:
         model, window, index = self.state.model, self.window, action.micro_batch
         model.training_loss.micro_batch = window.handed[index]
+        if self.domains is not None:
+            self.domains.index = index
         place = index * model.mesh.dp_size + model.mesh.dp_rank  # among all micro-batches of the step
         if self.state.noise is not None:
             plan: ContextPlan | None = window.inputs[index].get(CONTEXT)

@@ -16,7 +16,7 @@ from ...data.padding import KNOWN, pad_sequence
 from ...models.calling import CONTEXT
 from ...models.stage import LOSS_WEIGHT, Stage
 from ...models.training_loss import MicroBatch
-from ...parallel.batch import batch_shape, ones_like_tokens
+from ...parallel.batch import DOMAIN, batch_shape, ones_like_tokens
 from ...parallel.cp.plan import ContextPlan
 from ...prepare.attention import Documents, document_inputs, documents_of
 from ...prepare.training_state import TrainingState
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 ROUTER_MASK = "router_mask"  # of a micro-batch: `[B, S]`, 0 for tokens that no loss over routers counts
 DOCUMENTS = "documents"  # of a micro-batch: what `documents_of` found on the host
-OURS = (ROUTER_MASK, DOCUMENTS, COUNTED)  # what the model is not called with
+OURS = (ROUTER_MASK, DOCUMENTS, COUNTED, DOMAIN)  # what the model is not called with, unless its forward names it
 
 Batch = dict[str, Any]
 
@@ -67,8 +67,9 @@ def make_window(state: TrainingState, micro_batches: list[Batch], own_loss: Step
     own = model.own_columns
     if calls_model:  # who calls the model takes out what is for the loss
         own |= {name for batch in micro_batches for name in batch} - KNOWN
+    left_out = {ROUTER_MASK, DOCUMENTS, COUNTED} | ({DOMAIN} - own)
     inputs = [
-        {name: value for name, value in pad_sequence(batch, multiple, (*OURS, *own)).items() if name not in OURS}
+        {name: value for name, value in pad_sequence(batch, multiple, (*OURS, *own)).items() if name not in left_out}
         for batch in micro_batches
     ]
     handed: list[MicroBatch | None] = [None] * len(inputs)

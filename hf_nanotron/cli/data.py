@@ -1,0 +1,98 @@
+"""The data of `hf-nanotron train`: what its plan asks for is opened, and rows become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data.ordered import DOMAIN
+from ..data.padding import PADDING
+from ..data.tokens.mixture import Mixture
+from ..data.tokens.token_dataset import TokenDataset
+from ..ops.cross_entropy import IGNORE_INDEX
+from ..redaction import printable
+from .data_plan import DataPlan, SetPlan
+from .errors import SettingsError
+from .table_data import load_table
+
+
+def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
+    """What to train on, and what to evaluate on (None, a dataset, or datasets by name).
+
+    `seed` is that of orders, where the plan has none. The tokenizer, if there is one, tells the end of a document and
+    how many ids there are, where the plan does not.
+    """
+    seed = seed if plan.seed is None else plan.seed
+    train = _open(plan.train, tokenizer, seed)
+    if isinstance(plan.evaluation, dict):
+        return train, {name: _open_for_evaluation(part, tokenizer) for name, part in plan.evaluation.items()}
+    return train, None if plan.evaluation is None else _open_for_evaluation(plan.evaluation, tokenizer)
+
+
+def _open(plan: Any, tokenizer: Any, seed: int) -> Any:
+    if isinstance(plan, SetPlan):
+        return load_table(plan, tokenizer) if plan.kind == "path" else _tokens(plan, tokenizer, seed)
+    sets = {name: _open(part, tokenizer, seed) for name, part in plan.sets.items()}
+    try:
+        return Mixture(sets, plan.weights, seed, plan.max_epochs, plan.when_exhausted)
+    except ValueError as error:
+        raise SettingsError(f"{plan.where}.mixture: {error}") from error
+
+
+def _open_for_evaluation(plan: SetPlan, tokenizer: Any) -> Any:
+    """Rows in the order of the files, unless a peer's order was asked for."""
+    if plan.kind == "tokens" and "order" not in plan.options:
+        plan = SetPlan(plan.where, plan.kind, {"shuffle": False, **plan.options})
+    return _open(plan, tokenizer, 0)
+
+
+def _tokens(plan: SetPlan, tokenizer: Any, seed: int) -> TokenDataset:
+    options = {"seed": seed, **plan.options}
+    paths = options.pop("tokens")
+    if "split" in options:
+        options["split"] = tuple(options["split"])
+    if tokenizer is not None:
+        options.setdefault("vocab_size", len(tokenizer))
+        if tokenizer.eos_token_id is not None:
+            options.setdefault("eos_token_id", tokenizer.eos_token_id)
+    try:
+        return TokenDataset(paths, **options)
+    except (ValueError, TypeError, OSError) as error:
+        raise SettingsError(printable(f"{plan.where}: {error}")) from error
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows as a batch of int64 `[B, S]`, padded on the right where they differ in length; of mixtures, `domain` `[B]`.
+
+    Rows without labels predict themselves. Where some rows have `shift_labels`, `position_ids` or an `attention_mask`,
+    as those of one set of a mixture may, the others get what they mean without.
+    """
+    columns = [{name: torch.as_tensor(row[name]) for name in PADDING if name in row} for row in rows]
+    for row in columns:
+        row.setdefault("labels", row["input_ids"])
+        if len(row["labels"]) != len(row["input_ids"]):
+            raise ValueError(f"a sample has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels.")
+    names = [name for name in PADDING if any(name in row for row in columns)]
+    for row in columns:
+        for name in names:
+            if name not in row:
+                row[name] = MEANT[name](row)
+    batch = {
+        name: pad_sequence([row[name] for row in columns], batch_first=True, padding_value=PADDING[name])
+        for name in names
+    }
+    if DOMAIN in rows[0]:
+        batch[DOMAIN] = torch.stack([torch.as_tensor(row[DOMAIN]) for row in rows])
+    return batch
+
+
+# What a row without a column means.
+MEANT: dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]] = {
+    "shift_labels": lambda row: F.pad(row["labels"][1:], (0, 1), value=IGNORE_INDEX),
+    "position_ids": lambda row: torch.arange(len(row["input_ids"])),
+    "attention_mask": lambda row: torch.ones_like(row["input_ids"]),
+}
