@@ -182,12 +182,13 @@ def _errors(
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
     numbers, steps = sizes.pop("micro_batches"), sizes.pop("steps", None)
     documents = sizes.pop("documents", (TOKENS,))
-    if "cp_size" in sizes:  # whose attention stands for sdpa alone
-        overrides = {**overrides, "attn_implementation": "sdpa"}
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
         try:
-            model = parallelize(tiny_model(family, **overrides), mesh)
+            stock = tiny_model(family, **overrides)
+            if mesh.cp_size > 1 and stock._supports_sdpa:  # whose attention stands for it alone
+                stock.set_attn_implementation("sdpa")
+            model = parallelize(stock, mesh)
             attention = choose_context_attention(model, torch.float32, mesh.device)[0] if mesh.cp_size > 1 else None
         except ValueError as error:
             dist.barrier()  # every rank refuses, and none closes its groups while another still opens them

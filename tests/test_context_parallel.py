@@ -14,20 +14,17 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from family_runs import KNOWN, compare as compare_family, reference as family_reference, tiny_model
+from family_runs import tiny_model
 from pool import WorkerPool
 from test_parity import HEADER as COLUMNS, TOLERANCE, checkpoint, llama_for, relative
 from tiny import History, message, tiny_config, train_parallel, train_stock, training_arguments
 from transformers import AutoModelForCausalLM
 
-from hf_nanotron.models.stock.families import FAST_ATTENTION
 from hf_nanotron.parallel.cp.plan import make_context_plan
 
 TITLE = "context parallelism: relative error against stock Trainer in one process, four steps in fp32"
 HEADER = COLUMNS
 ROWS: list[str] = []  # conftest.py prints them when all tests have run
-FAMILY_TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "gradient": 2e-5}
-ONE_STEP = (2,)
 LENGTH = 22  # which is filled up on every layout
 DOCUMENTS = ([22], [1, 13, 8], [5, 17], [3, 3, 3, 3, 10])
 
@@ -228,30 +225,6 @@ def train_without_bounds(directory: str) -> History:
 
     with mock.patch.object(context, "make_context_plan", bounds_of_rows):
         return train(directory, "packed", {"cp_size": 2, "gradient_accumulation_steps": 2})
-
-
-# ---- families ----
-
-DEFAULT = ("mistral", "gemma3_text", "qwen3_moe", "deepseek_v3")
-DOCUMENT_ROWS = ((22,), (9, 1, 12))
-FAMILY_LAYOUTS = [
-    {"cp_size": 2, "documents": documents, "micro_batches": ONE_STEP, **mode}
-    for documents in DOCUMENT_ROWS
-    for mode in ({}, {"cp_mode": "heads"})
-]
-
-
-@pytest.mark.parametrize("family", sorted(set(FAST_ATTENTION) & set(KNOWN)))
-def test_families(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, family: str) -> None:
-    if family not in DEFAULT and not pytestconfig.getoption("full_matrix"):
-        pytest.skip("runs with --full-matrix")
-    path = tmp_path / "reference.pt"
-    references = {rows: family_reference(family, ONE_STEP, rows, attn_implementation="sdpa") for rows in DOCUMENT_ROWS}
-    torch.save(references, path)
-    for results in zip(*pool.run(2, compare_family, family, str(path), FAMILY_LAYOUTS, {}), strict=True):
-        assert not isinstance(results[0], str), results[0]
-        for kind, most in FAMILY_TOLERANCE.items():
-            assert max(result[kind] for result in results) <= most, results
 
 
 # ---- refusals ----
