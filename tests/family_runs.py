@@ -173,7 +173,7 @@ def _errors(
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
-    from hf_nanotron.prepare.context_attention import choose_context_attention, let_rotary_see_rows
+    from hf_nanotron.prepare.context_attention import choose_context_attention, let_parts_see_rows
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
     from hf_nanotron.training.step.micro_batches import make_micro_batches
@@ -203,7 +203,7 @@ def _errors(
             }
         weights = shard_weights(model, torch.float32, 1 << 16)
         state = TrainingState(model, weights, attention=attention)
-        let_rotary_see_rows(model)
+        let_parts_see_rows(model)
         step = TrainStep(state)
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
         every = micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers, documents)[:steps]

@@ -247,7 +247,7 @@ def refusals() -> dict[str, str]:
         told[name] = message(run)
 
     attempt("stock attention", attention="stock")
-    attempt("convolutions", tiny_model("lfm2", attn_implementation="sdpa").config)
+    attempt("convolutions", tiny_model("zaya", attn_implementation="sdpa").config)
     attempt("dropout", tiny_config(attention_dropout=0.1))
     attempt("heads", tiny_config(num_attention_heads=3, num_key_value_heads=3, hidden_size=24), cp_mode="heads")
     attempt("named attention", trainer={"of_model": {"attn_implementation": "eager"}})
@@ -264,7 +264,7 @@ def left_padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 REFUSALS = {
     "stock attention": "attention='stock' with cp_size=2: the model's own attention would see the tokens of one rank",
-    "convolutions": "cp_size=2 is not supported for Lfm2ForCausalLM: Lfm2ShortConv mixes tokens otherwise than by",
+    "convolutions": "cp_size=2 is not supported for ZayaForCausalLM: convolutions in its attention mix neighbouring",
     "dropout": "attention_dropout above 0",
     "heads": "cp_mode='heads' needs attention heads (3 / tp_size=1) that cp_size divides; use 'gather'",
     "named attention": "attn_implementation was given",

@@ -104,7 +104,7 @@ def test_family(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, f
     ROWS[family] = {**record, "cells": {**ROWS.get(family, record)["cells"], **record["cells"]}}
 
 
-NO_CONTEXT = {"lara_mini", "lfm2", "lfm2_moe", "lfm3", "minimax"}  # layers that mix tokens otherwise
+NO_CONTEXT: set[str] = set()
 SHARED_BY_DEFAULT = ("mistral", "gemma3_text", "qwen3_moe", "deepseek_v3", "lfm2")
 
 

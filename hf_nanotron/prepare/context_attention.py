@@ -22,11 +22,13 @@ from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.collectives import all_reduce
 from ..parallel.cp.plan import ContextPlan
+from ..parallel.cp.whole_region import WholeRowRegion
 from ..parallel.mesh import Group
 from .attention import KERNELS, PECULIAR, Attention, why_stock
 
 GROWING = ("dynamic", "longrope")  # rotary embeddings that go by the largest position they see
-ROTARY = "rotary embeddings that see the largest position of a row"  # among the decorations of a model
+SEE_ROWS = "parts that see whole rows"  # among the decorations of a model
+NAMED = "_context"  # how the names of our attention functions end
 
 
 def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: torch.device) -> tuple[Attention, str]:
@@ -42,7 +44,7 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
         kind = "fa4" if flash_attention_4()[0] is not None else "torch"
     chosen = f"attention: {kind}, of rows shared by {sizes} ranks (cp_mode={model.parallel.cp_mode!r})"
-    return Attention(f"{kind}_context", True, windows_of(model)), chosen
+    return Attention(f"{kind}{NAMED}", True, windows_of(model)), chosen
 
 
 def windows_of(model: ParallelModel) -> tuple[int | None, ...]:
@@ -67,27 +69,33 @@ def why_not(model: ParallelModel) -> str | None:
         return reason
     if kind in NO_DOCUMENTS:
         return f"{kind!r} does not hand keyword arguments on to its attention"
-    mixing = [block for _, block in model.anatomy.blocks() if mixes_tokens(block)]
-    if others := {type(x).__name__ for x in mixing if not any(hasattr(part, "is_causal") for part in x.modules())}:
-        return f"{', '.join(sorted(others))} mixes tokens otherwise than by attention"
     heads, tp = config.num_attention_heads, model.mesh.tp_size
     if model.parallel.cp_mode == "heads" and (heads // tp) % model.mesh.cp_size:
         return f"cp_mode='heads' needs attention heads ({heads} / tp_size={tp}) that cp_size divides; use 'gather'"
     return None
 
 
-def let_rotary_see_rows(model: ParallelModel) -> None:
-    """Have rotary embeddings that grow with the largest position go by that of all context-parallel ranks."""
-    model.decorations.remove(ROTARY, model)
+def let_parts_see_rows(model: ParallelModel) -> None:
+    """Have what cannot work on a part of a row see more of it: blocks that mix tokens otherwise than by attention, and
+    rotary embeddings that grow with the largest position.
+    """
+    model.decorations.remove(SEE_ROWS, model)
     group = model.mesh.cp
+    if group.size == 1:
+        return
     hooks = []
-    for module in model.modules() if group.size > 1 else ():
+    config = model.config.get_text_config()
+    region_of = functools.partial(WholeRowRegion, CONTEXT, lambda: config._attn_implementation.endswith(NAMED))
+    for _, block in model.anatomy.blocks():
+        if mixes_tokens(block) and not any(hasattr(part, "is_causal") for part in block.modules()):
+            hooks += region_of().attach(block)
+    for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
         if any(isinstance(kind, str) and ("dynamic" in kind or kind in GROWING) for kind in kinds):
             hooks.append(module.register_forward_pre_hook(functools.partial(_append_largest, group), with_kwargs=True))
             hooks.append(module.register_forward_hook(_drop_last))
-    model.decorations.add(ROTARY, functools.partial(_remove, hooks))
+    model.decorations.add(SEE_ROWS, functools.partial(_remove, hooks))
 
 
 def _append_largest(group: Group, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,4 +149,4 @@ def _attend(
 
 
 for _kind, _kernels in KERNELS.items():
-    AttentionInterface.register(f"hf_nanotron_{_kind}_context", functools.partial(_attend, _kernels))
+    AttentionInterface.register(f"hf_nanotron_{_kind}{NAMED}", functools.partial(_attend, _kernels))

@@ -15,7 +15,7 @@ from ..parallel.together import together
 from .attention import choose_attention
 from .checkpointing_switches import restore_switches
 from .compile import compile_layers, restore_layers
-from .context_attention import choose_context_attention, let_rotary_see_rows
+from .context_attention import choose_context_attention, let_parts_see_rows
 from .fp8 import use_fp8
 from .neftune import set_noise
 from .recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
@@ -57,6 +57,7 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8, trainable=trainable)
     restore_layers(model)  # as an earlier trainer may have left them
     restore_recomputed(model)
+    let_parts_see_rows(model)  # before it is decided what is compiled and recomputed in one piece
     _choose_recomputation(state, args)
     if args.torch_compile:
         backend = args.torch_compile_backend or "inductor"
@@ -66,7 +67,6 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
         state.attention, chosen = together(mesh, "sharing rows among ranks (cp_size)", choose)
     else:
         state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
-    let_rotary_see_rows(model)
     logger.info(chosen)
     model.training_loss.z_loss = args.z_loss_coefficient
     together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..collectives import all_gather
+from ..collectives import all_gather, gather_sequence
 from ..mesh import Group
 
 
@@ -33,6 +33,12 @@ class RowParts:
 
     def whole(self, own: torch.Tensor) -> torch.Tensor:
         """`[B, S / ranks, ...]` of every rank -> `[B, S, ...]` on all of them. No gradient."""
-        joined = all_gather(own, self.group, 1)
-        index = self.places.movedim(0, 1).flatten(1).argsort(1).to(own.device)
-        return torch.take_along_dim(joined, index.view(*index.shape, *(1,) * (own.dim() - 2)), 1)
+        return self._in_order(all_gather(own, self.group, 1))
+
+    def join(self, own: torch.Tensor) -> torch.Tensor:
+        """`whole`, whose gradient is summed over the ranks: each has that of what it makes of the whole."""
+        return self._in_order(gather_sequence(own, self.group, 1))
+
+    def _in_order(self, joined: torch.Tensor) -> torch.Tensor:
+        index = self.places.movedim(0, 1).flatten(1).argsort(1).to(joined.device)
+        return torch.take_along_dim(joined, index.view(*index.shape, *(1,) * (joined.dim() - 2)), 1)
