@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from family_runs import tiny_model
-from pool import WorkerPool
+from family_runs import compare as compare_family, reference as family_reference, tiny_model
+from pool import JobError, WorkerPool
 from test_parity import HEADER as COLUMNS, TOLERANCE, checkpoint, llama_for, relative
 from tiny import History, message, tiny_config, train_parallel, train_stock, training_arguments
 from transformers import AutoModelForCausalLM
@@ -32,8 +32,8 @@ DOCUMENTS = ([22], [1, 13, 8], [5, 17], [3, 3, 3, 3, 10])
 def samples(kind: str, samples: int = 48, vocabulary: int = 120) -> Dataset:
     """Rows, some of whose labels are ignored.
 
-    `kind`: `"whole"` rows of one document, rows `"packed"` with several that `position_ids` mark, or rows of different
-    lengths, `"padded"` on the right and with an `attention_mask`.
+    `kind`: `"whole"` rows of one document, rows `"packed"` with several that `position_ids` mark (`"bounded"`: their
+    bounds, too), or rows of different lengths, `"padded"` on the right and with an `attention_mask`.
     """
     generator = torch.Generator().manual_seed(5)
     rows = []
@@ -46,25 +46,37 @@ def samples(kind: str, samples: int = 48, vocabulary: int = 120) -> Dataset:
             hidden = index % 7
             row["labels"][LENGTH - hidden :] = [-100] * hidden
             row["attention_mask"] = [1] * (LENGTH - hidden) + [0] * hidden
-        if kind == "packed":
+        if kind in ("packed", "bounded"):
             documents = DOCUMENTS[index % len(DOCUMENTS)]
             row["position_ids"] = [place for length in documents for place in range(length)]
         rows.append(row)
     return Dataset.from_list(rows)
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def collate_with_bounds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """And the bounds of documents, as transformers' `DataCollatorWithFlattening` gives them."""
+    batch = collate(rows)
+    starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
+    bounds = torch.cat([starts, torch.tensor([batch["position_ids"].numel()])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {**batch, **{f"cu_seq_lens_{x}": bounds for x in "qk"}, **{f"max_length_{x}": longest for x in "qk"}}
+
+
+COLLATE = {"bounded": collate_with_bounds}
 
 
 @functools.cache
 def reference(directory: str, kind: str, global_batch: int, rows: int) -> History:
     sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": global_batch}
-    return train_stock(directory, samples(kind), collate=collate, **sizes)
+    return train_stock(directory, samples(kind), collate=COLLATE.get(kind, collate), **sizes)
 
 
 def train(directory: str, kind: str, sizes: dict[str, Any]) -> History:
-    return train_parallel(directory, samples(kind), collate=collate, **sizes)
+    return train_parallel(directory, samples(kind), collate=COLLATE.get(kind, collate), **sizes)
 
 
 def compare(
@@ -205,6 +217,33 @@ def test_right_padding(pool: WorkerPool) -> None:
     """With experts, whose losses over routers do not count padding."""
     directory = checkpoint("mixtral", num_hidden_layers=2, output_router_logits=True, num_local_experts=4)
     compare(pool, directory, "padded", (1, 1, 2, 1), rows=3, name="mixtral")
+
+
+def test_blocks_that_see_whole_rows(pool: WorkerPool, tmp_path: Path) -> None:
+    """Short convolutions, inside of the regions of tensor parallelism, and recomputed."""
+    path, documents = tmp_path / "reference.pt", (9, 1, 12)
+    torch.save({documents: family_reference("lfm2", (2,), documents)}, path)
+    layouts = [
+        {"cp_size": 2, "documents": documents, "micro_batches": (2,), **sizes}
+        for sizes in (
+            {"tp_size": 2},
+            {"tp_size": 2, "sequence_parallel": False, "cp_mode": "heads"},
+            {"pp_size": 2, "checkpointing": True},
+        )
+    ]
+    for rank in pool.run(4, compare_family, "lfm2", str(path), layouts, {}):
+        for errors in rank:
+            assert errors["loss"] <= 1e-6 and errors["norm"] <= 1e-5 and errors["gradient"] <= 2e-5, errors
+
+
+def test_bounds_reach_blocks_that_see_whole_rows(pool: WorkerPool, tmp_path: Path) -> None:
+    """A delta rule gets the bounds of documents that the batch has, which it needs a package for."""
+    tiny_model("lara_mini", attn_implementation="sdpa").save_pretrained(tmp_path)
+    sentence = "can't keep packed sequences apart"
+    with pytest.raises(ValueError, match=sentence):
+        reference(str(tmp_path), "bounded", 2, 1)
+    with pytest.raises(JobError, match=sentence):
+        pool.run(2, train, str(tmp_path), "bounded", {"cp_size": 2})
 
 
 def test_documents_that_see_each_other_cannot_pass(pool: WorkerPool) -> None:

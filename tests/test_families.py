@@ -115,7 +115,8 @@ def test_rows_that_ranks_share(pool: WorkerPool, pytestconfig: pytest.Config, tm
         pytest.skip("runs with --full-matrix")
     try:
         kind = AutoConfig.for_model(family, **KNOWN[family]["config"]).get_text_config().model_type
-        trains = kind in families.FAST_ATTENTION and not {kind} & {*families.NO_DOCUMENTS, *NO_CONTEXT, "zaya"}
+        trains = kind in (*families.FAST_ATTENTION, *families.CONTEXT_PARALLEL)
+        trains = trains and kind not in (*families.NO_DOCUMENTS, *families.NO_CONTEXT_PARALLEL)
         row = make_context_cells(pool, family, tmp_path, trains)
     except ImportError as error:
         if NO_STOCK.get(family, "nothing") in str(error):

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
-from ..models.stock.families import NO_CONTEXT_PARALLEL, NO_DOCUMENTS
+from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS
 from ..models.stock.plan import mixes_tokens
 from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
@@ -65,7 +65,7 @@ def why_not(model: ParallelModel) -> str | None:
     kind = config.model_type
     if kind in NO_CONTEXT_PARALLEL:
         return NO_CONTEXT_PARALLEL[kind]
-    if (reason := why_stock(model.anatomy)) is not None:
+    if (reason := why_stock(model.anatomy, (*FAST_ATTENTION, *CONTEXT_PARALLEL))) is not None:
         return reason
     if kind in NO_DOCUMENTS:
         return f"{kind!r} does not hand keyword arguments on to its attention"

@@ -279,7 +279,14 @@ FAST_ATTENTION = (
 NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
 
 
-# Those of them whose rows cannot be shared by context-parallel ranks, and why.
+# Further types whose rows context-parallel ranks can share: their attention has a causal mask and nothing else. Blocks
+# that mix tokens otherwise see whole rows.
+CONTEXT_PARALLEL = (
+    *("bailing_hybrid", "bamba", "codegen", "falcon_h1", "gptj", "hrm_text", "kimi_linear", "nemotron_h"),
+    *("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+)
+
+# Those of all whose rows cannot be shared by context-parallel ranks, and why.
 NO_CONTEXT_PARALLEL: dict[str, str] = {
     "zaya": "convolutions in its attention mix neighbouring tokens",
 }

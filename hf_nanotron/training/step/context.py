@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ...data.padding import FILLS
+from ...data.padding import FILLS, pad_sequence
 from ...models.calling import CONTEXT
 from ...ops.cross_entropy import IGNORE_INDEX
-from ...parallel.batch import EMBEDDINGS, batch_shape, ones_like_tokens
+from ...parallel.batch import EMBEDDINGS, IDS, batch_shape, ones_like_tokens
 from ...parallel.cp.plan import make_context_plan, row_length
 from ...parallel.mesh import ParallelMesh
 from ...prepare.attention import BOUNDS_OF_STOCK, KNOWN_INPUTS, Attention, documents_of
@@ -58,6 +58,9 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     assert documents is not None and attention is not None
     plan = make_context_plan(mesh, rows, length, documents.bounds, attention.windows)
     whole = {name: value for name, value in batch.items() if name not in ("attention_mask", *BOUNDS_OF_STOCK)}
+    # For blocks that see whole rows. Attention has the plan.
+    bounds = {name: batch[name] for name in (IDS, EMBEDDINGS, *BOUNDS_OF_STOCK) if batch.get(name) is not None}
+    bounds = {name: value for name, value in pad_sequence(bounds, filled).items() if name in BOUNDS_OF_STOCK}
     counted = batch.get("attention_mask")
     if missing or counted is not None:
         whole[COUNTED] = ones_like_tokens(batch) if counted is None else counted
@@ -72,4 +75,4 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
         elif isinstance(value, torch.Tensor) and value.shape[:2] == (rows, length):
             value = plan.parts.own(F.pad(value, (0, missing), value=FILLS.get(name, 0)))
         own[name] = value
-    return {**own, CONTEXT: plan}
+    return {**own, **bounds, CONTEXT: plan}
