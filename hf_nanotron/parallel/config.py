@@ -170,9 +170,9 @@ class ParallelConfig:
         dp_size = world_size // self.model_parallel_size
         copies = dp_size * self.cp_size
         if copies % self.dp_replicate_size:
-            what = f"the data-parallel size {dp_size}" + (f" x cp_size={self.cp_size}" if self.cp_size > 1 else "")
+            size = f"{dp_size} x cp_size={self.cp_size}" if self.cp_size > 1 else dp_size
             raise ValueError(
-                f"dp_replicate_size={self.dp_replicate_size} does not divide {what} (world "
+                f"dp_replicate_size={self.dp_replicate_size} does not divide the data-parallel size {size} (world "
                 f"size {world_size} / {self.model_parallel_size} ranks per model replica); it must be one of "
                 f"{[n for n in range(1, copies + 1) if copies % n == 0]}."
             )

@@ -117,7 +117,7 @@ def choose_attention(
 
 
 def why_stock(anatomy: Anatomy, tested: Collection[str] = FAST_ATTENTION) -> str | None:
-    """Why a model must keep its own attention; None if it need not. `tested`: model types that others are tested with."""
+    """Why a model must keep its own attention; None if it need not. `tested`: model types that may have another."""
     model = anatomy.model
     config = model.config.get_text_config()
     chance = [name for name in fields_of_chance(config) if "att" in name]

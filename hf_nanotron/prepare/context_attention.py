@@ -37,13 +37,14 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
     Raises:
         ValueError: for a model whose attention cannot be ours.
     """
-    sizes = f"cp_size={model.mesh.cp_size}"
     if (reason := why_not(model)) is not None:
-        raise ValueError(f"{sizes} is not supported for {model.stock_class.__name__}: {reason}; use cp_size=1.")
+        raise ValueError(
+            f"cp_size={model.mesh.cp_size} is not supported for {model.stock_class.__name__}: {reason}; use cp_size=1."
+        )
     kind = "torch"
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
         kind = "fa4" if flash_attention_4()[0] is not None else "torch"
-    chosen = f"attention: {kind}, of rows shared by {sizes} ranks (cp_mode={model.parallel.cp_mode!r})"
+    chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
     return Attention(f"{kind}{NAMED}", True, windows_of(model)), chosen
 
 
