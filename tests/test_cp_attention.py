@@ -42,7 +42,13 @@ def bounds_of(rows: list[list[int]]) -> torch.Tensor:
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[int], keys: list[int], window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: list[int],
+    keys: list[int],
+    window: int | None,
+    scale: float,
 ) -> torch.Tensor:
     """Attention of `[tokens, heads, D]` with a mask that is made pair by pair."""
     seen = torch.zeros(len(q), len(k), dtype=torch.bool)
@@ -51,7 +57,7 @@ def plain(
             last = d - (b - i)
             seen[i, max(c, last - (window or d) + 1) : last + 1] = True
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * 0.3
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
@@ -69,7 +75,7 @@ def test_bounds_of_their_own(queries: list[int], keys: list[int], window: int | 
     generator = torch.Generator().manual_seed(0)
     sizes = ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2))
     inputs = [torch.randn(*size, 8, generator=generator, dtype=dtype, requires_grad=True) for size in sizes]
-    expected = plain(*inputs, queries, keys, window)
+    expected = plain(*inputs, queries, keys, window, 0.3)
     weight = torch.randn(expected.shape, generator=generator, dtype=dtype)
     gradients = torch.autograd.grad((expected * weight).sum(), inputs)
     problem = Problem(torch.tensor(queries, dtype=torch.int32), 6, 0.3, window, torch.tensor(keys).int(), 9)

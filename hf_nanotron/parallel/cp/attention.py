@@ -160,7 +160,7 @@ def _name(group: Group) -> str:
 def _group(name: str) -> Group:
     if not name:
         return Group((0,), 0, None)
-    handle = _resolve_process_group(name)
+    handle = _resolve_process_group(cast(Any, name))  # a type of its own in new releases of torch
     return Group(tuple(dist.get_process_group_ranks(handle)), dist.get_rank(handle), handle)
 
 
