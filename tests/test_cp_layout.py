@@ -123,6 +123,14 @@ def test_a_thousand_packings_are_balanced() -> None:
     assert spent < 30  # a second or two
 
 
+def test_chunks_are_no_smaller_than_the_step_needs() -> None:
+    """Where attention is a small part of the work, its balance matters less."""
+    length = 8192
+    bounds = bounds_of([packing(np.random.default_rng(0), length, 16, 1024)], length)
+    chunks = [plan(bounds, 1, length, 8, other_work=other).chunk for other in (0, 10**6)]
+    assert chunks[0] < chunks[1] == length // 16
+
+
 def test_filled_rows() -> None:
     assert filled_length(100, 4, most_pairs=1) == 104
     assert filled_length(100, 4, tp=2, most_pairs=1) == 104
@@ -142,5 +150,8 @@ def test_what_does_not_fit_is_refused() -> None:
             plan(bounds, 1, 64, 2)
     with pytest.raises(ValueError, match="do not fill 2 rows of 64 tokens"):
         plan([0, 60, 128], 2, 64, 2)
-    with pytest.raises(ValueError, match="must be at least 1"):
-        plan([0, 64], 1, 64, 2, windows=(0,))
+    for windows in ((0,), ()):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            plan([0, 64], 1, 64, 2, windows=windows)
+    with pytest.raises(ValueError, match="other_work=-1"):
+        plan([0, 64], 1, 64, 2, other_work=-1)
