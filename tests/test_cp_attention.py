@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from pool import WorkerPool
 from test_attention import masked
+from torch._dynamo.utils import counters
 
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
 from hf_nanotron.parallel import collectives
-from hf_nanotron.parallel.cp.attention import cp_attention, device_layout
+from hf_nanotron.parallel.cp.attention import DeviceLayout, cp_attention, device_layout
 from hf_nanotron.parallel.cp.layout import plan
 from hf_nanotron.parallel.mesh import Group
 
@@ -42,7 +43,13 @@ def bounds_of(rows: list[list[int]]) -> torch.Tensor:
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[int], keys: list[int], window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: list[int],
+    keys: list[int],
+    window: int | None,
+    scale: float,
 ) -> torch.Tensor:
     """Attention of `[tokens, heads, D]` with a mask that is made pair by pair."""
     seen = torch.zeros(len(q), len(k), dtype=torch.bool)
@@ -51,7 +58,7 @@ def plain(
             last = d - (b - i)
             seen[i, max(c, last - (window or d) + 1) : last + 1] = True
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * 0.3
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
@@ -69,7 +76,7 @@ def test_bounds_of_their_own(queries: list[int], keys: list[int], window: int | 
     generator = torch.Generator().manual_seed(0)
     sizes = ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2))
     inputs = [torch.randn(*size, 8, generator=generator, dtype=dtype, requires_grad=True) for size in sizes]
-    expected = plain(*inputs, queries, keys, window)
+    expected = plain(*inputs, queries, keys, window, 0.3)
     weight = torch.randn(expected.shape, generator=generator, dtype=dtype)
     gradients = torch.autograd.grad((expected * weight).sum(), inputs)
     problem = Problem(torch.tensor(queries, dtype=torch.int32), 6, 0.3, window, torch.tensor(keys).int(), 9)
@@ -124,23 +131,27 @@ def own_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack([row[columns] for row, columns in zip(x, tokens, strict=True)])
 
 
-def every_case() -> dict[str, float]:
+def some_cases(every: bool) -> dict[str, float]:
+    """Relative to their limits."""
     found = {}
-    for mode, (name, rows), window, heads, dtype in itertools.product(
-        ("gather", "heads"), ROWS.items(), (None, 5), ((4, 4), (4, 2), (4, 1)), LIMIT
-    ):
+    names = ROWS if every else ("whole", "two packed rows")
+    shapes = ((4, 4), (4, 2), (4, 1)) if every else ((4, 2), (4, 1))
+    dtypes = tuple(LIMIT) if every else (torch.float64,)
+    for mode, name, window, heads, dtype in itertools.product(("gather", "heads"), names, (None, 5), shapes, dtypes):
+        rows = ROWS[name]
         found[f"{mode}, {name}, {window=}, {heads=}, {dtype}"] = errors(mode, rows, window, heads, dtype) / LIMIT[dtype]
     for mode in ("gather", "heads"):
-        found[f"{mode}, fewer features of values"] = (
-            errors(mode, ROWS["packed"], None, (4, 2), torch.float64, 6) / 1e-12
-        )
+        fewer = errors(mode, ROWS["packed"], None, (4, 2), torch.float64, 6)
+        found[f"{mode}, fewer features of values"] = fewer / LIMIT[torch.float64]
+    found["fp32"] = errors("gather", ROWS["packed"], None, (4, 2), torch.float32) / LIMIT[torch.float32]
     return found
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_as_in_one_process(pool: WorkerPool, size: int) -> None:
-    for rank in pool.run(size, every_case):
-        assert len(rank) == 98
+def test_as_in_one_process(pool: WorkerPool, size: int, request: pytest.FixtureRequest) -> None:
+    every = request.config.getoption("full_matrix")
+    for rank in pool.run(size, some_cases, every):
+        assert len(rank) == (99 if every else 19)
         assert max(rank.values()) < 1, max(rank.items(), key=lambda item: item[1])
 
 
@@ -223,3 +234,32 @@ def checked_operators() -> None:
 
 def test_operators_are_what_they_say_to_a_compiler(pool: WorkerPool) -> None:
     pool.run(2, checked_operators)
+
+
+def compiled_graphs(mode: str) -> tuple[float, list[int]]:
+    """The largest difference from running eagerly, and graphs after each of several layouts."""
+    group = own_group()
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: DeviceLayout) -> torch.Tensor:
+        return cp_attention(q * 1.5, k + 1, v, layout, group, "by_document", 0.3, None, mode, 1).sin()
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    difference, graphs = 0.0, []
+    for row in ([5, 59], [5, 23, 1, 1, 14, 20], [32, 32], [1] * 30 + [34], [63, 1], [10, 10, 44]):
+        made = device_layout(plan(bounds_of([row]), 1, LENGTH, group.size), group.rank, CPU)
+        inputs = [torch.randn(1, LENGTH // group.size, h, 8, requires_grad=True) for h in (4, 2, 2)]
+        results = []
+        for one in (function, compiled):
+            output = one(*inputs, made)
+            results.append((output.detach(), *torch.autograd.grad(output.sum(), inputs)))
+        difference = max(difference, *(float((x - y).abs().max()) for x, y in zip(*results, strict=True)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return difference, graphs
+
+
+@pytest.mark.parametrize("mode", ["gather", "heads"])
+def test_compiled_once_for_all_layouts(pool: WorkerPool, mode: str) -> None:
+    for difference, graphs in pool.run(2, compiled_graphs, mode):
+        assert difference == 0 and graphs == [1] * 6

@@ -65,12 +65,19 @@ def device_layout(
     """
     packed = len(layout.bounds) > layout.rows + 1
     bounds = torch.from_numpy(layout.bounds).to(torch.int32)
-    return DeviceLayout(
+    made = DeviceLayout(
         {window: calls_of(layout, rank, window).to(device) for window in dict.fromkeys(windows)},
         to_device(torch.stack(layout.places()), device),
         to_device(bounds, device) if packed else None,
         bounds.diff().max() if packed else None,
     )
+    # Or another number of documents, calls or chunks would be compiled anew.
+    changing = [(made.places, 1)] + ([] if made.bounds is None else [(made.bounds, 0)])
+    for calls in made.calls.values():
+        changing += [(calls.bounds, 1), (calls.calls, 0), (calls.spans, 0)]
+    for tensor, dim in changing:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return made
 
 
 def cp_attention(
@@ -160,7 +167,7 @@ def _name(group: Group) -> str:
 def _group(name: str) -> Group:
     if not name:
         return Group((0,), 0, None)
-    handle = _resolve_process_group(name)
+    handle = _resolve_process_group(cast(Any, name))  # a type of its own in new releases of torch
     return Group(tuple(dist.get_process_group_ranks(handle)), dist.get_rank(handle), handle)
 
 
@@ -216,8 +223,8 @@ class _Call:
 
 
 def _unpack(calls: Calls, scale: float, window: int | None) -> list[_Call]:
-    found, at, spans = [], 0, [slice(*span) for span in calls.spans.tolist()]
-    for documents, queries, keys, first, end, count in calls.calls.tolist():
+    found, at, spans = [], 0, [slice(*span) for span in calls.spans.view(-1, 2).tolist()]
+    for documents, queries, keys, first, end, count in calls.calls.view(-1, 6).tolist():
         bounds = calls.bounds[:, at : at + documents + 1]
         whole = documents == 1  # without bounds a kernel knows more
         problem = Problem(None if whole else bounds[0], queries, scale, window, None if whole else bounds[1], keys)

@@ -24,12 +24,14 @@ from .layout import Ints, Layout
 class Calls(NamedTuple):
     """The kernel calls of a rank and window, as tensors that go through an operator.
 
+    Tables are flat, for a compiler makes code of its own for sizes of 1.
+
     Attributes:
         bounds: `[2, documents + calls]`, int32, on the device: bounds of the queries and of the keys of all calls, one
             call after another, each from 0.
-        calls: `[calls, 6]`, int64, on the host: documents, most queries and most keys of one, first key and end of the
+        calls: `[calls * 6]`, int64, on the host: documents, most queries and most keys of one, first key and end of the
             keys among the tokens of all rows, spans.
-        spans: `[spans, 2]`, int64, on the host: first and end of the tokens of the rank, `[rows * tokens]`, that each
+        spans: `[spans * 2]`, int64, on the host: first and end of the tokens of the rank, `[rows * tokens]`, that each
             call has.
     """
 
@@ -75,8 +77,8 @@ def calls_of(layout: Layout, rank: int, window: int | None = None) -> Calls:
     bounds = np.concatenate([np.stack(table) for table in tables], axis=1).astype(np.int32)
     return Calls(
         torch.from_numpy(bounds),
-        torch.tensor([[int(each) for each in call] for call in numbers]),
-        torch.tensor(spans),
+        torch.tensor([int(each) for call in numbers for each in call]),
+        torch.tensor(spans).flatten(),
     )
 
 

@@ -97,6 +97,7 @@ def plan(
     size: int,
     windows: Sequence[int | None] = (None,),
     most_pairs: int = MOST_PAIRS,
+    other_work: int = 0,
 ) -> Layout:
     """Deal `rows` of `length` tokens to `size` ranks, with the fewest chunks that balance well.
 
@@ -107,13 +108,17 @@ def plan(
         windows: what the layers see, one entry for each layer or kind of layer: so many tokens including itself, or
             None for all before it.
         most_pairs: a rank has at most so many pairs of chunks of a row.
+        other_work: what the layers cost for a token besides attention, in keys that a token sees, summed over
+            `windows`: with P weights in the products of a layer, P / (2 * heads * head_dim). All ranks have the same of
+            it. The more there is, the less is gained by smaller chunks.
 
     Raises:
         ValueError: if `2 * size` does not divide `length`, or `bounds` do not describe such rows.
     """
     edges = np.unique(np.asarray(bounds, dtype=np.int64))
-    _check(edges, rows, length, size, windows, most_pairs)
+    _check(edges, rows, length, size, windows, most_pairs, other_work)
     found: Layout | None = None
+    other = other_work * rows * length / size
     for pairs in range(1, most_pairs + 1):
         if length % (2 * pairs * size):
             continue
@@ -122,18 +127,23 @@ def plan(
         layout = Layout(edges, rows, length, size, ranks, work)
         if found is None or layout.imbalance < found.imbalance:
             found = layout
-        if found.imbalance <= GOOD_BALANCE:
+        mean = found.work.mean()
+        if (found.work.max() + other) / (mean + other) <= GOOD_BALANCE:
             break
     assert found is not None
     return found
 
 
-def _check(edges: Ints, rows: int, length: int, size: int, windows: Sequence[int | None], most_pairs: int) -> None:
-    if min(rows, length, size, most_pairs) < 1 or any(window is not None and window < 1 for window in windows):
+def _check(
+    edges: Ints, rows: int, length: int, size: int, windows: Sequence[int | None], most_pairs: int, other_work: int
+) -> None:
+    if min(rows, length, size, most_pairs, len(windows)) < 1 or any(x is not None and x < 1 for x in windows):
         raise ValueError(
             f"{rows} rows of {length} tokens over {size} ranks in up to {most_pairs} pairs of chunks, windows of "
             f"{list(windows)} tokens: each must be at least 1."
         )
+    if other_work < 0:
+        raise ValueError(f"other_work={other_work} keys a token: it must not be negative.")
     if length % (2 * size):
         raise ValueError(
             f"rows of {length} tokens cannot be cut into 2 * {size} equal chunks for {size} context-parallel ranks: "
