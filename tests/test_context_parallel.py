@@ -113,7 +113,7 @@ def llama(pp: int, cp: int, tp: int, mode: str, **overrides: Any) -> str:
     """Heads that `mode` can deal, and few key-value heads: one on each rank, or fewer."""
     if mode == "heads":
         heads = next(heads for heads in (8, 6, 5, 7) if heads % (cp * tp) == 0)
-        kv_heads = {8: 2, 6: 3}.get(heads, 1)
+        kv_heads = {8: 2, 6: 2 if tp == 2 else 3}.get(heads, 1)
         overrides = {
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
@@ -258,9 +258,9 @@ def test_documents_that_see_each_other_cannot_pass(pool: WorkerPool) -> None:
 def train_without_bounds(directory: str) -> History:
     from hf_nanotron.training.step import context
 
-    def bounds_of_rows(mesh: Any, rows: int, length: int, bounds: Any, windows: Any) -> Any:
+    def bounds_of_rows(mesh: Any, rows: int, length: int, bounds: Any, *rest: Any) -> Any:
         filled = context.row_length(mesh, length)
-        return make_context_plan(mesh, rows, length, torch.arange(rows + 1) * filled, windows)
+        return make_context_plan(mesh, rows, length, torch.arange(rows + 1) * filled, *rest)
 
     with mock.patch.object(context, "make_context_plan", bounds_of_rows):
         return train(directory, "packed", {"cp_size": 2, "gradient_accumulation_steps": 2})
@@ -305,7 +305,7 @@ REFUSALS = {
     "stock attention": "attention='stock' with cp_size=2: the model's own attention would see the tokens of one rank",
     "convolutions": "cp_size=2 is not supported for ZayaForCausalLM: convolutions in its attention mix neighbouring",
     "dropout": "attention_dropout above 0",
-    "heads": "cp_mode='heads' needs attention heads (3 / tp_size=1) that cp_size divides; use 'gather'",
+    "heads": "cp_mode='heads' needs attention heads (3 / tp_size=1) that cp_size divides, or cp_mode='gather'",
     "named attention": "attn_implementation was given",
     "own loss": "cp_size=2 with compute_loss_func: a rank has its tokens' logits alone",
     "label smoothing": "cp_size=2 with label_smoothing_factor: a rank has its tokens' logits alone",

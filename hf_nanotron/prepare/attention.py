@@ -70,11 +70,13 @@ class Attention:
     Args:
         takes_documents: whether the model hands keyword arguments on to its attention.
         windows: for `cp_size` above 1, tokens that each layer of the whole model sees, None for all.
+        other_work: for `cp_size` above 1, see `parallel.cp.layout.plan`.
     """
 
     kind: str
     takes_documents: bool
     windows: tuple[int | None, ...] = ()
+    other_work: int = 0
 
     @contextlib.contextmanager
     def training(self, config: PreTrainedConfig, packed: bool) -> Iterator[None]:

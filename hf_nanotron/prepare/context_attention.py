@@ -18,6 +18,7 @@ from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
 from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS
 from ..models.stock.plan import mixes_tokens
+from ..monitor.flops import active_weights, attention_heads, head_dims
 from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.collectives import all_reduce
@@ -45,7 +46,7 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
         kind = "fa4" if flash_attention_4()[0] is not None else "torch"
     chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
-    return Attention(f"{kind}{NAMED}", True, windows_of(model)), chosen
+    return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model)), chosen
 
 
 def windows_of(model: ParallelModel) -> tuple[int | None, ...]:
@@ -60,6 +61,13 @@ def windows_of(model: ParallelModel) -> tuple[int | None, ...]:
     return tuple(sorted(found or [None], key=lambda window: (window is None, window or 0)))
 
 
+def other_work(model: ParallelModel) -> int:
+    """What the matrix products of all layers cost for a token, in keys that a token sees in one layer."""
+    config = model.config.get_text_config()
+    weights = sum(active_weights(name, shape, config) for name, shape in model.hub_shapes.items())
+    return round(weights / max(1, attention_heads(config) * sum(head_dims(config))))
+
+
 def why_not(model: ParallelModel) -> str | None:
     """Why the rows of `model` cannot be shared by ranks; None if they can."""
     config = model.config.get_text_config()
@@ -70,9 +78,24 @@ def why_not(model: ParallelModel) -> str | None:
         return reason
     if kind in NO_DOCUMENTS:
         return f"{kind!r} does not hand keyword arguments on to its attention"
-    heads, tp = config.num_attention_heads, model.mesh.tp_size
-    if model.parallel.cp_mode == "heads" and (heads // tp) % model.mesh.cp_size:
-        return f"cp_mode='heads' needs attention heads ({heads} / tp_size={tp}) that cp_size divides; use 'gather'"
+    return _why_not_by_heads(model) if model.parallel.cp_mode == "heads" else None
+
+
+def _why_not_by_heads(model: ParallelModel) -> str | None:
+    config, tp, cp = model.config.get_text_config(), model.mesh.tp_size, model.mesh.cp_size
+    heads = attention_heads(config)
+    # Latent attention makes keys and values for every head.
+    grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
+    of_rank = max(1, grouped // tp)
+    if heads // tp % cp:
+        return (
+            f"cp_mode='heads' needs attention heads ({heads} / tp_size={tp}) that cp_size divides, or cp_mode='gather'"
+        )
+    if of_rank % cp and cp % of_rank:
+        return (
+            f"cp_mode='heads' needs key-value heads ({grouped} / tp_size={tp}) that cp_size divides or is a multiple of, "
+            "or cp_mode='gather'"
+        )
     return None
 
 

@@ -46,17 +46,18 @@ class ContextPlan:
 
 
 def make_context_plan(
-    mesh: ParallelMesh, rows: int, length: int, bounds: torch.Tensor, windows: Sequence[int | None]
+    mesh: ParallelMesh, rows: int, length: int, bounds: torch.Tensor, windows: Sequence[int | None], other_work: int = 0
 ) -> ContextPlan:
     """Share `rows` of `length` tokens, filled up to `row_length`.
 
     Args:
         bounds: of documents, `[documents + 1]`, over the tokens of all filled rows, on the host.
         windows: tokens that each layer of the whole model sees, None for all.
+        other_work: see `plan`.
     """
     filled = row_length(mesh, length)
     windows = [_within(window, filled) for window in windows]
-    layout = plan(bounds, rows, filled, mesh.cp_size, windows)
+    layout = plan(bounds, rows, filled, mesh.cp_size, windows, other_work=other_work)
     places = torch.stack([layout.tokens(rank) for rank in range(mesh.cp_size)])
     kinds = tuple(dict.fromkeys((*windows, None)))  # some layers ignore the window that they say they have
     on_device = device_layout(layout, mesh.cp_rank, mesh.device, kinds)

@@ -56,7 +56,7 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     missing = filled - length
     documents = documents_of(batch, filled)
     assert documents is not None and attention is not None
-    plan = make_context_plan(mesh, rows, length, documents.bounds, attention.windows)
+    plan = make_context_plan(mesh, rows, length, documents.bounds, attention.windows, attention.other_work)
     whole = {name: value for name, value in batch.items() if name not in ("attention_mask", *BOUNDS_OF_STOCK)}
     # For blocks that see whole rows. Attention has the plan.
     bounds = {name: batch[name] for name in (IDS, EMBEDDINGS, *BOUNDS_OF_STOCK) if batch.get(name) is not None}
