@@ -7,12 +7,13 @@ would take a jump of `position_ids` for a new document, so it never runs over a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
@@ -78,6 +79,8 @@ def why_not(model: ParallelModel) -> str | None:
         return reason
     if kind in NO_DOCUMENTS:
         return f"{kind!r} does not hand keyword arguments on to its attention"
+    if model.parallel.overlaps_tp(model.mesh.device) and (blocks := _blocks_that_see_rows(model)):
+        return f"{type(blocks[0]).__name__} sees whole rows, which are not sent in parts; use tp_overlap=False"
     return _why_not_by_heads(model) if model.parallel.cp_mode == "heads" else None
 
 
@@ -93,8 +96,8 @@ def _why_not_by_heads(model: ParallelModel) -> str | None:
         )
     if of_rank % cp and cp % of_rank:
         return (
-            f"cp_mode='heads' needs key-value heads ({grouped} / tp_size={tp}) that cp_size divides or is a multiple of, "
-            "or cp_mode='gather'"
+            f"cp_mode='heads' needs key-value heads ({grouped} / tp_size={tp}) that cp_size divides or is a multiple "
+            "of, or cp_mode='gather'"
         )
     return None
 
@@ -108,31 +111,56 @@ def let_parts_see_rows(model: ParallelModel) -> None:
     if group.size == 1:
         return
     hooks = []
-    config = model.config.get_text_config()
-    region_of = functools.partial(WholeRowRegion, CONTEXT, lambda: config._attn_implementation.endswith(NAMED))
-    for _, block in model.anatomy.blocks():
-        if mixes_tokens(block) and not any(hasattr(part, "is_causal") for part in block.modules()):
-            hooks += region_of().attach(block)
+    is_dealt = functools.partial(_is_dealt, model.config.get_text_config())
+    for block in _blocks_that_see_rows(model):
+        hooks += WholeRowRegion(CONTEXT, is_dealt).attach(block)
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
         if any(isinstance(kind, str) and ("dynamic" in kind or kind in GROWING) for kind in kinds):
-            hooks.append(module.register_forward_pre_hook(functools.partial(_append_largest, group), with_kwargs=True))
-            hooks.append(module.register_forward_hook(_drop_last))
+            hooks += _LargestPosition(group, is_dealt).attach(module)
     model.decorations.add(SEE_ROWS, functools.partial(_remove, hooks))
 
 
-def _append_largest(group: Group, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    largest = all_reduce(positions.max(), group, dist.ReduceOp.MAX)
-    longer = torch.cat([positions, largest.expand(*positions.shape[:-1], 1)], -1)
-    if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": longer}
-    return (args[0], longer, *args[2:]), kwargs
+def _blocks_that_see_rows(model: ParallelModel) -> list[nn.Module]:
+    """Those that mix tokens otherwise than by attention."""
+    mixing = [block for _, block in model.anatomy.blocks() if mixes_tokens(block)]
+    return [block for block in mixing if not any(hasattr(part, "is_causal") for part in block.modules())]
 
 
-def _drop_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return tuple(part[..., :-1, :] for part in output) if isinstance(output, tuple) else output[..., :-1, :]
+def _is_dealt(config: PreTrainedConfig) -> bool:
+    """Whether a model runs over parts of rows now."""
+    return str(config._attn_implementation).endswith(NAMED)
+
+
+class _LargestPosition:
+    """Shows a rotary embedding one position more, the largest of all ranks, and takes it off again."""
+
+    def __init__(self, group: Group, is_dealt: Callable[[], bool]) -> None:
+        self.group, self.is_dealt = group, is_dealt
+        self._added = False
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True),
+            module.register_forward_hook(self.leave),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._added = self.is_dealt()
+        if not self._added:
+            return args, kwargs
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        largest = all_reduce(positions.max(), self.group, dist.ReduceOp.MAX)
+        longer = torch.cat([positions, largest.expand(*positions.shape[:-1], 1)], -1)
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": longer}
+        return (args[0], longer, *args[2:]), kwargs
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._added:
+            return output
+        return tuple(part[..., :-1, :] for part in output) if isinstance(output, tuple) else output[..., :-1, :]
 
 
 def _remove(hooks: list[Any], model: ParallelModel) -> None:

@@ -21,14 +21,12 @@ class ContextPlan:
         parts: which rank has which tokens of every row.
         layout: the same for kernels, on the device.
         length: tokens of a row before it was filled up.
-        filled: tokens of a row.
         mode: `ParallelConfig.cp_mode`.
     """
 
     parts: RowParts
     layout: DeviceLayout
     length: int
-    filled: int
     mode: str
 
     def attend(
@@ -41,7 +39,7 @@ class ContextPlan:
         window: int | None = None,
     ) -> torch.Tensor:
         """See `cp_attention`."""
-        window = _within(window, self.filled)
+        window = _within(window, query.shape[1] * self.parts.group.size)
         return cp_attention(query, key, value, self.layout, self.parts.group, kernel, scale, window, self.mode)
 
 
@@ -61,7 +59,7 @@ def make_context_plan(
     places = torch.stack([layout.tokens(rank) for rank in range(mesh.cp_size)])
     kinds = tuple(dict.fromkeys((*windows, None)))  # some layers ignore the window that they say they have
     on_device = device_layout(layout, mesh.cp_rank, mesh.device, kinds)
-    return ContextPlan(RowParts(mesh.cp, places), on_device, length, filled, mesh.parallel.cp_mode)
+    return ContextPlan(RowParts(mesh.cp, places), on_device, length, mesh.parallel.cp_mode)
 
 
 def row_length(mesh: ParallelMesh, length: int) -> int:

@@ -6,15 +6,16 @@ said by `places`, the same on all ranks of the group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ...ops.host_copy import to_device
 from ..collectives import all_gather, gather_sequence
 from ..mesh import Group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowParts:
     """How the rows of one batch are shared by the ranks of `group`.
 
@@ -25,10 +26,11 @@ class RowParts:
 
     group: Group
     places: torch.Tensor
+    _copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """`[B, S, ...]` -> this rank's tokens of each row, `[B, S / ranks, ...]`."""
-        index = self.places[self.group.rank].to(whole.device)
+        index, _ = self._indices(whole.device)
         return torch.take_along_dim(whole, index.view(*index.shape, *(1,) * (whole.dim() - 2)), 1)
 
     def whole(self, own: torch.Tensor) -> torch.Tensor:
@@ -40,5 +42,12 @@ class RowParts:
         return self._in_order(gather_sequence(own, self.group, 1))
 
     def _in_order(self, joined: torch.Tensor) -> torch.Tensor:
-        index = self.places.movedim(0, 1).flatten(1).argsort(1).to(joined.device)
+        _, index = self._indices(joined.device)
         return torch.take_along_dim(joined, index.view(*index.shape, *(1,) * (joined.dim() - 2)), 1)
+
+    def _indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """On `device`: the places of this rank's tokens, and where in the joined parts the tokens of a row are."""
+        if device not in self._copies:
+            order = self.places.movedim(0, 1).flatten(1).argsort(1)
+            self._copies[device] = to_device(self.places[self.group.rank], device), to_device(order, device)
+        return self._copies[device]
