@@ -33,6 +33,7 @@ from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, stack
+from .data.streaming.lane_stream import LaneStream
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
@@ -60,6 +61,7 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
+from .training.data_fit import fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
@@ -220,6 +222,7 @@ class NanotronTrainer(Trainer):
                 return result
         finally:
             self._garbage.release()
+            self._data_order.end_run()
             end_run(self.model)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
@@ -259,6 +262,9 @@ class NanotronTrainer(Trainer):
         dataloader_key: str | None = None,
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
+        if brings_order(dataset):
+            dataset = fitted(dataset, self.model, self.processing_class, description)
+            dataset = self._data_order.take(dataset) if is_training else dataset
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
         if brings_order(dataset) or isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
             collate = self._collator(dataset, description)
@@ -273,7 +279,8 @@ class NanotronTrainer(Trainer):
         """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, and not
         domains that have names.
         """
-        ordered, named = brings_order(dataset), getattr(dataset, "domain_names", None) is not None
+        ordered = brings_order(dataset) or isinstance(dataset, LaneStream)
+        named = getattr(dataset, "domain_names", None) is not None
         collate = stack if ordered and self.data_collator is self._default_collator else self.data_collator
         collate = self._get_collator_with_removed_columns(collate, description=description)
         if isinstance(collate, RemoveColumnsCollator):
@@ -295,6 +302,8 @@ class NanotronTrainer(Trainer):
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take."""
         self._data_order.compare(self.model.mesh, dataloader)
+        if (values := self._data_order.plan_run(dataloader, self._train_batch_size)) is not None:
+            return values
         epochs, *counts, batch, rounds, max_steps = super().set_initial_training_values(args, dataloader)
         sizes = self._train_batch_size, batch
         epochs, max_steps = self._data_order.plan(dataloader, self.train_dataset, *sizes, epochs, max_steps)
@@ -391,7 +400,7 @@ class NanotronTrainer(Trainer):
             )
             if rest is not None:  # for Trainer a short epoch from its first batch on: it has nothing to skip
                 kwargs.update(epochs_trained=-1, steps_in_epoch=rest.rounds, num_update_steps_per_epoch=rest.steps)
-                if not rest.samples:
+                if rest.is_resumed and not rest.samples:
                     self._load_rng_state(checkpoint)
             together(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
             compare_ranks(self.mesh, self._loss_choice.whose)
@@ -573,6 +582,7 @@ class NanotronTrainer(Trainer):
         else:
             checkpointer.write_model(save, self.model, with_weights)
         checkpointer.note_best(self.state, folder)
+        self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
         checkpointer.finish_save(save, self.state.best_model_checkpoint)
 
@@ -740,7 +750,10 @@ class NanotronTrainer(Trainer):
         return self._gradients.read(self._link)
 
     def data_cursor(self) -> dict[str, Any] | None:
-        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours."""
+        """Where the last optimizer step ended: for a checkpoint, equal on all ranks. None without a loader of ours.
+
+        Outside of a save, the `state` of a `TokenStream` is that of the lanes that this rank reads.
+        """
         return self._data_order.cursor(self.control, self.train_dataset)
 
     def extra_state(self) -> dict[str, Any]:

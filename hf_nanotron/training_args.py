@@ -129,6 +129,11 @@ class NanotronTrainingArguments(SecretlessArguments):
         "Seconds to wait for uploads at the end of train. Checkpoints not uploaded by then are listed and stay in "
         "output_dir.",
     )
+    accept_changed_data: bool = _option(
+        False,
+        "Resume although files of a data set have changed since the checkpoint, behind the same number of its rows. By "
+        "default that is refused, naming a file.",
+    )
     moe_capacity_factor: float | None = _option(
         None,
         "Capacity of each expert during training, as a multiple of an even load; tokens beyond it are dropped for that "

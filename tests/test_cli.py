@@ -350,7 +350,7 @@ def test_train_refuses(pool: WorkerPool, tmp_path: Path, world: int, overrides: 
         ("training: {max_step: 1}", [], "unknown key training.max_step; did you mean training.max_steps?"),
         ("", ["--learning-rat", "1"], "did you mean training.learning_rate?"),
         ("", ["--model.nameorpath", "x"], "did you mean model.name_or_path?"),
-        ("dataset: {split: a}", [], "Of a set of datasets it is train_split"),
+        ("model: {name_or_path: x}\ndataset: {path: x, split: a}", [], "Its split is train_split."),
         ("model: llama", [], "must be a mapping"),
         ("model: llama", ["--model.name_or_path", "x"], "not a section"),
         ("[1]", [], "holds a list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -18,15 +19,18 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron.cli import data as cli_data
-from hf_nanotron.cli.data_plan import TOKENS, MixturePlan, SetPlan, plan_data
-from hf_nanotron.data import TokenDataset
+from hf_nanotron.cli.data_plan import CHAT, TOKENS, MixturePlan, SetPlan, plan_data
+from hf_nanotron.cli.settings import check_complete, read_settings
+from hf_nanotron.data import ChatDataset, Mixture, Stages, TokenDataset
 
 LENGTH = 8
 
 
-def test_every_argument_of_a_token_dataset_is_a_key() -> None:
-    parameters = set(inspect.signature(TokenDataset).parameters)
-    assert {*TOKENS, "paths"} == {*parameters, "tokens"}
+def test_every_argument_of_a_dataset_is_a_key() -> None:
+    classes = ((TokenDataset, TOKENS, "tokens", "paths"), (ChatDataset, CHAT, "chat", "source"))
+    for dataset, keys, ours, theirs in classes:
+        parameters = set(inspect.signature(dataset).parameters) - {"tokenizer"}
+        assert {*keys, theirs} == {*parameters, ours}
 
 
 def plan(text: str) -> Any:
@@ -68,7 +72,7 @@ def test_sets_share_values_and_have_their_own() -> None:
 
 
 REFUSED: dict[str, str] = {
-    "{}": "dataset needs one of tokens (files of token ids), path (a set of datasets), mixture",
+    "{}": "dataset needs one of tokens (files of token ids), chat (conversations), path (a set of datasets), mixture",
     "{tokens: a, path: b}": "dataset has path and tokens; give one of them.",
     "{tokens: a, mixture: {}}": "dataset has tokens and mixture; give one of them.",
     "{tokens: a}": "dataset.tokens needs dataset.sequence_length: the tokens of a sample.",
@@ -85,7 +89,26 @@ REFUSED: dict[str, str] = {
     "{tokens: a, sequence_length: 8, order: nanoset}": "dataset.order='nanoset' needs seed: that of the run",
     "{tokens: a, sequence_length: 8, order: sorted, seed: 1}": "order='sorted' is not one of 'megatron', 'nanoset'.",
     "{tokens: a, sequence_length: 8, split: [0.5, 0.2]}": "split=[0.5, 0.2] must be two shares that ascend",
-    "{tokens: a, sequence_length: 8, split: test}": "Of a set of datasets it is train_split.",
+    "{tokens: a, sequence_length: 8, split: test}": "dataset.split='test' must be a list or null.",
+    "{path: a, split: test}": "Its split is train_split.",
+    "{chat: a}": "dataset.chat needs dataset.sequence_length",
+    "{chat: a, sequence_length: 8, documents: mask}": "documents goes with dataset.path or dataset.tokens or",
+    "{chat: a, sequence_length: 8, train_on: answers}": "train_on='answers' is not one of 'replies', 'all'.",
+    "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, schedule: [{weights: {a: 1}}]}": (
+        "dataset.schedule[0] needs start_tokens or start_samples"
+    ),
+    "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, schedule: [{weights: {b: 1}, start_samples: 5}]}": (
+        "unknown key dataset.schedule[0].weights.b; known keys are a."
+    ),
+    "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, schedule: [{weights: {}, start_samples: 5}]}": (
+        "dataset.schedule[0].weights has none of 'a'"
+    ),
+    "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, schedule: [{weights: {a: x}, start_samples: 5}]}": (
+        "dataset.schedule[0].weights.a='x' must be a number"
+    ),
+    "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, schedule: [{weights: {a: 1}, start_samples: 0}]}": (
+        "start_samples=0 must be above 0"
+    ),
     "{mixture: {}, sequence_length: 8}": "dataset.mixture={} must name its sets",
     "{mixture: [a], sequence_length: 8}": "dataset.mixture=['a'] must be a mapping",
     "{mixture: {a: x}, sequence_length: 8}": "dataset.mixture.a: 'x' must be a mapping with keys such as tokens.",
@@ -112,7 +135,7 @@ REFUSED: dict[str, str] = {
     "{path: a, eval: {a: {}}}": "dataset.eval.a needs one of tokens",
     "{path: a, eval: {a: {path: b, weight: 1}}}": "unknown key dataset.eval.a.weight",
     "{stages: [], sequence_length: 8}": "dataset.stages is empty",
-    "{stages: [{}], sequence_length: 8}": "dataset.stages[0] needs one of tokens, path or mixture.",
+    "{stages: [{}], sequence_length: 8}": "dataset.stages[0] needs one of tokens, chat, path or mixture.",
     "{stages: [5], sequence_length: 8}": "dataset.stages[0]: 5 must be a mapping",
     "{stages: [{tokens: a, mixture: {}}], sequence_length: 8}": "dataset.stages[0] has tokens and mixture",
     "{stages: [{tokens: a, start_step: 5}], sequence_length: 8}": "dataset.stages[0].start_step=5 must be 0",
@@ -213,9 +236,20 @@ def test_conflicts_with_training(tmp_path: Path) -> None:
     dataset = {"tokens": str(tmp_path / "web.ds"), "sequence_length": LENGTH, "token_size": 2, "seed": 3}
     for training, says in (
         ({"data_seed": 4}, "dataset.seed=3 and training.data_seed=4 differ"),
+        ({"max_steps": -1}, None),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy='random': files of tokens and mixtures come"),
     ):
-        assert says in one_line(command("train", settings(tmp_path, dataset, **training)))
+        if says is not None:
+            assert says in one_line(command("train", settings(tmp_path, dataset, **training)))
+        else:
+            check_complete(read_settings(Path(settings(tmp_path, dataset, **training)), [])[0])
+    mixture = {"mixture": {"web": {"tokens": "x", "weight": 1}, "code": {"tokens": "y", "weight": 1, "max_epochs": 2}}}
+    endless = {"sequence_length": LENGTH, "max_epochs": None, **mixture}
+    stages = {"sequence_length": LENGTH, "stages": [{"tokens": "x"}]}
+    for data in ({**endless, "when_exhausted": "redistribute"}, stages):
+        path = settings(tmp_path, data, max_steps=-1)
+        assert "training.max_steps is needed" in one_line(command("train", path))
+    check_complete(read_settings(Path(settings(tmp_path, endless, max_steps=-1)), [])[0])
 
 
 def test_rows_of_several_sets_make_a_batch() -> None:
@@ -248,3 +282,41 @@ def test_texts_are_kept_apart() -> None:
     assert packed["input_ids"][:] == [[5, 6, 7, 2], [8, 2, 9, 10]]
     assert packed["position_ids"][:] == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert packed["labels"][:] == [[-100, 6, 7, 2], [-100, 2, -100, 10]]
+
+
+def test_stages_and_schedules_are_those_of_the_plan(tmp_path: Path) -> None:
+    """Stages share values and sets, and differ in rows, weights and batch; a schedule changes weights in a mixture."""
+    token_files(tmp_path)
+    web, code = (
+        {"tokens": str(tmp_path / f"{name}.ds"), "weight": weight} for name, weight in (("web", 3), ("code", 1))
+    )
+    first = {"start_tokens": 0, "mixture": {"web": web, "code": code}, "max_epochs": None}
+    later = {"start_tokens": 4 * 4 * LENGTH, "sequence_length": 2 * LENGTH, "global_batch_size": 2}
+    last = {"start_step": 9, "tokens": str(tmp_path / "code.ds"), "shuffle": False}
+    section = {"sequence_length": LENGTH, "token_size": 2, "shuffle": False, "documents": "mask", "eos_token_id": 2}
+    text = {"start_step": 12, "path": corpus(tmp_path), "text_column": "text"}
+    stages = [first, {**later, "mixture": {"web": web}}, last, text]
+    train, _ = cli_data.load_data(plan_data({**section, "stages": stages}), tokenizer(), 0)
+    assert isinstance(train, Stages) and train.names == ("web", "code", text["path"])
+    legs = train.plan(4, 15)
+    assert [(leg.step, leg.batch) for leg in legs] == [(0, 4), (4, 2), (9, 4), (12, 4)]
+    assert [len(train[leg.first]["input_ids"]) for leg in legs] == [LENGTH, 2 * LENGTH, LENGTH, LENGTH]
+    schedule = [{"start_tokens": 4 * LENGTH, "weights": {"web": 0, "code": 1}}]
+    part = {**section, "mixture": {"web": web, "code": code}, "schedule": schedule}
+    mixture, _ = cli_data.load_data(plan_data(part), tokenizer(), 0)
+    assert isinstance(mixture, Mixture)
+    assert mixture.counts(4) == {"web": 3, "code": 1} and mixture.counts(8) == {"web": 3, "code": 5}
+
+
+def test_conversations_are_a_set(tmp_path: Path) -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = "{% for m in messages %}{% generation %}{{ m['content'] }} w2 {% endgeneration %}{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]}] * 8
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"chat": str(path), "sequence_length": LENGTH, "cache_dir": str(tmp_path / "cache"), "train_on": "all"}
+    train, held_out = cli_data.load_data(plan_data({**section, "eval": {"chat": str(path)}}), words, 0)
+    assert isinstance(train, ChatDataset) and not held_out.shuffle
+    assert train[0]["input_ids"].tolist()[:5] == [5, 6, 2, 7, 2]
+    with pytest.raises(ValueError, match="dataset.chat needs tokenizer"):
+        cli_data.load_data(plan_data(section), None, 0)

@@ -218,7 +218,7 @@ SECTIONS: list[tuple[list[str], str]] = [
     (["--dataset.train_split=train", "--dataset.path", "{tmp}/none"], "has no samples"),
     (["--dataset.train_split=train", "--dataset.path", "{tmp}/none.parquet"], "cannot be read: Instruction"),
     (["--dataset.path", "{tmp}/numbers.jsonl"], "dataset.text_column='text' cannot be tokenized"),
-    (["--dataset.path", "null"], "dataset needs one of tokens (files of token ids), path"),
+    (["--dataset.path", "null"], "dataset needs one of tokens (files of token ids), chat"),
     (["--dataset.name", "en"], "dataset.name='en' needs a dataset.path that is a name for datasets.load_dataset"),
     (["--dataset.data_files", "[a]"], "dataset.data_files=['a'] needs a dataset.path"),
     ([*IDS, "--dataset.path={tmp}/floats.jsonl"], "the column input_ids of the dataset must hold a list of integers"),

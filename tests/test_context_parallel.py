@@ -165,8 +165,6 @@ def options_of(layout: Layout, kind: str, mode: str) -> dict[str, Any]:
 CHOSEN: set[tuple[Layout, str, str]] = {
     ((1, 1, 2, 1), "packed", "gather"),
     ((1, 2, 2, 1), "packed", "heads"),
-    ((2, 1, 2, 1), "packed", "gather"),
-    ((1, 1, 2, 2), "packed", "gather"),
     ((1, 1, 4, 1), "whole", "heads"),
     ((2, 1, 2, 2), "packed", "gather"),
 }

@@ -181,6 +181,12 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
         {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "tp_size": 2}), ("packed", {"ep_size": 2, "cp_size": 2})],
     ),
+    # Its logits are made, a slice on each rank, since they are capped before the loss.
+    "soft-capped": (
+        2,
+        {"family": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 8},
+        [("packed", {"tp_size": 2})],
+    ),
 }
 
 

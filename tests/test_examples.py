@@ -2,16 +2,24 @@
 
 import difflib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from faulty_s3 import FaultyS3
 from pool import WorkerPool
+from test_cli import command
+from transformers import TrainerCallback
+
+from hf_nanotron.cli.settings import check_complete, read_settings
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PAIR = EXAMPLES / "from_stock_trainer"
@@ -129,6 +137,91 @@ def test_a_run_in_a_bucket_goes_on_from_an_empty_disk(pool: WorkerPool, tmp_path
         for step in (2, 4):
             assert fs.exists(f"example/run/checkpoint-{step}/committed.json")
     server.stop()
+
+
+# ---- custom_dataloader ----
+
+
+class Killed(Exception):
+    """What ends a run at any place."""
+
+
+class KillsAtStep(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+def train_custom(kind: str, folder: str, accumulation: int, kill: int | None, *argv: str) -> list[float]:
+    """Losses of the steps of a run with data of its own, which is killed before a step, and resumed, or not."""
+    module = load("custom_train", EXAMPLES / "custom_dataloader" / "train.py")
+    common = ["--data", kind, "--output-dir", folder, "--max-steps", "4", "--save-steps", "2"]
+    common += ["--gradient-accumulation-steps", str(accumulation), *argv]
+    torch.manual_seed(0)
+    if kill is not None:
+        with pytest.raises(Killed):
+            module.main(common, [KillsAtStep(kill)])
+        common.append("--resume")
+    trainer = module.main(common)
+    trainer.mesh.close()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["stream", "loader"])
+def test_data_of_ones_own_goes_on_with_the_next_sample(pool: WorkerPool, tmp_path: Path, kind: str) -> None:
+    """A run that was killed has the losses of one that was not; two ranks have those of one."""
+    expected, *_ = pool.run(1, train_custom, kind, str(tmp_path / "whole"), 2, None)
+    assert len(expected) == 4 and expected[3] < expected[0]
+    resumed, *_ = pool.run(1, train_custom, kind, str(tmp_path / "killed"), 2, 3)
+    assert resumed == pytest.approx(expected, rel=1e-6)
+    for losses in pool.run(2, train_custom, kind, str(tmp_path / "two"), 1, None):
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+# ---- mixture_and_stages ----
+
+
+def train_mixture(folder: str) -> list[dict[str, float]]:
+    module = load("mixture_train", EXAMPLES / "mixture_and_stages" / "train.py")
+    sizes = ("--max-steps", "6", "--save-steps", "3", "--second-stage", "3072")
+    trainer = module.main(["--data", folder, "--output-dir", f"{folder}/script", *sizes])
+    trainer.mesh.close()
+    return trainer.state.log_history
+
+
+def train_mixture_from_yaml(path: str, *overrides: str) -> tuple[int, str]:
+    return command("train", path, *overrides)[::2]
+
+
+def test_a_mixture_in_stages(pool: WorkerPool, tmp_path: Path) -> None:
+    """The script and the YAML file are one run, on one rank and two; rows and batch change with the stage."""
+    example = EXAMPLES / "mixture_and_stages"
+    prepare = load("mixture_prepare", example / "prepare.py")
+    prepare.main(["--output-dir", str(tmp_path), "--max-chars", "60000", "--vocab-size", "384"])
+    log, *_ = pool.run(1, train_mixture, str(tmp_path))
+    settings = yaml.safe_load((example / "run.yaml").read_text().replace("out/", f"{tmp_path}/"))
+    settings["dataset"]["stages"][1]["start_tokens"] = 3072
+    steps = {"max_steps": 6, "save_steps": 3, "warmup_steps": 0, "use_cpu": True, "disable_tqdm": True}
+    settings["training"] |= {**steps, "lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": "1-sqrt"}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    for result in pool.run(2, train_mixture_from_yaml, str(path), "--tp_size=2"):
+        assert result[0] == 0, result[1]
+    ours = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    names = [name for entry in log for name in entry if "loss" in name]
+    assert {"eval_code_loss", "eval_docstrings_loss", "eval_reference_loss", "train_loss"} <= set(names)
+    both = ({name: value for entry in each for name, value in entry.items() if "loss" in name} for each in (log, ours))
+    expected, got = both
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: path.name)
+def test_the_configurations_of_the_examples_are_accepted(path: Path) -> None:
+    sections, _ = read_settings(path, [])
+    check_complete(sections)
 
 
 def test_the_scripts_of_the_examples_are_shell() -> None:

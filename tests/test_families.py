@@ -105,7 +105,7 @@ def test_family(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, f
 
 
 NO_CONTEXT: set[str] = set()
-SHARED_BY_DEFAULT = ("mistral", "gemma3_text", "qwen3_moe", "deepseek_v3", "lfm2")
+SHARED_BY_DEFAULT = ("gemma3_text", "qwen3_moe", "lfm2")
 
 
 @pytest.mark.parametrize("family", dict.fromkeys([*planned_types(), *UNPLANNED]))

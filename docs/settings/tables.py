@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments
+from hf_nanotron.cli.data_plan import MEANINGS, SETS
 from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent
@@ -42,6 +44,17 @@ def arguments() -> str:
     return _table(("key of `training`", "type", "default", "meaning"), rows)
 
 
+def dataset() -> str:
+    """One row for each key of a set: its type, and the kinds of sets that have it."""
+    keys = {key: kind for types in SETS.values() for key, kind in types.items()}
+    rows = []
+    for key in keys:
+        kinds = [kind for kind, types in SETS.items() if key in types]
+        types = dict.fromkeys(_plain(SETS[kind][key]) for kind in kinds)
+        rows.append((f"`{key}`", ", ".join(types), ", ".join(f"`{kind}`" for kind in kinds), _cell(MEANINGS[key])))
+    return _table(("key", "type", "sets", "meaning"), rows)
+
+
 def called() -> str:
     """The methods that are called as in Trainer."""
     rows = [(f"`{name}`", _cell(when)) for name, when in trainer_methods.CALLED.items()]
@@ -62,6 +75,7 @@ def irrelevant() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
+    "dataset": dataset,
     "called": called,
     "ours": ours,
     "irrelevant": irrelevant,
@@ -80,6 +94,15 @@ def pages() -> list[Path]:
 
 def _type(field: dataclasses.Field[Any]) -> str:
     return str(field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type))
+
+
+def _plain(kind: Any) -> str:
+    """What a key takes, in words."""
+    names = {str: "text", int: "integer", float: "number", bool: "boolean", dict: "mapping", list: "list"}
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    return " or ".join(
+        f"list of {names[typing.get_args(part)[0]]}s" if typing.get_args(part) else names[part] for part in parts
+    )
 
 
 def _yaml(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.ordered import DOMAIN
 from ..data.padding import PADDING
+from ..data.tokenize.chat_dataset import ChatDataset
 from ..data.tokens.mixture import Mixture
+from ..data.tokens.stages import Stage, Stages
 from ..data.tokens.token_dataset import TokenDataset
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..redaction import printable
-from .data_plan import DataPlan, SetPlan
+from .data_plan import DataPlan, MixturePlan, SetPlan, StagePlan
 from .errors import SettingsError
 from .table_data import load_table
 
@@ -33,19 +36,40 @@ def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     return train, None if plan.evaluation is None else _open_for_evaluation(plan.evaluation, tokenizer)
 
 
-def _open(plan: Any, tokenizer: Any, seed: int) -> Any:
+def _open(plan: SetPlan | MixturePlan | list[StagePlan], tokenizer: Any, seed: int) -> Any:
     if isinstance(plan, SetPlan):
-        return load_table(plan, tokenizer) if plan.kind == "path" else _tokens(plan, tokenizer, seed)
+        return OPEN[plan.kind](plan, tokenizer, seed)
+    if isinstance(plan, list):
+        return _stages(plan, tokenizer, seed)
     sets = {name: _open(part, tokenizer, seed) for name, part in plan.sets.items()}
+    with _named(f"{plan.where}.mixture"):
+        return Mixture(sets, plan.weights, seed, plan.max_epochs, plan.when_exhausted, plan.schedule)
+
+
+def _stages(plans: list[StagePlan], tokenizer: Any, seed: int) -> Stages:
+    """Sets alone are mixtures of one, which is read again and again; a set of `datasets` is known by its path."""
+    stages = []
+    for plan in plans:
+        data = _open(plan.data, tokenizer, seed)
+        if isinstance(plan.data, SetPlan) and plan.data.kind == "path":
+            data = Mixture({plan.data.options["path"]: data}, [1.0], seed, max_epochs=None)
+        stages.append(Stage(data, plan.start_tokens, plan.start_step, plan.global_batch_size))
+    with _named("dataset.stages"):
+        return Stages(stages)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say of an error which part of the configuration it is about."""
     try:
-        return Mixture(sets, plan.weights, seed, plan.max_epochs, plan.when_exhausted)
-    except ValueError as error:
-        raise SettingsError(f"{plan.where}.mixture: {error}") from error
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise SettingsError(printable(f"{where}: {error}")) from error
 
 
 def _open_for_evaluation(plan: SetPlan, tokenizer: Any) -> Any:
     """Rows in the order of the files, unless a peer's order was asked for."""
-    if plan.kind == "tokens" and "order" not in plan.options:
+    if plan.kind != "path" and "order" not in plan.options:
         plan = SetPlan(plan.where, plan.kind, {"shuffle": False, **plan.options})
     return _open(plan, tokenizer, 0)
 
@@ -59,10 +83,24 @@ def _tokens(plan: SetPlan, tokenizer: Any, seed: int) -> TokenDataset:
         options.setdefault("vocab_size", len(tokenizer))
         if tokenizer.eos_token_id is not None:
             options.setdefault("eos_token_id", tokenizer.eos_token_id)
-    try:
+    with _named(plan.where):
         return TokenDataset(paths, **options)
-    except (ValueError, TypeError, OSError) as error:
-        raise SettingsError(printable(f"{plan.where}: {error}")) from error
+
+
+def _chat(plan: SetPlan, tokenizer: Any, seed: int) -> ChatDataset:
+    if tokenizer is None:
+        raise ValueError(f"{plan.where}.chat needs tokenizer, whose chat template is applied.")
+    options = {"seed": seed, **plan.options}
+    source = options.pop("chat")
+    with _named(plan.where):
+        return ChatDataset(source, tokenizer, **options)
+
+
+OPEN: dict[str, Callable[[SetPlan, Any, int], Any]] = {
+    "tokens": _tokens,
+    "chat": _chat,
+    "path": lambda plan, tokenizer, seed: load_table(plan, tokenizer),
+}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ TOKENS: dict[str, Any] = {
     "vocab_size": NUMBER,
     "order": TEXT,
     "samples": NUMBER,
+    "skip_samples": NUMBER,
     "folder_weights": list[float] | None,
     "split": list[float] | None,
     "pack_window": NUMBER,
@@ -54,11 +55,77 @@ TABLE: dict[str, Any] = {
     "documents": TEXT,
     "num_proc": NUMBER,
 }
-SETS = {"tokens": TOKENS, "path": TABLE}
-OWN = ("tokens", "path", "name", "data_files", "split", "order", "samples", "folder_weights")  # never of several sets
+# Keys of a set of conversations: the arguments of `ChatDataset`.
+CHAT: dict[str, Any] = {
+    "chat": TEXT,
+    "name": TEXT,
+    "split": TEXT,
+    "revision": TEXT,
+    "format": TEXT,
+    "kind": TEXT,
+    "column": TEXT,
+    "sequence_length": NUMBER,
+    "train_on": TEXT,
+    "too_long": TEXT,
+    "append_eos": SWITCH,
+    "add_special_tokens": SWITCH,
+    "seed": NUMBER,
+    "shuffle": SWITCH,
+    "pack_window": NUMBER,
+    "cache_dir": TEXT,
+    "workers": NUMBER,
+    "skip_unreadable": SWITCH,
+    "storage_options": MAPPING,
+}
+SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE}
+MEANINGS = {
+    "tokens": "`.ds` files of datatrove, `.bin` with `.idx` of Megatron, `.npy`; folders, patterns, URLs",
+    "path": "a folder of `save_to_disk`, a file (`.json`, `.jsonl`, `.parquet`, `.csv`), or a name for `load_dataset`",
+    "chat": "files, a folder or a Hub dataset with `messages`, `conversations`, or `prompt` and `completion`",
+    "sequence_length": "tokens of a sample",
+    "documents": "`cross`: samples are cut wherever documents end; `mask`: and no attention crosses documents; `pack`: "
+    "samples are packed of whole documents (files of tokens only)",
+    "token_size": "bytes of an id in `.ds` files without `.metadata`",
+    "dtype": "the same, as NumPy calls it",
+    "eos_token_id": "last id of each document, where files do not say where documents end; the tokenizer's by default",
+    "seed": "of the order",
+    "shuffle": "false: in the order of the files",
+    "loss_mask": "false: also predict tokens that `.loss` files leave out",
+    "vocab_size": "ids must be smaller; the tokenizer's by default",
+    "order": "`megatron` or `nanoset`: the samples of such a run, in its order",
+    "samples": "of that run, in all",
+    "skip_samples": "of that run, that it has trained on",
+    "folder_weights": "of nanosets' folders",
+    "split": "of `path` and `chat` its name (`train[:90%]`); of `order: megatron` two shares, `[0, 0.99]`",
+    "pack_window": "documents that are packed together",
+    "storage_options": "of fsspec, for URLs",
+    "block_bytes": "of remote files, asked for at a time",
+    "cache_bytes": "of remote files, kept by a process",
+    "name": "configuration of a Hub dataset",
+    "data_files": "of `load_dataset`",
+    "text_column": "text to be tokenized; without it rows have `input_ids`",
+    "num_proc": "processes that tokenize",
+    "revision": "of a Hub dataset",
+    "format": "of files whose names do not tell it",
+    "kind": "`chat` or `prompt_completion`; by the columns if not given",
+    "column": "of the conversations",
+    "train_on": "`replies` of the assistant (or completions), or `all`",
+    "too_long": "of conversations longer than a sample: `truncate`, `split` or `drop`",
+    "append_eos": "end completions with the end-of-text token",
+    "add_special_tokens": "of the tokenizer, for texts",
+    "cache_dir": "where the tokens are kept",
+    "workers": "processes that tokenize",
+    "skip_unreadable": "leave out rows that cannot be read",
+}
+KIND_OF_SET = "tokens (files of token ids), chat (conversations) or path (a set of datasets)"
+OWN = (  # never of several sets
+    "tokens", "path", "chat", "name", "data_files", "split", "revision", "format", "kind", "column", "order", "samples",
+    "skip_samples", "folder_weights",
+)  # fmt: skip
 SHARED = {key: kind for types in SETS.values() for key, kind in types.items() if key not in OWN}
 OF_TRAINING = ("seed", "shuffle")  # of the order, which evaluation has its own of
 MIXING = {"when_exhausted": TEXT, "max_epochs": NUMBER}
+SCHEDULE = {"weights": MAPPING, "start_tokens": NUMBER, "start_samples": NUMBER}
 MEMBER = {"weight": int | float | None, "max_epochs": NUMBER}
 STAGE = {"start_tokens": NUMBER, "start_step": NUMBER, "global_batch_size": NUMBER}
 
@@ -66,26 +133,38 @@ STAGE = {"start_tokens": NUMBER, "start_step": NUMBER, "global_batch_size": NUMB
 KINDS: dict[str, dict[str, Any]] = {
     "path": {**{key: kind for key, kind in TABLE.items() if key != "split"}, "train_split": TEXT, "eval_split": TEXT},
     "tokens": TOKENS,
-    "mixture": {"mixture": MAPPING, **MIXING, **SHARED},
+    "chat": CHAT,
+    "mixture": {"mixture": MAPPING, "schedule": list | None, **MIXING, **SHARED},
     "stages": {"stages": list | None, **MIXING, **SHARED},
 }
-KEYS: dict[str, Any] = {key: kind for kinds in KINDS.values() for key, kind in kinds.items()} | {"eval": MAPPING}
+KEYS: dict[str, Any] = {}
+for _kinds in KINDS.values():
+    KEYS |= {key: kind | KEYS[key] if key in KEYS else kind for key, kind in _kinds.items()}
+KEYS["eval"] = MAPPING
 
 LEAST = {
     "sequence_length": 2,
     **dict.fromkeys(("samples", "vocab_size", "pack_window", "block_bytes", "cache_bytes", "num_proc"), 1),
-    **dict.fromkeys(("token_size", "max_epochs", "global_batch_size"), 1),
-    **dict.fromkeys(("eos_token_id", "seed", "start_tokens", "start_step"), 0),
+    **dict.fromkeys(("token_size", "max_epochs", "global_batch_size", "workers"), 1),
+    **dict.fromkeys(("skip_samples", "eos_token_id", "seed", "start_tokens", "start_step", "start_samples"), 0),
 }
-CHOICES = {"documents": HANDLING, "order": ("megatron", "nanoset"), "when_exhausted": ENDINGS}
+CHOICES = {
+    "kind": ("chat", "prompt_completion"),
+    "train_on": ("replies", "all"),
+    "too_long": ("truncate", "split", "drop"),
+    "documents": HANDLING,
+    "order": ("megatron", "nanoset"),
+    "when_exhausted": ENDINGS,
+}
 WHAT = (
-    "tokens (files of token ids), path (a set of datasets), mixture (several of them) or stages (several after another)"
+    "tokens (files of token ids), chat (conversations), path (a set of datasets), mixture (several of them) or stages "
+    "(one after the other)"
 )
 
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One set. `where` is the dotted key of the section that describes it, `kind` is `"tokens"` or `"path"`."""
+    """One set. `where` is the dotted key of the section that describes it, `kind` one of `SETS`."""
 
     where: str
     kind: str
@@ -101,6 +180,7 @@ class MixturePlan:
     weights: dict[str, float]
     max_epochs: dict[str, int | None]
     when_exhausted: str
+    schedule: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,9 +202,19 @@ class DataPlan:
     seed: int | None
 
     @property
+    def has_no_end(self) -> bool:
+        """Whether the steps of the run must be given."""
+        if isinstance(self.train, list):
+            return True
+        if not isinstance(self.train, MixturePlan):
+            return False
+        endless = [self.train.max_epochs[name] is None for name, weight in self.train.weights.items() if weight]
+        return any(endless) if self.train.when_exhausted == "redistribute" else all(endless)
+
+    @property
     def brings_order(self) -> bool:
         """Whether rows come in the order of the data, and not in one of Trainer's."""
-        return not isinstance(self.train, SetPlan) or self.train.kind == "tokens"
+        return not isinstance(self.train, SetPlan) or self.train.kind != "path"
 
 
 def plan_data(section: Section) -> DataPlan:
@@ -176,10 +266,7 @@ def check_types(where: str, section: Section, types: Types) -> list[str]:
     problems = []
     for key, value in section.items():
         section[key] = plain_value(value, [int] if types[key] == NUMBER else [])
-        problem = wrong_type(f"{where}.{key}", section[key], types[key])
-        if problem and key == "split" and isinstance(value, str):
-            problem += " Of a set of datasets it is train_split."
-        problems.append(problem)
+        problems.append(wrong_type(f"{where}.{key}", section[key], types[key]))
     return [problem for problem in problems if problem is not None]
 
 
@@ -208,12 +295,48 @@ def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
         if part.get("weight") is None:
             raise ValueError(f"{here} has no weight: its share of the rows, such as 0.2 (weights need not sum to 1).")
         weights[name] = float(part["weight"])
-        if not math.isfinite(weights[name]) or weights[name] < 0:
+        if not _is_weight(weights[name]):
             raise ValueError(f"{here}.weight={part['weight']!r} must be finite and not negative.")
         epochs[name] = part["max_epochs"] if "max_epochs" in part else section.get("max_epochs", 1)
     if not sum(weights.values()):
         raise ValueError(f"the weights of {where}.mixture are all 0; one of them must be positive.")
-    return MixturePlan(where, sets, weights, epochs, section.get("when_exhausted") or ENDINGS[0])
+    schedule = _schedule(where, section.get("schedule") or [], tuple(sets))
+    return MixturePlan(where, sets, weights, epochs, section.get("when_exhausted") or ENDINGS[0], schedule)
+
+
+def _schedule(where: str, parts: list[Any], names: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
+    """Weights that hold from a later sample on."""
+    found, before = [], dict.fromkeys(SCHEDULE, 0)
+    for number, part in enumerate(parts):
+        here = f"{where}.schedule[{number}]"
+        part = _mapping(here, part)
+        _check(part, here, SCHEDULE)
+        starts = [key for key in ("start_tokens", "start_samples") if part.get(key) is not None]
+        if len(starts) != 1:
+            raise ValueError(f"{here} needs start_tokens or start_samples: from where on its weights hold.")
+        if part[starts[0]] <= before[starts[0]]:
+            raise ValueError(
+                f"{here}.{starts[0]}={part[starts[0]]} must be above {before[starts[0]]}, where the weights before it "
+                "begin to hold."
+            )
+        before[starts[0]] = part[starts[0]]
+        weights = part.get("weights") or {}
+        refuse_unknown(f"{here}.weights.", weights, names)
+        if missing := [name for name in names if weights.get(name) is None]:
+            raise ValueError(f"{here}.weights has none of {missing[0]!r}; it needs those of {', '.join(names)}.")
+        wrong = [name for name in names if wrong_type("", weights[name], float) or not _is_weight(weights[name])]
+        if wrong:
+            raise ValueError(
+                f"{here}.weights.{wrong[0]}={weights[wrong[0]]!r} must be a number, finite and not negative."
+            )
+        if not sum(weights.values()):
+            raise ValueError(f"the weights of {here} are all 0; one of them must be positive.")
+        found.append({"weights": {name: float(weights[name]) for name in names}, starts[0]: part[starts[0]]})
+    return tuple(found)
+
+
+def _is_weight(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
 
 
 def _stages(parts: Any, shared: Section, mixing: Section) -> list[StagePlan]:
@@ -223,7 +346,7 @@ def _stages(parts: Any, shared: Section, mixing: Section) -> list[StagePlan]:
     for number, part in enumerate(parts):
         where = f"dataset.stages[{number}]"
         part = _mapping(where, part)
-        kind = _one_of(part, ("path", "tokens", "mixture"), where, "tokens, path or mixture")
+        kind = _one_of(part, (*SETS, "mixture"), where, "tokens, chat, path or mixture")
         if kind == "mixture":
             _check(part, where, {"mixture": MAPPING, **MIXING, **SHARED, **STAGE})
             own = {key: value for key, value in part.items() if key in SHARED}
@@ -261,7 +384,7 @@ def _check_start(where: str, stages: list[StagePlan]) -> None:
 
 def _set(where: str, section: Section, shared: Section, extra: Types | None = None) -> SetPlan:
     """A set, with the values that it shares with others. `extra` are keys that are not of the set itself."""
-    kind = _one_of(section, SETS, where, "tokens (files of token ids) or path (a set of datasets)")
+    kind = _one_of(section, SETS, where, KIND_OF_SET)
     _check(section, where, SETS[kind] | dict(extra or {}))
     options = {key: value for key, value in shared.items() if key in SETS[kind]}
     options |= {key: value for key, value in section.items() if key in SETS[kind]}
@@ -275,16 +398,16 @@ def _set(where: str, section: Section, shared: Section, extra: Types | None = No
         raise ValueError(f"{where}.{kind} needs dataset.sequence_length: the tokens of a sample.")
     if kind == "path" and options.get("documents") == "pack":
         raise ValueError(
-            f"{where}: documents='pack' is for files of token ids; use 'mask' or 'cross' for text, or write files "
-            "from it first."
+            f"{where}: documents='pack' is for files of token ids; use 'mask' or 'cross' for text, or make files of it "
+            "with hf-nanotron tokenize."
         )
     if "order" in options and "seed" not in options:
         raise ValueError(f"{where}.order={options['order']!r} needs seed: that of the run whose samples are read.")
-    for key in ("samples", "folder_weights"):
+    for key in ("samples", "skip_samples", "folder_weights"):
         if key in options and "order" not in options:
             raise ValueError(f"{where}.{key} belongs to order, which is not given: 'megatron' or 'nanoset'.")
-    if "tokens" in options and not options["tokens"]:
-        raise ValueError(f"{where}.tokens is empty: name files of token ids, or folders of them.")
+    if not options[kind]:
+        raise ValueError(f"{where}.{kind} is empty: name files, or folders of them.")
     return SetPlan(where, kind, options)
 
 
@@ -306,7 +429,8 @@ def _check(section: Section, where: str, types: Types) -> None:
     if where == "dataset" and foreign and foreign[0] in KEYS:
         users = [f"dataset.{kind}" for kind, keys in KINDS.items() if foreign[0] in keys]
         given = next(kind for kind in KINDS if section.get(kind) is not None)
-        raise ValueError(f"dataset.{foreign[0]} goes with {' or '.join(users)}, not with dataset.{given}.")
+        instead = " Its split is train_split." if (foreign[0], given) == ("split", "path") else ""
+        raise ValueError(f"dataset.{foreign[0]} goes with {' or '.join(users)}, not with dataset.{given}.{instead}")
     refuse_unknown(f"{where}.", foreign, list(types), {"dataset": KEYS})
     problems = check_types(where, section, types)
     if not problems:

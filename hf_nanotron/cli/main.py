@@ -134,6 +134,9 @@ Pretrain from scratch or from existing weights, as described in a YAML file:
     max_steps: 1000
     tp_size: 2
 
+Instead of path, the section dataset takes tokens (files of token ids), chat (conversations), mixture (sets by
+weights) or stages (data that change in the run), and eval (sets to evaluate on).
+
 Other keys: model.revision, model.dtype, model.attn_implementation, dataset.name, dataset.data_files,
 dataset.train_split, dataset.num_proc.""",
     )
@@ -152,9 +155,10 @@ def _add_convert(commands: Any) -> None:
         commands, "convert", "convert between Hub repositories and training states or huggingface/nanotron checkpoints"
     )
     directions = parser.add_subparsers(metavar="DIRECTION", required=True)
-    parser.set_defaults(explains="the checkpoint cannot be converted")
     for direction, conversion in CONVERSIONS.items():
-        add_arguments(_add_command(directions, direction, conversion.summary), direction)
+        chosen = _add_command(directions, direction, conversion.summary)
+        chosen.set_defaults(explains=f"the {conversion.what} cannot be converted")
+        add_arguments(chosen, direction)
 
 
 def _add_data(commands: Any) -> None:

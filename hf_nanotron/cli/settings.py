@@ -104,6 +104,9 @@ def check_complete(settings: Settings) -> DataPlan:
             f"training.train_sampling_strategy={settings['training']['train_sampling_strategy']!r}: files of tokens "
             "and mixtures come in their own order, by dataset.seed; leave it out (dataset.shuffle is their switch)."
         )
+    if plan.has_no_end and settings["training"].get("max_steps") in (None, -1):
+        what = "stages have" if isinstance(plan.train, list) else "a mixture with max_epochs: null has"
+        raise ValueError(f"training.max_steps is needed: {what} no end.")
     return plan
 
 

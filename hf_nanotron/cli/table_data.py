@@ -63,7 +63,7 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str
     With `documents="mask"` samples have `position_ids`, which restart with each text, and `labels`, which do not
     predict the first token of one.
     """
-    column, size = section.get("text_column"), section.get("sequence_length")
+    column, size = section.get("text_column"), int(section.get("sequence_length", 0))
     if column is None:
         if "input_ids" not in dataset.column_names:
             raise ValueError(

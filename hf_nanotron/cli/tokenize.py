@@ -118,7 +118,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
         "--executor-option",
         action="append",
         default=[],
-        metavar="KEY=VALUE",
+        metavar="NAME=VALUE",
         help="of datatrove's executor, such as time=04:00:00 and partition=cpu for Slurm; repeat for several",
     )
     parser.set_defaults(run=_tokenize)
@@ -152,6 +152,6 @@ def _option(text: str) -> tuple[str, Any]:
 
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ValueError(f"--executor-option {text!r} is not KEY=VALUE.")
+        raise ValueError(f"--executor-option {text!r} is not NAME=VALUE.")
     # 4:00:00 is a time, which YAML would read as a number.
     return key, value if ":" in value and not value.startswith("{") else yaml.safe_load(value)

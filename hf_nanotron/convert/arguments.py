@@ -22,6 +22,7 @@ class Conversion:
     summary: str
     module: str
     arguments: dict[str, dict[str, Any]]
+    what: str = "checkpoint"  # is converted
 
 
 CONVERSIONS = {
@@ -86,6 +87,16 @@ CONVERSIONS = {
             "--step": {"type": int, "default": 0, "help": "name of the step folder (default: %(default)s)"},
             "--overwrite": _OVERWRITE,
         },
+    ),
+    "nanotron-config": Conversion(
+        "convert a run's configuration of nanotron to a YAML file for hf-nanotron train",
+        ".nanotron.run.config",
+        {
+            "source": {"type": Path, "help": "nanotron's YAML file"},
+            "destination": {"type": Path, "help": "YAML file to write"},
+            "--overwrite": {"action": "store_true", "help": "replace the destination"},
+        },
+        what="configuration",
     ),
 }
 

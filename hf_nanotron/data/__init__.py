@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .inspection import inspect_tokens
+    from .streaming.token_stream import TokenStream
     from .tokenize.chat_dataset import ChatDataset
     from .tokenize.corpus import tokenize_corpus
     from .tokens.mixture import Mixture
@@ -21,6 +22,7 @@ __all__ = [
     "Stages",
     "TokenDataset",
     "TokenFile",
+    "TokenStream",
     "inspect_tokens",
     "tokenize_corpus",
 ]
@@ -32,6 +34,7 @@ _HOME = {
     "Stages": ".tokens.stages",
     "TokenDataset": ".tokens.token_dataset",
     "TokenFile": ".tokens.token_file",
+    "TokenStream": ".streaming.token_stream",
     "inspect_tokens": ".inspection",
     "tokenize_corpus": ".tokenize.corpus",
 }

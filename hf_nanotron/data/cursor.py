@@ -84,6 +84,7 @@ class Resumption:
         rounds, steps: of the rest of this epoch.
         num_train_epochs: number of the epoch before which the run ends.
         max_steps: number of the last step of the run.
+        is_resumed: whether a checkpoint's random state belongs to it.
     """
 
     epoch: int
@@ -92,6 +93,7 @@ class Resumption:
     steps: int
     num_train_epochs: int
     max_steps: int
+    is_resumed: bool = True
 
 
 def resume_at(cursor: Cursor, shape: EpochShape, num_train_epochs: float, max_steps: int) -> Resumption:

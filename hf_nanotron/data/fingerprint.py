@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .hashing import combined, of_the_model, sample_hash
+from .identity import without_times
 from .loader import twin
+from .ordered import brings_order, identities_of, is_run, sets_of
 
 ROWS = 16  # read of a dataset; few, since a row may be tokenised, or fetched, when it is read
 STREAM_ROWS = 2
+SETS = 64  # of a mixture, of which rows are read
+SETTINGS = -1  # stands for what the order depends on: files, weights, seeds
 
 
 def row_hashes(dataset: Any) -> dict[int, int]:
@@ -26,7 +31,13 @@ def row_hashes(dataset: Any) -> dict[int, int]:
     Random numbers that the dataset draws from the global generators, or its own, are the same in each call, and the
     generators are restored. Empty where the rows cannot be read without consequences: an empty dataset, one without
     integer indices, and a stream other than `datasets.IterableDataset`, whose samples may be consumed.
+
+    Raises:
+        Exception: of a dataset that brings its order, if its rows cannot be read: an id that the vocabulary lacks, say.
     """
+    if brings_order(dataset):
+        with unnoticed(dataset):
+            return _hashes_of_sets(dataset)
     try:
         with unnoticed(dataset):
             return {place: sample_hash(of_the_model(row)) for place, row in _rows(dataset)}
@@ -39,9 +50,25 @@ def fingerprint(hashes: dict[int, int]) -> int | None:
     return combined([number for item in hashes.items() for number in item]) if hashes else None
 
 
+def _hashes_of_sets(dataset: Any) -> dict[int, int]:
+    """Of one that brings its order: `SETTINGS`, and rows of its sets. A row far into a mixture takes long to find."""
+    settings = dataset.settings() if hasattr(dataset, "settings") else None
+    facts = {name: without_times(identity) for name, identity in identities_of(dataset, None).items()}
+    hashes = {SETTINGS: sample_hash(json.dumps([settings, facts], sort_keys=True, default=str))}
+    for number, each in enumerate(islice(sets_of(dataset).values(), SETS)):
+        if each is dataset and is_run(dataset):  # of another class
+            return {**hashes, 0: sample_hash(of_the_model(dataset[getattr(dataset, "begin", 0)]))}
+        length = len(each)
+        for place in sorted({0, length // 2, length - 1}):
+            hashes[number * length + place] = sample_hash(of_the_model(each[place]))
+    return hashes
+
+
 def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
     if isinstance(dataset, IterableDataset):
-        if hasattr(dataset, "_ex_iterable"):
+        if hasattr(dataset, "first_documents"):
+            yield from enumerate(dataset.first_documents())
+        elif hasattr(dataset, "_ex_iterable"):
             yield from enumerate(islice(twin(dataset), STREAM_ROWS))
         return
     length = len(dataset)
@@ -74,7 +101,8 @@ def _datasets(dataset: Any) -> Iterator[Any]:
     if not hasattr(dataset, "__dict__") or hasattr(dataset, "_ex_iterable") or hasattr(dataset, "_data"):
         return  # datasets' own have no such state
     yield dataset
-    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    inner = getattr(dataset, "datasets", None) or ()
+    inner = [getattr(dataset, "dataset", None), *(inner.values() if isinstance(inner, Mapping) else inner)]
     for other in inner:
         if other is not None and other is not dataset:
             yield from _datasets(other)

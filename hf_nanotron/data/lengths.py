@@ -52,25 +52,25 @@ class Lengths:
         return (rows if not self.is_sample else round(rows * self.tokens / held)), waste
 
 
-def read_lengths(files: Sequence[TokenFile], eos_token_id: int | None = None, most: int = MOST_DOCUMENTS) -> Lengths:
+def read_lengths(files: Sequence[TokenFile], eos_token_id: int | None = None) -> Lengths:
     """Lengths of the documents of these files.
 
-    At most `most` documents are looked at, in windows that are spread evenly over all of them. Of files that do not say
-    where their documents end, at most 2**28 tokens are read, if `eos_token_id` says what ends them.
+    At most `MOST_DOCUMENTS` are looked at, in windows that are spread evenly over all of them. Of files that do not
+    say where their documents end, at most `MOST_TOKENS` tokens are read, if `eos_token_id` says what ends them.
     """
     tokens = sum(file.tokens for file in files)
     if any(file.documents is None for file in files):
         return _scanned(files, eos_token_id, tokens)
     sets = [file.documents for file in files if file.documents is not None]
     count = sum(documents.count for documents in sets)
-    return Lengths(list(_windows(sets, count, most)), count, tokens)
+    return Lengths(list(_windows(sets, count)), count, tokens)
 
 
-def _windows(sets: Sequence[Documents], count: int, most: int) -> Iterator[np.ndarray]:
+def _windows(sets: Sequence[Documents], count: int) -> Iterator[np.ndarray]:
     spans = [(d, first, min(first + WINDOW, d.count)) for d in sets for first in range(0, d.count, WINDOW)]
     chosen = range(len(spans))
-    if count > most:
-        number = max(1, most // WINDOW)
+    if count > MOST_DOCUMENTS:
+        number = max(1, MOST_DOCUMENTS // WINDOW)
         chosen = sorted({int((k + 0.5) * len(spans) / number) for k in range(number)})  # type: ignore[assignment]
     for place in chosen:
         documents, first, stop = spans[place]

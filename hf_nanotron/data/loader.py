@@ -52,11 +52,15 @@ class Mark(NamedTuple):
 
 
 class Share(list):
-    """Indices, or samples, of one rank in a round; `end`, `ends_round` and `first` as in `Mark`."""
+    """Indices, or samples, of one rank in a round; `end`, `ends_round` and `first` as in `Mark`.
+
+    `epoch` is that of the indices: a worker process that outlives an epoch is not told of `set_epoch` otherwise.
+    """
 
     end: Position
     ends_round: bool = False
     first: int = 0
+    epoch: int | None = None
 
 
 class Filler(Share):
@@ -75,6 +79,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
     """
 
     start: Position | None = None
+    epoch: int | None = None
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, dp_rank: int, dp_size: int, drop_last: bool, seed: int
@@ -83,6 +88,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
         elif isinstance(generator := getattr(self.sampler, "generator", None), torch.Generator):
@@ -99,7 +105,7 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         indices = islice(self.sampler, samples, None)
         for share in deal(batched(indices, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
             samples += share.end.samples
-            share.end = Position(samples)
+            share.end, share.epoch = Position(samples), self.epoch
             yield share
 
 
@@ -193,6 +199,13 @@ class _MarkedDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self._epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of a dataset that has rows of its own for each epoch."""
+        self._epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "dataset":  # asked for before there is one, by pickle
@@ -206,6 +219,8 @@ class _MarkedDataset(torch.utils.data.Dataset):
         return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        if isinstance(indices, Share) and indices.epoch not in (None, self._epoch):
+            self.set_epoch(indices.epoch)
         if hasattr(self.dataset, "__getitems__"):
             samples = self.dataset.__getitems__(indices)
         else:
@@ -267,7 +282,14 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows: int | None = None
         self.is_finished = False
-        super().__init__(dataset, collate_fn=_Collate(collate), **kwargs)  # type: ignore[arg-type]
+        super().__init__(dataset, collate_fn=self._collator(collate), **kwargs)
+
+    def _collator(self, collate: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+        """What torch's loader calls, in a worker process."""
+        return _Collate(collate)
+
+    def _marked_batches(self) -> Iterator[tuple[Any, Mark]]:
+        return super().__iter__()
 
     def _counted_rows(self, batch: Any, mark: Mark) -> int | None:
         if not mark.samples or not (self.is_finished and mark.ends_round):
@@ -302,7 +324,7 @@ class DataParallelLoader(DataLoader, DataLoaderStateMixin):
         self.rounds = self.samples = self.samples_read = self.order = 0
         self.counted_rows = None
         try:
-            batches = super().__iter__()
+            batches = self._marked_batches()
             current = next(batches, None)
             while current is not None:
                 following = next(batches, None)

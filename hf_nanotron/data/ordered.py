@@ -55,6 +55,24 @@ def is_run(dataset: Any) -> bool:
     return "samples" in inspect.signature(dataset.state_dict).parameters
 
 
+def sets_of(dataset: Any) -> dict[str, Any]:
+    """The sets that a dataset is made of, by name; itself if it is not made of any."""
+    sets = getattr(dataset, "datasets", None)
+    return dict(sets) if isinstance(sets, Mapping) else {"data": dataset}
+
+
+def identities_of(dataset: Any, samples: int | None) -> dict[str, dict[str, Any]]:
+    """Identities of its sets, by name: of those read among the first `samples`, or of all; of those that tell."""
+    if hasattr(dataset, "identities"):
+        return dataset.identities(samples)
+    return {name: each.identity() for name, each in sets_of(dataset).items() if isinstance(each, HasIdentity)}
+
+
+def shown_files(dataset: Any, name: str) -> list[str]:
+    """The files of a set, for an error."""
+    return [file.shown for file in getattr(sets_of(dataset).get(name), "files", ())]
+
+
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch `[B, ...]` of rows of equal lengths, by column.
 

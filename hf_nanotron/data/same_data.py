@@ -14,7 +14,8 @@ from transformers.trainer_utils import has_length
 
 from ..parallel.collectives import all_gather
 from ..parallel.mesh import ParallelMesh
-from .fingerprint import fingerprint, row_hashes
+from ..parallel.together import together
+from .fingerprint import SETTINGS, fingerprint, row_hashes
 from .loader import DataParallelLoader
 from .window_check import say_ranks
 
@@ -44,10 +45,11 @@ def check_same_data(mesh: ParallelMesh, loader: Any, what: str, reads: bool = Tr
     names the data in an error, such as `"training"`.
     """
     dataset = dataset_of(loader)
-    hashes = row_hashes(dataset) if reads and dataset is not None else {}
+    reads = reads and dataset is not None
+    hashes = together(mesh, f"reading the {what} data", lambda: row_hashes(dataset)) if reads else {}
     own = HeldData(
         samples=len(dataset) if dataset is not None and _is_mapped(dataset) else UNKNOWN,
-        batches=len(loader) if has_length(loader) else UNKNOWN,
+        batches=len(loader) if not hasattr(dataset, "settings") and has_length(loader) else UNKNOWN,
         print=_known(fingerprint(hashes)),
     )
     all_ranks = _gather(mesh, own)
@@ -70,7 +72,8 @@ def is_repeatable(mesh: ParallelMesh, dataset: Any, before: int) -> bool:
 
 
 def _is_mapped(dataset: Any) -> bool:
-    return not isinstance(dataset, IterableDataset) and has_length(dataset)
+    """With a length. That of a mixture may take long to find, and follows from what its fingerprint says."""
+    return not (isinstance(dataset, IterableDataset) or hasattr(dataset, "settings")) and has_length(dataset)
 
 
 def _known(value: int | None) -> int:
@@ -111,6 +114,11 @@ def _difference(mesh: ParallelMesh, own: dict[int, int], samples: int, what: str
         if one < two and hashes != others
     ]
     apart, place, one, two = min(pairs)
+    if place == SETTINGS:
+        return (
+            f"{what}, before its first step: ranks {one} and {two} have different data sets: other files, weights or "
+            "seeds. Give every rank the same, and copies of the same files."
+        )
     whose = "of different replicas" if apart else "of one replica"
     size = "" if samples == UNKNOWN else f" of {samples}"
     return (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import IterableDataset, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -24,12 +25,16 @@ from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Res
 from ..data.loader import DataParallelLoader, Position, build_loader
 from ..data.ordered import brings_order, is_run
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
+from ..data.streaming.lane_loader import build_lane_loader
+from ..data.streaming.lane_stream import LaneStream, joined
 from ..parallel.mesh import ParallelMesh
 from ..training_args import NanotronTrainingArguments
+from .run_order import Consumed, RunOrder, accept_changes, data_state
 
 logger = logging.get_logger(__name__)
 
 CURSOR = "data_cursor"  # its key in the `extra` of a training state
+NO_CURSOR = f"the checkpoint does not say which samples it was trained on; {ANEW}."
 
 
 def make_loader(
@@ -44,6 +49,10 @@ def make_loader(
     """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`."""
     # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
+    if isinstance(dataset, LaneStream) and dataset.epochs is None:
+        if not is_training:
+            raise ValueError(f"this {type(dataset).__name__} has no end: make one with epochs=1 to evaluate on.")
+        return _lane_loader(args, mesh, dataset, collate, batch_size)
     loader = build_loader(
         dataset,
         sampler,
@@ -63,6 +72,24 @@ def make_loader(
     )
     loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
     return loader
+
+
+def _lane_loader(
+    args: NanotronTrainingArguments, mesh: ParallelMesh, stream: LaneStream, collate: Any, batch_size: int
+) -> DataParallelLoader:
+    return build_lane_loader(
+        stream,
+        collate,
+        batch_size,
+        mesh.dp_rank,
+        mesh.dp_size,
+        positions=True,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
 
 
 def data_seed(args: NanotronTrainingArguments) -> int:
@@ -89,11 +116,32 @@ class DataOrder:
         self._resumed_step = 0
         self._rest: Resumption | None = None
         self._rng_checkpoint: str | None = None
+        self._run: RunOrder | None = None  # of the loader that is trained on
+        self._taken: RunOrder | None = None  # of the one made last
         self._fingerprint: int | None = None
         self._goes_on = checkpoint is not None and not self.args.ignore_data_skip
-        if checkpoint is not None and self._goes_on:
-            self._resumed = read_cursor(checkpoint)
+        if checkpoint is not None:
             self._resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+            self._resumed = read_cursor(checkpoint) if self._goes_on else None
+
+    def end_run(self) -> None:
+        """Give the arguments back as they were."""
+        if self._run is not None:
+            self._run.end()
+
+    def take(self, dataset: Any) -> Any:
+        """What a loader is to read of a training dataset: a copy, where its samples are those of a run."""
+        if not is_run(dataset):
+            return dataset
+        self._taken = RunOrder(self.args, dataset, self._resumed, 0 if self._goes_on else self._resumed_step)
+        return self._taken.dataset
+
+    @property
+    def consumed(self) -> Consumed | None:
+        """What the steps of this run, and of those that it resumes, have read of each set; None if the data is one."""
+        if self._run is None or self._cursor is None:
+            return None
+        return self._run.consumed(self._cursor.samples)
 
     # ---- samplers ----
 
@@ -108,6 +156,8 @@ class DataOrder:
                 f"train_sampling_strategy='group_by_length' with a {type(dataset).__name__}: it brings its order, in "
                 "which it is read. Leave train_sampling_strategy out."
             )
+        if self._taken is not None and dataset is self._taken.dataset:
+            return self._taken.sampler
         if brings_order(dataset) or self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(dataset)
         if self.args.train_sampling_strategy == "group_by_length":
@@ -144,6 +194,8 @@ class DataOrder:
         cursor = self._cursor
         if cursor is None:
             return None
+        if self._run is not None:
+            return replace(cursor, state=data_state(self._run.dataset, cursor.samples)).to_dict()
         if control.should_epoch_stop and cursor.samples:  # a callback has had enough of this epoch
             cursor = replace(cursor, epoch=cursor.epoch + 1, samples=0, state=None)
         if cursor.samples and cursor.order["kind"] == "stream":
@@ -152,7 +204,22 @@ class DataOrder:
                 encode(cursor.state, "the stream's state_dict")
             except ValueError as error:
                 cursor = replace(cursor, state=None, refused=str(error).rstrip("."))
+        elif brings_order(dataset):
+            cursor = replace(cursor, state=data_state(dataset, cursor.samples))
         return cursor.to_dict()
+
+    def share_state(self, dataset: Any) -> None:
+        """Before a checkpoint: have the state of all lanes, of which each data-parallel rank knows its own.
+
+        All ranks together.
+        """
+        cursor = self._cursor
+        if cursor is None or not isinstance(dataset, LaneStream) or self._mesh.dp_size == 1:
+            return
+        states: list[Any] = [None] * self._mesh.dp_size
+        dist.all_gather_object(states, cursor.state, group=self._mesh.dp.handle)
+        if known := [state for state in states if state is not None]:  # none where an epoch begins
+            self._cursor = replace(cursor, state=joined(known))
 
     def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
         """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
@@ -163,14 +230,15 @@ class DataOrder:
 
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
-            return {"kind": "stream", FINGERPRINT: self._fingerprint}
+            own = dataset.identity() if isinstance(dataset, LaneStream) else {}
+            return {"kind": "stream", **own, FINGERPRINT: self._fingerprint}
         kind = "sequential" if brings_order(dataset) else self.args.train_sampling_strategy
         return {
             "kind": kind,
             "samples": len(loader.dataset),  # type: ignore[arg-type]
             "data_seed": None if kind == "sequential" else data_seed(self.args),
             "group": self._length_group(global_batch) if kind == "group_by_length" else None,
-            FINGERPRINT: self._fingerprint,
+            FINGERPRINT: None if brings_order(dataset) else self._fingerprint,  # which have an identity
         }
 
     # ---- the loop ----
@@ -179,6 +247,25 @@ class DataOrder:
         """Learn whether all ranks have the same data. All ranks together."""
         self._mesh = mesh
         self._fingerprint = check_same_data(mesh, loader, "training")
+
+    def plan_run(self, loader: Any, batch_size: int) -> tuple[int, ...] | None:
+        """What `set_initial_training_values` returns, for data whose samples are those of a run. After `compare`.
+
+        None for other data.
+        """
+        run, cursor = self._taken, self._resumed
+        if run is None or not isinstance(loader, DataParallelLoader):
+            return None
+        if getattr(loader.batch_sampler, "sampler", None) is not run.sampler:  # a subclass has chosen another one
+            return None
+        if cursor is None and self._goes_on and self._resumed_step:
+            raise ValueError(NO_CURSOR)
+        if cursor is not None:
+            cursor.check(run.order)
+        run.plan(batch_size, self._mesh.dp_size)
+        self._run, self._batch_size, self._is_stream = run, batch_size, False
+        self._cursor = Cursor(run.step, run.first.number, run.begin, run.order)
+        return run.training_values()
 
     def plan(
         self, loader: Any, dataset: Any, batch_size: int, global_batch: int, epochs: int, max_steps: int
@@ -205,7 +292,9 @@ class DataOrder:
         if cursor is None and self._resumed_step == 0:  # converted from the Hub: no data was seen
             return epochs, max_steps
         if cursor is None:
-            raise ValueError(f"the checkpoint does not say which samples it was trained on; {ANEW}.")
+            raise ValueError(NO_CURSOR)
+        if brings_order(dataset):
+            cursor = accept_changes(cursor, dataset, args)
         cursor.check(order)
         if self._is_stream:
             refused = refused or (
@@ -236,6 +325,8 @@ class DataOrder:
 
     def progress(self, epoch: int, rounds: int, state: TrainerState) -> tuple[int, int]:
         """Epochs and rounds that a run has behind it: as Trainer has reckoned them, unless the cursor knows better."""
+        if self._run is not None:
+            return self._run.first.number, self._run.rounds_before(self._run.first)
         return (epoch, rounds) if self._rest is None else (self._rest.epoch, self._rounds_before(self._rest, state))
 
     def _rounds_before(self, rest: Resumption, state: TrainerState) -> int:
@@ -250,6 +341,8 @@ class DataOrder:
         """What is left of an epoch that is resumed, from which `loader` then reads; None for one from its beginning."""
         rest = self._rest
         self._loader, self._epoch, self._rounds_done, self._rounds_in_epoch = loader, epoch, 0, rounds
+        if self._run is not None and self._cursor is not None:
+            return self._begin_leg(self._run, self._cursor, checkpoint)
         if rest is None or epoch != rest.epoch or self._cursor is None:
             return None
         self._rest = None
@@ -257,6 +350,15 @@ class DataOrder:
         self._rounds_in_epoch = rest.rounds if self._is_stream else self._rounds_done + rest.rounds
         if rest.samples:
             loader.start_at(Position(rest.samples, self._cursor.state))
+            self._rng_checkpoint = checkpoint
+        return rest
+
+    def _begin_leg(self, run: RunOrder, cursor: Cursor, checkpoint: str | None) -> Resumption:
+        is_first = self._epoch == run.first.number
+        rest = run.begin_epoch(self._epoch, cursor.samples, is_first and checkpoint is not None)
+        self._rounds_done = run.rounds_before(run.legs[self._epoch])
+        self._rounds_in_epoch = self._rounds_done + rest.rounds
+        if rest.is_resumed and rest.samples:
             self._rng_checkpoint = checkpoint
         return rest
 
@@ -275,6 +377,10 @@ class DataOrder:
         loader = self._loader
         state.epoch = self._epoch + (self._rounds_done + loader.rounds) / self._rounds_in_epoch
         order, step = self._cursor.order, state.global_step
+        if self._run is not None:
+            samples = self._run.legs[self._epoch].first + loader.position.samples
+            self._cursor = Cursor(step, self._epoch, samples, order)
+            return
         if loader.is_finished:
             self._cursor = Cursor(step, self._epoch + 1, 0, order)
             return

@@ -119,9 +119,7 @@ def open_source(
         return _hub(first, name, split, revision, shards)
     for argument, value in (("name", name), ("split", split), ("revision", revision)):
         if value is not None:
-            raise ValueError(
-                f"{argument}={value!r} belongs to a dataset of the Hub, and {printable_url(first)} is none."
-            )
+            raise ValueError(f"{argument}={value!r} belongs to a Hub dataset, and {printable_url(first)} is none.")
     return _files(paths, format, dict(storage_options or {}))
 
 

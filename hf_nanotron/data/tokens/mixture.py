@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -237,6 +238,20 @@ class Mixture(Dataset[dict[str, Any]]):
         """Tokens that were read of each set, as `counts`; of sets that say their `sequence_length`."""
         length = self.sequence_length
         return {} if length is None else {name: n * length for name, n in self.counts(samples).items()}
+
+    def settings(self) -> dict[str, Any]:
+        """What the order depends on besides the sets, in JSON's types."""
+        parts = [[part.start, list(part.weights)] for part in self.parts]
+        return {"names": list(self.names), "parts": parts, "seed": self.seed, "state": self.state_dict(self.begin)}
+
+    def with_vocabulary(self, size: int) -> Mixture:
+        """The same, whose ids are checked to be smaller where they are read."""
+        other = copy.copy(self)
+        other.datasets = {
+            name: dataset.with_vocabulary(size) if hasattr(dataset, "with_vocabulary") else dataset
+            for name, dataset in self.datasets.items()
+        }
+        return other
 
     def identities(self, samples: int | None = None) -> dict[str, dict[str, Any]]:
         """Of the sets by name, to be compared when a run is resumed: those read by then; of all if None."""

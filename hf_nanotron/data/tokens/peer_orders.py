@@ -5,7 +5,8 @@ Both hold their orders in memory, as they do there: numbers for each document an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -72,6 +73,11 @@ class MegatronSamples:
 
     def __len__(self) -> int:
         return len(self.shuffle)
+
+    def reading(self, files: Mapping[int, TokenFile]) -> MegatronSamples:
+        other = copy.copy(self)
+        other.file = files[id(self.file)]
+        return other
 
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         return self.shuffle[places].astype(np.int64)
@@ -152,6 +158,11 @@ class NanosetSamples:
 
     def __len__(self) -> int:
         return self.samples
+
+    def reading(self, files: Mapping[int, TokenFile]) -> NanosetSamples:
+        other = copy.copy(self)
+        other.rows = self.rows.reading(files)
+        return other
 
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         return self.numbers[places % len(self.numbers)]

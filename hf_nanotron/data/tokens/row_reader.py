@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +32,9 @@ class RowReader(Protocol):
 
     def read(self, numbers: np.ndarray, epoch: int = 0) -> Rows:
         """Rows of an epoch by number."""
+
+    def reading(self, files: Mapping[int, TokenFile]) -> RowReader:
+        """The same rows, of these files instead, by the `id` of those that it reads now."""
 
 
 class FirstToken(NamedTuple):
@@ -71,6 +75,11 @@ class CutRows:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def reading(self, files: Mapping[int, TokenFile]) -> CutRows:
+        other = copy.copy(self)
+        other.files = [files[id(file)] for file in self.files]
+        return other
 
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         if (self._permutation.seed, self._permutation.epoch) != (seed, epoch):
@@ -171,6 +180,11 @@ class PackedDocuments:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def reading(self, files: Mapping[int, TokenFile]) -> PackedDocuments:
+        other = copy.copy(self)
+        other.files = [files[id(file)] for file in self.files]
+        return other
 
     def order(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         windows, ends = self._order_of_windows(seed, epoch)

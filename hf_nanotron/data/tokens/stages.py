@@ -84,6 +84,21 @@ class Stages(Dataset[dict[str, Any]]):
         self._point = _Point()
         self._opened: dict[int, _Opened] = {}
 
+    @property
+    def datasets(self) -> dict[str, Any]:
+        """The sets by name, each as in the first stage that has it."""
+        return {name: dataset for mixture in reversed(self._mixtures) for name, dataset in mixture.datasets.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """What the order depends on besides the sets, in JSON's types."""
+        return {"stages": [self._definition(number) for number in range(len(self.stages))], "point": list(self._point)}
+
+    def with_vocabulary(self, size: int) -> Stages:
+        """The same, whose ids are checked to be smaller where they are read."""
+        other = copy.copy(self)
+        other._mixtures, other._opened = [mixture.with_vocabulary(size) for mixture in self._mixtures], {}
+        return other
+
     # ---- the plan of a run ----
 
     def plan(self, batch: int, max_steps: int) -> tuple[Leg, ...]:
@@ -271,11 +286,8 @@ class Stages(Dataset[dict[str, Any]]):
     def identities(self, samples: int | None = None) -> dict[str, dict[str, Any]]:
         """Of the sets by name, as in the first stage that has them; those of stages that have begun, or of all."""
         begun = len(self.stages) if samples is None else self._opened_at(samples).number + 1 if samples else 0
-        found: dict[str, dict[str, Any]] = {}
-        for mixture in self._mixtures[:begun]:
-            for name, dataset in mixture.datasets.items():
-                found.setdefault(name, set_identity(dataset))
-        return found
+        names = {name for mixture in self._mixtures[:begun] for name in mixture.names}
+        return {name: set_identity(dataset) for name, dataset in self.datasets.items() if name in names}
 
     # ---- the state ----
 

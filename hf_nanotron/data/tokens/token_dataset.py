@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +53,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             of it, and `set_epoch` changes nothing. Megatron's is over one `.bin`; of nanosets, each of `paths` is a
             folder.
         samples: of such a run, which Megatron's order depends on; one epoch if None.
+        skip_samples: of such a run, that were trained on elsewhere: row 0 is the one behind them.
         folder_weights: of nanosets' folders; by their lengths if None.
         split: which part of its sequences Megatron's training reads, from 0 to 1.
         vocab_size: ids must be smaller; checked when they are read.
@@ -85,6 +87,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         loss_mask: bool = True,
         order: Literal["megatron", "nanoset"] | None = None,
         samples: int | None = None,
+        skip_samples: int = 0,
         folder_weights: Sequence[float] | None = None,
         split: tuple[float, float] = (0.0, 1.0),
         vocab_size: int | None = None,
@@ -101,13 +104,18 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             raise ValueError(f"seed={seed} must not be negative.")
         self.sequence_length, self.documents, self.seed, self.shuffle = sequence_length, documents, seed, shuffle
         self.eos_token_id, self.loss_mask, self.epoch = eos_token_id, loss_mask, 0
-        self.peer = order
+        self.peer, self.skip_samples = order, skip_samples
         self._order_options: dict[str, Any] = {"pack_window": pack_window} if documents == "pack" else {}
         if order is not None:
             weights = None if folder_weights is None else [float(weight) for weight in folder_weights]
-            self._order_options = {"samples": samples, "folder_weights": weights, "split": list(split)}
-        if order is None and (samples is not None or folder_weights is not None or split != (0.0, 1.0)):
-            raise ValueError("samples, folder_weights and split belong to order='megatron' or 'nanoset'.")
+            self._order_options = {
+                "samples": samples,
+                "skip_samples": skip_samples,
+                "folder_weights": weights,
+                "split": list(split),
+            }
+        if order is None and (samples is not None or skip_samples or folder_weights is not None or split != (0.0, 1.0)):
+            raise ValueError("samples, skip_samples, folder_weights and split belong to order='megatron' or 'nanoset'.")
         listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not listed:
             raise FileNotFoundError("no path was given: name files of tokens, or folders of them.")
@@ -123,6 +131,11 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self._reader: RowReader
         if order is not None:
             self._reader = _peer_samples(self, order, opened, samples, folder_weights, split)
+            if not 0 <= skip_samples < len(self._reader):
+                raise ValueError(
+                    f"skip_samples={skip_samples} leaves nothing of the {len(self._reader)} samples of "
+                    f"order={order!r}; samples says how many the whole run has."
+                )
         elif documents == "pack":
             self._reader = PackedDocuments(self.files, sequence_length, eos_token_id, loss_mask, pack_window)
         else:
@@ -135,7 +148,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         """Rows of an epoch. With `documents="pack"` the first call reads where all documents end."""
-        return len(self._reader)
+        return len(self._reader) - self.skip_samples
 
     @property
     def tokens(self) -> int:
@@ -154,7 +167,9 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     def order(self, epoch: int, places: np.ndarray | None = None) -> np.ndarray:
         """`[n]` int64: numbers of the rows, in the order of the files, at these places of an epoch; at all if None."""
         places = np.arange(len(self)) if places is None else np.asarray(places, np.int64)
-        return self._reader.order(places, self.seed, epoch) if self.shuffle or self.peer else places
+        if not (self.shuffle or self.peer):
+            return places
+        return self._reader.order(places + self.skip_samples, self.seed, epoch)
 
     def rows(self, places: Sequence[int] | np.ndarray, epoch: int | None = None) -> Rows:
         """Many rows at once: a dict of int64 arrays `[B, S]`.
@@ -183,6 +198,13 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         """What a `DataLoader` asks for: the rows of a batch."""
         columns = {name: torch.from_numpy(array) for name, array in self.rows(places).items()}
         return [{name: column[row] for name, column in columns.items()} for row in range(len(places))]
+
+    def with_vocabulary(self, size: int) -> TokenDataset:
+        """The same, whose ids are checked to be smaller where they are read."""
+        other = copy.copy(self)
+        other.files = [replace(file, vocab_size=min(file.vocab_size or size, size)) for file in self.files]
+        other._reader = self._reader.reading({id(f): n for f, n in zip(self.files, other.files, strict=True)})
+        return other
 
     @property
     def counts_tokens(self) -> bool:

@@ -1,0 +1,1 @@
+"""huggingface/nanotron's configuration of a run -> the YAML file of `hf-nanotron train`."""
