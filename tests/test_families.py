@@ -105,6 +105,8 @@ def test_family(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, f
 
 
 NO_CONTEXT: set[str] = set()
+# Gradients of whose decay rates lose as much in the stock model, over as many tokens: 4e-5 in fp32, against fp64.
+DELTA_RULES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 SHARED_BY_DEFAULT = ("gemma3_text", "qwen3_moe", "lfm2")
 
 
@@ -122,7 +124,8 @@ def test_rows_that_ranks_share(pool: WorkerPool, pytestconfig: pytest.Config, tm
         if NO_STOCK.get(family, "nothing") in str(error):
             pytest.skip(f"stock transformers builds {family} with {NO_STOCK[family]} alone, which is not here")
         raise
-    tolerance = {**TOLERANCE, "gradient": ILL_CONDITIONED.get(family, TOLERANCE["gradient"])}
+    conditioned = {**ILL_CONDITIONED, **dict.fromkeys(DELTA_RULES, 1e-4)}
+    tolerance = {**TOLERANCE, "gradient": conditioned.get(family, TOLERANCE["gradient"])}
     for name, cell in row.items():
         assert bool(cell.refused) is not trains, f"{name}: {cell}"
         assert trains or "cp_size=2 is not supported for" in cell.refused, cell.refused
