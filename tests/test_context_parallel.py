@@ -217,6 +217,34 @@ def test_right_padding(pool: WorkerPool) -> None:
     compare(pool, directory, "padded", (1, 1, 2, 1), rows=3, name="mixtral")
 
 
+def dropout_run() -> tuple[int, int, list[list[float]], list[list[float]]]:
+    """The parts whose dropout this rank draws, and losses and norms with and without recomputation."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    histories = []
+    for recomputes in (False, True):
+        options = {"cp_size": 2, "gradient_checkpointing": recomputes, "max_steps": 2}
+        args = NanotronTrainingArguments(**training_arguments(**options))
+        config = tiny_model("gpt2", resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.0).config
+        torch.manual_seed(0)
+        model = ParallelAuto.from_config(config, args.parallel)
+        assert model.streams is not None
+        history = History()
+        rows = {"train_dataset": samples("packed"), "data_collator": collate, "callbacks": [history]}
+        NanotronTrainer(model=model, args=args, **rows).train()
+        histories.append(history)
+    parts = model.streams.part, model.streams.part_before
+    return *parts, [history.losses for history in histories], [history.norms for history in histories]
+
+
+def test_dropout_is_drawn_for_the_tokens_of_a_rank(pool: WorkerPool) -> None:
+    """From a stream of its own on each rank, and the same again where activations are recomputed."""
+    results = pool.run(2, dropout_run)
+    assert [result[:2] for result in results] == [(0, 0), (1, 1)]
+    for _, _, (losses, again), (norms, norms_again) in results:
+        assert relative(again, losses) <= 1e-6 and relative(norms_again, norms) <= 1e-6
+
+
 def test_blocks_that_see_whole_rows(pool: WorkerPool, tmp_path: Path) -> None:
     """Short convolutions, inside of the regions of tensor parallelism, and recomputed."""
     path, documents = tmp_path / "reference.pt", (9, 1, 12)

@@ -28,7 +28,7 @@ from ..parallel.cp.whole_region import WholeRowRegion
 from ..parallel.mesh import Group
 from .attention import KERNELS, PECULIAR, Attention, why_stock
 
-GROWING = ("dynamic", "longrope")  # rotary embeddings that go by the largest position they see
+GROWING = ("dynamic", "longrope")  # in names of rotary embeddings that go by the largest position they see
 SEE_ROWS = "parts that see whole rows"  # among the decorations of a model
 NAMED = "_context"  # how the names of our attention functions end
 
@@ -117,7 +117,7 @@ def let_parts_see_rows(model: ParallelModel) -> None:
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
-        if any(isinstance(kind, str) and ("dynamic" in kind or kind in GROWING) for kind in kinds):
+        if any(isinstance(kind, str) and any(part in kind for part in GROWING) for kind in kinds):
             hooks += _LargestPosition(group, is_dealt).attach(module)
     model.decorations.add(SEE_ROWS, functools.partial(_remove, hooks))
 

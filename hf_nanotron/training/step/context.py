@@ -64,8 +64,8 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     counted = batch.get("attention_mask")
     if missing or counted is not None:
         whole[COUNTED] = ones_like_tokens(batch) if counted is None else counted
-    if whole.get("position_ids") is None:
-        whole["position_ids"] = torch.arange(length).expand(rows, length)
+    positions = whole.get("position_ids")
+    whole["position_ids"] = (torch.arange(length) if positions is None else positions).expand(rows, length)
     if whole.get("labels") is not None and whole.get("shift_labels") is None:
         whole["shift_labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     own = {}
