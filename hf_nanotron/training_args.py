@@ -60,6 +60,11 @@ class NanotronTrainingArguments(SecretlessArguments):
         "How attention sees the tokens of all cp ranks: each gathers the keys and values of all (gather), or gets all "
         "tokens of some heads (heads).",
     )
+    cp_kv_heads_per_gather: int | None = _option(
+        None,
+        "Key-value heads of a rank that cp_mode gather gathers at once: fewer overlap better and take less memory. If "
+        "unset, a quarter of them.",
+    )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
     zero_stage: int = _option(

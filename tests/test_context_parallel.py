@@ -136,7 +136,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"gradient_checkpointing": True},
     {"sequence_parallel": False},
-    {"dp_replicate_size": 2},
+    {"dp_replicate_size": 2, "cp_kv_heads_per_gather": 1},
     {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     {"gradient_checkpointing": True, "activation_checkpointing_policy": "selective"},
 ]
@@ -157,6 +157,8 @@ def options_of(layout: Layout, kind: str, mode: str) -> dict[str, Any]:
         found["zero_stage"] = 2
     if found.get("dp_replicate_size") and (dp * cp % 2 or not found["zero_stage"]):
         del found["dp_replicate_size"]
+    if mode == "heads":
+        found.pop("cp_kv_heads_per_gather", None)
     if tp == 1:
         found.pop("sequence_parallel", None)
     return found

@@ -133,14 +133,15 @@ def activation_bytes(
 
 def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
     """What context-parallel attention gathers in the backward of a layer: keys and values of `tokens`, those of a
-    micro-batch on all ranks, for a quarter of the heads, while the next quarter arrives, and their gradients, which are
-    summed in fp32.
+    micro-batch on all ranks, for some of the heads, while the next arrive, and their gradients, which are summed in fp32.
     """
     if parallel.cp_size == 1 or parallel.cp_mode != "gather":
         return 0
     text = max(layer_configs(config.get_text_config()), key=_attention_elements, default=config.get_text_config())
-    quarter = -(-_key_value_elements(text) // (4 * parallel.tp_size))
-    return tokens * quarter * (2 * item + 4 + item)
+    elements = _key_value_elements(text)
+    heads = max(1, elements // max(1, sum(head_dims(text))) // parallel.tp_size)
+    at_once = min(heads, parallel.cp_kv_heads_per_gather or -(-heads // 4))
+    return tokens * at_once * sum(head_dims(text)) * (2 * item + 4 + item)
 
 
 def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:

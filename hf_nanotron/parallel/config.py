@@ -37,6 +37,8 @@ class ParallelConfig:
         cp_mode: how attention sees all tokens: `"gather"` (each rank gathers the keys and values of all, for the
             queries of its own tokens) or `"heads"` (each rank gets all tokens of some of the heads; Jacobs et al. 2023,
             arXiv:2309.14509).
+        cp_kv_heads_per_gather: key-value heads of a rank that `cp_mode="gather"` gathers at once, while those before
+            attend: fewer overlap better and take less memory, more fill a GPU better. `None` is a quarter of them.
         ep_size: ranks over which the experts of a mixture-of-experts model are distributed. They are neighbours among
             the data-, context- and tensor-parallel ranks of a pipeline stage, whose number it divides.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
@@ -63,6 +65,7 @@ class ParallelConfig:
     pp_size: int = 1
     cp_size: int = 1
     cp_mode: str = "gather"
+    cp_kv_heads_per_gather: int | None = None
     ep_size: int = 1
     dp_replicate_size: int = 1
     zero_stage: int = 1
@@ -83,6 +86,14 @@ class ParallelConfig:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
         if self.cp_mode not in CP_MODES:
             raise ValueError(f"cp_mode={self.cp_mode!r} is not one of {', '.join(map(repr, CP_MODES))}.")
+        if (heads := self.cp_kv_heads_per_gather) is not None:
+            if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+                raise ValueError(f"cp_kv_heads_per_gather={heads!r} must be an integer of at least 1, or None.")
+            if self.cp_size == 1 or self.cp_mode != "gather":
+                raise ValueError(
+                    f"cp_kv_heads_per_gather={heads} with cp_size={self.cp_size} and cp_mode={self.cp_mode!r}: nothing "
+                    "is gathered; use a cp_size of at least 2 with cp_mode='gather', or leave it unset."
+                )
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
                 f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (gradients as "

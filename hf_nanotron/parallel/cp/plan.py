@@ -21,13 +21,14 @@ class ContextPlan:
         parts: which rank has which tokens of every row.
         layout: the same for kernels, on the device.
         length: tokens of a row before it was filled up.
-        mode: `ParallelConfig.cp_mode`.
+        mode, heads: `ParallelConfig.cp_mode` and `cp_kv_heads_per_gather`.
     """
 
     parts: RowParts
     layout: DeviceLayout
     length: int
     mode: str
+    heads: int | None
 
     def attend(
         self,
@@ -40,7 +41,8 @@ class ContextPlan:
     ) -> torch.Tensor:
         """See `cp_attention`."""
         window = _within(window, query.shape[1] * self.parts.group.size)
-        return cp_attention(query, key, value, self.layout, self.parts.group, kernel, scale, window, self.mode)
+        group = self.parts.group
+        return cp_attention(query, key, value, self.layout, group, kernel, scale, window, self.mode, self.heads)
 
 
 def make_context_plan(
@@ -59,7 +61,8 @@ def make_context_plan(
     places = torch.stack([layout.tokens(rank) for rank in range(mesh.cp_size)])
     kinds = tuple(dict.fromkeys((*windows, None)))  # some layers ignore the window that they say they have
     on_device = device_layout(layout, mesh.cp_rank, mesh.device, kinds)
-    return ContextPlan(RowParts(mesh.cp, places), on_device, length, mesh.parallel.cp_mode)
+    mode, heads = mesh.parallel.cp_mode, mesh.parallel.cp_kv_heads_per_gather
+    return ContextPlan(RowParts(mesh.cp, places), on_device, length, mode, heads)
 
 
 def row_length(mesh: ParallelMesh, length: int) -> int:
