@@ -133,7 +133,7 @@ def activation_bytes(
 
 def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
     """What context-parallel attention gathers in the backward of a layer: keys and values of `tokens`, those of a
-    micro-batch on all ranks, for some of the heads, while the next arrive, and their gradients, which are summed in fp32.
+    micro-batch on all ranks, for some of the heads, while the next arrive, and their gradients, summed in fp32.
     """
     if parallel.cp_size == 1 or parallel.cp_mode != "gather":
         return 0
