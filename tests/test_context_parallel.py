@@ -227,7 +227,8 @@ def dropout_run() -> tuple[int, int, list[list[float]], list[list[float]]]:
     for recomputes in (False, True):
         options = {"cp_size": 2, "gradient_checkpointing": recomputes, "max_steps": 2}
         args = NanotronTrainingArguments(**training_arguments(**options))
-        config = tiny_model("gpt2", resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.0).config
+        fields = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.0, "attn_implementation": "sdpa"}
+        config = tiny_model("gpt2", **fields).config
         torch.manual_seed(0)
         model = ParallelAuto.from_config(config, args.parallel)
         assert model.streams is not None
