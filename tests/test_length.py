@@ -123,7 +123,7 @@ TOGETHER: list[Run] = [
     ("tp 2", {**ON, "tp_size": 2}, OFFLOAD),
     ("tp 2, compiled", {**ATTENTION, **COMPILED, "tp_size": 2}, OFFLOAD),
     ("tp 2, whole sequences", {**ON, "tp_size": 2, "sequence_parallel": False}, OFFLOAD),
-    ("cp 2", {**ATTENTION, "cp_size": 2}, OFFLOAD),
+    ("cp 2", {**ON, "cp_size": 2}, OFFLOAD),
     ("cp 2, compiled", {**ATTENTION, **COMPILED, "cp_size": 2}, OFFLOAD),
     ("ZeRO-2", {**ON, "zero_stage": 2}, OFFLOAD),
     ("ZeRO-3", {**ON, "zero_stage": 3}, OFFLOAD),

@@ -158,7 +158,10 @@ def offloaded_bytes(
     offload: float,
     mlp_tokens: int | None = None,
 ) -> int:
-    """Estimate of the host memory of one rank's offloaded activations; arguments as of `activation_bytes`."""
+    """Estimate of the host memory of one rank's offloaded activations; arguments as of `activation_bytes`.
+
+    Of compiled layers: others keep attention's output on the device (`ops/keep.py`).
+    """
     text = config.get_text_config()
     text = max(layer_configs(text), key=_attention_elements, default=text)
     cut = parallel.tp_size if parallel.sequence_parallel else 1
