@@ -119,7 +119,7 @@ def hint(prefix: str, key: str, known: Collection[str], sections: Mapping[str, C
     if key == "tokenizer" and sections:
         return "tokenizer is a top-level key, next to the sections."
     meaning = SYNONYMS[key].format(key) if sections and key in SYNONYMS else None
-    if meaning is not None and prefix and meaning.startswith(prefix) and meaning != f"{prefix}{key}":
+    if meaning is not None and (not prefix or meaning.startswith(prefix)) and meaning != f"{prefix}{key}":
         return f"the equivalent is {meaning}."
     for section, names in sections.items():
         if key in names:
