@@ -536,7 +536,7 @@ class NanotronTrainer(Trainer):
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
-            logs.update(self._domains.metrics(self._data_order.epochs_of_domains(self.train_dataset)))
+            logs.update(self._domains.metrics(self._data_order.epochs_of_domains()))
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())
         correct_speed(logs, self._evaluation.rounds)
@@ -848,6 +848,7 @@ class NanotronTrainer(Trainer):
         if self.args.should_save:
             args = copy.copy(self.args)
             args.logging_nan_inf_filter = self._guard.asked_to_filter
+            args.gradient_accumulation_steps = self._data_order.users_accumulation
             write_companions(args, self.processing_class or getattr(self.data_collator, "tokenizer", None), directory)
 
     def _push_committed(self, directory: Path) -> None:

@@ -129,6 +129,11 @@ class DataOrder:
         if self._run is not None:
             self._run.end()
 
+    @property
+    def users_accumulation(self) -> int:
+        """`gradient_accumulation_steps` as given; a stage may have its own."""
+        return self.args.gradient_accumulation_steps if self._run is None else self._run.users_accumulation
+
     def take(self, dataset: Any) -> Any:
         """What a loader is to read of a training dataset: a copy, where its samples are those of a run."""
         if not is_run(dataset):
@@ -221,12 +226,10 @@ class DataOrder:
         if known := [state for state in states if state is not None]:  # none where an epoch begins
             self._cursor = replace(cursor, state=joined(known))
 
-    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
+    def epochs_of_domains(self) -> dict[str, float]:
         """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
-        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
-            return {}
-        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
-        return epochs
+        consumed = self.consumed
+        return {} if consumed is None else consumed.epochs
 
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):

@@ -48,7 +48,7 @@ class RunOrder:
     Attributes:
         dataset: a copy, which goes on behind the cursor.
         sampler: reads the legs.
-        is_resumed: whether the first epoch takes the random state of a checkpoint.
+        users_accumulation: `gradient_accumulation_steps` of the arguments as given.
     """
 
     def __init__(self, args: NanotronTrainingArguments, dataset: Any, cursor: Cursor | None, step: int) -> None:
@@ -65,7 +65,7 @@ class RunOrder:
                 "behind it. Start a new run from its weights (from_pretrained of the checkpoint) instead."
             )
         self.sampler = RunSampler(self.dataset, self.begin)
-        self._users_accumulation = args.gradient_accumulation_steps
+        self.users_accumulation = args.gradient_accumulation_steps
 
     @property
     def order(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class RunOrder:
         """
         args = self.args
         self.batch_size, self.dp_size = batch_size, dp_size
-        size = batch_size * dp_size * self._users_accumulation
+        size = batch_size * dp_size * self.users_accumulation
         if isinstance(self.dataset, Stages):
             legs = self._plan_stages(self.dataset, size)
         else:
@@ -120,7 +120,7 @@ class RunOrder:
                 last = (
                     self.step
                     + EpochShape(end, self.batch_size, self.dp_size, 1, args.dataloader_drop_last).steps(self.begin)
-                    // self._users_accumulation
+                    // self.users_accumulation
                 )
                 why = self.dataset.why_it_ends(end) if hasattr(self.dataset, "why_it_ends") else "it has no more."
                 logger.warning(
@@ -188,7 +188,7 @@ class RunOrder:
 
     def end(self) -> None:
         """Give the arguments back as they were."""
-        self.args.gradient_accumulation_steps = self._users_accumulation
+        self.args.gradient_accumulation_steps = self.users_accumulation
 
 
 def data_state(dataset: Any, samples: int) -> dict[str, Any]:
