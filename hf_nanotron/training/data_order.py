@@ -226,11 +226,6 @@ class DataOrder:
         if known := [state for state in states if state is not None]:  # none where an epoch begins
             self._cursor = replace(cursor, state=joined(known))
 
-    def epochs_of_domains(self) -> dict[str, float]:
-        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
-        consumed = self.consumed
-        return {} if consumed is None else consumed.epochs
-
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
             own = dataset.identity() if isinstance(dataset, LaneStream) else {}
@@ -318,7 +313,8 @@ class DataOrder:
             self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
             epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
         before = cursor.order.get(FINGERPRINT)
-        if self._fingerprint is not None and before not in (None, self._fingerprint):
+        has_new_sets = isinstance(dataset, LaneStream) and not set(order) <= set(cursor.order)  # of a StreamMixture
+        if self._fingerprint is not None and before not in (None, self._fingerprint) and not has_new_sets:
             # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
             if is_repeatable(self._mesh, dataset_of(loader), self._fingerprint):
                 raise ValueError(OTHER_DATA)
