@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -104,6 +105,11 @@ class RunOrder:
         if self.args.max_steps <= 0:
             raise ValueError("Stages need max_steps: the last stage ends with it, and others where the next begins.")
         legs = list(stages.plan(size, self.args.max_steps))
+        if legs[0].step != self.step:
+            raise ValueError(
+                f"these Stages go on behind step {legs[0].step}, by a state that was loaded, but the run begins behind "
+                f"step {self.step}: pass new Stages, and resume_from_checkpoint."
+            )
         if missed := stages.stages[legs[-1].number + 1 :]:
             logger.warning(
                 f"max_steps={self.args.max_steps} ends the run in stage {legs[-1].number}, before {len(missed)} of its "
@@ -135,7 +141,11 @@ class RunOrder:
                     "and which says itself how often its sets are read (max_epochs): use num_train_epochs=1 for all of "
                     "it, or max_steps."
                 )
-            wanted = -(-int(len(self.dataset) * args.num_train_epochs) // 1)
+            length = len(self.dataset)
+            whole = EpochShape(
+                length, self.batch_size, self.dp_size, self.users_accumulation, args.dataloader_drop_last
+            )
+            wanted = min(math.ceil(whole.steps() * args.num_train_epochs) * size, length)  # whole steps, as in Trainer
         return Leg(0, self.step, self.begin, max(wanted, self.begin), size, self.begin)
 
     def _end(self, samples: int) -> int | None:
