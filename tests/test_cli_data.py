@@ -237,15 +237,6 @@ def test_files_that_cannot_be(tmp_path: Path, changes: dict[str, Any], says: str
     assert says in one_line(command("train", settings(tmp_path, dataset)))
 
 
-def test_another_tokenizer_is_noticed(tmp_path: Path) -> None:
-    write_ds(tmp_path / "a.ds", documents(40), metadata="org/words|2\n40\n40 tokens")
-    data = TokenDataset(tmp_path / "a.ds", LENGTH)
-    assert [cli_data.other_tokenizer(data, name) for name in ("org/words", "/copies/words", None)] == [None] * 3
-    assert "tokenized with 'org/words', and tokenizer is 'other'" in str(cli_data.other_tokenizer(data, "other"))
-    mixture = Mixture({"a": data}, [1.0])
-    assert cli_data.other_tokenizer(mixture, "other") and not cli_data.other_tokenizer([], "other")
-
-
 def test_conflicts_with_training(tmp_path: Path) -> None:
     token_files(tmp_path)
     dataset = {"tokens": str(tmp_path / "web.ds"), "sequence_length": LENGTH, "token_size": 2, "seed": 3}

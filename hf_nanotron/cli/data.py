@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -36,17 +35,6 @@ def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     if isinstance(plan.evaluation, dict):
         return train, {name: _open_for_evaluation(part, tokenizer) for name, part in plan.evaluation.items()}
     return train, None if plan.evaluation is None else _open_for_evaluation(plan.evaluation, tokenizer)
-
-
-def other_tokenizer(dataset: Any, name: str | None) -> str | None:
-    """A sentence if the files of `dataset` say that another tokenizer than `name` has written them.
-
-    Names are compared without their folders and owners: a copy in a folder is the same tokenizer.
-    """
-    told = getattr(dataset, "tokenizer", None)
-    if not isinstance(told, str) or name is None or PurePath(told).name == PurePath(name).name:
-        return None
-    return f"the data was tokenized with {told!r}, and tokenizer is {name!r}: ids mean other texts unless they are one."
 
 
 def _open(plan: SetPlan | MixturePlan | list[StagePlan], tokenizer: Any, seed: int) -> Any:
