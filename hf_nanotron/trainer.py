@@ -219,7 +219,7 @@ class NanotronTrainer(Trainer):
         finally:
             self._garbage.release()
             self._data_order.end_run()
-            end_run(self.model)
+            end_run(self.model, self.training_state)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""
@@ -536,7 +536,7 @@ class NanotronTrainer(Trainer):
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
-            logs.update(self._domains.metrics(self._data_order.epochs_of_domains(self.train_dataset)))
+            logs.update(self._domains.metrics(lambda: self._data_order.consumed))
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())
         correct_speed(logs, self._evaluation.rounds)

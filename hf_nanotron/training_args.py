@@ -168,14 +168,25 @@ class NanotronTrainingArguments(SecretlessArguments):
     pp_virtual_stages: int = _option(1, "Stages per pipeline rank; more than one needs interleaved_1f1b or zb.")
     activation_checkpointing_policy: str = _option(
         "full",
-        "What activation_checkpointing recomputes in the backward: the whole layer (full), or everything except the "
-        "outputs of matmuls and attention (selective).",
+        "What activation_checkpointing recomputes in the backward: the whole layer (full), everything except the "
+        "outputs of matmuls and attention (selective), or except the output of attention (all_but_attention, for long "
+        "sequences).",
     )
     activation_checkpointing_layers: list[int] | str | None = _option(
         None,
         "Decoder layers to which activation_checkpointing applies, numbered from 0 over the whole model, as a list or "
         "as 0,2,4. If unset, all layers.",
         nargs="+",
+    )
+    activation_offload: float = _option(
+        0.0,
+        "Fraction of the layers with activation_checkpointing (1 is all) that keep their input, and what else they "
+        "keep, in pinned host memory between forward and backward; copies overlap with computation.",
+    )
+    mlp_chunk_tokens: int | None = _option(
+        None,
+        "Compute gated MLPs over blocks of so many tokens, forward and backward, so that only one block's activations "
+        "are in memory. If unset, over all tokens at once.",
     )
     torch_compile: bool | None = _option(  # type: ignore[assignment]
         None,
@@ -268,6 +279,7 @@ class NanotronTrainingArguments(SecretlessArguments):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
         self._check_fp8()
+        self._check_mlp_chunks()
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
@@ -291,10 +303,30 @@ class NanotronTrainingArguments(SecretlessArguments):
                     f"fp8_skip_layers={self.fp8_skip_layers!r} must be a list of integers, such as [0, -1]."
                 )
 
+    def _check_mlp_chunks(self) -> None:
+        refused = {
+            f"fp8={self.fp8!r}": (self.fp8 is not None, "FP8 products take all tokens at once", "fp8=None"),
+            "tp_overlap=True": (
+                self.tp_overlap,
+                "products that overlap with communication have blocks of their own",
+                "tp_overlap=False",
+            ),
+            "pp_schedule='zb'": (
+                self.pp_schedule == "zb",
+                "weight gradients that are computed later keep the activations of all blocks",
+                "pp_schedule='1f1b'",
+            ),
+        }
+        for name, (applies, reason, instead) in refused.items():
+            if self.mlp_chunk_tokens is not None and applies:
+                raise ValueError(f"mlp_chunk_tokens={self.mlp_chunk_tokens} with {name}: {reason}; use {instead}.")
+
     @property
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
         sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
+        if self.mlp_chunk_tokens is not None and self.tp_size > 1 and self.tp_overlap is None:
+            sizes["tp_overlap"] = False
         layers = _layer_counts(self.pp_layers_per_stage)
         return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
 

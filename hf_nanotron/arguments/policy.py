@@ -177,8 +177,8 @@ ACTIVATION_CHECKPOINTING = RefusedKeys(
         ),
         "offload": Refused(
             (None, False),
-            "offloading to host memory is not supported with the pipeline yet",
-            "activation_checkpointing=True alone, more stages (pp_size) or more tensor parallelism (tp_size)",
+            "it copies on the stream that computes, which stands still meanwhile",
+            "activation_offload=1, whose copies run beside the computation",
         ),
     }
 )

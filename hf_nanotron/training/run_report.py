@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.fingerprint import unnoticed
 from ..data.loader import FillerBatch
 from ..models.base import ParallelModel
-from ..monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
+from ..monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes, offloaded_bytes
 from ..monitor.throughput import Throughput
 from ..ops.host_copy import to_device
 from ..parallel.batch import batch_shape
@@ -82,7 +82,7 @@ def report_memory(
 ) -> MemoryReport:
     """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together."""
     length, mesh = _sample_length(dataset, model), model.mesh
-    activations = activation_bytes(
+    step = (
         model.config,
         args.per_device_train_batch_size * length,
         args.parallel,
@@ -90,13 +90,19 @@ def report_memory(
         args.gradient_accumulation_steps,
         model.dtype.itemsize,
         len(recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
-        fused_head=model.linear_head is not None and not model.makes_logits,
-        whole_logits=model.makes_logits,
-        selective=args.activation_checkpointing_policy == "selective",
     )
+    kept: dict[str, Any] = {
+        "policy": args.activation_checkpointing_policy,
+        "offload": args.activation_offload,
+        "mlp_tokens": args.mlp_chunk_tokens,
+    }
+    fused = model.linear_head is not None and not model.makes_logits
+    activations = activation_bytes(*step, fused_head=fused, whole_logits=model.makes_logits, **kept)
     held = weights.bytes_held()
     held["parameters"] += fp8_bytes(model)
-    report = MemoryReport(**held, moments=moment_bytes(optimizer, weights), activations=activations)
+    report = MemoryReport(
+        **held, moments=moment_bytes(optimizer, weights), activations=activations, host=offloaded_bytes(*step, **kept)
+    )
     rank, most = fullest(report, mesh)
     logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {most}")
     return report
