@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from hf_nanotron.cli import data as cli_data
 from hf_nanotron.cli.data_plan import CHAT, STREAM, TOKENS, MixturePlan, SetPlan, plan_data
 from hf_nanotron.cli.settings import check_complete, read_settings
-from hf_nanotron.data import ChatDataset, Mixture, Stages, TokenDataset, TokenStream
+from hf_nanotron.data import ChatDataset, Mixture, Stages, StreamMixture, TokenDataset, TokenStream
 
 LENGTH = 8
 
@@ -96,7 +96,18 @@ REFUSED: dict[str, str] = {
     "{stream: a}": "dataset.stream needs dataset.sequence_length",
     "{stream: a, sequence_length: 8, lanes: 0}": "dataset.lanes=0 must be at least 1",
     "{stream: a, sequence_length: 8, path: b}": "dataset has path and stream; give one of them.",
-    "{mixture: {a: {stream: a, weight: 1}}, sequence_length: 8}": "dataset.mixture.a needs one of tokens",
+    "{mixture: {a: {stream: a, weight: 1}, b: {tokens: b, weight: 1}}, sequence_length: 8}": (
+        "dataset.mixture mixes the stream 'a' with 'b', which has a length"
+    ),
+    "{mixture: {a: {stream: a, weight: 1}}, sequence_length: 8, max_epochs: 2}": (
+        "dataset.max_epochs does not go with streams, which have no end."
+    ),
+    "{mixture: {a: {stream: a, weight: 1, max_epochs: 2}}, sequence_length: 8}": (
+        "dataset.mixture.a.max_epochs does not go with streams"
+    ),
+    "{mixture: {a: {stream: a, weight: 1, epochs: 2}}, sequence_length: 8}": "a.epochs: a stream of a mixture has no",
+    "{stages: [{stream: a}], sequence_length: 8}": "dataset.stages[0].stream: streams are trained on alone or in",
+    "{path: a, eval: {stream: a, sequence_length: 8}}": "dataset.eval.stream: streams are trained on alone",
     "{chat: a}": "dataset.chat needs dataset.sequence_length",
     "{chat: a, sequence_length: 8, documents: mask}": "documents goes with dataset.path or dataset.tokens or",
     "{chat: a, sequence_length: 8, train_on: answers}": "train_on='answers' is not one of 'replies', 'all'.",
@@ -352,5 +363,9 @@ def test_a_stream_is_trained_on_and_resumed(pool: WorkerPool, tmp_path: Path) ->
     (result,) = pool.run(1, command, "train", path, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}")
     assert result[0] == 0, result[2]
     assert figures(tmp_path / "out")[:8] == pytest.approx(expected, rel=1e-6)
+    sets = {name: {"stream": section["stream"], "weight": weight} for name, weight in (("a", 3), ("b", 1))}
+    section = {key: value for key, value in section.items() if key != "stream"}
+    mixture, _ = cli_data.load_data(plan_data({**section, "lanes": 1, "mixture": sets}), tokenizer(), 0)
+    assert isinstance(mixture, StreamMixture) and mixture.names == ("a", "b") and mixture.lanes == 1
     message = one_line(command("train", path, "--dataset.stream=./none"))
     assert "dataset.stream='./none': file or folder not found" in message

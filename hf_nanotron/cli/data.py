@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.ordered import DOMAIN
 from ..data.padding import PADDING
+from ..data.streaming.stream_mixture import StreamMixture
 from ..data.streaming.token_stream import TokenStream
 from ..data.tokenize.chat_dataset import ChatDataset
 from ..data.tokens.mixture import Mixture
@@ -44,6 +45,8 @@ def _open(plan: SetPlan | MixturePlan | list[StagePlan], tokenizer: Any, seed: i
         return _stages(plan, tokenizer, seed)
     sets = {name: _open(part, tokenizer, seed) for name, part in plan.sets.items()}
     with _named(f"{plan.where}.mixture"):
+        if plan.is_stream:
+            return StreamMixture(sets, plan.weights, seed)
         return Mixture(sets, plan.weights, seed, plan.max_epochs, plan.when_exhausted, plan.schedule)
 
 

@@ -94,8 +94,8 @@ STREAM: dict[str, Any] = {
     "epochs": NUMBER,
     "vocab_size": NUMBER,
 }
-SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE}  # which may be parts of a mixture
-ALONE = {**SETS, "stream": STREAM}
+SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE, "stream": STREAM}
+WITH_LENGTH = ("tokens", "chat", "path")
 MEANINGS = {
     "tokens": "`.ds` files of datatrove, `.bin` with `.idx` of Megatron, `.npy`; folders, patterns, URLs",
     "path": "a folder of `save_to_disk`, a file (`.json`, `.jsonl`, `.parquet`, `.csv`), or a name for `load_dataset`",
@@ -139,10 +139,10 @@ MEANINGS = {
     "workers": "processes that tokenize",
     "skip_unreadable": "leave out rows that cannot be read",
 }
-KIND_OF_SET = "tokens (files of token ids), chat (conversations) or path (a set of datasets)"
+KIND_OF_SET = "tokens (files of token ids), chat (conversations), path (a set of datasets) or stream"
 OWN = (  # never of several sets
-    "tokens", "path", "chat", "name", "data_files", "split", "revision", "format", "kind", "column", "order", "samples",
-    "skip_samples", "folder_weights",
+    "tokens", "path", "chat", "stream", "name", "data_files", "split", "revision", "format", "kind", "column", "order",
+    "samples", "skip_samples", "folder_weights", "epochs",
 )  # fmt: skip
 SHARED = {key: kind for types in SETS.values() for key, kind in types.items() if key not in OWN}
 OF_TRAINING = ("seed", "shuffle")  # of the order, which evaluation has its own of
@@ -189,7 +189,7 @@ WHAT = (
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One set. `where` is the dotted key of the section that describes it, `kind` one of `ALONE`."""
+    """One set. `where` is the dotted key of the section that describes it, `kind` one of `SETS`."""
 
     where: str
     kind: str
@@ -206,6 +206,11 @@ class MixturePlan:
     max_epochs: dict[str, int | None]
     when_exhausted: Literal["stop", "redistribute"]
     schedule: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its sets are streams: all are, or none is."""
+        return any(part.kind == "stream" for part in self.sets.values())
 
 
 @dataclass(frozen=True)
@@ -233,6 +238,8 @@ class DataPlan:
             return True
         if isinstance(self.train, SetPlan):
             return self.train.kind == "stream" and "epochs" not in self.train.options
+        if self.train.is_stream:
+            return True
         endless = [self.train.max_epochs[name] is None for name, weight in self.train.weights.items() if weight]
         return any(endless) if self.train.when_exhausted == "redistribute" else all(endless)
 
@@ -300,23 +307,23 @@ def check_types(where: str, section: Section, types: Types) -> list[str]:
 
 def _evaluation(section: Section, shared: Section) -> SetPlan | dict[str, SetPlan]:
     if any(kind in section for kind in SETS):
-        return _set("dataset.eval", section, shared)
+        return _set("dataset.eval", section, shared, kinds=WITH_LENGTH)
     if not section:
-        raise ValueError(f"dataset.eval is empty: it needs {' or '.join(SETS)}, or sets by name that have them.")
+        raise ValueError(f"dataset.eval is empty: it needs {' or '.join(WITH_LENGTH)}, or sets by name that have them.")
     return {
-        name: _set(f"dataset.eval.{name}", _mapping(f"dataset.eval.{name}", part), shared)
+        name: _set(f"dataset.eval.{name}", _mapping(f"dataset.eval.{name}", part), shared, kinds=WITH_LENGTH)
         for name, part in _named("dataset.eval", section)
     }
 
 
-def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
+def _mixture(where: str, section: Section, shared: Section, kinds: Collection[str] = tuple(SETS)) -> MixturePlan:
     parts = section["mixture"]
     if not isinstance(parts, dict) or not parts:
         raise ValueError(f"{where}.mixture={shown('mixture', parts)} must name its sets: NAME: {{tokens, weight}}.")
     sets, weights, epochs = {}, {}, {}
     for name, part in _named(f"{where}.mixture", parts):
         here = f"{where}.mixture.{name}"
-        sets[name] = _set(here, _mapping(here, part), shared, MEMBER)
+        sets[name] = _set(here, _mapping(here, part), shared, MEMBER, kinds)
         if part.get("weight") is None:
             raise ValueError(f"{here} has no weight: its share of the rows, such as 0.2 (weights need not sum to 1).")
         weights[name] = float(part["weight"])
@@ -325,9 +332,29 @@ def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
         epochs[name] = part["max_epochs"] if "max_epochs" in part else section.get("max_epochs", 1)
     if not sum(weights.values()):
         raise ValueError(f"the weights of {where}.mixture are all 0; one of them must be positive.")
+    _check_streams(where, section, sets)
     schedule = _schedule(where, section.get("schedule") or [], tuple(sets))
     ending: Any = section.get("when_exhausted") or ENDINGS[0]
     return MixturePlan(where, sets, weights, epochs, ending, schedule)
+
+
+def _check_streams(where: str, section: Section, sets: Mapping[str, SetPlan]) -> None:
+    """Refuse streams beside sets that have a length, and what streams, which have no end, do not have."""
+    streams = [name for name, plan in sets.items() if plan.kind == "stream"]
+    if not streams:
+        return
+    if others := [name for name in sets if name not in streams]:
+        raise ValueError(
+            f"{where}.mixture mixes the stream {streams[0]!r} with {others[0]!r}, which has a length: make all of them "
+            "streams, or none."
+        )
+    for key in ("max_epochs", "when_exhausted", "schedule"):
+        given = [f"{where}.mixture.{name}" for name in streams if key in section["mixture"][name]]
+        if key in section or given:
+            raise ValueError(f"{(given or [where])[0]}.{key} does not go with streams, which have no end.")
+    for name in streams:
+        if "epochs" in sets[name].options:
+            raise ValueError(f"{where}.mixture.{name}.epochs: a stream of a mixture has no end; leave epochs out.")
 
 
 def _schedule(where: str, parts: list[Any], names: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
@@ -376,9 +403,9 @@ def _stages(parts: Any, shared: Section, mixing: Section) -> list[StagePlan]:
         if kind == "mixture":
             _check(part, where, {"mixture": MAPPING, **MIXING, **SHARED, **STAGE})
             own = {key: value for key, value in part.items() if key in SHARED}
-            data: SetPlan | MixturePlan = _mixture(where, mixing | part, shared | own)
+            data: SetPlan | MixturePlan = _mixture(where, mixing | part, shared | own, WITH_LENGTH)
         else:
-            data = _set(where, part, shared, STAGE)
+            data = _set(where, part, shared, STAGE, WITH_LENGTH)
         start = {key: part.get(key) for key in ("start_tokens", "start_step")}
         if all(value is not None for value in start.values()):
             raise ValueError(f"{where} has both start_tokens and start_step; one of them says where it begins.")
@@ -408,12 +435,20 @@ def _check_start(where: str, stages: list[StagePlan]) -> None:
             )
 
 
-def _set(where: str, section: Section, shared: Section, extra: Types | None = None) -> SetPlan:
+def _set(
+    where: str,
+    section: Section,
+    shared: Section,
+    extra: Types | None = None,
+    kinds: Collection[str] = tuple(SETS),
+) -> SetPlan:
     """A set, with the values that it shares with others. `extra` are keys that are not of the set itself."""
-    kind = _one_of(section, ALONE if where == "dataset" else SETS, where, KIND_OF_SET)
-    _check(section, where, ALONE[kind] | dict(extra or {}))
-    options = {key: value for key, value in shared.items() if key in ALONE[kind]}
-    options |= {key: value for key, value in section.items() if key in ALONE[kind]}
+    if section.get("stream") is not None and "stream" not in kinds:
+        raise ValueError(f"{where}.stream: streams are trained on alone or in a mixture of streams, without stages.")
+    kind = _one_of(section, kinds, where, KIND_OF_SET)
+    _check(section, where, SETS[kind] | dict(extra or {}))
+    options = {key: value for key, value in shared.items() if key in SETS[kind]}
+    options |= {key: value for key, value in section.items() if key in SETS[kind]}
     options = {key: value for key, value in options.items() if value is not None}
     if kind == "path" and "text_column" not in options:
         for key in ("sequence_length", "documents", "num_proc"):

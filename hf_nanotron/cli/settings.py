@@ -117,7 +117,7 @@ def check_complete(settings: Settings) -> DataPlan:
             "and mixtures come in their own order, by dataset.seed; leave it out (dataset.shuffle is their switch)."
         )
     if plan.has_no_end and settings["training"].get("max_steps") in (None, -1):
-        endless = {list: "stages have", MixturePlan: "a mixture with max_epochs: null has", SetPlan: "a stream has"}
+        endless = {list: "stages have", MixturePlan: "the mixture has", SetPlan: "a stream has"}
         what = endless[type(plan.train)]
         raise ValueError(f"training.max_steps is needed: {what} no end.")
     return plan
