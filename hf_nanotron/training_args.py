@@ -54,7 +54,17 @@ class NanotronTrainingArguments(SecretlessArguments):
 
     tp_size: int = _option(1, "Ranks that shard every layer (tensor parallelism).")
     pp_size: int = _option(1, "Ranks that share the stack of layers (pipeline parallelism).")
-    cp_size: int = _option(1, "Ranks that share a sequence (context parallelism).")
+    cp_size: int = _option(1, "Ranks that share the tokens of every row (context parallelism).")
+    cp_mode: str = _option(
+        "gather",
+        "How attention sees the tokens of all cp ranks: each gathers the keys and values of all (gather), or gets all "
+        "tokens of some heads (heads).",
+    )
+    cp_kv_heads_per_gather: int | None = _option(
+        None,
+        "Key-value heads of a rank that cp_mode gather gathers at once: fewer overlap better and take less memory. If "
+        "unset, a quarter of them.",
+    )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
     zero_stage: int = _option(
@@ -274,6 +284,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             raise ValueError(
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "
                 "load), or None."
+            )
+        if self.cp_size > 1 and self.attention == "stock":
+            raise ValueError(
+                f"attention='stock' with cp_size={self.cp_size}: the model's own attention would see the tokens of one "
+                "rank alone; use attention='auto', or cp_size=1."
             )
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:

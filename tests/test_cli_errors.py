@@ -280,7 +280,7 @@ HINTS: dict[str, str] = {
     # other programs' names
     "training: {lr: 1}": "unknown key training.lr; the equivalent is training.learning_rate.",
     "lr: 1": "unknown key lr; the equivalent is training.learning_rate.",
-    "training: {dp: 2}": "the equivalent is the number of processes / (tp_size x pp_size)",
+    "training: {dp: 2}": "the equivalent is the number of processes / (tp_size x pp_size x cp_size)",
     "training: {tp: 2}": "the equivalent is training.tp_size.",
     "pp: 2": "the equivalent is training.pp_size.",
     "training: {micro_batch_size: 2}": "the equivalent is training.per_device_train_batch_size.",

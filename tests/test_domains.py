@@ -174,6 +174,7 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
             ("rows", {"tp_size": 2, "sequence_parallel": False}),
             ("packed", {"pp_size": 2, "pp_schedule": "zb"}),
             ("tokens", {"zero_stage": 3, "average_tokens_across_devices": False}),
+            ("tokens", {"cp_size": 2, "z_loss_coefficient": Z_LOSS}),
         ],
     ),
     "four": (
@@ -187,7 +188,7 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
     "experts": (
         2,
         {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-        [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "tp_size": 2})],
+        [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "tp_size": 2}), ("packed", {"ep_size": 2, "cp_size": 2})],
     ),
     # Its logits are made, a slice on each rank, since they are capped before the loss.
     "soft-capped": (
@@ -267,7 +268,7 @@ def check(pool: WorkerPool, world: int, fields: dict[str, Any], runs: list[tuple
 
 
 def dp_size(world: int, options: dict[str, Any]) -> int:
-    return world // (options.get("tp_size", 1) * options.get("pp_size", 1))
+    return world // (options.get("tp_size", 1) * options.get("pp_size", 1) * options.get("cp_size", 1))
 
 
 def without_speed(line: dict[str, Any]) -> dict[str, Any]:
@@ -317,7 +318,7 @@ def test_losses_of_users(pool: WorkerPool) -> None:
 
 def evaluate(directory: str) -> list[Any]:
     found = []
-    for sizes in ({"pp_size": 2, "gradient_accumulation_steps": 2}, {"tp_size": 2}, {}):
+    for sizes in ({"pp_size": 2, "gradient_accumulation_steps": 2}, {"tp_size": 2}, {"cp_size": 2}, {}):
         trainer = make(directory, None, per_device_eval_batch_size=2, prediction_loss_only="pp_size" in sizes, **sizes)
         both = trainer.evaluate(Rows("packed")), trainer.evaluate({"half": Rows("rows", 11), "all": Rows("rows")})
         found.append((*both, trainer.predict(Rows("tokens")).metrics))

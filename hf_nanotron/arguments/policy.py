@@ -255,7 +255,7 @@ HONOURED: dict[str, str] = {
     "local_rank": "deprecated: accepted and unused, as in transformers; the launcher's LOCAL_RANK counts",
 }
 
-_SIZES = "tp_size, pp_size, dp_replicate_size and zero_stage"
+_SIZES = "tp_size, pp_size, cp_size, dp_replicate_size and zero_stage"
 _NO_DDP = "there is no DistributedDataParallel wrapper: gradients are reduced in buckets of our own"
 
 

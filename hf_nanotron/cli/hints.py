@@ -8,7 +8,7 @@ from typing import Any
 
 CUT_OFF = 0.6  # of difflib's ratio: less alike is no hint
 
-_PROCESSES = "the number of processes / (tp_size x pp_size), which is the data-parallel size"
+_PROCESSES = "the number of processes / (tp_size x pp_size x cp_size), which is the data-parallel size"
 _SAMPLES = "training.per_device_train_batch_size x training.gradient_accumulation_steps x data-parallel ranks"
 
 # Names of Megatron, nanotron, LLaMA-Factory, axolotl, TRL and older transformers -> what they are here.

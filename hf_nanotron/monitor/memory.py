@@ -170,6 +170,19 @@ def offloaded_bytes(
     return round(tokens * _chunks_in_flight(parallel, pp_rank, micro_batches) * away * less)
 
 
+def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
+    """What context-parallel attention gathers in the backward of a layer: keys and values of `tokens`, those of a
+    micro-batch on all ranks, for some of the heads, while the next arrive, and their gradients, summed in fp32.
+    """
+    if parallel.cp_size == 1 or parallel.cp_mode != "gather":
+        return 0
+    text = max(layer_configs(config.get_text_config()), key=_attention_elements, default=config.get_text_config())
+    elements = _key_value_elements(text)
+    heads = max(1, elements // max(1, sum(head_dims(text))) // parallel.tp_size)
+    at_once = min(heads, parallel.cp_kv_heads_per_gather or -(-heads // 4))
+    return tokens * at_once * sum(head_dims(text)) * (2 * item + 4 + item)
+
+
 def _offloaded_layers(recomputed: float, offload: float, is_last: bool) -> float:
     """Of so many recomputed layers of a stage: the last of the model stays on the device."""
     return max(0.0, min(math.ceil(offload * recomputed), recomputed - is_last)) if offload else 0.0
@@ -199,10 +212,14 @@ def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, m
 def _attention_elements(config: Any) -> int:
     """Queries, keys, values, and twice the output of one token; none without attention heads."""
     query_dim, value_dim = head_dims(config)
+    return attention_heads(config) * (query_dim + 2 * value_dim) + _key_value_elements(config)
+
+
+def _key_value_elements(config: Any) -> int:
+    """Keys and values of one token. Latent attention makes them for every head."""
     heads = attention_heads(config)
-    # Latent attention makes keys and values for every head.
     grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
-    return heads * (query_dim + 2 * value_dim) + grouped * (query_dim + value_dim)
+    return grouped * sum(head_dims(config))
 
 
 def _mlp_elements(config: Any, selective: bool = False) -> int:

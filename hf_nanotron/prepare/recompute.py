@@ -31,7 +31,7 @@ from .compile import parts_of
 ATTENTION = (
     *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
     *("aten::_cudnn_attention_forward", "hf_nanotron::attention", "flash_attn", "flex_attention"),
-    "_c10d_functional::",  # what is sent is never sent twice
+    *("_c10d_functional::", "hf_nanotron::cp_to_"),  # what is sent is never sent twice
 )
 KEPT = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"),

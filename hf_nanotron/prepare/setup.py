@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from ..parallel.together import together
 from .attention import choose_attention
 from .checkpointing_switches import restore_switches
 from .compile import compile_layers, restore_layers
+from .context_attention import choose_context_attention, let_parts_see_rows
 from .fp8 import use_fp8
 from .mlp_chunks import chunk_mlps, restore_mlps
 from .neftune import set_noise
@@ -61,6 +63,7 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     if args.mlp_chunk_tokens is not None:
         rows = args.mlp_chunk_tokens
         together(mesh, "dividing the MLPs into blocks of tokens", lambda: chunk_mlps(model, rows))
+    let_parts_see_rows(model)  # before it is decided what is compiled and recomputed in one piece
     _choose_recomputation(state, args)
     if args.torch_compile:
         backend = args.torch_compile_backend or "inductor"
@@ -73,7 +76,11 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
             args.activation_checkpointing_policy,
             state.recompute_options,
         )
-    state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
+    if mesh.cp_size > 1:
+        choose = functools.partial(choose_context_attention, model, dtype, mesh.device)
+        state.attention, chosen = together(mesh, "sharing rows among ranks (cp_size)", choose)
+    else:
+        state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
     logger.info(chosen)
     model.training_loss.z_loss = args.z_loss_coefficient
     together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))
