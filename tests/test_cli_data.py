@@ -144,7 +144,7 @@ REFUSED: dict[str, str] = {
     "{mixture: {a: {tokens: a, weight: 1, max_epochs: 0}}, sequence_length: 8}": "a.max_epochs=0 must be at least 1.",
     "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, when_exhausted: end}": "'end' is not one of 'stop'",
     "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, text_column: text}": (
-        "dataset.text_column is used by no set: only sets with path take it."
+        "dataset.text_column is used by no set: only sets with path or stream take it."
     ),
     "{mixture: {a: {path: a, weight: 1}}, eos_token_id: 0}": "eos_token_id is used by no set: only sets with tokens",
     "{path: a, eval_split: test, eval: {path: b}}": "dataset has both eval_split and eval",
