@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron.cli import data as cli_data
-from hf_nanotron.cli.data_plan import CHAT, STREAM, TOKENS, MixturePlan, SetPlan, plan_data
+from hf_nanotron.cli.data_keys import CHAT, STREAM, TOKENS
+from hf_nanotron.cli.data_plan import MixturePlan, SetPlan, plan_data
 from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.data import ChatDataset, Mixture, Stages, StreamMixture, TokenDataset, TokenStream
 

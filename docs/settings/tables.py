@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments
-from hf_nanotron.cli.data_plan import MEANINGS, SETS
+from hf_nanotron.cli.data_keys import MEANINGS, SETS
 from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent

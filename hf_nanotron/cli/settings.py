@@ -14,7 +14,8 @@ from ..arguments.values import wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
-from .data_plan import KEYS, MAPPING, TEXT, DataPlan, MixturePlan, SetPlan, check_types, plan_data
+from .data_keys import KEYS, MAPPING, TEXT, check_types
+from .data_plan import DataPlan, MixturePlan, SetPlan, plan_data
 from .hints import refuse_nanotron, refuse_unknown
 
 Settings = dict[str, dict[str, Any]]
