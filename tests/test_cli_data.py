@@ -219,7 +219,7 @@ def test_a_mixture_is_trained_on_and_resumed(pool: WorkerPool, tmp_path: Path) -
     dataset = {"sequence_length": LENGTH, "documents": "mask", "token_size": 2, "mixture": sets, "eval": held_out}
     path = settings(tmp_path, dataset, max_steps=4, save_strategy="steps", save_steps=2)
     expected, evaluated = [], []
-    for name, sizes in (("one", []), ("two", ["--tp_size=2"]), ("dp", ["--gradient_accumulation_steps=1"])):
+    for name, sizes in (("one", []), ("two", ["--gradient_accumulation_steps=1"])):
         results = pool.run(1 + bool(sizes), command, "train", path, f"--output_dir={tmp_path / name}", *sizes)
         assert {code for code, *_ in results} == {0}, results[0][2]
         expected = expected or figures(tmp_path / name)
