@@ -561,6 +561,8 @@ def test_slurm_runs_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert after.counts is not None and after.counts.documents == 90 and after.kept == 3
     with pytest.raises(ValueError, match="would write storage_options to its files"):
         tokenize_corpus(pattern, out, tokenizer, **arguments, **options, storage_options={"key": "secret"})
+    with pytest.raises(ValueError, match="would write the credentials of memory://\\*\\*\\*@host/tokens to its files"):
+        tokenize_corpus(pattern, "memory://me:secret@host/tokens", tokenizer, **arguments, **options)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"executor='ray' needs datatrove: pip install hf-nanotron\[datatrove\] ray"):
         tokenize_corpus(pattern, out, tokenizer, executor="ray")
