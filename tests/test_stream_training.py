@@ -57,6 +57,61 @@ def train(folder: str, sizes: dict[str, Any], resumes: bool) -> list[float]:
     return history.losses
 
 
+def mix(
+    folder: str, sizes: dict[str, Any], resumes: bool, grows: bool = False
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Losses of a mixture, and its last log line."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+    from hf_nanotron.data import StreamMixture
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    args = NanotronTrainingArguments(
+        **training_arguments(
+            max_steps=STEPS,
+            output_dir=f"{folder}/mix",
+            save_steps=SAVED,
+            save_strategy="no" if resumes else "steps",
+            dataloader_multiprocessing_context="fork" if sizes.get("dataloader_num_workers") else None,
+            **sizes,
+        )
+    )
+    model = ParallelAuto.from_pretrained(f"{folder}/model", parallel=args.parallel)
+    streams = {name: stream(folder, documents=kept) for name, kept in (("web", "mask"), ("code", "pack"))}
+    weights = {"web": 3, "code": 1}
+    if grows:
+        streams["books"], weights["books"] = stream(folder, seed=1), 4
+    mixture = StreamMixture(streams, weights)
+    history = History()
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=mixture, callbacks=[history])
+    trainer.train(resume_from_checkpoint=f"{folder}/mix/checkpoint-{SAVED}" if resumes else None)
+    model.mesh.close()
+    return history.losses, [line for line in trainer.state.log_history if "loss" in line]
+
+
+def fail(folder: str) -> str:
+    """One rank's lane has a document that is no text."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    args = NanotronTrainingArguments(**training_arguments(max_steps=9, output_dir=f"{folder}/failed"))
+    model = ParallelAuto.from_pretrained(f"{folder}/model", parallel=args.parallel)
+    data = stream(folder, lanes=2, shuffle=False)
+    rank, content = model.mesh.dp_rank, data.ids.content
+
+    def broken(example: Any) -> Any:
+        return content({"text": [7]} if rank == 1 and example["text"] == data.last else example)
+
+    data.last = [example["text"] for example in data.source.dataset.shard(6, 1, contiguous=False)][-1]
+    data.ids.content = broken
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=data)
+    try:
+        trainer.train()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        model.mesh.close()
+    return ""
+
+
 def refuse(folder: str) -> list[str]:
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
@@ -102,8 +157,28 @@ def test_losses_are_those_of_stock_trainer_at_any_sizes(pool: WorkerPool, tmp_pa
         for losses in pool.run(ranks_of(sizes), train, folder, sizes, True):
             assert losses == pytest.approx(expected[SAVED:], rel=2e-5), sizes
     lanes, seed, epochs, endless, loss = pool.run(1, refuse, folder)[0]
-    assert "lanes=6, but this run has lanes=3" in lanes and "ignore_data_skip=True" in lanes
+    assert "lanes=4, but this run has lanes=3" in lanes and "ignore_data_skip=True" in lanes
     assert "seed=5, shuffle_buffer=4, but this run has seed=9, shuffle_buffer=8" in seed
     assert "epochs=None, but this run has epochs=1" in epochs
     assert "has no end: make one with epochs=1" in endless
     assert float(loss) > 1
+
+
+def test_a_mixture_of_streams_and_a_broken_one(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    write_shards(tmp_path)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2)).save_pretrained(tmp_path / "model")
+    whole = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
+    (expected, lines), *_ = pool.run(2, mix, folder, whole, False)
+    rest = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 2}
+    losses, more = pool.run(1, mix, folder, rest, True)[0]
+    assert losses == pytest.approx(expected[SAVED:], rel=2e-5)
+    for name in ("web", "code"):
+        assert more[-1][f"loss/{name}"] == pytest.approx(lines[-1][f"loss/{name}"], rel=2e-5)
+        assert more[-1][f"tokens/{name}"] == lines[-1][f"tokens/{name}"]
+    _, grown = pool.run(1, mix, folder, rest, True, True)[0]
+    assert grown[-1]["tokens/books"] > 20, "half of eight rows of eight tokens"
+    told = pool.run(2, fail, folder)
+    assert "RuntimeError" in told[0] and "reading the data failed on rank 1" in told[0]
+    assert "ValueError: the column 'text' must hold text, not a list ([7])." in told[1]

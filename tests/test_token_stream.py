@@ -18,7 +18,7 @@ from tiny import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_nanotron.data import TokenStream
+from hf_nanotron.data import Mixture, StreamMixture, TokenStream
 from hf_nanotron.data.fingerprint import fingerprint, row_hashes
 from hf_nanotron.data.loader import Position, build_loader
 from hf_nanotron.data.ordered import stack
@@ -179,7 +179,8 @@ class Opened:
     """A source that writes down which shards are read, and how far."""
 
     def __init__(self, source: Any) -> None:
-        self.source, self.shards, self.columns, self.examples = source, source.shards, source.columns, Counter[int]()
+        self.source, self.shards, self.columns = source, getattr(source, "shards", 0), None
+        self.examples = Counter[int]()
 
     def open(self, shard: int, state: Any = None) -> Any:
         reader, counts = self.source.open(shard, state), self.examples
@@ -195,10 +196,10 @@ class Opened:
 
 
 def read(
-    stream: TokenStream, ranks: int, batch: int, rounds: int, workers: int = 0, start: Position | None = None
+    stream: Any, ranks: int, batch: int, rounds: int, workers: int = 0, start: Position | None = None
 ) -> tuple[list[Row], Position, list[Counter[int]]]:
     """What all ranks read, in the order of one process; where they are then; the examples that each has read."""
-    by_rank, ends, opened, whole = [], [], [], stream.source
+    by_rank, ends, opened, whole = [], [], [], getattr(stream, "source", None)
     for rank in range(ranks):
         stream.source = Opened(whole)
         loader = build_lane_loader(stream, stack, batch, rank, ranks, True, num_workers=workers)
@@ -467,3 +468,75 @@ def list_dataset() -> Any:
     from datasets import Dataset
 
     return Dataset.from_dict({"text": ["w5"]})
+
+
+# ---- mixtures ----
+
+
+def mixture(folder: Path, weights: Any, handling: Any = ("mask", "cross"), **kwargs: Any) -> StreamMixture:
+    streams = {}
+    for name, shards, documents in (("web", 6, handling[0]), ("code", 5, handling[1])):
+        (folder / name).mkdir(exist_ok=True)
+        streams[name] = stream_of(write_shards(folder / name, shards)[1], lanes=4, documents=documents)
+    return StreamMixture(streams, weights, **kwargs)
+
+
+def test_a_mixture_of_streams(tmp_path: Path) -> None:
+    expected = {}
+    for name, shards, handling in (("web", 6, "mask"), ("code", 5, "cross")):
+        (tmp_path / name).mkdir()
+        rows = reference(write_shards(tmp_path / name, shards)[0], 4, handling)
+        expected[name] = [rows[lane::4] for lane in range(4)]  # by lane
+    weights = {"web": 0.5, "code": 0.5}
+    whole = [plain(row) for row in itertools.islice(mixture(tmp_path, weights), 120)]
+    taken = {(name, lane): 0 for name in expected for lane in range(4)}
+    for sample, row in enumerate(whole):  # each row is the next one of its lane of its set
+        name, lane = ("web", "code")[row["domain"]], sample % 4
+        wanted = expected[name][lane][taken[name, lane]]
+        assert {**{"position_ids": list(range(LENGTH))}, **wanted, "domain": row["domain"]} == row
+        taken[name, lane] += 1
+    domains = [row["domain"] for row in whole]
+    assert all(abs(sum(domains[:n]) - n / 2) <= 2 for n in range(1, 121))
+    assert min(taken.values()) > 5, "no set stays with some of the lanes"
+
+    draw = random.Random(1)
+    for _ in range(8):
+        start, rows = None, []
+        for _ in range(3):
+            ranks, batch = draw.choice((1, 2, 4)), draw.choice((1, 2))
+            found, start, _ = read(mixture(tmp_path, weights), ranks, batch, draw.randrange(1, 6), 0, start)
+            rows += found
+        assert rows == whole[: len(rows)]
+
+    # Other weights, and another set: each lane of a set goes on.
+    rows, start, _ = read(mixture(tmp_path, weights), 2, 1, 7)
+    more, end, _ = read(mixture(tmp_path, {"web": 0.0, "code": 1.0}), 1, 1, 9, 2, start)
+    assert start.state["mixture"]["anchor"] == 0 and end.state["mixture"]["anchor"] == 14
+    last, *_ = read(mixture(tmp_path, weights), 2, 1, 20, 0, end)
+    assert {row["domain"] for row in more} == {1} and abs(sum(row["domain"] for row in last) - 20) <= 2
+    taken = dict.fromkeys(taken, 0)
+    for sample, row in enumerate([*rows, *more, *last]):
+        name, lane = ("web", "code")[row["domain"]], sample % 4
+        assert row["input_ids"] == expected[name][lane][taken[name, lane]]["input_ids"], sample
+        taken[name, lane] += 1
+
+
+def test_what_no_mixture_of_streams_can_be(tmp_path: Path) -> None:
+    _, dataset = write_shards(tmp_path)
+    cases: list[tuple[str, Any, Any]] = [
+        (
+            "'b' has another number of lanes .2. than 'a' .4.",
+            {"a": stream_of(dataset), "b": stream_of(dataset, lanes=2)},
+            [1, 1],
+        ),
+        ("the stream 'a' has an end .epochs=1.", {"a": stream_of(dataset, epochs=1)}, [1]),
+        ("the set 'a' is a list: a StreamMixture has TokenStreams", {"a": [1]}, [1]),
+        ("'a' has none", {"a": stream_of(dataset)}, {}),
+        ("less than one row in 4194304", {"a": stream_of(dataset), "b": stream_of(dataset)}, [1, 1e-9]),
+        ("needs a stream", {}, []),
+    ]
+    for message, streams, weights in cases:
+        with pytest.raises(ValueError, match=message):
+            StreamMixture(streams, weights)
+    with pytest.raises(ValueError, match="the set 'a' is a stream .TokenStream.: use StreamMixture"):
+        Mixture({"a": stream_of(dataset)}, [1])

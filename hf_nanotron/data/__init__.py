@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .inspection import inspect_tokens
+    from .streaming.stream_mixture import StreamMixture
     from .streaming.token_stream import TokenStream
     from .tokenize.chat_dataset import ChatDataset
     from .tokenize.corpus import tokenize_corpus
@@ -20,6 +21,7 @@ __all__ = [
     "Mixture",
     "Stage",
     "Stages",
+    "StreamMixture",
     "TokenDataset",
     "TokenFile",
     "TokenStream",
@@ -32,6 +34,7 @@ _HOME = {
     "Mixture": ".tokens.mixture",
     "Stage": ".tokens.stages",
     "Stages": ".tokens.stages",
+    "StreamMixture": ".streaming.stream_mixture",
     "TokenDataset": ".tokens.token_dataset",
     "TokenFile": ".tokens.token_file",
     "TokenStream": ".streaming.token_stream",

@@ -221,13 +221,6 @@ class DataOrder:
         if known := [state for state in states if state is not None]:  # none where an epoch begins
             self._cursor = replace(cursor, state=joined(known))
 
-    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
-        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
-        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
-            return {}
-        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
-        return epochs
-
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
             own = dataset.identity() if isinstance(dataset, LaneStream) else {}
@@ -315,7 +308,8 @@ class DataOrder:
             self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
             epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
         before = cursor.order.get(FINGERPRINT)
-        if self._fingerprint is not None and before not in (None, self._fingerprint):
+        has_new_sets = isinstance(dataset, LaneStream) and not set(order) <= set(cursor.order)  # of a StreamMixture
+        if self._fingerprint is not None and before not in (None, self._fingerprint) and not has_new_sets:
             # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
             if is_repeatable(self._mesh, dataset_of(loader), self._fingerprint):
                 raise ValueError(OTHER_DATA)

@@ -103,6 +103,7 @@ class LaneLoader(DataParallelLoader):
         samples, lanes = start.samples, {} if start.state is None else dict(start.state["lanes"])
         read = DataLoader.__iter__(self)
         source.start = None  # the workers, if any, have it
+        source.dataset.begin_at(start.state, start.samples)  # here, too: workers have copies
         while rows := list(islice(read, self.rows_of_batch)):
             for lane, _, state in rows:
                 lanes[str(lane)] = state

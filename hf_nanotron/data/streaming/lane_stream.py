@@ -50,8 +50,8 @@ class LaneStream(IterableDataset[dict[str, torch.Tensor]]):
         """What a state holds besides that of the lanes."""
         return {}
 
-    def begin_at(self, state: Mapping[str, Any]) -> None:
-        """Take up the common part of a state."""
+    def begin_at(self, state: Mapping[str, Any] | None, given: int) -> None:
+        """Take up the common part of a state behind `given` samples; None for the beginning."""
 
     # ---- reading ----
 
@@ -78,8 +78,7 @@ class LaneStream(IterableDataset[dict[str, torch.Tensor]]):
             raise ValueError("a stream with an end is read whole: where a lane ends is not known without reading it.")
         if given:
             self.check_state(state)
-            assert state is not None
-            self.begin_at(state)
+        self.begin_at(state if given else None, given)
         opened: dict[int, LaneRows] = {}
         for sample in count(given + first, step):
             lane, row = sample % self.lanes, sample // self.lanes
@@ -99,13 +98,11 @@ class LaneStream(IterableDataset[dict[str, torch.Tensor]]):
             yield lane, found, rows.state()
 
     def _opened(self, lane: int, state: Mapping[str, Any] | None) -> LaneRows:
-        known = {} if state is None else state["lanes"].get(str(lane), {})
-        return self.open_lane(lane, known)
+        return self.open_lane(lane, {} if state is None else state["lanes"].get(str(lane), {}))
 
     def _all(self, state: Mapping[str, Any] | None) -> Iterator[tuple[int, Row, State]]:
         """All samples in their order: lane, row, state of the lane."""
-        if state is not None:
-            self.begin_at(state)
+        self.begin_at(state, 0 if state is None else sum(lane["rows"] for lane in state["lanes"].values()))
         opened = {lane: self._opened(lane, state) for lane in range(self.lanes)}
         row = min(lane.rows for lane in opened.values())
         while opened:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .blend import UNLIMITED, Point
 from .permutation import Permutation
@@ -70,6 +70,9 @@ class Mixture(Dataset[dict[str, Any]]):
         for name in self.names:
             if not isinstance(name, str):
                 raise ValueError(f"the name {name!r} of a set must be text: the state tells sets by their names.")
+        for name, dataset in self.datasets.items():
+            if isinstance(dataset, IterableDataset):
+                raise ValueError(f"the set {name!r} is a stream ({type(dataset).__name__}): use StreamMixture.")
         self.lengths = tuple(len(dataset) for dataset in self.datasets.values())
         for name, length in zip(self.names, self.lengths, strict=True):
             if not length:
@@ -88,14 +91,14 @@ class Mixture(Dataset[dict[str, Any]]):
     ) -> tuple[Part, ...]:
         if weights is None and not schedule:
             raise ValueError(f"a mixture needs weights of its sets ({', '.join(self.names)}), or a schedule of them.")
-        parts = [] if weights is None else [Part(0, _weights(self.names, weights))]
+        parts = [] if weights is None else [Part(0, shares_of(self.names, weights))]
         for number, entry in enumerate(schedule):
             if not isinstance(entry, Mapping):
                 raise ValueError(f"schedule[{number}]={entry!r} must be a dict with `weights` and where they begin.")
             if not number and weights is None and len(entry) == 1:
                 entry = {**entry, "start_samples": 0}
             parts.append(
-                Part(part_start(number, entry, self.sequence_length), _weights(self.names, entry.get("weights", ())))
+                Part(part_start(number, entry, self.sequence_length), shares_of(self.names, entry.get("weights", ())))
             )
         return parts_of(parts)
 
@@ -320,7 +323,8 @@ class Mixture(Dataset[dict[str, Any]]):
         return self.__dict__ | {"_blend": self._blend_from(self._blend.begin)}
 
 
-def _weights(names: Sequence[str], weights: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
+def shares_of(names: Sequence[str], weights: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
+    """Weights by the order of `names`. Raises a ValueError for those that cannot be."""
     if isinstance(weights, Mapping):
         missing, unknown = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
         if missing or unknown:
