@@ -517,11 +517,9 @@ def test_command(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words(300), eos_token=EOS).save_pretrained(tmp_path / "tokenizer")
     argv = ["tokenize", f"{tmp_path}/a.jsonl", f"{tmp_path}/out", "--tokenizer", f"{tmp_path}/tokenizer", "--workers=1"]
     code, out, err = command(*argv)
-    assert (
-        code == 0 and out == f"{tmp_path}/out: 2 documents, 5 tokens of 2 bytes in 1 files.\n" and "shards 1/1" in err
-    )
+    assert code == 0 and out == f"{tmp_path}/out: 2 documents, 5 tokens of 2 bytes in 1 file.\n" and "shards 1/1" in err
     assert documents_in(tmp_path / "out", ("00000_unshuffled.ds",)) == [[5, 6, 0], [7, 0]]
-    assert command(*argv)[1].endswith("in 1 files (1 were there already).\n")
+    assert command(*argv)[1].endswith("in 1 file (1 were there already).\n")
     for more, says in [
         (["--no-append-eos"], "append_eos is False, and was True"),
         (["--executor=slurm"], "executor='slurm' needs the options time and partition"),
