@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from datasets import load_dataset
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, set_seed
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.data import TokenStream
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> NanotronTrainer:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
+    set_seed(0)
     model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
     trainer = NanotronTrainer(model=model, args=args, train_dataset=stream, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=cli.resume or None)
