@@ -1,4 +1,5 @@
-"""`NanotronTrainer`: a `transformers.Trainer` whose model is spread over tensor-, pipeline- and data-parallel ranks.
+"""`NanotronTrainer`: a `transformers.Trainer` whose model is spread over tensor-, context-, pipeline- and data-parallel
+ranks.
 
 The loop, the callbacks, logging, evaluation and pushing are Trainer's own. What is replaced: where a step's gradients
 come from (`training_step`), which samples a rank reads, how gradients are clipped, and how checkpoints are written.
@@ -62,6 +63,7 @@ from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
 from .training.data_fit import fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
+from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
@@ -70,6 +72,7 @@ from .training.optimizer import group_of, link_optimizer
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
+from .training.step.context import check_batch
 from .training.step.custom_loss import LossChoice
 from .training.step.micro_batches import Window, make_micro_batches
 from .training.step.train_step import TrainStep
@@ -80,7 +83,7 @@ logger = logging.get_logger(__name__)
 
 
 class NanotronTrainer(Trainer):
-    """Trains a causal language model on any tp x pp x dp, and leaves standard Hub checkpoints.
+    """Trains a causal language model on any tp x cp x pp x dp, and leaves standard Hub checkpoints.
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
     same sizes, or a stock causal LM, which is sharded in place.
@@ -151,7 +154,8 @@ class NanotronTrainer(Trainer):
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
         logger.info(
-            f"mesh: tp {self.mesh.tp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; stages of this rank: "
+            f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; "
+            "stages of this rank: "
             + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
         )
 
@@ -185,7 +189,7 @@ class NanotronTrainer(Trainer):
 
     @gather_function.setter
     def gather_function(self, value: Any) -> None:
-        """Trainer assigns accelerate's gather here, which would count every batch once per tp and pp rank."""
+        """Trainer assigns accelerate's gather here, which would count every batch once per tp, cp and pp rank."""
 
     @property
     def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any] | None:
@@ -219,7 +223,7 @@ class NanotronTrainer(Trainer):
         finally:
             self._garbage.release()
             self._data_order.end_run()
-            end_run(self.model)
+            end_run(self.model, self.training_state)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""
@@ -536,7 +540,7 @@ class NanotronTrainer(Trainer):
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
-            logs.update(self._domains.metrics(self._data_order.epochs_of_domains(self.train_dataset)))
+            logs.update(self._domains.metrics(lambda: self._data_order.consumed))
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())
         correct_speed(logs, self._evaluation.rounds)
@@ -658,6 +662,8 @@ class NanotronTrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Trainer's; for the plain loss alone, no rank makes whole logits."""
         self._evaluation.compare_by_hand(inputs)
+        if self.mesh.cp_size > 1:
+            model = cast(nn.Module, DealtModel(self.training_state))
         loss_choice = self._loss_choice
         domains = contextlib.nullcontext() if loss_choice.is_own else self._evaluation.summing_domains(inputs)
         if prediction_loss_only and "labels" in inputs and not loss_choice.is_own:
@@ -808,6 +814,8 @@ class NanotronTrainer(Trainer):
     def _examine(self, window: list[Any]) -> None:
         """Raises for a window that this rank has read and that cannot be trained on."""
         self._domains.totals.check(window)
+        for batch in window:
+            check_batch(self.mesh, batch)
 
     def _empty_cache(self) -> None:
         every = self.args.torch_empty_cache_steps

@@ -54,7 +54,17 @@ class NanotronTrainingArguments(SecretlessArguments):
 
     tp_size: int = _option(1, "Ranks that shard every layer (tensor parallelism).")
     pp_size: int = _option(1, "Ranks that share the stack of layers (pipeline parallelism).")
-    cp_size: int = _option(1, "Ranks that share a sequence (context parallelism).")
+    cp_size: int = _option(1, "Ranks that share the tokens of every row (context parallelism).")
+    cp_mode: str = _option(
+        "gather",
+        "How attention sees the tokens of all cp ranks: each gathers the keys and values of all (gather), or gets all "
+        "tokens of some heads (heads).",
+    )
+    cp_kv_heads_per_gather: int | None = _option(
+        None,
+        "Key-value heads of a rank that cp_mode gather gathers at once: fewer overlap better and take less memory. If "
+        "unset, a quarter of them.",
+    )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
     zero_stage: int = _option(
@@ -168,14 +178,25 @@ class NanotronTrainingArguments(SecretlessArguments):
     pp_virtual_stages: int = _option(1, "Stages per pipeline rank; more than one needs interleaved_1f1b or zb.")
     activation_checkpointing_policy: str = _option(
         "full",
-        "What activation_checkpointing recomputes in the backward: the whole layer (full), or everything except the "
-        "outputs of matmuls and attention (selective).",
+        "What activation_checkpointing recomputes in the backward: the whole layer (full), everything except the "
+        "outputs of matmuls and attention (selective), or except the output of attention (all_but_attention, for long "
+        "sequences).",
     )
     activation_checkpointing_layers: list[int] | str | None = _option(
         None,
         "Decoder layers to which activation_checkpointing applies, numbered from 0 over the whole model, as a list or "
         "as 0,2,4. If unset, all layers.",
         nargs="+",
+    )
+    activation_offload: float = _option(
+        0.0,
+        "Fraction of the layers with activation_checkpointing (1 is all) that keep their input, and what else they "
+        "keep, in pinned host memory between forward and backward; copies overlap with computation.",
+    )
+    mlp_chunk_tokens: int | None = _option(
+        None,
+        "Compute gated MLPs over blocks of so many tokens, forward and backward, so that only one block's activations "
+        "are in memory. If unset, over all tokens at once.",
     )
     torch_compile: bool | None = _option(  # type: ignore[assignment]
         None,
@@ -264,10 +285,16 @@ class NanotronTrainingArguments(SecretlessArguments):
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "
                 "load), or None."
             )
+        if self.cp_size > 1 and self.attention == "stock":
+            raise ValueError(
+                f"attention='stock' with cp_size={self.cp_size}: the model's own attention would see the tokens of one "
+                "rank alone; use attention='auto', or cp_size=1."
+            )
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
         self._check_fp8()
+        self._check_mlp_chunks()
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
@@ -291,10 +318,30 @@ class NanotronTrainingArguments(SecretlessArguments):
                     f"fp8_skip_layers={self.fp8_skip_layers!r} must be a list of integers, such as [0, -1]."
                 )
 
+    def _check_mlp_chunks(self) -> None:
+        refused = {
+            f"fp8={self.fp8!r}": (self.fp8 is not None, "FP8 products take all tokens at once", "fp8=None"),
+            "tp_overlap=True": (
+                self.tp_overlap,
+                "products that overlap with communication have blocks of their own",
+                "tp_overlap=False",
+            ),
+            "pp_schedule='zb'": (
+                self.pp_schedule == "zb",
+                "weight gradients that are computed later keep the activations of all blocks",
+                "pp_schedule='1f1b'",
+            ),
+        }
+        for name, (applies, reason, instead) in refused.items():
+            if self.mlp_chunk_tokens is not None and applies:
+                raise ValueError(f"mlp_chunk_tokens={self.mlp_chunk_tokens} with {name}: {reason}; use {instead}.")
+
     @property
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
         sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
+        if self.mlp_chunk_tokens is not None and self.tp_size > 1 and self.tp_overlap is None:
+            sizes["tp_overlap"] = False
         layers = _layer_counts(self.pp_layers_per_stage)
         return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
 

@@ -71,19 +71,28 @@ CHANGES = {"tied routers": _tie_routers}
 
 
 def micro_batches(
-    model: PreTrainedModel, dp_rank: int = 0, dp_size: int = 1, numbers: tuple[int, ...] = TWO_STEPS
+    model: PreTrainedModel,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    numbers: tuple[int, ...] = TWO_STEPS,
+    documents: tuple[int, ...] = (TOKENS,),
 ) -> list[list[dict[str, Any]]]:
-    """For each step, this data-parallel rank's of the step's micro-batches, of which there are `numbers` in all."""
+    """For each step, this data-parallel rank's of the step's micro-batches, of which there are `numbers` in all.
+
+    Each has one row; several `documents` in it are marked by `position_ids`.
+    """
     generator = torch.Generator().manual_seed(2)
     vocabulary = model.config.get_text_config().vocab_size
     steps = []
     for number in numbers:
         batches = []
         for index in range(number):
-            ids = torch.randint(3, min(vocabulary, 100), (1, TOKENS), generator=generator)
+            ids = torch.randint(3, min(vocabulary, 100), (1, sum(documents)), generator=generator)
             labels = ids.clone()
             labels[:, : 3 * index] = -100
             batches.append({"input_ids": ids, "labels": labels})
+            if len(documents) > 1:
+                batches[-1]["position_ids"] = torch.cat([torch.arange(length) for length in documents])[None]
         count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
         for batch in batches:
             batch["num_items_in_batch"] = torch.tensor(count)
@@ -93,7 +102,9 @@ def micro_batches(
     return steps
 
 
-def reference(family: str, numbers: tuple[int, ...] = TWO_STEPS, **overrides: Any) -> dict[str, Any]:
+def reference(
+    family: str, numbers: tuple[int, ...] = TWO_STEPS, documents: tuple[int, ...] = (TOKENS,), **overrides: Any
+) -> dict[str, Any]:
     """Losses, gradient norms and gradients of stock transformers in one process.
 
     The gradients of a step are one flat tensor, which is read much faster than one for each parameter. `"places"` has
@@ -101,7 +112,7 @@ def reference(family: str, numbers: tuple[int, ...] = TWO_STEPS, **overrides: An
     """
     model = tiny_model(family, **overrides).train()
     result: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
-    for batches in micro_batches(model, numbers=numbers):
+    for batches in micro_batches(model, numbers=numbers, documents=documents):
         model.zero_grad()
         loss = torch.zeros(())
         for batch in batches:
@@ -136,13 +147,14 @@ def compare(
         path: file of the `reference`, or of one for each of the `"micro_batches"` that layouts ask for.
         layouts: fields of `ParallelConfig`, and `"save"`: the name under which to save the model in `folder` before it
             trains; `"micro_batches"`: of each step, if not `TWO_STEPS`; `"steps"`: how many of them to take;
-            `"checkpointing"`: recompute activations; `"wrong"`: leave out the sums over tensor-parallel ranks.
+            `"checkpointing"`: recompute activations; `"wrong"`: leave out the sums over tensor-parallel ranks;
+            `"documents"`: tokens of each of the documents of a row.
     """
     found = torch.load(path)
     results = []
     for layout in layouts:
         numbers = layout.get("micro_batches", TWO_STEPS)
-        expected = found if "losses" in found else found[numbers]
+        expected = found if "losses" in found else found[layout.get("documents", numbers)]
         results.append(_errors(family, expected, {**layout, "micro_batches": numbers}, overrides, folder))
     return results
 
@@ -161,16 +173,23 @@ def _errors(
     from hf_nanotron.parallel.collectives import all_reduce
     from hf_nanotron.parallel.config import ParallelConfig
     from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.prepare.context_attention import choose_context_attention, let_parts_see_rows
     from hf_nanotron.prepare.shard_weights import shard_weights
     from hf_nanotron.prepare.training_state import TrainingState
+    from hf_nanotron.training.step.micro_batches import make_micro_batches
     from hf_nanotron.training.step.train_step import TrainStep
 
     save, checkpointing, wrong = (sizes.pop(name, None) for name in ("save", "checkpointing", "wrong"))
     numbers, steps = sizes.pop("micro_batches"), sizes.pop("steps", None)
+    documents = sizes.pop("documents", (TOKENS,))
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
         try:
-            model = parallelize(tiny_model(family, **overrides), mesh)
+            stock = tiny_model(family, **overrides)
+            if mesh.cp_size > 1 and stock._supports_sdpa:  # whose attention stands for it alone
+                stock.set_attn_implementation("sdpa")
+            model = parallelize(stock, mesh)
+            attention = choose_context_attention(model, torch.float32, mesh.device)[0] if mesh.cp_size > 1 else None
         except ValueError as error:
             dist.barrier()  # every rank refuses, and none closes its groups while another still opens them
             return str(error)
@@ -183,9 +202,15 @@ def _errors(
                 name: dataclasses.replace(spec, partial_grad=False) for name, spec in model.shard_specs.items()
             }
         weights = shard_weights(model, torch.float32, 1 << 16)
-        step = TrainStep(TrainingState(model, weights))
+        state = TrainingState(model, weights, attention=attention)
+        let_parts_see_rows(model)
+        step = TrainStep(state)
         errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-        for index, batches in enumerate(micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers)[:steps]):
+        every = micro_batches(model, mesh.dp_rank, mesh.dp_size, numbers, documents)[:steps]
+        for index, batches in enumerate(every):
+            if mesh.cp_size > 1:
+                window = [(batch, batch["num_items_in_batch"]) for batch in batches]
+                batches = make_micro_batches(window, lambda batch: batch, state, False)
             loss = step.run(batches, index)
             loss = loss if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros(())
             loss = float(all_reduce(loss.detach().clone(), mesh.world))

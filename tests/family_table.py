@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
+from hf_nanotron.parallel.config import CP_MODES
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
 ONE_STEP, TWO_STEPS = (2,), (4, 2)  # micro-batches of each
@@ -41,6 +42,8 @@ SPARSE: dict[str, dict[str, Any]] = {
     "ep 2 tp 2 pp 2": {"ep_size": 2, "tp_size": 2, "pp_size": 2, **TWO},
 }
 COLUMNS = {**DENSE, **SPARSE}
+# Documents of a row; over two ranks, by the worse of both `cp_mode`s. Of other tests than the columns above.
+CONTEXT: dict[str, tuple[int, ...]] = {"cp 2": (22,), "cp 2 packed": (9, 1, 12)}
 ROUND_TRIP = "Hub round trip"
 SAVED = ("tp 2 pp 2 sp", "ep 2 tp 2 pp 2", "tp 2", "pp 2")  # what saves; the last two where the first is refused
 PLANS = ("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan")
@@ -118,6 +121,24 @@ def make_row(pool: WorkerPool, family: str, columns: list[str], folder: Path) ->
     return row
 
 
+def make_context_cells(pool: WorkerPool, family: str, folder: Path, trains: bool) -> dict[str, Cell]:
+    """A family whose rows two ranks share. `trains`: whether it is to be compared, rather than refused."""
+    path = folder / "context.pt"
+    torch.save({rows: reference(family, ONE_STEP, rows) if trains else None for rows in CONTEXT.values()}, path)
+    modes = CP_MODES if trains else CP_MODES[:1]
+    asked = [(name, {"cp_size": 2, "cp_mode": mode, "documents": CONTEXT[name]}) for name in CONTEXT for mode in modes]
+    by_rank = pool.run(2, compare, family, str(path), [{**layout, **ONE} for _, layout in asked], {})
+    row: dict[str, Cell] = {name: Cell() for name in CONTEXT}
+    for (name, _), *results in zip(asked, *by_rank, strict=True):
+        if isinstance(results[0], str):
+            assert all(result == results[0] for result in results), f"{name}: {results}"
+            row[name].refused = results[0]
+        else:
+            errors = [asdict(row[name]), *results]
+            row[name] = Cell(**{kind: max(error[kind] for error in errors) for kind in results[0]})
+    return row
+
+
 def ranks_of(column: str) -> int:
     """How many ranks a column needs; expert parallelism takes the place of data or tensor parallelism."""
     sizes = COLUMNS[column]
@@ -155,10 +176,11 @@ pytest tests/test_families.py --full-matrix --write-families
 
 The columns run on as many ranks as they need (two data-parallel ones for "ep 2"). *sp* is sequence parallelism. In
 "tp 4" there are more ranks than key-value heads for families with grouped heads. *Hub round trip*: saved under a
-layout, loaded by stock `from_pretrained`, every weight bit-equal to what stock saves and loads. The gradient error is
-a family's largest over all columns, parameters and steps, of the norm of the gradient's error, relative to the norm
-of the gradient plus 1e-4 of the global norm. "Attention" counts the token-mixing blocks of the tiny model that are cut
-over the ranks; each rank computes the others whole.
+layout, loaded by stock `from_pretrained`, every weight bit-equal to what stock saves and loads. In "cp 2" two ranks
+share each row of one document, in "cp 2 packed" each row of three, in both modes of context parallelism. The gradient
+error is a family's largest over all columns, parameters and steps, of the norm of the gradient's error, relative to
+the norm of the gradient plus 1e-4 of the global norm. "Attention" counts the token-mixing blocks of the tiny model
+that are cut over the ranks; each rank computes the others whole.
 
 `gemma3n` has no row: stock transformers builds it with timm alone. Its text model is the row `gemma3n_text`.
 """
@@ -174,7 +196,7 @@ def _kind(row: dict[str, Any], column: str) -> str:
 def counts(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Lines that count the cells of each column."""
     lines = []
-    for name in (*COLUMNS, ROUND_TRIP):
+    for name in (*COLUMNS, *CONTEXT, ROUND_TRIP):
         kinds = Counter(_kind(row, name) for row in rows.values())
         lines.append(
             f"{name:16s} " + ", ".join(f"{kinds[k]} {k}" for k in ("ok", "refused", "n.a.", "not run") if kinds[k])
@@ -187,12 +209,17 @@ def as_record(family: str, row: dict[str, Cell]) -> dict[str, Any]:
 
 
 def write_page(results: Path, rows: dict[str, dict[str, Any]], page: Path, date: str) -> None:
-    """Add `rows` to those of earlier runs in `results`, and write `page` from all."""
+    """Add `rows` to those of earlier runs in `results`, and write `page` from all.
+
+    A row without a column keeps what an earlier run has found, with the versions of most columns.
+    """
     versions = f"on {date} with torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
-    for row in rows.values():
-        row["made"] = versions
     merged = json.loads(results.read_text()) if results.exists() else {}
-    merged |= rows
+    for name, row in rows.items():
+        before = merged.get(name, {"cells": {}})
+        is_partial = before["cells"].keys() - CONTEXT.keys() - row["cells"].keys()
+        row["made"] = before["made"] if is_partial else versions
+        merged[name] = {**row, "cells": {**before["cells"], **row["cells"]}}
     results.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
     page.write_text(render({name: merged[name] for name in KNOWN if name in merged}))
 
@@ -224,7 +251,7 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for title, is_planned in (("Families with a declared plan", True), ("Families that the tables add", False)):
         parts.append(f"## {title}\n")
-        names = (*COLUMNS, ROUND_TRIP)
+        names = (*COLUMNS, *CONTEXT, ROUND_TRIP)
         parts.append("| family | attention | MoE | " + " | ".join(names) + " | gradient error |")
         parts.append("|---|---|---|" + "---|" * len(names) + "---|")
         for family, row in rows.items():

@@ -92,15 +92,18 @@ class FakeFlashAttention4:
     """Its two functions, with the arguments that ours are to give them, on top of `by_document`."""
 
     @staticmethod
-    def _problem(q: torch.Tensor, options: dict[str, Any]) -> Problem:
+    def _problem(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> Problem:
         bounds, window = options.get("cu_seqlens_q"), options.get("window_size_left")
         assert options["causal"] and (bounds is None) == (q.dim() == 4) and options.get("window_size_right", 0) == 0
-        length = q.shape[1] if bounds is None else int(bounds.diff().max())
-        assert options.get("max_seqlen_q", length) == options.get("max_seqlen_k", length) == length
-        return Problem(bounds, length, options["softmax_scale"], None if window is None else window + 1)
+        keys = options.get("cu_seqlens_k")
+        longest = [x.shape[1] if each is None else int(each.diff().max()) for x, each in ((q, bounds), (k, keys))]
+        assert options.get("max_seqlen_q", longest[0]) == longest[0]
+        assert options.get("max_seqlen_k", longest[1]) == longest[1]
+        window = None if window is None else window + 1
+        return Problem(bounds, longest[0], options["softmax_scale"], window, keys, longest[1])
 
     def _flash_attn_fwd(self, q: Any, k: Any, v: Any, return_lse: bool, **options: Any) -> Any:
-        problem, rows = self._problem(q, options), q.shape[0]
+        problem, rows = self._problem(q, k, options), q.shape[0]
         q, k, v = (x if x.dim() == 4 else x[None] for x in (q, k, v))
         output, sums = KERNELS["by_document"].forward(q, k, v, problem)
         if problem.bounds is None:
@@ -111,7 +114,7 @@ class FakeFlashAttention4:
         self, q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, *, deterministic: bool, dq: Any, dk: Any, dv: Any,
         **options: Any,
     ) -> Any:  # fmt: skip
-        problem = self._problem(q, options)
+        problem = self._problem(q, k, options)
         lse = lse.transpose(0, 1).flatten(1) if problem.bounds is None else lse
         dout, q, k, v, out = (x if x.dim() == 4 else x[None] for x in (dout, q, k, v, out))
         found = KERNELS["by_document"].backward(dout, Saved(q, k, v, out, lse), problem)
@@ -130,6 +133,20 @@ def test_flash_attention_4_is_called_right(monkeypatch: pytest.MonkeyPatch, pack
     weight = torch.randn(found.shape, generator=generator)
     gradients = (torch.autograd.grad((output * weight).sum(), inputs) for output in (found, expected))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_flash_attention_4_is_called_right_with_more_keys(monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    monkeypatch.setattr(attention_kernels, "flash_attention_4", lambda: (FakeFlashAttention4(), ""))
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 6], [0, 9, 12, 14]))
+    q, k, v, grad = (torch.randn(1, n, h, 8, generator=generator) for n, h in ((6, 4), (14, 2), (14, 2), (6, 4)))
+    problem = Problem(None, 6, 0.3, 4, None, 14) if whole else Problem(queries, 5, 0.3, 4, keys, 9)
+    results = []
+    for name in ("by_document", "fa4"):
+        output, sums = KERNELS[name].forward(q, k, v, problem)
+        results.append((output, *KERNELS[name].backward(grad, Saved(q, k, v, output, sums), problem)))
+    torch.testing.assert_close(*results)
 
 
 def test_operator_is_what_it_says_to_a_compiler() -> None:

@@ -143,7 +143,9 @@ def test_without_a_plan_data_parallel_works(pool: WorkerPool) -> None:
 @pytest.mark.parametrize(
     ("sizes", "parts"),
     [
-        ({"cp_size": 2}, ["cp_size=2", "cp_size=1"]),
+        ({"cp_size": 2, "cp_kv_heads_per_gather": 0}, ["cp_kv_heads_per_gather=0", "at least 1"]),
+        ({"cp_kv_heads_per_gather": 2}, ["cp_kv_heads_per_gather=2", "cp_size=1", "cp_size of at least 2"]),
+        ({"cp_size": 2, "cp_mode": "ring"}, ["cp_mode='ring'", "'gather'"]),
         ({"ep_size": 0}, ["ep_size=0", "at least 1"]),
         ({"zero_stage": 4}, ["zero_stage=4", "0 (shard nothing)"]),
         ({"zero_stage": 0, "dp_replicate_size": 2}, ["dp_replicate_size=2", "zero_stage=0", "dp_replicate_size=1"]),

@@ -247,6 +247,7 @@ def test_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     at = file.stat().st_mtime_ns
     again = ChatDataset(chats(), tokenizer(), 64, cache_dir=tmp_path)
     assert file.stat().st_mtime_ns == at and again.identity() == first.identity()
+    assert TokenDataset(file, 64, documents="pack").identity() != first.identity() and first.name == "chat"
     shutil.rmtree(tmp_path / file.parent.name)
     anew = ChatDataset(chats(), tokenizer(), 64, cache_dir=tmp_path)
     assert anew.identity() == first.identity()

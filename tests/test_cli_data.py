@@ -19,14 +19,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron.cli import data as cli_data
-from hf_nanotron.cli.data_plan import CHAT, TOKENS, MixturePlan, SetPlan, plan_data
+from hf_nanotron.cli.data_plan import CHAT, STREAM, TOKENS, MixturePlan, SetPlan, plan_data
 from hf_nanotron.cli.settings import check_complete, read_settings
-from hf_nanotron.data import ChatDataset, Mixture, Stages, TokenDataset
+from hf_nanotron.data import ChatDataset, Mixture, Stages, TokenDataset, TokenStream
 
 LENGTH = 8
 
 
 def test_every_argument_of_a_dataset_is_a_key() -> None:
+    loading = {"name", "data_files", "split"}
+    assert {*STREAM} == {*loading, "stream", *inspect.signature(TokenStream).parameters} - {"dataset", "tokenizer"}
     classes = ((TokenDataset, TOKENS, "tokens", "paths"), (ChatDataset, CHAT, "chat", "source"))
     for dataset, keys, ours, theirs in classes:
         parameters = set(inspect.signature(dataset).parameters) - {"tokenizer"}
@@ -91,6 +93,10 @@ REFUSED: dict[str, str] = {
     "{tokens: a, sequence_length: 8, split: [0.5, 0.2]}": "split=[0.5, 0.2] must be two shares that ascend",
     "{tokens: a, sequence_length: 8, split: test}": "dataset.split='test' must be a list or null.",
     "{path: a, split: test}": "Its split is train_split.",
+    "{stream: a}": "dataset.stream needs dataset.sequence_length",
+    "{stream: a, sequence_length: 8, lanes: 0}": "dataset.lanes=0 must be at least 1",
+    "{stream: a, sequence_length: 8, path: b}": "dataset has path and stream; give one of them.",
+    "{mixture: {a: {stream: a, weight: 1}}, sequence_length: 8}": "dataset.mixture.a needs one of tokens",
     "{chat: a}": "dataset.chat needs dataset.sequence_length",
     "{chat: a, sequence_length: 8, documents: mask}": "documents goes with dataset.path or dataset.tokens or",
     "{chat: a, sequence_length: 8, train_on: answers}": "train_on='answers' is not one of 'replies', 'all'.",
@@ -231,6 +237,15 @@ def test_files_that_cannot_be(tmp_path: Path, changes: dict[str, Any], says: str
     assert says in one_line(command("train", settings(tmp_path, dataset)))
 
 
+def test_another_tokenizer_is_noticed(tmp_path: Path) -> None:
+    write_ds(tmp_path / "a.ds", documents(40), metadata="org/words|2\n40\n40 tokens")
+    data = TokenDataset(tmp_path / "a.ds", LENGTH)
+    assert [cli_data.other_tokenizer(data, name) for name in ("org/words", "/copies/words", None)] == [None] * 3
+    assert "tokenized with 'org/words', and tokenizer is 'other'" in str(cli_data.other_tokenizer(data, "other"))
+    mixture = Mixture({"a": data}, [1.0])
+    assert cli_data.other_tokenizer(mixture, "other") and not cli_data.other_tokenizer([], "other")
+
+
 def test_conflicts_with_training(tmp_path: Path) -> None:
     token_files(tmp_path)
     dataset = {"tokens": str(tmp_path / "web.ds"), "sequence_length": LENGTH, "token_size": 2, "seed": 3}
@@ -246,10 +261,21 @@ def test_conflicts_with_training(tmp_path: Path) -> None:
     mixture = {"mixture": {"web": {"tokens": "x", "weight": 1}, "code": {"tokens": "y", "weight": 1, "max_epochs": 2}}}
     endless = {"sequence_length": LENGTH, "max_epochs": None, **mixture}
     stages = {"sequence_length": LENGTH, "stages": [{"tokens": "x"}]}
-    for data in ({**endless, "when_exhausted": "redistribute"}, stages):
+    stream = {"stream": "x", "sequence_length": LENGTH}
+    for data in ({**endless, "when_exhausted": "redistribute"}, stages, stream):
         path = settings(tmp_path, data, max_steps=-1)
         assert "training.max_steps is needed" in one_line(command("train", path))
     check_complete(read_settings(Path(settings(tmp_path, endless, max_steps=-1)), [])[0])
+
+
+def test_stages_are_overridden_by_place(tmp_path: Path) -> None:
+    path = settings(tmp_path, {"sequence_length": 8, "stages": [{"tokens": "a"}, {"tokens": "b", "start_step": 5}]})
+    overrides = ["--dataset.stages.1.start_step=7", "--dataset.stages.0.documents", "mask"]
+    assert read_settings(Path(path), overrides)[0]["dataset"]["stages"] == [
+        {"tokens": "a", "documents": "mask"}, {"tokens": "b", "start_step": 7},
+    ]  # fmt: skip
+    for override in ("--dataset.stages.2.start_step=7", "--dataset.stages.x.tokens=a", "--dataset.stages.-1=a"):
+        assert "is no place in a list of 2 (0 to 1)" in one_line(command("train", path, override))
 
 
 def test_rows_of_several_sets_make_a_batch() -> None:
@@ -320,3 +346,20 @@ def test_conversations_are_a_set(tmp_path: Path) -> None:
     assert train[0]["input_ids"].tolist()[:5] == [5, 6, 2, 7, 2]
     with pytest.raises(ValueError, match="dataset.chat needs tokenizer"):
         cli_data.load_data(plan_data(section), None, 0)
+
+
+def test_a_stream_is_trained_on_and_resumed(pool: WorkerPool, tmp_path: Path) -> None:
+    """Texts that are tokenized while they are read: the same figures on two ranks, and after a resume."""
+    section = {"stream": corpus(tmp_path), "text_column": "text", "sequence_length": LENGTH, "documents": "mask"}
+    path = settings(tmp_path, section, max_steps=4, save_strategy="steps", save_steps=2)
+    (result,) = pool.run(1, command, "train", path)
+    assert result[0] == 0, result[2]
+    expected = figures(tmp_path / "out")
+    dp = ["--gradient_accumulation_steps=1", f"--output_dir={tmp_path / 'two'}"]
+    assert {code for code, *_ in pool.run(2, command, "train", path, *dp)} == {0}
+    assert figures(tmp_path / "two") == pytest.approx(expected, rel=2e-4) and len(expected) == 8
+    (result,) = pool.run(1, command, "train", path, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}")
+    assert result[0] == 0, result[2]
+    assert figures(tmp_path / "out")[:8] == pytest.approx(expected, rel=1e-6)
+    message = one_line(command("train", path, "--dataset.stream=./none"))
+    assert "dataset.stream='./none': file or folder not found" in message

@@ -14,6 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset as HubDataset, Features, Value
 from pool import WorkerPool
 from tiny import VOCABULARY, message, tiny_config, training_arguments
+from token_files import documents, write_ds
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
@@ -120,20 +121,28 @@ class Lines(TrainerCallback):
             self.lines.append(dict(logs))
 
 
-def make(directory: str, rows: Any, callbacks: Any = (), loss: Any = None, kind: Any = None, **overrides: Any) -> Any:
+def make(
+    directory: str,
+    rows: Any,
+    callbacks: Any = (),
+    loss: Any = None,
+    kind: Any = None,
+    collator: Any = stacked,
+    **overrides: Any,
+) -> Any:
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
     values = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "learning_rate": 0.0,  # so that all steps have the weights of the checkpoint
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
     }
+    if collator is not None:  # a mixture brings its order and its columns
+        values |= {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
     args = NanotronTrainingArguments(**training_arguments(**{**values, **overrides}))
     model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
     return (kind or NanotronTrainer)(
-        model=model, args=args, train_dataset=rows, data_collator=stacked, callbacks=list(callbacks),
+        model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=list(callbacks),
         compute_loss_func=loss,
     )  # fmt: skip
 
@@ -150,12 +159,12 @@ def log_lines(directory: str, runs: list[tuple[str, dict[str, Any]]]) -> list[li
 
 
 # ranks -> runs of one job: the form of the data, and arguments. Each has one optimizer step of 8 rows.
-MANY_LAYERS = {"gradient_checkpointing": True}
+RECOMPUTED = {"gradient_checkpointing": True}
 RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
     "one": (
         1,
         {},
-        [("rows", {"logging_steps": 3}), ("tokens", MANY_LAYERS), ("packed", {"z_loss_coefficient": Z_LOSS})],
+        [("rows", {"logging_steps": 3}), ("tokens", RECOMPUTED), ("packed", {"z_loss_coefficient": Z_LOSS})],
     ),
     "two": (
         2,
@@ -165,6 +174,7 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
             ("rows", {"tp_size": 2, "sequence_parallel": False}),
             ("packed", {"pp_size": 2, "pp_schedule": "zb"}),
             ("tokens", {"zero_stage": 3, "average_tokens_across_devices": False}),
+            ("tokens", {"cp_size": 2, "z_loss_coefficient": Z_LOSS}),
         ],
     ),
     "four": (
@@ -178,7 +188,7 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
     "experts": (
         2,
         {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-        [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "tp_size": 2})],
+        [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "tp_size": 2}), ("packed", {"ep_size": 2, "cp_size": 2})],
     ),
     # Its logits are made, a slice on each rank, since they are capped before the loss.
     "soft-capped": (
@@ -258,7 +268,7 @@ def check(pool: WorkerPool, world: int, fields: dict[str, Any], runs: list[tuple
 
 
 def dp_size(world: int, options: dict[str, Any]) -> int:
-    return world // (options.get("tp_size", 1) * options.get("pp_size", 1))
+    return world // (options.get("tp_size", 1) * options.get("pp_size", 1) * options.get("cp_size", 1))
 
 
 def without_speed(line: dict[str, Any]) -> dict[str, Any]:
@@ -308,7 +318,7 @@ def test_losses_of_users(pool: WorkerPool) -> None:
 
 def evaluate(directory: str) -> list[Any]:
     found = []
-    for sizes in ({"pp_size": 2, "gradient_accumulation_steps": 2}, {"tp_size": 2}, {}):
+    for sizes in ({"pp_size": 2, "gradient_accumulation_steps": 2}, {"tp_size": 2}, {"cp_size": 2}, {}):
         trainer = make(directory, None, per_device_eval_batch_size=2, prediction_loss_only="pp_size" in sizes, **sizes)
         both = trainer.evaluate(Rows("packed")), trainer.evaluate({"half": Rows("rows", 11), "all": Rows("rows")})
         found.append((*both, trainer.predict(Rows("tokens")).metrics))
@@ -333,19 +343,16 @@ def test_evaluation(pool: WorkerPool) -> None:
 
 
 def resume(directory: str, output: str) -> list[dict[str, Any]]:
-    """Two steps over two replicas, and a third with tensor parallelism."""
-    saving = {"output_dir": output, "save_strategy": "steps", "save_steps": 2}
-    trainer = make(
-        directory, Rows("rows"), gradient_accumulation_steps=2, logging_steps=3, **{**saving, "max_steps": 2}
-    )
-    trainer.train()
-    trainer.model.mesh.close()
-    lines = Lines()
-    trainer = make(
-        directory, Rows("rows"), [lines], gradient_accumulation_steps=4, logging_steps=3, tp_size=2, **saving
-    )
-    trainer.train(resume_from_checkpoint=True)
-    trainer.model.mesh.close()
+    """Two steps over two replicas, and a third with tensor parallelism. Names of domains keep their column."""
+    lines, rows = Lines(), Rows("rows", names=None)
+    rows.domain_names = NAMES  # type: ignore[attr-defined]
+    for number, sizes in enumerate(
+        ({"gradient_accumulation_steps": 2}, {"tp_size": 2, "gradient_accumulation_steps": 4})
+    ):
+        arguments = {"output_dir": output, "save_strategy": "steps", "save_steps": 2, "max_steps": 2 + number, **sizes}
+        trainer = make(directory, rows, [lines], logging_steps=3, remove_unused_columns=True, **arguments)
+        trainer.train(resume_from_checkpoint=number > 0)
+        trainer.model.mesh.close()
     return lines.lines
 
 
@@ -360,6 +367,60 @@ def test_tokens_continue(pool: WorkerPool, tmp_path: Any) -> None:
         assert {name: line[f"loss/{name}"] for name in NAMES} == pytest.approx(
             {name: loss for name, (loss, _) in losses.items()}, rel=1e-6
         )
+
+
+def mixture(folder: str) -> Any:
+    from hf_nanotron.data import Mixture, TokenDataset
+
+    sets = {
+        name: TokenDataset([f"{folder}/{name}.ds"], 16, documents="mask", token_size=2, seed=3)
+        for name in ("web", "code")
+    }
+    return Mixture(sets, {"web": 0.7, "code": 0.3}, max_epochs=3)
+
+
+def train_mixture(directory: str, folder: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log lines of runs, each of which resumes the one before."""
+    lines = Lines()
+    for number, overrides in enumerate(runs):
+        arguments = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, **overrides}
+        trainer = make(
+            directory,
+            mixture(folder),
+            [lines],
+            collator=None,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            **arguments,
+        )
+        trainer.train(resume_from_checkpoint=number > 0)
+        trainer.model.mesh.close()
+    return [without_speed(line) for line in lines.lines]
+
+
+def test_mixture(pool: WorkerPool, tmp_path: Any) -> None:
+    """Of a mixture in a trainer without further arguments; resumed on another layout, as one process without a stop."""
+    for seed, name in enumerate(("web", "code")):
+        write_ds(tmp_path / f"{name}.ds", documents(40, seed, vocabulary=VOCABULARY))
+    directory, folder = checkpoint(num_hidden_layers=2), str(tmp_path)
+    whole = {"output_dir": f"{folder}/one", "max_steps": 6, "gradient_accumulation_steps": 4}
+    parts = [
+        {"output_dir": f"{folder}/two", "max_steps": 3, "gradient_accumulation_steps": 2},
+        {"output_dir": f"{folder}/two", "max_steps": 6, "gradient_accumulation_steps": 4, "tp_size": 2},
+    ]
+    (expected,) = pool.run(1, train_mixture, directory, folder, [whole])
+    data = mixture(folder)
+    rows = [data[index] for index in range(48)]
+    for number, line in enumerate(expected):
+        read = rows[: 8 * (number + 1)]
+        for place, name in enumerate(("web", "code")):
+            own = [row for row in read if row["domain"] == place]
+            assert line[f"tokens/{name}"] == sum(int(row["shift_labels"].ne(-100).sum()) for row in own)
+            assert line[f"epochs/{name}"] == len(own) / len(data.datasets[name])
+    for lines in pool.run(2, train_mixture, directory, folder, parts):
+        assert len(lines) == 6
+        assert all(line == pytest.approx(wanted, rel=2e-5) for line, wanted in zip(lines, expected, strict=True))
 
 
 # ---- without a trainer ----
@@ -389,12 +450,16 @@ def test_sums_are_exact() -> None:
 def test_steps_that_are_not_finite() -> None:
     """Are no part of a mean, as in the logged loss; their tokens are counted. Without any other step it is NaN."""
     from hf_nanotron.training.domains import DomainLog
+    from hf_nanotron.training.run_order import Consumed
+
+    def nothing() -> None:
+        return None
 
     group = SimpleNamespace(size=1)
     mesh: Any = SimpleNamespace(world=group, world_size=1, speaks_for_tokens=True, device=torch.device("cpu"))
     model: Any = SimpleNamespace(mesh=mesh, own_columns=frozenset())
     log = DomainLog(model, Rows("rows"))
-    assert log.metrics({"web": 0.5}) == {}  # no batch had the column
+    assert log.metrics(nothing) == {}  # no batch had the column
     batch = {"input_ids": torch.zeros(2, 3), "domain": torch.tensor([0, 1])}
     log.totals.check([batch])
 
@@ -406,13 +471,13 @@ def test_steps_that_are_not_finite() -> None:
 
     step([1.0, 2.0, 3.0, 4.0, 4.0, 4.0], filters=True)
     step([math.nan, 2.0, 3.0, 5.0, 5.0, 5.0], filters=True)
-    assert log.metrics({}) == {"loss/web": 2.0, "loss/code": 4.0, "tokens/web": 6, "tokens/code": 6}
+    assert log.metrics(nothing) == {"loss/web": 2.0, "loss/code": 4.0, "tokens/web": 6, "tokens/code": 6}
     step([math.nan, 2.0, 3.0, 5.0, 5.0, 5.0], filters=True)
-    assert log.metrics({"web": 1.5}) == pytest.approx(
+    assert log.metrics(lambda: Consumed(("web",), {}, {}, {"web": 1.5})) == pytest.approx(
         {"loss/web": math.nan, "loss/code": math.nan, "tokens/web": 9, "tokens/code": 9, "epochs/web": 1.5}, nan_ok=True
     )
     step([math.nan, 2.0, 3.0, 5.0, 5.0, 5.0], filters=False)
-    assert log.metrics({})["loss/code"] == 5.0
+    assert log.metrics(nothing)["loss/code"] == 5.0
     assert log.state() == {"domains": {"tokens": {"web": 12, "code": 12, "rare": 0}}}
 
 

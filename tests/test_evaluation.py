@@ -248,6 +248,9 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "dp4": (4, {}, ["loss_only", "preprocessed", "several_sets"]),
     "tp2 pp2": (4, {"tp_size": 2, "pp_size": 2}, ["loss_only", "predict", "by_batch"]),
     "tp2 pp2 dp2": (8, {"tp_size": 2, "pp_size": 2}, ["predict"]),
+    "cp2": (2, {"cp_size": 2}, ["loss_only", "predict", "by_batch"]),
+    "cp2 tp2": (4, {"cp_size": 2, "tp_size": 2, "cp_mode": "heads"}, ["predict"]),
+    "cp2 pp2": (4, {"cp_size": 2, "pp_size": 2}, ["loss_only", "predict"]),
 }  # fmt: skip
 
 

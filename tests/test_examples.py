@@ -200,9 +200,9 @@ def test_a_mixture_in_stages(pool: WorkerPool, tmp_path: Path) -> None:
     """The script and the YAML file are one run, on one rank and two; rows and batch change with the stage."""
     example = EXAMPLES / "mixture_and_stages"
     prepare = load("mixture_prepare", example / "prepare.py")
-    prepare.main(["--output-dir", str(tmp_path), "--max-chars", "60000", "--vocab-size", "384"])
+    prepare.main(["--output-dir", str(tmp_path), "--max-chars", "200000", "--vocab-size", "384"])
     log, *_ = pool.run(1, train_mixture, str(tmp_path))
-    settings = yaml.safe_load((example / "run.yaml").read_text().replace("out/", f"{tmp_path}/"))
+    settings = yaml.safe_load((example / "run.yaml").read_text().replace(" out/", f" {tmp_path}/"))
     settings["dataset"]["stages"][1]["start_tokens"] = 3072
     steps = {"max_steps": 6, "save_steps": 3, "warmup_steps": 0, "use_cpu": True, "disable_tqdm": True}
     settings["training"] |= {**steps, "lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": "1-sqrt"}}
@@ -229,3 +229,37 @@ def test_the_scripts_of_the_examples_are_shell() -> None:
     for script in EXAMPLES.glob("*/run.sh"):
         assert os.access(script, os.X_OK)
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+# ---- datatrove ----
+
+
+def train_from_datatrove(folder: str) -> list[dict[str, float]]:
+    module = load("datatrove_train", EXAMPLES / "datatrove" / "train.py")
+    trainer = module.main(["--output-dir", folder, "--max-steps", "4", "--sequence-length", "64"])
+    trainer.mesh.close()
+    return trainer.state.log_history
+
+
+def test_datatrove_tokenizes_and_two_processes_train(pool: WorkerPool, tmp_path: Path) -> None:
+    pytest.importorskip("datatrove", reason="datatrove is not installed (pip install hf-nanotron[datatrove])")
+    from transformers import AutoTokenizer
+
+    from hf_nanotron.data import TokenDataset
+
+    prepare = load("datatrove_prepare", EXAMPLES / "datatrove" / "prepare.py")
+    sizes = ["--max-chars", "300000", "--vocab-size", "512", "--tasks", "2", "--workers", "1"]
+    prepare.main(["--output-dir", str(tmp_path), *sizes])
+    data = TokenDataset(tmp_path / "tokens", 64, documents="pack")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(data.files) == 2 and data.tokens > 50_000
+    documents = data.files[0].documents
+    assert documents is not None
+    start, stop = documents.edges(0, 1)
+    text = tokenizer.decode(data.files[0].read(int(start), int(stop)))
+    assert text.endswith(tokenizer.eos_token) and text.removesuffix(
+        tokenizer.eos_token
+    ) in prepare.stdlib_llama().read_corpus(300_000)
+    log = pool.run(2, train_from_datatrove, str(tmp_path))[0]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0] < 8 and (tmp_path / "run" / "checkpoint-4").is_dir()

@@ -29,6 +29,9 @@ LAYOUTS: list[dict[str, Any]] = [
     {"ep_size": 4, "tp_size": 2, "sequence_parallel": False, **ONCE},
     {"ep_size": 2, "pp_size": 2, **ONCE},
     {"ep_size": 2, "pp_size": 2, "pp_schedule": "zb", **ONCE},
+    {"ep_size": 4, "cp_size": 2},
+    {"ep_size": 2, "cp_size": 2, "tp_size": 2, "cp_mode": "heads", **ONCE},
+    {"ep_size": 2, "cp_size": 2, "pp_size": 2, **ONCE},
 ]
 ALL_TO_FEW: dict[str, Any] = {"change": "tied routers"}
 ALL_TO_ONE: dict[str, Any] = {"change": "tied routers", "num_experts_per_tok": 1}

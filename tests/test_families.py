@@ -27,10 +27,12 @@ from family_table import (
     Cell,
     as_record,
     describe,
+    make_context_cells,
     make_row,
     planned_types,
 )
 from pool import WorkerPool
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_nanotron import ParallelConfig, register_plan
@@ -98,7 +100,38 @@ def test_family(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, f
         raise
     row = make_row(pool, family, columns, tmp_path)
     check_row(family, row)
-    ROWS[family] = as_record(family, row)
+    record = as_record(family, row)
+    ROWS[family] = {**record, "cells": {**ROWS.get(family, record)["cells"], **record["cells"]}}
+
+
+NO_CONTEXT: set[str] = set()
+# Gradients of whose decay rates lose as much in the stock model, over as many tokens: 4e-5 in fp32, against fp64.
+DELTA_RULES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+SHARED_BY_DEFAULT = ("gemma3_text", "qwen3_moe", "lfm2")
+
+
+@pytest.mark.parametrize("family", dict.fromkeys([*planned_types(), *UNPLANNED]))
+def test_rows_that_ranks_share(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, family: str) -> None:
+    """Context parallelism, of whole and of packed rows, in both modes."""
+    if family not in SHARED_BY_DEFAULT and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    try:
+        kind = AutoConfig.for_model(family, **KNOWN[family]["config"]).get_text_config().model_type
+        trains = kind in (*families.FAST_ATTENTION, *families.CONTEXT_PARALLEL)
+        trains = trains and kind not in (*families.NO_DOCUMENTS, *families.NO_CONTEXT_PARALLEL)
+        row = make_context_cells(pool, family, tmp_path, trains)
+    except ImportError as error:
+        if NO_STOCK.get(family, "nothing") in str(error):
+            pytest.skip(f"stock transformers builds {family} with {NO_STOCK[family]} alone, which is not here")
+        raise
+    conditioned = {**ILL_CONDITIONED, **dict.fromkeys(DELTA_RULES, 1e-4)}
+    tolerance = {**TOLERANCE, "gradient": conditioned.get(family, TOLERANCE["gradient"])}
+    for name, cell in row.items():
+        assert bool(cell.refused) is not trains, f"{name}: {cell}"
+        assert trains or "cp_size=2 is not supported for" in cell.refused, cell.refused
+        assert all(getattr(cell, kind) <= most for kind, most in tolerance.items()), f"{name}: {cell}"
+    known = ROWS.setdefault(family, as_record(family, {}))
+    known["cells"] |= as_record(family, row)["cells"]
 
 
 def check_row(family: str, row: dict[str, Cell]) -> None:

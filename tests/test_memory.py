@@ -158,7 +158,7 @@ def test_a_model_without_attention_heads_trains_and_reports(pool: WorkerPool) ->
     assert activations > 2 * tokens * layer
     plain = activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 0.0)
     assert activations <= plain
-    assert 0 < activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 1.0, selective=True) < plain
+    assert 0 < activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 1.0, policy="selective") < plain
 
 
 def test_a_model_whose_layers_differ_trains_and_reports(pool: WorkerPool) -> None:

@@ -463,3 +463,24 @@ def test_a_fresh_run_trains(pool: WorkerPool, tmp_path: Path) -> None:
     results = pool.run(2, command, *argv, "--dataloader_num_workers=0")
     assert {code for code, *_ in results} == {0}, results[0][2]
     assert len(figures(tmp_path / "out")) == 4 and len(tokenizer()) == VOCABULARY
+
+
+def test_stages_of_nanosets_begin_at_their_first_samples(tmp_path: Path) -> None:
+    """As nanotron's do: each stage has a dataset of its own, in its order, with its seed."""
+    folders = [tmp_path / name for name in ("web", "code")]
+    for place, folder in enumerate(folders):
+        folder.mkdir()
+        write_ds(folder / "000.ds", documents(400, place, vocabulary=250))
+    both = {"dataset_folder": [str(folder) for folder in folders], "dataset_weights": [0.8, 0.2]}
+    stages = [stage({"dataset_folder": str(folders[0])}), stage(both, "two", 5), stage(both, "three", 9)]
+    _, _, path = convert(tmp_path, changed(data_stages=stages, tokens={"sequence_length": 16}))
+    sections, _ = read_settings(Path(path), ["--dataset.token_size=2"])
+    train, _ = load_data(check_complete(sections), None, 0)
+    legs = train.plan(16, 15)
+    assert [(leg.step, leg.first) for leg in legs] == [(0, 0), (4, 64), (8, 128)]
+    common = {"order": "nanoset", "seed": 7, "samples": 240, "token_size": 2}
+    alone = TokenDataset(folders[:1], 16, **common)
+    mixed = TokenDataset(folders, 16, folder_weights=[0.8, 0.2], **common)
+    for data, leg in zip((alone, mixed, mixed), legs, strict=True):
+        for place in (0, 1, 63):
+            assert torch.equal(train[leg.first + place]["input_ids"], data[place]["input_ids"])

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from hf_nanotron.data import Mixture, Stage, Stages
 from hf_nanotron.data.cursor import Cursor
 from hf_nanotron.data.loader import FillerBatch, build_loader
+from hf_nanotron.data.tokens import blend
 from hf_nanotron.training.run_order import RunOrder, data_state
 
 RUNS = 1_000
@@ -174,8 +176,14 @@ def random_stages(seed: int, workers: int) -> None:
     assert again.counts(len(again)) == total
 
 
-def test_a_thousand_random_runs() -> None:
-    for seed in range(RUNS):
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are short here: so they cross blocks, too."""
+    monkeypatch.setattr(blend, "BLOCK", 16)
+
+
+def test_random_runs(request: pytest.FixtureRequest) -> None:
+    for seed in range(RUNS if request.config.getoption("full_matrix") else RUNS // 8):
         (random_mixture if seed % 2 else random_stages)(seed, 0)
 
 

@@ -23,7 +23,14 @@ from hf_nanotron.monitor.memory import activation_bytes
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.compile import compile_layers, compiled_parts
 from hf_nanotron.prepare.compile_passes import rewriting
-from hf_nanotron.prepare.recompute import chosen_layers, keeps, recompute_selectively, recompute_wholly
+from hf_nanotron.prepare.recompute import (
+    CONTEXTS,
+    chosen_layers,
+    keeps,
+    keeps_attention,
+    recompute_selectively,
+    recompute_wholly,
+)
 from hf_nanotron.prepare.shard_weights import shard_weights
 from hf_nanotron.prepare.training_state import TrainingState
 from hf_nanotron.training.step.train_step import TrainStep
@@ -45,8 +52,8 @@ class Case:
 
 def set_up(model: Any, policy: str | None, layers: tuple[int, ...] | None = None) -> frozenset[int]:
     chosen = frozenset() if policy is None else chosen_layers(model, layers)
-    if policy == "selective":
-        recompute_selectively(model, chosen, {})
+    if policy in CONTEXTS:
+        recompute_selectively(model, chosen, {}, policy)
     elif policy == "full":
         recompute_wholly(model, chosen, {})
     return chosen
@@ -63,6 +70,9 @@ ONE = [
     Case("llama4_text"),
     Case("llama", backend="aot_eager"),
     Case("gemma3n_text", backend="aot_eager"),  # clips weights in place
+    Case("llama", policy="all_but_attention"),
+    Case("qwen3_moe", policy="all_but_attention"),
+    Case("llama", policy="all_but_attention", backend="aot_eager"),
     Case("gemma3n_text", policy="full", layers=(0, 2), backend="aot_eager"),
 ]
 TWO = [
@@ -71,6 +81,8 @@ TWO = [
     Case("llama", {"tp_size": 2}, "full", (1,)),
     Case("llama", {"pp_size": 2}, layers=(1,)),
     Case("llama", {"zero_stage": 3}),
+    Case("llama", {"tp_size": 2}, "all_but_attention"),
+    Case("qwen3_moe", {"ep_size": 2}, "all_but_attention"),
     Case("qwen3_moe", {"ep_size": 2}),
     Case("qwen3_moe", {"tp_size": 2, "ep_size": 2}),
     Case("llama", {"tp_size": 2, "tp_overlap": True}),
@@ -198,7 +210,10 @@ def backbone_step(model: Any, ledger: Ledger) -> int:
 def eager_costs() -> dict[str, tuple[int, int, int]]:
     """Bytes alive after a forward, products, and norms computed in a step, by what recomputes."""
     costs = {}
-    cases = (("none", None, None), ("selective", "selective", None), ("full", "full", None), ("one", "full", (1,)))
+    cases = (
+        *(("none", None, None), ("selective", "selective", None), ("full", "full", None), ("one", "full", (1,))),
+        ("attention", "all_but_attention", None),
+    )
     for name, policy, layers in cases:
         mesh = ParallelMesh(ParallelConfig())
         model = parallelize(LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")), mesh)
@@ -226,21 +241,27 @@ def test_no_product_is_computed_twice(costs: dict[str, tuple[int, int, int]]) ->
     assert [count - norms[0] for count in norms] == [0, 2 * layers, 2, 2 * layers], "norms were not recomputed"
 
 
-@pytest.mark.parametrize("kind", ["none", "selective", "full", "one"])
+def test_attention_alone_is_kept(costs: dict[str, tuple[int, int, int]]) -> None:
+    layers, (least, most, _), (kept, products, _) = SHAPE["num_hidden_layers"], costs["full"], costs["attention"]
+    assert most - products == layers, "attention was computed again, or a product was not"
+    assert kept - least == layers * 4 * TOKENS * (SHAPE["hidden_size"] + SHAPE["num_attention_heads"])
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "one", "attention"])
 def test_the_estimate_of_what_is_kept(costs: dict[str, tuple[int, int, int]], kind: str) -> None:
     config, one = LlamaConfig(**SHAPE), ParallelConfig(zero_stage=0)
-    share = {"none": 0.0, "selective": 1.0, "full": 1.0, "one": 1 / SHAPE["num_hidden_layers"]}[kind]
+    share = {"none": 0.0, "one": 1 / SHAPE["num_hidden_layers"]}.get(kind, 1.0)
+    policy = {"selective": "selective", "attention": "all_but_attention"}.get(kind, "full")
 
-    def estimate(layers: int, share: float, selective: bool) -> int:
+    def estimate(layers: int, share: float, policy: str = "full") -> int:
         changed = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
-        return activation_bytes(changed, TOKENS, one, 0, 1, 4, share, selective=selective)
+        return activation_bytes(changed, TOKENS, one, 0, 1, 4, share, policy=policy)
 
     logits = TOKENS * config.vocab_size * (2 * 4 + 8)
-    layers, selective = SHAPE["num_hidden_layers"], kind == "selective"
-    wanted = estimate(layers, share, selective) - logits
+    wanted = estimate(SHAPE["num_hidden_layers"], share, policy) - logits
     if share:  # what one layer computes again comes with its backward
-        wanted -= estimate(1, 0.0, False) - estimate(0, 0.0, False)
-        wanted += estimate(1, 1.0, True) - estimate(0, 1.0, True) if selective else 0
+        wanted -= estimate(1, 0.0) - estimate(0, 0.0)
+        wanted += estimate(1, 1.0, policy) - estimate(0, 1.0, policy) if policy != "full" else 0
     assert costs[kind][0] == pytest.approx(wanted, rel=0.12)
 
 
@@ -250,7 +271,7 @@ def compiled_costs() -> dict[str, tuple[int, Counter[str]]]:
     from torch._dynamo.backends.common import aot_autograd
 
     costs = {}
-    for policy in (None, "selective"):
+    for policy in (None, "selective", "all_but_attention"):
         torch._dynamo.reset()
         mesh = ParallelMesh(ParallelConfig())
         model = parallelize(LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")), mesh)
@@ -291,7 +312,7 @@ def compiled_costs() -> dict[str, tuple[int, Counter[str]]]:
 
 def test_compiled_layers_keep_products_and_attention_alone(pool: WorkerPool) -> None:
     (costs,) = pool.run(1, compiled_costs)
-    (kept, calls), (less, calls_less) = costs["None"], costs["selective"]
+    (kept, calls), (less, calls_less), (least, calls_least) = costs.values()
     names = ("linear", "linear_backward")
     for graph in (calls, calls_less):
         assert [graph[f"hf_nanotron::{name}"] for name in names] == [7, 7]
@@ -301,6 +322,10 @@ def test_compiled_layers_keep_products_and_attention_alone(pool: WorkerPool) -> 
     # Queries, keys and values (2 hidden), attention and its log-sums, output projection, gate and up.
     assert less == 4 * TOKENS * (2 * hidden + hidden + heads + hidden + 2 * SHAPE["intermediate_size"])
     assert kept > 1.4 * less
+    # Attention and its log-sums; all products but those whose output nobody needs are computed again.
+    assert least == 4 * TOKENS * (hidden + heads)
+    assert calls_least["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1
+    assert calls_least["hf_nanotron::linear"] == 7 + 6
 
 
 def test_what_is_kept() -> None:
@@ -311,6 +336,7 @@ def test_what_is_kept() -> None:
     assert keeps(flash, (x, x, x), {}) and keeps(flash, (x, x, x, 0.0, True), {})
     assert not keeps(flash, (x, x, x, 0.1, True), {}) and not keeps(flash, (x, x, x), {"dropout_p": 0.1})
     assert not keeps(aten.mm.out, (x, x), {"out": x}), "an operator that writes must run again"
+    assert keeps_attention(flash, (x, x, x), {}) and not keeps_attention(mine.linear.default, (x, x), {})
     assert not keeps(aten.silu.default, (x,), {}) and not keeps(aten.native_dropout.default, (x, 0.1, True), {})
 
 

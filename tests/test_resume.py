@@ -45,10 +45,12 @@ TOPOLOGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tp2 dp2 zero2": (4, 2, {"tp_size": 2, "zero_stage": 2, "sequence_parallel": False}),
     "tp4": (4, 4, {"tp_size": 4}),
     "tp2 pp2 interleaved": (4, 2, {"tp_size": 2, **INTERLEAVED}),
+    "cp2 dp2 zero3": (4, 2, {"cp_size": 2, "zero_stage": 3}),
+    "cp4 zero1 replicas2": (4, 2, {"cp_size": 4, "dp_replicate_size": 2}),
 }
 # Dropout is drawn for each micro-batch, and inside attention by each tensor-parallel rank for its own heads: with it,
-# tp and the micro-batch stay the same.
-WITH_DROPOUT = [name for name, (_, _, sizes) in TOPOLOGIES.items() if "tp_size" not in sizes]
+# tp and the micro-batch stay the same. Over cp there is none.
+WITH_DROPOUT = [name for name, (_, _, sizes) in TOPOLOGIES.items() if not sizes.keys() & {"tp_size", "cp_size"}]
 DROPOUT = {"attention_dropout": 0.2}
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "llama": (DROPOUT, WITH_DROPOUT),
@@ -59,12 +61,13 @@ EXPERT_TOPOLOGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ep2 dp4 zero2": (4, 1, {"ep_size": 2, "zero_stage": 2}),
     "ep4": (4, 2, {"ep_size": 4, "tp_size": 2, "zero_stage": 0}),
     "tp2 pp2": (4, 2, {"tp_size": 2, "pp_size": 2}),
+    "ep4 cp2": (4, 2, {"ep_size": 4, "cp_size": 2}),
     "one process": TOPOLOGIES["one process"],
 }
 # What the family is saved on -> what it goes on on; the first is the same.
 EXPERTS = {
     "qwen3_moe": ("ep2 dp4 zero2", "ep2 dp4 zero2", "tp2 pp2"),
-    "deepseek_v3": ("ep2 dp2", "ep2 dp2", "ep4", "tp2 pp2", "one process"),
+    "deepseek_v3": ("ep2 dp2", "ep2 dp2", "ep4", "tp2 pp2", "ep4 cp2", "one process"),
 }
 TITLE = "resume on another topology: worst relative difference from the losses of the uninterrupted run"
 ROWS: list[str] = []  # conftest.py prints them when all tests have run
@@ -83,7 +86,7 @@ def train(family: str, directory: str, output: str, topology: str, resume_from: 
     world, micro_batch, sizes = (EXPERT_TOPOLOGIES if experts else TOPOLOGIES)[topology]
     if not experts and FAMILIES[family][0] is DROPOUT:
         micro_batch = 2
-    dp = world // sizes.get("tp_size", 1) // sizes.get("pp_size", 1)
+    dp = world // sizes.get("tp_size", 1) // sizes.get("pp_size", 1) // sizes.get("cp_size", 1)
     args = NanotronTrainingArguments(
         **training_arguments(
             output_dir=output,

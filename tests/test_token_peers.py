@@ -142,6 +142,9 @@ def test_nanosets_samples(tmp_path: Path, weights: list[float] | None, samples: 
         window = theirs[int(sets[at])][int(places[at])]["input_ids"]
         np.testing.assert_array_equal(rows["input_ids"][number], window[:-1])
         np.testing.assert_array_equal(rows["shift_labels"][number], window[1:])
+    rest = TokenDataset(folders, LENGTH, folder_weights=weights, skip_samples=50, **options)
+    assert len(rest) == len(ours) - 50 and rest.identity() != ours.identity()
+    np.testing.assert_array_equal(rest.rows(range(len(rest)))["input_ids"], rows["input_ids"][50:])
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64", "uint8"])
@@ -210,6 +213,9 @@ def test_refusals(tmp_path: Path) -> None:
         ("b.bin", {"order": "megatron", "shuffle": False}, "an order of its own"),
         ("b.bin", {"order": "fair"}, "order='fair' is not one of"),
         ("b.bin", {"samples": 9}, "belong to order="),
+        ("b.bin", {"skip_samples": 9}, "belong to order="),
+        ("a.ds", {"order": "nanoset", "samples": 9, "skip_samples": 9}, "leaves nothing of the 9 samples"),
+        ("a.ds", {"order": "nanoset", "skip_samples": -1}, "skip_samples=-1 leaves nothing"),
         ("a.ds", {"order": "nanoset", "folder_weights": [1, 2]}, "2 weights do not cover 1 folders"),
         ("a.ds", {"order": "nanoset", "folder_weights": [0.0]}, r"folder_weights=\[0.0\] cannot be"),
     ]:

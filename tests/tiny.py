@@ -115,7 +115,9 @@ def training_arguments(**overrides: Any) -> dict[str, Any]:
     }
 
 
-def train_stock(checkpoint: str, dataset: Dataset, loss: Any = None, **overrides: Any) -> History:
+def train_stock(
+    checkpoint: str, dataset: Dataset, loss: Any = None, collate: Any = pad_batch, **overrides: Any
+) -> History:
     """The reference: stock model, stock Trainer, one process. `loss` is a `compute_loss_func`."""
     history = History()
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -123,7 +125,7 @@ def train_stock(checkpoint: str, dataset: Dataset, loss: Any = None, **overrides
         model=model,
         args=TrainingArguments(**training_arguments(**overrides)),
         train_dataset=dataset,
-        data_collator=pad_batch,
+        data_collator=collate,
         callbacks=[history],
         compute_loss_func=loss,
     ).train()
@@ -131,7 +133,9 @@ def train_stock(checkpoint: str, dataset: Dataset, loss: Any = None, **overrides
     return history
 
 
-def train_parallel(checkpoint: str, dataset: Dataset, loss: Any = None, **overrides: Any) -> History:
+def train_parallel(
+    checkpoint: str, dataset: Dataset, loss: Any = None, collate: Any = pad_batch, **overrides: Any
+) -> History:
     """The same run through `NanotronTrainer`; call it on every rank."""
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
@@ -142,7 +146,7 @@ def train_parallel(checkpoint: str, dataset: Dataset, loss: Any = None, **overri
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=pad_batch,
+        data_collator=collate,
         callbacks=[history],
         compute_loss_func=loss,
     )

@@ -224,7 +224,7 @@ def estimate(layout: Layout, model: Model, micro_batch: int, micro_batches: int)
         Layout(layout.name, layout.gpus, layout.micro_batches, layout.why, {"zero_stage": 3}) if layout.peer else layout
     )
     recomputed = len(recomputed_layers(layout, model)) / model.config.num_hidden_layers
-    selective = layout.fields.get("activation_checkpointing_policy") == "selective"
+    policy = layout.fields.get("activation_checkpointing_policy", "full")
     tokens = micro_batch * model.sequence_length
     totals = []
     for rank in range(parallel.pp_size):
@@ -237,7 +237,7 @@ def estimate(layout: Layout, model: Model, micro_batch: int, micro_batches: int)
             BF16,
             recomputed,
             fused_head=not layout.peer,
-            selective=selective,
+            policy=policy,
         )
         totals.append((state_bytes(seen, model, rank), kept))
     return max(totals, key=sum)

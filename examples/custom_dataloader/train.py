@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import LlamaConfig
+from transformers import LlamaConfig, set_seed
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 
@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> Na
         bos_token_id=None,
         eos_token_id=None,
     )
+    set_seed(args.seed)  # fresh weights follow from it
     model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
     kind, data = (NanotronTrainer, Passages(text())) if cli.data == "stream" else (OwnLoader, Blocks(text()))
     trainer = kind(model=model, args=args, train_dataset=data, callbacks=list(callbacks))

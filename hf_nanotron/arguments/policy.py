@@ -177,8 +177,8 @@ ACTIVATION_CHECKPOINTING = RefusedKeys(
         ),
         "offload": Refused(
             (None, False),
-            "offloading to host memory is not supported with the pipeline yet",
-            "activation_checkpointing=True alone, more stages (pp_size) or more tensor parallelism (tp_size)",
+            "it copies on the stream that computes, which stands still meanwhile",
+            "activation_offload=1, whose copies run beside the computation",
         ),
     }
 )
@@ -255,7 +255,7 @@ HONOURED: dict[str, str] = {
     "local_rank": "deprecated: accepted and unused, as in transformers; the launcher's LOCAL_RANK counts",
 }
 
-_SIZES = "tp_size, pp_size, dp_replicate_size and zero_stage"
+_SIZES = "tp_size, pp_size, cp_size, dp_replicate_size and zero_stage"
 _NO_DDP = "there is no DistributedDataParallel wrapper: gradients are reduced in buckets of our own"
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from .policy import as_mapping
 
-POLICIES = ("full", "selective")
+POLICIES = ("full", "selective", "all_but_attention")
 
 
 class RecomputationArguments(Protocol):
@@ -18,6 +18,7 @@ class RecomputationArguments(Protocol):
     activation_checkpointing_kwargs: Any
     gradient_checkpointing: bool | None
     gradient_checkpointing_kwargs: Any
+    activation_offload: float
 
 
 def check_recomputation(args: RecomputationArguments) -> None:
@@ -32,6 +33,21 @@ def check_recomputation(args: RecomputationArguments) -> None:
                     f"activation_checkpointing_{name}={value!r} has no effect without "
                     f"activation_checkpointing=True; set it, or omit activation_checkpointing_{name}."
                 )
+    if not 0 <= args.activation_offload <= 1:
+        raise ValueError(
+            f"activation_offload={args.activation_offload!r} must be a fraction of the layers that recompute: from 0 "
+            "(none) to 1 (all)."
+        )
+    if args.activation_offload and not recomputes(args):
+        raise ValueError(
+            f"activation_offload={args.activation_offload!r} has no effect without activation_checkpointing=True: it "
+            "offloads what layers that recompute keep."
+        )
+    if args.activation_offload and options.get("debug"):
+        raise ValueError(
+            f"activation_offload={args.activation_offload!r} with debug=True of activation_checkpointing_kwargs: its "
+            "hooks would not see what torch records; set only one of them."
+        )
     if layers is not None and (not layers or min(layers) < 0):
         raise ValueError(
             f"activation_checkpointing_layers={layers!r} must be numbers of decoder layers, counted from 0 over the "
@@ -42,12 +58,12 @@ def check_recomputation(args: RecomputationArguments) -> None:
             f"activation_checkpointing_layers={layers!r} and every_n_layers={options['every_n_layers']!r} of "
             "activation_checkpointing_kwargs both select layers; set only one of them."
         )
-    if policy == "selective":
+    if policy != "full":
         for key in ("context_fn", "debug"):
             if options.get(key):
                 raise ValueError(
                     f"activation_checkpointing_kwargs sets {key!r} to {options[key]!r}, but "
-                    "activation_checkpointing_policy='selective' sets its own context_fn; use "
+                    f"activation_checkpointing_policy={policy!r} sets its own context_fn; use "
                     "activation_checkpointing_policy='full'."
                 )
 

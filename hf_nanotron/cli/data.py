@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.ordered import DOMAIN
 from ..data.padding import PADDING
+from ..data.streaming.token_stream import TokenStream
 from ..data.tokenize.chat_dataset import ChatDataset
 from ..data.tokens.mixture import Mixture
 from ..data.tokens.stages import Stage, Stages
@@ -19,8 +21,8 @@ from ..data.tokens.token_dataset import TokenDataset
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..redaction import printable
 from .data_plan import DataPlan, MixturePlan, SetPlan, StagePlan
-from .errors import SettingsError
-from .table_data import load_table
+from .errors import SettingsError, explained
+from .table_data import load_stream, load_table
 
 
 def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
@@ -34,6 +36,17 @@ def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     if isinstance(plan.evaluation, dict):
         return train, {name: _open_for_evaluation(part, tokenizer) for name, part in plan.evaluation.items()}
     return train, None if plan.evaluation is None else _open_for_evaluation(plan.evaluation, tokenizer)
+
+
+def other_tokenizer(dataset: Any, name: str | None) -> str | None:
+    """A sentence if the files of `dataset` say that another tokenizer than `name` has written them.
+
+    Names are compared without their folders and owners: a copy in a folder is the same tokenizer.
+    """
+    told = getattr(dataset, "tokenizer", None)
+    if not isinstance(told, str) or name is None or PurePath(told).name == PurePath(name).name:
+        return None
+    return f"the data was tokenized with {told!r}, and tokenizer is {name!r}: ids mean other texts unless they are one."
 
 
 def _open(plan: SetPlan | MixturePlan | list[StagePlan], tokenizer: Any, seed: int) -> Any:
@@ -96,9 +109,21 @@ def _chat(plan: SetPlan, tokenizer: Any, seed: int) -> ChatDataset:
         return ChatDataset(source, tokenizer, **options)
 
 
+def _stream(plan: SetPlan, tokenizer: Any, seed: int) -> TokenStream:
+    options = {"seed": seed, **plan.options}
+    arguments = {name: options.pop(name, None) for name in ("stream", "name", "data_files", "split")}
+    if "text_column" in options and tokenizer is None:
+        raise ValueError(f"{plan.where}.text_column needs a tokenizer with an end-of-text token.")
+    with explained(f"{plan.where}.stream={arguments['stream']!r} cannot be read"):
+        stream = load_stream(**arguments)
+    with _named(plan.where):
+        return TokenStream(stream, tokenizer=tokenizer if "text_column" in options else None, **options)
+
+
 OPEN: dict[str, Callable[[SetPlan, Any, int], Any]] = {
     "tokens": _tokens,
     "chat": _chat,
+    "stream": _stream,
     "path": lambda plan, tokenizer, seed: load_table(plan, tokenizer),
 }
 

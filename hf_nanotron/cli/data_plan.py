@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..arguments.values import plain_value, wrong_type
 from ..data.tokens.mixture import ENDINGS
@@ -77,10 +77,32 @@ CHAT: dict[str, Any] = {
     "skip_unreadable": SWITCH,
     "storage_options": MAPPING,
 }
-SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE}
+# Keys of a stream: the arguments of `TokenStream`, and of the `load_dataset` whose result it reads.
+STREAM: dict[str, Any] = {
+    "stream": TEXT,
+    "name": TEXT,
+    "data_files": str | list | dict | None,
+    "split": TEXT,
+    "text_column": TEXT,
+    "sequence_length": NUMBER,
+    "documents": TEXT,
+    "eos_token_id": NUMBER,
+    "seed": NUMBER,
+    "shuffle": SWITCH,
+    "shuffle_buffer": NUMBER,
+    "lanes": NUMBER,
+    "epochs": NUMBER,
+    "vocab_size": NUMBER,
+}
+SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE}  # which may be parts of a mixture
+ALONE = {**SETS, "stream": STREAM}
 MEANINGS = {
     "tokens": "`.ds` files of datatrove, `.bin` with `.idx` of Megatron, `.npy`; folders, patterns, URLs",
     "path": "a folder of `save_to_disk`, a file (`.json`, `.jsonl`, `.parquet`, `.csv`), or a name for `load_dataset`",
+    "stream": "a name for `load_dataset`, or a folder of files, read while it is trained on",
+    "shuffle_buffer": "documents of a lane that are shuffled, or packed, together",
+    "lanes": "parts of the stream that are read side by side; by the shards if not given",
+    "epochs": "how often the stream is read; without end if not given",
     "chat": "files, a folder or a Hub dataset with `messages`, `conversations`, or `prompt` and `completion`",
     "sequence_length": "tokens of a sample",
     "documents": "`cross`: samples are cut wherever documents end; `mask`: and no attention crosses documents; `pack`: "
@@ -134,6 +156,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "path": {**{key: kind for key, kind in TABLE.items() if key != "split"}, "train_split": TEXT, "eval_split": TEXT},
     "tokens": TOKENS,
     "chat": CHAT,
+    "stream": STREAM,
     "mixture": {"mixture": MAPPING, "schedule": list | None, **MIXING, **SHARED},
     "stages": {"stages": list | None, **MIXING, **SHARED},
 }
@@ -145,7 +168,9 @@ KEYS["eval"] = MAPPING
 LEAST = {
     "sequence_length": 2,
     **dict.fromkeys(("samples", "vocab_size", "pack_window", "block_bytes", "cache_bytes", "num_proc"), 1),
-    **dict.fromkeys(("token_size", "max_epochs", "global_batch_size", "workers"), 1),
+    **dict.fromkeys(
+        ("token_size", "max_epochs", "global_batch_size", "workers", "shuffle_buffer", "lanes", "epochs"), 1
+    ),
     **dict.fromkeys(("skip_samples", "eos_token_id", "seed", "start_tokens", "start_step", "start_samples"), 0),
 }
 CHOICES = {
@@ -157,14 +182,14 @@ CHOICES = {
     "when_exhausted": ENDINGS,
 }
 WHAT = (
-    "tokens (files of token ids), chat (conversations), path (a set of datasets), mixture (several of them) or stages "
-    "(one after the other)"
+    "tokens (files of token ids), chat (conversations), path (a set of datasets), mixture (several of them), stages "
+    "(one after the other) or stream (a set that is read while it is trained on)"
 )
 
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One set. `where` is the dotted key of the section that describes it, `kind` one of `SETS`."""
+    """One set. `where` is the dotted key of the section that describes it, `kind` one of `ALONE`."""
 
     where: str
     kind: str
@@ -179,7 +204,7 @@ class MixturePlan:
     sets: dict[str, SetPlan]
     weights: dict[str, float]
     max_epochs: dict[str, int | None]
-    when_exhausted: str
+    when_exhausted: Literal["stop", "redistribute"]
     schedule: tuple[dict[str, Any], ...] = ()
 
 
@@ -206,8 +231,8 @@ class DataPlan:
         """Whether the steps of the run must be given."""
         if isinstance(self.train, list):
             return True
-        if not isinstance(self.train, MixturePlan):
-            return False
+        if isinstance(self.train, SetPlan):
+            return self.train.kind == "stream" and "epochs" not in self.train.options
         endless = [self.train.max_epochs[name] is None for name, weight in self.train.weights.items() if weight]
         return any(endless) if self.train.when_exhausted == "redistribute" else all(endless)
 
@@ -301,7 +326,8 @@ def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
     if not sum(weights.values()):
         raise ValueError(f"the weights of {where}.mixture are all 0; one of them must be positive.")
     schedule = _schedule(where, section.get("schedule") or [], tuple(sets))
-    return MixturePlan(where, sets, weights, epochs, section.get("when_exhausted") or ENDINGS[0], schedule)
+    ending: Any = section.get("when_exhausted") or ENDINGS[0]
+    return MixturePlan(where, sets, weights, epochs, ending, schedule)
 
 
 def _schedule(where: str, parts: list[Any], names: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
@@ -384,10 +410,10 @@ def _check_start(where: str, stages: list[StagePlan]) -> None:
 
 def _set(where: str, section: Section, shared: Section, extra: Types | None = None) -> SetPlan:
     """A set, with the values that it shares with others. `extra` are keys that are not of the set itself."""
-    kind = _one_of(section, SETS, where, KIND_OF_SET)
-    _check(section, where, SETS[kind] | dict(extra or {}))
-    options = {key: value for key, value in shared.items() if key in SETS[kind]}
-    options |= {key: value for key, value in section.items() if key in SETS[kind]}
+    kind = _one_of(section, ALONE if where == "dataset" else SETS, where, KIND_OF_SET)
+    _check(section, where, ALONE[kind] | dict(extra or {}))
+    options = {key: value for key, value in shared.items() if key in ALONE[kind]}
+    options |= {key: value for key, value in section.items() if key in ALONE[kind]}
     options = {key: value for key, value in options.items() if value is not None}
     if kind == "path" and "text_column" not in options:
         for key in ("sequence_length", "documents", "num_proc"):

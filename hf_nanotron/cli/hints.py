@@ -8,7 +8,7 @@ from typing import Any
 
 CUT_OFF = 0.6  # of difflib's ratio: less alike is no hint
 
-_PROCESSES = "the number of processes / (tp_size x pp_size), which is the data-parallel size"
+_PROCESSES = "the number of processes / (tp_size x pp_size x cp_size), which is the data-parallel size"
 _SAMPLES = "training.per_device_train_batch_size x training.gradient_accumulation_steps x data-parallel ranks"
 
 # Names of Megatron, nanotron, LLaMA-Factory, axolotl, TRL and older transformers -> what they are here.
@@ -119,7 +119,7 @@ def hint(prefix: str, key: str, known: Collection[str], sections: Mapping[str, C
     if key == "tokenizer" and sections:
         return "tokenizer is a top-level key, next to the sections."
     meaning = SYNONYMS[key].format(key) if sections and key in SYNONYMS else None
-    if meaning is not None and prefix and meaning.startswith(prefix) and meaning != f"{prefix}{key}":
+    if meaning is not None and (not prefix or meaning.startswith(prefix)) and meaning != f"{prefix}{key}":
         return f"the equivalent is {meaning}."
     for section, names in sections.items():
         if key in names:

@@ -14,7 +14,7 @@ from ..arguments.values import wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
-from .data_plan import KEYS, MAPPING, TEXT, DataPlan, check_types, plan_data
+from .data_plan import KEYS, MAPPING, TEXT, DataPlan, MixturePlan, SetPlan, check_types, plan_data
 from .hints import refuse_nanotron, refuse_unknown
 
 Settings = dict[str, dict[str, Any]]
@@ -72,12 +72,15 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         )
     for key, value in _pairs(overrides):
         *parents, leaf = key.split(".") if "." in key or key == "tokenizer" else ("training", key)
-        section = settings
+        section: Any = settings
         for parent in parents:
-            section[parent] = section = section.get(parent) or {}
-            if not isinstance(section, dict):
+            place = _place(section, parent, key)
+            if isinstance(section, dict) and section.get(place) is None:
+                section[place] = {}
+            section = section[place]
+            if not isinstance(section, dict | list):
                 raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {path}, not a section.")
-        section[leaf] = value
+        section[_place(section, leaf, key)] = value
     refuse_unknown("", settings, (*SECTIONS, "tokenizer"), SECTIONS)
     sections = {name: {} if settings.get(name) is None else settings[name] for name in SECTIONS}
     refuse_removed(sections["training"])
@@ -88,6 +91,15 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
         refuse_unknown(f"{name}.", sections[name], known, SECTIONS)
     _check_types(sections, settings.get("tokenizer"))
     return sections, settings.get("tokenizer")
+
+
+def _place(section: dict[str, Any] | list[Any], name: str, key: str) -> Any:
+    """A name in a section, or a number in a list such as `dataset.stages`."""
+    if isinstance(section, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(section):
+        raise ValueError(f"--{key}: {name!r} is no place in a list of {len(section)} (0 to {len(section) - 1}).")
+    return int(name)
 
 
 def check_complete(settings: Settings) -> DataPlan:
@@ -105,7 +117,8 @@ def check_complete(settings: Settings) -> DataPlan:
             "and mixtures come in their own order, by dataset.seed; leave it out (dataset.shuffle is their switch)."
         )
     if plan.has_no_end and settings["training"].get("max_steps") in (None, -1):
-        what = "stages have" if isinstance(plan.train, list) else "a mixture with max_epochs: null has"
+        endless = {list: "stages have", MixturePlan: "a mixture with max_epochs: null has", SetPlan: "a stream has"}
+        what = endless[type(plan.train)]
         raise ValueError(f"training.max_steps is needed: {what} no end.")
     return plan
 

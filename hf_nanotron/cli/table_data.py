@@ -24,6 +24,17 @@ def load_table(plan: SetPlan, tokenizer: Any) -> Any:
     return _tokenised(dataset, section, tokenizer, where)
 
 
+def load_stream(stream: str, name: str | None, data_files: Any, split: str | None) -> Any:
+    """A `datasets.IterableDataset` over files, a folder of them, or a Hub dataset."""
+    from datasets import load_dataset
+
+    refuse_missing_path("dataset.stream", stream, "file or folder")
+    suffix = Path(stream).suffix
+    if suffix in FILE_TYPES:
+        stream, data_files = FILE_TYPES[suffix], stream
+    return load_dataset(stream, name, data_files=data_files, split=split or "train", streaming=True)
+
+
 def _split(section: dict[str, Any]) -> str:
     return str(section.get("split") or "train")
 

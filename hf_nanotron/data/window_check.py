@@ -145,11 +145,11 @@ class WindowReport:
 
 
 WHY = (
-    "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-parallel and pipeline "
-    "ranks) must read the same samples. They do not if rows are shuffled or split without a seed (Dataset.shuffle(), "
-    "train_test_split(), stream.shuffle(), random.shuffle before the trainer is made), if an order or a crop comes "
-    "from the operating system's entropy, if a file was still being written while some ranks read it, or if a loader "
-    "distributes its batches over all processes (DistributedSampler over args.world_size). Set a seed "
+    "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-, context- and "
+    "pipeline-parallel ranks) must read the same samples. They do not if rows are shuffled or split without a seed "
+    "(Dataset.shuffle(), train_test_split(), stream.shuffle(), random.shuffle before the trainer is made), if an order "
+    "or a crop comes from the operating system's entropy, if a file was still being written while some ranks read it, "
+    "or if a loader distributes its batches over all processes (DistributedSampler over args.world_size). Set a seed "
     "(shuffle(seed=42)), save the prepared data once and load it on every rank, draw from torch's, NumPy's or Python's "
     "global generator, which Trainer seeds with args.seed, and distribute over data-parallel ranks "
     "(trainer.mesh.dp_rank of args.dp_size)."

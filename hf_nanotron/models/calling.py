@@ -9,10 +9,11 @@ from typing import Any
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 BOUNDS, LONGEST = "document_bounds", "longest_document"  # on their way to the attention of a layer
+CONTEXT = "context_plan"  # the same, of rows that context-parallel ranks share
 
 # What is added to the user's batch here and in Trainer. What the batch itself holds is passed on: a `forward` that does
 # not take it says so, as under stock Trainer.
-ADDED = ("use_cache", "return_dict", "num_items_in_batch", "output_router_logits", BOUNDS, LONGEST)
+ADDED = ("use_cache", "return_dict", "num_items_in_batch", "output_router_logits", BOUNDS, LONGEST, CONTEXT)
 
 
 def accepted(forward: Callable[..., Any], inputs: Mapping[str, Any], added: Collection[str] = ADDED) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -41,6 +42,7 @@ class MemoryReport:
         masters: fp32 weights in addition to the parameters; zero where the parameters are fp32.
         moments: optimizer state.
         activations: an estimate of the maximum that a step keeps for its backwards; see `activation_bytes`.
+        host: an estimate of the pinned host memory that offloaded activations take; no part of `total`.
     """
 
     parameters: int
@@ -48,19 +50,23 @@ class MemoryReport:
     masters: int
     moments: int
     activations: int
+    host: int = 0
 
     @property
     def state(self) -> int:
-        """Everything but activations."""
-        return sum(astuple(self)) - self.activations
+        """Everything on the device but activations."""
+        return self.total - self.activations
 
     @property
     def total(self) -> int:
-        return sum(astuple(self))
+        """Everything on the device."""
+        return sum(astuple(self)) - self.host
 
     def __str__(self) -> str:
-        parts = [f"{entry.name} {getattr(self, entry.name) / 2**30:.2f}" for entry in fields(self)]
-        return f"{' + '.join(parts)} = {self.total / 2**30:.2f} GiB"
+        on_device = [entry.name for entry in fields(self) if entry.name != "host"]
+        parts = [f"{name} {getattr(self, name) / 2**30:.2f}" for name in on_device]
+        host = f", and {self.host / 2**30:.2f} GiB of host memory" if self.host else ""
+        return f"{' + '.join(parts)} = {self.total / 2**30:.2f} GiB{host}"
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> int:
@@ -80,8 +86,10 @@ def activation_bytes(
     item: int,
     recomputed: float,
     fused_head: bool = False,
-    selective: bool = False,
+    policy: str = "full",
     whole_logits: bool = False,
+    offload: float = 0.0,
+    mlp_tokens: int | None = None,
 ) -> int:
     """Estimate of what one rank keeps for backward, of a decoder run layer by layer with fused attention.
 
@@ -89,7 +97,8 @@ def activation_bytes(
     values and output (again as the input of the output projection), the MLP its input and `_mlp_elements`. The last
     stage adds the final norm, the logits, their fp32 copy and both gradients; where head and loss are one, the gradient
     of the head's input and the logits of one chunk of tokens. A layer that recomputes keeps its input, and one layer at
-    a time the rest; with `selective`, `_selective_bytes`. A deferred weight gradient keeps what was recomputed for it.
+    a time the rest; with another policy, `_kept_bytes`. A deferred weight gradient keeps what was recomputed for it.
+    Layers that offload keep nothing, but for two that are being copied. An MLP over blocks of tokens keeps its input.
     All layers of a model with experts count as such, with an even load, and as the one with the widest attention. A
     recurrence (Mamba) counts as an MLP, without what its scan keeps.
 
@@ -98,7 +107,9 @@ def activation_bytes(
         micro_batches: of a step.
         item: bytes of an element of the compute dtype.
         recomputed: fraction of the layers that recompute their activations.
-        selective: they keep matmuls and attention (`prepare/recompute.py`).
+        policy: what they keep (`prepare/recompute.py`): `"full"`, `"selective"` or `"all_but_attention"`.
+        offload: fraction of them that keep it on the host (`prepare/offload.py`).
+        mlp_tokens: tokens of a block of the MLPs, None for all at once (`prepare/mlp_chunks.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
         whole_logits: whether the slices of the vocabulary are joined for the loss (`models/logits.py`).
     """
@@ -107,15 +118,19 @@ def activation_bytes(
     hidden = text.hidden_size
     cut = tp if parallel.sequence_parallel else 1
     between = hidden * item // cut
+    in_blocks = mlp_tokens is not None and not first_of(text, NUM_EXPERTS)
+    mlp = 0 if in_blocks else _mlp_elements(text) * item // tp
     layer = 2 * hidden * (4 + item) // cut + 2 * hidden * item
-    layer += (_attention_elements(text) + _mlp_elements(text)) * item // tp
+    layer += _attention_elements(text) * item // tp + mlp
     layer += 2 * hidden * (first_of(text, TOP_K) or 0) * item + 8 * (first_of(text, NUM_EXPERTS) or 0)
     layers = -(-text.num_hidden_layers // parallel.num_stages)
     chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
-    less = _selective_bytes(text, parallel, item) if selective else between
-    kept = round(chunks * layers * (recomputed * less + (1 - recomputed) * layer))
+    less = between if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
+    away = _offloaded_layers(layers * recomputed, offload, pp_rank == parallel.pp_size - 1)
+    kept = round(chunks * ((layers * recomputed - away) * less + layers * (1 - recomputed) * layer))
+    kept += round(min(2, away) * less)
     if recomputed:
-        kept += layer - less if selective else layer
+        kept += layer if policy == "full" else layer - less
         if parallel.splits_backward:
             behind = (parallel.pp_size - pp_rank - 1) * (1 if parallel.pp_virtual_stages == 1 else 2)
             kept += round(max(1, chunks - behind) * layers * layer * recomputed)
@@ -131,31 +146,80 @@ def activation_bytes(
     return tokens * (kept + norm + hidden * item) + min(tokens, chunk_size(tokens, row)) * row
 
 
-def _selective_bytes(config: Any, parallel: ParallelConfig, item: int) -> int:
-    """Bytes per token of one layer that keeps matmuls and attention.
+def offloaded_bytes(
+    config: Any,
+    tokens: int,
+    parallel: ParallelConfig,
+    pp_rank: int,
+    micro_batches: int,
+    item: int,
+    recomputed: float,
+    policy: str,
+    offload: float,
+    mlp_tokens: int | None = None,
+) -> int:
+    """Estimate of the host memory of one rank's offloaded activations; arguments as of `activation_bytes`."""
+    text = config.get_text_config()
+    text = max(layer_configs(text), key=_attention_elements, default=text)
+    cut = parallel.tp_size if parallel.sequence_parallel else 1
+    in_blocks = mlp_tokens is not None and not first_of(text, NUM_EXPERTS)
+    own = text.hidden_size * item // cut
+    less = own if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
+    layers = -(-text.num_hidden_layers // parallel.num_stages) * recomputed
+    away = _offloaded_layers(layers, offload, pp_rank == parallel.pp_size - 1)
+    return round(tokens * _chunks_in_flight(parallel, pp_rank, micro_batches) * away * less)
 
-    Queries, keys, values and the output of the attention once, gate and up. A layer recomputed as a whole also keeps
-    its input and the outputs of its two blocks (the last only if not compiled); one recomputed block by block (with
-    tensor parallelism or experts) the inputs of norms and blocks, and their outputs.
+
+def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
+    """What context-parallel attention gathers in the backward of a layer: keys and values of `tokens`, those of a
+    micro-batch on all ranks, for some of the heads, while the next arrive, and their gradients, summed in fp32.
+    """
+    if parallel.cp_size == 1 or parallel.cp_mode != "gather":
+        return 0
+    text = max(layer_configs(config.get_text_config()), key=_attention_elements, default=config.get_text_config())
+    elements = _key_value_elements(text)
+    heads = max(1, elements // max(1, sum(head_dims(text))) // parallel.tp_size)
+    at_once = min(heads, parallel.cp_kv_heads_per_gather or -(-heads // 4))
+    return tokens * at_once * sum(head_dims(text)) * (2 * item + 4 + item)
+
+
+def _offloaded_layers(recomputed: float, offload: float, is_last: bool) -> float:
+    """Of so many recomputed layers of a stage: the last of the model stays on the device."""
+    return max(0.0, min(math.ceil(offload * recomputed), recomputed - is_last)) if offload else 0.0
+
+
+def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, mlp_in_blocks: bool = False) -> int:
+    """Bytes per token of one layer that keeps attention, and with `policy="selective"` matmuls.
+
+    The output of the attention and its sums; queries, keys, values, gate and up. A layer recomputed as a whole also
+    keeps its input, and with matmuls the outputs of its two blocks (the last only if not compiled); one recomputed
+    block by block (with tensor parallelism or experts) the inputs of norms and blocks, and with matmuls their outputs.
     """
     tp, hidden, top_k = parallel.tp_size, config.hidden_size, first_of(config, TOP_K) or 0
-    _, value_dim = head_dims(config)
-    products = _attention_elements(config) - attention_heads(config) * value_dim
-    products += _mlp_elements(config, selective=True)
+    heads, (_, value_dim) = attention_heads(config), head_dims(config)
+    if policy == "selective":
+        inside = (_attention_elements(config) - heads * value_dim) * item
+        inside += 0 if mlp_in_blocks else _mlp_elements(config, selective=True) * item
+        outside, blocks = 3 * hidden, 4 * hidden + 2 * hidden * top_k
+    else:
+        inside, outside, blocks = heads * (value_dim * item + 4), hidden, (2 + top_k) * hidden
     if tp == 1 and not top_k:
-        return (3 * hidden + products) * item
+        return outside * item + inside
     cut = tp if parallel.sequence_parallel else 1
-    between = 2 * hidden // cut + 4 * hidden + 2 * hidden * top_k
-    return (between + products // tp) * item + 8 * (first_of(config, NUM_EXPERTS) or 0)
+    return (2 * hidden // cut + blocks) * item + inside // tp + 8 * (first_of(config, NUM_EXPERTS) or 0)
 
 
 def _attention_elements(config: Any) -> int:
     """Queries, keys, values, and twice the output of one token; none without attention heads."""
     query_dim, value_dim = head_dims(config)
+    return attention_heads(config) * (query_dim + 2 * value_dim) + _key_value_elements(config)
+
+
+def _key_value_elements(config: Any) -> int:
+    """Keys and values of one token. Latent attention makes them for every head."""
     heads = attention_heads(config)
-    # Latent attention makes keys and values for every head.
     grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
-    return heads * (query_dim + 2 * value_dim) + grouped * (query_dim + value_dim)
+    return grouped * sum(head_dims(config))
 
 
 def _mlp_elements(config: Any, selective: bool = False) -> int:

@@ -88,15 +88,22 @@ def _rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def _problem(
-    query: torch.Tensor, bounds: torch.Tensor | None, longest: torch.Tensor | None, scale: float, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bounds: torch.Tensor | None,
+    longest: torch.Tensor | None,
+    scale: float,
+    window: int | None,
 ) -> Problem:
-    return Problem(bounds, query.shape[1] if longest is None else int(longest), scale, window)
+    if longest is None:
+        return Problem(bounds, query.shape[1], scale, window, None, key.shape[1])
+    return Problem(bounds, int(longest), scale, window)
 
 
 @torch.library.custom_op("hf_nanotron::attention", mutates_args=(), schema=SCHEMA)
 def _attention(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value, bounds, longest, scale, window, kernel = inputs
-    problem = _problem(query, bounds, longest, scale, window)
+    problem = _problem(query, key, bounds, longest, scale, window)
     output, sums = KERNELS[kernel].forward(_rows_of(query), _rows_of(key), _rows_of(value), problem)
     return output.contiguous(), sums.contiguous()
 
@@ -108,13 +115,13 @@ def _(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows = KERNELS[kernel].dense and bounds is None
     sums = (batch, heads, length) if rows else (heads, batch * length)
     output = query.new_empty((batch, length, heads, value.shape[-1]))
-    return output, query.new_empty(sums, dtype=torch.float32)
+    return output, query.new_empty(sums, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @torch.library.custom_op("hf_nanotron::attention_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def _attention_backward(*inputs: Any) -> Gradients:
     grad, query, key, value, output, sums, bounds, longest, scale, window, kernel = inputs
-    problem = _problem(query, bounds, longest, scale, window)
+    problem = _problem(query, key, bounds, longest, scale, window)
     saved = Saved(_rows_of(query), _rows_of(key), _rows_of(value), output, sums)
     return KERNELS[kernel].backward(_rows_of(grad), saved, problem)
 

@@ -95,6 +95,11 @@ _products: weakref.WeakValueDictionary[int, Products] = weakref.WeakValueDiction
 _keys = itertools.count()
 
 
+def total_of(key: torch.Tensor) -> WeightGradient:
+    """Where the gradient of a weight is accumulated, by `Linear.key`."""
+    return _totals[int(key.item())]
+
+
 @torch.library.custom_op("hf_nanotron::linear", mutates_args=())
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
     return _multiply(input, weight, bias, _products.get(int(key.item())))
@@ -148,6 +153,11 @@ class Linear(nn.Linear):
             _totals[int(self._key)] = total
             if self.products is not None:
                 _products[int(self._key)] = self.products
+
+    @property
+    def key(self) -> torch.Tensor | None:
+        """The number of `weight_gradient` for operators, or None if they must return the gradient."""
+        return self._key
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies get: their gradients are their own."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+CP_MODES = ("gather", "heads")
 SCHEDULES = ("afab", "1f1b", "interleaved_1f1b", "zb")
 
 # Options of earlier versions, and what to do instead.
@@ -31,11 +32,18 @@ class ParallelConfig:
     Args:
         tp_size: ranks that share every layer (tensor parallelism).
         pp_size: ranks that share the stack of layers (pipeline parallelism).
-        cp_size: ranks that share a sequence. Only 1 so far.
+        cp_size: ranks that share every row of a batch, each with a part of its tokens (context parallelism). For
+            weights they are data-parallel ranks: `zero_stage` shards over them, too.
+        cp_mode: how attention sees all tokens: `"gather"` (each rank gathers the keys and values of all, for the
+            queries of its own tokens) or `"heads"` (each rank gets all tokens of some of the heads; Jacobs et al. 2023,
+            arXiv:2309.14509).
+        cp_kv_heads_per_gather: key-value heads of a rank that `cp_mode="gather"` gathers at once, while those before
+            attend: fewer overlap better and take less memory, more fill a GPU better. `None` is a quarter of them.
         ep_size: ranks over which the experts of a mixture-of-experts model are distributed. They are neighbours among
-            the data- and tensor-parallel ranks of a pipeline stage, whose number it divides.
+            the data-, context- and tensor-parallel ranks of a pipeline stage, whose number it divides.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
-            across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size.
+            across nodes: hybrid sharding, Zhao et al. 2023, arXiv:2304.11277). Divides the data-parallel size times
+            `cp_size`.
         zero_stage: what data-parallel ranks shard (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the fp32
             masters and the optimizer state; 2 also the gradients; 3 also the parameters.
         sequence_parallel: between attention and MLP, shard activations along the sequence over the tensor-parallel
@@ -56,6 +64,8 @@ class ParallelConfig:
     tp_size: int = 1
     pp_size: int = 1
     cp_size: int = 1
+    cp_mode: str = "gather"
+    cp_kv_heads_per_gather: int | None = None
     ep_size: int = 1
     dp_replicate_size: int = 1
     zero_stage: int = 1
@@ -74,8 +84,16 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        if self.cp_size != 1:
-            raise ValueError(f"cp_size={self.cp_size}: context parallelism is not supported yet; use cp_size=1.")
+        if self.cp_mode not in CP_MODES:
+            raise ValueError(f"cp_mode={self.cp_mode!r} is not one of {', '.join(map(repr, CP_MODES))}.")
+        if (heads := self.cp_kv_heads_per_gather) is not None:
+            if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+                raise ValueError(f"cp_kv_heads_per_gather={heads!r} must be an integer of at least 1, or None.")
+            if self.cp_size == 1 or self.cp_mode != "gather":
+                raise ValueError(
+                    f"cp_kv_heads_per_gather={heads} with cp_size={self.cp_size} and cp_mode={self.cp_mode!r}: nothing "
+                    "is gathered; use a cp_size of at least 2 with cp_mode='gather', or leave it unset."
+                )
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
                 f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (gradients as "
@@ -161,25 +179,33 @@ class ParallelConfig:
                 f"of {works}, or start {self.model_parallel_size} processes (or a multiple) with torchrun."
             )
         dp_size = world_size // self.model_parallel_size
-        if dp_size % self.dp_replicate_size:
+        copies = dp_size * self.cp_size
+        if copies % self.dp_replicate_size:
+            size = f"{dp_size} x cp_size={self.cp_size}" if self.cp_size > 1 else dp_size
             raise ValueError(
-                f"dp_replicate_size={self.dp_replicate_size} does not divide the data-parallel size {dp_size} (world "
+                f"dp_replicate_size={self.dp_replicate_size} does not divide the data-parallel size {size} (world "
                 f"size {world_size} / {self.model_parallel_size} ranks per model replica); it must be one of "
-                f"{[n for n in range(1, dp_size + 1) if dp_size % n == 0]}."
+                f"{[n for n in range(1, copies + 1) if copies % n == 0]}."
             )
         return dp_size
 
+    def weight_copies(self, world_size: int) -> int:
+        """Data- and context-parallel ranks that hold the same weights, and sum their gradients."""
+        return self.dp_size(world_size) * self.cp_size
+
     def shard_size(self, world_size: int) -> int:
-        """Data-parallel ranks that share one set of ZeRO shards; 1 if nothing is sharded."""
-        return self.dp_size(world_size) // self.dp_replicate_size if self.zero_stage else 1
+        """Ranks, of `weight_copies`, that share one set of ZeRO shards; 1 if nothing is sharded."""
+        return self.weight_copies(world_size) // self.dp_replicate_size if self.zero_stage else 1
 
     def expert_copies(self, world_size: int) -> int:
         """Copies of the experts that share one set of their ZeRO shards; 1 if nothing is sharded."""
-        ranks = self.dp_size(world_size) * self.tp_size
+        ranks = self.weight_copies(world_size) * self.tp_size
         block = self.shard_size(world_size) * self.tp_size if self.zero_stage else ranks
         if block % self.ep_size:
             works = [n for n in range(1, block + 1) if block % n == 0]
-            what = f"the data-parallel size {ranks // self.tp_size} x tp_size={self.tp_size}"
+            what = f"the data-parallel size {self.dp_size(world_size)} x tp_size={self.tp_size}"
+            if self.cp_size > 1:
+                what = what.replace(" x tp", f" x cp_size={self.cp_size} x tp")
             if self.dp_replicate_size > 1:
                 what += f" / dp_replicate_size={self.dp_replicate_size}"
             raise ValueError(f"ep_size={self.ep_size} does not divide {what} = {block}; it must be one of {works}.")

@@ -1,9 +1,9 @@
 """Dropout streams that do not depend on the layout.
 
 Every decoder layer draws from a stream seeded by (seed, step, micro-batch, layer), so masks are the same for every
-pipeline layout, schedule and data-parallel size and after a resume. Where tensors are sharded over tensor-parallel
-ranks, each rank has its own stream. Activation recomputation replays the draws: `torch.utils.checkpoint` restores the
-generators, from which every seed here is derived.
+pipeline layout, schedule and data-parallel size and after a resume. Where tensors are sharded over tensor- or
+context-parallel ranks, each rank has its own stream. Activation recomputation replays the draws:
+`torch.utils.checkpoint` restores the generators, from which every seed here is derived.
 """
 
 from __future__ import annotations
@@ -77,10 +77,14 @@ class LayerStreams:
 
     `begin` is told the position before a micro-batch's forward; `end` puts the generators back to where the first
     `begin` found them.
+
+    Args:
+        part: which part of a tensor between the layers this rank has; each has a stream of its own.
+        part_before: the same of what comes before the layers.
     """
 
-    def __init__(self, seed: int, tp_rank: int) -> None:
-        self.seed, self.tp_rank = seed, tp_rank
+    def __init__(self, seed: int, part: int, part_before: int = 0) -> None:
+        self.seed, self.part, self.part_before = seed, part, part_before
         self._position: tuple[int, int] | None = None
         self._before: GeneratorState | None = None
 
@@ -89,12 +93,14 @@ class LayerStreams:
 
     def _seed(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module.training and self._position is not None:
-            seed_generators(seed_from(self.seed, *self._position, index, self.tp_rank))
+            seed_generators(seed_from(self.seed, *self._position, index, self.part))
 
     def begin(self, step: int, micro_batch: int) -> None:
         self._position = (step, micro_batch)
         self._before = self._before or GeneratorState()
-        seed_generators(seed_from(self.seed, step, micro_batch))  # for what comes before the layers
+        # For what comes before the layers: whole rows, but for context parallelism.
+        before = (self.part_before,) if self.part_before else ()
+        seed_generators(seed_from(self.seed, step, micro_batch, *before))
 
     def end(self) -> None:
         self._position = None

@@ -1,7 +1,10 @@
 """Where this rank stands, and the process groups it works in.
 
-Ranks are laid out as `(pp, dp, tp)` with `tp` fastest, so that the ranks that talk most sit next to each other:
-`rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank`.
+Ranks are laid out as `(pp, dp, cp, tp)` with `tp` fastest, so that the ranks that talk most sit next to each other:
+`rank = ((pp_rank * dp_size + dp_rank) * cp_size + cp_rank) * tp_size + tp_rank`.
+
+For weights, `cp` is data parallelism: its ranks hold the same weights and see other tokens. So ZeRO's shards, experts
+and sums of gradients are taken over `dp` and `cp` together. Samples are dealt over `dp` alone.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
 class Coordinates:
     """Position of one rank on every axis.
 
-    `shard` and `replica` divide `dp` (which ZeRO shards, in which copy); `ep` and `expert_copy` divide the `dp` and
-    `tp` ranks of a pipeline stage (which experts, in which copy).
+    `shard` and `replica` divide `dp` and `cp` together (which ZeRO shards, in which copy); `ep` and `expert_copy`
+    divide the `dp`, `cp` and `tp` ranks of a pipeline stage (which experts, in which copy).
     """
 
     pp: int
     dp: int
+    cp: int
     tp: int
     shard: int
     replica: int
@@ -61,11 +65,11 @@ class ParallelMesh:
     """The ranks of a job arranged by `ParallelConfig`, with a `Group` for each kind of communication.
 
     Building a mesh is a collective operation; the process groups of earlier meshes that no rank holds any more are
-    destroyed then. Besides `tp`, `dp` and `pp` there are `shard` (data-parallel ranks that
-    share one set of ZeRO shards; neighbours, to be within one node), `replica` (ranks that hold the same shard) and
-    `model` (all ranks of one model replica). Experts have axes over the `dp` and `tp` ranks of a pipeline stage: `ep`
-    (neighbours with different experts), and `expert_shard` and `expert_replica`, which correspond to `shard` and
-    `replica`.
+    destroyed then. Besides `tp`, `cp`, `dp` and `pp` there are `shard` (ranks of `dp` and `cp` that share one set of
+    ZeRO shards; neighbours, to be within one node), `replica` (ranks that hold the same shard), `row` (`cp` and `tp`
+    ranks of a pipeline stage, which together see a row) and `model` (all ranks that read the same samples). Experts
+    have axes over the `dp`, `cp` and `tp` ranks of a pipeline stage: `ep` (neighbours with different experts), and
+    `expert_shard` and `expert_replica`, which correspond to `shard` and `replica`.
 
     Raises:
         ValueError: if the sizes do not divide the world size.
@@ -90,15 +94,18 @@ class ParallelMesh:
         self.ep_size = parallel.ep_size
         # Copies of the experts among the ranks that together hold one set of ZeRO shards.
         self._expert_copies = parallel.expert_copies(self.world_size)
-        self.tp_size, self.pp_size = parallel.tp_size, parallel.pp_size
+        self.tp_size, self.cp_size, self.pp_size = parallel.tp_size, parallel.cp_size, parallel.pp_size
         self.coordinates = self.coordinates_of(self.rank)
-        self.tp_rank, self.dp_rank, self.pp_rank = self.coordinates.tp, self.coordinates.dp, self.coordinates.pp
+        self.tp_rank, self.cp_rank = self.coordinates.tp, self.coordinates.cp
+        self.dp_rank, self.pp_rank = self.coordinates.dp, self.coordinates.pp
         self._groups: dict[str, Group] = {}
         self._at_close: list[Callable[[], None]] = []
 
-        self.tp = self.group("tp", lambda c: (c.pp, c.dp))
-        self.pp = self.group("pp", lambda c: (c.dp, c.tp))
-        self.dp = self.group("dp", lambda c: (c.pp, c.tp))
+        self.tp = self.group("tp", lambda c: (c.pp, c.dp, c.cp))
+        self.cp = self.group("cp", lambda c: (c.pp, c.dp, c.tp))
+        self.pp = self.group("pp", lambda c: (c.dp, c.cp, c.tp))
+        self.dp = self.group("dp", lambda c: (c.pp, c.cp, c.tp))
+        self.row = self.group("row", lambda c: (c.pp, c.dp))
         self.shard = self.group("shard", lambda c: (c.pp, c.tp, c.replica))
         self.replica = self.group("replica", lambda c: (c.pp, c.tp, c.shard))
         self.model = self.group("model", lambda c: c.dp)
@@ -106,7 +113,7 @@ class ParallelMesh:
         # that the tp ranks have, or of two uses, on the first and on the last stage.
         self.partial = self.group("partial", lambda c: (c.pp, c.shard))
         ends = (0, self.pp_size - 1)
-        self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.tp))
+        self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.cp, c.tp))
         self.every_stage = self.group("every_stage", lambda c: (c.tp, c.shard))
         self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy))
         # Which set of ZeRO shards of the experts a rank has a part of, and which part.
@@ -121,10 +128,11 @@ class ParallelMesh:
 
     def coordinates_of(self, rank: int) -> Coordinates:
         rest, tp = divmod(rank, self.tp_size)
-        pp, dp = divmod(rest, self.dp_size)
-        replica, shard = divmod(dp, self.shard_size)
-        expert_copy, ep = divmod(dp * self.tp_size + tp, self.ep_size)
-        return Coordinates(pp=pp, dp=dp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
+        pp, copy = divmod(rest, self.dp_size * self.cp_size)
+        dp, cp = divmod(copy, self.cp_size)
+        replica, shard = divmod(copy, self.shard_size)
+        expert_copy, ep = divmod(copy * self.tp_size + tp, self.ep_size)
+        return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
 
     def group(self, name: str, key: Callable[[Coordinates], Hashable], multiprocessors: int | None = None) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`. A collective
@@ -194,6 +202,11 @@ class ParallelMesh:
         return self
 
     @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank holds the first of the copies of its weights that `dp` and `cp` make."""
+        return self.dp_rank == self.cp_rank == 0
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -204,7 +217,7 @@ class ParallelMesh:
     @property
     def speaks_for_tokens(self) -> bool:
         """Whether this rank counts in a sum over the job of what the loss finds out of its tokens: the last stage
-        computes it, and tensor-parallel ranks compute the same.
+        computes it, and tensor-parallel ranks compute the same. Context-parallel ranks have other tokens.
         """
         return self.is_last_stage and self.tp_rank == 0
 

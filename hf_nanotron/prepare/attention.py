@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,18 @@ class Documents:
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model trains with. `takes_documents`: it hands keyword arguments on to its attention."""
+    """What a model trains with.
+
+    Args:
+        takes_documents: whether the model hands keyword arguments on to its attention.
+        windows: for `cp_size` above 1, tokens that each layer of the whole model sees, None for all.
+        other_work: for `cp_size` above 1, see `parallel.cp.layout.plan`.
+    """
 
     kind: str
     takes_documents: bool
+    windows: tuple[int | None, ...] = ()
+    other_work: int = 0
 
     @contextlib.contextmanager
     def training(self, config: PreTrainedConfig, packed: bool) -> Iterator[None]:
@@ -110,8 +118,8 @@ def choose_attention(
     )
 
 
-def why_stock(anatomy: Anatomy) -> str | None:
-    """Why a model must keep its own attention; None if it need not."""
+def why_stock(anatomy: Anatomy, tested: Collection[str] = FAST_ATTENTION) -> str | None:
+    """Why a model must keep its own attention; None if it need not. `tested`: model types that may have another."""
     model = anatomy.model
     config = model.config.get_text_config()
     chance = [name for name in fields_of_chance(config) if "att" in name]
@@ -120,7 +128,7 @@ def why_stock(anatomy: Anatomy) -> str | None:
     reasons = (
         (getattr(model, "names_attention", False), "attn_implementation was given"),
         (config._attn_implementation != "sdpa", "faster kernels only replace 'sdpa'"),
-        (config.model_type not in FAST_ATTENTION, f"{config.model_type!r} is not tested with faster kernels"),
+        (config.model_type not in tested, f"{config.model_type!r} is not tested with faster kernels"),
         (bool(chance), f"{', '.join(chance)} above 0, and faster kernels have no dropout"),
         (any(own is not config for own in configs), "its blocks have their own configs"),
         (anatomy.is_foreign or any(map(is_foreign, parts)), "custom code may make its own masks"),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..models.parts import ModelParts
+from ..parallel.cp.rows import RowParts
 from ..parallel.dropout_streams import seed_from
 
 NAME = "embedding noise"  # among the decorations of a model
@@ -27,10 +28,13 @@ class EmbeddingNoise:
         self.alpha, self.seed = alpha, seed
         self._place: tuple[int, int] | None = None
         self._length = 0
+        self._parts: RowParts | None = None
 
-    def begin(self, step: int, micro_batch: int, length: int) -> None:
-        """Where the run stands, and how many tokens the next micro-batch has before it is filled up."""
-        self._place, self._length = (step, micro_batch), length
+    def begin(self, step: int, micro_batch: int, length: int, parts: RowParts | None = None) -> None:
+        """Where the run stands, how many tokens a row of the next micro-batch has before it is filled up, and how
+        context-parallel ranks share it.
+        """
+        self._place, self._length, self._parts = (step, micro_batch), length, parts
 
     def end(self) -> None:
         self._place = None
@@ -41,10 +45,13 @@ class EmbeddingNoise:
             return None
         generator = torch.Generator(output.device).manual_seed(seed_from(self.seed, *self._place, "embedding"))
         batch, filled, width = output.shape
+        if self._parts is not None:
+            filled *= self._parts.group.size
         most = self.alpha / math.sqrt(self._length * width)
         noise = torch.empty((batch, self._length, width), dtype=output.dtype, device=output.device)
         noise.uniform_(-most, most, generator=generator)
-        return output + F.pad(noise, (0, 0, 0, filled - self._length))
+        noise = F.pad(noise, (0, 0, 0, filled - self._length))
+        return output + (noise if self._parts is None else self._parts.own(noise))
 
 
 def set_noise(model: ModelParts, alpha: float | None, seed: int) -> EmbeddingNoise | None:

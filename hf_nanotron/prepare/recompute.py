@@ -1,8 +1,9 @@
-"""Selective activation recomputation, and which layers recompute.
+"""Recomputation that keeps the outputs of some operators, and which layers recompute.
 
-Matmuls and attention are kept. What lies between them (norms, rotary embeddings, gated activations, casts, residual
-sums) is computed again in the backward (Korthikanti et al. 2022, arXiv:2205.05198, after Chen et al. 2016,
-arXiv:1604.06174). Recomputing everything is transformers' own switch.
+`selective` keeps matmuls and attention. What lies between them (norms, rotary embeddings, gated activations, casts,
+residual sums) is computed again in the backward (Korthikanti et al. 2022, arXiv:2205.05198, after Chen et al. 2016,
+arXiv:1604.06174). `all_but_attention` keeps attention alone, its output and log-sum-exp: at long sequences nearly all
+of the work, and as many bytes as the input of the layer. Recomputing everything is transformers' own switch.
 """
 
 from __future__ import annotations
@@ -27,24 +28,27 @@ from ..parallel.ep.experts import ParallelExperts
 from .compile import parts_of
 
 # Operators whose outputs are kept, by the beginning of their names. Gradients of ours are never run in a forward.
+ATTENTION = (
+    *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
+    *("aten::_cudnn_attention_forward", "hf_nanotron::attention", "flash_attn", "flex_attention"),
+    *("_c10d_functional::", "hf_nanotron::cp_to_"),  # what is sent is never sent twice
+)
 KEPT = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"),
     *("aten::_grouped_mm", "aten::_scaled_mm", "aten::_scaled_grouped_mm"),
     *("hf_nanotron::linear", "hf_nanotron::fp8_linear", "hf_nanotron::grouped"),
-    *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
-    *("aten::_cudnn_attention_forward", "hf_nanotron::attention", "flash_attn", "flex_attention"),
-    "_c10d_functional::",
+    *ATTENTION,
 )
 
 
-def keeps(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the output of this call of an operator is kept.
+def keeps(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], kept: tuple[str, ...] = KEPT) -> bool:
+    """Whether the output of this call of an operator is kept: its name begins as one of `kept`.
 
     An operator that writes to its arguments must run again. So must attention with dropout: if it were left out, the
     masks after it would differ from those of the forward.
     """
     schema = getattr(op, "_schema", None)
-    if not (op.name() if schema is None else schema.name).startswith(KEPT):
+    if not (op.name() if schema is None else schema.name).startswith(kept):
         return False
     if schema is None:
         return True
@@ -56,18 +60,39 @@ def keeps(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return not schema.is_mutable
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def keeps_attention(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """`keeps`, for attention alone."""
+    return keeps(op, args, kwargs, ATTENTION)
+
+
+def _selective_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keeps(op, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """A `context_fn` of `torch.utils.checkpoint.checkpoint`, eager or inside `torch.compile`.
+def _attention_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps_attention(op, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
 
-    A compiler traces torch's own contexts, which mark in its graph what is kept.
-    """
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+# Each is a `context_fn` of `torch.utils.checkpoint.checkpoint`, eager or inside `torch.compile`. A compiler traces
+# torch's own contexts, which mark in its graph what is kept, and takes plain functions only.
+
+
+def selective_contexts() -> Contexts:
     if TracingContext.try_get() is not None:
-        return create_selective_checkpoint_contexts(_policy)
+        return create_selective_checkpoint_contexts(_selective_policy)
     return keeping_contexts(keeps)
+
+
+def attention_contexts() -> Contexts:
+    if TracingContext.try_get() is not None:
+        return create_selective_checkpoint_contexts(_attention_policy)
+    return keeping_contexts(keeps_attention)
+
+
+CONTEXTS: dict[str, Callable[[], Contexts]] = {"selective": selective_contexts, "all_but_attention": attention_contexts}
 
 
 def chosen_layers(model: ParallelModel, layers: Collection[int] | None, every: int = 1) -> frozenset[int]:
@@ -93,21 +118,23 @@ def recompute_wholly(model: ParallelModel, layers: Collection[int], options: Map
             f"{odd.pop()} of {type(model).__name__} cannot be switched separately (it is not a "
             "GradientCheckpointingLayer): use activation_checkpointing_policy='selective', or all layers."
         )
-    function = functools.partial(checkpoint, **_with_defaults(options, model))
+    function = functools.partial(checkpoint, **with_defaults(options, model))
     for index, layer in own.items():
         layer.gradient_checkpointing = index in layers
         layer._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
-def recompute_selectively(model: ParallelModel, layers: Collection[int], options: Mapping[str, Any]) -> None:
-    """Let `layers` keep products and attention, and compute the rest again in the backward of a training step.
+def recompute_selectively(
+    model: ParallelModel, layers: Collection[int], options: Mapping[str, Any], policy: str = "selective"
+) -> None:
+    """Let `layers` keep what `policy` (of `CONTEXTS`) says, and compute the rest again in a training step's backward.
 
     A layer recomputes whole where nothing happens between its blocks and it does not write to its weights; else each
     block does, inside the hooks at its border, so that nothing is sent or recorded twice. Experts recompute between
-    their two products. Call it before `compile_layers`. `options` are those of `torch.utils.checkpoint.checkpoint`; by
-    default random states are kept only if the model has dropout.
+    sending tokens and returning them. Call it before `compile_layers`. `options` are those of
+    `torch.utils.checkpoint.checkpoint`; by default random states are kept only if the model has dropout.
     """
-    options = _with_defaults(options, model)
+    options = {**with_defaults(options, model), "context_fn": CONTEXTS[policy]}
     forward, compute = _recomputing("forward", options), _recomputing("compute", options)
     for index, layer in model.anatomy.numbered_layers():
         if index not in layers or isinstance(layer, AbsentLayer):
@@ -129,7 +156,7 @@ def restore_recomputed(model: ParallelModel) -> None:
                 del module.__dict__[name]
 
 
-def _with_defaults(options: Mapping[str, Any], model: ParallelModel) -> dict[str, Any]:
+def with_defaults(options: Mapping[str, Any], model: ParallelModel) -> dict[str, Any]:
     return {"preserve_rng_state": model.streams is not None, **options, "use_reentrant": False}
 
 
@@ -142,7 +169,7 @@ def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         if not self.training or not torch.is_grad_enabled() or cache_in(kwargs) is not None:
             return stock(*args)
         first = next(iter((*args, *kwargs.values())), None)
-        return checkpoint(_beside, first, stock, *args, context_fn=selective_contexts, **options)
+        return checkpoint(_beside, first, stock, *args, **options)
 
     return method
 

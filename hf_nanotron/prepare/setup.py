@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +15,11 @@ from ..parallel.together import together
 from .attention import choose_attention
 from .checkpointing_switches import restore_switches
 from .compile import compile_layers, restore_layers
+from .context_attention import choose_context_attention, let_parts_see_rows
 from .fp8 import use_fp8
+from .mlp_chunks import chunk_mlps, restore_mlps
 from .neftune import set_noise
+from .offload import offload_layers, restore_offloaded
 from .recompute import chosen_layers, recompute_selectively, recompute_wholly, restore_recomputed
 from .shard_weights import refuse_frozen, shard_weights
 from .training_state import TrainingState
@@ -30,6 +34,7 @@ class PreparationArguments(RecomputationArguments, Protocol):
     bf16: bool
     fp8: str | None
     fp8_skip_layers: list[int] | None
+    mlp_chunk_tokens: int | None
     moe_bias_update_rate: float
     moe_capacity_factor: float | None
     neftune_noise_alpha: float | None
@@ -53,13 +58,29 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     refuse_frozen(model, trainable)
     fp8 = together(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))
     state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8, trainable=trainable)
-    restore_layers(model)  # as an earlier trainer may have left them
-    restore_recomputed(model)
+    for restore in (restore_offloaded, restore_layers, restore_recomputed, restore_mlps):
+        restore(model)  # as an earlier trainer may have left it
+    if args.mlp_chunk_tokens is not None:
+        rows = args.mlp_chunk_tokens
+        together(mesh, "dividing the MLPs into blocks of tokens", lambda: chunk_mlps(model, rows))
+    let_parts_see_rows(model)  # before it is decided what is compiled and recomputed in one piece
     _choose_recomputation(state, args)
     if args.torch_compile:
         backend = args.torch_compile_backend or "inductor"
         compile_layers(model, backend, args.torch_compile_mode, state.recomputed)
-    state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
+    if args.activation_offload:
+        state.offload = offload_layers(
+            model,
+            state.recomputed,
+            args.activation_offload,
+            args.activation_checkpointing_policy,
+            state.recompute_options,
+        )
+    if mesh.cp_size > 1:
+        choose = functools.partial(choose_context_attention, model, dtype, mesh.device)
+        state.attention, chosen = together(mesh, "sharing rows among ranks (cp_size)", choose)
+    else:
+        state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
     logger.info(chosen)
     model.training_loss.z_loss = args.z_loss_coefficient
     together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))
@@ -73,8 +94,8 @@ def _choose_recomputation(state: TrainingState, args: PreparationArguments) -> N
     state.recompute_options = options
     if recomputes(args):
         state.recomputed = chosen_layers(state.model, layer_numbers(args.activation_checkpointing_layers), every)
-    if args.activation_checkpointing_policy == "selective":
-        recompute_selectively(state.model, state.recomputed, options)
+    if args.activation_checkpointing_policy != "full":
+        recompute_selectively(state.model, state.recomputed, options, args.activation_checkpointing_policy)
 
 
 def _configure_experts(model: ParallelModel, dtype: torch.dtype, args: PreparationArguments) -> None:
@@ -88,15 +109,17 @@ def _configure_experts(model: ParallelModel, dtype: torch.dtype, args: Preparati
 
 def start_run(state: TrainingState, args: PreparationArguments) -> None:
     """What holds for one call of `train`, whose `Trainer` has turned its own switch of recomputation on."""
-    if args.activation_checkpointing_policy == "selective":
+    if args.activation_checkpointing_policy != "full" or state.offload is not None:
         state.model.activation_checkpointing_disable()
     elif state.recomputed:
         recompute_wholly(state.model, state.recomputed, state.recompute_options)
     state.noise = set_noise(state.model, args.neftune_noise_alpha, args.seed)
 
 
-def end_run(model: ParallelModel) -> None:
+def end_run(model: ParallelModel, state: TrainingState) -> None:
     """Take back what holds for a run alone. `note_switches` was called when it began."""
+    if state.offload is not None:
+        state.offload.buffers.release()
     set_noise(model, None, 0)
     restore_switches(model)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.base import ParallelModel
 from ..ops.fp8_linear import WeightCopies
+from ..ops.offload import Transfers
 from ..parallel.zero.segment import ShardedWeights
 from .attention import Attention
 from .neftune import EmbeddingNoise
@@ -23,6 +24,7 @@ class TrainingState:
         recomputed: numbers of the layers that recompute activations.
         trainable: names of the parameters of this rank that require a gradient.
         noise: what is added to embeddings in this run, or None.
+        offload: the host memory of activations, or None.
     """
 
     model: ParallelModel
@@ -33,3 +35,4 @@ class TrainingState:
     recompute_options: Mapping[str, Any] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
     noise: EmbeddingNoise | None = None
+    offload: Transfers | None = None

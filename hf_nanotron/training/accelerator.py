@@ -20,7 +20,7 @@ from ..parallel.mesh import ParallelMesh
 # What each public name of accelerate's class is here. Those that are about data or results:
 OVER_DATA_PARALLEL_RANKS = frozenset(
     "prepare prepare_data_loader split_between_processes gather gather_for_metrics reduce data_parallel_rank "
-    "data_parallel_shard_rank tensor_parallel_rank pipeline_parallel_rank".split()
+    "data_parallel_shard_rank tensor_parallel_rank context_parallel_rank pipeline_parallel_rank".split()
 )
 # What takes a model that every rank holds whole: refused for the trainer's, done for any other module.
 REFUSED = {
@@ -50,7 +50,7 @@ AS_IT_IS = frozenset(
 # Of other ways to train in parallel, which the training arguments refuse.
 UNUSED = frozenset(
     "deepspeed_plugin deepspeed_ulysses_dl_adapter is_fsdp2 is_composable_parallelism_enabled parallelism_config "
-    "torch_device_mesh maybe_context_parallel context_parallel_rank lomo_backward fp8_backend".split()
+    "torch_device_mesh maybe_context_parallel lomo_backward fp8_backend".split()
 )
 
 
@@ -77,6 +77,10 @@ class DataParallelAccelerator(Accelerator):
     @property
     def tensor_parallel_rank(self) -> int:
         return self.mesh.tp_rank if self.mesh is not None else 0
+
+    @property
+    def context_parallel_rank(self) -> int:
+        return self.mesh.cp_rank if self.mesh is not None else 0
 
     @property
     def pipeline_parallel_rank(self) -> int:

@@ -221,13 +221,6 @@ class DataOrder:
         if known := [state for state in states if state is not None]:  # none where an epoch begins
             self._cursor = replace(cursor, state=joined(known))
 
-    def epochs_of_domains(self, dataset: Any) -> dict[str, float]:
-        """How often each set of a mixture has been read by the steps that are done; nothing of other datasets."""
-        if self._cursor is None or not is_run(dataset) or not callable(getattr(dataset, "epochs", None)):
-            return {}
-        epochs: dict[str, float] = dataset.epochs(self._cursor.samples)
-        return epochs
-
     def _order(self, loader: DataParallelLoader, dataset: Any, global_batch: int) -> dict[str, Any]:
         if isinstance(dataset, IterableDataset):
             own = dataset.identity() if isinstance(dataset, LaneStream) else {}

@@ -8,7 +8,7 @@ device, and ranks join them when a line is logged or a checkpoint is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..models.training_loss import DomainSums
 from ..parallel.batch import DOMAIN
 from ..parallel.collectives import all_reduce
 from .agreement.values import compare_ranks
+from .run_order import Consumed
 
 logger = logging.get_logger(__name__)
 
@@ -148,22 +149,23 @@ class DomainLog:
             line[LOSS], line[COUNT], line[TOKENS] = line[LOSS] + loss, line[COUNT] + count, line[TOKENS] + tokens
             self._tokens[name] = self._tokens.get(name, 0) + round(tokens)
 
-    def metrics(self, epochs: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, consumed: Callable[[], Consumed | None]) -> dict[str, float]:
         """Of the next log line. All ranks together.
 
         Args:
-            epochs: how often each domain has been read.
+            consumed: what the run has read of each set, of data that consists of sets.
         """
         if not self.totals.is_used:
             return {}
         self.settle()
         line, has_losses = self._line, self._has_losses
         self._line, self._has_losses = {}, True
+        read = consumed()
         losses = {name: sums for name, sums in line.items() if has_losses and sums[TOKENS]}
         return {
             **{f"loss/{name}": loss / count if count else math.nan for name, (loss, count, _) in losses.items()},
             **{f"tokens/{name}": self._tokens[name] for name in line if self._tokens[name]},
-            **{f"epochs/{name}": number for name, number in epochs.items()},
+            **{f"epochs/{name}": epochs for name, epochs in (read.epochs if read is not None else {}).items()},
         }
 
     def state(self) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from transformers.utils import logging
 from ..data.fingerprint import unnoticed
 from ..data.loader import FillerBatch
 from ..models.base import ParallelModel
-from ..monitor.memory import MemoryReport, activation_bytes, fullest, moment_bytes
+from ..monitor.memory import (
+    MemoryReport,
+    activation_bytes,
+    fullest,
+    gathered_bytes,
+    moment_bytes,
+    offloaded_bytes,
+)
 from ..monitor.throughput import Throughput
 from ..ops.host_copy import to_device
 from ..parallel.batch import batch_shape
@@ -46,8 +53,9 @@ class RunReport:
             The loss of the step, fp32, and how many ranks were told to stop.
         """
         tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)
-        speaks = mesh.is_last_stage and mesh.tp_rank == 0
-        values = torch.tensor([0.0, tokens * speaks, float(is_told_to_stop)], dtype=torch.float64)
+        speaks = mesh.speaks_for_tokens
+        counted = tokens * (speaks and mesh.cp_rank == 0)  # context-parallel ranks share them, and the loss
+        values = torch.tensor([0.0, counted, float(is_told_to_stop)], dtype=torch.float64)
         told = to_device(values, loss.device)
         told[0] = loss * speaks
         told = all_reduce(told, mesh.world)
@@ -82,21 +90,29 @@ def report_memory(
 ) -> MemoryReport:
     """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together."""
     length, mesh = _sample_length(dataset, model), model.mesh
-    activations = activation_bytes(
+    step = (
         model.config,
-        args.per_device_train_batch_size * length,
+        args.per_device_train_batch_size * -(-length // mesh.cp_size),
         args.parallel,
         mesh.pp_rank,
         args.gradient_accumulation_steps,
         model.dtype.itemsize,
         len(recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
-        fused_head=model.linear_head is not None and not model.makes_logits,
-        whole_logits=model.makes_logits,
-        selective=args.activation_checkpointing_policy == "selective",
     )
+    kept: dict[str, Any] = {
+        "policy": args.activation_checkpointing_policy,
+        "offload": args.activation_offload,
+        "mlp_tokens": args.mlp_chunk_tokens,
+    }
+    fused = model.linear_head is not None and not model.makes_logits
+    activations = activation_bytes(*step, fused_head=fused, whole_logits=model.makes_logits, **kept)
+    rows = args.per_device_train_batch_size * length
+    activations += gathered_bytes(model.config, rows, args.parallel, model.dtype.itemsize)
     held = weights.bytes_held()
     held["parameters"] += fp8_bytes(model)
-    report = MemoryReport(**held, moments=moment_bytes(optimizer, weights), activations=activations)
+    report = MemoryReport(
+        **held, moments=moment_bytes(optimizer, weights), activations=activations, host=offloaded_bytes(*step, **kept)
+    )
     rank, most = fullest(report, mesh)
     logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {most}")
     return report

@@ -169,9 +169,11 @@ IRRELEVANT: dict[str, Irrelevant] = {
             "bf16=True, or `training_step` and `prediction_step` with super() inside of your context",
         ),
     ),
-    "_prepare_context_parallel_inputs": Irrelevant("there is no context parallelism", "sequence_parallel=True"),
+    "_prepare_context_parallel_inputs": Irrelevant(
+        "rows are shared among ranks by cp_size, without accelerate", "cp_size"
+    ),
     "get_sp_size": Irrelevant("DeepSpeed's sequence parallelism is not used", _SIZES),
-    "get_cp_size": Irrelevant("there is no context parallelism", _SIZES),
+    "get_cp_size": Irrelevant("rows are shared among ranks by cp_size, without accelerate", _SIZES),
     "_defer_fsdp_gradient_reduction": Irrelevant(_NO_FSDP, "zero_stage"),
     "_sync_replicated_trainable_parameters": Irrelevant(_NO_FSDP, "zero_stage"),
     "_wrap_model": Irrelevant(_NO_WRAPPER, "the model itself, before the trainer is made"),

@@ -37,7 +37,13 @@ def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields:
             figures[name] = total
         else:
             figures.pop(name, None)
-    sizes = {"tp_size": mesh.tp_size, "pp_size": mesh.pp_size, "dp_size": mesh.dp_size, "ep_size": mesh.ep_size}
+    sizes = {
+        "tp_size": mesh.tp_size,
+        "cp_size": mesh.cp_size,
+        "pp_size": mesh.pp_size,
+        "dp_size": mesh.dp_size,
+        "ep_size": mesh.ep_size,
+    }
     figures.update({name: size for name, size in sizes.items() if size > 1})
     task = fields["tasks"] if isinstance(fields["tasks"], str) else fields["tasks"][0]
     text = summary.to_model_card().replace("---\n", f"---\npipeline_tag: {task}\n", 1)

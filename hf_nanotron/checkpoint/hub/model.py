@@ -154,7 +154,7 @@ def held_buffers(model: ShardedModel) -> dict[str, torch.Tensor]:
 
 def is_writer(model: ShardedModel) -> bool:
     """Whether this rank writes what its pipeline stage holds."""
-    return model.mesh.dp_rank == 0 and model.mesh.tp_rank == 0
+    return model.mesh.is_first_copy and model.mesh.tp_rank == 0
 
 
 def _owner(model: ShardedModel, part: Part) -> int:
@@ -208,7 +208,7 @@ def _gathered(model: ShardedModel, name: str) -> torch.Tensor | None:
     mesh, spec, part = model.mesh, model.shard_specs[name], model.whole_parameter(name)
     if spec.axis == "ep":
         return gather_whole(part, spec, mesh.ep) if mesh.coordinates.expert_copy == 0 else None
-    return gather_whole(part, spec, mesh.tp) if mesh.dp_rank == 0 else None
+    return gather_whole(part, spec, mesh.tp) if mesh.is_first_copy else None
 
 
 def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:

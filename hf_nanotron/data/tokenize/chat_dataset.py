@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
+from ..tokens.documents import SCAN_TOKENS
 from ..tokens.packing import WINDOW
 from ..tokens.token_dataset import TokenDataset
 from .corpus import prepare, tokenize_corpus
@@ -93,15 +96,32 @@ class ChatDataset(TokenDataset):
             "add_special_tokens": add_special_tokens,
         }
         plan = prepare(source, tokenizer, **how).plan
-        self._key = xxhash.xxh3_64_intdigest(json.dumps(plan, sort_keys=True).encode())
+        key = xxhash.xxh3_64_hexdigest(json.dumps(plan, sort_keys=True).encode())
         cache = Path(HF_HOME, "hf_nanotron", "tokens") if cache_dir is None else Path(cache_dir)
-        folder = cache / f"{self._key:016x}"
+        folder = cache / key
         tokenize_corpus(source, folder, tokenizer, **how, workers=workers, skip_unreadable=skip_unreadable, wait=True)
         super().__init__(folder, sequence_length, documents="pack", seed=seed, shuffle=shuffle, pack_window=pack_window)
 
+        self.name = "chat" if hasattr(source, "column_names") else _name(source)
+
+    @cached_property
+    def _content(self) -> int:
+        hasher = xxhash.xxh3_64()
+        for file in self.files:
+            for start in range(0, file.tokens, SCAN_TOKENS):
+                hasher.update(np.ascontiguousarray(file.read(start, start + SCAN_TOKENS)))
+                hasher.update(np.ascontiguousarray(file.read_loss(start, start + SCAN_TOKENS)))
+        return hasher.intdigest()
+
     def identity(self) -> dict[str, Any]:
-        """As of a `TokenDataset`; `files` is what they were made of, so that a cache may be made again."""
-        return {**super().identity(), "files": self._key}
+        """As of a `TokenDataset`; `files` is a hash of their contents, since each machine may have made its own."""
+        return {**super().identity(), "files": self._content}
+
+
+def _name(source: Any) -> str:
+    """Of the first path of a source, without its folder and ending."""
+    first = source if isinstance(source, str | os.PathLike) else next(iter(source))
+    return os.path.basename(os.fspath(first).rstrip("/")).split(".")[0]
 
 
 def kind_of(source: Source) -> tuple[Literal["chat", "prompt_completion"], str | None]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ...parallel.batch import batch_shape, ones_like_tokens
 from ...parallel.collectives import all_reduce, own_part
 from ...parallel.ep.experts import ParallelExperts
-from ...parallel.ep.router_loss import RouterSums, empty, pack, sum_over_ranks, unpack
+from ...parallel.ep.router_loss import RouterSums, empty, pack, scale_gradient, sum_over_ranks, unpack
 from ...parallel.mesh import ParallelMesh
 from ..stock.plan import Plan
 from .balance import BiasBalancer, RouterLoads, load_report, num_choices
@@ -48,7 +48,7 @@ class Mixture:
         self._has_stock_loss = hasattr(model, "router_aux_loss_coef")
         self.routers: list[Router] = []
         self.experts: list[ParallelExperts] = []
-        self.counts_loads = self.reports_loss = False
+        self.counts_loads = self.reports_loss = self._is_dealt = False
         self._balancer: BiasBalancer | None = None
         self.mask: torch.Tensor | None = None
 
@@ -74,6 +74,15 @@ class Mixture:
             yield
         finally:
             self.reports_loss = False
+
+    @contextmanager
+    def dealing(self) -> Iterator[None]:
+        """Inside the block, context-parallel ranks share the tokens of every row."""
+        self._is_dealt = True
+        try:
+            yield
+        finally:
+            self._is_dealt = False
 
     def without_stock_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` that keep the stock forward from adding the loss of this stage's layers alone."""
@@ -117,10 +126,13 @@ class Mixture:
         return self._total(replace(self.losses, coefficient=1.0, z_coefficient=0.0), packed, training)
 
     def _total(self, losses: RouterLosses, packed: torch.Tensor, training: bool) -> torch.Tensor:
-        sums = RouterSums(packed)
-        if self._is_parted(training):
-            return losses.total(sum_over_ranks(sums, self.mesh.tp))
-        return losses.total(sums, 1 / self.mesh.tp_size)
+        mesh, parted = self.mesh, self._is_parted(training)
+        deals = self._is_dealt
+        group = (mesh.row if parted else mesh.cp) if deals else (mesh.tp if parted else mesh.alone)
+        total = losses.total(sum_over_ranks(RouterSums(packed), group), 1.0 if parted else 1 / mesh.tp_size)
+        # All context-parallel ranks compute the loss of all tokens, and the loss of a step is the sum of theirs. The
+        # gradient reaches the tokens of this rank alone.
+        return scale_gradient(total / mesh.cp_size, mesh.cp_size) if deals else total
 
     def _is_parted(self, training: bool) -> bool:
         """Whether the routers of this rank see a part of the tokens. Evaluation keeps sequences whole."""

@@ -264,9 +264,10 @@ def _leave_out_other_stages(
 def _attach_dropout_streams(model: ParallelModel, mesh: ParallelMesh) -> LayerStreams | None:
     if not has_dropout(model.config):
         return None
-    # Between regions, tensors are cut along the sequence under sequence parallelism, and replicated otherwise.
+    # Between regions, tensors are cut along the sequence under sequence parallelism, and replicated over tp otherwise.
     cut_everywhere = mesh.parallel.sequence_parallel and mesh.tp_size > 1
-    streams = LayerStreams(torch.initial_seed(), mesh.tp_rank if cut_everywhere else 0)
+    part = mesh.cp_rank * mesh.tp_size + (mesh.tp_rank if cut_everywhere else 0)
+    streams = LayerStreams(torch.initial_seed(), part, mesh.cp_rank)
     # A model that is not cut may keep its layers anywhere: the stream of the micro-batch serves all of it.
     is_cut = mesh.tp_size * mesh.pp_size > 1
     layers = model.anatomy.decoder_layers() if is_cut or model.anatomy.layers is not None else ()

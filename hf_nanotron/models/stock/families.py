@@ -279,6 +279,19 @@ FAST_ATTENTION = (
 NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
 
 
+# Further types whose rows context-parallel ranks can share: their attention has a causal mask and nothing else. Blocks
+# that mix tokens otherwise see whole rows.
+CONTEXT_PARALLEL = (
+    *("bailing_hybrid", "bamba", "codegen", "falcon_h1", "gptj", "hrm_text", "kimi_linear", "nemotron_h"),
+    *("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+)
+
+# Those of all whose rows cannot be shared by context-parallel ranks, and why.
+NO_CONTEXT_PARALLEL: dict[str, str] = {
+    "zaya": "convolutions in its attention mix neighbouring tokens",
+}
+
+
 def row_of(table: Mapping[str, T], module: object) -> T | None:
     """The row of a table for the class of `module`, or for the nearest ancestor of it that has one."""
     return next((table[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in table), None)

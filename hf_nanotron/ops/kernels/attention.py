@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,19 +20,36 @@ class Problem(NamedTuple):
 
     `bounds` are `[documents + 1]`, int32, on the device (None if each row is a document), `longest` the tokens of the
     longest document. A token sees `window` tokens including itself, or all before it.
+
+    Where queries are the last tokens of their documents, keys have `key_bounds` and `longest_key` of their own (rows of
+    their own length, with `bounds` None): query `i` of `n` sees key `j` of `m` if `j <= i + m - n`, and with a window
+    if `j > i + m - n - window`. So the mask is aligned at the bottom right, as in FlashAttention since 2.1. A document
+    may have no queries; with some, it has at least as many keys.
     """
 
     bounds: torch.Tensor | None
     longest: int
     scale: float
     window: int | None
+    key_bounds: torch.Tensor | None = None
+    longest_key: int | None = None
 
-    def row_bounds(self, like: torch.Tensor) -> torch.Tensor:
-        """`bounds`, or those of the rows of `like`."""
-        if self.bounds is not None:
-            return self.bounds
-        batch, length = like.shape[:2]
-        return torch.arange(0, (batch + 1) * length, length, device=like.device, dtype=torch.int32)
+    @property
+    def longest_of_keys(self) -> int:
+        return self.longest if self.longest_key is None else self.longest_key
+
+
+def _both_bounds(problem: Problem, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of queries and of keys; those of their rows, if each is a document."""
+    if problem.bounds is not None:
+        return problem.bounds, problem.bounds if problem.key_bounds is None else problem.key_bounds
+    queries = _row_bounds(q)
+    return queries, queries if q.shape[1] == k.shape[1] else _row_bounds(k)
+
+
+def _row_bounds(rows: torch.Tensor) -> torch.Tensor:
+    batch, length = rows.shape[:2]
+    return torch.arange(0, (batch + 1) * length, length, device=rows.device, dtype=torch.int32)
 
 
 class Saved(NamedTuple):
@@ -87,8 +105,9 @@ def _fa4_arguments(problem: Problem) -> dict[str, Any]:
     if problem.window is not None:
         arguments |= {"window_size_left": problem.window - 1, "window_size_right": 0}
     if problem.bounds is not None:
-        arguments |= {"cu_seqlens_q": problem.bounds, "cu_seqlens_k": problem.bounds}
-        arguments |= {"max_seqlen_q": problem.longest, "max_seqlen_k": problem.longest}
+        keys = problem.bounds if problem.key_bounds is None else problem.key_bounds
+        arguments |= {"cu_seqlens_q": problem.bounds, "cu_seqlens_k": keys}
+        arguments |= {"max_seqlen_q": problem.longest, "max_seqlen_k": problem.longest_of_keys}
     return arguments
 
 
@@ -121,25 +140,28 @@ def _fa4_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradien
 
 
 def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
-    bounds, shape = problem.row_bounds(q), (*q.shape[:3], v.shape[-1])
+    shape = (*q.shape[:3], v.shape[-1])
     output, sums, *_ = torch.ops.aten._flash_attention_forward(
-        *_flat(q, k, v), bounds, bounds, problem.longest, problem.longest, 0.0, True, False, scale=problem.scale,
-        **_flash_window(problem),
-    )  # fmt: skip
+        *_flat(q, k, v), *_flash_bounds(problem, q, k), 0.0, True, False, scale=problem.scale, **_flash_window(problem)
+    )
     return output.view(shape), sums
 
 
 def _flash_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
     q, k, v, output, sums = saved
-    bounds, shapes = problem.row_bounds(q), [x.shape for x in (q, k, v)]
+    bounds, shapes = _flash_bounds(problem, q, k), [x.shape for x in (q, k, v)]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     grad, q, k, v, output = _flat(grad, q, k, v, output)
     found = torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, output, sums, bounds, bounds, problem.longest, problem.longest, 0.0, True, state,
-        torch.empty(0, device=q.device), scale=problem.scale, **_flash_window(problem),
+        grad, q, k, v, output, sums, *bounds, 0.0, True, state, torch.empty(0, device=q.device), scale=problem.scale,
+        **_flash_window(problem),
     )  # fmt: skip
     dq, dk, dv = (x.reshape(shape).contiguous() for x, shape in zip(found, shapes, strict=True))
     return dq, dk, dv
+
+
+def _flash_bounds(problem: Problem, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    return *_both_bounds(problem, q, k), problem.longest, problem.longest_of_keys
 
 
 def _flash_window(problem: Problem) -> dict[str, int]:
@@ -150,9 +172,9 @@ def _flash_window(problem: Problem) -> dict[str, int]:
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """Of one document, `[heads, S, D]` in fp32 or better -> `[heads, S, S]`, -inf for what a token does not see."""
-    place = torch.arange(q.shape[1], device=q.device)
-    distance = place[:, None] - place[None, :]
+    """Of one document, `[heads, S, D]` in fp32 or better -> `[heads, S of q, S of k]`, -inf for what is not seen."""
+    place, seen = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)
+    distance = (place + (k.shape[1] - q.shape[1]))[:, None] - seen[None, :]
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return (scale * (q @ k.transpose(1, 2))).masked_fill(hidden, -torch.inf)
 
@@ -163,25 +185,32 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
     return exact.repeat_interleave(heads // exact.shape[0], 0)
 
 
+def _documents(problem: Problem, q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice]]:
+    """The queries and the keys of each document."""
+    cuts = (itertools.pairwise(bounds.tolist()) for bounds in _both_bounds(problem, q, k))
+    return [(slice(*queries), slice(*keys)) for queries, keys in zip(*cuts, strict=True)]
+
+
 def _by_document_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
-    shape, rows, heads = (*q.shape[:3], v.shape[-1]), _flat(q, k, v), q.shape[2]
-    bounds, outputs, sums = problem.row_bounds(q).tolist(), [], []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        one_q, one_k, one_v = (_heads_first(x[start:end], heads) for x in rows)
+    shape, heads, outputs, sums = (*q.shape[:3], v.shape[-1]), q.shape[2], [], []
+    every_q, every_k, every_v = _flat(q, k, v)
+    for queries, keys in _documents(problem, q, k):
+        one_q, one_k, one_v = (_heads_first(x, heads) for x in (every_q[queries], every_k[keys], every_v[keys]))
         scores = _scores(one_q, one_k, problem.scale, problem.window)
         sums.append(scores.logsumexp(-1))
         outputs.append(((scores - sums[-1][..., None]).exp() @ one_v).transpose(0, 1))
-    return torch.cat(outputs).to(q.dtype).view(shape), torch.cat(sums, 1).float()
+    return torch.cat(outputs).to(q.dtype).view(shape), torch.cat(sums, 1)
 
 
 def _by_document_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
     q, k, v, output, sums = saved
-    bounds, rows, heads = problem.row_bounds(q).tolist(), _flat(q, k, v, grad, output), q.shape[2]
-    parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        one_q, one_k, one_v, one_grad, one_output = (_heads_first(x[start:end], heads) for x in rows)
+    heads, parts = q.shape[2], []
+    every_q, every_k, every_v, every_grad, every_output = _flat(q, k, v, grad, output)
+    for queries, keys in _documents(problem, q, k):
+        one_q, one_grad, one_output = (_heads_first(x[queries], heads) for x in (every_q, every_grad, every_output))
+        one_k, one_v = (_heads_first(x[keys], heads) for x in (every_k, every_v))
         scores = _scores(one_q, one_k, problem.scale, problem.window)
-        chances = (scores - sums[:, start:end, None]).exp()
+        chances = (scores - sums[:, queries, None]).exp()
         slopes = one_grad @ one_v.transpose(1, 2) - (one_grad * one_output).sum(-1, keepdim=True)
         slopes = problem.scale * chances * slopes
         found = slopes @ one_k, slopes.transpose(1, 2) @ one_q, chances.transpose(1, 2) @ one_grad

@@ -121,6 +121,8 @@ class LossChoice:
         # Of a model that takes no number of tokens, `micro_batches.weigh` divides the plain loss.
         unscaled = self.takes_items and model.plain_forward and not self.is_scaled
         model.training_loss.needs_logits = self.of_outputs is not None or self.calls_whole_model or unscaled
+        if mesh.cp_size > 1:
+            self._refuse_with_context()
         if not model.makes_logits:
             return
         self._refuse_with_own_loss()
@@ -131,6 +133,19 @@ class LossChoice:
                 "that balances loads."
             )
         logger.info("The loss is not the model's plain one: the last stage makes full logits.")
+
+    def _refuse_with_context(self) -> None:
+        """What needs whole rows on one rank, or a mean over them."""
+        model, mean = self.model, self.is_mean_of_means
+        if not (model.makes_logits or mean):
+            return
+        told = [name for name, is_so in self.whose.items() if is_so]
+        what = told[0] if told else f"the loss of {model.stock_class.__name__}"
+        why = "it is a mean over a micro-batch, not over tokens" if mean else "a rank has its tokens' logits alone"
+        raise ValueError(
+            f"cp_size={model.mesh.cp_size} with {what}: {why}; train the plain loss of a model of transformers, or use "
+            "cp_size=1."
+        )
 
     def _refuse_with_own_loss(self) -> None:
         """What is possible with the plain loss alone."""

@@ -14,6 +14,7 @@ from ...parallel.collectives import all_reduce
 from ...parallel.mesh import ParallelMesh
 from ...prepare.attention import documents_of
 from ...prepare.training_state import TrainingState
+from .context import deal
 from .window import DOCUMENTS, ROUTER_MASK
 
 Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
@@ -34,12 +35,15 @@ def make_micro_batches(
         weigh_equally: for a model that returns the mean over each micro-batch.
     """
     mesh = state.model.mesh
-    micro_batches = [{**prepare(batch), "num_items_in_batch": count} for batch, count in window]
+    dealt = [deal(batch, mesh, state.attention) if mesh.cp_size > 1 else batch for batch, _ in window]
+    micro_batches = [
+        {**prepare(batch), "num_items_in_batch": count} for batch, (_, count) in zip(dealt, window, strict=True)
+    ]
     if weigh_equally:
         micro_batches = weigh(micro_batches, [isinstance(batch, FillerBatch) for batch, _ in window], mesh)
     multiple = mesh.tp_size if mesh.parallel.sequence_parallel else 1
     for micro_batch, (batch, _) in zip(micro_batches, window, strict=True):
-        if state.attention is not None:
+        if state.attention is not None and mesh.cp_size == 1:
             micro_batch[DOCUMENTS] = documents_of(batch, multiple)
         if isinstance(batch, FillerBatch):
             micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ...models.calling import CONTEXT
 from ...models.training_loss import DomainSums
+from ...parallel.cp.plan import ContextPlan
 from ...parallel.pipeline.executor import StepHooks
 from ...parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from ...prepare.training_state import TrainingState
@@ -107,7 +109,8 @@ class TrainingHooks(StepHooks):
             self.domains.index = index
         place = index * model.mesh.dp_size + model.mesh.dp_rank  # among all micro-batches of the step
         if self.state.noise is not None:
-            self.state.noise.begin(self.step, place, window.lengths[index])
+            plan: ContextPlan | None = window.inputs[index].get(CONTEXT)
+            self.state.noise.begin(self.step, place, window.lengths[index], None if plan is None else plan.parts)
         if model.streams is not None:
             model.streams.begin(self.step, place)
         if model.mixture is not None:

@@ -13,18 +13,21 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ...data.padding import KNOWN, pad_sequence
+from ...models.calling import CONTEXT
 from ...models.stage import LOSS_WEIGHT, Stage
 from ...models.training_loss import MicroBatch
 from ...parallel.batch import DOMAIN, batch_shape, ones_like_tokens
+from ...parallel.cp.plan import ContextPlan
 from ...prepare.attention import Documents, document_inputs, documents_of
 from ...prepare.training_state import TrainingState
+from .context import COUNTED
 from .loss import BatchStage, StepLoss
 
 logger = logging.get_logger(__name__)
 
 ROUTER_MASK = "router_mask"  # of a micro-batch: `[B, S]`, 0 for tokens that no loss over routers counts
 DOCUMENTS = "documents"  # of a micro-batch: what `documents_of` found on the host
-OURS = (ROUTER_MASK, DOCUMENTS, DOMAIN)  # what the model is not called with, unless its forward names it
+OURS = (ROUTER_MASK, DOCUMENTS, COUNTED, DOMAIN)  # what the model is not called with, unless its forward names it
 
 Batch = dict[str, Any]
 
@@ -36,7 +39,7 @@ class StepWindow:
     Attributes:
         inputs: what the stages are called with.
         handed: what the last stage knows besides the inputs, where whole logits are made.
-        lengths: tokens of a row, before it was padded for sequence parallelism.
+        lengths: tokens of a whole row, before it was filled up.
         router_masks, router_tokens: for `Mixture.before_forward`.
         stages: those of the model, or the one that calls the user's `compute_loss`.
         contexts: what is in force while the window runs.
@@ -64,7 +67,7 @@ def make_window(state: TrainingState, micro_batches: list[Batch], own_loss: Step
     own = model.own_columns
     if calls_model:  # who calls the model takes out what is for the loss
         own |= {name for batch in micro_batches for name in batch} - KNOWN
-    left_out = {ROUTER_MASK, DOCUMENTS} | ({DOMAIN} - own)
+    left_out = {ROUTER_MASK, DOCUMENTS, COUNTED} | ({DOMAIN} - own)
     inputs = [
         {name: value for name, value in pad_sequence(batch, multiple, (*OURS, *own)).items() if name not in left_out}
         for batch in micro_batches
@@ -72,6 +75,8 @@ def make_window(state: TrainingState, micro_batches: list[Batch], own_loss: Step
     handed: list[MicroBatch | None] = [None] * len(inputs)
     stages: Sequence[Stage | BatchStage] = model.stages
     contexts = [attention]
+    if mixture is not None and model.mesh.cp_size > 1:
+        contexts.append(mixture.dealing())
     if own_loss is not None:
         given = [{name: batch[name] for name in filled} for batch, filled in zip(micro_batches, inputs, strict=True)]
         counts = [ROUTER_MASK not in batch for batch in micro_batches]
@@ -81,8 +86,12 @@ def make_window(state: TrainingState, micro_batches: list[Batch], own_loss: Step
         if mixture is not None and own_loss.of_outputs is not None:
             contexts.append(mixture.reporting())
     inputs = [one | {"use_cache": False} | told for one, told in zip(inputs, documents, strict=True)]
-    lengths = [batch_shape(batch)[1] for batch in micro_batches]
-    return StepWindow(inputs, handed, lengths, masks, tokens, stages, tuple(contexts))
+    return StepWindow(inputs, handed, list(map(_row_length, micro_batches)), masks, tokens, stages, tuple(contexts))
+
+
+def _row_length(batch: Batch) -> int:
+    plan: ContextPlan | None = batch.get(CONTEXT)
+    return batch_shape(batch)[1] if plan is None else plan.length
 
 
 def _attention(
@@ -93,6 +102,9 @@ def _attention(
     It is one for the whole window: a checkpointed layer is computed again in the backward.
     """
     model, attention, found = state.model, state.attention, list[Documents]()
+    if model.mesh.cp_size > 1:  # what each micro-batch tells it was added when it was dealt
+        assert attention is not None and all(CONTEXT in batch for batch in micro_batches)
+        return attention.training(model.config, False), [{} for _ in micro_batches]
     stock = contextlib.nullcontext(), [dict[str, torch.Tensor]() for _ in micro_batches]
     if attention is None or model.names_attention:
         return stock
@@ -117,7 +129,7 @@ def _attention(
 
 def router_mask(batch: Batch, multiple: int) -> torch.Tensor | None:
     """Which tokens of `batch`, filled up to a multiple of `multiple`, count in losses over routers; None if all do."""
-    mask: torch.Tensor | None = batch.get(ROUTER_MASK)
+    mask: torch.Tensor | None = batch.get(ROUTER_MASK, batch.get(COUNTED))
     missing = -batch_shape(batch)[1] % multiple
     if mask is None and missing:
         mask = batch.get("attention_mask")

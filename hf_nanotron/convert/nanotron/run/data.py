@@ -89,8 +89,8 @@ def dataset_section(keys: Keys, run: Run) -> Found:
         return Found(part, tokenizer, workers)
     shared = run.sequence_length
     parts[0][1]["start_step"] = 0
-    stages = [_stage(name, part, shared) for name, part in parts]
-    return Found({"sequence_length": shared, "stages": stages}, tokenizer, workers)
+    written = [_stage(name, part, shared) for name, part in parts]
+    return Found({"sequence_length": shared, "stages": written}, tokenizer, workers)
 
 
 def _stage(name: str, part: dict[str, Any], shared: int) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Gated MLPs that compute one block of tokens after the other while they train (`mlp_chunk_tokens`).
+
+Between attention and the next layer an MLP sees each token alone, so blocks change no value (Jacobs et al. 2025,
+arXiv:2506.13996, call it tiling). The modules are those whose forward is Llama's, whatever their class; experts that
+are routed are not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from ..models.base import ParallelModel
+from ..ops.gated_mlp import gated_mlp
+from ..ops.linear import Linear
+
+NAME = "MLPs over blocks of tokens"  # among the decorations of a model
+PARTS = ("gate_proj", "up_proj", "down_proj")
+
+# Classes of activations -> names in `ops.gated_mlp.ACTIVATIONS`.
+ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+class ChunkedMLP(nn.Module):
+    """A gated MLP over blocks of `chunk_tokens` tokens; over all at once where nothing is trained."""
+
+    chunk_tokens: int
+    activation: str
+    stock: type[nn.Module]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        layers: list[Linear] = [getattr(self, name) for name in PARTS]
+        if not (self.training and torch.is_grad_enabled() and hidden_states.requires_grad):
+            return super().forward(hidden_states)
+        gate, up, down = layers
+        return gated_mlp(
+            hidden_states,
+            (gate.weight, up.weight, down.weight),
+            (gate.key, up.key, down.key),
+            self.chunk_tokens,
+            self.activation,
+        )
+
+
+@functools.cache
+def chunked_class(stock: type[nn.Module]) -> type[ChunkedMLP]:
+    """`ChunkedMLP` over a class of MLPs with Llama's forward."""
+    return type(f"Chunked{stock.__name__}", (ChunkedMLP, stock), {"stock": stock})
+
+
+def chunk_mlps(model: ParallelModel, tokens: int) -> None:
+    """Let the gated MLPs of the decoder layers compute over blocks of `tokens` tokens. Call it before `compile_layers`.
+
+    Raises:
+        ValueError: a layer of this model has no MLP that can be computed so, and why.
+    """
+    found: list[Any] = []
+    reason = "it has none with the forward of LlamaMLP"
+    for _, layer in model.anatomy.numbered_layers():
+        for name, module in layer.named_modules():
+            if not is_gated(module):
+                continue
+            if (why := _why_not(module)) is not None:
+                reason = f"{name} {why}"
+            else:
+                found.append(module)
+    if not found and any(True for _, layer in model.anatomy.numbered_layers() for _ in layer.parameters()):
+        raise ValueError(
+            f"mlp_chunk_tokens={tokens}: no MLP of {type(model).__name__} can be computed over blocks of tokens: "
+            f"{reason}. Omit mlp_chunk_tokens; activation_checkpointing saves its memory otherwise."
+        )
+    for module in found:
+        stock: Any = type(module)
+        module.__class__ = chunked_class(stock)
+        module.chunk_tokens, module.activation = tokens, ACTIVATIONS[type(module.act_fn).__name__]
+    model.decorations.add(NAME, restore_mlps)
+
+
+def restore_mlps(model: ParallelModel) -> None:
+    """Take back what `chunk_mlps` has done."""
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, ChunkedMLP)]
+    for module in modules:
+        module.__class__ = module.stock
+        del module.chunk_tokens, module.activation
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether a module computes what `LlamaMLP` does: it has the same code, over linear layers of the same names."""
+    theirs, ours = getattr(type(module).forward, "__code__", None), LlamaMLP.forward.__code__
+    same = theirs is not None and (theirs.co_code, theirs.co_names) == (ours.co_code, ours.co_names)
+    return same and all(isinstance(getattr(module, name, None), Linear) for name in PARTS)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    layers: list[Linear] = [getattr(module, name) for name in PARTS]
+    activation = type(module.act_fn).__name__
+    if activation not in ACTIVATIONS:
+        return f"has the activation {activation}; those known are {', '.join(ACTIVATIONS)}"
+    if any(layer.bias is not None for layer in layers):
+        return "has biases"
+    if any(layer.products is not None for layer in layers):
+        return "overlaps its products with communication; use tp_overlap=False"
+    return None

@@ -1,0 +1,265 @@
+"""Context-parallel attention on gloo ranks: outputs and gradients of plain attention with a whole mask, in one process.
+
+The kernel is the one that runs anywhere (`by_document`); `test_gpu_attention.py` has the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import WorkerPool
+from test_attention import masked
+from torch._dynamo.utils import counters
+
+from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
+from hf_nanotron.parallel import collectives
+from hf_nanotron.parallel.cp.attention import DeviceLayout, cp_attention, device_layout
+from hf_nanotron.parallel.cp.layout import plan
+from hf_nanotron.parallel.mesh import Group
+
+CPU = torch.device("cpu")
+LIMIT = {torch.float32: 2e-6, torch.float64: 1e-12}
+LENGTH = 64
+ROWS: dict[str, list[list[int]]] = {
+    "whole": [[64]],
+    "two whole rows": [[64], [64]],
+    "packed": [[5, 23, 1, 1, 14, 20]],
+    "two packed rows": [[3, 61], [1] * 10 + [30, 24]],
+}
+
+
+def bounds_of(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(size for row in rows for size in row)], dtype=torch.int32)
+
+
+# ---- kernels with separate bounds ----
+
+
+def plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: list[int],
+    keys: list[int],
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of `[tokens, heads, D]` with a mask that is made pair by pair."""
+    seen = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for (a, b), (c, d) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True):
+        for i in range(a, b):
+            last = d - (b - i)
+            seen[i, max(c, last - (window or d) + 1) : last + 1] = True
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ([0, 5], [0, 9]),  # one document: rows, without bounds
+        ([0, 5, 5, 6, 12], [0, 9, 13, 14, 20]),  # one without queries, one of a token
+        ([0, 1, 2, 2, 2], [0, 7, 8, 8, 12]),  # one without either
+    ],
+)
+def test_bounds_of_their_own(queries: list[int], keys: list[int], window: int | None, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2))
+    inputs = [torch.randn(*size, 8, generator=generator, dtype=dtype, requires_grad=True) for size in sizes]
+    expected = plain(*inputs, queries, keys, window, 0.3)
+    weight = torch.randn(expected.shape, generator=generator, dtype=dtype)
+    gradients = torch.autograd.grad((expected * weight).sum(), inputs)
+    problem = Problem(torch.tensor(queries, dtype=torch.int32), 6, 0.3, window, torch.tensor(keys).int(), 9)
+    if len(queries) == 2:
+        problem = Problem(None, queries[-1], 0.3, window, None, keys[-1])
+    kernel, (q, k, v) = KERNELS["by_document"], (x.detach()[None] for x in inputs)
+    found, sums = kernel.forward(q, k, v, problem)
+    results = kernel.backward(weight[None], Saved(q, k, v, found, sums), problem)
+    for ours, theirs in zip((found, *results), (expected, *gradients), strict=True):
+        assert error(ours[0], theirs) < LIMIT[dtype]
+
+
+# ---- ranks ----
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+def own_group() -> Group:
+    return Group(tuple(range(dist.get_world_size())), dist.get_rank(), dist.group.WORLD)
+
+
+def errors(
+    mode: str, rows: list[list[int]], window: int | None, heads: tuple[int, int], dtype: torch.dtype, value_dim: int = 8
+) -> float:
+    """The largest of output, and gradients of queries, keys and values, of this rank."""
+    group, bounds = own_group(), bounds_of(rows)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((heads[0], 8), (heads[1], 8), (heads[1], value_dim))
+    whole = [torch.randn(len(rows), LENGTH, h, d, generator=generator, dtype=dtype) for h, d in sizes]
+    weight = torch.randn(len(rows), LENGTH, heads[0], value_dim, generator=generator, dtype=dtype)
+    for x in whole:
+        x.requires_grad_()
+    expected = masked(*whole, bounds, window, 0.3)
+    gradients = torch.autograd.grad((expected * weight).sum(), whole)
+
+    layout = plan(bounds, len(rows), LENGTH, group.size, (window,))
+    tokens = layout.tokens(group.rank)
+    take = functools.partial(own_tokens, tokens=tokens)
+    mine = [take(x.detach()).requires_grad_() for x in whole]
+    made = device_layout(layout, group.rank, CPU, (window, None))
+    found = cp_attention(*mine, made, group, "by_document", 0.3, window, mode, 1)
+    assert found.is_contiguous()
+    results = torch.autograd.grad((found * take(weight)).sum(), mine)
+    pairs = zip((found, *results), (expected, *gradients), strict=True)
+    return max(error(ours, take(theirs)) for ours, theirs in pairs)
+
+
+def own_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.stack([row[columns] for row, columns in zip(x, tokens, strict=True)])
+
+
+def some_cases(every: bool) -> dict[str, float]:
+    """Relative to their limits."""
+    found = {}
+    names = ROWS if every else ("whole", "two packed rows")
+    shapes = ((4, 4), (4, 2), (4, 1)) if every else ((4, 2), (4, 1))
+    dtypes = tuple(LIMIT) if every else (torch.float64,)
+    for mode, name, window, heads, dtype in itertools.product(("gather", "heads"), names, (None, 5), shapes, dtypes):
+        rows = ROWS[name]
+        found[f"{mode}, {name}, {window=}, {heads=}, {dtype}"] = errors(mode, rows, window, heads, dtype) / LIMIT[dtype]
+    for mode in ("gather", "heads"):
+        fewer = errors(mode, ROWS["packed"], None, (4, 2), torch.float64, 6)
+        found[f"{mode}, fewer features of values"] = fewer / LIMIT[torch.float64]
+    found["fp32"] = errors("gather", ROWS["packed"], None, (4, 2), torch.float32) / LIMIT[torch.float32]
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_as_in_one_process(pool: WorkerPool, size: int, request: pytest.FixtureRequest) -> None:
+    every = request.config.getoption("full_matrix")
+    for rank in pool.run(size, some_cases, every):
+        assert len(rank) == (99 if every else 19)
+        assert max(rank.values()) < 1, max(rank.items(), key=lambda item: item[1])
+
+
+def traffic(mode: str, kv_heads_per_gather: int | None) -> tuple[Counter[str], Counter[str]]:
+    """Collectives, and numbers that this rank receives from others, of a forward and of a backward."""
+    group, rows = own_group(), ROWS["two whole rows"]
+    layout = plan(bounds_of(rows), 2, LENGTH, group.size)
+    made = device_layout(layout, group.rank, CPU)
+    q, k, v = (torch.randn(2, LENGTH // group.size, h, 8, requires_grad=True) for h in (8, 4, 4))
+    counts = Counter[str]()
+
+    def counting(function: Any, name: str) -> Any:
+        def call(out: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            counts["received"] += out.numel() * (group.size - 1) // group.size
+            return function(out, x, *args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(collectives, "_all_gather", counting(collectives._all_gather, "all-gather")),
+        mock.patch.object(dist, "all_to_all_single", counting(dist.all_to_all_single, "all-to-all")),
+    ):
+        found = cp_attention(q, k, v, made, group, "by_document", 0.3, None, mode, kv_heads_per_gather)
+        forward = counts.copy()
+        found.sum().backward()
+    return forward, counts - forward
+
+
+def test_collectives_and_bytes(pool: WorkerPool) -> None:
+    """They are those that the docstring says."""
+    tokens = 2 * LENGTH
+    once = tokens * 4 * (8 + 8) * 3 // 4  # (n - 1) / n * S * E
+    for given, groups in ((1, 4), (3, 2), (4, 1), (None, 4)):
+        for forward, backward in pool.run(4, traffic, "gather", given):
+            assert forward == {"all-gather": groups, "received": once}
+            assert backward == {"all-gather": groups, "all-to-all": groups, "received": 2 * once}
+    own = tokens // 4
+    for forward, backward in pool.run(4, traffic, "heads", None):
+        sent = own * (8 + 4 + 4 + 8) * 8 * 3 // 4
+        assert forward == backward == {"all-to-all": 2, "received": sent}
+
+
+def refused(heads: tuple[int, int], mode: str, window: int | None, count: int | None) -> str:
+    group = own_group()
+    made = device_layout(plan([0, LENGTH], 1, LENGTH, group.size), group.rank, CPU)
+    q, k, v = (torch.randn(1, LENGTH // group.size, h, 8) for h in (heads[0], heads[1], heads[1]))
+    with pytest.raises(ValueError) as caught:
+        cp_attention(q, k, v, made, group, "by_document", 0.3, window, mode, count)
+    return str(caught.value)
+
+
+def test_what_cannot_run_is_refused(pool: WorkerPool) -> None:
+    messages = [
+        (((3, 1), "heads", None, None), "cannot give 2 context-parallel ranks 3 heads and 1 key-value heads"),
+        (((6, 3), "heads", None, None), "one of 2 and 3 the other. Use cp_mode='gather'"),
+        (((4, 2), "ring", None, None), "cp_mode='ring' is not one of gather, heads"),
+        (((4, 2), "gather", 7, None), "made for windows [None], not for 7"),
+        (((4, 2), "gather", None, 0), "cp_kv_heads_per_gather=0"),
+    ]
+    for arguments, message in messages:
+        for found in pool.run(2, refused, *arguments):
+            assert message in found
+
+
+def checked_operators() -> None:
+    group = own_group()
+    rows = ROWS["packed"]
+    layout = device_layout(plan(bounds_of(rows), 1, LENGTH, group.size), group.rank, CPU)
+    q, k, v = (torch.randn(1, LENGTH // group.size, h, 8, requires_grad=True) for h in (4, 2, 2))
+    name = dist.group.WORLD.group_name
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (q, k, v, layout.places, *layout.calls[None], 0.3, None, "by_document", 1, name)
+    torch.library.opcheck(torch.ops.hf_nanotron.attention_cp.default, arguments, test_utils=checks)
+    x = torch.randn(1, LENGTH // group.size, group.size, 6, requires_grad=True)
+    y = torch.randn(1, LENGTH, 6, requires_grad=True)
+    for operator, value in ((torch.ops.hf_nanotron.cp_to_heads, x), (torch.ops.hf_nanotron.cp_to_tokens, y)):
+        torch.library.opcheck(operator.default, (value, layout.places, name), test_utils=checks)
+
+
+def test_operators_are_what_they_say_to_a_compiler(pool: WorkerPool) -> None:
+    pool.run(2, checked_operators)
+
+
+def compiled_graphs(mode: str) -> tuple[float, list[int]]:
+    """The largest difference from running eagerly, and graphs after each of several layouts."""
+    group = own_group()
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: DeviceLayout) -> torch.Tensor:
+        return cp_attention(q * 1.5, k + 1, v, layout, group, "by_document", 0.3, None, mode, 1).sin()
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    difference, graphs = 0.0, []
+    for row in ([5, 59], [5, 23, 1, 1, 14, 20], [32, 32], [1] * 30 + [34], [63, 1], [10, 10, 44]):
+        made = device_layout(plan(bounds_of([row]), 1, LENGTH, group.size), group.rank, CPU)
+        inputs = [torch.randn(1, LENGTH // group.size, h, 8, requires_grad=True) for h in (4, 2, 2)]
+        results = []
+        for one in (function, compiled):
+            output = one(*inputs, made)
+            results.append((output.detach(), *torch.autograd.grad(output.sum(), inputs)))
+        difference = max(difference, *(float((x - y).abs().max()) for x, y in zip(*results, strict=True)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return difference, graphs
+
+
+@pytest.mark.parametrize("mode", ["gather", "heads"])
+def test_compiled_once_for_all_layouts(pool: WorkerPool, mode: str) -> None:
+    for difference, graphs in pool.run(2, compiled_graphs, mode):
+        assert difference == 0 and graphs == [1] * 6

@@ -1,0 +1,122 @@
+"""Context parallelism on a GPU: kernels with bounds of their own for keys, and all ranks in turn on one GPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from test_cp_attention import bounds_of, own_tokens, plain
+from test_gpu_attention import BF16, DEVICE, GRADIENT, OUTPUT, error, needs
+
+from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
+from hf_nanotron.parallel.cp import attention as cp
+from hf_nanotron.parallel.cp.layout import plan
+from hf_nanotron.parallel.mesh import Group
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Ends of queries and of keys. One without queries between others, as keys between two chunks; one of a token.
+SEGMENTS = ([0, 140, 140, 141, 300, 333], [0, 300, 377, 378, 537, 700])
+
+
+@pytest.mark.parametrize("kernel", ["fa4", "flash"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 128), (8, 2, 64)])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("whole", [False, True])
+def test_bounds_of_their_own(kernel: str, heads: int, kv_heads: int, dim: int, window: int | None, whole: bool) -> None:
+    """Output and gradients, against float64."""
+    needs(kernel)
+    queries, keys = ([0, 200], [0, 555]) if whole else SEGMENTS
+    generator = torch.Generator().manual_seed(dim + heads)
+    sizes = ((queries[-1], heads, dim), (keys[-1], kv_heads, dim), (keys[-1], kv_heads, dim))
+    inputs = [torch.randn(size, generator=generator).to(BF16) for size in sizes]
+    weight = torch.randn(sizes[0], generator=generator).to(BF16)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = plain(*exact, queries, keys, window, dim**-0.5)
+    gradients = torch.autograd.grad(expected, exact, weight.double())
+
+    bounds = [torch.tensor(each, dtype=torch.int32) for each in (queries, keys)]
+    longest = [int(each.diff().max()) for each in bounds]
+    q, k, v, w = (x.to(DEVICE)[None] for x in (*inputs, weight))
+    on_device = [None, None] if whole else [each.to(DEVICE) for each in bounds]
+    problem = Problem(on_device[0], longest[0], dim**-0.5, window, on_device[1], longest[1])
+    found, sums = KERNELS[kernel].forward(q, k, v, problem)
+    assert error(found[0], expected) < OUTPUT
+    results = KERNELS[kernel].backward(w, Saved(q, k, v, found, sums.contiguous()), problem)
+    for mine, theirs in zip(results, gradients, strict=True):
+        assert mine.isfinite().all() and error(mine[0], theirs) < GRADIENT
+
+
+def in_turn(rows: list[list[int]], length: int, size: int, window: int | None, kernel: str, heads: int) -> list[float]:
+    """Errors of output and of gradients of queries, keys and values: `size` ranks, one after another, on this GPU."""
+    bounds = bounds_of(rows)
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(len(rows), length, h, 128, generator=generator).to(BF16) for h in (8, 4, 4, 8)]
+    exact = [x.double().requires_grad_() for x in whole[:3]]
+    ends = bounds.tolist()
+    expected = plain(*(x.flatten(0, 1) for x in exact), ends, ends, window, 128**-0.5).view(whole[3].shape)
+    gradients = torch.autograd.grad(expected, exact, whole[3].double())
+    layout = plan(bounds, len(rows), length, size, (window,))
+    shards = [[own_tokens(x, layout.tokens(rank)).to(DEVICE) for x in whole] for rank in range(size)]
+    sent: list[list[torch.Tensor]] = []
+    errors = [0.0] * 4
+
+    def all_gather(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+        """The heads that `x` has are those whose turn it is."""
+        first = turns[0] * heads
+        turns[0] = (turns[0] + 1) % (4 // heads)
+        parts = [
+            torch.cat([k[:, :, first : first + heads], v[:, :, first : first + heads]], -1) for _, k, v, _ in shards
+        ]
+        assert torch.equal(parts[group.rank].flatten(0, 1), x)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
+        sent[-1].append(x.clone())
+        return x
+
+    def worst(index: int, found: torch.Tensor, reference: torch.Tensor) -> None:
+        errors[index] = max(errors[index], error(found, reference))
+
+    for rank in range(size):
+        turns = [0]
+        sent.append([])
+        q, k, v = (x.clone().requires_grad_() for x in shards[rank][:3])
+        made = cp.device_layout(layout, rank, torch.device(DEVICE), (window,))
+        group = Group(tuple(range(size)), rank, None)
+        with (
+            mock.patch.object(cp, "_group", lambda name, group=group: group),
+            mock.patch.object(cp, "all_gather", all_gather),
+            mock.patch.object(cp, "_all_to_all", all_to_all),
+        ):
+            found = cp.cp_attention(q, k, v, made, group, kernel, 128**-0.5, window, kv_heads_per_gather=heads)
+            (dq, *_) = torch.autograd.grad(found, (q, k, v), shards[rank][3])
+            torch.cuda.synchronize()
+        tokens = layout.tokens(rank)
+        worst(0, found, own_tokens(expected.detach(), tokens))
+        worst(1, dq, own_tokens(gradients[0], tokens))
+    for rank in range(size):
+        own = torch.cat([sum(ours[turn][rank].float() for ours in sent) for turn in range(4 // heads)], 1)  # type: ignore[misc]
+        for index in (0, 1):
+            reference = own_tokens(gradients[1 + index], layout.tokens(rank)).flatten(0, 1)
+            worst(2 + index, own[..., index * 128 : (index + 1) * 128], reference)
+    return errors
+
+
+CASES: dict[str, Any] = {
+    "whole": [[1024]],
+    "packed": [[300, 1, 1, 522, 200]],
+    "two rows": [[1024], [100, 924]],
+}
+
+
+@pytest.mark.parametrize("kernel", ["fa4", "flash"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_ranks_in_turn(kernel: str, window: int | None) -> None:
+    needs(kernel)
+    for rows, heads in itertools.product(CASES.values(), (1, 4)):
+        output, *gradients = in_turn(rows, 1024, 4, window, kernel, heads)
+        assert output < OUTPUT and max(gradients) < GRADIENT, (rows, heads)
