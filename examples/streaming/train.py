@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> NanotronTrainer:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--files", help="pattern of text files, each of which is a document")
     source.add_argument("--dataset", help="name on the Hub, with a column `text`")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parent / "out", help="(%(default)s)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path(__file__).resolve().parent / "out", help="(%(default)s)"
+    )
     parser.add_argument("--sequence-length", type=int, default=256, help="(%(default)s)")
     parser.add_argument("--lanes", type=int, default=8, help="a multiple of ranks times workers (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="of each rank (%(default)s)")
