@@ -263,3 +263,19 @@ def test_datatrove_tokenizes_and_two_processes_train(pool: WorkerPool, tmp_path:
     log = pool.run(2, train_from_datatrove, str(tmp_path))[0]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) == 4 and losses[-1] < losses[0] < 8 and (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
+def test_the_example_of_streams_resumes(tmp_path: Path) -> None:
+    from test_token_stream import words
+
+    words().save_pretrained(tmp_path / "tokenizer")
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(" ".join(f"w{3 + (number * 7 + i) % 100}" for i in range(60)))
+    module = load("streaming_example", EXAMPLES / "streaming" / "train.py")
+    files = ["--tokenizer", str(tmp_path / "tokenizer"), "--files", str(tmp_path / "*.txt"), "--workers", "0"]
+    sizes = ["--output-dir", str(tmp_path / "out"), "--sequence-length", "16", "--global-batch", "2", "--lanes", "2"]
+    assert module.main([*files, *sizes, "--max-steps", "2"]).state.global_step == 2
+    resumed = module.main([*files, *sizes, "--max-steps", "4", "--resume"])
+    cursor = resumed.data_cursor()
+    assert cursor["samples"] == 8 and cursor["order"]["lanes"] == 2
+    assert [lane["rows"] for lane in cursor["state"]["lanes"].values()] == [4, 4]

@@ -133,7 +133,7 @@ def why_not_resumable(stream: Any) -> str | None:
         return (
             f"the stream has a shuffle buffer (buffer_size={size}), and its state_dict omits the samples in it: they "
             "would never be trained on. Shuffle the stored rows instead; shuffle(buffer_size=1) shuffles the shards "
-            "and reads several in turn, and can be resumed"
+            "and reads several in turn, and can be resumed; so can hf_nanotron.data.TokenStream with a shuffle_buffer"
         )
     return None
 

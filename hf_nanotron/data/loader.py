@@ -374,7 +374,8 @@ def build_loader(
         if kwargs.get("num_workers", 0) > 1:
             raise ValueError(
                 f"dataloader_num_workers={kwargs['num_workers']} with an IterableDataset: several workers would each "
-                "read a part of the stream and change its order; use dataloader_num_workers=0 or 1."
+                "read a part of the stream and change its order; use dataloader_num_workers=0 or 1, or a "
+                "hf_nanotron.data.TokenStream."
             )
         stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions)
         return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)

@@ -219,9 +219,9 @@ class DataOrder:
         All ranks together.
         """
         cursor = self._cursor
-        if cursor is None or not isinstance(dataset, LaneStream) or self._mesh.dp_size == 1:
+        if cursor is None or not isinstance(dataset, LaneStream) or self._mesh.dp.size == 1:
             return
-        states: list[Any] = [None] * self._mesh.dp_size
+        states: list[Any] = [None] * self._mesh.dp.size
         dist.all_gather_object(states, cursor.state, group=self._mesh.dp.handle)
         if known := [state for state in states if state is not None]:  # none where an epoch begins
             self._cursor = replace(cursor, state=joined(known))
