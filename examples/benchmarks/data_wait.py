@@ -193,7 +193,7 @@ def main() -> None:
     for kind in KINDS[1:]:
         speed = statistics.median(result["tokens_per_second"] for result in results[kind])
         idle = max(result["idle_share"] for result in results[kind])
-        print(f"{kind}: {speed / held:.4f} of the speed of rows in memory; the device waits {100 * idle:.4f} % of a step")
+        print(f"{kind}: {speed / held:.4f} of the speed of rows in memory; {100 * idle:.4f} % of a step without work")
 
 
 if __name__ == "__main__":
