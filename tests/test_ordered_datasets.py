@@ -74,6 +74,23 @@ def test_persistent_workers_read_the_epoch_that_is_trained(tmp_path: Path, worke
         np.testing.assert_array_equal(found, dataset.rows(range(len(dataset)), epoch)["input_ids"])
 
 
+@pytest.mark.parametrize("kept_apart", ["cross", "mask", "pack"])
+def test_ids_of_another_vocabulary_name_the_file(tmp_path: Path, kept_apart: Any) -> None:
+    write_ds(tmp_path / "a.ds", documents(60, vocabulary=50))
+    dataset = TokenDataset(tmp_path / "a.ds", LENGTH, token_size=2, documents=kept_apart)
+    mixture = Mixture({"a": dataset}, [1])
+    rows = mixture.rows(range(len(mixture)))
+    for _ in range(2):
+        known = mixture.with_vocabulary(50)
+        for name, column in known.rows(range(len(known))).items():
+            np.testing.assert_array_equal(column, rows[name])
+    with pytest.raises(ValueError, match=r"a.ds: token [0-9]+ has the id [0-9]+, and the vocabulary has 9 "):
+        mixture.with_vocabulary(9).rows(range(len(mixture)))
+    mixture.rows(range(len(mixture)))
+    if kept_apart == "pack":
+        assert len(dataset._reader._windows) == 1  # type: ignore[attr-defined]
+
+
 def facts(count: int, **changed: tuple[str, str, str]) -> list[FileFacts]:
     return [FileFacts(*changed.get(f"f{n}", (f"{n:05d}_tokens.ds", "100|uint16", "17"))) for n in range(count)]
 

@@ -182,6 +182,7 @@ class PackedDocuments:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def reading(self, files: Mapping[int, TokenFile]) -> PackedDocuments:
+        len(self)  # found out once, for all copies
         other = copy.copy(self)
         other.files = [files[id(file)] for file in self.files]
         return other
