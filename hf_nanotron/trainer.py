@@ -856,6 +856,7 @@ class NanotronTrainer(Trainer):
         if self.args.should_save:
             args = copy.copy(self.args)
             args.logging_nan_inf_filter = self._guard.asked_to_filter
+            args.gradient_accumulation_steps = self._data_order.users_accumulation
             write_companions(args, self.processing_class or getattr(self.data_collator, "tokenizer", None), directory)
 
     def _push_committed(self, directory: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from pool import WorkerPool
 from test_cli import command, one_line
 from token_files import documents, write_ds
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -261,6 +262,21 @@ def test_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert other.identity()["files"] != first.identity()["files"]
     assert "2 documents longer than max_length were left out" in caplog.text
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def made_on_a_rank(folder: str) -> tuple[dict[str, Any], list[int]]:
+    dataset = ChatDataset(f"{folder}/chats.jsonl", f"{folder}/tokenizer", 64, cache_dir=f"{folder}/cache")
+    return dataset.identity(), [path.stat().st_mtime_ns for path in Path(folder).glob("cache/*/*.ds")]
+
+
+def test_ranks_share_a_cache(pool: WorkerPool, tmp_path: Path) -> None:
+    """The first one writes it, the others wait and read it."""
+    chats().to_json(tmp_path / "chats.jsonl")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    found = pool.run(3, made_on_a_rank, str(tmp_path))
+    assert found[0] == found[1] == found[2] and len(found[0][1]) == 1
+    in_memory = ChatDataset(chats(), f"{tmp_path}/tokenizer", 64, cache_dir=tmp_path / "other")
+    assert in_memory.identity() == found[0][0]  # of the contents alone
 
 
 def test_in_a_mixture(tmp_path: Path) -> None:

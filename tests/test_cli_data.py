@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_nanotron.cli import data as cli_data
-from hf_nanotron.cli.data_plan import CHAT, STREAM, TOKENS, MixturePlan, SetPlan, plan_data
+from hf_nanotron.cli.data_keys import CHAT, STREAM, TOKENS
+from hf_nanotron.cli.data_plan import MixturePlan, SetPlan, plan_data
 from hf_nanotron.cli.settings import check_complete, read_settings
-from hf_nanotron.data import ChatDataset, Mixture, Stages, TokenDataset, TokenStream
+from hf_nanotron.data import ChatDataset, Mixture, Stages, StreamMixture, TokenDataset, TokenStream
 
 LENGTH = 8
 
@@ -96,7 +97,18 @@ REFUSED: dict[str, str] = {
     "{stream: a}": "dataset.stream needs dataset.sequence_length",
     "{stream: a, sequence_length: 8, lanes: 0}": "dataset.lanes=0 must be at least 1",
     "{stream: a, sequence_length: 8, path: b}": "dataset has path and stream; give one of them.",
-    "{mixture: {a: {stream: a, weight: 1}}, sequence_length: 8}": "dataset.mixture.a needs one of tokens",
+    "{mixture: {a: {stream: a, weight: 1}, b: {tokens: b, weight: 1}}, sequence_length: 8}": (
+        "dataset.mixture mixes the stream 'a' with 'b', which has a length"
+    ),
+    "{mixture: {a: {stream: a, weight: 1}}, sequence_length: 8, max_epochs: 2}": (
+        "dataset.max_epochs does not go with streams, which have no end."
+    ),
+    "{mixture: {a: {stream: a, weight: 1, max_epochs: 2}}, sequence_length: 8}": (
+        "dataset.mixture.a.max_epochs does not go with streams"
+    ),
+    "{mixture: {a: {stream: a, weight: 1, epochs: 2}}, sequence_length: 8}": "a.epochs: a stream of a mixture has no",
+    "{stages: [{stream: a}], sequence_length: 8}": "dataset.stages[0].stream: streams are trained on alone or in",
+    "{path: a, eval: {stream: a, sequence_length: 8}}": "dataset.eval.stream: streams are trained on alone",
     "{chat: a}": "dataset.chat needs dataset.sequence_length",
     "{chat: a, sequence_length: 8, documents: mask}": "documents goes with dataset.path or dataset.tokens or",
     "{chat: a, sequence_length: 8, train_on: answers}": "train_on='answers' is not one of 'replies', 'all'.",
@@ -133,7 +145,7 @@ REFUSED: dict[str, str] = {
     "{mixture: {a: {tokens: a, weight: 1, max_epochs: 0}}, sequence_length: 8}": "a.max_epochs=0 must be at least 1.",
     "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, when_exhausted: end}": "'end' is not one of 'stop'",
     "{mixture: {a: {tokens: a, weight: 1}}, sequence_length: 8, text_column: text}": (
-        "dataset.text_column is used by no set: only sets with path take it."
+        "dataset.text_column is used by no set: only sets with path or stream take it."
     ),
     "{mixture: {a: {path: a, weight: 1}}, eos_token_id: 0}": "eos_token_id is used by no set: only sets with tokens",
     "{path: a, eval_split: test, eval: {path: b}}": "dataset has both eval_split and eval",
@@ -207,7 +219,7 @@ def test_a_mixture_is_trained_on_and_resumed(pool: WorkerPool, tmp_path: Path) -
     dataset = {"sequence_length": LENGTH, "documents": "mask", "token_size": 2, "mixture": sets, "eval": held_out}
     path = settings(tmp_path, dataset, max_steps=4, save_strategy="steps", save_steps=2)
     expected, evaluated = [], []
-    for name, sizes in (("one", []), ("two", ["--tp_size=2"]), ("dp", ["--gradient_accumulation_steps=1"])):
+    for name, sizes in (("one", []), ("two", ["--gradient_accumulation_steps=1"])):
         results = pool.run(1 + bool(sizes), command, "train", path, f"--output_dir={tmp_path / name}", *sizes)
         assert {code for code, *_ in results} == {0}, results[0][2]
         expected = expected or figures(tmp_path / name)
@@ -235,15 +247,6 @@ def test_files_that_cannot_be(tmp_path: Path, changes: dict[str, Any], says: str
     text = json.dumps({"sequence_length": LENGTH, "token_size": 2, **changes})
     dataset = json.loads(text.replace("{tmp}", str(tmp_path)))
     assert says in one_line(command("train", settings(tmp_path, dataset)))
-
-
-def test_another_tokenizer_is_noticed(tmp_path: Path) -> None:
-    write_ds(tmp_path / "a.ds", documents(40), metadata="org/words|2\n40\n40 tokens")
-    data = TokenDataset(tmp_path / "a.ds", LENGTH)
-    assert [cli_data.other_tokenizer(data, name) for name in ("org/words", "/copies/words", None)] == [None] * 3
-    assert "tokenized with 'org/words', and tokenizer is 'other'" in str(cli_data.other_tokenizer(data, "other"))
-    mixture = Mixture({"a": data}, [1.0])
-    assert cli_data.other_tokenizer(mixture, "other") and not cli_data.other_tokenizer([], "other")
 
 
 def test_conflicts_with_training(tmp_path: Path) -> None:
@@ -361,5 +364,9 @@ def test_a_stream_is_trained_on_and_resumed(pool: WorkerPool, tmp_path: Path) ->
     (result,) = pool.run(1, command, "train", path, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}")
     assert result[0] == 0, result[2]
     assert figures(tmp_path / "out")[:8] == pytest.approx(expected, rel=1e-6)
+    sets = {name: {"stream": section["stream"], "weight": weight} for name, weight in (("a", 3), ("b", 1))}
+    section = {key: value for key, value in section.items() if key != "stream"}
+    mixture, _ = cli_data.load_data(plan_data({**section, "lanes": 1, "mixture": sets}), tokenizer(), 0)
+    assert isinstance(mixture, StreamMixture) and mixture.names == ("a", "b") and mixture.lanes == 1
     message = one_line(command("train", path, "--dataset.stream=./none"))
     assert "dataset.stream='./none': file or folder not found" in message

@@ -139,6 +139,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"dp_replicate_size": 2, "cp_kv_heads_per_gather": 1},
     {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     {"gradient_checkpointing": True, "activation_checkpointing_policy": "selective"},
+    {"gradient_checkpointing": True, "activation_checkpointing_policy": "all_but_attention", "mlp_chunk_tokens": 8},
 ]
 SCHEDULES: list[dict[str, Any]] = [
     {},
@@ -152,7 +153,7 @@ def options_of(layout: Layout, kind: str, mode: str) -> dict[str, Any]:
     """ZeRO stage, schedule and one more option of a row of the table, by turns."""
     pp, dp, cp, tp = layout
     turn = LAYOUTS.index(layout) + 2 * (kind == "packed") + (mode == "heads")
-    found = {**ZERO[turn % 4], **OPTIONS[turn % 6], **(SCHEDULES[turn // 2 % 4] if pp > 1 else {})}
+    found = {**ZERO[turn % 4], **OPTIONS[turn % 7], **(SCHEDULES[turn // 2 % 4] if pp > 1 else {})}
     if found.get("pp_schedule") == "zb" and found["zero_stage"] == 3:
         found["zero_stage"] = 2
     if found.get("dp_replicate_size") and (dp * cp % 2 or not found["zero_stage"]):

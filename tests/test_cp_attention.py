@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
 from hf_nanotron.parallel import collectives
+from hf_nanotron.parallel.cp import attention as cp
 from hf_nanotron.parallel.cp.attention import DeviceLayout, cp_attention, device_layout
 from hf_nanotron.parallel.cp.layout import plan
 from hf_nanotron.parallel.mesh import Group
@@ -185,7 +186,7 @@ def test_collectives_and_bytes(pool: WorkerPool) -> None:
     """They are those that the docstring says."""
     tokens = 2 * LENGTH
     once = tokens * 4 * (8 + 8) * 3 // 4  # (n - 1) / n * S * E
-    for given, groups in ((1, 4), (3, 2), (4, 1), (None, 4)):
+    for given, groups in ((1, 4), (3, 2), (4, 1), (None, 1)):
         for forward, backward in pool.run(4, traffic, "gather", given):
             assert forward == {"all-gather": groups, "received": once}
             assert backward == {"all-gather": groups, "all-to-all": groups, "received": 2 * once}
@@ -193,6 +194,22 @@ def test_collectives_and_bytes(pool: WorkerPool) -> None:
     for forward, backward in pool.run(4, traffic, "heads", None):
         sent = own * (8 + 4 + 4 + 8) * 8 * 3 // 4
         assert forward == backward == {"all-to-all": 2, "received": sent}
+
+
+def test_heads_that_are_gathered_at_once() -> None:
+    """A quarter, or what fills a call; groups of one size."""
+
+    def sizes(tokens: int, kv_heads: int, calls: int = 2, given: int | None = None) -> list[int]:
+        q, k = (torch.empty(1, tokens, h, 1, device="meta") for h in (4 * kv_heads, kv_heads))
+        groups = cp._groups(q, k, calls, given)
+        assert groups[-1].queries.stop == 4 * kv_heads
+        return [group.keys.stop - group.keys.start for group in groups]
+
+    assert sizes(16384, 8) == sizes(4096, 8) == [2] * 4  # of an 8B: 128k and 32k over 8 ranks
+    assert sizes(2048, 8) == [4, 4] and sizes(64, 8) == [8]
+    assert sizes(4096, 8, calls=3) == [4, 4]
+    assert sizes(16384, 2) == [1, 1] and sizes(4096, 2) == [2]
+    assert sizes(64, 8, given=3) == [3, 3, 2]
 
 
 def refused(heads: tuple[int, int], mode: str, window: int | None, count: int | None) -> str:

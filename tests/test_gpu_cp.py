@@ -1,17 +1,23 @@
-"""Context parallelism on a GPU: kernels with bounds of their own for keys, and all ranks in turn on one GPU."""
+"""Context parallelism on GPUs: kernels with bounds of their own for keys, all ranks in turn on one GPU, and over NCCL
+on two, with ranks and streams that are late at random.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_cp_attention import bounds_of, own_tokens, plain
-from test_gpu_attention import BF16, DEVICE, GRADIENT, OUTPUT, error, needs
+from test_gpu_attention import BF16, DEVICE, GRADIENT, HOPPER, OUTPUT, error, needs
+from test_gpu_tp_overlap import be_late, launch
 
-from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
+from hf_nanotron.ops.attention import attention
+from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved, flash_attention_4
 from hf_nanotron.parallel.cp import attention as cp
 from hf_nanotron.parallel.cp.layout import plan
 from hf_nanotron.parallel.mesh import Group
@@ -120,3 +126,52 @@ def test_ranks_in_turn(kernel: str, window: int | None) -> None:
     for rows, heads in itertools.product(CASES.values(), (1, 4)):
         output, *gradients = in_turn(rows, 1024, 4, window, kernel, heads)
         assert output < OUTPUT and max(gradients) < GRADIENT, (rows, heads)
+
+
+def over_nccl() -> None:
+    """What torchrun starts."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    group = Group(tuple(range(size)), rank, dist.new_group(list(range(size))))
+    delays, numbers = torch.Generator().manual_seed(rank), torch.Generator(device).manual_seed(0)
+    kernel = "fa4" if HOPPER and flash_attention_4()[0] is not None else "flash"
+    length = 4096
+    cases = list(
+        itertools.product(("gather", "heads"), ([[4096]], [[1500, 1, 2000, 595], [4096]]), (None, 300), (1, 2, None))
+    )
+    for mode, rows, window, heads in cases:
+        whole = [
+            torch.randn(len(rows), length, h, 128, generator=numbers, device=device).to(BF16) for h in (8, 4, 4, 8)
+        ]
+        bounds = bounds_of(rows)
+        for x in whole[:3]:
+            x.requires_grad_()
+        expected = attention(*whole[:3], kernel, 0.1, window, bounds.to(device), bounds.diff().max())
+        gradients = torch.autograd.grad(expected, whole[:3], whole[3])
+        layout = plan(bounds, len(rows), length, size, (window,))
+        tokens = layout.tokens(rank)
+        q, k, v, weight = (own_tokens(x.detach(), tokens.to(device)) for x in whole)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        made = cp.device_layout(layout, rank, device, (window,))
+        results = []
+        for _ in range(3):  # memory of one is used again by the next
+            be_late(delays)
+            found = cp.cp_attention(*inputs, made, group, kernel, 0.1, window, mode, heads)
+            be_late(delays)
+            results.append((found, *torch.autograd.grad(found, inputs, weight)))
+        for result in results:
+            for mine, theirs, limit in zip(result, (expected, *gradients), (OUTPUT, *[GRADIENT] * 3), strict=True):
+                reference = own_tokens(theirs.detach(), tokens.to(device)).double().cpu()
+                assert error(mine, reference) < limit, (mode, rows, window, heads)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl() -> None:
+    launch(2, file=__file__)
+
+
+if __name__ == "__main__":
+    over_nccl()

@@ -138,6 +138,27 @@ def random_mixture(seed: int, workers: int) -> None:
     assert cursor is not None and sum(cursor.state["dataset"]["counts"].values()) == len(rows)
 
 
+def random_end(seed: int) -> None:
+    """To the end of a mixture, whose last step has fewer samples, or of half of it."""
+    rng = np.random.default_rng(seed)
+    options: dict[str, Any] = {"max_epochs": 1, "when_exhausted": ["stop", "redistribute"][seed % 2]}
+    sets, weights = {name: SETS[name] for name in ("web", "math")}, [0.4, 0.6]
+    whole, batch = Mixture(sets, weights, **options), int(rng.choice(BATCHES))
+    given: dict[str, Any] = (
+        {"max_steps": 1_000} if seed % 3 else {"max_steps": -1, "num_train_epochs": 0.5 + seed % 2 / 2}
+    )
+    expected = len(whole)
+    if not seed % 3:
+        expected = min(expected, int(-(-given["num_train_epochs"] * -(-expected // batch) // 1)) * batch)
+    kill = int(rng.integers(1, 3))
+    first, cursor = train(Mixture(sets, weights, **options), batch, sizes(rng, batch), None, kill, **given)
+    rest, cursor = train(Mixture(sets, weights, **options), batch, sizes(rng, batch), cursor, 1_000, **given)
+    rows = whole.rows(range(expected))
+    names = [whole.names[k] for k in rows["domain"].tolist()]
+    assert flat(first + rest) == list(zip(names, rows["input_ids"][:, 0].tolist(), strict=True))
+    assert cursor.samples == expected and len(first + rest) == -(-expected // batch)
+
+
 def random_stages(seed: int, workers: int) -> None:
     """Killed anywhere; at the kill other sizes, and other stages from there on."""
     rng = np.random.default_rng(seed)
@@ -185,6 +206,11 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_random_runs(request: pytest.FixtureRequest) -> None:
     for seed in range(RUNS if request.config.getoption("full_matrix") else RUNS // 8):
         (random_mixture if seed % 2 else random_stages)(seed, 0)
+
+
+def test_to_the_end_of_a_mixture() -> None:
+    for seed in range(24):
+        random_end(seed)
 
 
 def test_with_persistent_workers() -> None:

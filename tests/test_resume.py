@@ -46,7 +46,6 @@ TOPOLOGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tp4": (4, 4, {"tp_size": 4}),
     "tp2 pp2 interleaved": (4, 2, {"tp_size": 2, **INTERLEAVED}),
     "cp2 dp2 zero3": (4, 2, {"cp_size": 2, "zero_stage": 3}),
-    "cp4 zero1 replicas2": (4, 2, {"cp_size": 4, "dp_replicate_size": 2}),
 }
 # Dropout is drawn for each micro-batch, and inside attention by each tensor-parallel rank for its own heads: with it,
 # tp and the micro-batch stay the same. Over cp there is none.

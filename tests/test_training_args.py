@@ -355,6 +355,7 @@ BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights",
 BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local", "remote_pending_limit", "remote_min_free_gb"}
 BEYOND_SIZES |= {"remote_retry_seconds", "remote_retry_max_seconds", "remote_start_timeout", "remote_wait_timeout"}
 BEYOND_SIZES |= {"activation_checkpointing_policy", "activation_checkpointing_layers"}
+BEYOND_SIZES |= {"activation_offload", "mlp_chunk_tokens", "accept_changed_data"}
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
 BEYOND_SIZES |= {"attention", "max_skipped_steps"}
 BEYOND_SIZES |= {"fp8", "fp8_skip_layers", "overwrite_output_dir"}

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments
-from hf_nanotron.cli.data_plan import ALONE, MEANINGS
+from hf_nanotron.cli.data_keys import MEANINGS, SETS
 from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent
@@ -46,11 +46,11 @@ def arguments() -> str:
 
 def dataset() -> str:
     """One row for each key of a set: its type, and the kinds of sets that have it."""
-    keys = {key: kind for types in ALONE.values() for key, kind in types.items()}
+    keys = {key: kind for types in SETS.values() for key, kind in types.items()}
     rows = []
     for key in keys:
-        kinds = [kind for kind, types in ALONE.items() if key in types]
-        types = dict.fromkeys(_plain(ALONE[kind][key]) for kind in kinds)
+        kinds = [kind for kind, types in SETS.items() if key in types]
+        types = dict.fromkeys(_plain(SETS[kind][key]) for kind in kinds)
         rows.append((f"`{key}`", ", ".join(types), ", ".join(f"`{kind}`" for kind in kinds), _cell(MEANINGS[key])))
     return _table(("key", "type", "sets", "meaning"), rows)
 

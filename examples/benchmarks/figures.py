@@ -27,13 +27,13 @@ def matmul_weights(shapes: Shapes, config: Any) -> float:
     return layers + text.vocab_size * text.hidden_size
 
 
-def attention_flops(config: Any, sequence_length: int) -> float:
+def attention_flops(config: Any, sequence_length: float) -> float:
     """Forward and backward FLOPs of causal attention of one token, counted once."""
     text = config.get_text_config()
     return 3.0 * text.num_hidden_layers * text.num_attention_heads * sum(head_dims(text)) * sequence_length
 
 
-def flops_formulas(shapes: Shapes, config: Any, sequence_length: int) -> dict[str, float]:
+def flops_formulas(shapes: Shapes, config: Any, sequence_length: float) -> dict[str, float]:
     """FLOPs per token by the three formulas in use.
 
     `causal`: matmul weights and causal attention counted once. `full_attention`: the same with attention counted

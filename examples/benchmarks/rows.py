@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peer_torchtitan
 import torch
 import transformers
@@ -19,7 +20,7 @@ from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingA
 from hf_nanotron.parallel.collectives import all_gather
 
 MICRO, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
-OF_THE_ROW = ("trainer", "name")  # fields that are no arguments of a trainer
+OF_THE_ROW = ("trainer", "name", "documents")  # fields that are no arguments of a trainer
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Task:
     watch: Watch
     bf16: bool
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))
+    documents: tuple[int, int] | None = None  # shortest and longest, in tokens; None: each sample is one
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Outcome:
     """What a trainer tells after its last step.
 
     Attributes:
-        sizes: tp, pp and ep, each 1 if the trainer has none.
+        sizes: tp, pp, ep and cp, each 1 if the trainer has none.
         shards: over how many devices the optimizer's state is spread.
         notes: fields of the result that only this trainer has.
     """
@@ -105,16 +107,44 @@ def arguments_of(row: dict[str, Any], task: Task) -> dict[str, Any]:
 
 
 def random_tokens(task: Task, samples: int) -> Dataset:
-    """As many samples as a run reads, so that no epoch ends within it; labels are the tokens themselves."""
+    """As many samples as a run reads, so that no epoch ends within it; labels are the tokens themselves.
+
+    With documents, their positions restart, and no token predicts the first of another one.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, task.config.vocab_size, (samples, task.sequence_length), generator=generator).numpy()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
+    if task.documents is None:
+        return Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
+    rows = packings(task.documents, task.sequence_length, samples)
+    positions = np.stack([np.concatenate([np.arange(length) for length in row]) for row in rows])
+    columns = {"input_ids": ids, "labels": np.where(positions == 0, -100, ids), "position_ids": positions}
+    return Dataset.from_dict(columns).with_format("torch")
+
+
+def packings(documents: tuple[int, int], sequence_length: int, samples: int) -> list[list[int]]:
+    """Lengths of the documents that fill each sample: log-uniform, the last one cut."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(samples):
+        row: list[int] = []
+        while (left := sequence_length - sum(row)) > 0:
+            row.append(min(left, int(np.exp(rng.uniform(*np.log(documents))))))
+        rows.append(row)
+    return rows
+
+
+def seen_length(task: Task) -> float:
+    """The sequence length that would have the attention FLOPs of a token: of documents, by the first 64 samples."""
+    if task.documents is None:
+        return float(task.sequence_length)
+    rows = packings(task.documents, task.sequence_length, 64)
+    return sum(length**2 for row in rows for length in row) / (64 * task.sequence_length)
 
 
 def train(trainer_class: type[Trainer], model: Any, args: Any, task: Task) -> tuple[Trainer, Outcome]:
     """Train with a Trainer of transformers' or ours."""
-    sizes = {name: getattr(args, f"{name}_size", 1) for name in ("tp", "pp", "ep")}
-    copies = args.world_size // (sizes["tp"] * sizes["pp"])
+    sizes = {name: getattr(args, f"{name}_size", 1) for name in ("tp", "pp", "ep", "cp")}
+    copies = args.world_size // (sizes["tp"] * sizes["pp"] * sizes["cp"])
     micro_batch, micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     trainer = trainer_class(
         model=model,

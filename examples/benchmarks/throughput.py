@@ -13,6 +13,7 @@ Each `--row` holds fields of the training arguments, separated by commas, and ma
     trainer=torchtitan              torchtitan's own Trainer; its fields are in `peer_torchtitan.py`
     dtype=bfloat16                  of a stock model's weights (and optimizer state)
     experts_implementation=eager    of a stock model; grouped_mm if not named
+    documents=1024-131072           samples are packed: lengths of their documents, in tokens, log-uniform
     per_device_train_batch_size=auto    the largest that fits: halved from --largest-batch until it does
 
 A step takes as many samples in every row: `gradient_accumulation_steps` follows from the micro-batch and
@@ -52,7 +53,7 @@ from clock import PROFILED_STEPS, Watch
 from figures import comparison, flops_formulas, matmul_weights, shapes_of, speed
 from kernels import kernel_table
 from overlap import overlap_table
-from rows import MICRO, OF_THE_ROW, PACKAGES, STEPS, TRAINERS, Outcome, Task, label, parse_row
+from rows import MICRO, OF_THE_ROW, PACKAGES, STEPS, TRAINERS, Outcome, Task, label, parse_row, seen_length
 from shapes import SHAPES, make_config
 
 from hf_nanotron.monitor.flops import peak_flops
@@ -80,7 +81,7 @@ def run(row: dict[str, Any], cli: argparse.Namespace) -> dict[str, Any] | None:
     directory = Path(tempfile.mkdtemp())
     trace = directory / "trace.json" if cli.profile else None
     watch = Watch(cli.warmup_steps, cli.timed_steps, trace, cli.profiled_steps)
-    task = Task(cli.shape, config, cli.sequence_length, watch, cli.bf16, directory)
+    task = Task(cli.shape, config, cli.sequence_length, watch, cli.bf16, directory, bounds(row))
     outcome = TRAINERS[name]({key: value for key, value in row.items() if key not in OF_THE_ROW}, task)
     if not outcome.main:
         return None
@@ -93,14 +94,22 @@ def run(row: dict[str, Any], cli: argparse.Namespace) -> dict[str, Any] | None:
     return result
 
 
+def bounds(row: dict[str, Any]) -> tuple[int, int] | None:
+    """Shortest and longest document of a row."""
+    if "documents" not in row:
+        return None
+    shortest, _, longest = str(row["documents"]).partition("-")
+    return int(shortest), int(longest)
+
+
 def figures(row: dict[str, Any], outcome: Outcome, task: Task) -> dict[str, Any]:
     """What is reported of a row that ran."""
     config, watch, cut = task.config, task.watch, outcome.sizes["tp"] * outcome.sizes["pp"]
-    gpu, dp = torch.cuda.is_available(), outcome.world_size // cut
+    gpu, dp = torch.cuda.is_available(), outcome.world_size // (cut * outcome.sizes.get("cp", 1))
     shapes = shapes_of(config)
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    formulas = flops_formulas(shapes, config, task.sequence_length)
-    tokens = outcome.micro_batch * outcome.micro_batches * task.sequence_length / cut
+    formulas = flops_formulas(shapes, config, seen_length(task))
+    tokens = outcome.micro_batch * outcome.micro_batches * task.sequence_length * dp / outcome.world_size
     result = {
         "row": row,
         "shape": task.shape,

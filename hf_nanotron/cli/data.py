@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.ordered import DOMAIN
 from ..data.padding import PADDING
+from ..data.streaming.stream_mixture import StreamMixture
 from ..data.streaming.token_stream import TokenStream
 from ..data.tokenize.chat_dataset import ChatDataset
 from ..data.tokens.mixture import Mixture
@@ -38,17 +38,6 @@ def load_data(plan: DataPlan, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     return train, None if plan.evaluation is None else _open_for_evaluation(plan.evaluation, tokenizer)
 
 
-def other_tokenizer(dataset: Any, name: str | None) -> str | None:
-    """A sentence if the files of `dataset` say that another tokenizer than `name` has written them.
-
-    Names are compared without their folders and owners: a copy in a folder is the same tokenizer.
-    """
-    told = getattr(dataset, "tokenizer", None)
-    if not isinstance(told, str) or name is None or PurePath(told).name == PurePath(name).name:
-        return None
-    return f"the data was tokenized with {told!r}, and tokenizer is {name!r}: ids mean other texts unless they are one."
-
-
 def _open(plan: SetPlan | MixturePlan | list[StagePlan], tokenizer: Any, seed: int) -> Any:
     if isinstance(plan, SetPlan):
         return OPEN[plan.kind](plan, tokenizer, seed)
@@ -56,6 +45,8 @@ def _open(plan: SetPlan | MixturePlan | list[StagePlan], tokenizer: Any, seed: i
         return _stages(plan, tokenizer, seed)
     sets = {name: _open(part, tokenizer, seed) for name, part in plan.sets.items()}
     with _named(f"{plan.where}.mixture"):
+        if plan.is_stream:
+            return StreamMixture(sets, plan.weights, seed)
         return Mixture(sets, plan.weights, seed, plan.max_epochs, plan.when_exhausted, plan.schedule)
 
 

@@ -1,4 +1,4 @@
-"""What the section `dataset` of a configuration asks for: sets, a mixture or stages of them, and evaluation sets.
+"""What the section `dataset` of a configuration asks for: sets, mixtures, stages, and evaluation sets.
 
 Nothing is opened here. Whatever is wrong with the section itself is refused before a process group exists.
 """
@@ -10,177 +10,28 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..arguments.values import plain_value, wrong_type
+from ..arguments.values import wrong_type
 from ..data.tokens.mixture import ENDINGS
-from ..data.tokens.token_dataset import HANDLING
 from ..redaction import shown
+from .data_keys import (
+    KINDS,
+    MAPPING,
+    MEMBER,
+    MIXING,
+    OF_TRAINING,
+    OWN,
+    SCHEDULE,
+    SETS,
+    SHARED,
+    STAGE,
+    WITH_LENGTH,
+    Section,
+    Types,
+    check_keys,
+)  # fmt: skip
 from .hints import refuse_unknown
 
-Types = Mapping[str, Any]
-Section = dict[str, Any]
-
-TEXT, MAPPING, NUMBER, SWITCH = str | None, dict | None, int | None, bool | None
-PATHS = str | list[str] | None
-
-# Keys of a set of token files: the arguments of `TokenDataset`.
-TOKENS: dict[str, Any] = {
-    "tokens": PATHS,
-    "sequence_length": NUMBER,
-    "documents": TEXT,
-    "token_size": NUMBER,
-    "dtype": TEXT,
-    "eos_token_id": NUMBER,
-    "seed": NUMBER,
-    "shuffle": SWITCH,
-    "loss_mask": SWITCH,
-    "vocab_size": NUMBER,
-    "order": TEXT,
-    "samples": NUMBER,
-    "skip_samples": NUMBER,
-    "folder_weights": list[float] | None,
-    "split": list[float] | None,
-    "pack_window": NUMBER,
-    "storage_options": MAPPING,
-    "block_bytes": NUMBER,
-    "cache_bytes": NUMBER,
-}
-# Keys of a set that `datasets` reads; all but the last three are arguments of `load_dataset`.
-TABLE: dict[str, Any] = {
-    "path": TEXT,
-    "name": TEXT,
-    "data_files": str | list | dict | None,
-    "split": TEXT,
-    "text_column": TEXT,
-    "sequence_length": NUMBER,
-    "documents": TEXT,
-    "num_proc": NUMBER,
-}
-# Keys of a set of conversations: the arguments of `ChatDataset`.
-CHAT: dict[str, Any] = {
-    "chat": TEXT,
-    "name": TEXT,
-    "split": TEXT,
-    "revision": TEXT,
-    "format": TEXT,
-    "kind": TEXT,
-    "column": TEXT,
-    "sequence_length": NUMBER,
-    "train_on": TEXT,
-    "too_long": TEXT,
-    "append_eos": SWITCH,
-    "add_special_tokens": SWITCH,
-    "seed": NUMBER,
-    "shuffle": SWITCH,
-    "pack_window": NUMBER,
-    "cache_dir": TEXT,
-    "workers": NUMBER,
-    "skip_unreadable": SWITCH,
-    "storage_options": MAPPING,
-}
-# Keys of a stream: the arguments of `TokenStream`, and of the `load_dataset` whose result it reads.
-STREAM: dict[str, Any] = {
-    "stream": TEXT,
-    "name": TEXT,
-    "data_files": str | list | dict | None,
-    "split": TEXT,
-    "text_column": TEXT,
-    "sequence_length": NUMBER,
-    "documents": TEXT,
-    "eos_token_id": NUMBER,
-    "seed": NUMBER,
-    "shuffle": SWITCH,
-    "shuffle_buffer": NUMBER,
-    "lanes": NUMBER,
-    "epochs": NUMBER,
-    "vocab_size": NUMBER,
-}
-SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE}  # which may be parts of a mixture
-ALONE = {**SETS, "stream": STREAM}
-MEANINGS = {
-    "tokens": "`.ds` files of datatrove, `.bin` with `.idx` of Megatron, `.npy`; folders, patterns, URLs",
-    "path": "a folder of `save_to_disk`, a file (`.json`, `.jsonl`, `.parquet`, `.csv`), or a name for `load_dataset`",
-    "stream": "a name for `load_dataset`, or a folder of files, read while it is trained on",
-    "shuffle_buffer": "documents of a lane that are shuffled, or packed, together",
-    "lanes": "parts of the stream that are read side by side; by the shards if not given",
-    "epochs": "how often the stream is read; without end if not given",
-    "chat": "files, a folder or a Hub dataset with `messages`, `conversations`, or `prompt` and `completion`",
-    "sequence_length": "tokens of a sample",
-    "documents": "`cross`: samples are cut wherever documents end; `mask`: and no attention crosses documents; `pack`: "
-    "samples are packed of whole documents (files of tokens only)",
-    "token_size": "bytes of an id in `.ds` files without `.metadata`",
-    "dtype": "the same, as NumPy calls it",
-    "eos_token_id": "last id of each document, where files do not say where documents end; the tokenizer's by default",
-    "seed": "of the order",
-    "shuffle": "false: in the order of the files",
-    "loss_mask": "false: also predict tokens that `.loss` files leave out",
-    "vocab_size": "ids must be smaller; the tokenizer's by default",
-    "order": "`megatron` or `nanoset`: the samples of such a run, in its order",
-    "samples": "of that run, in all",
-    "skip_samples": "of that run, that it has trained on",
-    "folder_weights": "of nanosets' folders",
-    "split": "of `path` and `chat` its name (`train[:90%]`); of `order: megatron` two shares, `[0, 0.99]`",
-    "pack_window": "documents that are packed together",
-    "storage_options": "of fsspec, for URLs",
-    "block_bytes": "of remote files, asked for at a time",
-    "cache_bytes": "of remote files, kept by a process",
-    "name": "configuration of a Hub dataset",
-    "data_files": "of `load_dataset`",
-    "text_column": "text to be tokenized; without it rows have `input_ids`",
-    "num_proc": "processes that tokenize",
-    "revision": "of a Hub dataset",
-    "format": "of files whose names do not tell it",
-    "kind": "`chat` or `prompt_completion`; by the columns if not given",
-    "column": "of the conversations",
-    "train_on": "`replies` of the assistant (or completions), or `all`",
-    "too_long": "of conversations longer than a sample: `truncate`, `split` or `drop`",
-    "append_eos": "end completions with the end-of-text token",
-    "add_special_tokens": "of the tokenizer, for texts",
-    "cache_dir": "where the tokens are kept",
-    "workers": "processes that tokenize",
-    "skip_unreadable": "leave out rows that cannot be read",
-}
-KIND_OF_SET = "tokens (files of token ids), chat (conversations) or path (a set of datasets)"
-OWN = (  # never of several sets
-    "tokens", "path", "chat", "name", "data_files", "split", "revision", "format", "kind", "column", "order", "samples",
-    "skip_samples", "folder_weights",
-)  # fmt: skip
-SHARED = {key: kind for types in SETS.values() for key, kind in types.items() if key not in OWN}
-OF_TRAINING = ("seed", "shuffle")  # of the order, which evaluation has its own of
-MIXING = {"when_exhausted": TEXT, "max_epochs": NUMBER}
-SCHEDULE = {"weights": MAPPING, "start_tokens": NUMBER, "start_samples": NUMBER}
-MEMBER = {"weight": int | float | None, "max_epochs": NUMBER}
-STAGE = {"start_tokens": NUMBER, "start_step": NUMBER, "global_batch_size": NUMBER}
-
-# What the whole section may hold, by the key that says what the data are.
-KINDS: dict[str, dict[str, Any]] = {
-    "path": {**{key: kind for key, kind in TABLE.items() if key != "split"}, "train_split": TEXT, "eval_split": TEXT},
-    "tokens": TOKENS,
-    "chat": CHAT,
-    "stream": STREAM,
-    "mixture": {"mixture": MAPPING, "schedule": list | None, **MIXING, **SHARED},
-    "stages": {"stages": list | None, **MIXING, **SHARED},
-}
-KEYS: dict[str, Any] = {}
-for _kinds in KINDS.values():
-    KEYS |= {key: kind | KEYS[key] if key in KEYS else kind for key, kind in _kinds.items()}
-KEYS["eval"] = MAPPING
-
-LEAST = {
-    "sequence_length": 2,
-    **dict.fromkeys(("samples", "vocab_size", "pack_window", "block_bytes", "cache_bytes", "num_proc"), 1),
-    **dict.fromkeys(
-        ("token_size", "max_epochs", "global_batch_size", "workers", "shuffle_buffer", "lanes", "epochs"), 1
-    ),
-    **dict.fromkeys(("skip_samples", "eos_token_id", "seed", "start_tokens", "start_step", "start_samples"), 0),
-}
-CHOICES = {
-    "kind": ("chat", "prompt_completion"),
-    "train_on": ("replies", "all"),
-    "too_long": ("truncate", "split", "drop"),
-    "documents": HANDLING,
-    "order": ("megatron", "nanoset"),
-    "when_exhausted": ENDINGS,
-}
+KIND_OF_SET = "tokens (files of token ids), chat (conversations), path (a set of datasets) or stream"
 WHAT = (
     "tokens (files of token ids), chat (conversations), path (a set of datasets), mixture (several of them), stages "
     "(one after the other) or stream (a set that is read while it is trained on)"
@@ -189,7 +40,7 @@ WHAT = (
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One set. `where` is the dotted key of the section that describes it, `kind` one of `ALONE`."""
+    """One set. `where` is the dotted key of the section that describes it, `kind` one of `SETS`."""
 
     where: str
     kind: str
@@ -206,6 +57,11 @@ class MixturePlan:
     max_epochs: dict[str, int | None]
     when_exhausted: Literal["stop", "redistribute"]
     schedule: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its sets are streams: all are, or none is."""
+        return any(part.kind == "stream" for part in self.sets.values())
 
 
 @dataclass(frozen=True)
@@ -233,6 +89,8 @@ class DataPlan:
             return True
         if isinstance(self.train, SetPlan):
             return self.train.kind == "stream" and "epochs" not in self.train.options
+        if self.train.is_stream:
+            return True
         endless = [self.train.max_epochs[name] is None for name, weight in self.train.weights.items() if weight]
         return any(endless) if self.train.when_exhausted == "redistribute" else all(endless)
 
@@ -250,7 +108,7 @@ def plan_data(section: Section) -> DataPlan:
             cannot be, stages that do not follow each other.
     """
     kind = _one_of(section, KINDS, "dataset", WHAT)
-    _check(section, "dataset", KINDS[kind] | {"eval": MAPPING})
+    check_keys(section, "dataset", KINDS[kind] | {"eval": MAPPING})
     shared = {key: value for key, value in section.items() if key in SHARED}
     train: SetPlan | MixturePlan | list[StagePlan]
     evaluation: SetPlan | dict[str, SetPlan] | None = None
@@ -286,37 +144,28 @@ def sets_of(plan: Any) -> Iterator[SetPlan]:
             yield from sets_of(part)
 
 
-def check_types(where: str, section: Section, types: Types) -> list[str]:
-    """Sentences about values of a wrong type; numbers that are spelled as text become numbers."""
-    problems = []
-    for key, value in section.items():
-        section[key] = plain_value(value, [int] if types[key] == NUMBER else [])
-        problems.append(wrong_type(f"{where}.{key}", section[key], types[key]))
-    return [problem for problem in problems if problem is not None]
-
-
 # ---- parts ----
 
 
 def _evaluation(section: Section, shared: Section) -> SetPlan | dict[str, SetPlan]:
     if any(kind in section for kind in SETS):
-        return _set("dataset.eval", section, shared)
+        return _set("dataset.eval", section, shared, kinds=WITH_LENGTH)
     if not section:
-        raise ValueError(f"dataset.eval is empty: it needs {' or '.join(SETS)}, or sets by name that have them.")
+        raise ValueError(f"dataset.eval is empty: it needs {' or '.join(WITH_LENGTH)}, or sets by name that have them.")
     return {
-        name: _set(f"dataset.eval.{name}", _mapping(f"dataset.eval.{name}", part), shared)
+        name: _set(f"dataset.eval.{name}", _mapping(f"dataset.eval.{name}", part), shared, kinds=WITH_LENGTH)
         for name, part in _named("dataset.eval", section)
     }
 
 
-def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
+def _mixture(where: str, section: Section, shared: Section, kinds: Collection[str] = tuple(SETS)) -> MixturePlan:
     parts = section["mixture"]
     if not isinstance(parts, dict) or not parts:
         raise ValueError(f"{where}.mixture={shown('mixture', parts)} must name its sets: NAME: {{tokens, weight}}.")
     sets, weights, epochs = {}, {}, {}
     for name, part in _named(f"{where}.mixture", parts):
         here = f"{where}.mixture.{name}"
-        sets[name] = _set(here, _mapping(here, part), shared, MEMBER)
+        sets[name] = _set(here, _mapping(here, part), shared, MEMBER, kinds)
         if part.get("weight") is None:
             raise ValueError(f"{here} has no weight: its share of the rows, such as 0.2 (weights need not sum to 1).")
         weights[name] = float(part["weight"])
@@ -325,9 +174,29 @@ def _mixture(where: str, section: Section, shared: Section) -> MixturePlan:
         epochs[name] = part["max_epochs"] if "max_epochs" in part else section.get("max_epochs", 1)
     if not sum(weights.values()):
         raise ValueError(f"the weights of {where}.mixture are all 0; one of them must be positive.")
+    _check_streams(where, section, sets)
     schedule = _schedule(where, section.get("schedule") or [], tuple(sets))
     ending: Any = section.get("when_exhausted") or ENDINGS[0]
     return MixturePlan(where, sets, weights, epochs, ending, schedule)
+
+
+def _check_streams(where: str, section: Section, sets: Mapping[str, SetPlan]) -> None:
+    """Refuse streams beside sets that have a length, and what streams, which have no end, do not have."""
+    streams = [name for name, plan in sets.items() if plan.kind == "stream"]
+    if not streams:
+        return
+    if others := [name for name in sets if name not in streams]:
+        raise ValueError(
+            f"{where}.mixture mixes the stream {streams[0]!r} with {others[0]!r}, which has a length: make all of them "
+            "streams, or none."
+        )
+    for key in ("max_epochs", "when_exhausted", "schedule"):
+        given = [f"{where}.mixture.{name}" for name in streams if key in section["mixture"][name]]
+        if key in section or given:
+            raise ValueError(f"{(given or [where])[0]}.{key} does not go with streams, which have no end.")
+    for name in streams:
+        if "epochs" in sets[name].options:
+            raise ValueError(f"{where}.mixture.{name}.epochs: a stream of a mixture has no end; leave epochs out.")
 
 
 def _schedule(where: str, parts: list[Any], names: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
@@ -336,7 +205,7 @@ def _schedule(where: str, parts: list[Any], names: tuple[str, ...]) -> tuple[dic
     for number, part in enumerate(parts):
         here = f"{where}.schedule[{number}]"
         part = _mapping(here, part)
-        _check(part, here, SCHEDULE)
+        check_keys(part, here, SCHEDULE)
         starts = [key for key in ("start_tokens", "start_samples") if part.get(key) is not None]
         if len(starts) != 1:
             raise ValueError(f"{here} needs start_tokens or start_samples: from where on its weights hold.")
@@ -374,11 +243,11 @@ def _stages(parts: Any, shared: Section, mixing: Section) -> list[StagePlan]:
         part = _mapping(where, part)
         kind = _one_of(part, (*SETS, "mixture"), where, "tokens, chat, path or mixture")
         if kind == "mixture":
-            _check(part, where, {"mixture": MAPPING, **MIXING, **SHARED, **STAGE})
+            check_keys(part, where, {"mixture": MAPPING, **MIXING, **SHARED, **STAGE})
             own = {key: value for key, value in part.items() if key in SHARED}
-            data: SetPlan | MixturePlan = _mixture(where, mixing | part, shared | own)
+            data: SetPlan | MixturePlan = _mixture(where, mixing | part, shared | own, WITH_LENGTH)
         else:
-            data = _set(where, part, shared, STAGE)
+            data = _set(where, part, shared, STAGE, WITH_LENGTH)
         start = {key: part.get(key) for key in ("start_tokens", "start_step")}
         if all(value is not None for value in start.values()):
             raise ValueError(f"{where} has both start_tokens and start_step; one of them says where it begins.")
@@ -408,12 +277,20 @@ def _check_start(where: str, stages: list[StagePlan]) -> None:
             )
 
 
-def _set(where: str, section: Section, shared: Section, extra: Types | None = None) -> SetPlan:
+def _set(
+    where: str,
+    section: Section,
+    shared: Section,
+    extra: Types | None = None,
+    kinds: Collection[str] = tuple(SETS),
+) -> SetPlan:
     """A set, with the values that it shares with others. `extra` are keys that are not of the set itself."""
-    kind = _one_of(section, ALONE if where == "dataset" else SETS, where, KIND_OF_SET)
-    _check(section, where, ALONE[kind] | dict(extra or {}))
-    options = {key: value for key, value in shared.items() if key in ALONE[kind]}
-    options |= {key: value for key, value in section.items() if key in ALONE[kind]}
+    if section.get("stream") is not None and "stream" not in kinds:
+        raise ValueError(f"{where}.stream: streams are trained on alone or in a mixture of streams, without stages.")
+    kind = _one_of(section, kinds, where, KIND_OF_SET)
+    check_keys(section, where, SETS[kind] | dict(extra or {}))
+    options = {key: value for key, value in shared.items() if key in SETS[kind]}
+    options |= {key: value for key, value in section.items() if key in SETS[kind]}
     options = {key: value for key, value in options.items() if value is not None}
     if kind == "path" and "text_column" not in options:
         for key in ("sequence_length", "documents", "num_proc"):
@@ -447,36 +324,6 @@ def _one_of(section: Section, kinds: Collection[str], where: str, what: str) -> 
     if len(found) > 1:
         raise ValueError(f"{where} has {' and '.join(found)}; give one of them.")
     return found[0]
-
-
-def _check(section: Section, where: str, types: Types) -> None:
-    """Keys, types and ranges."""
-    foreign = [key for key in section if key not in types]
-    if where == "dataset" and foreign and foreign[0] in KEYS:
-        users = [f"dataset.{kind}" for kind, keys in KINDS.items() if foreign[0] in keys]
-        given = next(kind for kind in KINDS if section.get(kind) is not None)
-        instead = " Its split is train_split." if (foreign[0], given) == ("split", "path") else ""
-        raise ValueError(f"dataset.{foreign[0]} goes with {' or '.join(users)}, not with dataset.{given}.{instead}")
-    refuse_unknown(f"{where}.", foreign, list(types), {"dataset": KEYS})
-    problems = check_types(where, section, types)
-    if not problems:
-        problems = [
-            problem for key, value in section.items() if (problem := _out_of_range(f"{where}.{key}", key, value))
-        ]
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _out_of_range(name: str, key: str, value: Any) -> str | None:
-    if value is None:
-        return None
-    if key in LEAST and value < LEAST[key]:
-        return f"{name}={value!r} must be at least {LEAST[key]}."
-    if key in CHOICES and value not in CHOICES[key]:
-        return f"{name}={value!r} is not one of {', '.join(map(repr, CHOICES[key]))}."
-    if key == "split" and isinstance(value, list) and not (len(value) == 2 and 0 <= value[0] < value[1] <= 1):
-        return f"{name}={value!r} must be two shares that ascend, such as [0, 0.99]."
-    return None
 
 
 def _named(where: str, section: Section) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,8 @@ from ..arguments.values import wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
-from .data_plan import KEYS, MAPPING, TEXT, DataPlan, MixturePlan, SetPlan, check_types, plan_data
+from .data_keys import KEYS, MAPPING, TEXT, check_types
+from .data_plan import DataPlan, MixturePlan, SetPlan, plan_data
 from .hints import refuse_nanotron, refuse_unknown
 
 Settings = dict[str, dict[str, Any]]
@@ -117,7 +118,7 @@ def check_complete(settings: Settings) -> DataPlan:
             "and mixtures come in their own order, by dataset.seed; leave it out (dataset.shuffle is their switch)."
         )
     if plan.has_no_end and settings["training"].get("max_steps") in (None, -1):
-        endless = {list: "stages have", MixturePlan: "a mixture with max_epochs: null has", SetPlan: "a stream has"}
+        endless = {list: "stages have", MixturePlan: "the mixture has", SetPlan: "a stream has"}
         what = endless[type(plan.train)]
         raise ValueError(f"training.max_steps is needed: {what} no end.")
     return plan

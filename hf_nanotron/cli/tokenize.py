@@ -140,7 +140,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         return
     print(
         f"{done.folder}: {done.counts.documents:,} documents, {done.counts.tokens:,} tokens of {done.token_size} bytes "
-        f"in {len(done.files)} files{kept}."
+        f"in {len(done.files)} file{'s' * (len(done.files) != 1)}{kept}."
     )
 
 

@@ -8,19 +8,15 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, set_seed
-from transformers.utils import logging
 
 from ..models.auto import AutoModelForCausalLM
-from ..redaction import printable
 from ..trainer import NanotronTrainer
 from ..training.data_order import data_seed
 from ..training_args import NanotronTrainingArguments
-from .data import collate, load_data, other_tokenizer
+from .data import collate, load_data
 from .errors import SettingsError, explained, refuse_missing_path
 from .hints import refuse_unknown
 from .settings import SECTIONS, check_complete, read_settings
-
-logger = logging.get_logger(__name__)
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
@@ -32,8 +28,6 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     tokenizer = load_tokenizer(tokenizer_name)
     with args.main_process_first(desc="preparing the data"):  # the others find what it cached
         train_dataset, eval_dataset = load_data(plan, tokenizer, data_seed(args))
-    if args.process_index == 0 and (warning := other_tokenizer(train_dataset, tokenizer_name)):
-        logger.warning(printable(warning))
     set_seed(args.seed)  # fresh weights follow from it
     model = make_model(settings["model"], tokenizer, args)
     with explained("training"):

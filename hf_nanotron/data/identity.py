@@ -85,9 +85,11 @@ def _order_of(name: str, value: Any) -> Any:
     return "cross" if (name, value) == ("documents", "mask") else value
 
 
-def _files(before: Mapping[str, Any], now: Mapping[str, Any], shown: Sequence[str]) -> str | None:
+def _files(before: Any, now: Any, shown: Sequence[str]) -> str | None:
     if before == now:
         return None
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):  # a set that tells it in its own way
+        return "it was made of other files"
     size = group_size(len(shown))
     if group_size(before["count"]) != size:
         return f"it had {before['count']} files when it was saved, and has {now['count']} now"

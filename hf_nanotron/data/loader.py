@@ -20,7 +20,7 @@ import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler, get_worker_info
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..ops.cross_entropy import IGNORE_INDEX
@@ -124,13 +124,18 @@ class DataParallelStream(IterableDataset):
         self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.has_states = positions and why_not_resumable(dataset) is None
+        self._epoch = torch.tensor(-1).share_memory_()  # also for a worker process that outlives an epoch
 
     def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[Any]]:
         start, self.start = self.start, None
+        epoch = int(self._epoch)
+        if get_worker_info() is not None and epoch >= 0 and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
         source, samples = self.dataset, 0
         if start is not None and start.samples:
             source, samples = twin(self.dataset), start.samples

@@ -96,7 +96,7 @@ def active_weights(name: str, shape: tuple[int, ...], config: Any) -> float:
     return float(prod(shape))
 
 
-def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence_length: int) -> float:
+def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence_length: float) -> float:
     """Forward and backward FLOPs of one token of a decoder, causal attention counted once.
 
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)

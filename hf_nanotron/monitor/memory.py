@@ -158,7 +158,10 @@ def offloaded_bytes(
     offload: float,
     mlp_tokens: int | None = None,
 ) -> int:
-    """Estimate of the host memory of one rank's offloaded activations; arguments as of `activation_bytes`."""
+    """Estimate of the host memory of one rank's offloaded activations; arguments as of `activation_bytes`.
+
+    Of compiled layers: others keep attention's output on the device (`ops/keep.py`).
+    """
     text = config.get_text_config()
     text = max(layer_configs(text), key=_attention_elements, default=text)
     cut = parallel.tp_size if parallel.sequence_parallel else 1
@@ -167,7 +170,8 @@ def offloaded_bytes(
     less = own if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
     layers = -(-text.num_hidden_layers // parallel.num_stages) * recomputed
     away = _offloaded_layers(layers, offload, pp_rank == parallel.pp_size - 1)
-    return round(tokens * _chunks_in_flight(parallel, pp_rank, micro_batches) * away * less)
+    chunks = _chunks_in_flight(parallel, pp_rank, micro_batches, until_weights=False)
+    return round(tokens * chunks * away * less)
 
 
 def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
@@ -239,10 +243,10 @@ def _mlp_elements(config: Any, selective: bool = False) -> int:
     return (2 if selective else 3) * top_k * routed + (2 if selective else 4) * shared
 
 
-def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
+def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int, until_weights: bool = True) -> int:
     """Forwards of one stage that wait for their backward, or for the weight gradients after it, at the most."""
     stages = parallel.pp_virtual_stages
-    pp_rank = 0 if parallel.splits_backward else pp_rank
+    pp_rank = 0 if parallel.splits_backward and until_weights else pp_rank
     if parallel.pp_schedule == "afab":
         return micro_batches * stages
     behind = parallel.pp_size - pp_rank - 1

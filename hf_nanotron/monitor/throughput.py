@@ -31,8 +31,7 @@ class Throughput(TrainerCallback):
     def _clear(self) -> None:
         self._intervals: list[tuple[Any, Any]] = []  # one for all steps between two pauses
         self._steps = 0
-        self._tokens = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        self._sequence_length = 0
+        self._tokens: dict[int, torch.Tensor] = {}  # by the length of the sequences
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -43,8 +42,7 @@ class Throughput(TrainerCallback):
 
     def add_tokens(self, tokens: torch.Tensor, sequence_length: int) -> None:
         """Count a step. `tokens` is the number over all data-parallel ranks, on the device."""
-        self._tokens += tokens
-        self._sequence_length = max(self._sequence_length, sequence_length)
+        self._tokens[sequence_length] = self._tokens.get(sequence_length, torch.zeros_like(tokens)) + tokens
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self._last is None:
@@ -72,8 +70,9 @@ class Throughput(TrainerCallback):
             seconds = sum(start.elapsed_time(end) for start, end in self._intervals) / 1e3
         else:
             seconds = sum(end - start for start, end in self._intervals)
-        steps, tokens, length = self._steps, self._tokens.item(), self._sequence_length
+        steps, by_length = self._steps, {length: count.item() for length, count in self._tokens.items()}
         self._clear()
+        tokens = sum(by_length.values())
         per_device = tokens / seconds / self.mesh.world_size
         figures = {
             "step_time": seconds / steps,
@@ -82,7 +81,8 @@ class Throughput(TrainerCallback):
             "peak_memory_gib": self._peak_memory() / 2**30,
         }
         if self.peak is not None:
-            figures["mfu"] = per_device * flops_per_token(self.shapes, self.config, length) / self.peak
+            flops = sum(n * flops_per_token(self.shapes, self.config, length) for length, n in by_length.items())
+            figures["mfu"] = flops / seconds / self.mesh.world_size / self.peak
         return figures
 
     def _peak_memory(self) -> float:

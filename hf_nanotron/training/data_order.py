@@ -129,6 +129,11 @@ class DataOrder:
         if self._run is not None:
             self._run.end()
 
+    @property
+    def users_accumulation(self) -> int:
+        """`gradient_accumulation_steps` as given; a stage may have its own."""
+        return self.args.gradient_accumulation_steps if self._run is None else self._run.users_accumulation
+
     def take(self, dataset: Any) -> Any:
         """What a loader is to read of a training dataset: a copy, where its samples are those of a run."""
         if not is_run(dataset):

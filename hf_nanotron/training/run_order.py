@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class RunOrder:
     Attributes:
         dataset: a copy, which goes on behind the cursor.
         sampler: reads the legs.
-        is_resumed: whether the first epoch takes the random state of a checkpoint.
+        users_accumulation: `gradient_accumulation_steps` of the arguments as given.
     """
 
     def __init__(self, args: NanotronTrainingArguments, dataset: Any, cursor: Cursor | None, step: int) -> None:
@@ -65,7 +66,7 @@ class RunOrder:
                 "behind it. Start a new run from its weights (from_pretrained of the checkpoint) instead."
             )
         self.sampler = RunSampler(self.dataset, self.begin)
-        self._users_accumulation = args.gradient_accumulation_steps
+        self.users_accumulation = args.gradient_accumulation_steps
 
     @property
     def order(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class RunOrder:
         """
         args = self.args
         self.batch_size, self.dp_size = batch_size, dp_size
-        size = batch_size * dp_size * self._users_accumulation
+        size = batch_size * dp_size * self.users_accumulation
         if isinstance(self.dataset, Stages):
             legs = self._plan_stages(self.dataset, size)
         else:
@@ -104,6 +105,11 @@ class RunOrder:
         if self.args.max_steps <= 0:
             raise ValueError("Stages need max_steps: the last stage ends with it, and others where the next begins.")
         legs = list(stages.plan(size, self.args.max_steps))
+        if legs[0].step != self.step:
+            raise ValueError(
+                f"these Stages go on behind step {legs[0].step}, by a state that was loaded, but the run begins behind "
+                f"step {self.step}: pass new Stages, and resume_from_checkpoint."
+            )
         if missed := stages.stages[legs[-1].number + 1 :]:
             logger.warning(
                 f"max_steps={self.args.max_steps} ends the run in stage {legs[-1].number}, before {len(missed)} of its "
@@ -120,7 +126,7 @@ class RunOrder:
                 last = (
                     self.step
                     + EpochShape(end, self.batch_size, self.dp_size, 1, args.dataloader_drop_last).steps(self.begin)
-                    // self._users_accumulation
+                    // self.users_accumulation
                 )
                 why = self.dataset.why_it_ends(end) if hasattr(self.dataset, "why_it_ends") else "it has no more."
                 logger.warning(
@@ -135,7 +141,11 @@ class RunOrder:
                     "and which says itself how often its sets are read (max_epochs): use num_train_epochs=1 for all of "
                     "it, or max_steps."
                 )
-            wanted = -(-int(len(self.dataset) * args.num_train_epochs) // 1)
+            length = len(self.dataset)
+            whole = EpochShape(
+                length, self.batch_size, self.dp_size, self.users_accumulation, args.dataloader_drop_last
+            )
+            wanted = min(math.ceil(whole.steps() * args.num_train_epochs) * size, length)  # whole steps, as in Trainer
         return Leg(0, self.step, self.begin, max(wanted, self.begin), size, self.begin)
 
     def _end(self, samples: int) -> int | None:
@@ -188,7 +198,7 @@ class RunOrder:
 
     def end(self) -> None:
         """Give the arguments back as they were."""
-        self.args.gradient_accumulation_steps = self._users_accumulation
+        self.args.gradient_accumulation_steps = self.users_accumulation
 
 
 def data_state(dataset: Any, samples: int) -> dict[str, Any]:

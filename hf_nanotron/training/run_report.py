@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..data.fingerprint import unnoticed
 from ..data.loader import FillerBatch
+from ..data.ordered import brings_order
 from ..models.base import ParallelModel
 from ..monitor.memory import (
     MemoryReport,
@@ -119,7 +120,9 @@ def report_memory(
 
 
 def _sample_length(dataset: Any, model: ParallelModel) -> int:
-    """Tokens of the first sample; of the longest that the model takes if the data does not say."""
+    """Tokens of the first sample, or those that the data says; of the longest that the model takes if it does not."""
+    if brings_order(dataset) and (length := getattr(dataset, "sequence_length", None)):
+        return int(length)
     has_rows = hasattr(dataset, "__getitem__") and has_length(dataset) and len(dataset)
     with unnoticed(dataset):  # or crops would not be those of one process
         sample: Any = dataset[0] if has_rows else None

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
@@ -109,8 +108,10 @@ class ChatDataset(TokenDataset):
         hasher = xxhash.xxh3_64()
         for file in self.files:
             for start in range(0, file.tokens, SCAN_TOKENS):
-                hasher.update(np.ascontiguousarray(file.read(start, start + SCAN_TOKENS)))
-                hasher.update(np.ascontiguousarray(file.read_loss(start, start + SCAN_TOKENS)))
+                kept = file.read_loss(start, start + SCAN_TOKENS)
+                assert kept is not None  # of conversations, it is always written
+                hasher.update(file.read(start, start + SCAN_TOKENS).tobytes())
+                hasher.update(kept.tobytes())
         return hasher.intdigest()
 
     def identity(self) -> dict[str, Any]:

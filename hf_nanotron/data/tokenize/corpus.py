@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...redaction import printable_url
 from .encoders import ChatEncoder, Encoder, PromptCompletionEncoder, TextEncoder
 from .machines import check_executor, submit
 from .output import PLAN, OutputFolder
@@ -159,6 +160,8 @@ def tokenize_corpus(
         file_name=file_name,
         storage_options=storage_options,
     )
+    if found is not None:
+        _refuse_credentials(executor, [folder.path, *(piece.path for pieces in corpus.pieces for piece in pieces)])
     job = Job(corpus.plan, corpus.pieces, corpus.reader, corpus.encoder, folder, skip_unreadable)
     size = corpus.plan["options"]["token_size"]
     with folder.lock(wait):
@@ -320,6 +323,15 @@ _WHAT = {
     "dropped": "{} documents longer than max_length were left out",
     "truncated": "the end of {} documents longer than max_length was left out",
 }
+
+
+def _refuse_credentials(executor: str, paths: Sequence[str]) -> None:
+    for path in paths:
+        if printable_url(path) != path:
+            raise ValueError(
+                f"executor={executor!r} would write the credentials of {printable_url(path)} to its files; use the "
+                "environment."
+            )
 
 
 def _said(counts: Counts) -> str:

@@ -89,6 +89,11 @@ class Stages(Dataset[dict[str, Any]]):
         """The sets by name, each as in the first stage that has it."""
         return {name: dataset for mixture in reversed(self._mixtures) for name, dataset in mixture.datasets.items()}
 
+    @property
+    def begin(self) -> int:
+        """The sample with which it goes on behind a state that was loaded; 0 without."""
+        return self._point.samples
+
     def settings(self) -> dict[str, Any]:
         """What the order depends on besides the sets, in JSON's types."""
         return {"stages": [self._definition(number) for number in range(len(self.stages))], "point": list(self._point)}

@@ -20,6 +20,7 @@ numbers. One all-gather for each group of heads in the forward; one all-gather a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -37,6 +38,9 @@ from .calls import Calls, calls_of, to_device
 from .layout import Layout
 
 MODES = ("gather", "heads")
+
+# Queries, counted over heads, that keep a GPU busy: 128 in a thread block on each of 132 multiprocessors.
+FILLED_CALL = 128 * 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +108,7 @@ def cp_attention(
         scale, window: as in `ops.attention.attention`.
         mode: `"gather"` or `"heads"`.
         kv_heads_per_gather: key-value heads that are gathered at once: fewer overlap better and take less memory, more
-            fill the GPU better. None: a quarter of them.
+            fill the GPU better. None: a quarter of them, or more where a call would have too little to do.
 
     Raises:
         ValueError: if `layout` was not made for `window`; if `mode` is another; if `kv_heads_per_gather` is less than
@@ -117,10 +121,11 @@ def cp_attention(
         raise ValueError(f"cp_mode={mode!r} is not one of {', '.join(MODES)}.")
     if window not in layout.calls:
         raise ValueError(f"the context-parallel layout was made for windows {list(layout.calls)}, not for {window}.")
-    heads = -(-key.shape[2] // 4) if kv_heads_per_gather is None else kv_heads_per_gather
-    if heads < 1:
-        raise ValueError(f"cp_kv_heads_per_gather={heads}: at least 1 key-value head is gathered at once.")
-    inputs = (layout.places, *layout.calls[window], scale, window, kernel, heads, _name(group))
+    if kv_heads_per_gather is not None and kv_heads_per_gather < 1:
+        raise ValueError(
+            f"cp_kv_heads_per_gather={kv_heads_per_gather}: at least 1 key-value head is gathered at once."
+        )
+    inputs = (layout.places, *layout.calls[window], scale, window, kernel, kv_heads_per_gather, _name(group))
     output, _ = torch.ops.hf_nanotron.attention_cp(query, key, value, *inputs)
     return output
 
@@ -198,8 +203,14 @@ class _Group:
         self.queries = slice(self.keys.start * share, self.keys.stop * share)
 
 
-def _groups(query: torch.Tensor, key: torch.Tensor, count: int) -> list[_Group]:
-    return [_Group(query, key.shape[2], first, count) for first in range(0, key.shape[2], count)]
+def _groups(query: torch.Tensor, key: torch.Tensor, calls: int, count: int | None) -> list[_Group]:
+    """Of `count` key-value heads each, or as many as `calls` are well filled with."""
+    kv_heads = key.shape[2]
+    if count is None:
+        in_a_call = query.shape[0] * query.shape[1] * (query.shape[2] // kv_heads) / calls
+        least = min(kv_heads, max(-(-kv_heads // 4), math.ceil(FILLED_CALL / in_a_call)))
+        count = -(-kv_heads // (kv_heads // least))  # groups of one size
+    return [_Group(query, kv_heads, first, count) for first in range(0, kv_heads, count)]
 
 
 @dataclass(frozen=True)
@@ -246,11 +257,11 @@ def _gather(
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor places, Tensor bounds, Tensor calls, Tensor spans, float scale,"
-    " int? window, str kernel, int heads, str group) -> (Tensor, Tensor)"
+    " int? window, str kernel, int? heads, str group) -> (Tensor, Tensor)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor sums, Tensor places, Tensor bounds,"
-    " Tensor calls, Tensor spans, float scale, int? window, str kernel, int heads, str group)"
+    " Tensor calls, Tensor spans, float scale, int? window, str kernel, int? heads, str group)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -265,7 +276,7 @@ def _attention_cp(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     def gather(some: _Group) -> _Aside[tuple[torch.Tensor, torch.Tensor]]:
         return _Aside(lambda: _gather(key, value, some.keys, places, group), query.device)
 
-    groups = _groups(query, key, heads)
+    groups = _groups(query, key, len(calls), heads)
     coming = gather(groups[0])
     for index, some in enumerate(groups):
         keys, values = coming.get()
@@ -311,7 +322,7 @@ def _attention_cp_backward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, to
         for gradient, part in zip(found[1:], own.split([key.shape[-1], value.shape[-1]], -1), strict=True):
             gradient[:, :, some.keys] = part
 
-    groups = _groups(query, key, heads)
+    groups = _groups(query, key, len(calls), heads)
     coming, leaving = gather(groups[0]), list[tuple[_Group, _Leaving]]()
     for index, some in enumerate(groups):
         keys, values = coming.get()

@@ -20,6 +20,10 @@ import torch
 
 from .layout import Ints, Layout
 
+# Keys without queries cost their zeros in a backward: no more of them than keys with, or than a call costs. By counting
+# bytes: about 5 kB for each key and head, so 16384 keys of two heads take the time of starting a call's kernels.
+FREE_KEYS = 16384
+
 
 class Calls(NamedTuple):
     """The kernel calls of a rank and window, as tensors that go through an operator.
@@ -62,8 +66,8 @@ def calls_of(layout: Layout, rank: int, window: int | None = None) -> Calls:
     """The calls of `rank` for layers that see `window` tokens including itself, or all before it; on the host."""
     open_calls: list[list[_Stretch]] = []
     for stretch in sorted(_stretches(layout, rank, window), key=lambda each: (each.first, each.start)):
-        # Keys without queries cost their zeros in a backward: no more of them than keys with.
-        fits = [c for c in open_calls if 0 <= stretch.first - c[-1].end <= stretch.end - stretch.first]
+        most = max(stretch.end - stretch.first, FREE_KEYS)
+        fits = [call for call in open_calls if 0 <= stretch.first - call[-1].end <= most]
         if fits:
             max(fits, key=lambda call: call[-1].end).append(stretch)
         else:

@@ -26,12 +26,14 @@ class RowParts:
 
     group: Group
     places: torch.Tensor
-    _copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _own: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+    _order: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """`[B, S, ...]` -> this rank's tokens of each row, `[B, S / ranks, ...]`."""
-        index, _ = self._indices(whole.device)
-        return torch.take_along_dim(whole, index.view(*index.shape, *(1,) * (whole.dim() - 2)), 1)
+        if whole.device not in self._own:
+            self._own[whole.device] = to_device(self.places[self.group.rank], whole.device)
+        return _taken(whole, self._own[whole.device])
 
     def whole(self, own: torch.Tensor) -> torch.Tensor:
         """`[B, S / ranks, ...]` of every rank -> `[B, S, ...]` on all of them. No gradient."""
@@ -42,12 +44,14 @@ class RowParts:
         return self._in_order(gather_sequence(own, self.group, 1))
 
     def _in_order(self, joined: torch.Tensor) -> torch.Tensor:
-        _, index = self._indices(joined.device)
-        return torch.take_along_dim(joined, index.view(*index.shape, *(1,) * (joined.dim() - 2)), 1)
+        """The parts of all ranks, one after another, in the order of the rows."""
+        if joined.device not in self._order:
+            places = self.places.movedim(0, 1).flatten(1)
+            here = torch.arange(places.shape[1]).expand_as(places)
+            self._order[joined.device] = to_device(torch.empty_like(places).scatter_(1, places, here), joined.device)
+        return _taken(joined, self._order[joined.device])
 
-    def _indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """On `device`: the places of this rank's tokens, and where in the joined parts the tokens of a row are."""
-        if device not in self._copies:
-            order = self.places.movedim(0, 1).flatten(1).argsort(1)
-            self._copies[device] = to_device(self.places[self.group.rank], device), to_device(order, device)
-        return self._copies[device]
+
+def _taken(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The tokens at `places` `[B, tokens]` of `x` `[B, S, ...]`."""
+    return torch.take_along_dim(x, places.view(*places.shape, *(1,) * (x.dim() - 2)), 1)
