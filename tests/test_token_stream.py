@@ -367,19 +367,19 @@ class Lines:
 class StatefulLines(Lines):
     def __init__(self, documents: Documents) -> None:
         super().__init__(documents)
-        self.next = 0
+        self.state = {"next": 0}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        while self.next < len(self.documents):
-            self.next += 1
-            yield {"input_ids": self.documents[self.next - 1]}
-        self.next = 0
+        while self.state["next"] < len(self.documents):
+            self.state["next"] += 1
+            yield {"input_ids": self.documents[self.state["next"] - 1]}
+        self.state = {"next": 0}
 
     def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
+        return self.state  # which changes
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
+        self.state = dict(state)
 
 
 @pytest.mark.parametrize("kind", [Lines, StatefulLines])
