@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,7 +106,7 @@ class CutLane:
             left -= min(left, rest)
 
     def state(self) -> dict[str, Any]:
-        return {"rows": self.rows, "buffer": asdict(self._start), "document": self._document, "token": self._token}
+        return {"rows": self.rows, "buffer": dict(vars(self._start)), "document": self._document, "token": self._token}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class PackLane:
         return row
 
     def state(self) -> dict[str, Any]:
-        return {"rows": self.rows, "buffer": asdict(self._start), "row": self._given}
+        return {"rows": self.rows, "buffer": dict(vars(self._start)), "row": self._given}
 
 
 def packed_row(tokens: np.ndarray, pieces: list[tuple[int, int, bool]], length: int) -> Row:

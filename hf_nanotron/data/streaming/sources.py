@@ -11,7 +11,6 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers.utils import logging
 
 from ..cursor import shuffle_buffer
-from ..loader import twin
 
 logger = logging.get_logger(__name__)
 
@@ -128,17 +127,18 @@ class IterableSource:
         self.iterable = iterable
         own = (callable(getattr(iterable, name, None)) for name in ("state_dict", "load_state_dict"))
         self.has_states = all(own)
+        self.beginning = copy.deepcopy(iterable.state_dict()) if self.has_states else None  # type: ignore[attr-defined]
 
     def open(self, shard: int, state: Any = None) -> _IterableReader:
-        source = twin(self.iterable) if self.has_states else self.iterable
-        return _IterableReader(source, self.has_states, state)
+        """One reader at a time: the object itself holds the state."""
+        return _IterableReader(self.iterable, self.has_states, self.beginning if state is None else state)
 
 
 class _IterableReader:
     def __init__(self, source: Any, has_states: bool, state: Any) -> None:
         self.source, self.has_states, self.given = source, has_states, 0
-        if has_states and state is not None:
-            source.load_state_dict(state)
+        if has_states:
+            source.load_state_dict(copy.deepcopy(state))
         self.examples = iter(source)
         if not has_states and state:
             logger.warning(
@@ -158,7 +158,7 @@ class _IterableReader:
         return example
 
     def state(self) -> Any:
-        return self.source.state_dict() if self.has_states else self.given
+        return copy.deepcopy(self.source.state_dict()) if self.has_states else self.given
 
 
 def source_of(dataset: Any) -> Source:
