@@ -157,8 +157,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         left = sum(file.tokens % length for file in self.files)
         if short or 100 * left > tokens:
             logger.warning(
-                f"{left} of {tokens} tokens ({left / tokens:.2%}) are not read: rows of sequence_length={length} do not "
-                "cross files, and what is left at the end of a file fills none"
+                f"{left} of {tokens} tokens ({left / tokens:.2%}) are not read: rows of sequence_length={length} do "
+                "not cross files, and what is left at the end of a file fills none"
                 + (f"; {len(short)} of {len(self.files)} files ({short[0].shown}, …) are shorter" if short else "")
                 + '. documents="pack" reads them.'
             )
