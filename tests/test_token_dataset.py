@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 from pathlib import Path
@@ -298,3 +299,24 @@ def test_first_row_of_ten_terabytes_of_sparse_files(tmp_path: Path) -> None:
     assert dataset.tokens == FILES * FILE_BYTES // 2
     assert not dataset[0]["input_ids"].any()
     assert sum(1 for file in dataset.files if file.file._map is not None) == 1  # type: ignore[union-attr]
+
+
+def test_ends_of_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whole files, or more than a hundredth; otherwise nothing."""
+    for name, tokens in (("a", 1000), ("b", 30), ("c", 1001)):
+        np.arange(1, tokens + 1, dtype="<u2").tofile(tmp_path / f"{name}.ds")
+
+    def said(names: str, length: int) -> str:
+        caplog.clear()
+        TokenDataset([tmp_path / f"{name}.ds" for name in names], length, token_size=2)
+        return caplog.text
+
+    logger = logging.getLogger("hf_nanotron.data.tokens.token_dataset")
+    logger.addHandler(caplog.handler)
+    short = said("ab", 100)
+    assert "30 of 1030 tokens (2.91%) are not read" in short
+    assert "1 of 2 files" in short and "b.ds, …) are shorter" in short and 'documents="pack" reads them' in short
+    assert not said("c", 100) and not said("c", 91)
+    left = said("a", 120)
+    assert "40 of 1000 tokens (4.00%) are not read" in left and "shorter" not in left
+    logger.removeHandler(caplog.handler)

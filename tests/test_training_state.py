@@ -454,7 +454,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def simulated_mesh(layout: Layout, rank: int, pp_size: int = 1, pp: int = 0, replica: int = 0) -> Any:
     shard, tp = divmod(rank, layout.tp_size)
     return SimpleNamespace(
-        coordinates=Coordinates(pp=pp, dp=shard, tp=tp, shard=shard, replica=replica, ep=0, expert_copy=rank),
+        coordinates=Coordinates(pp=pp, dp=shard, cp=0, tp=tp, shard=shard, replica=replica, ep=0, expert_copy=rank),
         pp_size=pp_size,
         is_first_stage=pp == 0,
         rank=0,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
 from ..identity import FileFacts, file_prints
 from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache
@@ -18,6 +19,8 @@ from .packing import WINDOW
 from .peer_orders import MegatronSamples, NanosetSamples
 from .row_reader import CutRows, PackedDocuments, RowReader, Rows
 from .token_file import TokenFile, check_agreement, open_token_files
+
+logger = logging.get_logger(__name__)
 
 HANDLING = ("cross", "mask", "pack")
 
@@ -145,6 +148,20 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
                     f"{self.files[0].shown}{' and others' if len(self.files) > 1 else ''}: no file has "
                     f"sequence_length={sequence_length} tokens."
                 )
+            self._tell_what_is_left_out()
+
+    def _tell_what_is_left_out(self) -> None:
+        """Warn where ends of files that fill no row are more than a hundredth of the tokens, or whole files."""
+        length, tokens = self.sequence_length, self.tokens
+        short = [file for file in self.files if 0 < file.tokens < length]
+        left = sum(file.tokens % length for file in self.files)
+        if short or 100 * left > tokens:
+            logger.warning(
+                f"{left} of {tokens} tokens ({left / tokens:.2%}) are not read: rows of sequence_length={length} do "
+                "not cross files, and what is left at the end of a file fills none"
+                + (f"; {len(short)} of {len(self.files)} files ({short[0].shown}, …) are shorter" if short else "")
+                + '. documents="pack" reads them.'
+            )
 
     def __len__(self) -> int:
         """Rows of an epoch. With `documents="pack"` the first call reads where all documents end."""
