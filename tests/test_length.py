@@ -49,8 +49,13 @@ def test_buffers_are_used_again_and_bounded() -> None:
     for size in range(300, 400):  # ever longer batches do not fill the host
         buffers.give(buffers.take(size))
     assert buffers.held <= 200 + 60 + 399
+    left = buffers.take(7)
     buffers.release()
+    assert buffers.held == buffers.in_use == 200 + left.size
+    buffers.give(left)  # an error held it longer than the run was
     assert buffers.held == buffers.in_use == 200
+    buffers.give(buffers.take(7))
+    assert buffers.held == 207, "the next run keeps its buffers"
 
 
 def test_memory_that_the_host_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +340,22 @@ def train_and_copy() -> Any:
 def test_refusals(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NanotronTrainingArguments(**training_arguments(**values))
+
+
+def test_a_hook_that_would_not_be_called() -> None:
+    args = NanotronTrainingArguments(**training_arguments(max_steps=1, **CHUNKS))
+    model = AutoModelForCausalLM.from_config(tiny_config(), parallel=args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
+    seen: list[str] = []
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    inside = mlp.up_proj.register_forward_hook(lambda *_: seen.append("up_proj"))  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match=r"mlp_chunk_tokens=5: model.layers.1.mlp has a hook on up_proj .*not be call"):
+        trainer.train()
+    inside.remove()
+    trainer.train()
+    assert seen == ["mlp"]
+    model.mesh.close()
 
 
 def test_models_whose_mlps_cannot_be_divided(pool: WorkerPool) -> None:

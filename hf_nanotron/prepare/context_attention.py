@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.utils import logging
 
 from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
 from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS
 from ..models.stock.plan import mixes_tokens
-from ..monitor.flops import active_weights, attention_heads, head_dims
+from ..monitor.flops import active_weights, attention_heads, head_dims, layer_configs
 from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.collectives import all_reduce
@@ -27,6 +28,8 @@ from ..parallel.cp.plan import ContextPlan
 from ..parallel.cp.whole_region import WholeRowRegion
 from ..parallel.mesh import Group
 from .attention import KERNELS, PECULIAR, Attention, why_stock
+
+logger = logging.get_logger(__name__)
 
 GROWING = ("dynamic", "longrope")  # in names of rotary embeddings that go by the largest position they see
 SEE_ROWS = "parts that see whole rows"  # among the decorations of a model
@@ -46,6 +49,15 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
     kind = "torch"
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
         kind = "fa4" if flash_attention_4()[0] is not None else "torch"
+    heads = sorted({head_dims(layer)[0] for layer in layer_configs(model.config.get_text_config())})
+    cases = [Case(device.type == "cuda", dtype, width, True, None) for width in heads]
+    slow = [case.head_dim for case in cases if pick(KERNELS[kind], case) == "by_document"]
+    if device.type == "cuda" and slow:
+        logger.warning(
+            f"cp_size={model.mesh.cp_size}: no kernel takes attention heads of {slow[0]} features in {dtype}, so their "
+            "scores are made in fp32, document by document: slow, and memory grows with the square of a document. "
+            "Kernels take 16 bits and up to 256 features, in multiples of 8."
+        )
     chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
     return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model)), chosen
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..models.base import ParallelModel
+from ..models.stock.hooks import users_hooks
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear import Linear
 
@@ -86,6 +87,20 @@ def chunk_mlps(model: ParallelModel, tokens: int) -> None:
     model.decorations.add(NAME, restore_mlps)
 
 
+def refuse_hooks(model: ParallelModel) -> None:
+    """A run begins, before which somebody may have put hooks inside of an MLP.
+
+    Raises:
+        ValueError: such a hook would not be called.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ChunkedMLP) and (hook := _hook_inside(module)) is not None:
+            raise ValueError(
+                f"mlp_chunk_tokens={module.chunk_tokens}: {name} has {hook}, which would not be called; hook the MLP "
+                "as a whole, or omit mlp_chunk_tokens."
+            )
+
+
 def restore_mlps(model: ParallelModel) -> None:
     """Take back what `chunk_mlps` has done."""
     modules: list[Any] = [module for module in model.modules() if isinstance(module, ChunkedMLP)]
@@ -99,6 +114,11 @@ def is_gated(module: nn.Module) -> bool:
     theirs, ours = getattr(type(module).forward, "__code__", None), LlamaMLP.forward.__code__
     same = theirs is not None and (theirs.co_code, theirs.co_names) == (ours.co_code, ours.co_names)
     return same and all(isinstance(getattr(module, name, None), Linear) for name in PARTS)
+
+
+def _hook_inside(module: nn.Module) -> str | None:
+    parts = ((name, hook) for name in (*PARTS, "act_fn") for hook in users_hooks(getattr(module, name)))
+    return next((f"a hook on {name} ({hook})" for name, hook in parts), None)
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -119,7 +119,7 @@ def start_run(state: TrainingState, args: PreparationArguments) -> None:
 def end_run(model: ParallelModel, state: TrainingState) -> None:
     """Take back what holds for a run alone. `note_switches` was called when it began."""
     if state.offload is not None:
-        state.offload.buffers.release()
+        state.offload.release()
     set_noise(model, None, 0)
     restore_switches(model)
 
