@@ -6,6 +6,7 @@ import copy
 import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from hf_nanotron.monitor.memory import MemoryReport, offloaded_bytes
 from hf_nanotron.ops.gated_mlp import ACTIVATIONS, gated_mlp
 from hf_nanotron.ops.host_buffers import HostBuffer, HostBuffers
 from hf_nanotron.ops.offload import LayerSaves, Transfers
+from hf_nanotron.prepare import setup
+from hf_nanotron.prepare.mlp_chunks import ChunkedMLP
 
 ON: dict[str, Any] = {"activation_checkpointing": True}
 SELECTIVE = {**ON, "activation_checkpointing_policy": "selective"}
@@ -364,15 +367,36 @@ def test_models_whose_mlps_cannot_be_divided(pool: WorkerPool) -> None:
     assert failed.value.kinds == {0: "ValueError", 1: "ValueError"}
 
 
-def train_other(family: str) -> None:
+def test_a_stage_without_such_mlps(pool: WorkerPool) -> None:
+    """Of two layers of experts the first is dense: only its stage has something to divide."""
+    sizes = {"pp_size": 2, "gradient_accumulation_steps": 2}
+    assert pool.run(2, train_other, "qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 2}, sizes) == [1, 0]
+
+
+def train_other(family: str, fields: dict[str, Any] | None = None, sizes: dict[str, Any] | None = None) -> int:
+    """How many MLPs are computed over blocks on this rank."""
     from family_runs import tiny_model
 
     from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.mesh import ParallelMesh
 
-    args = NanotronTrainingArguments(**training_arguments(mlp_chunk_tokens=8))
-    model = parallelize(tiny_model(family), ParallelMesh(args.parallel))
+    args = NanotronTrainingArguments(**training_arguments(mlp_chunk_tokens=8, **(sizes or {})))
+    model = parallelize(tiny_model(family, **(fields or {})), ParallelMesh(args.parallel))
     NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
+    chunked = sum(isinstance(module, ChunkedMLP) for module in model.modules())
+    model.mesh.close()
+    return chunked
+
+
+def test_a_policy_that_finds_no_attention_to_keep() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(), parallel=ParallelConfig(), attn_implementation="eager")
+    data = {"train_dataset": random_dataset(4), "data_collator": pad_batch}
+    with mock.patch.object(setup.logger, "warning") as warning:
+        for values in (ON, SELECTIVE, ATTENTION):
+            assert not warning.called
+            NanotronTrainer(model=model, args=NanotronTrainingArguments(**training_arguments(**values)), **data)
+    assert "recompute as with 'full'" in warning.call_args.args[0]
+    model.mesh.close()
 
 
 def test_the_report_of_host_memory() -> None:

@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -18,6 +19,7 @@ from ..models.base import ParallelModel
 from ..models.stock.hooks import users_hooks
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear import Linear
+from ..parallel.collectives import all_reduce
 
 NAME = "MLPs over blocks of tokens"  # among the decorations of a model
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -61,9 +63,10 @@ def chunked_class(stock: type[nn.Module]) -> type[ChunkedMLP]:
 
 def chunk_mlps(model: ParallelModel, tokens: int) -> None:
     """Let the gated MLPs of the decoder layers compute over blocks of `tokens` tokens. Call it before `compile_layers`.
+    All ranks together.
 
     Raises:
-        ValueError: a layer of this model has no MLP that can be computed so, and why.
+        ValueError: no layer of this model has an MLP that can be computed so, and why.
     """
     found: list[Any] = []
     reason = "it has none with the forward of LlamaMLP"
@@ -75,7 +78,8 @@ def chunk_mlps(model: ParallelModel, tokens: int) -> None:
                 reason = f"{name} {why}"
             else:
                 found.append(module)
-    if not found and any(True for _, layer in model.anatomy.numbered_layers() for _ in layer.parameters()):
+    most = all_reduce(torch.tensor(len(found), device=model.mesh.device), model.mesh.pp, dist.ReduceOp.MAX)
+    if not most:  # on no stage
         raise ValueError(
             f"mlp_chunk_tokens={tokens}: no MLP of {type(model).__name__} can be computed over blocks of tokens: "
             f"{reason}. Omit mlp_chunk_tokens; activation_checkpointing saves its memory otherwise."
