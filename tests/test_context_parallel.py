@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
 from hf_nanotron.models.calling import CONTEXT
+from hf_nanotron.monitor.flops import active_weights
 from hf_nanotron.parallel.cp.plan import make_context_plan
 from hf_nanotron.parallel.mesh import Group
 from hf_nanotron.prepare import context_attention
@@ -360,6 +361,21 @@ def test_what_is_slow_or_seen_in_part_is_said() -> None:
         model.get_submodule("model.layers.2").register_forward_hook(lambda *_: None)
         custom_loss.LossChoice._warn_of_parts(SimpleNamespace(model=cut))  # type: ignore[arg-type]
     assert "is hooked to model.layers.2 of a model whose rows 2 ranks share" in warning.call_args.args[0]
+    model.mesh.close()
+
+
+def test_layers_whose_heads_differ(tmp_path: Path) -> None:
+    """Gemma 4's config refuses to tell one size for all of them."""
+    tiny_model("gemma4_text", attn_implementation="sdpa").save_pretrained(tmp_path)
+    model = ParallelAuto.from_pretrained(tmp_path, parallel=ParallelConfig())
+    config = model.config.get_text_config()
+    assert config.is_heterogeneous and len({layer.head_dim for layer in config.per_layer_config}) == 2
+    attention, _ = choose_context_attention(model, torch.float32, torch.device("cpu"))
+    weights = sum(active_weights(name, shape, config) for name, shape in model.hub_shapes.items())
+    widths = [2 * layer.num_attention_heads * layer.head_dim for layer in config.per_layer_config]
+    assert attention.other_work == round(weights * len(widths) / sum(widths))
+    cut = SimpleNamespace(config=config, mesh=SimpleNamespace(tp_size=1, cp_size=3))
+    assert "that cp_size divides" in str(context_attention._why_not_by_heads(cut))  # type: ignore[arg-type]
     model.mesh.close()
 
 
