@@ -53,6 +53,7 @@ from .parallel.mesh import ParallelMesh
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
 from .prepare.checkpointing_switches import note_switches
+from .prepare.mlp_chunks import refuse_hooks
 from .prepare.setup import check_frozen, end_run, prepare_training, start_run
 from .prepare.training_state import TrainingState
 from .redaction import redacted
@@ -799,7 +800,8 @@ class NanotronTrainer(Trainer):
         check_frozen(self.training_state, self.args.save_hub_weights)
 
     def _check_loss(self) -> None:
-        """See `LossChoice.check`."""
+        """See `LossChoice.check`; and hooks that would not be called."""
+        refuse_hooks(self.model)
         loss_choice = self._loss_choice
         self._checked_loss = loss_choice.whose
         loss_choice.check()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,16 @@ from test_parity import HEADER as COLUMNS, TOLERANCE, checkpoint, llama_for, rel
 from tiny import History, message, tiny_config, train_parallel, train_stock, training_arguments
 from transformers import AutoModelForCausalLM
 
+from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
+from hf_nanotron.models.calling import CONTEXT
+from hf_nanotron.monitor.flops import active_weights
 from hf_nanotron.parallel.cp.plan import make_context_plan
+from hf_nanotron.parallel.mesh import Group
+from hf_nanotron.prepare import context_attention
+from hf_nanotron.prepare.attention import Attention
+from hf_nanotron.prepare.context_attention import choose_context_attention
+from hf_nanotron.training.step import custom_loss
+from hf_nanotron.training.step.context import deal
 
 TITLE = "context parallelism: relative error against stock Trainer in one process, four steps in fp32"
 HEADER = COLUMNS
@@ -296,6 +306,79 @@ def train_without_bounds(directory: str) -> History:
         return train(directory, "packed", {"cp_size": 2, "gradient_accumulation_steps": 2})
 
 
+def mesh_of(rank: int) -> Any:
+    """What dealing a batch reads of a mesh of two ranks."""
+    sizes = {"cp_size": 2, "tp_size": 1, "parallel": ParallelConfig(cp_size=2)}
+    return SimpleNamespace(cp_rank=rank, cp=Group((0, 1), rank, None), device=torch.device("cpu"), **sizes)
+
+
+def test_what_a_batch_says_is_dealt_as_it_is() -> None:
+    """Labels that are shifted already, positions that do not begin at 0 (or of one row for all), columns by token."""
+    ids = torch.arange(1, 1 + 2 * LENGTH).view(2, LENGTH)
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        "shift_labels": ids.masked_fill(ids % 3 == 0, -100),
+        "position_ids": torch.arange(7, 7 + LENGTH)[None],
+        "domain": ids % 5,
+    }
+    ranks = [deal(batch, mesh_of(rank), Attention("torch", True, (None,))) for rank in (0, 1)]
+    places = torch.cat([rank["input_ids"] for rank in ranks], 1).sort().indices[:, -LENGTH:]  # ids ascend, 0 fills up
+    for name, value in batch.items():
+        joined = torch.cat([rank[name] for rank in ranks], 1)
+        assert torch.equal(joined.gather(1, places), value.expand(2, LENGTH)), name
+
+
+def test_positions_are_where_the_batch_is() -> None:
+    """In evaluation the batch has been brought to the device before."""
+    dealt = deal(
+        {"input_ids": torch.zeros(2, LENGTH, dtype=torch.int64, device="meta")},
+        mesh_of(1),
+        Attention("torch", True, (None,)),
+    )
+    assert {name: value.device.type for name, value in dealt.items() if name != CONTEXT} == dict.fromkeys(
+        ("input_ids", "position_ids", "counted_tokens"), "meta"
+    )
+
+
+def test_what_is_slow_or_seen_in_part_is_said() -> None:
+    """Heads that no kernel takes, and hooks that see the tokens of one rank."""
+    model = ParallelAuto.from_config(tiny_config(head_dim=12), parallel=ParallelConfig())
+    with mock.patch.object(context_attention.logger, "warning") as warning:
+        for dtype in (torch.float32, torch.bfloat16):
+            with mock.patch("torch.cuda.get_device_capability", lambda device: (9, 0)):
+                choose_context_attention(model, dtype, torch.device("cuda"))
+        assert all("attention heads of 12 features" in call.args[0] for call in warning.call_args_list)
+        assert warning.call_count == 2
+        choose_context_attention(model, torch.float32, torch.device("cpu"))
+        assert warning.call_count == 2
+    cut = SimpleNamespace(
+        mesh=SimpleNamespace(tp_size=1, cp_size=2), anatomy=model.anatomy, named_modules=model.named_modules
+    )
+    with mock.patch.object(custom_loss.logger, "warning") as warning:
+        custom_loss.LossChoice._warn_of_parts(SimpleNamespace(model=cut))  # type: ignore[arg-type]
+        assert not warning.called
+        model.get_submodule("model.layers.2").register_forward_hook(lambda *_: None)
+        custom_loss.LossChoice._warn_of_parts(SimpleNamespace(model=cut))  # type: ignore[arg-type]
+    assert "is hooked to model.layers.2 of a model whose rows 2 ranks share" in warning.call_args.args[0]
+    model.mesh.close()
+
+
+def test_layers_whose_heads_differ(tmp_path: Path) -> None:
+    """Gemma 4's config refuses to tell one size for all of them."""
+    tiny_model("gemma4_text", attn_implementation="sdpa").save_pretrained(tmp_path)
+    model = ParallelAuto.from_pretrained(tmp_path, parallel=ParallelConfig())
+    config = model.config.get_text_config()
+    assert config.is_heterogeneous and len({layer.head_dim for layer in config.per_layer_config}) == 2
+    attention, _ = choose_context_attention(model, torch.float32, torch.device("cpu"))
+    weights = sum(active_weights(name, shape, config) for name, shape in model.hub_shapes.items())
+    widths = [2 * layer.num_attention_heads * layer.head_dim for layer in config.per_layer_config]
+    assert attention.other_work == round(weights * len(widths) / sum(widths))
+    cut = SimpleNamespace(config=config, mesh=SimpleNamespace(tp_size=1, cp_size=3))
+    assert "that cp_size divides" in str(context_attention._why_not_by_heads(cut))  # type: ignore[arg-type]
+    model.mesh.close()
+
+
 # ---- refusals ----
 
 
@@ -323,12 +406,18 @@ def refusals() -> dict[str, str]:
     attempt("own loss", trainer={"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()})
     attempt("label smoothing", label_smoothing_factor=0.1)
     attempt("left padding", data=left_padded)
+    attempt("positions of three axes", data=with_three_axes)
     attempt("another column", data=lambda rows: {**collate(rows), "token_type_ids": collate(rows)["input_ids"]})
     return told
 
 
 def left_padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: value.flip(1) for name, value in collate(rows).items()}
+
+
+def with_three_axes(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = collate(rows)
+    return {**batch, "position_ids": torch.arange(LENGTH).expand(3, len(rows), LENGTH)}
 
 
 REFUSALS = {
@@ -340,6 +429,7 @@ REFUSALS = {
     "own loss": "cp_size=2 with compute_loss_func: a rank has its tokens' logits alone",
     "label smoothing": "cp_size=2 with label_smoothing_factor: a rank has its tokens' logits alone",
     "left padding": "cp_size=2: a batch with attention_mask, input_ids, labels needs an attention mask, which",
+    "positions of three axes": "cp_size=2: the batches have position_ids [3, 1, 22] for tokens [1, 22], which",
     "another column": "cp_size=2: the batches have token_type_ids",
 }
 

@@ -6,6 +6,7 @@ import copy
 import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from hf_nanotron.monitor.memory import MemoryReport, offloaded_bytes
 from hf_nanotron.ops.gated_mlp import ACTIVATIONS, gated_mlp
 from hf_nanotron.ops.host_buffers import HostBuffer, HostBuffers
 from hf_nanotron.ops.offload import LayerSaves, Transfers
+from hf_nanotron.prepare import setup
+from hf_nanotron.prepare.mlp_chunks import ChunkedMLP
 
 ON: dict[str, Any] = {"activation_checkpointing": True}
 SELECTIVE = {**ON, "activation_checkpointing_policy": "selective"}
@@ -49,8 +52,13 @@ def test_buffers_are_used_again_and_bounded() -> None:
     for size in range(300, 400):  # ever longer batches do not fill the host
         buffers.give(buffers.take(size))
     assert buffers.held <= 200 + 60 + 399
+    left = buffers.take(7)
     buffers.release()
+    assert buffers.held == buffers.in_use == 200 + left.size
+    buffers.give(left)  # an error held it longer than the run was
     assert buffers.held == buffers.in_use == 200
+    buffers.give(buffers.take(7))
+    assert buffers.held == 207, "the next run keeps its buffers"
 
 
 def test_memory_that_the_host_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,21 +345,58 @@ def test_refusals(values: dict[str, Any], message: str) -> None:
         NanotronTrainingArguments(**training_arguments(**values))
 
 
+def test_a_hook_that_would_not_be_called() -> None:
+    args = NanotronTrainingArguments(**training_arguments(max_steps=1, **CHUNKS))
+    model = AutoModelForCausalLM.from_config(tiny_config(), parallel=args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
+    seen: list[str] = []
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    inside = mlp.up_proj.register_forward_hook(lambda *_: seen.append("up_proj"))  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match=r"mlp_chunk_tokens=5: model.layers.1.mlp has a hook on up_proj .*not be call"):
+        trainer.train()
+    inside.remove()
+    trainer.train()
+    assert seen == ["mlp"]
+    model.mesh.close()
+
+
 def test_models_whose_mlps_cannot_be_divided(pool: WorkerPool) -> None:
     with pytest.raises(JobError, match=r"mlp_chunk_tokens=8: no MLP of .*GPTNeoX.* forward of LlamaMLP") as failed:
         pool.run(2, train_other, "gpt_neox")
     assert failed.value.kinds == {0: "ValueError", 1: "ValueError"}
 
 
-def train_other(family: str) -> None:
+def test_a_stage_without_such_mlps(pool: WorkerPool) -> None:
+    """Of two layers of experts the first is dense: only its stage has something to divide."""
+    sizes = {"pp_size": 2, "gradient_accumulation_steps": 2}
+    assert pool.run(2, train_other, "qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 2}, sizes) == [1, 0]
+
+
+def train_other(family: str, fields: dict[str, Any] | None = None, sizes: dict[str, Any] | None = None) -> int:
+    """How many MLPs are computed over blocks on this rank."""
     from family_runs import tiny_model
 
     from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.mesh import ParallelMesh
 
-    args = NanotronTrainingArguments(**training_arguments(mlp_chunk_tokens=8))
-    model = parallelize(tiny_model(family), ParallelMesh(args.parallel))
+    args = NanotronTrainingArguments(**training_arguments(mlp_chunk_tokens=8, **(sizes or {})))
+    model = parallelize(tiny_model(family, **(fields or {})), ParallelMesh(args.parallel))
     NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
+    chunked = sum(isinstance(module, ChunkedMLP) for module in model.modules())
+    model.mesh.close()
+    return chunked
+
+
+def test_a_policy_that_finds_no_attention_to_keep() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(), parallel=ParallelConfig(), attn_implementation="eager")
+    data = {"train_dataset": random_dataset(4), "data_collator": pad_batch}
+    with mock.patch.object(setup.logger, "warning") as warning:
+        for values in (ON, SELECTIVE, ATTENTION):
+            assert not warning.called
+            NanotronTrainer(model=model, args=NanotronTrainingArguments(**training_arguments(**values)), **data)
+    assert "recompute as with 'full'" in warning.call_args.args[0]
+    model.mesh.close()
 
 
 def test_the_report_of_host_memory() -> None:

@@ -5,6 +5,7 @@ The reference is one process that is never stopped and knows the later weights a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"tp_size": 2, "pp_size": 2}),
     (4, {"pp_size": 2, "zero_stage": 2}),
     (2, {"zero_stage": 3}),
+    (2, {"cp_size": 2}),
+    (4, {"cp_size": 2, "pp_size": 2, "cp_mode": "heads"}),
 ]
 DEFAULT = (0, 1)
 CASES = 10
@@ -77,7 +80,7 @@ def train(
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    replicas = world // (sizes.get("tp_size", 1) * sizes.get("pp_size", 1))
+    replicas = world // math.prod(sizes.get(name, 1) for name in ("tp_size", "pp_size", "cp_size"))
     args = NanotronTrainingArguments(
         **training_arguments(output_dir=output, max_steps=STEPS, include_num_input_tokens_seen="all"),
         **sizes,
@@ -144,7 +147,7 @@ def test_killed_and_resumed(pool: WorkerPool, tmp_path: Path, case: int, request
         pytest.skip("--full-matrix")
     write_corpus(tmp_path)
     before, after, whole, kill = random_case(case)
-    (ranks, sizes), (other_ranks, other_sizes) = LAYOUTS[(case + 2) % 8], LAYOUTS[(5 * case + 1) % 8]
+    (ranks, sizes), (other_ranks, other_sizes) = LAYOUTS[(case + 2) % 10], LAYOUTS[(5 * case + 1) % 10]
     folder = str(tmp_path)
     expected, *_ = pool.run(1, train, folder, whole, {}, f"{folder}/whole", None, STEPS)
     first, *_ = pool.run(ranks, train, folder, before, sizes, f"{folder}/out", None, kill)

@@ -58,6 +58,7 @@ class HostBuffers:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.held = device, 0
+        self._keeps = True  # what is given back, for the next `take`
         self._free: list[HostBuffer] = []
 
     def take(self, size: int) -> HostBuffer:
@@ -66,6 +67,7 @@ class HostBuffers:
         Raises:
             MemoryError: the host does not give that much pinned memory.
         """
+        self._keeps = True
         fitting = [buffer for buffer in self._free if buffer.size >= size]
         if fitting:
             chosen = min(fitting, key=lambda buffer: buffer.size)
@@ -88,10 +90,16 @@ class HostBuffers:
 
     def give(self, buffer: HostBuffer) -> None:
         """Nobody reads or writes `buffer` any more, but for `buffer.copied`."""
-        self._free.append(buffer)
+        if self._keeps:
+            self._free.append(buffer)
+        else:
+            self.held -= buffer.size
 
     def release(self) -> None:
-        """Give what is free back to the host."""
+        """Give what is free back to the host, and until the next `take` also what becomes free: an error holds what the
+        step that it broke off has saved.
+        """
+        self._keeps = False
         self.held -= sum(buffer.size for buffer in self._free)
         self._free.clear()
 

@@ -71,6 +71,13 @@ class Transfers:
         while self._sources:
             self._settle_oldest()
 
+    def release(self) -> None:
+        """A run has ended, or was broken off: hold no memory for it."""
+        for _, copied in (source for layer in self._sources for source in layer):
+            torch.cuda.current_stream(self.device).wait_event(copied)
+        self._sources.clear()
+        self.buffers.release()
+
     def _settle_oldest(self) -> None:
         for source, copied in self._sources.popleft():
             torch.cuda.current_stream(self.device).wait_event(copied)  # before its memory is used again

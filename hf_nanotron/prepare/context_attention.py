@@ -14,19 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.utils import logging
 
 from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
 from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS
 from ..models.stock.plan import mixes_tokens
-from ..monitor.flops import active_weights, attention_heads, head_dims
+from ..monitor.flops import active_weights, attention_heads, head_dims, layer_configs
 from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.collectives import all_reduce
 from ..parallel.cp.plan import ContextPlan
 from ..parallel.cp.whole_region import WholeRowRegion
-from ..parallel.mesh import Group
+from ..parallel.mesh import Group, ParallelMesh
 from .attention import KERNELS, PECULIAR, Attention, why_stock
+
+logger = logging.get_logger(__name__)
 
 GROWING = ("dynamic", "longrope")  # in names of rotary embeddings that go by the largest position they see
 SEE_ROWS = "parts that see whole rows"  # among the decorations of a model
@@ -46,14 +49,26 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
     kind = "torch"
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
         kind = "fa4" if flash_attention_4()[0] is not None else "torch"
+    heads = sorted({head_dims(layer)[0] for layer in layer_configs(model.config.get_text_config())})
+    cases = [Case(device.type == "cuda", dtype, width, True, None) for width in heads]
+    slow = [case.head_dim for case in cases if pick(KERNELS[kind], case) == "by_document"]
+    if device.type == "cuda" and slow:
+        logger.warning(
+            f"cp_size={model.mesh.cp_size}: no kernel takes attention heads of {slow[0]} features in {dtype}, so their "
+            "scores are made in fp32, document by document: slow, and memory grows with the square of a document. "
+            "Kernels take 16 bits and up to 256 features, in multiples of 8."
+        )
     chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
     return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model)), chosen
 
 
 def windows_of(model: ParallelModel) -> tuple[int | None, ...]:
     """Tokens that each layer of the whole model sees, None for all; ascending. All ranks together."""
-    usual = getattr(model.config.get_text_config(), "sliding_window", None)
-    own = [getattr(module, "sliding_window", usual) for module in model.modules() if hasattr(module, "is_causal")]
+    config = model.config.get_text_config()
+    attend = [module for module in model.modules() if hasattr(module, "is_causal")]
+    own = [
+        x.sliding_window if hasattr(x, "sliding_window") else getattr(config, "sliding_window", None) for x in attend
+    ]
     of_all: list[Any] = [own]
     if (group := model.mesh.pp).size > 1:
         of_all = [None] * group.size
@@ -66,7 +81,8 @@ def other_work(model: ParallelModel) -> int:
     """What the matrix products of all layers cost for a token, in keys that a token sees in one layer."""
     config = model.config.get_text_config()
     weights = sum(active_weights(name, shape, config) for name, shape in model.hub_shapes.items())
-    return round(weights / max(1, attention_heads(config) * sum(head_dims(config))))
+    widths = [attention_heads(layer) * sum(head_dims(layer)) for layer in layer_configs(config)]
+    return round(weights / max(1, sum(widths) / len(widths)))
 
 
 def why_not(model: ParallelModel) -> str | None:
@@ -85,8 +101,13 @@ def why_not(model: ParallelModel) -> str | None:
 
 
 def _why_not_by_heads(model: ParallelModel) -> str | None:
-    config, tp, cp = model.config.get_text_config(), model.mesh.tp_size, model.mesh.cp_size
-    heads = attention_heads(config)
+    reasons = (_why_not_heads_of(layer, model.mesh) for layer in layer_configs(model.config.get_text_config()))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_not_heads_of(config: PreTrainedConfig, mesh: ParallelMesh) -> str | None:
+    """`config`: of a layer."""
+    heads, tp, cp = attention_heads(config), mesh.tp_size, mesh.cp_size
     # Latent attention makes keys and values for every head.
     grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
     of_rank = max(1, grouped // tp)

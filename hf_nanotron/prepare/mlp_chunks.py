@@ -11,12 +11,15 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..models.base import ParallelModel
+from ..models.stock.hooks import users_hooks
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear import Linear
+from ..parallel.collectives import all_reduce
 
 NAME = "MLPs over blocks of tokens"  # among the decorations of a model
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -60,9 +63,10 @@ def chunked_class(stock: type[nn.Module]) -> type[ChunkedMLP]:
 
 def chunk_mlps(model: ParallelModel, tokens: int) -> None:
     """Let the gated MLPs of the decoder layers compute over blocks of `tokens` tokens. Call it before `compile_layers`.
+    All ranks together.
 
     Raises:
-        ValueError: a layer of this model has no MLP that can be computed so, and why.
+        ValueError: no layer of this model has an MLP that can be computed so, and why.
     """
     found: list[Any] = []
     reason = "it has none with the forward of LlamaMLP"
@@ -74,7 +78,8 @@ def chunk_mlps(model: ParallelModel, tokens: int) -> None:
                 reason = f"{name} {why}"
             else:
                 found.append(module)
-    if not found and any(True for _, layer in model.anatomy.numbered_layers() for _ in layer.parameters()):
+    most = all_reduce(torch.tensor(len(found), device=model.mesh.device), model.mesh.pp, dist.ReduceOp.MAX)
+    if not most:  # on no stage
         raise ValueError(
             f"mlp_chunk_tokens={tokens}: no MLP of {type(model).__name__} can be computed over blocks of tokens: "
             f"{reason}. Omit mlp_chunk_tokens; activation_checkpointing saves its memory otherwise."
@@ -84,6 +89,20 @@ def chunk_mlps(model: ParallelModel, tokens: int) -> None:
         module.__class__ = chunked_class(stock)
         module.chunk_tokens, module.activation = tokens, ACTIVATIONS[type(module.act_fn).__name__]
     model.decorations.add(NAME, restore_mlps)
+
+
+def refuse_hooks(model: ParallelModel) -> None:
+    """A run begins, before which somebody may have put hooks inside of an MLP.
+
+    Raises:
+        ValueError: such a hook would not be called.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ChunkedMLP) and (hook := _hook_inside(module)) is not None:
+            raise ValueError(
+                f"mlp_chunk_tokens={module.chunk_tokens}: {name} has {hook}, which would not be called; hook the MLP "
+                "as a whole, or omit mlp_chunk_tokens."
+            )
 
 
 def restore_mlps(model: ParallelModel) -> None:
@@ -99,6 +118,11 @@ def is_gated(module: nn.Module) -> bool:
     theirs, ours = getattr(type(module).forward, "__code__", None), LlamaMLP.forward.__code__
     same = theirs is not None and (theirs.co_code, theirs.co_names) == (ours.co_code, ours.co_names)
     return same and all(isinstance(getattr(module, name, None), Linear) for name in PARTS)
+
+
+def _hook_inside(module: nn.Module) -> str | None:
+    parts = ((name, hook) for name in (*PARTS, "act_fn") for hook in users_hooks(getattr(module, name)))
+    return next((f"a hook on {name} ({hook})" for name, hook in parts), None)
 
 
 def _why_not(module: nn.Module) -> str | None:

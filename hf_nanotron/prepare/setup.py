@@ -94,8 +94,15 @@ def _choose_recomputation(state: TrainingState, args: PreparationArguments) -> N
     state.recompute_options = options
     if recomputes(args):
         state.recomputed = chosen_layers(state.model, layer_numbers(args.activation_checkpointing_layers), every)
-    if args.activation_checkpointing_policy != "full":
-        recompute_selectively(state.model, state.recomputed, options, args.activation_checkpointing_policy)
+    policy = args.activation_checkpointing_policy
+    if policy == "all_but_attention" and state.model.config.get_text_config()._attn_implementation == "eager":
+        logger.warning(
+            "activation_checkpointing_policy='all_but_attention' with attn_implementation='eager': plain operators "
+            "compute the attention, of which nothing is kept, so its layers recompute as with 'full'. Use 'sdpa' or "
+            "another attention with a kernel of its own, or activation_checkpointing_policy='selective'."
+        )
+    if policy != "full":
+        recompute_selectively(state.model, state.recomputed, options, policy)
 
 
 def _configure_experts(model: ParallelModel, dtype: torch.dtype, args: PreparationArguments) -> None:
@@ -119,7 +126,7 @@ def start_run(state: TrainingState, args: PreparationArguments) -> None:
 def end_run(model: ParallelModel, state: TrainingState) -> None:
     """Take back what holds for a run alone. `note_switches` was called when it began."""
     if state.offload is not None:
-        state.offload.buffers.release()
+        state.offload.release()
     set_noise(model, None, 0)
     restore_switches(model)
 

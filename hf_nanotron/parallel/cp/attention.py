@@ -31,10 +31,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn import functional as F
 
 from ...ops.attention import attention
+from ...ops.host_copy import to_device
 from ...ops.kernels.attention import KERNELS, Problem, Saved
 from ..collectives import all_gather
 from ..mesh import Group
-from .calls import Calls, calls_of, to_device
+from .calls import Calls, calls_of
 from .layout import Layout
 
 MODES = ("gather", "heads")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ...ops.host_copy import to_device
 from .layout import Ints, Layout
 
 # Keys without queries cost their zeros in a backward: no more of them than keys with, or than a call costs. By counting
@@ -45,11 +46,6 @@ class Calls(NamedTuple):
 
     def to(self, device: torch.device) -> Calls:
         return self._replace(bounds=to_device(self.bounds, device))
-
-
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, for which the host does not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.clone()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ COUNTED = "counted_tokens"  # of a dealt batch: `[B, S / cp]`, 0 for tokens that
 
 def needs_mask(batch: dict[str, Any]) -> str | None:
     """Why the rows of `batch` cannot be shared by ranks; None if they can."""
+    shape, positions = tuple(batch_shape(batch)), batch.get("position_ids")
+    if positions is not None and tuple(positions.shape) not in (shape, (1, *shape[1:])):
+        return f"the batches have position_ids {list(positions.shape)} for tokens {list(shape)}"
     if documents_of(batch) is not None:
         return None
     columns = sorted(name for name, value in batch.items() if value is not None)
@@ -65,7 +68,9 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     if missing or counted is not None:
         whole[COUNTED] = ones_like_tokens(batch) if counted is None else counted
     positions = whole.get("position_ids")
-    whole["position_ids"] = (torch.arange(length) if positions is None else positions).expand(rows, length)
+    if positions is None:
+        positions = torch.arange(length, device=whole[IDS if whole.get(IDS) is not None else EMBEDDINGS].device)
+    whole["position_ids"] = positions.expand(rows, length)
     if whole.get("labels") is not None and whole.get("shift_labels") is None:
         whole["shift_labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     own = {}

@@ -180,7 +180,14 @@ class LossChoice:
 
     def _warn_of_parts(self) -> None:
         """Of hooks that nobody has tried: those of a stock model are, before it is sharded (`selfcheck`)."""
-        size = self.model.mesh.tp_size
+        size, cp_size = self.model.mesh.tp_size, self.model.mesh.cp_size
+        if cp_size > 1 and (inside := inner_hooks(self.model, self.model.anatomy.backbone)):
+            name, hook = inside[0]
+            logger.warning(
+                f"{hook} is hooked to {name} of a model whose rows {cp_size} ranks share (cp_size): it sees this "
+                "rank's tokens of every row, in the order of the deal, filled up. Only what it does to each token "
+                "alone is right there."
+            )
         hooked = inner_hooks(self.model, self.model.anatomy.backbone) if size > 1 else []
         if new := [(name, hook) for name, hook in hooked if (name, hook) not in self.model.cut.tried_hooks]:
             name, hook = new[0]
