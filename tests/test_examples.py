@@ -313,12 +313,12 @@ def test_a_short_model_is_extended_on_two_ranks(pool: WorkerPool, tmp_path: Path
 
     example = EXAMPLES / "long_context"
     prepare, extend = (load(f"long_{name}", example / f"{name}.py") for name in ("prepare", "extend"))
-    prepare.main(["--output-dir", str(tmp_path), "--min-chars", "60000", "--max-documents", "6", "--vocab-size", "300"])
+    prepare.main(["--output-dir", str(tmp_path), "--min-chars", "60000", "--max-documents", "3", "--vocab-size", "300"])
     common = ["--data", str(tmp_path), "--max-steps", "2", "--learning-rate", "1e-2", "--eval-rows", "2"]
     short, extended, long = (str(tmp_path / name) for name in ("short", "extended", "long"))
     pool.run(1, train_long, *common, "--output-dir", short, "--sequence-length", "64")
     extend.main([short, extended, "--sequence-length", "256"])
-    with pytest.raises(SystemExit, match="scaled already"):
+    with pytest.raises(SystemExit, match="only rope_type 'default'"):
         extend.main([extended, long, "--sequence-length", "512"])
     with pytest.raises(SystemExit, match="rows of 256 tokens already"):
         extend.main([extended, long, "--sequence-length", "256"])

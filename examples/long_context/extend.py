@@ -20,13 +20,13 @@ def longer(config: PreTrainedConfig, sequence_length: int) -> dict[str, Any]:
     """Fields of the config of a model that takes rows of `sequence_length` tokens.
 
     Raises:
-        SystemExit: if the model takes rows of that length already, or its rotary embeddings are scaled already.
+        SystemExit: if the model takes rows of that length already, or its rotary embeddings are not plain ones.
     """
-    before, rope = config.max_position_embeddings, config.rope_parameters
+    before, rope = config.max_position_embeddings, getattr(config, "rope_parameters", None) or {}
     if sequence_length <= before:
         raise SystemExit(f"the model takes rows of {before} tokens already; --sequence-length must be more than that.")
-    if rope["rope_type"] != "default":
-        raise SystemExit(f"the model's rotary embeddings are scaled already ({rope}); begin with one of before.")
+    if rope.get("rope_type") != "default":
+        raise SystemExit(f"the model's rotary embeddings are {rope}; only rope_type 'default' can be extended.")
     yarn = {"rope_type": "yarn", "factor": sequence_length / before, "original_max_position_embeddings": before}
     return {"max_position_embeddings": sequence_length, "rope_parameters": {**rope, **yarn}}
 
