@@ -125,9 +125,8 @@ def squared_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
     `attention_mask` there are none. The result is where the positions are: no device is waited for.
     """
     rows, length = batch_shape(batch)
-    positions = batch.get("position_ids")
-    known = positions is not None and positions.dim() == 2 and positions.shape[1] == length
-    if not known or batch.get("attention_mask") is not None:
+    positions = None if batch.get("attention_mask") is not None else batch.get("position_ids")
+    if positions is None or positions.dim() != 2 or positions.shape[1] != length:
         return torch.tensor(rows * length**2)
     places = torch.arange(length, device=positions.device)
     begins = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
