@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -279,3 +280,55 @@ def test_the_example_of_streams_resumes(tmp_path: Path) -> None:
     cursor = resumed.data_cursor()
     assert cursor["samples"] == 8 and cursor["order"]["lanes"] == 2
     assert [lane["rows"] for lane in cursor["state"]["lanes"].values()] == [4, 4]
+
+
+# ---- long_context ----
+
+
+def train_long(*argv: str) -> dict[str, dict[str, float]]:
+    trainer, table = load("long_train", EXAMPLES / "long_context" / "train.py").main(argv)
+    trainer.mesh.close()
+    return table
+
+
+def losses_of_stock(folder: Path, held_out: Any) -> dict[str, float]:
+    """What transformers computes of a saved model, document by document: mean loss by position."""
+    from transformers import AutoModelForCausalLM
+
+    model, sums = AutoModelForCausalLM.from_pretrained(folder), torch.zeros(len(held_out.domain_names), 2)
+    for row in (held_out[place] for place in range(len(held_out))):
+        begins = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), len(row["input_ids"])]
+        for begin, end in itertools.pairwise(begins):
+            ids = row["input_ids"][begin:end]
+            labels, buckets = ids[1:], row["domain"][begin : end - 1]
+            with torch.no_grad():
+                losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], labels, reduction="none")
+            sums.index_add_(0, buckets, torch.stack([losses, torch.ones_like(losses)], dim=-1))
+    return dict(zip(held_out.domain_names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+
+def test_a_short_model_is_extended_on_two_ranks(pool: WorkerPool, tmp_path: Path) -> None:
+    """Losses by position fall, and are those of stock transformers, which reads YaRN from the saved model."""
+    from hf_nanotron.data import TokenDataset
+
+    example = EXAMPLES / "long_context"
+    prepare, extend = (load(f"long_{name}", example / f"{name}.py") for name in ("prepare", "extend"))
+    prepare.main(["--output-dir", str(tmp_path), "--min-chars", "60000", "--max-documents", "3", "--vocab-size", "300"])
+    common = ["--data", str(tmp_path), "--max-steps", "2", "--learning-rate", "1e-2", "--eval-rows", "2"]
+    short, extended, long = (str(tmp_path / name) for name in ("short", "extended", "long"))
+    pool.run(1, train_long, *common, "--output-dir", short, "--sequence-length", "64")
+    extend.main([short, extended, "--sequence-length", "256"])
+    with pytest.raises(SystemExit, match="only rope_type 'default'"):
+        extend.main([extended, long, "--sequence-length", "512"])
+    with pytest.raises(SystemExit, match="rows of 256 tokens already"):
+        extend.main([extended, long, "--sequence-length", "256"])
+    sizes = ["--sequence-length", "256", "--cp-size", "2", "--model", extended, "--short", short]
+    table, other = pool.run(2, train_long, *common, "--output-dir", long, *sizes)
+    assert table == other and list(table) == ["short model", "YaRN, not trained", "trained"]
+    assert all(table["trained"][name] < table["YaRN, not trained"][name] for name in ("0-64", "64-128", "128-256"))
+    held_out = load("long_table", example / "train.py").ByPosition(
+        TokenDataset(tmp_path / "held_out", 256, documents="mask"), 2, 64
+    )
+    for column, folder in (("YaRN, not trained", extended), ("trained", long)):
+        assert table[column] == pytest.approx(losses_of_stock(Path(folder), held_out), rel=1e-5)
+    assert table["short model"]["128-256"] != table["YaRN, not trained"]["128-256"]

@@ -15,8 +15,9 @@ from tiny import VOCABULARY, pad_batch, random_dataset, tiny_config, training_ar
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_nanotron.monitor.flops import flops_per_token, peak_flops
+from hf_nanotron.monitor.flops import flops_per_token, peak_flops, squared_lengths
 from hf_nanotron.monitor.throughput import Throughput
+from hf_nanotron.prepare.attention import documents_of
 
 STOCK_FIGURES = {"loss", "grad_norm", "learning_rate", "epoch"}
 OUR_FIGURES = {"tokens_per_second", "tokens_per_second_per_device", "step_time", "peak_memory_gib"}
@@ -172,7 +173,7 @@ def test_throughput_counts_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatc
     def step(begin: float, end: float, tokens: int, length: int) -> None:
         clock.now = begin
         throughput.on_step_begin()
-        throughput.add_tokens(torch.tensor(tokens), length)
+        throughput.add_tokens(torch.tensor(tokens), torch.tensor(tokens * length))
         clock.now = end
         throughput.on_step_end()
 
@@ -197,6 +198,64 @@ def test_throughput_counts_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatc
     figures = throughput.report()
     assert figures["tokens_per_second"] == 4.0
     assert figures["mfu"] == pytest.approx(4.0 * flops_per_token(shapes, config, 4) / 1e9)
+    step(64, 66, tokens=16, length=4)
+    step(66, 68, tokens=8, length=10)  # steps of different lengths
+    flops = 16 * flops_per_token(shapes, config, 4) + 8 * flops_per_token(shapes, config, 10)
+    assert throughput.report()["mfu"] == pytest.approx(flops / 4 / 1e9)
+
+
+def test_squared_lengths() -> None:
+    """By hand, and by the bounds that attention gets; what marks no documents is a row of one."""
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    assert squared_lengths({"input_ids": ids}) == 2 * 36
+    assert squared_lengths({"inputs_embeds": torch.zeros(2, 6, 3)}) == 2 * 36
+    packed = torch.tensor([[0, 1, 2, 0, 0, 1], [3, 4, 5, 6, 7, 8]])  # 3, 1, 2; and one that does not begin at 0
+    batch = {"input_ids": ids, "position_ids": packed}
+    documents = documents_of(batch)
+    assert documents is not None
+    assert squared_lengths(batch) == 9 + 1 + 4 + 36 == documents.bounds.diff().square().sum()
+    assert squared_lengths({**batch, "position_ids": packed[:1]}) == 2 * (9 + 1 + 4)  # for all rows
+    assert squared_lengths({**batch, "attention_mask": torch.ones(2, 6)}) == 2 * 36  # transformers sees no documents
+    assert squared_lengths({**batch, "position_ids": packed.expand(3, 2, 6)}) == 2 * 36  # of text, width and height
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 7, 300):
+        random = torch.randint(0, 3, (3, length), generator=generator)
+        batch = {"input_ids": random, "position_ids": random}
+        documents = documents_of(batch)
+        assert documents is not None and squared_lengths(batch) == documents.bounds.diff().square().sum()
+
+
+PACKED = [[16], [9, 7], [1, 15], [4, 4, 8]]  # documents of the rows of a step
+
+
+def packed_samples(micro_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([torch.tensor(sample[name]) for sample in micro_batch]) for name in micro_batch[0]}
+
+
+def log_packed(directory: str, sizes: dict[str, Any], micro_batches: int) -> tuple[dict[str, float], float]:
+    """The log line of a step over packed rows on devices of 1 GFLOP/s, and what a token of them costs by hand."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    args = NanotronTrainingArguments(
+        **training_arguments(max_steps=1, gradient_accumulation_steps=micro_batches, logging_steps=1), **sizes
+    )
+    ids = list(range(3, 3 + LENGTH))
+    positions = [[place for length in documents for place in range(length)] for documents in PACKED]
+    rows = [{"input_ids": ids, "labels": ids, "position_ids": row} for row in positions]
+    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=rows, data_collator=packed_samples)
+    trainer.throughput.peak = 1e9
+    trainer.train()
+    squares = sum(length**2 for documents in PACKED for length in documents)
+    cost = flops_per_token(trainer.model.hub_shapes, model.config, squares / (len(PACKED) * LENGTH))
+    return trainer.state.log_history[0], cost
+
+
+@pytest.mark.parametrize(("sizes", "micro_batches"), [({}, 2), ({"cp_size": 2}, 4)])
+def test_mfu_of_packed_rows(pool: WorkerPool, sizes: dict[str, Any], micro_batches: int) -> None:
+    """Attention counts by the real lengths of documents, those of whole rows where ranks share them."""
+    for line, cost in pool.run(2, log_packed, checkpoint(), sizes, micro_batches):
+        assert line["mfu"] == pytest.approx(line["tokens_per_second_per_device"] * cost / 1e9, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,16 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.training.run_report import RunReport, logs_next
 
 
-def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+def batch(rows: int, length: int, *documents: int) -> dict[str, torch.Tensor]:
+    positions = {"position_ids": torch.cat([torch.arange(n) for n in documents])[None]} if documents else {}
+    return {"input_ids": torch.zeros(rows, length, dtype=torch.long), **positions}
 
 
 def sum_up(sizes: dict[str, int]) -> tuple[float, float, list[Any]]:
     mesh, added = ParallelMesh(ParallelConfig(**sizes)), list[Any]()
-    throughput: Any = SimpleNamespace(add_tokens=lambda tokens, length: added.extend((tokens.item(), length)))
-    batches = [batch(2, 5), batch(1, 7) if mesh.dp_rank == 0 else FillerBatch(batch(1, 7))]
+    throughput: Any = SimpleNamespace(add_tokens=lambda *counts: added.extend(count.item() for count in counts))
+    last = batch(1, 7, 4, 1, 2)
+    batches = [batch(2, 5), last if mesh.dp_rank == 0 else FillerBatch(last)]
     loss = torch.tensor(1.0 + mesh.dp_rank)
     mean, told = RunReport(throughput).sum_step(mesh, loss, batches, mesh.rank == 1)
     mesh.close()
@@ -30,12 +32,20 @@ def sum_up(sizes: dict[str, int]) -> tuple[float, float, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "loss", "tokens"), [({}, 3.0, 27.0), ({"tp_size": 2}, 1.0, 17.0), ({"pp_size": 2}, 1.0, 17.0)]
+    ("sizes", "loss", "tokens", "squares"),
+    [
+        ({}, 3.0, 27.0, 2 * 2 * 25 + 21),
+        ({"tp_size": 2}, 1.0, 17.0, 2 * 25 + 21),
+        ({"pp_size": 2}, 1.0, 17.0, 2 * 25 + 21),
+        ({"cp_size": 2}, 2.0, 17.0, 2 * 25 + 21),  # each rank has a part of the loss
+    ],
 )
-def test_one_sum_over_the_job(pool: WorkerPool, sizes: dict[str, int], loss: float, tokens: float) -> None:
+def test_one_sum_over_the_job(
+    pool: WorkerPool, sizes: dict[str, int], loss: float, tokens: float, squares: float
+) -> None:
     """Ranks that see the same batch count once, and a batch that only keeps a rank in step has no tokens."""
     for got in pool.run(2, sum_up, sizes):
-        assert got == (loss, 1.0, [tokens, 7])
+        assert got == (loss, 1.0, [tokens, squares])
 
 
 def test_loads_are_reported_once() -> None:

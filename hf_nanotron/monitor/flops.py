@@ -8,6 +8,9 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+
+from ..parallel.batch import batch_shape
 
 # Dense bf16 FLOP/s from the vendors' data sheets, by a part of the name that the driver reports.
 PEAK_FLOPS = {
@@ -102,6 +105,9 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     `6 * (matmul weights of the layers that a token meets + vocabulary * hidden)
     + 3 * sum over layers of heads * (query dim + value dim) * sequence`.
 
+    Of packed documents, `sequence_length` is the sum of `squared_lengths` over the number of tokens: a token attends to
+    half of its own document on average.
+
     Embedding look-up and activation recomputation are not counted (model FLOPs, Chowdhery et al. 2022,
     arXiv:2204.02311). Every layer counts as full causal attention, and none if the config has no attention heads; of
     recurrences (Mamba) the projections count, the scan does not.
@@ -110,3 +116,20 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], config: Any, sequence
     layers = sum(active_weights(name, shape, text) for name, shape in shapes.items())
     attention = sum(attention_heads(layer) * sum(head_dims(layer)) for layer in layer_configs(text))
     return 6.0 * (layers + text.vocab_size * text.hidden_size) + 3.0 * attention * sequence_length
+
+
+def squared_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Sum over documents of the square of their length, 0-dim; a row without documents is one.
+
+    As in transformers, a document begins where `position_ids` `[B, S]` do not go on by one, and with an
+    `attention_mask` there are none. The result is where the positions are: no device is waited for.
+    """
+    rows, length = batch_shape(batch)
+    positions = None if batch.get("attention_mask") is not None else batch.get("position_ids")
+    if positions is None or positions.dim() != 2 or positions.shape[1] != length:
+        return torch.tensor(rows * length**2)
+    places = torch.arange(length, device=positions.device)
+    begins = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+    first = torch.where(begins, places, 0).cummax(dim=-1).values
+    # The odd numbers up to 2 n - 1 sum up to the square of n.
+    return (2 * (places - first) + 1).sum() * (rows // positions.shape[0])

@@ -31,7 +31,7 @@ class Throughput(TrainerCallback):
     def _clear(self) -> None:
         self._intervals: list[tuple[Any, Any]] = []  # one for all steps between two pauses
         self._steps = 0
-        self._tokens: dict[int, torch.Tensor] = {}  # by the length of the sequences
+        self._counts: torch.Tensor | None = None  # tokens and `squared_lengths` of all steps, `[2]`
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -40,9 +40,10 @@ class Throughput(TrainerCallback):
         event.record()
         return event
 
-    def add_tokens(self, tokens: torch.Tensor, sequence_length: int) -> None:
-        """Count a step. `tokens` is the number over all data-parallel ranks, on the device."""
-        self._tokens[sequence_length] = self._tokens.get(sequence_length, torch.zeros_like(tokens)) + tokens
+    def add_tokens(self, tokens: torch.Tensor, squares: torch.Tensor) -> None:
+        """Count a step: its tokens, and the sum of `squared_lengths`, over all data-parallel ranks, on the device."""
+        counts = torch.stack([tokens, squares])
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self._last is None:
@@ -70,9 +71,9 @@ class Throughput(TrainerCallback):
             seconds = sum(start.elapsed_time(end) for start, end in self._intervals) / 1e3
         else:
             seconds = sum(end - start for start, end in self._intervals)
-        steps, by_length = self._steps, {length: count.item() for length, count in self._tokens.items()}
+        steps = self._steps
+        tokens, squares = (0.0, 0.0) if self._counts is None else self._counts.tolist()
         self._clear()
-        tokens = sum(by_length.values())
         per_device = tokens / seconds / self.mesh.world_size
         figures = {
             "step_time": seconds / steps,
@@ -81,8 +82,8 @@ class Throughput(TrainerCallback):
             "peak_memory_gib": self._peak_memory() / 2**30,
         }
         if self.peak is not None:
-            flops = sum(n * flops_per_token(self.shapes, self.config, length) for length, n in by_length.items())
-            figures["mfu"] = flops / seconds / self.mesh.world_size / self.peak
+            flops = flops_per_token(self.shapes, self.config, squares / max(tokens, 1))
+            figures["mfu"] = flops * per_device / self.peak
         return figures
 
     def _peak_memory(self) -> float:

@@ -14,6 +14,7 @@ from ..data.fingerprint import unnoticed
 from ..data.loader import FillerBatch
 from ..data.ordered import brings_order
 from ..models.base import ParallelModel
+from ..monitor.flops import squared_lengths
 from ..monitor.memory import (
     MemoryReport,
     activation_bytes,
@@ -48,20 +49,24 @@ class RunReport:
 
         Args:
             loss: this rank's part.
-            batches: the window of this rank.
+            batches: the window of this rank: whole rows.
 
         Returns:
             The loss of the step, fp32, and how many ranks were told to stop.
         """
-        tokens = sum(0 if isinstance(batch, FillerBatch) else batch_shape(batch).numel() for batch in batches)
+        real = [batch for batch in batches if not isinstance(batch, FillerBatch)]
+        tokens = sum(batch_shape(batch).numel() for batch in real)
         speaks = mesh.speaks_for_tokens
-        counted = tokens * (speaks and mesh.cp_rank == 0)  # context-parallel ranks share them, and the loss
-        values = torch.tensor([0.0, counted, float(is_told_to_stop)], dtype=torch.float64)
+        counts = speaks and mesh.cp_rank == 0  # context-parallel ranks share rows, and the loss
+        values = torch.tensor([0.0, tokens * counts, 0.0, float(is_told_to_stop)], dtype=torch.float64)
         told = to_device(values, loss.device)
         told[0] = loss * speaks
+        if counts:
+            for batch in real:
+                told[2] += to_device(squared_lengths(batch), loss.device)
         told = all_reduce(told, mesh.world)
-        self.throughput.add_tokens(told[1], max(batch_shape(batch)[1] for batch in batches))
-        return told[0].float(), told[2]
+        self.throughput.add_tokens(told[1], told[2])
+        return told[0].float(), told[3]
 
     def metrics(self, model: ParallelModel, log_loads: str) -> dict[str, float]:
         """What a log line with a loss says besides. All ranks together."""
