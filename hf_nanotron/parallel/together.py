@@ -48,7 +48,7 @@ def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
 
 
 def all_or_none(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
-    """`together`, for an `action` whose ValueError says on every rank what is wrong: that of the first rank with one."""
+    """`together`, but all ranks raise the ValueError of the first rank that has one, which says what is wrong."""
     message: str | None = None
 
     def attempt() -> T | None:
