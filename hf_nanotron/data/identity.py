@@ -97,7 +97,7 @@ def _files(before: Any, now: Any, shown: Sequence[str]) -> str | None:
     old, new = ({what: _numbers(prints[what]) for what in columns} for prints in (before, now))
     if old["names"].shape == new["names"].shape and (old["names"] == new["names"]).all():
         for what, says in (("lengths", "has another length than"), ("times", "was written again, or copied, since")):
-            places = np.flatnonzero(old[what] != new[what]) if what in columns else ()
+            places = np.flatnonzero(old[what] != new[what]) if what in columns else np.array([])
             if len(places):
                 since = " when the checkpoint was saved" if what == "lengths" else " the checkpoint was saved"
                 return f"{_shown(int(places[0]), size, shown)} {says}{since}{_others(len(places))}"

@@ -234,8 +234,8 @@ def accept_changes(cursor: Cursor, dataset: Any, args: NanotronTrainingArguments
     for name in before:
         if name not in now:
             continue
-        pair = (before[name], now[name]) if compares_times else map(without_times, (before[name], now[name]))
-        found = difference(*pair, shown_files(dataset, name))
+        facts = (lambda identity: identity) if compares_times else without_times
+        found = difference(facts(before[name]), facts(now[name]), shown_files(dataset, name))
         if found is None:
             continue
         sentence = f"the data set {name!r} is not the one that the checkpoint was trained on: {found.sentence}"
