@@ -32,7 +32,7 @@ from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
-from .data.ordered import COLUMNS, brings_order, stack
+from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
 from .data.streaming.lane_stream import LaneStream
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
@@ -62,7 +62,7 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
-from .training.data_fit import fitted
+from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
@@ -138,7 +138,12 @@ class NanotronTrainer(Trainer):
         self._signals = StopSignals(args.save_on_signal)
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
+        train_dataset = kwargs.get("train_dataset")
+        if is_run(train_dataset) and args.max_steps > 0:  # Trainer would ask for a length, which may take long to find
+            kwargs["train_dataset"] = None
         super().__init__(model, args, *positional, **kwargs)
+        self.train_dataset = train_dataset
+        check_evaluable(self.eval_dataset)
         self.callback_handler.callbacks.insert(0, DataProgress(self._data_order))
         self._default_collator = self.data_collator if kwargs.get("data_collator") is None else None
         self.neftune_noise_alpha = None  # Trainer's own hook would draw other noise on each rank
@@ -263,6 +268,8 @@ class NanotronTrainer(Trainer):
         dataloader_key: str | None = None,
     ) -> DataParallelLoader:
         """Deals batches over data-parallel ranks alone; a loader for training knows its position."""
+        if not is_training:
+            check_evaluable(dataset)
         if brings_order(dataset):
             dataset = fitted(dataset, self.model, self.processing_class, description)
             dataset = self._data_order.take(dataset) if is_training else dataset
@@ -277,11 +284,12 @@ class NanotronTrainer(Trainer):
         return loader
 
     def _collator(self, dataset: Any, description: str) -> Callable[[list[Any]], Any]:
-        """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, and not
-        domains that have names.
+        """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, or of a
+        part of one, and not domains that have names.
         """
-        ordered = brings_order(dataset) or isinstance(dataset, LaneStream)
-        named = getattr(dataset, "domain_names", None) is not None
+        parts = wrapped(dataset)
+        ordered = all(brings_order(part) or isinstance(part, LaneStream) for part in parts)
+        named = any(getattr(part, "domain_names", None) is not None for part in parts)
         collate = stack if ordered and self.data_collator is self._default_collator else self.data_collator
         collate = self._get_collator_with_removed_columns(collate, description=description)
         if isinstance(collate, RemoveColumnsCollator):
@@ -651,7 +659,8 @@ class NanotronTrainer(Trainer):
         Raises:
             ValueError: on every rank, for data that differs between them, or ids that the model does not know.
         """
-        with self._guard.evaluating(), self._evaluation.over(dataloader, description) as announced:
+        has_own_loss = self._loss_choice.is_own
+        with self._guard.evaluating(), self._evaluation.over(dataloader, description, has_own_loss) as announced:
             output = super().evaluation_loop(
                 announced, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -815,6 +824,7 @@ class NanotronTrainer(Trainer):
 
     def _examine(self, window: list[Any]) -> None:
         """Raises for a window that this rank has read and that cannot be trained on."""
+        self._domains.totals.only_named = self._loss_choice.is_own
         self._domains.totals.check(window)
         for batch in window:
             check_batch(self.mesh, batch)

@@ -16,7 +16,7 @@ from pool import WorkerPool
 from tiny import VOCABULARY, message, tiny_config, training_arguments
 from token_files import documents, write_ds
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from hf_nanotron.data.domain_column import MOST_UNNAMED, check_column, domain_names
@@ -481,6 +481,22 @@ def test_steps_that_are_not_finite() -> None:
     assert log.state() == {"domains": {"tokens": {"web": 12, "code": 12, "rare": 0}}}
 
 
+def test_a_users_own_loss_may_read_a_column_of_that_name() -> None:
+    """Whatever is in it, unless the dataset names its domains."""
+    from hf_nanotron.training.domains import DomainTotals
+
+    model: Any = SimpleNamespace(own_columns=frozenset())
+    inputs = {"input_ids": torch.zeros(2, 4)}
+    windows = [[{**inputs, "domain": column}] for column in (["x", "y"], torch.rand(2), torch.tensor([0, 10**6]))]
+    for window in windows:
+        own, plain, named = DomainTotals(model, None), DomainTotals(model, None), DomainTotals(model, Rows("rows"))
+        own.only_named = named.only_named = True
+        own.check(window)
+        assert own.sums_of(window) is None and not own.is_used
+        assert "the column 'domain' of a batch" in message(lambda: plain.check(window))  # noqa: B023
+        assert "the column 'domain' of a batch" in message(lambda: named.check(window))  # noqa: B023
+
+
 def test_names() -> None:
     labelled = HubDataset.from_dict({"domain": [0, 1]}, features=Features({"domain": ClassLabel(names=["a", "b"])}))
     plain = HubDataset.from_dict({"domain": [0, 1]}, features=Features({"domain": Value("int64")}))
@@ -488,6 +504,9 @@ def test_names() -> None:
     assert domain_names(plain) is domain_names(None) is domain_names([1]) is None
     assert domain_names(SimpleNamespace(names=["x"], domain_names=["y"])) == ("y",)
     assert "the name 'x' twice" in message(lambda: domain_names(SimpleNamespace(names=["x", "x"])))
+    named, other = Rows("rows"), Rows("rows", names=("x", "y", "z"))
+    assert domain_names(Subset(ConcatDataset([named, named]), [0])) == NAMES
+    assert "make a Mixture of them" in message(lambda: domain_names(ConcatDataset([named, other])))
     assert "must be a list of the names" in message(lambda: domain_names(SimpleNamespace(names="web")))
 
 

@@ -14,6 +14,7 @@ from token_files import documents, flat, write_ds
 from torch.utils.data import DataLoader
 
 from hf_nanotron.data import Mixture, TokenDataset
+from hf_nanotron.data.tokens import blend as blending
 from hf_nanotron.data.tokens.blend import BLOCK, UNLIMITED, Blend, Point
 
 LENGTH = 8
@@ -79,6 +80,23 @@ def test_any_place_in_any_order() -> None:
     found = blend([3, 1, 2]).locate(places)
     np.testing.assert_array_equal(found[0], whole[0][places])
     np.testing.assert_array_equal(found[1], whole[1][places])
+
+
+def test_a_long_run_keeps_few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"BLOCK": 16, "KEPT_BLOCKS": 2, "KEPT_POINTS": 8}.items():
+        monkeypatch.setattr(blending, name, value)
+    sets = {name: Numbers(10**6) for name in "abc"}
+    mixture, weights = Mixture(sets, [5, 3, 2]), np.array([5.0, 3.0, 2.0])
+    expected, before = by_the_rule(weights / weights.sum(), 3_000)
+    for first in range(0, 3_000, 8):
+        np.testing.assert_array_equal(
+            mixture.locate(range(first, first + 8)), [a[first : first + 8] for a in (expected, before)]
+        )
+        assert list(mixture.counts(first).values()) == np.bincount(expected[:first], minlength=3).tolist()
+    points = mixture._blend._blends[0]._points
+    assert max(points) == 188 and len(points) <= 8
+    for sample in (2_999, 17, 1_600, 0, 900):  # in any order
+        assert mixture.locate([sample])[0] == expected[sample]
 
 
 @pytest.mark.parametrize("at", [0, 1, 999, BLOCK, BLOCK + 7])

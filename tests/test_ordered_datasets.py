@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 import torch
 from pool import WorkerPool
 from test_ordered_training import token_set, write_corpus
-from tiny import History, message, training_arguments
+from tiny import VOCABULARY, History, message, training_arguments
 from token_files import documents, write_ds
 from torch.nn import functional as F
-from torch.utils.data import SequentialSampler
+from torch.utils.data import ConcatDataset, SequentialSampler, Subset
 
 from hf_nanotron.data import Mixture, TokenDataset
+from hf_nanotron.data.fingerprint import row_hashes
 from hf_nanotron.data.identity import LISTED, FileFacts, difference, file_prints, without_times
 from hf_nanotron.data.loader import build_loader
 from hf_nanotron.data.ordered import brings_order, is_run, stack
@@ -47,6 +49,19 @@ def test_which_datasets_bring_their_order(tmp_path: Path) -> None:
         def state_dict(self, samples: int = 0) -> dict[str, Any]:
             return {"samples": samples}
 
+    class Named(torch.utils.data.Dataset):
+        """A user's own, whose attributes mean something else."""
+
+        identity, rows, settings, state_dict, names = "speaker", ((1, 2), (3, 4)), {"lr": 1}, {}, {"web": 1}
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, number: int) -> Any:
+            return {"input_ids": list(self.rows[number])}
+
+    assert not brings_order(Named()) and len(row_hashes(Named())) == 2
+    assert sorted(row["input_ids"] for row in Mixture({"own": Named()}, [1])) == [[1, 2], [3, 4]]
     streams = rows.to_iterable_dataset(), IterableDataset.from_generator(lambda: iter([{"a": 1}]))
     assert [brings_order(each) for each in (tokens, mixture, OwnRun(), Own(), rows, *streams, [1])] == [True] * 3 + [
         False
@@ -141,7 +156,7 @@ def in_one_process(folder: str) -> dict[str, Any]:
     def mixture(**options: Any) -> Mixture:
         return Mixture({"web": web, "code": code}, [0.5, 0.5], **options)
 
-    def run(data: Any, resume: str | None = None, collator: Any = None, **values: Any) -> Any:
+    def run(data: Any, resume: str | None = None, collator: Any = None, evaluated: Any = code, **values: Any) -> Any:
         args = NanotronTrainingArguments(
             **training_arguments(
                 **{"max_steps": 2, "output_dir": folder + "/out", "per_device_eval_batch_size": 1} | values
@@ -150,7 +165,12 @@ def in_one_process(folder: str) -> dict[str, Any]:
         model = ParallelAuto.from_pretrained(f"{folder}/model", parallel=args.parallel)
         history = History()
         trainer = NanotronTrainer(
-            model=model, args=args, train_dataset=data, eval_dataset=code, data_collator=collator, callbacks=[history]
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=evaluated,
+            data_collator=collator,
+            callbacks=[history],
         )
         trainer.train(resume_from_checkpoint=resume)
         trainer.losses = history.losses
@@ -194,6 +214,13 @@ def in_one_process(folder: str) -> dict[str, Any]:
     run(mixture(), collator=collate)
     found["own collator"] = len(seen) >= 2 and set(seen) == {0, 1}
 
+    # Sixteen rows of each set, as one batch.
+    parts = ConcatDataset([Subset(code, range(16)), Subset(code, range(16, 32))])
+    values = {"per_device_train_batch_size": 32, "max_steps": 1, "train_sampling_strategy": "sequential"}
+    found["wrapped"] = run(parts, **values).losses == run(code, **values).losses
+    some = run(Subset(mixture(), range(9)), max_steps=1, per_device_train_batch_size=9).state.log_history[0]
+    found["wrapped mixture"] = {key for key in some if "/" in key}
+
     long_rows = token_set(folder, "web", 128)
     stages = [Stage(mixture()), Stage(mixture(), start_step=1, global_batch_size=3)]
     small = ParallelAuto.from_pretrained(
@@ -203,6 +230,8 @@ def in_one_process(folder: str) -> dict[str, Any]:
         "group": lambda: run(mixture(), train_sampling_strategy="group_by_length"),
         "epochs": lambda: run(mixture(), max_steps=-1),
         "length": lambda: run(long_rows),
+        "evaluated": lambda: run(mixture(), evaluated={"a": code, "b": mixture(max_epochs=None)}),
+        "evaluated stages": lambda: run(mixture(), evaluated=Stages(stages)),
         "stages without steps": lambda: run(Stages(stages), max_steps=-1),
         "stages by the batch": lambda: run(Stages(stages), per_device_train_batch_size=2),
         "vocabulary": lambda: NanotronTrainer(
@@ -212,6 +241,12 @@ def in_one_process(folder: str) -> dict[str, Any]:
         found[name] = message(action)
 
     checkpoint = f"{folder}/out/checkpoint-2"  # of which `code` was read
+    over = Stages([Stage(mixture(max_epochs=None)), Stage(mixture(max_epochs=None), start_step=1)])
+    run(over, save_strategy="epoch", output_dir=folder + "/stages")
+    found["done"] = [
+        run(data, resume=where, save_strategy="no").state.global_step
+        for data, where in ((mixture(max_epochs=None), checkpoint), (over, f"{folder}/stages/checkpoint-2"))
+    ]
     tokens = run(web, save_strategy="steps", save_steps=1, output_dir=folder + "/plain")
     plain = f"{folder}/plain/checkpoint-1"
     found["plain"] = run(web, resume=plain).losses == tokens.losses[1:]
@@ -245,11 +280,15 @@ def test_in_one_process(pool: WorkerPool, tmp_path: Path) -> None:
     assert steps == max_steps == -(-samples // 16) < 500 and rate == 0
     assert f"The Mixture ends the run after {samples} samples" in found["ends, told"][0]
     assert "the set 'web'" in found["ends, told"][0] and "max_steps=500" in found["ends, told"][0]
+    assert found["wrapped"] and found["done"] == [2, 2]
+    assert found["wrapped mixture"] == {"loss/web", "loss/code", "tokens/web", "tokens/code"}
     assert found["a tenth"][0] == found["a tenth"][1]
     for name, texts in {
         "group": ["train_sampling_strategy='group_by_length' with a Mixture: it brings its order"],
         "epochs": ["num_train_epochs=3 with a Mixture", "use num_train_epochs=1 for all of it, or max_steps"],
         "length": ["has rows of 128 tokens, but the model has max_position_embeddings=64", "lower sequence_length"],
+        "evaluated": ["this Mixture has no end of its own: to evaluate, use a Mixture with max_epochs=1"],
+        "evaluated stages": ["this Stages has no end of its own"],
         "stages without steps": ["max_steps has to be specified"],
         "stages by the batch": ["stage 1: global_batch_size=3 is not a multiple of per_device_train_batch_size=2 x 1"],
         "vocabulary": ["web.ds: token", "and the vocabulary has 60 (ids 0 to 59)"],
@@ -264,3 +303,51 @@ def test_in_one_process(pool: WorkerPool, tmp_path: Path) -> None:
         for text in texts:
             assert text in found[name], (name, found[name])
     assert found["accepted"][0] == found["anew"] == 3 and "code.ds has another length" in found["accepted"][1][0]
+
+
+def copies_of_ranks(folder: str) -> list[Any]:
+    """Each rank reads a copy of its own; the copies were made at other times."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+
+    rank = torch.distributed.get_rank()
+    own = Path(folder) / f"copy{rank}"
+    own.mkdir()
+    for number, name in enumerate(("web", "code")):
+        write_ds(own / f"{name}.ds", documents(60, number, vocabulary=VOCABULARY))
+        os.utime(own / f"{name}.ds", (1_000 + rank, 1_000 + rank))
+
+    def run(kind: str, resume: str | None) -> str:
+        sets = {name: token_set(str(own), name, LENGTH) for name in ("web", "code")}
+        data = Mixture(sets, [0.5, 0.5]) if kind == "mixture" else sets["web"]
+        steps = 1 if resume is None else 2
+        args = NanotronTrainingArguments(
+            **training_arguments(max_steps=steps, save_strategy="steps", save_steps=1, output_dir=f"{folder}/{kind}")
+        )
+        model = ParallelAuto.from_pretrained(f"{folder}/model", parallel=args.parallel)
+        trainer = NanotronTrainer(model=model, args=args, train_dataset=data)
+        said = message(lambda: trainer.train(resume_from_checkpoint=resume))
+        model.mesh.close()
+        return f"{trainer.state.global_step}: {said}"
+
+    kinds = {kind: f"{folder}/{kind}/checkpoint-1" for kind in ("mixture", "plain")}
+    found = [[run(kind, None) for kind in kinds]]
+    found.append([run(kind, resume) for kind, resume in kinds.items()])
+    if rank == 0:
+        os.utime(own / "web.ds", (5_000, 5_000))
+    found.append([run(kind, resume) for kind, resume in kinds.items()])
+    if rank == 0:
+        os.utime(own / "web.ds", (1_000, 1_000))
+    else:
+        write_ds(own / "web.ds", documents(61, 0, vocabulary=VOCABULARY))
+    found.append([run(kind, resume) for kind, resume in kinds.items()])
+    return found
+
+
+def test_ranks_read_copies(pool: WorkerPool, tmp_path: Path) -> None:
+    """Times are those of rank 0's files. What one rank finds changed ends the run on all, with one sentence."""
+    write_corpus(tmp_path)
+    for first, resumed, written, longer in pool.run(2, copies_of_ranks, str(tmp_path)):
+        assert first == ["1: nothing was raised"] * 2 and resumed == ["2: nothing was raised"] * 2
+        for said, what in ((written, "copy0/web.ds was written again"), (longer, "copy1/web.ds has another length")):
+            assert said[0].startswith("0: the data set 'web'") and what in said[0], said
+        assert "copy0/web.ds was written again" in written[1] and "ranks 0 and 1 have different data sets" in longer[1]

@@ -70,6 +70,7 @@ def train(
     parallel = SimpleNamespace(check_micro_batches=lambda number: None)
     args: Any = SimpleNamespace(gradient_accumulation_steps=batch // dp // micro, parallel=parallel, **values | given)
     run = RunOrder(args, dataset, cursor, 0)
+    run.resume(compares_times=True)
     run.plan(micro, dp)
     steps: list[list[tuple[str, int]]] = []
     step, samples = run.step, run.begin

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import pickle
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from token_files import count_requests, documents, flat, write_ds, write_megatron
 
+from hf_nanotron.data import TokenDataset
 from hf_nanotron.data.tokens.byte_ranges import BlockCache, RemoteFile
 from hf_nanotron.data.tokens.documents import EndsInFile, scan
+from hf_nanotron.data.tokens.file_map import map_file
 from hf_nanotron.data.tokens.sorted_ints import SortedInts
 from hf_nanotron.data.tokens.token_file import TokenFile, open_token_files, parse_metadata
 
@@ -334,3 +338,27 @@ def test_secrets_are_not_shown_by_documents_and_reprs(ends: list[int]) -> None:
         documents.edges(0, len(ends))
     shown = f"{error.value} {file} {cache} {documents} {TokenFile(path, file, np.dtype('u2'), 0, 8, documents)}"
     assert "hunter" not in shown
+
+
+def test_maps_keep_no_file_open(tmp_path: Path) -> None:
+    """A corpus may have more files than a process may open."""
+    docs = documents(40, longest=80)
+    for number in range(20):
+        write_ds(tmp_path / f"{number:02d}.ds", docs)
+    dataset = TokenDataset(tmp_path, 16, token_size=2, documents="mask", shuffle=False)
+    before = len(os.listdir("/proc/self/fd"))
+    rows = dataset.rows(np.arange(len(dataset)))["input_ids"]
+    assert len(os.listdir("/proc/self/fd")) == before and all(file.file._map is not None for file in dataset.files)
+    of_one = flat(docs)[: len(flat(docs)) // 16 * 16].reshape(-1, 16)
+    np.testing.assert_array_equal(rows, np.tile(of_one, (20, 1)))
+
+    path = str(tmp_path / "00.ds")
+    array = map_file(path, 10)[2:].view("<u2")
+    gc.collect()  # the map lasts as long as what was made of it
+    assert array.tolist() == flat(docs)[1:5].tolist() and not array.flags.writeable
+    with pytest.raises(
+        OSError, match=r"00\.ds has [0-9]+ bytes: it is shorter than when it was opened \(1000000 bytes"
+    ):
+        map_file(path, 10**6)
+    with pytest.raises(FileNotFoundError):
+        map_file(path + "x", 1)

@@ -93,3 +93,26 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             Mixture(sets, weights, schedule=schedule)  # type: ignore[arg-type]
+
+
+def test_a_change_far_away_is_not_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a mixture lasts for a run is known from what each set has at most; near its end, by running through."""
+    sets = {"a": Numbers(10**10), "b": Numbers(10**10)}
+    far = [{"start_samples": 10**9, "weights": [1, 3]}, {"start_samples": 2 * 10**9, "weights": [1, 0]}]
+    mixture = Mixture(sets, [3, 1], schedule=far)
+    monkeypatch.setattr(blend.Blend, "_run", None)  # whoever runs through fails
+    assert mixture.end(10**10) is None and mixture.end(3) is None
+    with pytest.raises(TypeError):
+        mixture.end(11 * 10**9)
+    monkeypatch.undo()
+    for ending in ("stop", "redistribute"):
+        near = Mixture(
+            {"a": Numbers(90), "b": Numbers(60)},
+            [3, 1],
+            schedule=[{"start_samples": 40, "weights": [1, 2]}],
+            when_exhausted=ending,  # type: ignore[arg-type]
+        )
+        near.load_state_dict(near.state_dict(20))
+        assert [near.end(samples) for samples in range(20, 200)] == [
+            None if samples < len(near) else len(near) for samples in range(20, 200)
+        ]

@@ -9,6 +9,7 @@ import torch
 
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..parallel.batch import DOMAIN, batch_shape
+from .ordered import wrapped
 
 MOST_UNNAMED = 4096  # domains without names, whose number nothing else limits
 
@@ -16,11 +17,22 @@ MOST_UNNAMED = 4096  # domains without names, whose number nothing else limits
 def domain_names(dataset: Any) -> tuple[str, ...] | None:
     """Names of the domains of `dataset`, by their numbers; None if it has none.
 
-    From its attribute `domain_names` or `names`, or of a `datasets.Dataset` from the `ClassLabel` of the column.
+    From its attribute `domain_names` or `names`, or of a `datasets.Dataset` from the `ClassLabel` of the column. Of
+    torch's `Subset` and `ConcatDataset`, those of what is in them.
 
     Raises:
-        ValueError: for names that are no text, or not different.
+        ValueError: for names that are no text, or not different; for parts with different names.
     """
+    found = list(dict.fromkeys(_own_names(part) for part in wrapped(dataset)))
+    if len(found) > 1:
+        raise ValueError(
+            f"the parts of the {type(dataset).__name__} have different names of domains ({', '.join(map(str, found))}),"
+            " so that one number would stand for two: make a Mixture of them, or give them the same names."
+        )
+    return found[0] if found else None
+
+
+def _own_names(dataset: Any) -> tuple[str, ...] | None:
     features = getattr(dataset, "features", None)
     label = features.get(DOMAIN) if isinstance(features, Mapping) else None
     places = (dataset, "domain_names"), (dataset, "names"), (label, "names")

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from .hashing import combined, of_the_model, sample_hash
 from .identity import without_times
 from .loader import twin
-from .ordered import brings_order, identities_of, is_run, sets_of
+from .ordered import brings_order, has_method, identities_of, is_run, sets_of
 
 ROWS = 16  # read of a dataset; few, since a row may be tokenised, or fetched, when it is read
 STREAM_ROWS = 2
@@ -52,7 +52,7 @@ def fingerprint(hashes: dict[int, int]) -> int | None:
 
 def _hashes_of_sets(dataset: Any) -> dict[int, int]:
     """Of one that brings its order: `SETTINGS`, and rows of its sets. A row far into a mixture takes long to find."""
-    settings = dataset.settings() if hasattr(dataset, "settings") else None
+    settings = dataset.settings() if has_method(dataset, "settings") else None
     facts = {name: without_times(identity) for name, identity in identities_of(dataset, None).items()}
     hashes = {SETTINGS: sample_hash(json.dumps([settings, facts], sort_keys=True, default=str))}
     for number, each in enumerate(islice(sets_of(dataset).values(), SETS)):

@@ -93,10 +93,11 @@ def _files(before: Any, now: Any, shown: Sequence[str]) -> str | None:
     size = group_size(len(shown))
     if group_size(before["count"]) != size:
         return f"it had {before['count']} files when it was saved, and has {now['count']} now"
-    old, new = ({what: _numbers(prints[what]) for what in ("names", "lengths", "times")} for prints in (before, now))
+    columns = [what for what in ("names", "lengths", "times") if what in before and what in now]
+    old, new = ({what: _numbers(prints[what]) for what in columns} for prints in (before, now))
     if old["names"].shape == new["names"].shape and (old["names"] == new["names"]).all():
         for what, says in (("lengths", "has another length than"), ("times", "was written again, or copied, since")):
-            places = np.flatnonzero(old[what] != new[what])
+            places = np.flatnonzero(old[what] != new[what]) if what in columns else np.array([])
             if len(places):
                 since = " when the checkpoint was saved" if what == "lengths" else " the checkpoint was saved"
                 return f"{_shown(int(places[0]), size, shown)} {says}{since}{_others(len(places))}"

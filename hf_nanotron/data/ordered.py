@@ -14,45 +14,49 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from ..parallel.batch import DOMAIN
 
 COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", DOMAIN)
 
 
-@runtime_checkable
-class HasIdentity(Protocol):
-    """Has epochs, in an order of its own."""
-
-    def identity(self) -> dict[str, Any]:
-        """What rows and their order depend on."""
-
-
-@runtime_checkable
-class IsRun(Protocol):
-    """Has the samples of a whole run."""
-
-    def state_dict(self, samples: int) -> dict[str, Any]:
-        """Where it is behind the first `samples` of the run."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on behind a state."""
-
-
 def brings_order(dataset: Any) -> bool:
     """Whether the dataset is read in its own order."""
-    return is_run(dataset) or (isinstance(dataset, HasIdentity) and not isinstance(dataset, IterableDataset))
+    return is_run(dataset) or (has_method(dataset, "identity") and not isinstance(dataset, IterableDataset))
+
+
+def has_method(dataset: Any, name: str) -> bool:
+    """A dataset of a user's own may have an attribute of that name, which is something else."""
+    return callable(getattr(dataset, name, None))
+
+
+def gives_arrays(dataset: Any) -> bool:
+    """Whether it has `rows(places, epoch) -> arrays by column`, and `columns`, as `TokenDataset` does."""
+    return has_method(dataset, "rows") and hasattr(dataset, "columns")
 
 
 def is_run(dataset: Any) -> bool:
     """Whether its samples are those of the whole run. A `state_dict()` that takes no `samples` is another protocol."""
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, IsRun) or not hasattr(dataset, "__getitem__"):
+    methods = ("state_dict", "load_state_dict", "__getitem__")
+    if isinstance(dataset, IterableDataset) or not all(has_method(dataset, name) for name in methods):
         return False
-    return "samples" in inspect.signature(dataset.state_dict).parameters
+    try:
+        return "samples" in inspect.signature(dataset.state_dict).parameters
+    except (TypeError, ValueError):  # of a compiled function, which does not say
+        return False
+
+
+def wrapped(dataset: Any) -> list[Any]:
+    """Itself; of torch's `Subset` and `ConcatDataset`, the datasets that the rows come from."""
+    if isinstance(dataset, Subset):
+        return wrapped(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [inner for part in dataset.datasets for inner in wrapped(part)]
+    return [dataset]
 
 
 def sets_of(dataset: Any) -> dict[str, Any]:
@@ -63,9 +67,9 @@ def sets_of(dataset: Any) -> dict[str, Any]:
 
 def identities_of(dataset: Any, samples: int | None) -> dict[str, dict[str, Any]]:
     """Identities of its sets, by name: of those read among the first `samples`, or of all; of those that tell."""
-    if hasattr(dataset, "identities"):
+    if has_method(dataset, "identities"):
         return dataset.identities(samples)
-    return {name: each.identity() for name, each in sets_of(dataset).items() if isinstance(each, HasIdentity)}
+    return {name: each.identity() for name, each in sets_of(dataset).items() if has_method(each, "identity")}
 
 
 def shown_files(dataset: Any, name: str) -> list[str]:

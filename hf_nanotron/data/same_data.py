@@ -17,6 +17,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together
 from .fingerprint import SETTINGS, fingerprint, row_hashes
 from .loader import DataParallelLoader
+from .ordered import brings_order, has_method
 from .window_check import say_ranks
 
 UNKNOWN = -1
@@ -49,7 +50,7 @@ def check_same_data(mesh: ParallelMesh, loader: Any, what: str, reads: bool = Tr
     hashes = together(mesh, f"reading the {what} data", lambda: row_hashes(dataset)) if reads else {}
     own = HeldData(
         samples=len(dataset) if dataset is not None and _is_mapped(dataset) else UNKNOWN,
-        batches=len(loader) if not hasattr(dataset, "settings") and has_length(loader) else UNKNOWN,
+        batches=len(loader) if not _tells_settings(dataset) and has_length(loader) else UNKNOWN,
         print=_known(fingerprint(hashes)),
     )
     all_ranks = _gather(mesh, own)
@@ -72,8 +73,12 @@ def is_repeatable(mesh: ParallelMesh, dataset: Any, before: int) -> bool:
 
 
 def _is_mapped(dataset: Any) -> bool:
-    """With a length. That of a mixture may take long to find, and follows from what its fingerprint says."""
-    return not (isinstance(dataset, IterableDataset) or hasattr(dataset, "settings")) and has_length(dataset)
+    return not (isinstance(dataset, IterableDataset) or _tells_settings(dataset)) and has_length(dataset)
+
+
+def _tells_settings(dataset: Any) -> bool:
+    """As a mixture does, whose length may take long to find, and follows from what its fingerprint says."""
+    return brings_order(dataset) and has_method(dataset, "settings")
 
 
 def _known(value: int | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,23 @@ def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
         messages = [None] * mesh.world.size
         dist.all_gather_object(messages, message, group=mesh.world.handle)
     raise ValueError(next(found for found in messages if found is not None))
+
+
+def all_or_none(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
+    """`together`, but all ranks raise the ValueError of the first rank that has one, which says what is wrong."""
+    message: str | None = None
+
+    def attempt() -> T | None:
+        nonlocal message
+        try:
+            return action()
+        except ValueError as error:
+            message = str(error)
+            return None
+
+    result = together(mesh, what, attempt)
+    refuse_together(mesh, message)
+    return cast(T, result)
 
 
 def together_for_long(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:

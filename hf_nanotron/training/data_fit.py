@@ -5,12 +5,31 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..data.ordered import sets_of
+from ..data.ordered import is_run, sets_of
+from ..data.streaming.lane_stream import LaneStream
 from ..models.base import ParallelModel
 
 logger = logging.get_logger(__name__)
+
+
+def check_evaluable(dataset: Any) -> None:
+    """Refuse an evaluation dataset without an end, or one of several by name.
+
+    Raises:
+        ValueError: says what could be used instead.
+    """
+    for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+        name = type(part).__name__
+        if isinstance(part, LaneStream) and part.epochs is None:
+            raise ValueError(f"this {name} has no end: make one with epochs=1 to evaluate on.")
+        if is_run(part) and not has_length(part):
+            raise ValueError(
+                f"this {name} has no end of its own: to evaluate, use a Mixture with max_epochs=1, or the data of a "
+                "stage."
+            )
 
 
 def fitted(dataset: Any, model: ParallelModel, tokenizer: Any, what: str) -> Any:

@@ -28,6 +28,7 @@ from ..data.same_data import check_same_data, dataset_of, is_repeatable
 from ..data.streaming.lane_loader import build_lane_loader
 from ..data.streaming.lane_stream import LaneStream, joined
 from ..parallel.mesh import ParallelMesh
+from ..parallel.together import all_or_none
 from ..training_args import NanotronTrainingArguments
 from .run_order import Consumed, RunOrder, accept_changes, data_state
 
@@ -50,8 +51,6 @@ def make_loader(
     # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
     if isinstance(dataset, LaneStream) and dataset.epochs is None:
-        if not is_training:
-            raise ValueError(f"this {type(dataset).__name__} has no end: make one with epochs=1 to evaluate on.")
         return _lane_loader(args, mesh, dataset, collate, batch_size)
     loader = build_loader(
         dataset,
@@ -242,8 +241,14 @@ class DataOrder:
     # ---- the loop ----
 
     def compare(self, mesh: ParallelMesh, loader: Any) -> None:
-        """Learn whether all ranks have the same data. All ranks together."""
+        """Go on behind the checkpoint, and learn whether all ranks have the same data. All ranks together.
+
+        Raises:
+            ValueError: on every rank, for data that cannot be gone on with on one.
+        """
         self._mesh = mesh
+        if (run := self._taken) is not None:
+            all_or_none(mesh, "reading where the data goes on", lambda: run.resume(mesh.rank == 0))
         self._fingerprint = check_same_data(mesh, loader, "training")
 
     def plan_run(self, loader: Any, batch_size: int) -> tuple[int, ...] | None:
@@ -292,7 +297,12 @@ class DataOrder:
         if cursor is None:
             raise ValueError(NO_CURSOR)
         if brings_order(dataset):
-            cursor = accept_changes(cursor, dataset, args)
+            saved = cursor
+            cursor = all_or_none(
+                self._mesh,
+                "comparing the data with that of the checkpoint",
+                lambda: accept_changes(saved, dataset, args, self._mesh.rank == 0),
+            )
         cursor.check(order)
         if self._is_stream:
             refused = refused or (

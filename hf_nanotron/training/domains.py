@@ -41,12 +41,15 @@ class DomainTotals:
         dataset: that the rows come from. It may have names for the domains.
 
     Attributes:
-        is_used: whether a batch had the column. The same on all ranks, which compare their windows.
+        is_used: whether a batch had domains. The same on all ranks, which compare their windows.
+        only_named: whether a column is domains only if the dataset has names for them: for losses of a user's own,
+            which may read a column of that name as they like.
     """
 
     def __init__(self, model: ParallelModel, dataset: Any) -> None:
         self._model, self._dataset = model, dataset
-        self._names: Sequence[str] | None = None
+        self.only_named = False
+        self._found_names: tuple[Sequence[str] | None] | None = None  # once they are asked for
         self._are_compared = False  # with those of other ranks
         self._number = 0  # domains that this rank has seen, by the largest
         self._since: torch.Tensor | None = None  # `[domains, 3]` of this rank
@@ -60,7 +63,6 @@ class DomainTotals:
         """
         found = [batch for batch in window if self._has_domains(batch)]
         if found and not self.is_used:
-            self._names = domain_names(self._dataset)
             self._number, self.is_used = len(self._names or ()), True
         for batch in found:
             self._number = max(self._number, check_column(batch, self._names))
@@ -76,8 +78,14 @@ class DomainTotals:
 
     def _has_domains(self, batch: Any) -> bool:
         """Not if the model's own forward takes a column of that name, which is something of the user's then."""
-        has = isinstance(batch, Mapping) and batch.get(DOMAIN) is not None
-        return has and DOMAIN not in self._model.own_columns
+        has = isinstance(batch, Mapping) and batch.get(DOMAIN) is not None and DOMAIN not in self._model.own_columns
+        return has and not (self.only_named and self._names is None)
+
+    @property
+    def _names(self) -> Sequence[str] | None:
+        if self._found_names is None:
+            self._found_names = (domain_names(self._dataset),)
+        return self._found_names[0]
 
     def add(self, sums: torch.Tensor) -> None:
         """`sums` `[domains, 3]` of this rank."""

@@ -89,12 +89,13 @@ class EvaluationRun:
     # ---- batches in ----
 
     @contextlib.contextmanager
-    def over(self, loader: Any, description: str) -> Iterator[Any]:
+    def over(self, loader: Any, description: str, has_own_loss: bool) -> Iterator[Any]:
         """During an evaluation: the loader to evaluate over, whose batches all ranks compare."""
         check_same_data(self.mesh, loader, description.lower(), reads=not is_stream(loader))
         self._description, self._announced = description, loader
         self._evaluated = loader if isinstance(loader, DataParallelLoader) else None
         self._domains = DomainTotals(self._model, dataset_of(loader))
+        self._domains.only_named = has_own_loss
         try:
             yield AnnouncedLoader(loader, self._announce)
         finally:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, Cursor, EpochShape, Resumption
-from ..data.identity import ACCEPT, difference
+from ..data.identity import ACCEPT, difference, without_times
 from ..data.legs import Leg, RunSampler, accumulation
 from ..data.ordered import identities_of, shown_files
 from ..data.tokens.stages import Stages
@@ -47,26 +47,38 @@ class RunOrder:
         step: of the run, before it.
 
     Attributes:
-        dataset: a copy, which goes on behind the cursor.
+        dataset: a copy, which goes on behind the cursor once `resume` was called.
         sampler: reads the legs.
         users_accumulation: `gradient_accumulation_steps` of the arguments as given.
     """
 
     def __init__(self, args: NanotronTrainingArguments, dataset: Any, cursor: Cursor | None, step: int) -> None:
-        self.args, self.step = args, step
+        self.args, self.cursor, self.step = args, cursor, step
         self.dataset = copy.copy(dataset)
         self.begin = int(getattr(dataset, "begin", 0))
+        self.sampler = RunSampler(self.dataset, self.begin)
+        self.users_accumulation = args.gradient_accumulation_steps
+
+    def resume(self, compares_times: bool) -> None:
+        """Go on behind the cursor, if there is one.
+
+        Args:
+            compares_times: see `accept_changes`.
+
+        Raises:
+            ValueError: for data that is not that of the checkpoint; for stages that a run cannot go on with.
+        """
+        cursor = self.cursor
         if cursor is not None and cursor.order == self.order:
-            cursor = accept_changes(cursor, dataset, args)
+            accept_changes(cursor, self.dataset, self.args, compares_times)
             self.dataset.load_state_dict(cursor.state["dataset"])
             self.begin, self.step = cursor.samples, cursor.step
-        elif cursor is None and step and isinstance(dataset, Stages):
+            self.sampler.begin = self.begin
+        elif cursor is None and self.step and isinstance(self.dataset, Stages):
             raise ValueError(
                 "ignore_data_skip=True with Stages: they begin at steps and tokens of the run, which a checkpoint has "
                 "behind it. Start a new run from its weights (from_pretrained of the checkpoint) instead."
             )
-        self.sampler = RunSampler(self.dataset, self.begin)
-        self.users_accumulation = args.gradient_accumulation_steps
 
     @property
     def order(self) -> dict[str, Any]:
@@ -166,7 +178,8 @@ class RunOrder:
         epochs = last.number + 1 if steps else first.number
         of_all = samples * self.max_steps // steps if steps else samples  # Trainer takes the share of this call's steps
         rounds = shape.rounds(first.first)
-        return epochs, shape.steps(first.first), samples, of_all, first.batch, rounds, self.max_steps
+        steps_of_first = max(shape.steps(first.first), 1)  # Trainer divides by it, also where nothing is left
+        return epochs, steps_of_first, samples, of_all, first.batch, rounds, self.max_steps
 
     def begin_epoch(self, number: int, samples: int, is_resumed: bool) -> Resumption:
         """What is left of a leg, of which `samples` of the run are trained on.
@@ -207,8 +220,11 @@ def data_state(dataset: Any, samples: int) -> dict[str, Any]:
     return {**state, "dataset": dataset.state_dict(samples)} if hasattr(dataset, "state_dict") else state
 
 
-def accept_changes(cursor: Cursor, dataset: Any, args: NanotronTrainingArguments) -> Cursor:
+def accept_changes(cursor: Cursor, dataset: Any, args: NanotronTrainingArguments, compares_times: bool) -> Cursor:
     """Compare the sets of a checkpoint with those of now; the cursor to go on from.
+
+    Args:
+        compares_times: of files, too: on rank 0, whose files the checkpoint knows. Others may read copies.
 
     Raises:
         ValueError: if a set has changed, unless only files did and `accept_changed_data` says to go on.
@@ -218,7 +234,8 @@ def accept_changes(cursor: Cursor, dataset: Any, args: NanotronTrainingArguments
     for name in before:
         if name not in now:
             continue
-        found = difference(before[name], now[name], shown_files(dataset, name))
+        facts = (lambda identity: identity) if compares_times else without_times
+        found = difference(facts(before[name]), facts(now[name]), shown_files(dataset, name))
         if found is None:
             continue
         sentence = f"the data set {name!r} is not the one that the checkpoint was trained on: {found.sentence}"

@@ -91,15 +91,15 @@ class StreamMixture(LaneStream):
     def begin_at(self, state: Mapping[str, Any] | None, given: int) -> None:
         """See `LaneStream`. Weights that the state does not have begin behind it."""
         known = {} if state is None else state.get("mixture", {})
-        self._anchor = known["anchor"] if known.get("weights") == self._mixing() else given
+        self._anchor = known["anchor"] if known.get("mixing") == self._mixing() else given
         self._cycle = None
 
     def common_state(self) -> dict[str, Any]:
         """See `LaneStream`."""
-        return {"mixture": {"anchor": self._anchor, "weights": self._mixing()}}
+        return {"mixture": {"anchor": self._anchor, "mixing": self._mixing()}}
 
-    def _mixing(self) -> dict[str, float]:
-        return {"seed": float(self.seed), **dict(zip(self.names, self.weights, strict=True))}
+    def _mixing(self) -> dict[str, Any]:
+        return {"seed": self.seed, "weights": dict(zip(self.names, self.weights, strict=True))}
 
     def identity(self) -> dict[str, Any]:
         """See `LaneStream`. Weights are not part of it."""

@@ -16,6 +16,7 @@ UNLIMITED = 2**62
 FEW_SETS = 16  # up to which Python's floats are faster than arrays
 BLOCK = 4096  # samples that are found out at a time
 KEPT_BLOCKS = 64
+KEPT_POINTS = 1024  # at most, of a run of any length: of earlier blocks, every second, fourth, ... is kept
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Blend:
     capacities: tuple[int, ...]
     redistribute: bool
     begin: Point
-    _points: list[Point] = field(default_factory=list, repr=False)  # at the beginning of each block
+    _points: dict[int, Point] = field(default_factory=dict, repr=False)  # at the beginning of blocks
+    _newest: int = field(default=0, repr=False)  # block with a point
+    _every: int = field(default=1, repr=False)  # block of the earlier ones has a point
     _blocks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
@@ -114,17 +117,32 @@ class Blend:
         return self._run(self._point(block), rest)[2]
 
     def _point(self, block: int) -> Point:
-        if not self._points:
-            self._points.append(self.begin)
-        while len(self._points) <= block:
-            self._points.append(self._run(self._points[-1], BLOCK)[2])
-        return self._points[block]
+        if block in self._points:
+            return self._points[block]
+        known = self._newest if block > self._newest else block // self._every * self._every
+        point = self._points.get(known, self.begin)
+        for _ in range(known, block):
+            point = self._run(point, BLOCK)[2]
+            known += 1
+            self._keep(known, point)
+        return point
+
+    def _keep(self, block: int, point: Point) -> None:
+        """Keep the point of a block behind all others, and of the earlier ones as many as may be."""
+        if block <= self._newest:
+            return
+        self._points[block], self._newest = point, block
+        while len(self._points) > KEPT_POINTS:
+            recent = block - KEPT_BLOCKS
+            self._points = {n: p for n, p in self._points.items() if n % self._every == 0 or n > recent}
+            if len(self._points) > KEPT_POINTS // 2:
+                self._every *= 2
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         if block not in self._blocks:
             sets, ordinals, after = self._run(self._point(block), BLOCK)
-            if len(self._points) == block + 1:
-                self._points.append(after)
+            if len(sets) == BLOCK:
+                self._keep(block + 1, after)
             if len(self._blocks) >= KEPT_BLOCKS:
                 self._blocks.pop(next(iter(self._blocks)))
             self._blocks[block] = (sets, ordinals)

@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 
 from ...redaction import printable, printable_url
+from .file_map import map_file
 
 BLOCK_BYTES = 64 * 2**10  # a row of 4,096 ids of two bytes takes two blocks at most
 CACHE_BYTES = 64 * 2**20
@@ -62,8 +63,7 @@ class LocalFile:
     def array(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         """`[count]` numbers that begin at byte `offset`: a view into the map."""
         if self._map is None:
-            empty = np.empty(0, np.uint8)
-            self._map = np.asarray(np.memmap(self.path, np.uint8, "r", shape=(self.size,))) if self.size else empty
+            self._map = map_file(self.path, self.size)
         return self._map[offset : offset + count * dtype.itemsize].view(dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch.utils.data import Dataset, IterableDataset
 
+from ..ordered import gives_arrays, has_method
 from .blend import UNLIMITED, Point
 from .permutation import Permutation
 from .row_reader import Rows
@@ -202,7 +203,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def __getitems__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
         """What a `DataLoader` asks for: the rows of a batch."""
-        if all(hasattr(dataset, "rows") for dataset in self.datasets.values()):
+        if all(gives_arrays(dataset) for dataset in self.datasets.values()):
             columns = {name: torch.from_numpy(column) for name, column in self.rows(samples).items()}
             return [{name: column[row] for name, column in columns.items()} for row in range(len(samples))]
         sets, ordinals = self.locate(samples)
@@ -214,7 +215,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def _own_rows(self, k: int, places: np.ndarray, epoch: int) -> list[Mapping[str, Any]]:
         name, dataset = self.names[k], self.datasets[self.names[k]]
-        if hasattr(dataset, "rows"):
+        if gives_arrays(dataset):
             columns = {column: torch.from_numpy(array) for column, array in dataset.rows(places, epoch).items()}
             return [{column: array[row] for column, array in columns.items()} for row in range(len(places))]
         stream = xxhash.xxh32_intdigest(name.encode())
@@ -363,7 +364,7 @@ def _epochs(names: Sequence[str], epochs: int | None | Mapping[str, int | None])
 
 def set_identity(dataset: Any) -> dict[str, Any]:
     """Of a set of a mixture: its own, or its number of rows."""
-    return dataset.identity() if hasattr(dataset, "identity") else {"rows": len(dataset)}
+    return dataset.identity() if has_method(dataset, "identity") else {"rows": len(dataset)}
 
 
 def same(datasets: Mapping[str, Any], attribute: str, what: str, whole: str) -> Any:

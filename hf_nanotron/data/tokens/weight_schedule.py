@@ -105,12 +105,23 @@ class BlendSchedule:
     def end(self, samples: int | None = None) -> int | None:
         """The number of samples up to its end, as of `Blend`; None if it has none, or not among the first `samples`.
 
-        Parts that begin before are run through, a second for a million samples or two.
+        If sets might end among them, parts that begin before are run through, a second for a million samples or two.
         """
-        if samples is None and min(self.capacities) >= UNLIMITED:
+        if (samples is None and min(self.capacities) >= UNLIMITED) or (samples is not None and self._lasts(samples)):
             return None
         end = self.last(samples).end
         return None if end is None or (samples is not None and end > samples) else end
+
+    def _lasts(self, samples: int) -> bool:
+        """Whether all sets last for the first `samples` for certain: by what a set has at most (see `Blend.end`)."""
+        room = np.array(self.capacities, np.float64) - self.begin.anchor_counts
+        start, is_read = self.begin.anchor_samples, np.zeros(len(room), bool)
+        for number in range(self._offset, self._part_at(max(samples, self.begin.samples)) + 1):
+            weights = np.array(self.parts[number].weights, np.float64)
+            stop = min(self._stop(number) or samples, samples)
+            room -= weights / weights.sum() * (stop - start) + 2  # at most 1, and what is rounded
+            start, is_read = stop, is_read | (weights > 0)
+        return bool((room > 0)[is_read].all())
 
     def last(self, samples: int | None = None) -> Blend:
         """The blend in which the mixture ends, or which has the sample behind the first `samples`."""
