@@ -624,7 +624,7 @@ def test_damaged_records(tmp_path: Path) -> None:
         assert tokenized(source, out, words(300)) == first
     for damaged in ("{", "{}", "[]"):
         (out / ".tokenize" / "plan.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"holds 00000_unshuffled.ds, and no .tokenize/plan.json says"):
+        with pytest.raises(ValueError, match="holds 00000_unshuffled.ds, which this command has not written there"):
             tokenized(source, out, words(300), overwrite=True)
 
 

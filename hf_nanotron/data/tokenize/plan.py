@@ -90,8 +90,8 @@ def begin(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> bool:
     if before is None:
         if found := [file for file in sorted(files) if file.endswith((".ds", ".bin", ".npy"))]:
             raise ValueError(
-                f"{out.shown} holds {found[0]}, and no {PLAN} says that this command has written it: a folder is read "
-                "as one set. Give another folder."
+                f"{out.shown} holds {found[0]}, which this command has not written there: a folder is read as one set. "
+                "Give another folder."
             )
         out.write(PLAN, plan)
         return False

@@ -123,9 +123,9 @@ def converted(keys: Keys, name: str = "FILE.yaml") -> tuple[dict[str, Any], list
     for theirs, ours in RENAMED.items():
         if (value := keys.take(theirs)) is not None:
             training[ours] = value
-    for theirs, (name, whole, least) in NUMBERS.items():
+    for theirs, (ours, whole, least) in NUMBERS.items():
         if keys.take(theirs) is not None:
-            training[name] = keys.number(theirs, whole=whole, least=least)
+            training[ours] = keys.number(theirs, whole=whole, least=least)
     for theirs, ours in NOT_ONE.items():
         if (size := keys.number(theirs, 1, least=1)) != 1:
             training[ours] = size
