@@ -334,3 +334,13 @@ def test_secrets_are_not_shown_by_documents_and_reprs(ends: list[int]) -> None:
         documents.edges(0, len(ends))
     shown = f"{error.value} {file} {cache} {documents} {TokenFile(path, file, np.dtype('u2'), 0, 8, documents)}"
     assert "hunter" not in shown
+
+
+def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ds("memory://whole/a.ds", [[1, 2, 3], [4, 5]])
+    files = fsspec.filesystem("memory")
+    monkeypatch.setattr(
+        type(files), "cat_ranges", lambda self, paths, *_, **__: [self.cat_file(path) for path in paths]
+    )
+    with pytest.raises(OSError, match="a.ds.index gave 16 bytes when 8 were asked for: its server ignores ranges"):
+        open_token_files("memory://whole/a.ds", token_size=2)

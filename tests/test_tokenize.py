@@ -33,6 +33,7 @@ from hf_nanotron.data.tokenize import shards as shards_module, source as source_
 from hf_nanotron.data.tokenize.plan import deal
 from hf_nanotron.data.tokenize.source import Piece
 from hf_nanotron.data.tokenize.writer import in_words
+from hf_nanotron.data.tokens.byte_ranges import short_name
 
 DATATROVE = "datatrove is not installed (pip install hf-nanotron[datatrove])"
 EOS = "<eos>"
@@ -642,6 +643,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert f"OSError: {out} cannot be written to ([Errno 27] File too large)" in done.stderr
     assert not any(out.glob("*.ds*"))
     assert len(tokenized(source, out, tokenizer)[0]) == 9001
+
+
+def test_names_hold_no_credentials() -> None:
+    """A set's name stands in checkpoints and logs."""
+    for url in ("s3://me:pa55word@web", "https://host/data/web.ds?sig=pa55word", "https://me:pa55word@host/web/"):
+        assert "pa55word" not in short_name(url) and short_name(url).endswith("web")
+    assert short_name("/data/web.v2/") == short_name(Path("web.ds")) == "web"
 
 
 class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]

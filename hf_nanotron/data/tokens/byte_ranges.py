@@ -43,6 +43,11 @@ def local_path(path: str) -> str:
     return os.path.expanduser(path.split("://", 1)[1] if "://" in path else path)
 
 
+def short_name(path: str | os.PathLike[str]) -> str:
+    """Of a path or URL its last part, without what follows a dot, and without the query and credentials of a URL."""
+    return os.path.basename(printable_url(os.fspath(path)).partition("?")[0].rstrip("/")).split(".")[0]
+
+
 @contextlib.contextmanager
 def described(url: str, options: dict[str, Any] | None = None, what: str = "read") -> Iterator[None]:
     """Turn what the package of a remote file system raises into an OSError that names `url`, without credentials.
@@ -190,6 +195,11 @@ def read_ranges(spans: Sequence[tuple[str, int, int]], options: dict[str, Any] |
                 raise OSError(f"{printable_url(spans[number][0])} cannot be read ({text})") from data
             found[number] = bytes(data)
     for (path, start, stop), data in zip(spans, found, strict=True):
+        if len(data) > max(stop - start, 0):
+            raise OSError(
+                f"{printable_url(path)} gave {len(data)} bytes when {stop - start} were asked for: its server ignores "
+                "ranges; copy the files to this machine, or serve them from another one."
+            )
         if len(data) != max(stop - start, 0):
             raise OSError(
                 f"{printable_url(path)} gave {len(data)} of the bytes {start} to {stop}: it is shorter than when "
