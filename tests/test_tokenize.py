@@ -588,6 +588,7 @@ def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (source, {"sample_by": "line"}, "sample_by='line' is for text files; .* has a document in each row"),
         (source, {"too_long": "drop"}, "too_long='drop' needs max_length"),
+        (source, {"kind": "chat", "eos_token": None, "append_eos": False}, "append_eos=False has no effect on conv"),
         (source, {"kind": "chat"}, "eos_token='<eos>' has no effect on conversations"),
         (tmp_path / "saved", {"name": "x"}, "name='x' has no meaning for .*saved, a folder of save_to_disk"),
         (

@@ -242,8 +242,9 @@ def prepare(
     )
     if sample_by != "document" and any(piece.format != "text" for piece in opened.pieces):
         raise ValueError(f"sample_by={sample_by!r} is for text files; {opened.shown} has a document in each row.")
-    if kind == "chat" and eos_token is not None:
-        raise ValueError(f"eos_token={eos_token!r} has no effect on conversations: their chat template ends them.")
+    if kind == "chat" and (eos_token is not None or not append_eos):
+        given = f"eos_token={eos_token!r}" if eos_token is not None else f"append_eos={append_eos}"
+        raise ValueError(f"{given} has no effect on conversations: their chat template ends them.")
     chosen = choose_tokenizer(tokenizer, eos_token)
     size = chosen.token_size(token_size)
     encoder = make_encoder(chosen, kind, column, append_eos, add_special_tokens, train_on)
