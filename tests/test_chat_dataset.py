@@ -353,6 +353,43 @@ def test_refusals(tmp_path: Path) -> None:
             ChatDataset(source, chosen, 64, **{**cache, **options})
 
 
+def test_messages_of_a_table_are_those_of_lines(tmp_path: Path) -> None:
+    """Arrow fills fields that one message lacks with nulls; templates ask whether they are there."""
+    template = PLAIN.replace(
+        "{{ m['content'] }}",
+        "{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for part in m['content'] %}[{{ part | list | join(',') }}]{% endfor %}{% endif %}"
+        "{% if 'tool_calls' in m %}<{{ m['tool_calls'][0]['arguments'] | list | join(',') }}>{% endif %}",
+    )
+    calls = [[{"arguments": {name: 1}}] for name in "ab"]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                *({"role": "assistant", "content": "", "tool_calls": call} for call in calls),
+                {"role": "assistant", "content": "x"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    chosen = tokenizer(template)
+    lines, *others = (
+        written(tmp_path / f"out{number}", source, chosen, kind="chat")
+        for number, source in enumerate((tmp_path / "a.jsonl", tmp_path / "a.parquet", Dataset.from_list(rows)))
+    )
+    assert chosen.decode(lines[0][0]).count("<a>") == chosen.decode(lines[0][0]).count("<b>") == 1
+    assert others == [lines, lines]
+    parts = [{"type": "image", "url": "u"}, {"type": "text", "text": "t"}]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    (tmp_path / "parts.jsonl").write_text(json.dumps(chat))
+    found = written(tmp_path / "parts", tmp_path / "parts.jsonl", chosen, kind="chat")
+    assert "[type,url][type,text]" in chosen.decode(found[0][0])
+    with pytest.raises(ValueError, match="content of message 1 has parts, which the chat template of .* does not know"):
+        written(tmp_path / "unknown", tmp_path / "parts.jsonl", tokenizer(), kind="chat")
+
+
 def test_command(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     chats().to_parquet(tmp_path / "chats.parquet")

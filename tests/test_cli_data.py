@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import inspect
 import json
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_nanotron.cli import data as cli_data
 from hf_nanotron.cli.data_keys import CHAT, STREAM, TOKENS
 from hf_nanotron.cli.data_plan import MixturePlan, SetPlan, plan_data
 from hf_nanotron.cli.settings import check_complete, read_settings
+from hf_nanotron.cli.train import load_tokenizer
 from hf_nanotron.data import ChatDataset, Mixture, Stages, StreamMixture, TokenDataset, TokenStream
 
 LENGTH = 8
@@ -80,6 +82,7 @@ REFUSED: dict[str, str] = {
     "{tokens: a, mixture: {}}": "dataset has tokens and mixture; give one of them.",
     "{tokens: a}": "dataset.tokens needs dataset.sequence_length: the tokens of a sample.",
     "{tokens: [], sequence_length: 8}": "dataset.tokens is empty",
+    "{tokens: ['a', ''], sequence_length: 8}": "dataset.tokens is empty",
     "{tokens: {a: 1}, sequence_length: 8}": "dataset.tokens={'a': 1} must be text, a list of texts or null.",
     "{tokens: a, sequence_length: 1}": "dataset.sequence_length=1 must be at least 2.",
     "{tokens: a, sequence_length: 8, documents: packed}": "documents='packed' is not one of 'cross', 'mask', 'pack'.",
@@ -311,6 +314,24 @@ def test_texts_are_kept_apart() -> None:
     assert packed["input_ids"][:] == [[5, 6, 7, 2], [8, 2, 9, 10]]
     assert packed["position_ids"][:] == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert packed["labels"][:] == [[-100, 6, 7, 2], [-100, 2, -100, 10]]
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder, and compressed files, for tables and streams alike."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenizer().save_pretrained(tmp_path / "words")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "w5 w6 w7"}\n' * 4))
+    words = load_tokenizer("~/words")
+    for kind, reads in (("path", lambda data: data[0]), ("stream", lambda data: next(iter(data)))):
+        section = {kind: "~/a.jsonl.gz", "text_column": "text", "sequence_length": 4}
+        train, _ = cli_data.load_data(plan_data(section), words, 0)
+        assert torch.as_tensor(reads(train)["input_ids"]).tolist() == [5, 6, 7, 2]
+        for more, says in (
+            ({"data_files": "b"}, f"dataset.data_files='b' .*dataset.{kind}"),
+            ({kind: "https://me:pa55word@host/a.jsonl"}, r"'https://\*\*\*@host/a.jsonl' is a URL; give a file or"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                cli_data.load_data(plan_data(section | more), words, 0)
 
 
 def test_stages_and_schedules_are_those_of_the_plan(tmp_path: Path) -> None:

@@ -133,9 +133,15 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.loads(out)
     assert told["tokens"] == tokens and told["percentiles"]["50"] == np.median(lengths)
     (tmp_path / "cut.ds").write_bytes(b"123")
+    (tmp_path / "a.txt").write_text("text")
     for more, says in [
         ([str(tmp_path / "cut.ds"), "--token-size=2"], "cut.ds: 3 bytes are no whole number of ids of 2 bytes"),
         ([str(tmp_path / "absent.ds")], "absent.ds: there is no such file or folder"),
+        (
+            [str(tmp_path / "a.txt")],
+            "a.txt is no .ds, .bin or .npy file; hf-nanotron tokenize makes .ds files of texts",
+        ),
+        ([argv[2], "--eos-token-id=-1"], "eos_token_id=-1 must be at least 0"),
         ([argv[2], "--tokenizer=/no/such"], "tokenizer='/no/such': there is no such file or folder"),
         ([argv[2], "--sample=-1"], "samples=-1 must be at least 0"),
         ([argv[2], "--sequence-length=0"], "sequence_length=0 must be at least 1"),

@@ -378,6 +378,11 @@ def test_learning_rates(
 FAULTS: list[tuple[Any, str]] = [
     (changed(tokens={"train_steps": "many"}), "tokens.train_steps is 'many'; it must be an integer"),
     (changed(tokens={"micro_batch_size": None}), "tokens.micro_batch_size is missing; it must be an integer"),
+    (changed(tokens={"micro_batch_size": 0}), "tokens.micro_batch_size is 0; it must be at least 1"),
+    (changed(parallelism={"tp": -1}), "parallelism.tp is -1; it must be at least 1"),
+    (changed(parallelism={"pp_engine": "zigzag"}), "parallelism.pp_engine is 'zigzag'; it must be one of afab, 1f1b"),
+    (changed(general={"seed": "abc"}), "general.seed is 'abc'; it must be an integer"),
+    (changed(checkpoints={"checkpoint_interval": "often"}), "checkpoint_interval is 'often'; it must be an integer"),
     (changed(tokens=...), "it has no section tokens"),
     (changed(model={"model_config": {"is_llama_config": ..., "is_gpt_config": True}}), "is of is_gpt_config; known"),
     (changed(optimizer={"learning_rate_scheduler": {"lr_decay_style": "bumpy"}}), "lr_decay_style='bumpy' is not one"),
@@ -395,6 +400,37 @@ def test_refused(tmp_path: Path, config: Any, says: str) -> None:
     assert not (tmp_path / "ours.yaml").exists()
 
 
+def test_secrets_are_not_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither into the settings, nor into the comments, nor onto the terminal."""
+    config = changed(
+        s3_upload={
+            "upload_s3_path": "s3://me:s3cr3t-a@bucket/run",
+            "aws_secret_access_key": "s3cr3t-b",
+            "key": "s3cr3t-c",
+        },
+        logging={"wandb": {"key": "s3cr3t-d"}, "hf_token": "s3cr3t-e"},
+        wandb_key="s3cr3t-f",
+    )
+    dataset = {
+        "dataset_folder": {"s3://me:s3cr3t-g@bucket/a": 0.5, "https://host/b?sig=s3cr3t-h": 0.5},
+        "s3_keys": ["s3cr3t-i"],
+        "token_size_in_bytes": 2,
+    }
+    config["data_stages"] = [{"name": "s", "start_training_step": 1, "data": {"seed": 1, "dataset": dataset}}]
+    settings, comments, whole = convert(tmp_path, config)
+    assert settings["training"]["remote_checkpoints"] == "s3://***@bucket/run"
+    assert list(settings["dataset"]["mixture"]) == ["s3://***@bucket/a", "https://host/b?sig=***"]
+    assert "training.remote_checkpoints: credentials are left out" in comments.replace("\n# ", " ")
+    for text in (whole, (tmp_path / "ours.yaml").read_text(), capsys.readouterr().out):
+        assert "s3cr3t" not in text
+
+
+def test_data_without_stages(tmp_path: Path) -> None:
+    settings, comments, _ = convert(tmp_path, changed(data_stages=...))
+    assert settings["dataset"] == {"path": "name-the-data-here"}
+    assert "no stage says what to train on: name it in dataset" in comments
+
+
 def test_files_are_not_overwritten(tmp_path: Path) -> None:
     source, destination = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
     assert "file not found" in one_line(command("convert", "nanotron-config", str(source), str(destination)))
@@ -402,6 +438,7 @@ def test_files_are_not_overwritten(tmp_path: Path) -> None:
     destination.write_text("mine")
     argv = ["convert", "nanotron-config", str(source)]
     assert "exists" in one_line(command(*argv, str(destination))) and destination.read_text() == "mine"
+    assert "its folder does not exist" in one_line(command(*argv, str(tmp_path / "no" / "ours.yaml")))
     assert "same file" in one_line(command(*argv, str(source), "--overwrite"))
     assert command(*argv, str(destination), "--overwrite")[0] == 0 and "model_type: llama" in destination.read_text()
 

@@ -362,3 +362,13 @@ def test_maps_keep_no_file_open(tmp_path: Path) -> None:
         map_file(path, 10**6)
     with pytest.raises(FileNotFoundError):
         map_file(path + "x", 1)
+
+
+def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ds("memory://whole/a.ds", [[1, 2, 3], [4, 5]])
+    files = fsspec.filesystem("memory")
+    monkeypatch.setattr(
+        type(files), "cat_ranges", lambda self, paths, *_, **__: [self.cat_file(path) for path in paths]
+    )
+    with pytest.raises(OSError, match="a.ds.index gave 16 bytes when 8 were asked for: its server ignores ranges"):
+        open_token_files("memory://whole/a.ds", token_size=2)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hf_nanotron.data.tokenize import shards as shards_module, source as source_
 from hf_nanotron.data.tokenize.plan import deal
 from hf_nanotron.data.tokenize.source import Piece
 from hf_nanotron.data.tokenize.writer import in_words
+from hf_nanotron.data.tokens.byte_ranges import short_name
 
 DATATROVE = "datatrove is not installed (pip install hf-nanotron[datatrove])"
 EOS = "<eos>"
@@ -393,6 +395,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "array": ("a.json", b'[{"text": "w3"}, {"text": 7}]', r"a.json, row 1: its text is a int \('7'\)"),
     "broken array": ("a.json", b'[{"text": "w3"}, ', "a.json is no JSON that can be read"),
     "csv": ("a.csv", b'id,text\n1,w3\n2,"w4\n', "a.csv is no CSV that can be read, after row 0"),
+    "csv fields": ("a.csv", b"id,text\n1,w3,w4\n2,w5,w6\n", "more fields than its first line has names"),
     "no csv column": ("a.csv", b"id,content\n1,w3\n", "a.csv, row 0: it has no column 'text'; it has id, content"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "w3"}\n' * 900)[:-9], "gz cannot be read: Compressed file"),
     "no gzip": ("a.jsonl.gz", b"plain", "a.jsonl.gz cannot be read: Not a gzipped file"),
@@ -577,3 +580,108 @@ def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert tokenized(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", words(300)) == expected(rows)
     assert max(sizes) < 20 and sum(sizes) == 40
     assert np.array_equal(flat(expected(rows)), np.fromfile(tmp_path / "out" / "00000_unshuffled.ds", "<u2"))
+
+
+def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["w3"])
+    Dataset.from_dict({"text": ["w3"]}).save_to_disk(tmp_path / "saved")
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (source, {"sample_by": "line"}, "sample_by='line' is for text files; .* has a document in each row"),
+        (source, {"too_long": "drop"}, "too_long='drop' needs max_length"),
+        (source, {"kind": "chat", "eos_token": None, "append_eos": False}, "append_eos=False has no effect on conv"),
+        (source, {"kind": "chat"}, "eos_token='<eos>' has no effect on conversations"),
+        (tmp_path / "saved", {"name": "x"}, "name='x' has no meaning for .*saved, a folder of save_to_disk"),
+        (
+            Dataset.from_dict({"text": ["w3"]}),
+            {"format": "json"},
+            "format='json' has no meaning for a dataset in memory",
+        ),
+    ]
+    for given, options, match in cases:
+        with pytest.raises(ValueError, match=match):
+            tokenized(given, tmp_path / "out", words(300), **options)
+
+
+def test_an_output_within_its_source(tmp_path: Path) -> None:
+    """A pattern does not match the command's own files."""
+    (tmp_path / "a.json").write_text('{"text": "w3"}')
+    for _ in range(2):
+        assert tokenized(f"{tmp_path}/**/*.json", tmp_path / "out", words(300)) == [[3, 0]]
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path)
+    jsonl(tmp_path / "a.jsonl", ["w3"])
+    tokenize_corpus("~/a.jsonl", "~/out", "~/tokenizer300.json", eos_token=EOS, max_length=9, progress=False)
+    assert TokenDataset("~/out", 2).rows([0])["input_ids"].tolist() == [[3, 0]]
+
+
+def test_damaged_records(tmp_path: Path) -> None:
+    """A shard without a record that can be read is written again; without a plan, the folder is somebody else's."""
+    source, out = jsonl(tmp_path / "a.jsonl", ["w3"]), tmp_path / "out"
+    first = tokenized(source, out, words(300))
+    for damaged in ("", "{}", "[]", '{"counts": {"rows": 1}, "files": []}'):
+        (out / ".tokenize" / "shards" / "00000.json").write_text(damaged)
+        assert tokenized(source, out, words(300)) == first
+    for damaged in ("{", "{}", "[]"):
+        (out / ".tokenize" / "plan.json").write_text(damaged)
+        with pytest.raises(ValueError, match="holds 00000_unshuffled.ds, which this command has not written there"):
+            tokenized(source, out, words(300), overwrite=True)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The error names the folder, and the same command goes on."""
+    script = (
+        "import resource, signal, sys\n"
+        "from hf_nanotron.data import tokenize_corpus\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "tokenize_corpus(*sys.argv[1:], eos_token='<eos>', progress=False)\n"
+    )
+    source, out, tokenizer = jsonl(tmp_path / "a.jsonl", ["w3 " * 9000]), tmp_path / "out", saved(tmp_path)
+    done = subprocess.run([sys.executable, "-c", script, source, out, tokenizer], capture_output=True, text=True)
+    assert f"OSError: {out} cannot be written to ([Errno 27] File too large)" in done.stderr
+    assert not any(out.glob("*.ds*"))
+    assert len(tokenized(source, out, tokenizer)[0]) == 9001
+
+
+def test_names_hold_no_credentials() -> None:
+    """A set's name stands in checkpoints and logs."""
+    for url in ("s3://me:pa55word@web", "https://host/data/web.ds?sig=pa55word", "https://me:pa55word@host/web/"):
+        assert "pa55word" not in short_name(url) and short_name(url).endswith("web")
+    assert short_name("/data/web.v2/") == short_name(Path("web.ds")) == "web"
+
+
+class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A store whose package prints the whole URL."""
+
+    protocol = "refusing"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("refusing://")
+
+    def _refuse(self, path: str, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"no bucket {path!r} for {self.storage_options}")
+
+    info = ls = exists = isdir = _refuse
+
+
+def test_credentials_of_a_store_are_not_told(tmp_path: Path) -> None:
+    """Neither in the message nor in its chain, which a traceback prints."""
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    source, url = jsonl(tmp_path / "a.jsonl", ["w3"]), "refusing://me:pa55word@bucket/x"
+    options = {"storage_options": {"secret": "s3cr3tkey"}}
+    for call in (
+        lambda: tokenized(f"{url}.jsonl", tmp_path / "out", words(300), **options),
+        lambda: tokenized(source, url, words(300), **options),
+        lambda: TokenDataset(url, 16, **options),
+    ):
+        with pytest.raises(OSError, match="refusing://.*bucket/x.* cannot be read .no bucket") as caught:
+            call()
+        told = "".join(traceback.format_exception(caught.value, chain=True))
+        assert "pa55word" not in str(caught.value) and "s3cr3tkey" not in str(caught.value)
+        assert not any(
+            secret in line for line in told.splitlines() for secret in ("no bucket 'me:pa55word", "s3cr3tkey")
+        )

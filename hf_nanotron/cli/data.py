@@ -106,7 +106,7 @@ def _stream(plan: SetPlan, tokenizer: Any, seed: int) -> TokenStream:
     if "text_column" in options and tokenizer is None:
         raise ValueError(f"{plan.where}.text_column needs a tokenizer with an end-of-text token.")
     with explained(f"{plan.where}.stream={arguments['stream']!r} cannot be read"):
-        stream = load_stream(**arguments)
+        stream = load_stream(plan.where, **arguments)
     with _named(plan.where):
         return TokenStream(stream, tokenizer=tokenizer if "text_column" in options else None, **options)
 

@@ -92,8 +92,9 @@ SETS = {"tokens": TOKENS, "chat": CHAT, "path": TABLE, "stream": STREAM}
 WITH_LENGTH = ("tokens", "chat", "path")
 MEANINGS = {
     "tokens": "`.ds` files of datatrove, `.bin` with `.idx` of Megatron, `.npy`; folders, patterns, URLs",
-    "path": "a folder of `save_to_disk`, a file (`.json`, `.jsonl`, `.parquet`, `.csv`), or a name for `load_dataset`",
-    "stream": "a name for `load_dataset`, or a folder of files, read while it is trained on",
+    "path": "a folder of `save_to_disk`, a file (`.json`, `.jsonl`, `.parquet`, `.csv`, compressed or not), or a name "
+    "for `load_dataset`",
+    "stream": "a name for `load_dataset`, such a file, or a folder of them, read while it is trained on",
     "shuffle_buffer": "documents of a lane that are shuffled, or packed, together",
     "lanes": "parts of the stream that are read side by side; by the shards if not given",
     "epochs": "how often the stream is read; without end if not given",

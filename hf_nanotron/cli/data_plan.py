@@ -309,7 +309,7 @@ def _set(
     for key in ("samples", "skip_samples", "folder_weights"):
         if key in options and "order" not in options:
             raise ValueError(f"{where}.{key} belongs to order, which is not given: 'megatron' or 'nanoset'.")
-    if not options[kind]:
+    if not options[kind] or (isinstance(options[kind], list) and not all(options[kind])):
         raise ValueError(f"{where}.{kind} is empty: name files, or folders of them.")
     return SetPlan(where, kind, options)
 

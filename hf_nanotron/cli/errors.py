@@ -14,10 +14,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
-from ..redaction import printable, secrets_of
+from ..redaction import printable, printable_url, secrets_of
 
 # Modules whose errors are written for the user: they say what to change, and a traceback would bury it.
 SPEAKING = ("hf_nanotron", "transformers.trainer", "transformers.training_args", "__main__")
@@ -71,11 +70,19 @@ def report(program: str, error: BaseException) -> None:
     _hear(speaks)
 
 
-def refuse_missing_path(name: str, value: str, what: str) -> None:
-    """Before a Hub is asked for it: refuse what can only be a local path, and does not exist."""
+def existing_path(name: str, value: str, what: str) -> str:
+    """`value`, with the home folder for `~`. Before a Hub is asked for it: what can only be a local path must exist.
+
+    Raises:
+        SettingsError: if it does not; for a URL.
+    """
+    if "://" in value:
+        raise SettingsError(f"{name}={printable_url(value)!r} is a URL; give a {what}, or a name on the Hub.")
     is_path = os.path.isabs(value) or value.startswith(("./", "../", "~")) or value.count("/") > 1
-    if is_path and not Path(value).expanduser().exists():
+    value = os.path.expanduser(value)
+    if is_path and not os.path.exists(value):
         raise SettingsError(f"{name}={value!r}: {what} not found.")
+    return value
 
 
 def process_group() -> Any:

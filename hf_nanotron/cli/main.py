@@ -17,7 +17,7 @@ from typing import Any
 
 from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
-from .errors import STATUS, Parser, explained, is_for_the_user, process_group, refuse_missing_path, report
+from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
 from .upload import add_upload_arguments
@@ -186,7 +186,7 @@ def _generate(args: argparse.Namespace) -> None:
     ):
         if not is_right:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {says}.")
-    refuse_missing_path("MODEL", args.model, "folder")
+    args.model = existing_path("MODEL", args.model, "folder")
     parallel = ParallelConfig(tp_size=args.tp_size, pp_size=args.pp_size)
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     if (copies := parallel.dp_size(state.num_processes)) > 1:

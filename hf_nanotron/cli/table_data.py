@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..ops.cross_entropy import IGNORE_INDEX
 from .data_plan import SetPlan
-from .errors import explained, refuse_missing_path
+from .errors import existing_path, explained
 
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def load_table(plan: SetPlan, tokenizer: Any) -> Any:
     """A `datasets.Dataset` with `input_ids`: its own, or those of its texts."""
-    section, where = plan.options, plan.where
-    refuse_missing_path(f"{where}.path", section["path"], "file or folder")
+    where = plan.where
+    section = {**plan.options, "path": existing_path(f"{where}.path", plan.options["path"], "file or folder")}
     with explained(f"{where}.path={section['path']!r} cannot be read"):
         dataset = _read(section, where)
     if not len(dataset):
@@ -24,15 +26,25 @@ def load_table(plan: SetPlan, tokenizer: Any) -> Any:
     return _tokenised(dataset, section, tokenizer, where)
 
 
-def load_stream(stream: str, name: str | None, data_files: Any, split: str | None) -> Any:
+def load_stream(where: str, stream: str, name: str | None, data_files: Any, split: str | None) -> Any:
     """A `datasets.IterableDataset` over files, a folder of them, or a Hub dataset."""
     from datasets import load_dataset
 
-    refuse_missing_path("dataset.stream", stream, "file or folder")
-    suffix = Path(stream).suffix
-    if suffix in FILE_TYPES:
-        stream, data_files = FILE_TYPES[suffix], stream
+    stream = existing_path(f"{where}.stream", stream, "file or folder")
+    if (kind := _file_type(stream)) is not None:
+        for key, value in (("name", name), ("data_files", data_files)):
+            if value is not None:
+                raise ValueError(
+                    f"{where}.{key}={value!r} does not go with {where}.stream={stream!r}, which is a file."
+                )
+        stream, data_files = kind, stream
     return load_dataset(stream, name, data_files=data_files, split=split or "train", streaming=True)
+
+
+def _file_type(path: str) -> str | None:
+    """What `datasets` calls the format of a file, by its name, also of a compressed one; None for other names."""
+    stem, end = os.path.splitext(path)
+    return FILE_TYPES.get(os.path.splitext(stem)[1] if end in COMPRESSIONS else end)
 
 
 def _split(section: dict[str, Any]) -> str:
@@ -45,19 +57,19 @@ def _read(section: dict[str, Any], where: str) -> Any:
     path, split = Path(section["path"]), _split(section)
     is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     for name in ("name", "data_files"):
-        if section.get(name) is not None and (is_saved or path.suffix in FILE_TYPES):
+        if section.get(name) is not None and (is_saved or _file_type(section["path"])):
             raise ValueError(
                 f"{where}.{name}={section[name]!r} needs a {where}.path that is a name for datasets.load_dataset, but "
                 f"{section['path']!r} is a {'folder of save_to_disk' if is_saved else 'file'}; remove {where}.{name}."
             )
     if not is_saved:
         files, builder = section.get("data_files"), section["path"]
-        if path.suffix in FILE_TYPES:
+        if (kind := _file_type(section["path"])) is not None:
             if not path.is_file():
                 raise ValueError(f"{where}.path={section['path']!r}: file not found.")
             if not path.stat().st_size:
                 raise ValueError(f"{where}.path={section['path']!r} is an empty file.")
-            files, builder = str(path), FILE_TYPES[path.suffix]
+            files, builder = str(path), kind
         return load_dataset(builder, section.get("name"), data_files=files, split=split)
     if not any(path.rglob("*.arrow")):
         raise ValueError(f"{where}.path={section['path']!r} has no samples.")

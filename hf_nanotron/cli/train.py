@@ -14,7 +14,7 @@ from ..trainer import NanotronTrainer
 from ..training.data_order import data_seed
 from ..training_args import NanotronTrainingArguments
 from .data import collate, load_data
-from .errors import SettingsError, explained, refuse_missing_path
+from .errors import SettingsError, existing_path, explained
 from .hints import refuse_unknown
 from .settings import SECTIONS, check_complete, read_settings
 
@@ -55,7 +55,7 @@ def load_tokenizer(name: str | None) -> Any:
     """The tokenizer of a folder or a Hub id; None for none."""
     if name is None:
         return None
-    refuse_missing_path("tokenizer", name, "folder")
+    name = existing_path("tokenizer", name, "folder")
     with explained(f"tokenizer={name!r} cannot be loaded"):
         return AutoTokenizer.from_pretrained(name)
 
@@ -64,7 +64,7 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
     """The model that the section `model` describes, sharded over the ranks of `args`."""
     options = {name: value for name, value in section.items() if name not in ("name_or_path", "config")}
     if (name := section.get("name_or_path")) is not None:
-        refuse_missing_path("model.name_or_path", name, "folder")
+        name = existing_path("model.name_or_path", name, "folder")
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             return AutoModelForCausalLM.from_pretrained(name, parallel=args.parallel, **options)
     if "revision" in options:

@@ -127,7 +127,12 @@ def inspect_tokens(
         FileNotFoundError: for a path without such files.
         ValueError: for files that are not what their name says; for numbers that cannot be.
     """
-    for name, value, least in (("samples", samples, 0), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
+    for name, value, least in (
+        ("samples", samples, 0),
+        ("sequence_length", sequence_length, 1),
+        ("seed", seed, 0),
+        ("eos_token_id", eos_token_id, 0),
+    ):
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
     listed = [os.fspath(paths)] if isinstance(paths, str | os.PathLike) else [os.fspath(path) for path in paths]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
+from ..tokens.byte_ranges import short_name
 from ..tokens.documents import SCAN_TOKENS
 from ..tokens.packing import WINDOW
 from ..tokens.token_dataset import TokenDataset
@@ -122,7 +123,7 @@ class ChatDataset(TokenDataset):
 def _name(source: Any) -> str:
     """Of the first path of a source, without its folder and ending."""
     first = source if isinstance(source, str | os.PathLike) else next(iter(source))
-    return os.path.basename(os.fspath(first).rstrip("/")).split(".")[0]
+    return short_name(first)
 
 
 def kind_of(source: Source) -> tuple[Literal["chat", "prompt_completion"], str | None]:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from ...redaction import printable_url
 from .encoders import ChatEncoder, Encoder, PromptCompletionEncoder, TextEncoder
 from .machines import check_executor, submit
-from .output import PLAN, OutputFolder
-from .plan import VERSION, Counts, begin, deal, finished, shard_name
+from .output import OutputFolder
+from .plan import VERSION, Counts, begin, deal, finished, read_plan, shard_name
 from .rows import RowReader
 from .shards import TOO_LONG, Job
 from .source import SAMPLE_BY, Piece, open_source
@@ -135,7 +135,7 @@ def tokenize_corpus(
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
     folder = OutputFolder(out, storage_options)
-    before = None if overwrite else folder.read(PLAN)
+    before = None if overwrite else read_plan(folder)
     corpus = prepare(
         source,
         tokenizer,
@@ -240,6 +240,11 @@ def prepare(
         shards=shards,
         storage_options=storage_options,
     )
+    if sample_by != "document" and any(piece.format != "text" for piece in opened.pieces):
+        raise ValueError(f"sample_by={sample_by!r} is for text files; {opened.shown} has a document in each row.")
+    if kind == "chat" and (eos_token is not None or not append_eos):
+        given = f"eos_token={eos_token!r}" if eos_token is not None else f"append_eos={append_eos}"
+        raise ValueError(f"{given} has no effect on conversations: their chat template ends them.")
     chosen = choose_tokenizer(tokenizer, eos_token)
     size = chosen.token_size(token_size)
     encoder = make_encoder(chosen, kind, column, append_eos, add_special_tokens, train_on)
@@ -310,6 +315,8 @@ def _check(
     for argument, number in (("max_length", max_length), ("max_documents", max_documents)):
         if number is not None and number < 1:
             raise ValueError(f"{argument}={number} must be at least 1.")
+    if too_long != "truncate" and max_length is None:
+        raise ValueError(f"too_long={too_long!r} needs max_length: the tokens of the longest document.")
     if shuffle is not None and shuffle < 0:
         raise ValueError(f"shuffle={shuffle} is a seed, and must not be negative.")
     if "/" in file_name or file_name.startswith("."):

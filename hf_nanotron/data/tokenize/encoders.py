@@ -117,6 +117,19 @@ class _Conversations:
             tools = json.loads(tools)
         return {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
 
+    def _check_parts(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        """Refuse contents in parts of a template that does not know them, and writes what Python prints of a list."""
+        parted = [(n, text) for n, m in enumerate(messages) if (text := m.get("content")) and isinstance(text, list)]
+        if not parted:
+            return
+        whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        for number, content in parted:
+            if str(content) in whole:
+                raise ValueError(
+                    f"the content of message {number + 1} has parts, which the chat template of {self.name} does not "
+                    "know: make it a text"
+                )
+
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         return list(self.tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])
 
@@ -144,6 +157,7 @@ class ChatEncoder(_Conversations):
         if messages is None or isinstance(messages, Unreadable):
             return messages
         options = self._options(record)
+        self._check_parts(messages, options)
         if self.train_on == "all":
             ids = self._apply(messages, **options)
             return Encoded(ids, [1] * len(ids))
@@ -227,6 +241,7 @@ class PromptCompletionEncoder(_Conversations):
                 return part
         assert isinstance(prompt, list) and isinstance(completion, list)
         options = self._options(record)
+        self._check_parts(prompt + completion, options)
         first = self._apply(prompt, add_generation_prompt=True, **options)
         return self._split(first, self._apply(prompt + completion, **options))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...redaction import printable, printable_url
-from ..tokens.byte_ranges import file_system, is_remote, list_folder, local_path
+from ..tokens.byte_ranges import described, file_system, is_remote, list_folder, local_path
 
 OWN = ".tokenize"
 PLAN = f"{OWN}/plan.json"
@@ -35,38 +35,52 @@ class OutputFolder:
     def __init__(self, path: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
         text = os.fspath(path)
         self.is_remote = is_remote(text)
-        self.path = text.rstrip("/") if self.is_remote else os.path.abspath(os.path.expanduser(local_path(text)))
+        self.path = text.rstrip("/") if self.is_remote else os.path.abspath(local_path(text))
         self.options = dict(storage_options or {})
         self.shown = printable_url(text)
         if not self.is_remote and os.path.exists(self.path) and not os.path.isdir(self.path):
             raise ValueError(f"{self.shown} is a file; give a folder to write to.")
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Say of an error of writing which folder it is about: that of a full disk names no file."""
+        try:
+            yield
+        except OSError as error:
+            if self.shown in str(error):
+                raise
+            raise OSError(f"{self.shown} cannot be written to ({error}); what is complete is kept.") from error
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Bytes of the files in it, or in a folder below, by name; without those of its subfolders."""
         path = f"{self.path}/{below}" if below else self.path
         return {name: stat.size for name, stat in (list_folder(path, self.options) or {}).items()}
 
-    def read(self, name: str) -> Any:
-        """A JSON file, or None if there is none."""
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file; None if there is none, or it is not what was written there."""
         try:
             if self.is_remote:
                 fs, inner = file_system(self.path, self.options)
-                return json.loads(fs.cat_file(f"{inner}/{name}"))
-            return json.loads(Path(self.path, name).read_bytes())
-        except FileNotFoundError:
+                with described(self.path, self.options):
+                    data = fs.cat_file(f"{inner}/{name}")
+            else:
+                data = Path(self.path, name).read_bytes()
+            found = json.loads(data)
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
-        except ValueError as error:
-            raise ValueError(
-                f"{self.shown}/{name} is not what was written there ({error}); begin anew with overwrite."
-            ) from None
+        return found if isinstance(found, dict) else None
 
     def write(self, name: str, content: Any) -> None:
         """A JSON file, at once."""
-        data = json.dumps(content, indent=1).encode()
+        with self.written():
+            self._write(name, json.dumps(content, indent=1).encode())
+
+    def _write(self, name: str, data: bytes) -> None:
         if self.is_remote:
             fs, inner = file_system(self.path, self.options)
-            fs.makedirs(f"{inner}/{name}".rpartition("/")[0], exist_ok=True)
-            fs.pipe_file(f"{inner}/{name}", data)
+            with described(self.path, self.options, "written to"):
+                fs.makedirs(f"{inner}/{name}".rpartition("/")[0], exist_ok=True)
+                fs.pipe_file(f"{inner}/{name}", data)
             return
         path = Path(self.path, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +95,11 @@ class OutputFolder:
         """Give complete files of a `workplace` their place in the folder, in this order."""
         if self.is_remote:
             fs, inner = file_system(self.path, self.options)
-            fs.makedirs(inner, exist_ok=True)
-            for name in names:
-                fs.put_file(str(folder / name), f"{inner}/{name}")
-                (folder / name).unlink()
+            with described(self.path, self.options, "written to"):
+                fs.makedirs(inner, exist_ok=True)
+                for name in names:
+                    fs.put_file(str(folder / name), f"{inner}/{name}")
+                    (folder / name).unlink()
             return
         for name in names:
             os.replace(folder / name, Path(self.path, name))
@@ -96,11 +111,12 @@ class OutputFolder:
         if self.is_remote:
             fs, inner = file_system(self.path, self.options)
             paths = [f"{inner}/{name}" for name in names]
-            with contextlib.suppress(FileNotFoundError):
-                paths += fs.find(f"{inner}/{OWN}")
-            for path in paths:
+            with described(self.path, self.options, "written to"):
                 with contextlib.suppress(FileNotFoundError):
-                    fs.rm_file(path)
+                    paths += fs.find(f"{inner}/{OWN}")
+                for path in paths:
+                    with contextlib.suppress(FileNotFoundError):
+                        fs.rm_file(path)
             return
         for name in names:
             Path(self.path, name).unlink(missing_ok=True)

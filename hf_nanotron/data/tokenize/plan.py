@@ -81,7 +81,7 @@ def begin(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> bool:
         ValueError: if it was begun with another source, tokenizer or options, naming what differs; if it holds tokens
             that were not written by such a plan.
     """
-    before = out.read(PLAN)
+    before = read_plan(out)
     files = out.sizes()
     if overwrite and before is not None:
         shards = range(before["options"]["shards"])
@@ -105,15 +105,25 @@ def begin(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
+def read_plan(out: OutputFolder) -> dict[str, Any] | None:
+    """The plan that a folder was begun with; None if there is none that can be read."""
+    plan = out.read(PLAN) or {}
+    options = plan.get("options")
+    known = isinstance(options, dict) and isinstance(options.get("shards"), int) and {"name", "shuffle"} <= set(options)
+    return plan if known else None
+
+
 def finished(out: OutputFolder, shards: int, token_size: int) -> dict[int, Counts]:
     """Shards that are complete."""
     sizes, records, found = out.sizes(), out.sizes(RECORDS), {}
     for number in range(shards):
         if f"{number:05d}.json" not in records:
             continue
-        record = out.read(record_name(number))
-        counts = Counts(**record["counts"])
-        files = record["files"]
+        record = out.read(record_name(number)) or {}
+        try:
+            counts, files = Counts(**record["counts"]), list(record["files"])
+        except (KeyError, TypeError):  # damaged: the shard is written again
+            continue
         whole = all(name in sizes for name in files)
         if whole and (not files or sizes[files[-1]] == counts.tokens * token_size):
             found[number] = counts

@@ -169,6 +169,11 @@ def _csv(reader: RowReader, piece: Piece) -> Iterator[Row]:
         with reader.open(piece.path) as file:
             options = {"sep": separator, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
             for frame in pandas.read_csv(file, chunksize=BATCH, **options):
+                if not isinstance(frame.index, pandas.RangeIndex):  # what pandas makes of the fields before
+                    raise ValueError(
+                        f"{piece.shown}: its rows have more fields than its first line has names; put texts with a "
+                        f"{'tab' if separator == chr(9) else 'comma'} in quotes."
+                    )
                 for record in frame.to_dict("records"):
                     yield number, reader.chosen(record)
                     number += 1
@@ -195,7 +200,7 @@ def _parquet(reader: RowReader, piece: Piece) -> Iterator[Row]:
                 )
             for batch in file.iter_batches(BATCH, list(range(piece.start, stop)), names):
                 for record in batch.to_pylist():
-                    yield number, reader.chosen(record)
+                    yield number, reader.chosen(without_fill(record))
                     number += 1
     except pyarrow.ArrowException as error:
         raise ValueError(f"{piece.shown} is no parquet file that can be read ({error}).") from error
@@ -226,8 +231,22 @@ def _hub(reader: RowReader, piece: Piece) -> Iterator[Row]:
 def _batched(reader: RowReader, batches: Iterator[dict[str, list[Any]]], number: int) -> Iterator[Row]:
     for batch in batches:
         for values in zip(*batch.values(), strict=True):
-            yield number, reader.chosen(dict(zip(batch, values, strict=True)))
+            yield number, reader.chosen(without_fill(dict(zip(batch, values, strict=True))))
             number += 1
+
+
+def without_fill(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow without the nulls that it puts where one struct of a column lacks a field of another.
+
+    Chat templates ask whether a message has `tool_calls`. The `content` of a message stays: it may be null.
+    """
+    return {name: _without_fill(value) for name, value in record.items()}
+
+
+def _without_fill(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_fill(v) for k, v in value.items() if v is not None or k == "content"}
+    return [_without_fill(part) for part in value] if isinstance(value, list) else value
 
 
 def _refuse_missing(reader: RowReader, piece: Piece, names: Sequence[str]) -> None:

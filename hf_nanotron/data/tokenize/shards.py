@@ -58,12 +58,13 @@ class Job:
                     added = self._write(writer, batch)
                     total += added
                     tell(added)
+                with self.out.written():
+                    names = writer.close(options["shuffle"], shard_name(self.plan, number))
+                    if total.documents:
+                        self.out.publish(folder, names)
             except BaseException:
                 writer.abandon()
                 raise
-            names = writer.close(options["shuffle"], shard_name(self.plan, number))
-            if total.documents:
-                self.out.publish(folder, names)
         files = names if total.documents else []
         self.out.write(record_name(number), {"counts": vars(total), "files": files})
         return total
@@ -113,7 +114,8 @@ class Job:
             truncated = 1
         if trained is not None and not any(trained):
             return Counts(untrained=1, truncated=truncated)
-        writer.write(ids, trained)
+        with self.out.written():
+            writer.write(ids, trained)
         return Counts(documents=1, tokens=len(ids), truncated=truncated)
 
 

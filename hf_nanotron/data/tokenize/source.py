@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...redaction import printable, printable_url
-from ..tokens.byte_ranges import Stat, expand, file_system, is_remote, local_path, stat_files
+from ..tokens.byte_ranges import Stat, described, expand, file_system, is_remote, local_path, stat_files
+from .output import OWN
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 FORMATS = {  # by the end of a file's name, before that of its compression
@@ -103,7 +104,9 @@ def open_source(
     """
     if format is not None and format not in FORMATS.values():
         raise ValueError(f"format={format!r} is not one of {', '.join(dict.fromkeys(FORMATS.values()))}.")
+    of_hub = {"name": name, "revision": revision}
     if isinstance(source, dict) or hasattr(source, "_fingerprint"):
+        _refuse_given("a dataset in memory", {**of_hub, "format": format})
         return _dataset(source, "the dataset", split)
     if hasattr(source, "_ex_iterable"):
         raise ValueError(
@@ -114,13 +117,22 @@ def open_source(
         raise ValueError("no source was given.")
     first = paths[0]
     if len(paths) == 1 and _is_saved(first):
+        _refuse_given(f"{first}, a folder of save_to_disk", {**of_hub, "format": format})
         return _saved(first, split)
     if len(paths) == 1 and _is_hub_name(first):
+        _refuse_given(f"{first}, a dataset of the Hub", {"format": format})
         return _hub(first, name, split, revision, shards)
     for argument, value in (("name", name), ("split", split), ("revision", revision)):
         if value is not None:
             raise ValueError(f"{argument}={value!r} belongs to a Hub dataset, and {printable_url(first)} is none.")
     return _files(paths, format, dict(storage_options or {}))
+
+
+def _refuse_given(what: str, values: dict[str, Any]) -> None:
+    """Refuse arguments that a kind of source has no use for."""
+    for argument, value in values.items():
+        if value is not None:
+            raise ValueError(f"{argument}={value!r} has no meaning for {what}.")
 
 
 # ---- files ----
@@ -159,13 +171,13 @@ def _files(paths: Sequence[str], format: str | None, options: dict[str, Any]) ->
 def _listed(path: str, format: str | None, options: dict[str, Any]) -> list[Stat]:
     """Files of a path, sorted; those of a folder and its subfolders that can be read."""
     if not is_remote(path):
-        path = os.path.abspath(os.path.expanduser(local_path(path)))
-    try:
-        if found := stat_files([path], options):
-            return list(found.values())
-        fs, inner = file_system(path, options)
+        path = os.path.abspath(local_path(path))
+    if found := stat_files([path], options):
+        return list(found.values())
+    fs, inner = file_system(path, options)
+    with described(path, options):
         if any(mark in path for mark in "*?[") and not fs.exists(inner):
-            names = expand(path, options)
+            names = [name for name in expand(path, options) if f"/{OWN}/" not in name]  # of an output within the source
             if not names:
                 raise FileNotFoundError(f"{printable_url(path)} matches no file.")
         elif fs.isdir(inner):
@@ -179,11 +191,7 @@ def _listed(path: str, format: str | None, options: dict[str, Any]) -> list[Stat
                 )
         else:
             raise FileNotFoundError(f"{printable_url(path)}: there is no such file or folder.")
-        stats = stat_files(names, options)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not error.errno:
-            raise
-        raise OSError(f"{printable_url(path)} cannot be read ({printable(str(error))}).") from error
+    stats = stat_files(names, options)
     return [stats[name] for name in names if name in stats]
 
 
@@ -203,9 +211,13 @@ def _divided(stat: Stat, format: str, options: dict[str, Any]) -> list[Piece]:
     """A file as pieces that can be read by themselves."""
     path, size = stat.path, stat.size
     if format == "parquet":
-        return _row_groups(path, size, options)
-    splits = format == "json" and not split_compression(path)[1] and not _is_array(path, options)
-    if not splits or size <= PIECE_BYTES:
+        with described(path, options):
+            return _row_groups(path, size, options)
+    splits = format == "json" and size > PIECE_BYTES and not split_compression(path)[1]
+    if splits:
+        with described(path, options):
+            splits = not _is_array(path, options)
+    if not splits:
         return [Piece(path, format, size=size)]
     edges = [*range(0, size - PIECE_BYTES // 2, PIECE_BYTES), size]
     return [Piece(path, format, a, b, b - a) for a, b in zip(edges, edges[1:], strict=False)]

@@ -92,7 +92,7 @@ def _loaded(tokenizer: Any) -> tuple[Any, str]:
         return tokenizer, str(getattr(tokenizer, "name_or_path", "") or "")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    name = os.fspath(tokenizer)
+    name = os.path.expanduser(os.fspath(tokenizer))
     if (os.path.isabs(name) or name.startswith(("./", "../", "~")) or name.count("/") > 1) and not os.path.exists(name):
         raise FileNotFoundError(f"tokenizer={name!r}: there is no such file or folder.")
     try:

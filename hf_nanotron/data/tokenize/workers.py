@@ -117,7 +117,7 @@ def _checked(future: Future[None]) -> None:
             "kept: run it again to go on, with fewer workers."
         ) from error
     except (ValueError, OSError) as error:  # raised here again, it is one of this package
-        raise type(error)(str(error)) from error
+        raise (OSError if isinstance(error, OSError) else ValueError)(str(error)) from error  # subclasses take more
 
 
 # ---- in a worker ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,7 +79,8 @@ class ShardWriter:
         """Delete what was written."""
         for file in (self._ids, self._loss):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # what is left in memory may not fit on a full disk
+                    file.close()
         for end in ENDS:
             (self.folder / f"{self.name}{end}").unlink(missing_ok=True)
 

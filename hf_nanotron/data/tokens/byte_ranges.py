@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 
-from ...redaction import printable, printable_url
+from ...redaction import credentials_in, printable, printable_url, secrets_of
 from .file_map import map_file
 
 BLOCK_BYTES = 64 * 2**10  # a row of 4,096 ids of two bytes takes two blocks at most
@@ -39,7 +40,33 @@ def is_remote(path: str) -> bool:
 
 
 def local_path(path: str) -> str:
-    return path.split("://", 1)[1] if "://" in path else path
+    """The path of a local file or of a `file://` URL; `~` is the home folder."""
+    return os.path.expanduser(path.split("://", 1)[1] if "://" in path else path)
+
+
+def short_name(path: str | os.PathLike[str]) -> str:
+    """Of a path or URL its last part, without what follows a dot, and without the query and credentials of a URL."""
+    return os.path.basename(printable_url(os.fspath(path)).partition("?")[0].rstrip("/")).split(".")[0]
+
+
+@contextlib.contextmanager
+def described(url: str, options: dict[str, Any] | None = None, what: str = "read") -> Iterator[None]:
+    """Turn what the package of a remote file system raises into an OSError that names `url`, without credentials.
+
+    That a file is not there, and errors of local files, which name them, pass. An error that holds credentials is not
+    chained: a traceback would print it.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except Exception as error:
+        if not is_remote(url):
+            raise
+        known = [*credentials_in(url), *secrets_of(options or {})]
+        text = printable(" ".join(str(error).split()), known) or type(error).__name__
+        cause = error if text == " ".join(str(error).split()) else None
+        raise OSError(f"{printable_url(url)} cannot be {what} ({text})") from cause
 
 
 def file_system(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
@@ -168,6 +195,11 @@ def read_ranges(spans: Sequence[tuple[str, int, int]], options: dict[str, Any] |
                 raise OSError(f"{printable_url(spans[number][0])} cannot be read ({text})") from data
             found[number] = bytes(data)
     for (path, start, stop), data in zip(spans, found, strict=True):
+        if len(data) > max(stop - start, 0):
+            raise OSError(
+                f"{printable_url(path)} gave {len(data)} bytes when {stop - start} were asked for: its server ignores "
+                "ranges; copy the files to this machine, or serve them from another one."
+            )
         if len(data) != max(stop - start, 0):
             raise OSError(
                 f"{printable_url(path)} gave {len(data)} of the bytes {start} to {stop}: it is shorter than when "
@@ -186,7 +218,8 @@ def list_folder(path: str, options: dict[str, Any] | None = None) -> dict[str, S
             return {e.name: _local_stat(e.path, e.stat()) for e in entries if e.is_file()}
     fs, inner = file_system(path, options)
     try:
-        entries = fs.ls(inner, detail=True)
+        with described(path, options):
+            entries = fs.ls(inner, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
     inner = inner.rstrip("/")
@@ -204,7 +237,8 @@ def stat_files(paths: Sequence[str], options: dict[str, Any] | None = None) -> d
             continue
         fs, inner = file_system(path, options)
         try:
-            info = fs.info(inner)
+            with described(path, options):
+                info = fs.info(inner)
         except FileNotFoundError:
             continue
         if info["type"] == "file":
@@ -215,7 +249,8 @@ def stat_files(paths: Sequence[str], options: dict[str, Any] | None = None) -> d
 def expand(pattern: str, options: dict[str, Any] | None = None) -> list[str]:
     """Paths that a pattern with `*` or `?` stands for, sorted."""
     fs, inner = file_system(pattern, options)
-    found = sorted(fs.glob(inner))
+    with described(pattern, options):
+        found = sorted(fs.glob(inner))
     return [fs.unstrip_protocol(path) for path in found] if is_remote(pattern) else found
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..identity import FileFacts, file_prints
-from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache
+from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache, short_name
 from .packing import WINDOW
 from .peer_orders import MegatronSamples, NanosetSamples
 from .row_reader import CutRows, PackedDocuments, RowReader, Rows
@@ -122,7 +122,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not listed:
             raise FileNotFoundError("no path was given: name files of tokens, or folders of them.")
-        self.name = os.path.basename(os.fspath(listed[0]).rstrip("/")).split(".")[0]
+        self.name = short_name(listed[0])
         cache = BlockCache(block_bytes, cache_bytes, dict(storage_options or {}))
         opened = [
             open_token_files(os.fspath(path), token_size=token_size, dtype=dtype, vocab_size=vocab_size, cache=cache)

@@ -253,6 +253,10 @@ def _groups(path: str, options: dict[str, Any]) -> list[Group]:
     if listed is None:
         if group := _single(path + ".bin", options):
             return [group]
+        if stat_files([path], options):
+            raise ValueError(
+                f"{printable_url(path)} is no {_kinds()} file; hf-nanotron tokenize makes .ds files of texts."
+            )
         raise FileNotFoundError(f"{printable_url(path)}: there is no such file or folder.")
     names = sorted(name for name in listed if name.endswith(KINDS))
     kinds = sorted({name[name.rindex(".") :] for name in names})
@@ -350,7 +354,7 @@ def _datatrove(group: Group, head: dict[str, bytes], given: np.dtype | None, cac
         )
     if given is None and said.token_size is None:
         raise ValueError(
-            f"{shown} does not say how wide its ids are, and has no .metadata with it: pass token_size=2 "
+            f"{shown} does not say how wide its ids are, and no .metadata with it does: pass token_size=2 "
             "(vocabularies up to 65,536) or token_size=4."
         )
     dtype = given if given is not None else np.dtype(TOKEN_SIZES[said.token_size or 0])

@@ -18,26 +18,30 @@ from .data import Found, Run, dataset_section
 from .keys import Keys, read
 from .model import PREFIX, init_method, model_config
 from .schedule import from_step, read_schedule, training_keys
+from .secrets import cleaned
 
 NANOTRON = ("general", "parallelism", "tokens", "optimizer")  # what every configuration of a run has
 
 # Same value, other name.
 RENAMED = {
     "general.project": "project",
-    "general.seed": "seed",
     "parallelism.tp": "tp_size",
     "parallelism.pp": "pp_size",
     "tokens.micro_batch_size": "per_device_train_batch_size",
     "tokens.batch_accumulation_per_replica": "gradient_accumulation_steps",
-    "optimizer.zero_stage": "zero_stage",
-    "optimizer.weight_decay": "weight_decay",
-    "model.ddp_bucket_cap_mb": "ddp_bucket_cap_mb",
     "checkpoints.checkpoints_path": "output_dir",
-    "checkpoints.checkpoint_interval": "save_steps",
     "logging.log_level": "log_level",
     "logging.log_level_replica": "log_level_replica",
-    "logging.iteration_step_info_interval": "logging_steps",
     "s3_upload.upload_s3_path": "remote_checkpoints",
+}
+# And numbers: other name, whether it is whole, the least.
+NUMBERS: dict[str, tuple[str, bool, float]] = {
+    "general.seed": ("seed", True, 0),
+    "optimizer.zero_stage": ("zero_stage", True, 0),
+    "optimizer.weight_decay": ("weight_decay", False, 0),
+    "model.ddp_bucket_cap_mb": ("ddp_bucket_cap_mb", True, 1),
+    "checkpoints.checkpoint_interval": ("save_steps", True, 1),
+    "logging.iteration_step_info_interval": ("logging_steps", True, 1),
 }
 NOT_ONE = {"parallelism.expert_parallel_size": "ep_size", "parallelism.context_parallel_size": "cp_size"}
 
@@ -93,6 +97,8 @@ def nanotron_config(source: str | Path, destination: str | Path, *, overwrite: b
     source, destination = Path(source), Path(destination)
     if destination.is_dir() or (destination.exists() and not overwrite):
         raise ValueError(f"{destination} exists; choose another name, or set `overwrite` (--overwrite).")
+    if not destination.absolute().parent.is_dir():
+        raise ValueError(f"{destination}: its folder does not exist.")
     if destination.exists() and source.resolve() == destination.resolve():
         raise ValueError(f"source and destination are the same file ({destination}); choose another destination.")
     keys = read(source)
@@ -100,7 +106,11 @@ def nanotron_config(source: str | Path, destination: str | Path, *, overwrite: b
     if missing := [name for name in NANOTRON if name not in sections]:
         raise ValueError(f"{source} is no configuration of a nanotron run: it has no section {', '.join(missing)}.")
     settings, commands = converted(keys, destination.name)
-    lines = [*_told("Run it with", commands), *_told("Not carried over, or different here", keys.told())]
+    settings, secret = cleaned(settings)
+    told = keys.told()
+    if secret:
+        told.append(f"{', '.join(secret)}: credentials are left out; let the environment have them (for S3, ~/.aws)")
+    lines = [*_told("Run it with", commands), *_told("Not carried over, or different here", told)]
     head = [f"Written by hf-nanotron convert nanotron-config from {source.name} of huggingface/nanotron.", "", *lines]
     comments = "".join(f"# {line}".rstrip() + "\n" for line in printable("\n".join(head)).splitlines())
     destination.write_text(comments + "\n" + dump(settings), encoding="utf-8")
@@ -113,8 +123,11 @@ def converted(keys: Keys, name: str = "FILE.yaml") -> tuple[dict[str, Any], list
     for theirs, ours in RENAMED.items():
         if (value := keys.take(theirs)) is not None:
             training[ours] = value
+    for theirs, (ours, whole, least) in NUMBERS.items():
+        if keys.take(theirs) is not None:
+            training[ours] = keys.number(theirs, whole=whole, least=least)
     for theirs, ours in NOT_ONE.items():
-        if (size := keys.number(theirs, 1)) != 1:
+        if (size := keys.number(theirs, 1, least=1)) != 1:
             training[ours] = size
     _run_name(keys, training)
     steps, processes = _sizes(keys, training)
@@ -134,7 +147,7 @@ def converted(keys: Keys, name: str = "FILE.yaml") -> tuple[dict[str, Any], list
     training["max_steps"] = steps - step
     training |= training_keys(from_step(schedule, step, keys), steps - step, keys)
 
-    length = keys.number("tokens.sequence_length")
+    length = keys.number("tokens.sequence_length", least=2)
     batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     samples = steps * batch * keys.number("parallelism.dp", 1)
     data = dataset_section(keys, Run(length, samples, step, consumed, masks))
@@ -168,8 +181,8 @@ def _sizes(keys: Keys, training: dict[str, Any]) -> tuple[int, int]:
         "parallelism.tp",
         "parallelism.pp",
     ):
-        training[RENAMED[theirs]] = keys.number(theirs, 1 if theirs.startswith("parallelism") else None)
-    processes = keys.number("parallelism.dp", 1) * training["tp_size"] * training["pp_size"]
+        training[RENAMED[theirs]] = keys.number(theirs, 1 if theirs.startswith("parallelism") else None, least=1)
+    processes = keys.number("parallelism.dp", 1, least=1) * training["tp_size"] * training["pp_size"]
     processes *= training.get("cp_size", 1) * training.get("ep_size", 1)
     if "ep_size" in training:
         keys.note(
@@ -177,7 +190,7 @@ def _sizes(keys: Keys, training: dict[str, Any]) -> tuple[int, int]:
             "the ranks of ep_size share experts and have samples of their own: a step has ep_size times as many; "
             "divide gradient_accumulation_steps by it",
         )
-    return keys.number("tokens.train_steps"), processes
+    return keys.number("tokens.train_steps", least=1), processes
 
 
 def _optimizer(keys: Keys, training: dict[str, Any]) -> None:
@@ -193,8 +206,8 @@ def _optimizer(keys: Keys, training: dict[str, Any]) -> None:
         if name.lower() != "adamw":
             keys.note(f"{prefix}.name", "AdamW is used")
     for theirs, ours in (("adam_beta1", "adam_beta1"), ("adam_beta2", "adam_beta2"), ("adam_eps", "adam_epsilon")):
-        if (value := keys.take(f"{prefix}.{theirs}")) is not None:
-            training[ours] = value
+        if keys.take(f"{prefix}.{theirs}") is not None:
+            training[ours] = keys.number(f"{prefix}.{theirs}", whole=False, least=0)
     training["max_grad_norm"] = keys.number("optimizer.clip_grad", 0.0, whole=False)
     if not keys.take("optimizer.accumulate_grad_in_fp32", True):
         keys.note("optimizer.accumulate_grad_in_fp32", "gradients are always summed in fp32")
@@ -205,8 +218,8 @@ def _optimizer(keys: Keys, training: dict[str, Any]) -> None:
 
 
 def _parallelism(keys: Keys, training: dict[str, Any]) -> None:
-    mode = str(keys.take("parallelism.tp_mode", "ALL_REDUCE")).upper()
-    engine = keys.take("parallelism.pp_engine", "afab")
+    mode = keys.one_of("parallelism.tp_mode", "ALL_REDUCE", ("ALL_REDUCE", "REDUCE_SCATTER"))
+    engine = keys.one_of("parallelism.pp_engine", "afab", ("afab", "1f1b"))
     overlap = keys.take("parallelism.tp_linear_async_communication", False)
     if training["pp_size"] > 1:
         training["pp_schedule"] = engine

@@ -58,7 +58,9 @@ def dataset_section(keys: Keys, run: Run) -> Found:
         length = keys.number(f"{prefix}.sequence_length", run.sequence_length)
         stages.append((start, place, name, length, f"{prefix}.data" if prefix else "data"))
     stages.sort()
-    over = [stop <= run.step for stop in [start for start, *_ in stages[1:]]] + [False]
+    if not stages:
+        keys.note("data_stages", "no stage says what to train on: name it in dataset")
+    over = ([stop <= run.step for stop in [start for start, *_ in stages[1:]]] + [False])[: len(stages)]
     tokenizer, workers, parts = None, None, []
     for (start, _, name, length, prefix), is_over in zip(stages, over, strict=True):
         if is_over:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ....redaction import MASK, is_secret
+from ....redaction import shown
+from .secrets import without_secrets
 
 
 class Keys:
@@ -43,8 +45,20 @@ class Keys:
         value = self.values.get(key)
         return default if value is None else value
 
-    def number(self, key: str, default: Any = None, whole: bool = True) -> Any:
-        """`take`, of an integer (or a number).
+    def one_of(self, key: str, default: str, known: Collection[str]) -> str:
+        """`take`, of one of these texts, in capitals or not.
+
+        Raises:
+            ValueError: if it is another one.
+        """
+        value = str(self.take(key, default))
+        found = next((each for each in known if each.lower() == value.lower()), None)
+        if found is None:
+            raise ValueError(f"{self.source}: {key} is {shown(key, value)}; it must be one of {', '.join(known)}.")
+        return found
+
+    def number(self, key: str, default: Any = None, whole: bool = True, least: float | None = None) -> Any:
+        """`take`, of an integer (or a number), `least` or more.
 
         Raises:
             ValueError: if it is none; without a default also if it is not there.
@@ -54,10 +68,15 @@ class Keys:
         try:
             if isinstance(value, bool) or (whole and float(value) != int(value)):
                 raise ValueError
-            return kind(value)
+            found = value if isinstance(value, int) and whole else kind(float(value))
+            if not math.isfinite(found):
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
-            said = "is missing" if value is None else f"is {value!r}"
+            said = "is missing" if value is None else f"is {shown(key, value)}"
             raise ValueError(f"{self.source}: {key} {said}; it must be {what}.") from None
+        if least is not None and found < least:
+            raise ValueError(f"{self.source}: {key} is {value}; it must be at least {least}.")
+        return found
 
     def below(self, prefix: str) -> dict[str, Any]:
         """The keys of a section, without its name; they count as carried over."""
@@ -84,7 +103,7 @@ class Keys:
         """Notes, a line each; keys with the same one share it."""
         by_text: dict[str, list[str]] = {}
         for key, text in self.notes.items():
-            value = MASK if is_secret(key) else self.values.get(key)
+            value = without_secrets(key, self.values.get(key))
             by_text.setdefault(text, []).append(f"{key}={value}" if key in self.values else key)
         return [f"{', '.join(shown)}: {text}" for text, shown in by_text.items()]
 
