@@ -236,8 +236,10 @@ def dry_run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
 
 
-def test_dry_run_of_one_host(bench: argparse.Namespace, tmp_path: Path) -> None:
+def test_dry_run_of_one_host(bench: argparse.Namespace, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """The whole script on two processes: rows, table, plot and the comparison of losses in fp32."""
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     out = tmp_path / "rows.jsonl"
     only = ("tp 2", "pp 2 interleaved")
     steps = (*SHORT, "--tokens-per-step", "128")
