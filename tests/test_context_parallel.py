@@ -164,8 +164,9 @@ def options_of(layout: Layout, kind: str, mode: str) -> dict[str, Any]:
     pp, dp, cp, tp = layout
     turn = LAYOUTS.index(layout) + 2 * (kind == "packed") + (mode == "heads")
     found = {**ZERO[turn % 4], **OPTIONS[turn % 7], **(SCHEDULES[turn // 2 % 4] if pp > 1 else {})}
-    if found.get("pp_schedule") == "zb" and found["zero_stage"] == 3:
-        found["zero_stage"] = 2
+    if found.get("pp_schedule") == "zb":
+        found.pop("mlp_chunk_tokens", None)  # refused with it
+        found["zero_stage"] = min(found["zero_stage"], 2)
     if found.get("dp_replicate_size") and (dp * cp % 2 or not found["zero_stage"]):
         del found["dp_replicate_size"]
     if mode == "heads":
