@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +200,23 @@ def _name(kind: str, packed: bool) -> str:
     return f"hf_nanotron_{kind}_packed" if packed else f"hf_nanotron_{kind}"
 
 
+def peculiarity(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    options: Mapping[str, Any],
+) -> str | None:
+    """What a call of an attention function asks for that our kernels have not."""
+    causal = is_causal is not False and getattr(module, "is_causal", True)
+    peculiar = [name for name in PECULIAR if options.get(name) is not None]
+    if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:
+        return ", ".join(peculiar) or ("dropout" if dropout else "a mask, or keys of another length")
+    return None
+
+
 def _attend(
     kernels: tuple[str, ...],
     packed: bool,
@@ -217,10 +234,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers: `[B, heads, S, D]` -> `[B, S, heads, D]`."""
-    causal = is_causal is not False and getattr(module, "is_causal", True)
-    peculiar = [name for name in PECULIAR if kwargs.get(name) is not None]
-    if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:
-        what = ", ".join(peculiar) or ("dropout" if dropout else "a mask, or keys of another length")
+    what = peculiarity(module, query, key, attention_mask, dropout, is_causal, kwargs)
+    if what is not None:
         raise ValueError(
             f"{type(module).__name__} attends with {what}, which faster kernels do not support; use attention='stock'."
         )

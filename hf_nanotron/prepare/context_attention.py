@@ -27,7 +27,7 @@ from ..parallel.collectives import all_reduce
 from ..parallel.cp.plan import ContextPlan
 from ..parallel.cp.whole_region import WholeRowRegion
 from ..parallel.mesh import Group, ParallelMesh
-from .attention import KERNELS, PECULIAR, Attention, why_stock
+from .attention import KERNELS, Attention, peculiarity, why_stock
 
 logger = logging.get_logger(__name__)
 
@@ -204,10 +204,8 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers: `[B, heads, S / cp, D]` -> `[B, S / cp, heads, D]`."""
     plan: ContextPlan | None = kwargs.get(CONTEXT)
-    causal = is_causal is not False and getattr(module, "is_causal", True)
-    peculiar = [name for name in PECULIAR if kwargs.get(name) is not None]
-    if peculiar or dropout or not causal or query.shape[2] != key.shape[2] or attention_mask is not None:
-        what = ", ".join(peculiar) or ("dropout" if dropout else "a mask, or keys of another length")
+    what = peculiarity(module, query, key, attention_mask, dropout, is_causal, kwargs)
+    if what is not None:
         raise ValueError(f"{type(module).__name__} attends with {what}, which cp_size above 1 does not support.")
     if plan is None:
         raise ValueError(
