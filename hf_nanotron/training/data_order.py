@@ -48,10 +48,17 @@ def make_loader(
     is_training: bool,
 ) -> DataParallelLoader:
     """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`."""
+    workers: dict[str, Any] = {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and mesh.device.type == "cuda",
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+    }
+    if isinstance(dataset, LaneStream) and dataset.epochs is None:
+        return build_lane_loader(dataset, collate, batch_size, mesh.dp_rank, mesh.dp_size, positions=True, **workers)
     # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
-    if isinstance(dataset, LaneStream) and dataset.epochs is None:
-        return _lane_loader(args, mesh, dataset, collate, batch_size)
     loader = build_loader(
         dataset,
         sampler,
@@ -63,32 +70,10 @@ def make_loader(
         data_seed(args),
         positions=is_training,
         worker_init_fn=seeding if is_training and not isinstance(dataset, IterableDataset) else None,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        **workers,
     )
     loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
     return loader
-
-
-def _lane_loader(
-    args: NanotronTrainingArguments, mesh: ParallelMesh, stream: LaneStream, collate: Any, batch_size: int
-) -> DataParallelLoader:
-    return build_lane_loader(
-        stream,
-        collate,
-        batch_size,
-        mesh.dp_rank,
-        mesh.dp_size,
-        positions=True,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and mesh.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
 
 
 def data_seed(args: NanotronTrainingArguments) -> int:
