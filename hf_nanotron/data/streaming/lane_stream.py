@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -34,17 +35,17 @@ class LaneStream(IterableDataset[dict[str, torch.Tensor]]):
 
     # ---- of a kind of stream ----
 
+    @abstractmethod
     def open_lane(self, lane: int, state: Mapping[str, Any]) -> LaneRows:
         """A lane behind a state, or from its beginning if that is empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What the rows and their order depend on, in JSON types; compared when a run is resumed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first_documents(self) -> Iterator[Any]:
         """Some, cheap to read, by which ranks learn that they read the same stream."""
-        raise NotImplementedError
 
     def common_state(self) -> State:
         """What a state holds besides that of the lanes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -85,7 +86,7 @@ class TextEncoder:
         return Encoded(ids) if ids else None
 
 
-class _Conversations:
+class _Conversations(ABC):
     """What chats, and prompts with completions, have in common."""
 
     columns: tuple[str, ...] = ()
@@ -106,8 +107,9 @@ class _Conversations:
                 found.append(_refused(error))
         return found
 
+    @abstractmethod
     def encode_one(self, record: dict[str, Any]) -> Result:
-        raise NotImplementedError
+        """One row."""
 
     def _options(self, record: dict[str, Any]) -> dict[str, Any]:
         tools = record.get("tools")
