@@ -29,6 +29,7 @@ from .stock.anatomy import Anatomy
 from .stock.hooks import users_hooks
 from .stock.own_forward import own_columns
 from .training_loss import TrainingLoss
+from .weight_roles import WeightRole
 
 
 class ModelParts(PreTrainedModel):
@@ -42,6 +43,7 @@ class ModelParts(PreTrainedModel):
         hub_shapes: shape of every tensor of the Hub checkpoint, in model order.
         hub_owners: pipeline rank that holds (and writes) each of them.
         hub_layout: which tensors of the Hub's files they are.
+        roles: what each weight of the Hub checkpoint is, of the whole model.
         stage_of: parameter name -> pipeline stage, for the parameters of this rank.
         streams: seeds of dropout, or None if the model has none.
         mixture: losses over the routers and loads of the experts, or None for a dense model.
@@ -63,6 +65,7 @@ class ModelParts(PreTrainedModel):
     hub_shapes: dict[str, tuple[int, ...]]
     hub_owners: dict[str, int]
     hub_layout: HubLayout
+    roles: dict[str, WeightRole]
     stage_of: dict[str, int]
     streams: LayerStreams | None
     mixture: Mixture | None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,22 @@ from .lion import Lion
 
 # Schedulers that are classes, which take keys of their own.
 LIBRARY_CLASSES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How one weight is updated, where that is not the same for all. Weights of one rule are a parameter group.
+
+    Attributes:
+        kind: `"adamw"` is any element-wise optimizer.
+        rate: factor of the learning rate. Weight decay is divided by it: a step takes the same part of the weight.
+        eps: factor of AdamW's epsilon.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    rate: float = 1.0
+    eps: float = 1.0
+
 
 OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
@@ -79,19 +96,34 @@ def build_optimizer(
     weight_decay: float,
     optimizer_class: type[torch.optim.Optimizer],
     optimizer_arguments: dict[str, Any],
+    rules: Mapping[str, UpdateRule] | None = None,
 ) -> torch.optim.Optimizer:
-    """Two parameter groups, as in Trainer: those whose name is in `decayed`, and the others without weight decay.
+    """Two parameter groups for each rule: those whose name is in `decayed`, and the others without weight decay.
 
-    `order` are names of the Hub's tensors in model order, the same on every rank.
+    With one rule for all they are those of Trainer. The groups are the same on every rank, also where one has none of
+    their weights.
+
+    Args:
+        order: names of the Hub's tensors in model order, the same on every rank.
+        rules: name of the Hub's tensor -> its rule; the others have the plain one, whose groups come first.
     """
     if optimizer_class is AdamW:
         rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
         own = {"streams": rounding_streams(segments, order), "rounded": rounded}
         optimizer_arguments = {**optimizer_arguments, **own}
-    groups = [
-        {"params": [s.master for s in segments if s.name in decayed], "weight_decay": weight_decay},
-        {"params": [s.master for s in segments if s.name not in decayed], "weight_decay": 0.0},
-    ]
+    rules, plain = rules or {}, UpdateRule()
+    defaults = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
+    groups = []
+    for rule in dict.fromkeys((plain, *(rules.get(name, plain) for name in order))):
+        scaled = {
+            name: factor * optimizer_arguments.get(name, defaults.get(name))
+            for name, factor in (("lr", rule.rate), ("eps", rule.eps))
+            if factor != 1.0
+        }
+        held = [segment for segment in segments if rules.get(segment.spec.name, plain) == rule]
+        for decay, is_decayed in ((weight_decay / rule.rate, True), (0.0, False)):
+            masters = [segment.master for segment in held if (segment.name in decayed) == is_decayed]
+            groups.append({"params": masters, "weight_decay": decay, **scaled})
     return optimizer_class(groups, **optimizer_arguments)
 
 

@@ -44,6 +44,7 @@ from ..stock.hooks import users_hooks
 from ..stock.plan import Plan, is_experts, make_plan
 from ..stock.torch_hooks import weight_hook_message
 from ..training_loss import TrainingLoss
+from ..weight_roles import weight_roles
 from .stage_split import EMBEDDING_COST, first_shared_layer, split_layers
 from .tensor_shards import swap_layers, tensor_specs
 from .unwrap import class_of, unwrap
@@ -77,6 +78,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     _refuse_shared_stages(model, stage_of, tied)
     hub_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
     layout = hub_layout(model)
+    roles = weight_roles(anatomy)
     owners = {name: rank_of_stage(stage_of[name], mesh.pp_size) for name in hub_shapes}
     for replicas in sorted({spec.replicas for spec in specs.values() if spec.axis == "tp"} - {1}):
         mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
@@ -101,6 +103,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.vocab_sizes = specs[f"{anatomy.head}.weight"].lengths
     model.vocab_start = sum(model.vocab_sizes[: mesh.tp_rank]) if model.head_is_cut else 0
     model.hub_shapes, model.hub_owners, model.hub_layout = hub_shapes, owners, layout
+    model.roles = {name: roles[name] for name in hub_shapes if name in roles}
     held = dict(model.named_parameters())
     model.shard_specs = {name: specs[name] for name in held}
     model.stage_of = {name: _held_stage(stage_of[name], specs[name], mesh) for name in held}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, join
-from .families import MIXES_TOKENS, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH, row_of
+from .families import MIXES_TOKENS, PACKED, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH, row_of
 from .foreign import is_foreign
 
 # Linears inside a summed block that may stay whole although they write as many features as the block does: they choose
@@ -85,12 +85,27 @@ def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:
     return Plan(styles, tuple(regions), tuple(mixes) if tp_size > 1 else (), tuple(spread), after_sum)
 
 
-def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[str, str]:
+def packed_linears(anatomy: Anatomy) -> list[str]:
+    """Linear layers that store two of one size, one after the other (gate and up), whether or not they are cut."""
     model = anatomy.model
-    declared = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    packed = [regex for regex, style in _declared(anatomy) if style == PACKED]
+    named = [name for name, _ in model.named_modules() if any(regex.fullmatch(name) for regex in packed)]
+    for path, block in anatomy.blocks():
+        rows = row_of(SHARDING, block) or {}
+        named += [join(path, name) for name, style in rows.items() if style == PACKED and _get(block, name) is not None]
+    return [name for name in dict.fromkeys(named) if isinstance(_get(model, name), nn.Linear)]
+
+
+def _declared(anatomy: Anatomy) -> list[tuple[re.Pattern[str], str]]:
+    """The styles that transformers declares, by patterns of names."""
+    declared = getattr(anatomy.model.config.get_text_config(), "base_model_tp_plan", None) or {}
     patterns = {join(anatomy.backbone, name): style for name, style in declared.items()}
-    patterns.update(type(model)._tp_plan or {})
-    regexes = [(re.compile(p.replace(".", r"\.").replace("*", r"[^.]+")), style) for p, style in patterns.items()]
+    patterns.update(type(anatomy.model)._tp_plan or {})
+    return [(re.compile(p.replace(".", r"\.").replace("*", r"[^.]+")), style) for p, style in patterns.items()]
+
+
+def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    model, regexes = anatomy.model, _declared(anatomy)
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     styles: dict[str, str] = {}
     for name in names:
@@ -117,7 +132,7 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
         if "" in rows or holds:
             styles = {name: style for name, style in styles.items() if not name.startswith(path + ".")}
         for name, style in rows.items():
-            if name and not holds and _holds(block, name):
+            if name and not holds and _get(block, name) is not None:
                 styles.pop(join(path, name), None)
                 if style is not None:
                     styles[join(path, name)] = style
@@ -128,12 +143,13 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
     return styles
 
 
-def _holds(block: nn.Module, name: str) -> bool:
+def _get(module: nn.Module, name: str) -> object:
+    """What a module holds under a name with dots; None if there is nothing."""
     owner, _, leaf = name.rpartition(".")
     try:
-        return getattr(block.get_submodule(owner), leaf, None) is not None
+        return getattr(module.get_submodule(owner), leaf, None)
     except AttributeError:
-        return False
+        return None
 
 
 def _check_regions(model: PreTrainedModel, regions: list[str], styles: dict[str, str]) -> None:
