@@ -26,10 +26,11 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveC
 from transformers.utils import logging
 
 from .checkpoint.directory.save import Save
-from .checkpoint.files.repository import unlink_link, unlink_links
+from .checkpoint.files.repository import AVERAGE_FOLDER, unlink_link, unlink_links
 from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
+from .checkpoint.state.file import AVERAGE
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
@@ -44,6 +45,7 @@ from .monitor.memory import MemoryReport
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
 from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, check_scheduler, optimizer_choice
+from .optim.ema import WeightAverage
 from .optim.gradients import GradientHook, GradientPart, HookHandle
 from .optim.norm import global_norm
 from .optim.optimizer_link import OptimizerLink
@@ -69,7 +71,7 @@ from .training.domains import DomainLog
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.nonfinite import NonFiniteGuard
-from .training.optimizer import group_of, link_optimizer
+from .training.optimizer import group_of, link_optimizer, make_average
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
@@ -132,6 +134,7 @@ class NanotronTrainer(Trainer):
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._stepped = -1  # the last step that was run
         self._link: OptimizerLink | None = None
+        self._average: WeightAverage | None = None
         self._flow: FlowAgreement | None = None
         self._data_order, self._gradients, self._uploads = DataOrder(args), GradientAccess(), RemoteUploads(args)
         self._checkpointer = Checkpointer(args, self._uploads, self._push_committed)
@@ -356,7 +359,8 @@ class NanotronTrainer(Trainer):
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()
-        self._link_optimizer()  # an override may have made its own
+        link = self._link_optimizer()  # an override may have made its own
+        self._average = link.average = make_average(self.args, self.weights, self.mesh.device)
         self.create_scheduler(num_training_steps=max_steps)
         self.model_wrapped = self.model
         if resume_from_checkpoint is not None:
@@ -365,9 +369,8 @@ class NanotronTrainer(Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         assert self.optimizer is not None
-        self.memory_report = report_memory(
-            self.args, self.model, self.weights, self.optimizer, self.training_state.recomputed, self.train_dataset
-        )
+        state = self.weights, self.optimizer, self.training_state.recomputed
+        self.memory_report = report_memory(self.args, self.model, *state, self.train_dataset, self._average)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         return self.model, train_dataloader
 
@@ -389,7 +392,8 @@ class NanotronTrainer(Trainer):
         if checkpoint is not None:
             assert self.optimizer is not None
             self.weights.wait()
-            load_training_state(checkpoint, self.mesh, self.weights.segments, self.optimizer, self.lr_scheduler)
+            state = self.optimizer, self.lr_scheduler, self._average
+            load_training_state(checkpoint, self.mesh, self.weights.segments, *state)
             load_buffers(checkpoint, self.model)
             self.weights.publish()
             self._guard.refuse_to_resume(checkpoint, self.optimizer)
@@ -477,6 +481,7 @@ class NanotronTrainer(Trainer):
         loss = self._step.run(micro_batches, step, own_loss, domains)
         self._gradients.run_hooks(self._link)
         self._norm = global_norm(self.weights.segments, self.mesh)
+        self._link.number = step + 1
         is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
         self._empty_cache()
         mean_loss, told = self._report.sum_step(self.mesh, loss, batches, self._signals.received is not None)
@@ -590,6 +595,9 @@ class NanotronTrainer(Trainer):
             self.save_model(str(save.directory), _internal_call=True)  # as Trainer does
         else:
             checkpointer.write_model(save, self.model, with_weights)
+            if with_weights and self._average is not None:
+                with self._averaged():
+                    checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
         checkpointer.note_best(self.state, folder)
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
@@ -602,6 +610,9 @@ class NanotronTrainer(Trainer):
         self._guard.refuse_to_save(what, self.state.global_step)
         check_shared(self.mesh, directory, "output_dir")
         save_hub_model(self.model, directory)
+        if self._average is not None:
+            with self._averaged():
+                save_hub_model(self.model, directory / AVERAGE_FOLDER)
         self._write_companions(directory)
 
     # ---- the end ----
@@ -660,7 +671,8 @@ class NanotronTrainer(Trainer):
             ValueError: on every rank, for data that differs between them, or ids that the model does not know.
         """
         has_own_loss = self._loss_choice.is_own
-        with self._guard.evaluating(), self._evaluation.over(dataloader, description, has_own_loss) as announced:
+        evaluation = self._evaluation.over(dataloader, description, has_own_loss)
+        with self._averaged(self.args.ema_evaluate), self._guard.evaluating(), evaluation as announced:
             output = super().evaluation_loop(
                 announced, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -768,7 +780,8 @@ class NanotronTrainer(Trainer):
 
     def extra_state(self) -> dict[str, Any]:
         """What the training state of a checkpoint holds besides, the same on every rank."""
-        return {CURSOR: self.data_cursor(), **self._domains.state()}
+        average = {} if self._average is None else {AVERAGE: self._average.state()}
+        return {CURSOR: self.data_cursor(), **self._domains.state(), **average}
 
     # ---- parts of the overrides ----
 
@@ -834,6 +847,10 @@ class NanotronTrainer(Trainer):
         if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _averaged(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Around what the model is to do as the moving average of its weights, if there is one."""
+        return self._average.in_place() if self._average is not None and wanted else contextlib.nullcontext()
+
     def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         if self.optimizer_cls_and_kwargs is not None:
             return self.optimizer_cls_and_kwargs
@@ -843,11 +860,12 @@ class NanotronTrainer(Trainer):
             return choice
         return optimizer_choice(self.args, getattr(torch, self.args.optim_state_dtype))
 
-    def _link_optimizer(self) -> None:
+    def _link_optimizer(self) -> OptimizerLink:
         """See `link_optimizer`. New weights are compared if a callback is called before the next forward."""
         events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
         compares = any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
         self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, compares)
+        return self._link
 
     def _write_own_files(self, save: Save) -> None:
         """What this rank can do alone: the small files, and its part of the training state, still in its place."""
@@ -855,7 +873,7 @@ class NanotronTrainer(Trainer):
             assert self.optimizer is not None
             self.weights.take_written(compare=self._link is not None and self._link.compares)
             self._checkpointer.add_training_state(
-                save, self.model, self.weights, self.optimizer, self.lr_scheduler, self.extra_state()
+                save, self.model, self.weights, self.optimizer, self.lr_scheduler, self._average, self.extra_state()
             )
             self._save_rng_state(str(save.directory))
             (save.directory / DIRECTORY).mkdir(exist_ok=True)
@@ -909,7 +927,7 @@ class NanotronTrainer(Trainer):
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self.training_state = prepare_training(model, self.args)
-        self.weights = self.training_state.weights
+        self.weights, self._average = self.training_state.weights, None
         self._step = TrainStep(self.training_state)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)

@@ -155,6 +155,15 @@ class NanotronTrainingArguments(SecretlessArguments):
     z_loss_coefficient: float = _option(
         0.0, "Coefficient of log(Z)^2 in the loss of each predicted token (z-loss over the vocabulary)."
     )
+    ema_decay: float | None = _option(
+        None,
+        "Keep an exponential moving average of the weights with this decay per optimizer step, such as 0.999; saved "
+        "as Hub weights in the folder ema of each checkpoint. If unset, no average.",
+    )
+    ema_start_step: int = _option(
+        0, "Optimizer steps before the first update of the average, which follows the weights until then."
+    )
+    ema_evaluate: bool = _option(False, "Evaluate and predict with the average instead of the weights.")
     attention: str = _option(
         "auto", "Attention during training: the fastest kernel that fits (auto), or the model's own (stock)."
     )
@@ -295,6 +304,7 @@ class NanotronTrainingArguments(SecretlessArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
         self._check_fp8()
         self._check_mlp_chunks()
+        self._check_average()
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
@@ -335,6 +345,26 @@ class NanotronTrainingArguments(SecretlessArguments):
         for name, (applies, reason, instead) in refused.items():
             if self.mlp_chunk_tokens is not None and applies:
                 raise ValueError(f"mlp_chunk_tokens={self.mlp_chunk_tokens} with {name}: {reason}; use {instead}.")
+
+    def _check_average(self) -> None:
+        if self.ema_decay is None:
+            for name, off in (("ema_start_step", 0), ("ema_evaluate", False)):
+                if getattr(self, name) != off:
+                    raise ValueError(f"{name}={getattr(self, name)} needs ema_decay, such as ema_decay=0.999.")
+            return
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay!r} must be at least 0 and below 1: the share of the average that an "
+                "optimizer step keeps, such as 0.999."
+            )
+        if self.ema_start_step < 0:
+            raise ValueError(f"ema_start_step={self.ema_start_step} must be at least 0.")
+        if self.ema_evaluate and self.load_best_model_at_end:
+            raise ValueError(
+                "ema_evaluate=True with load_best_model_at_end=True: the best checkpoint would be that of the best "
+                "average, of which the weights themselves would be loaded; use load_best_model_at_end=False, and load "
+                "the folder ema of the best checkpoint."
+            )
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -42,6 +42,7 @@ class MemoryReport:
         masters: fp32 weights in addition to the parameters; zero where the parameters are fp32.
         moments: optimizer state.
         activations: an estimate of the maximum that a step keeps for its backwards; see `activation_bytes`.
+        average: the moving average of the weights.
         host: an estimate of the pinned host memory that offloaded activations take; no part of `total`.
     """
 
@@ -51,6 +52,7 @@ class MemoryReport:
     moments: int
     activations: int
     host: int = 0
+    average: int = 0
 
     @property
     def state(self) -> int:
@@ -63,7 +65,8 @@ class MemoryReport:
         return sum(astuple(self)) - self.host
 
     def __str__(self) -> str:
-        on_device = [entry.name for entry in fields(self) if entry.name != "host"]
+        shown = {"average": bool(self.average), "host": False}
+        on_device = [entry.name for entry in fields(self) if shown.get(entry.name, True)]
         parts = [f"{name} {getattr(self, name) / 2**30:.2f}" for name in on_device]
         host = f", and {self.host / 2**30:.2f} GiB of host memory" if self.host else ""
         return f"{' + '.join(parts)} = {self.total / 2**30:.2f} GiB{host}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..parallel.zero.segment import ShardedWeights
+from .ema import WeightAverage
 
 
 class OptimizerLink:
@@ -18,11 +19,15 @@ class OptimizerLink:
         skips_next: the next `step` changes nothing.
         holds_gradients: the gradients of a step that has not been made yet are there.
         compares: read all weights before a step, to detect writes that move no version counter.
+        number: of the optimizer step that is next, from 1.
+        average: takes in the weights after each step, if there is one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
         self.optimizer, self.weights = optimizer, weights
         self.overlap = self.skips_next = self.holds_gradients = self.compares = False
+        self.number = 1
+        self.average: WeightAverage | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -82,6 +87,8 @@ class OptimizerLink:
 
     def _after(self, *_: Any) -> None:
         self.holds_gradients = False
+        if self.average is not None and not self.skips_next:
+            self.average.update(self.number, getattr(self.optimizer, "found_inf", None))
         self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
         for segment in self.weights.segments:
             segment.master.grad = None

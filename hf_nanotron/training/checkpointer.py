@@ -35,6 +35,7 @@ from ..checkpoint.remote.run_start import lock_together, start_run
 from ..checkpoint.state.buffers import buffer_pieces
 from ..checkpoint.state.training_state import has_training_state, state_pieces, state_values
 from ..models.base import ParallelModel
+from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together
@@ -148,16 +149,20 @@ class Checkpointer:
         together(mesh, f"saving {directory}", lambda: begin(directory) if mesh.rank == 0 else None)
         return Save(directory, step, self.args.ddp_timeout, run=self.run.to_dict())
 
-    def write_model(self, save: Save, model: ParallelModel, with_weights: bool) -> None:
-        """The Hub's files: weights now or, with `async_save`, as copies for later."""
-        together(self.mesh, f"saving {save.directory}", lambda: write_hub_config(model, save.directory))
+    def write_model(self, save: Save, model: ParallelModel, with_weights: bool, folder: str = "") -> None:
+        """The Hub's files, in a folder of the checkpoint: weights now or, with `async_save`, as copies for later."""
+        directory = save.directory / folder
+        together(self.mesh, f"saving {directory}", lambda: write_hub_config(model, directory))
         if not with_weights:
             return
         errors: list[Exception] = []
 
         def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
             if self.args.async_save:
-                copies = [self.background.copies.of(e.name, t) for e, t in zip(entries, tensors, strict=True)]
+                copies = [
+                    self.background.copies.of(f"{folder}/{entry.name}", tensor)
+                    for entry, tensor in zip(entries, tensors, strict=True)
+                ]
                 save.writes.append(partial(write_safetensors, path, entries, copies))
                 return
             try:
@@ -171,8 +176,8 @@ class Checkpointer:
             if errors:
                 raise errors[0]
 
-        save.files = write_hub_weights(model, save.directory, "5GB", write)
-        together(self.mesh, f"saving {save.directory}", raise_error)
+        save.files += write_hub_weights(model, directory, "5GB", write)
+        together(self.mesh, f"saving {directory}", raise_error)
 
     def add_training_state(
         self,
@@ -181,10 +186,11 @@ class Checkpointer:
         weights: ShardedWeights,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
+        average: WeightAverage | None,
         extra: dict[str, Any],
     ) -> None:
         """This rank's part of the training state, still in its place."""
-        save.pieces = state_pieces(weights.segments, optimizer, self.mesh) + buffer_pieces(model)
+        save.pieces = state_pieces(weights.segments, optimizer, self.mesh, average) + buffer_pieces(model)
         save.values = state_values(self.mesh, optimizer, scheduler, {**extra, KEY: self.run.to_dict()})
 
     def finish_save(self, save: Save, best: str | None) -> None:

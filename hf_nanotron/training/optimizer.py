@@ -9,8 +9,10 @@ from torch import nn
 
 from ..models.base import ParallelModel
 from ..optim.build import adopt_optimizer
+from ..optim.ema import WeightAverage
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.zero.segment import ShardedWeights
+from ..training_args import NanotronTrainingArguments
 
 
 def link_optimizer(
@@ -27,6 +29,15 @@ def link_optimizer(
         link = OptimizerLink(optimizer, weights)
     link.compares, link.overlap = compares, not compares
     return link
+
+
+def make_average(
+    args: NanotronTrainingArguments, weights: ShardedWeights, device: torch.device
+) -> WeightAverage | None:
+    """The moving average of the weights, if the arguments ask for one."""
+    if args.ema_decay is None:
+        return None
+    return WeightAverage(weights, args.ema_decay, args.ema_start_step, device)
 
 
 def group_of(

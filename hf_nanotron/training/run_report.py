@@ -25,6 +25,7 @@ from ..monitor.memory import (
 )
 from ..monitor.throughput import Throughput
 from ..ops.host_copy import to_device
+from ..optim.ema import WeightAverage
 from ..parallel.batch import batch_shape
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
@@ -93,6 +94,7 @@ def report_memory(
     optimizer: torch.optim.Optimizer,
     recomputed: frozenset[int],
     dataset: Any,
+    average: WeightAverage | None = None,
 ) -> MemoryReport:
     """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together."""
     length, mesh = _sample_length(dataset, model), model.mesh
@@ -117,7 +119,11 @@ def report_memory(
     held = weights.bytes_held()
     held["parameters"] += fp8_bytes(model)
     report = MemoryReport(
-        **held, moments=moment_bytes(optimizer, weights), activations=activations, host=offloaded_bytes(*step, **kept)
+        **held,
+        moments=moment_bytes(optimizer, weights),
+        activations=activations,
+        host=offloaded_bytes(*step, **kept),
+        average=0 if average is None else average.nbytes,
     )
     rank, most = fullest(report, mesh)
     logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {most}")

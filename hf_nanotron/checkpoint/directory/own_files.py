@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..files.checked import read_checked
 from ..files.disk import checksum_of
-from ..files.repository import TEXTS, WEIGHTS
+from ..files.repository import AVERAGE_FOLDER, TEXTS, WEIGHTS
 from ..state.training_state import DIRECTORY
 from .verify import MARKER, WRITTEN
 
@@ -35,7 +35,7 @@ _ALWAYS = (
     rf"{re.escape(MARKER)}(\.tmp)?|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth"
     rf"|{DIRECTORY}/(rank-\d+\.(safetensors|json)|index\.json)(\.tmp)?"
 )
-_ANY = rf"{_ALWAYS}|{WEIGHTS}|{TEXTS}"
+_ANY = rf"{_ALWAYS}|({re.escape(AVERAGE_FOLDER)}/)?({WEIGHTS}|{TEXTS})"
 _TORN = rf"{_ANY}|{'|'.join(map(re.escape, FREE))}"
 # Beside `_ANY`, by which a checkpoint of another program is known.
 _OTHERS = rf"{DIRECTORY}|adapter_.*|(optimizer|scheduler|scaler|pytorch_model.*)\.(pt|bin)|.*\.safetensors"

@@ -11,6 +11,7 @@ TEXTS = (
     r"|vocab\.(json|txt|model)|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
     r"|(pre)?processor_config\.json|additional_chat_templates/[^/]+\.jinja"
 )
+AVERAGE_FOLDER = "ema"  # in a repository: one with the moving average of its weights
 _REPOSITORY = rf"{WEIGHTS}|{TEXTS}|training_args\.bin|additional_chat_templates"
 
 

@@ -269,6 +269,6 @@ VALUES = record(
     {
         "optimizer": optional(record({"class": text(longest=200), "groups": each(mapping(anything, text()))})),
         "scheduler": optional(mapping(anything, text())),
-        "extra": record({}, {"data_cursor": optional(_CURSOR)}),
+        "extra": record({}, {"data_cursor": optional(_CURSOR), "ema": optional(record({"updates": whole()}))}),
     }
 )

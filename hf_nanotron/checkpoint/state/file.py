@@ -30,6 +30,7 @@ INDEX = "index.json"
 DIGEST = "pieces"  # in a file's own metadata: of where in their tensors its pieces are
 BLOCK_BYTES = 1 << 20  # of one checksum
 MASTER = "master"
+AVERAGE = "ema"
 
 
 @dataclass

@@ -9,36 +9,44 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers.utils import logging
 
+from ...optim.ema import WeightAverage
 from ...parallel.mesh import ParallelMesh
 from ...parallel.together import together
 from ...parallel.zero.buckets import is_owner
 from ...parallel.zero.segment import Segment
 from ..files.schema import VALUES, require
-from .file import INDEX, MASTER, StatePiece
+from .file import AVERAGE, INDEX, MASTER, StatePiece
 from .read import StoredState
 from .saved_values import check_groups, check_scalars, load_scheduler
 from .slices import Slice
 from .values import encode
 
+logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 DIRECTORY = "training_state"
+OWN_KINDS = {MASTER: "the fp32 weights", AVERAGE: "their moving average"}  # of tensors, beside the optimizer's
 # Not what a step computes but how and on what: that is for the run that resumes.
 OWN_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable")
 
 
-def state_pieces(segments: Iterable[Segment], optimizer: Any, mesh: ParallelMesh) -> list[StatePiece]:
-    """What this rank writes: views of its masters and of the optimizer's tensors, no copies."""
+def state_pieces(
+    segments: list[Segment], optimizer: Any, mesh: ParallelMesh, average: WeightAverage | None = None
+) -> list[StatePiece]:
+    """What this rank writes: views of its masters, of the optimizer's tensors and of the `average`, no copies."""
     pieces = []
-    for segment in segments:
+    for index, segment in enumerate(segments):
         if not is_owner(segment.spec, mesh):
             continue
         tensors, scalars = {MASTER: segment.master.detach()}, {}
+        if average is not None:
+            tensors[AVERAGE] = average.shadows[index]
         for kind, value in optimizer.state.get(segment.master, {}).items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
-                if kind == MASTER:
-                    raise ValueError(f"the optimizer calls a state of its own {MASTER!r}, which are the fp32 weights.")
+                if kind in OWN_KINDS:
+                    raise ValueError(f"the optimizer calls a state of its own {kind!r}, which is {OWN_KINDS[kind]}.")
                 tensors[kind] = value
             elif value is not None:  # SGD has no momentum buffer before its first step
                 scalars[kind] = value
@@ -61,9 +69,14 @@ def state_values(mesh: ParallelMesh, optimizer: Any, scheduler: Any, extra: dict
 
 
 def load_training_state(
-    directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment], optimizer: Any, scheduler: Any
+    directory: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    segments: list[Segment],
+    optimizer: Any,
+    scheduler: Any,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
-    """Restore masters, optimizer and scheduler from what a job of any layout has written. All ranks together.
+    """Restore masters, optimizer, scheduler and average from what a job of any layout has written. All ranks together.
 
     The model's own parameters follow with `ShardedWeights.publish`. If this fails, masters and optimizer may hold a
     part of the checkpoint: load another one, or stop. Returns the `extra` of `state_values`.
@@ -78,7 +91,8 @@ def load_training_state(
             )
         with StoredState(folder) as stored:
             values, where = run_values(stored), f"{stored.directory / INDEX}: values['scheduler']"
-            fill_from(stored, list(segments), optimizer)
+            fill_from(stored, segments, optimizer)
+            fill_average(stored, average, values["extra"].get(AVERAGE), mesh.rank == 0)
             if scheduler is not None and values["scheduler"] is not None:
                 load_scheduler(scheduler, values["scheduler"], len(optimizer.param_groups), where)
             return values["extra"]
@@ -100,6 +114,26 @@ def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
     """Masters of `segments` from a stored state."""
     for segment in segments:
         stored.fill(Slice(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+
+
+def fill_average(
+    stored: StoredState, average: WeightAverage | None, saved: dict[str, Any] | None, warns: bool = False
+) -> None:
+    """The average of a stored state; of one that has none it begins with the weights, which are there by now."""
+    if average is None or saved is None:
+        if saved is not None and warns:
+            logger.warning(
+                f"{stored.directory} holds a moving average of the weights, which this run does not go on with: it has "
+                f"no ema_decay (there it was {saved.get('decay')})."
+            )
+        if average is not None:
+            average.restart()
+            if warns:
+                logger.warning(f"{stored.directory} holds no moving average: that of this run begins with its weights.")
+        return
+    for segment, shadow in zip(average.weights.segments, average.shadows, strict=True):
+        stored.fill(Slice(segment.spec, segment.start, segment.stop), AVERAGE, shadow)
+    average.updates.fill_(saved["updates"])
 
 
 def run_values(stored: StoredState) -> dict[str, Any]:
@@ -140,7 +174,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         groups.append({**group, **hyperparameters, **own, "params": list(numbers)})
         for number, master in zip(numbers, group["params"], strict=True):
             hub_name = part_of[master].name
-            kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind != MASTER}
+            kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind not in OWN_KINDS}
             empty = {kind: torch.empty(0, dtype=dtype) for kind, dtype in kinds.items()}
             scalars = stored.scalars(hub_name)
             check_scalars(scalars, optimizer, bool(empty), f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
@@ -151,6 +185,6 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
     for master, part in part_of.items():
         stored.fill(part, MASTER, master.data)
         entry = optimizer.state.get(master, {})
-        for kind in stored.kinds(part.name).keys() & entry.keys():
+        for kind in stored.kinds(part.name).keys() & entry.keys() - OWN_KINDS.keys():
             entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=entry[kind].device)
             stored.fill(part, kind, entry[kind])
