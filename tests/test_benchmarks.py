@@ -16,6 +16,7 @@ MODULES = (
     "clock",
     "figures",
     "floor",
+    "peer_accelerate_cp",
     "peer_torchtitan",
     "plot",
     "real_text",
@@ -153,6 +154,17 @@ def test_torchtitan_shapes(bench: argparse.Namespace, shape: str) -> None:
 def test_torchtitan_refuses_other_families(bench: argparse.Namespace) -> None:
     with pytest.raises(ValueError, match="'qwen3_moe'.*only Llama shapes"):
         bench.peer_torchtitan.model_fields(bench.shapes.make_config("moe-tiny", 64), 64)
+
+
+def test_context_parallelism_of_accelerate(bench: argparse.Namespace) -> None:
+    """Its fields become arguments of stock Trainer; a row that divides nothing would be another's figure."""
+    row = {"cp_size": 2, "activation_checkpointing": True, "per_device_train_batch_size": 1}
+    fields = bench.peer_accelerate_cp.arguments(row)
+    assert fields["parallelism_config"].cp_size == 2 and "cp_size" not in fields
+    assert fields["fsdp"] and fields["fsdp_config"] == {"activation_checkpointing": True}
+    assert "activation_checkpointing" not in fields and fields["per_device_train_batch_size"] == 1
+    with pytest.raises(ValueError, match="cp_size=1: it divides samples over 2 ranks"):
+        bench.peer_accelerate_cp.arguments({})
 
 
 def test_plot(bench: argparse.Namespace, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ shape, the data and the reading of the clock are ours. On one GPU it trains fp32
 it shards them by `fully_shard` with bf16 parameters and fp32 reduction. Works with torchtitan 0.2.2 on torch 2.11.
 
 Fields of a row: `per_device_train_batch_size`, `gradient_accumulation_steps`, `torch_compile` (blocks and loss; true
-if not named), `tp_size`, `activation_checkpointing` (`none`, `selective` or `full`).
+if not named), `tp_size`, `cp_size` (torch's context parallelism), `activation_checkpointing` (`none`, `selective` or
+`full`).
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ import torch.distributed as dist
 from clock import Watch
 
 FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps", "torch_compile", "tp_size")
-FIELDS += ("activation_checkpointing",)
+FIELDS += (
+    "cp_size",
+    "activation_checkpointing",
+)
 
 
 def as_in_one_process() -> None:
@@ -97,15 +101,15 @@ def job_config(row: dict[str, Any], sequence_length: int, steps: int, directory:
     unknown = sorted(set(row) - set(FIELDS))
     if unknown:
         raise ValueError(f"trainer=torchtitan does not know {', '.join(unknown)}; it knows {', '.join(FIELDS)}.")
-    world, tp = int(os.environ["WORLD_SIZE"]), row.get("tp_size", 1)
+    world, tp, cp = int(os.environ["WORLD_SIZE"]), row.get("tp_size", 1), row.get("cp_size", 1)
     micro_batch, micro_batches = row.get(FIELDS[0], 1), row.get(FIELDS[1], 1)
     job = JobConfig()
     job.job.dump_folder = str(directory)
     job.model.flavor = "shape"
     job.training.local_batch_size, job.training.seq_len, job.training.steps = micro_batch, sequence_length, steps
-    job.training.global_batch_size = micro_batch * micro_batches * (world // tp)
+    job.training.global_batch_size = micro_batch * micro_batches * (world // (tp * cp))
     job.optimizer.lr, job.lr_scheduler.warmup_steps = 3e-4, 0
-    job.parallelism.tensor_parallel_degree = tp
+    job.parallelism.tensor_parallel_degree, job.parallelism.context_parallel_degree = tp, cp
     job.compile.enable = row.get("torch_compile", True)
     job.compile.components = ["model", "loss"]
     job.activation_checkpoint.mode = row.get("activation_checkpointing", "none")
@@ -179,7 +183,7 @@ def train(row: dict[str, Any], config: Any, sequence_length: int, watch: Watch, 
         trainer.train()
         outcome = {
             "world_size": dist.get_world_size(),
-            "sizes": {"tp": job.parallelism.tensor_parallel_degree, "pp": 1, "ep": 1},
+            "sizes": {"tp": row.get("tp_size", 1), "pp": 1, "ep": 1, "cp": row.get("cp_size", 1)},
             "micro_batch": job.training.local_batch_size,
             "micro_batches": trainer.gradient_accumulation_steps,
             "main": dist.get_rank() == 0,

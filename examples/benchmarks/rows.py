@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_accelerate_cp
 import peer_torchtitan
 import torch
 import transformers
@@ -141,9 +142,10 @@ def seen_length(task: Task) -> float:
     return sum(length**2 for row in rows for length in row) / (64 * task.sequence_length)
 
 
-def train(trainer_class: type[Trainer], model: Any, args: Any, task: Task) -> tuple[Trainer, Outcome]:
+def train(trainer_class: type[Trainer], model: Any, args: Any, task: Task, cp_size: int = 1) -> tuple[Trainer, Outcome]:
     """Train with a Trainer of transformers' or ours."""
-    sizes = {name: getattr(args, f"{name}_size", 1) for name in ("tp", "pp", "ep", "cp")}
+    sizes = {name: getattr(args, f"{name}_size", 1) for name in ("tp", "pp", "ep")}
+    sizes["cp"] = getattr(args, "cp_size", cp_size)
     copies = args.world_size // (sizes["tp"] * sizes["pp"] * sizes["cp"])
     micro_batch, micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     trainer = trainer_class(
@@ -210,6 +212,16 @@ def liger(row: dict[str, Any], task: Task) -> Outcome:
     return stock({"use_liger_kernel": True, **row}, task)
 
 
+def accelerate_cp(row: dict[str, Any], task: Task) -> Outcome:
+    """The stock row, its samples divided over ranks; see `peer_accelerate_cp.py`."""
+    args = TrainingArguments(**arguments_of(peer_accelerate_cp.arguments(row), task))
+    with args.device:
+        model = transformers.AutoModelForCausalLM.from_config(task.config, attn_implementation="sdpa")
+    outcome = train(Trainer, model, args, task, cp_size=row["cp_size"])[1]
+    outcome.shards = outcome.world_size
+    return outcome
+
+
 def torchtitan(row: dict[str, Any], task: Task) -> Outcome:
     """torchtitan's own Trainer; see `peer_torchtitan.py`."""
     return Outcome(**peer_torchtitan.train(row, task.config, task.sequence_length, task.watch, task.directory))
@@ -219,6 +231,7 @@ TRAINERS: dict[str, Callable[[dict[str, Any], Task], Outcome]] = {
     "nanotron": nanotron,
     "stock": stock,
     "liger": liger,
+    "accelerate_cp": accelerate_cp,
     "torchtitan": torchtitan,
 }
 # Packages besides torch and transformers whose versions belong to a result.

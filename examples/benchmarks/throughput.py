@@ -10,6 +10,7 @@ Each `--row` holds fields of the training arguments, separated by commas, and ma
     name=...                        of the row, in tables
     trainer=stock                   transformers' model and Trainer: bf16 autocast over fp32 weights, fused AdamW, SDPA
     trainer=liger                   the same with `use_liger_kernel`
+    trainer=accelerate_cp           stock Trainer with accelerate's context parallelism: `peer_accelerate_cp.py`
     trainer=torchtitan              torchtitan's own Trainer; its fields are in `peer_torchtitan.py`
     dtype=bfloat16                  of a stock model's weights (and optimizer state)
     experts_implementation=eager    of a stock model; grouped_mm if not named
