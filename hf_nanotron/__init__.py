@@ -12,12 +12,21 @@ if TYPE_CHECKING:
     from .models.stock.families import register_plan
     from .parallel.config import ParallelConfig
     from .trainer import NanotronTrainer
+    from .training.doremi import DoReMi
     from .training_args import NanotronTrainingArguments
 
-__all__ = ["AutoModelForCausalLM", "NanotronTrainer", "NanotronTrainingArguments", "ParallelConfig", "register_plan"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "DoReMi",
+    "NanotronTrainer",
+    "NanotronTrainingArguments",
+    "ParallelConfig",
+    "register_plan",
+]
 
 _HOME = {
     "AutoModelForCausalLM": ".models.auto",
+    "DoReMi": ".training.doremi",
     "NanotronTrainer": ".trainer",
     "NanotronTrainingArguments": ".training_args",
     "ParallelConfig": ".parallel.config",

@@ -32,6 +32,7 @@ from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.file import AVERAGE
 from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
+from .data.domain_column import domain_names
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
 from .data.streaming.lane_stream import LaneStream
@@ -55,6 +56,7 @@ from .parallel.mesh import ParallelMesh
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
 from .prepare.checkpointing_switches import note_switches
+from .prepare.frozen import check_tokenizer, freeze
 from .prepare.mlp_chunks import refuse_hooks
 from .prepare.setup import check_frozen, end_run, prepare_training, start_run
 from .prepare.training_state import TrainingState
@@ -68,6 +70,7 @@ from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
+from .training.doremi import DoReMi, check_domains, check_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.nonfinite import NonFiniteGuard
@@ -77,6 +80,7 @@ from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
 from .training.step.context import check_batch
 from .training.step.custom_loss import LossChoice
+from .training.step.forward_pass import ForwardPass
 from .training.step.micro_batches import Window, make_micro_batches
 from .training.step.train_step import TrainStep
 from .training.trainer_methods import check_methods, is_overridden
@@ -90,6 +94,11 @@ class NanotronTrainer(Trainer):
 
     Takes the arguments of `transformers.Trainer`. `model` is one of `hf_nanotron.AutoModelForCausalLM`, made with the
     same sizes, or a stock causal LM, which is sharded in place.
+
+    Args:
+        teacher: a frozen model, made in the same ways, whose logits `compute_loss_func` finds in
+            `outputs.teacher_logits`.
+        doremi: weighs the domains of the data.
 
     Attributes:
         mesh: where this rank stands.
@@ -116,6 +125,8 @@ class NanotronTrainer(Trainer):
         model: PreTrainedModel | None = None,
         args: NanotronTrainingArguments | None = None,
         *positional: Any,
+        teacher: PreTrainedModel | None = None,
+        doremi: DoReMi | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, NanotronTrainingArguments):
@@ -131,6 +142,8 @@ class NanotronTrainer(Trainer):
         self._mesh: ParallelMesh | None = None
         if model is not None:
             model = self._parallel_model(model, args)
+            self._mesh = model.mesh
+        self.teacher, self.doremi = teacher, doremi
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._stepped = -1  # the last step that was run
         self._link: OptimizerLink | None = None
@@ -257,6 +270,10 @@ class NanotronTrainer(Trainer):
         self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass)
         self._data_order.begin_run(resume_from_checkpoint)
         self._domains = DomainLog(self.model, self.train_dataset, resume_from_checkpoint)
+        if self.doremi is not None:
+            assert self._reference is not None
+            names, proxy = domain_names(self.train_dataset), ForwardPass(self.training_state)
+            self.doremi.begin_run(names, proxy, self._reference, resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
 
     # ---- data ----
@@ -478,7 +495,10 @@ class NanotronTrainer(Trainer):
         self._stepped = step
         self._written.check_slots()
         domains, own_loss = self._domains.totals.sums_of(micro_batches), loss_choice.of_step(batches, has_items)
-        loss = self._step.run(micro_batches, step, own_loss, domains)
+        if self.doremi is not None and domains is not None:
+            self.doremi.weigh(micro_batches, domains)
+        teacher = self._teacher if own_loss is not None and own_loss.of_outputs is not None else None
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher)
         self._gradients.run_hooks(self._link)
         self._norm = global_norm(self.weights.segments, self.mesh)
         self._link.number = step + 1
@@ -555,6 +575,7 @@ class NanotronTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
             logs.update(self._domains.metrics(lambda: self._data_order.consumed))
+            logs.update({} if self.doremi is None else self.doremi.metrics())
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())
         correct_speed(logs, self._evaluation.rounds)
@@ -781,7 +802,8 @@ class NanotronTrainer(Trainer):
     def extra_state(self) -> dict[str, Any]:
         """What the training state of a checkpoint holds besides, the same on every rank."""
         average = {} if self._average is None else {AVERAGE: self._average.state()}
-        return {CURSOR: self.data_cursor(), **self._domains.state(), **average}
+        weights = {} if self.doremi is None else self.doremi.state()
+        return {CURSOR: self.data_cursor(), **self._domains.state(), **average, **weights}
 
     # ---- parts of the overrides ----
 
@@ -816,7 +838,8 @@ class NanotronTrainer(Trainer):
         """Whose loss is trained now."""
         is_overridden = "compute_loss" in vars(self) or type(self).compute_loss is not NanotronTrainer.compute_loss
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
-        return LossChoice(self.model, self.args, self.compute_loss, is_overridden, type(self).__name__, *asked)
+        whose = type(self).__name__
+        return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher)
 
     def _check_frozen(self) -> None:
         check_frozen(self.training_state, self.args.save_hub_weights)
@@ -827,6 +850,8 @@ class NanotronTrainer(Trainer):
         loss_choice = self._loss_choice
         self._checked_loss = loss_choice.whose
         loss_choice.check()
+        if self._reference is not None:
+            check_doremi(self.model, self._reference.model, loss_choice.is_own, loss_choice.is_mean_of_means)
 
     def _follow_loss(self) -> LossChoice:
         """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch."""
@@ -839,6 +864,8 @@ class NanotronTrainer(Trainer):
         """Raises for a window that this rank has read and that cannot be trained on."""
         self._domains.totals.only_named = self._loss_choice.is_own
         self._domains.totals.check(window)
+        if self.doremi is not None:
+            check_domains(window)
         for batch in window:
             check_batch(self.mesh, batch)
 
@@ -915,6 +942,19 @@ class NanotronTrainer(Trainer):
             model.streams.seed = args.seed
         return model
 
+    def _beside(self, model: PreTrainedModel | None, what: str) -> ForwardPass | None:
+        """A frozen model that sees the windows which the model at hand trains on."""
+        if model is None:
+            return None
+        frozen, args = self._parallel_model(model, self.args), self.args
+        together(
+            self.mesh,
+            f"comparing tokenizers with the {what}'s",
+            lambda: check_tokenizer(frozen, self.processing_class, what),
+        )
+        prepared = freeze(frozen, self.model, args.bf16, args.attention, what)
+        return ForwardPass(prepared, self.model.own_columns - frozen.own_columns)
+
     def _take_up_model(self) -> None:
         """Prepare, train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
         model, mesh = self.model, self.model.mesh
@@ -929,6 +969,8 @@ class NanotronTrainer(Trainer):
         self.training_state = prepare_training(model, self.args)
         self.weights, self._average = self.training_state.weights, None
         self._step = TrainStep(self.training_state)
+        self._teacher = self._beside(self.teacher, "teacher")
+        self._reference = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

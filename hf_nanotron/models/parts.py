@@ -202,8 +202,8 @@ class ModelParts(PreTrainedModel):
         # Whoever computes a loss from whole logits may call this for a part of it.
         is_whole = logits.shape[-1] == sum(self.vocab_sizes)
         start, group = (0, self.mesh.alone) if is_whole else (self.vocab_start, self.head_group)
-        note = self.training_loss.note
-        return causal_lm_loss(logits, labels, start, group, num_items_in_batch, shift_labels, z_loss, note)
+        told = self.training_loss.note, self.training_loss.shares
+        return causal_lm_loss(logits, labels, start, group, num_items_in_batch, shift_labels, z_loss, *told)
 
     @property
     def head_group(self) -> Group:

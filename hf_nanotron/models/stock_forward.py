@@ -25,7 +25,8 @@ def stock_forward(
     """
     has_labels, makes_logits = inputs.get("labels") is not None, model.makes_logits
     inputs = accepted(model.stock_class.forward, {**inputs, "return_dict": True})
-    wanted = model.training and model.fuses_loss and has_labels and not makes_logits
+    loss_alone = model.training or model.training_loss.measured is not None
+    wanted = loss_alone and model.fuses_loss and has_labels and not makes_logits
     fuses = wanted and inputs.get("logits_to_keep", 0) == 0 and model.linear_head is not None
     if model.training and model.weights is not None:  # a fused head has its gradients by then
         model.weights.gather_in_backward(view.get_output_embeddings(), not fuses)
@@ -55,11 +56,12 @@ def stock_forward(
             model.head_group,
             items,
             inputs.get("shift_labels"),
-            model.training_loss.z_loss,
+            model.training_loss.z_loss if model.training else 0.0,
             chunk,
             scale,
             weight_gradient=head.weight_gradient,
             note=model.training_loss.note,
+            shares=model.training_loss.shares,
         )
 
     with model.linear_head.predicting(view, loss):

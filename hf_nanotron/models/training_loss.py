@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.domain_sums import domain_sums, filled_up
-from ..parallel.tp.loss import NoteLosses, predicted
+from ..parallel.tp.loss import NoteLosses, TokenShares, predicted
 
 Loss = Callable[[Any, torch.Tensor | None, Any], torch.Tensor]
 
@@ -75,10 +76,13 @@ class DomainSums:
     Attributes:
         total: `[number, 2]` in fp64: this rank's sums, which are zero where it does not compute the loss.
         index: the micro-batch whose loss is computed now.
+        shares: `[number]`, what the loss of each token of a domain is multiplied by in the loss that is trained, in the
+            place of one over the predicted tokens. None for the plain loss.
     """
 
     def __init__(self, columns: Sequence[torch.Tensor | None], number: int, device: torch.device) -> None:
         self.columns, self.index = columns, 0
+        self.shares: torch.Tensor | None = None
         self.total = torch.zeros(number, 2, dtype=torch.float64, device=device)
 
     def note(self, losses: torch.Tensor, counts: torch.Tensor) -> None:
@@ -88,11 +92,37 @@ class DomainSums:
             column = filled_up(column, len(losses) // len(column))
             self.total += domain_sums(losses, counts, column, len(self.total))
 
+    def token_shares(self, tokens: int) -> torch.Tensor:
+        """See `TokenShares`. Tokens of no domain count nothing."""
+        column, shares = self.columns[self.index], self.shares
+        assert shares is not None
+        if column is None:
+            return shares.new_zeros(tokens)
+        column = filled_up(column, tokens // len(column)).to(shares.device)
+        found = torch.where(column == IGNORE_INDEX, 0.0, shares[column.clamp(min=0)])
+        return found.repeat_interleave(tokens // len(column)) if found.dim() == 1 else found.flatten()
+
     def note_labels(self, batch: Mapping[str, Any]) -> None:
         """Of a micro-batch whose loss is not a sum over tokens: what is predicted, without losses."""
         if batch.get("labels") is not None:
             counts = predicted(batch["labels"], batch.get("shift_labels"))
             self.note(torch.zeros(counts.numel(), device=counts.device), counts.flatten())
+
+
+@dataclass
+class TokenLosses:
+    """The losses of the tokens of one micro-batch, which is measured without gradients.
+
+    Attributes:
+        losses, counts: `[B * S]`, see `NoteLosses`; None on a rank that does not compute the loss.
+    """
+
+    losses: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+    def note(self, losses: torch.Tensor, counts: torch.Tensor) -> None:
+        """See `NoteLosses`."""
+        self.losses, self.counts = losses, counts
 
 
 @dataclass
@@ -107,14 +137,24 @@ class TrainingLoss:
         needs_logits: make whole logits, for whoever computes the loss from them.
         micro_batch: the one that is trained on now, where the model `makes_logits`.
         domains: what the losses of tokens are added to, if they are told by domain.
+        measured: what the losses of tokens are put into, by a forward that is for nothing else.
     """
 
     z_loss: float = 0.0
     needs_logits: bool = False
     micro_batch: MicroBatch | None = None
     domains: DomainSums | None = None
+    measured: TokenLosses | None = None
 
     @property
     def note(self) -> NoteLosses | None:
         """Who is told the losses of tokens."""
-        return None if self.domains is None else self.domains.note
+        listener = self.domains if self.measured is None else self.measured
+        return None if listener is None else listener.note
+
+    @property
+    def shares(self) -> TokenShares | None:
+        """How the tokens are weighed, if not all alike."""
+        if self.domains is None or self.domains.shares is None or self.measured is not None:
+            return None
+        return self.domains.token_shares

@@ -25,6 +25,8 @@ TILE = 256  # tokens: matrix products work in whole tiles
 
 # Is told the loss of each token `[B * S]`, zero where nothing is predicted, and where something is. No gradient.
 NoteLosses = Callable[[torch.Tensor, torch.Tensor], None]
+# What the loss of each of so many tokens is multiplied by, `[B * S]`, in the place of one over the predicted tokens.
+TokenShares = Callable[[int], torch.Tensor]
 
 
 class _VocabParallelNLL(torch.autograd.Function):
@@ -74,6 +76,7 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     z_loss: float = 0.0,
     note: NoteLosses | None = None,
+    shares: TokenShares | None = None,
 ) -> torch.Tensor:
     """Next-token loss, as `transformers.loss.ForCausalLMLoss`, over a slice of the vocabulary.
 
@@ -84,6 +87,7 @@ def causal_lm_loss(
         num_items_in_batch: divisor of the summed loss; the number of predicted tokens if None.
         z_loss: coefficient of `log(Z)^2`, added for each predicted token.
         note: is told the loss of each token, the same on every rank of `group`.
+        shares: weigh the tokens, instead of the divisor.
 
     Returns:
         A scalar in fp32, the same on every rank of `group`.
@@ -94,6 +98,8 @@ def causal_lm_loss(
     losses = nll.masked_fill(~keep, 0.0)
     if note is not None:
         note(losses.detach(), keep)
+    if shares is not None:
+        return (losses * shares(len(losses)).to(losses.dtype)).sum()
     return losses.sum() / items
 
 
@@ -148,6 +154,7 @@ class _Head:
     sink: EarlyWeightGradient | None
     differentiates: bool
     note: NoteLosses | None
+    shares: TokenShares | None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -172,7 +179,8 @@ class _LinearLoss(torch.autograd.Function):
         wants = [wanted and head.differentiates for wanted in ctx.needs_input_grad[:3]]
         column = target - head.start
         column = column.masked_fill_((column < 0) | (column >= len(weight)), ABSENT).masked_fill_(~keep, IGNORE_INDEX)
-        share = keep.to(exact) / items  # what a token's loss counts in the sum
+        # What a token's loss counts in the sum.
+        share = keep.to(exact) / items if head.shares is None else head.shares(len(keep)).to(exact) * keep
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants[1] and head.sink is None else None
@@ -206,7 +214,7 @@ class _LinearLoss(torch.autograd.Function):
         losses.masked_fill_(~keep, 0.0)
         if head.note is not None:
             head.note(losses, keep)
-        return losses.sum() / items
+        return losses.sum() / items if head.shares is None else (losses * share).sum()
 
     @staticmethod
     @once_differentiable
@@ -277,6 +285,7 @@ def linear_causal_lm_loss(
     scale: float = 1.0,
     weight_gradient: WeightGradient | None = None,
     note: NoteLosses | None = None,
+    shares: TokenShares | None = None,
 ) -> torch.Tensor:
     """`causal_lm_loss` of `scale * (hidden @ weight.T + bias)`, without the logits.
 
@@ -288,7 +297,7 @@ def linear_causal_lm_loss(
         hidden: `[B, S, H]`, the same on every rank of `group`.
         weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
         bias: `[V_local]` or None.
-        labels, start, group, num_items_in_batch, shift_labels, z_loss, note: as in `causal_lm_loss`.
+        labels, start, group, num_items_in_batch, shift_labels, z_loss, note, shares: as in `causal_lm_loss`.
         chunk: tokens at a time, the same on every rank of `group`; by default see `chunk_size`, for slices of one
             length.
         scale: multiplies the head's output.
@@ -310,6 +319,6 @@ def linear_causal_lm_loss(
         )
     differentiates = torch.is_grad_enabled()
     sink = _early_sink(weight_gradient, weight, hidden.dtype) if differentiates else None
-    head = _Head(start, group, z_loss, scale, chunk, sink, differentiates, note)
+    head = _Head(start, group, z_loss, scale, chunk, sink, differentiates, note, shares)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return _LinearLoss.apply(rows, weight, bias, target, keep, items, head)

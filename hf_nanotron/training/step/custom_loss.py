@@ -25,6 +25,7 @@ from ...models.stock.hooks import inner_hooks, users_hooks
 from ...models.stock.own_forward import OF_EVERY_LAYER, check_own_forward
 from ...parallel.collectives import all_reduce
 from ...training_args import NanotronTrainingArguments
+from .forward_pass import ForwardPass
 from .loss import StepLoss
 
 logger = logging.get_logger(__name__)
@@ -42,6 +43,7 @@ class LossChoice:
         smoother: of `label_smoothing_factor`.
         takes_items: whether the model is called with `num_items_in_batch`.
         says_scaled: `loss_is_scaled_for_ga`.
+        teacher: whose logits `function` gets, in `outputs.teacher_logits`.
     """
 
     model: ParallelModel
@@ -53,6 +55,7 @@ class LossChoice:
     smoother: Callable[..., Any] | None
     takes_items: bool
     says_scaled: bool | None
+    teacher: ForwardPass | None = None
 
     # ---- what is asked for ----
 
@@ -75,9 +78,16 @@ class LossChoice:
     @property
     def of_outputs(self) -> Callable[[Any, Any, Any], torch.Tensor] | None:
         """What computes the loss from the outputs of a model that is called without labels."""
-        function, smoother = self.function, self.smoother
+        function, smoother, teacher = self.function, self.smoother, self.teacher
         if function is not None:
-            return lambda outputs, labels, items: function(outputs, labels, num_items_in_batch=items)
+
+            def of_function(outputs: Any, labels: Any, items: Any) -> torch.Tensor:
+                if teacher is not None:
+                    outputs.teacher_logits = teacher.take_logits()
+                loss: torch.Tensor = function(outputs, labels, num_items_in_batch=items)
+                return loss
+
+            return of_function
         if smoother is None:
             return None
         # Stock Trainer shifts labels for the classes that it knows by name. Every model here is a causal LM.
@@ -114,6 +124,11 @@ class LossChoice:
         it starts, and with each epoch.
         """
         model, mesh = self.model, self.model.mesh
+        if self.teacher is not None and self.function is None:
+            raise ValueError(
+                "teacher without compute_loss_func: nothing reads the teacher's logits; pass a function "
+                "f(outputs, labels, num_items_in_batch=...), which finds them in outputs.teacher_logits."
+            )
         if mesh.pp_size > 1:
             self._refuse_without_whole_model()
             check_own_forward(model, model.stock_class)
@@ -247,6 +262,8 @@ class LossChoice:
     def of_batch(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int | None) -> tuple[Any, Any]:
         """Loss and outputs of one batch, as `Trainer.compute_loss` in one process."""
         of_outputs, mixture = self.of_outputs, self.model.mixture
+        if self.teacher is not None and self.function is not None:
+            self.teacher.take(inputs)
         labels = inputs.pop("labels") if of_outputs is not None and "labels" in inputs else None
         if self.takes_items and items is not None:
             inputs = {**inputs, "num_items_in_batch": items}

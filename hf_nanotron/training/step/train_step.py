@@ -14,6 +14,7 @@ from ...parallel.cp.plan import ContextPlan
 from ...parallel.pipeline.executor import StepHooks
 from ...parallel.pipeline.schedule import Action, Tick, build_table, compute_order
 from ...prepare.training_state import TrainingState
+from .forward_pass import ForwardPass
 from .loss import StepLoss
 from .window import StepWindow, make_window
 
@@ -31,6 +32,7 @@ class TrainStep:
         step: int,
         own_loss: StepLoss | None = None,
         domains: DomainSums | None = None,
+        teacher: ForwardPass | None = None,
     ) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
@@ -42,6 +44,7 @@ class TrainStep:
             own_loss: where the loss comes from; of a model that makes no logits, None.
             domains: is given the losses of the micro-batches' tokens; of an `own_loss`, only where something is
                 predicted.
+            teacher: makes its logits of a micro-batch before the loss is computed.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -53,7 +56,9 @@ class TrainStep:
         table = self._table(len(micro_batches))
         with ExitStack() as stack:
             plain = domains if own_loss is None else None
-            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain))
+            if teacher is not None:
+                stack.enter_context(teacher.over(micro_batches))
+            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher))
             for context in window.contexts:
                 stack.enter_context(context)
             losses = model.executor.run(table, window.stages, window.inputs, hooks)
@@ -81,8 +86,9 @@ class TrainingHooks(StepHooks):
         table: Sequence[Tick],
         step: int,
         domains: DomainSums | None = None,
+        teacher: ForwardPass | None = None,
     ) -> None:
-        self.state, self.window, self.step, self.domains = state, window, step, domains
+        self.state, self.window, self.step, self.domains, self.teacher = state, window, step, domains, teacher
         self.splits = state.model.parallel.splits_backward
         ends = "W" if self.splits else "B"  # what computes the weight gradients of a micro-batch
         self.last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
@@ -115,6 +121,8 @@ class TrainingHooks(StepHooks):
             model.streams.begin(self.step, place)
         if model.mixture is not None:
             model.mixture.before_forward(window.router_masks[index], window.router_tokens[index])
+        if self.teacher is not None and action.stage == model.parallel.num_stages - 1:
+            self.teacher.begin(index)
 
     def before_backward(self, action: Action) -> None:
         if self.splits:

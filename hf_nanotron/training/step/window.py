@@ -6,20 +6,20 @@ import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
 from ...data.padding import KNOWN, pad_sequence
+from ...models.base import ParallelModel
 from ...models.calling import CONTEXT
 from ...models.stage import LOSS_WEIGHT, Stage
 from ...models.training_loss import MicroBatch
 from ...parallel.batch import DOMAIN, batch_shape, ones_like_tokens
 from ...parallel.cp.plan import ContextPlan
-from ...prepare.attention import Documents, document_inputs, documents_of
-from ...prepare.training_state import TrainingState
+from ...prepare.attention import Attention, Documents, document_inputs, documents_of
 from .context import COUNTED
 from .loss import BatchStage, StepLoss
 
@@ -30,6 +30,16 @@ DOCUMENTS = "documents"  # of a micro-batch: what `documents_of` found on the ho
 OURS = (ROUTER_MASK, DOCUMENTS, COUNTED, DOMAIN)  # what the model is not called with, unless its forward names it
 
 Batch = dict[str, Any]
+
+
+class PreparedModel(Protocol):
+    """What a window has to know of a model, which is trained or frozen."""
+
+    @property
+    def model(self) -> ParallelModel: ...
+
+    @property
+    def attention(self) -> Attention | None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class StepWindow:
     contexts: tuple[AbstractContextManager[None], ...]
 
 
-def make_window(state: TrainingState, micro_batches: list[Batch], own_loss: StepLoss | None) -> StepWindow:
+def make_window(state: PreparedModel, micro_batches: list[Batch], own_loss: StepLoss | None) -> StepWindow:
     """All data-parallel ranks together, where experts have a capacity."""
     model, mixture = state.model, state.model.mixture
     multiple = model.mesh.tp_size if model.parallel.sequence_parallel else 1
@@ -95,7 +105,7 @@ def _row_length(batch: Batch) -> int:
 
 
 def _attention(
-    state: TrainingState, micro_batches: list[Batch], multiple: int, own_loss: StepLoss | None
+    state: PreparedModel, micro_batches: list[Batch], multiple: int, own_loss: StepLoss | None
 ) -> tuple[AbstractContextManager[None], list[dict[str, torch.Tensor]]]:
     """Under which attention to run the window, and what each micro-batch tells it.
 
