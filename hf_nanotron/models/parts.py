@@ -179,9 +179,12 @@ class ModelParts(PreTrainedModel):
     @property
     def makes_logits(self) -> bool:
         """Whether whole logits are made, because the loss is not the plain one."""
-        if self.training_loss.needs_logits or self.head_is_hooked or not self.plain_forward:
-            return True
-        if self.own_loss is not ForCausalLMLoss:
+        return self.training_loss.needs_logits or self.has_own_loss
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether its forward, its loss function or a hook on its head makes another loss than the plain one."""
+        if self.head_is_hooked or not self.plain_forward or self.own_loss is not ForCausalLMLoss:
             return True
         return bool(users_hooks(cast(nn.Module, self.get_output_embeddings())))
 

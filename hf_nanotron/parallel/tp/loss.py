@@ -111,10 +111,11 @@ def predicted_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = N
 
 def predicted(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
     """`[B, S]` bool: whether a token predicts something."""
-    return _shifted(labels, shift_labels) != IGNORE_INDEX
+    return shifted(labels, shift_labels) != IGNORE_INDEX
 
 
-def _shifted(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> torch.Tensor:
+def shifted(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """What each token predicts `[B, S]`."""
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
 
 
@@ -125,7 +126,7 @@ def _targets(
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]:
     """What each token predicts `[B * S]`, where that counts, and what the summed loss is divided by."""
-    target = _shifted(labels, shift_labels).reshape(-1).to(device)
+    target = shifted(labels, shift_labels).reshape(-1).to(device)
     keep = target != IGNORE_INDEX
     if num_items_in_batch is None:
         return target, keep, keep.sum()

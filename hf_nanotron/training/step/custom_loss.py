@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from ...models.base import ParallelModel
 from ...models.stock.hooks import inner_hooks, users_hooks
 from ...models.stock.own_forward import OF_EVERY_LAYER, check_own_forward
 from ...parallel.collectives import all_reduce
+from ...parallel.tp.loss import shifted
 from ...training_args import NanotronTrainingArguments
 from .forward_pass import ForwardPass
 from .loss import StepLoss
@@ -76,15 +78,15 @@ class LossChoice:
         return self.is_overridden or "forward" in vars(self.model) or bool(users_hooks(self.model))
 
     @property
-    def of_outputs(self) -> Callable[[Any, Any, Any], torch.Tensor] | None:
+    def of_outputs(self) -> Callable[..., torch.Tensor] | None:
         """What computes the loss from the outputs of a model that is called without labels."""
         function, smoother, teacher = self.function, self.smoother, self.teacher
         if function is not None:
 
-            def of_function(outputs: Any, labels: Any, items: Any) -> torch.Tensor:
+            def of_function(outputs: Any, labels: Any, items: Any, **shifted: Any) -> torch.Tensor:
                 if teacher is not None:
                     outputs.teacher_logits = teacher.take_logits()
-                loss: torch.Tensor = function(outputs, labels, num_items_in_batch=items)
+                loss: torch.Tensor = function(outputs, labels, num_items_in_batch=items, **shifted)
                 return loss
 
             return of_function
@@ -94,6 +96,11 @@ class LossChoice:
         if (name := self.model.stock_class.__name__) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             logger.warning_once(f"label_smoothing_factor: labels are shifted for {name}, as for any causal LM.")
         return lambda outputs, labels, items: smoother(outputs, labels, shift_labels=True, num_items_in_batch=items)
+
+    @property
+    def takes_shifted(self) -> bool:
+        """Whether `function` takes `shift_labels`, so that it is a sum over the tokens that it is called with."""
+        return self.function is not None and "shift_labels" in inspect.signature(self.function).parameters
 
     @property
     def is_own(self) -> bool:
@@ -152,14 +159,15 @@ class LossChoice:
     def _refuse_with_context(self) -> None:
         """What needs whole rows on one rank, or a mean over them."""
         model, mean = self.model, self.is_mean_of_means
-        if not (model.makes_logits or mean):
+        of_tokens = self.takes_shifted and not (self.calls_whole_model or model.has_own_loss)
+        if of_tokens or not (model.makes_logits or mean):
             return
         told = [name for name, is_so in self.whose.items() if is_so]
         what = told[0] if told else f"the loss of {model.stock_class.__name__}"
         why = "it is a mean over a micro-batch, not over tokens" if mean else "a rank has its tokens' logits alone"
         raise ValueError(
-            f"cp_size={model.mesh.cp_size} with {what}: {why}; train the plain loss of a model of transformers, or use "
-            "cp_size=1."
+            f"cp_size={model.mesh.cp_size} with {what}: {why}; train the plain loss of a model of transformers, or a "
+            "compute_loss_func with a parameter `shift_labels`, which sums over tokens, or use cp_size=1."
         )
 
     def _refuse_with_own_loss(self) -> None:
@@ -251,7 +259,7 @@ class LossChoice:
             count = torch.tensor(float(sum(not isinstance(batch, FillerBatch) for batch in window)))
             share = 1 / all_reduce(count.to(mesh.device), mesh.dp)
         if not self.calls_whole_model:
-            return StepLoss(share, self.takes_items, copies, self.of_outputs)
+            return StepLoss(share, self.takes_items, copies, self.of_outputs, self.takes_shifted)
 
         def of_batch(inputs: dict[str, Any], items: Any) -> torch.Tensor:
             loss: torch.Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
@@ -273,4 +281,6 @@ class LossChoice:
             return outputs["loss"], outputs
         if outputs.logits.dtype != torch.float32:
             outputs.logits = outputs.logits.float()
+        if self.takes_shifted and labels is not None:
+            return of_outputs(outputs, labels, items, shift_labels=shifted(labels, inputs.get("shift_labels"))), outputs
         return of_outputs(outputs, labels, items), outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch
 from ...models.base import ParallelModel
 from ...models.logits import whole_outputs
 from ...models.stage import Stage
-from ...models.training_loss import Loss, MicroBatch
+from ...models.training_loss import MicroBatch
 from ...parallel.batch import EMBEDDINGS
+from ...parallel.tp.loss import shifted
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class StepLoss:
         takes_items: whether the model is called with `num_items_in_batch`.
         copies: what `num_items_in_batch` is divided by first.
         of_outputs: `(outputs, labels, items)` -> loss, on the last stage; the model is called without labels.
+        takes_shifted: whether that is called with `shift_labels`, too.
         of_batch: `(inputs, items)` -> loss, which calls the model itself; for a model of one stage.
     """
 
     share: float | torch.Tensor = 1.0
     takes_items: bool = True
     copies: int = 1
-    of_outputs: Loss | None = None
+    of_outputs: Callable[..., torch.Tensor] | None = None
+    takes_shifted: bool = False
     of_batch: Callable[[dict[str, Any], Any], torch.Tensor] | None = None
 
     def hand_over(
@@ -49,7 +53,10 @@ class StepLoss:
         longer = {id(value): filled[name] for name, value in batch.items() if filled[name] is not value}
         micro_batch = MicroBatch(self.share, counts, self.of_outputs, None, items, longer, self.of_batch is not None)
         if self.of_outputs is not None:
-            micro_batch.labels = inputs.pop("labels", None)
+            micro_batch.labels = labels = inputs.pop("labels", None)
+            if self.takes_shifted and labels is not None:
+                targets = shifted(labels, inputs.pop("shift_labels", None))
+                micro_batch.loss = functools.partial(self.of_outputs, shift_labels=targets)
         return inputs, micro_batch
 
 
