@@ -63,7 +63,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     cp_kv_heads_per_gather: int | None = _option(
         None,
         "Key-value heads of a rank that cp_mode gather gathers at once: fewer overlap better and take less memory. If "
-        "unset, a quarter of them.",
+        "unset, a quarter of them or more.",
     )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")

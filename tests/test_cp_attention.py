@@ -11,17 +11,20 @@ from collections import Counter
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from benchmark_scripts import scripts
 from pool import WorkerPool
 from test_attention import masked
 from torch._dynamo.utils import counters
 
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
 from hf_nanotron.parallel import collectives
-from hf_nanotron.parallel.cp import attention as cp
 from hf_nanotron.parallel.cp.attention import DeviceLayout, cp_attention, device_layout
+from hf_nanotron.parallel.cp.exchange import Exchange
+from hf_nanotron.parallel.cp.gather import groups_of_heads
 from hf_nanotron.parallel.cp.layout import plan
 from hf_nanotron.parallel.mesh import Group
 
@@ -156,19 +159,20 @@ def test_as_in_one_process(pool: WorkerPool, size: int, request: pytest.FixtureR
         assert max(rank.values()) < 1, max(rank.items(), key=lambda item: item[1])
 
 
-def traffic(mode: str, kv_heads_per_gather: int | None) -> tuple[Counter[str], Counter[str]]:
+def traffic(mode: str, kv_heads_per_gather: int | None, rows: list[list[int]]) -> tuple[Counter[str], Counter[str]]:
     """Collectives, and numbers that this rank receives from others, of a forward and of a backward."""
-    group, rows = own_group(), ROWS["two whole rows"]
-    layout = plan(bounds_of(rows), 2, LENGTH, group.size)
+    group = own_group()
+    layout = plan(bounds_of(rows), len(rows), LENGTH, group.size)
     made = device_layout(layout, group.rank, CPU)
-    q, k, v = (torch.randn(2, LENGTH // group.size, h, 8, requires_grad=True) for h in (8, 4, 4))
+    q, k, v = (torch.randn(len(rows), LENGTH // group.size, h, 8, requires_grad=True) for h in (8, 4, 4))
     counts = Counter[str]()
 
     def counting(function: Any, name: str) -> Any:
-        def call(out: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def call(out: torch.Tensor, x: torch.Tensor, receive: Any = None, *args: Any, **kwargs: Any) -> Any:
             counts[name] += 1
-            counts["received"] += out.numel() * (group.size - 1) // group.size
-            return function(out, x, *args, **kwargs)
+            own = out.numel() // group.size if receive is None else receive[group.rank] * out[0].numel()
+            counts["received"] += out.numel() - own
+            return function(out, x, *([] if receive is None else [receive]), *args, **kwargs)
 
         return call
 
@@ -184,32 +188,86 @@ def traffic(mode: str, kv_heads_per_gather: int | None) -> tuple[Counter[str], C
 
 def test_collectives_and_bytes(pool: WorkerPool) -> None:
     """They are those that the docstring says."""
-    tokens = 2 * LENGTH
+    tokens, rows = 2 * LENGTH, ROWS["two whole rows"]
     once = tokens * 4 * (8 + 8) * 3 // 4  # (n - 1) / n * S * E
     for given, groups in ((1, 4), (3, 2), (4, 1), (None, 1)):
-        for forward, backward in pool.run(4, traffic, "gather", given):
+        for forward, backward in pool.run(4, traffic, "gather", given, rows):
             assert forward == {"all-gather": groups, "received": once}
             assert backward == {"all-gather": groups, "all-to-all": groups, "received": 2 * once}
     own = tokens // 4
-    for forward, backward in pool.run(4, traffic, "heads", None):
+    for forward, backward in pool.run(4, traffic, "heads", None, rows):
         sent = own * (8 + 4 + 4 + 8) * 8 * 3 // 4
         assert forward == backward == {"all-to-all": 2, "received": sent}
 
 
-def test_heads_that_are_gathered_at_once() -> None:
-    """A quarter, or what fills a call; groups of one size."""
+@pytest.mark.parametrize("rows", [[[9] * 7 + [1]], [[5, 9] * 4 + [8], [7] * 9 + [1]]])
+def test_of_short_documents_a_rank_gets_what_it_needs(pool: WorkerPool, rows: list[list[int]]) -> None:
+    """Keys from the starts of documents that others hold; their gradients go back."""
+    bounds = bounds_of(rows)
+    layout = plan(bounds, len(rows), LENGTH, 4)
+    starts = np.repeat(bounds[:-1].numpy(), np.diff(bounds.numpy()))
+    holder = np.empty(len(starts), np.int64)
+    for rank in range(4):
+        holder[(layout.tokens(rank) + torch.arange(len(rows))[:, None] * LENGTH).flatten()] = rank
+    seen = [
+        {key for query in np.nonzero(holder == rank)[0] for key in range(starts[query], query)} for rank in range(4)
+    ]
+    sent = np.array([[sum(holder[key] == owner for key in seen[rank]) for owner in range(4)] for rank in range(4)])
+    np.fill_diagonal(sent, 0)
+    for rank, (forward, backward) in enumerate(pool.run(4, traffic, "gather", 2, rows)):
+        features = 4 * (8 + 8)
+        assert forward == {"all-to-all": 2, "received": sent[rank].sum() * features}
+        assert backward == {"all-to-all": 4, "received": (sent[rank].sum() + sent[:, rank].sum()) * features}
 
-    def sizes(tokens: int, kv_heads: int, calls: int = 2, given: int | None = None) -> list[int]:
-        q, k = (torch.empty(1, tokens, h, 1, device="meta") for h in (4 * kv_heads, kv_heads))
-        groups = cp._groups(q, k, calls, given)
+
+def test_bytes_that_copies_move() -> None:
+    """Those of one rank with the heads of an 8B, against a formula: bf16, 2 bytes a number."""
+    with scripts(["context_layer"]) as bench:
+        size, tokens, heads, keys_and_values, queries = 8, 32768, 32, 8 * 256, 32 * 128
+        layout = plan([0, tokens], 1, tokens, size)
+        own, twice = tokens // size, tokens // size // 2  # keys that both calls of rank 0 have
+        found = bench.context_layer.count(layout, 0)
+        put = 4 * own * queries + 8 * own * heads
+        gathered = 4 * (own + tokens) * keys_and_values
+        assert found["forward"] == {"copied_mb": round((gathered + put) / 1e6, 1), "copies": 2 * (2 + 2 * 2)}
+        home = (4 * tokens + 6 * twice + 2 * tokens + (4 + 6 + 4) * own) * keys_and_values
+        back = round((gathered + home + 4 * own * queries) / 1e6, 1)
+        assert found["backward"] == {"copied_mb": back, "copies": 2 * (2 + 3 * 2 + 2 + 2 + 2)}
+
+        bounds = list(range(0, tokens + 1, 1024))  # which no rank shares with another
+        layout = plan(bounds, 1, tokens, size)
+        found = bench.context_layer.count(layout, 0)
+        moved = 4 * own * keys_and_values
+        assert found["forward"] == {"copied_mb": round(3 * moved / 1e6, 1), "copies": 3}
+        # Put, to fp32, back and into two gradients; keys and values are put one after the other.
+        assert found["backward"] == {"copied_mb": round(8 * moved / 1e6, 1), "copies": 9}
+
+
+def test_heads_that_are_gathered_at_once() -> None:
+    """A quarter, or what fills a call, or what is worth sending in parts; groups of one size."""
+
+    def sizes(tokens: int, kv_heads: int, received: int, calls: int = 2, given: int | None = None) -> list[int]:
+        q, k = (torch.empty(1, tokens, h, 128, device="meta", dtype=torch.bfloat16) for h in (4 * kv_heads, kv_heads))
+        exchange = Exchange(k, k, torch.tensor([calls, received, 1]))
+        groups = groups_of_heads(q, k, k, exchange, given)
         assert groups[-1].queries.stop == 4 * kv_heads
         return [group.keys.stop - group.keys.start for group in groups]
 
-    assert sizes(16384, 8) == sizes(4096, 8) == [2] * 4  # of an 8B: 128k and 32k over 8 ranks
-    assert sizes(2048, 8) == [4, 4] and sizes(64, 8) == [8]
-    assert sizes(4096, 8, calls=3) == [4, 4]
-    assert sizes(16384, 2) == [1, 1] and sizes(4096, 2) == [2]
-    assert sizes(64, 8, given=3) == [3, 3, 2]
+    assert sizes(16384, 8, 7 * 16384) == [2] * 4  # of an 8B: 128k over 8 ranks
+    assert sizes(4096, 8, 7 * 4096) == [4, 4]  # 32k
+    assert sizes(2048, 8, 7 * 2048) == [8]
+    assert sizes(16384, 2, 7 * 16384) == [1, 1] and sizes(4096, 2, 7 * 4096) == [2]
+    assert sizes(16384, 8, 4096) == [8] and sizes(16384, 8, 8192) == [4, 4]  # short documents: little is sent
+    assert sizes(64, 8, 448, given=3) == [3, 3, 2]
+
+
+def test_ranks_have_as_many_groups() -> None:
+    """Though the last has one call of whole rows, and others two: each group is a collective."""
+    layout = plan([0, 16384], 1, 16384, 8)
+    q, k = (torch.empty(1, 2048, h, 128, device="meta", dtype=torch.bfloat16) for h in (32, 8))
+    made = [device_layout(layout, rank, CPU) for rank in range(8)]
+    assert [len(each.calls[None].calls) // 6 for each in made] == [2] * 7 + [1]
+    assert len({len(groups_of_heads(q, k, k, each.exchanges[None], None)) for each in made}) == 1
 
 
 def refused(heads: tuple[int, int], mode: str, window: int | None, count: int | None) -> str:
@@ -241,7 +299,7 @@ def checked_operators() -> None:
     q, k, v = (torch.randn(1, LENGTH // group.size, h, 8, requires_grad=True) for h in (4, 2, 2))
     name = dist.group.WORLD.group_name
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (q, k, v, layout.places, *layout.calls[None], 0.3, None, "by_document", 1, name)
+    arguments = (q, k, v, *layout.calls[None], *layout.exchanges[None], 0.3, None, "by_document", 1, name)
     torch.library.opcheck(torch.ops.hf_nanotron.attention_cp.default, arguments, test_utils=checks)
     x = torch.randn(1, LENGTH // group.size, group.size, 6, requires_grad=True)
     y = torch.randn(1, LENGTH, 6, requires_grad=True)

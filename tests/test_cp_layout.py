@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_nanotron.parallel.cp.calls import calls_of
+from hf_nanotron.parallel.cp.calls import calls_of, needs_of
 from hf_nanotron.parallel.cp.layout import Layout, filled_length, plan
 
 
@@ -33,6 +33,11 @@ def seen_by(bounds: list[int], window: int | None) -> np.ndarray:
     return first if window is None else np.maximum(first, place - window + 1)
 
 
+def needed(tokens: np.ndarray, first: np.ndarray) -> set[int]:
+    """The keys that `tokens` see."""
+    return {key for token in tokens.tolist() for key in range(first[token], token + 1)}
+
+
 def check(layout: Layout, bounds: list[int], windows: tuple[int | None, ...]) -> None:
     """Each token is on one rank; the work and the calls are those of a count by hand."""
     rows, length, size = layout.rows, layout.length, layout.size
@@ -50,7 +55,10 @@ def check(layout: Layout, bounds: list[int], windows: tuple[int | None, ...]) ->
         tokens = whole.gather(1, held[rank]).flatten().numpy()
         assert layout.work[rank] == keys[tokens].sum()
         for window, first_key in firsts.items():
-            calls = calls_of(layout, rank, window)
+            needs = needs_of(layout, rank, window)
+            calls = calls_of(layout, needs)
+            received = np.concatenate([np.arange(a, b) for a, b in needs.keys])
+            assert (np.diff(received) > 0).all() and set(received) == needed(tokens, first_key)
             seen = np.full(len(tokens), -1)
             at, spans = 0, calls.spans.view(-1, 2).tolist()
             for documents, most_queries, most_keys, start, end, count in calls.calls.view(-1, 6).tolist():
@@ -61,11 +69,15 @@ def check(layout: Layout, bounds: list[int], windows: tuple[int | None, ...]) ->
                 assert most_queries == np.diff(queries).max() and most_keys == np.diff(bounds_of_keys).max()
                 for (a, b), (c, d) in zip(itertools.pairwise(queries), itertools.pairwise(bounds_of_keys), strict=True):
                     assert d - c >= b - a >= 0 and d > c
+                    if a == b:
+                        continue
                     # Bottom right: the last query is the last key.
-                    assert (tokens[local[a:b]] == np.arange(start + d - (b - a), start + d)).all()
-                    low = np.arange(start + d - (b - a), start + d) - (window or length) + 1
+                    document = received[start + c : start + d]
+                    assert (np.diff(document) == 1).all()
+                    assert (tokens[local[a:b]] == document[-(b - a) :]).all()
+                    low = document[-(b - a) :] - (window or length) + 1
                     assert (seen[local[a:b]] == -1).all()
-                    seen[local[a:b]] = np.maximum(start + c, low)
+                    seen[local[a:b]] = np.maximum(document[0], low)
             assert at == calls.bounds.shape[1] and not spans
             assert (seen == first_key[tokens]).all()
 
@@ -78,8 +90,8 @@ def test_rows_without_documents_are_the_usual_deal() -> None:
         for rank in range(size):
             assert (layout.held[rank] == [rank, 2 * size - 1 - rank]).all()
         check(layout, bounds_of([[length]] * rows, length), (None,))
-        assert len(calls_of(layout, 0).calls) == 2 * 6  # also for several rows
-        assert len(calls_of(layout, size - 1).calls) == 6  # its chunks are neighbours
+        assert len(needs_of(layout, 0).calls) == 2  # also for several rows
+        assert len(needs_of(layout, size - 1).calls) == 1  # its chunks are neighbours
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -117,7 +129,7 @@ def test_a_thousand_packings_are_balanced() -> None:
             assert (
                 plan(torch.tensor(bounds, dtype=torch.int32), len(rows), length, size, windows).ranks == layout.ranks
             ).all()
-            calls = max(calls, *(len(calls_of(layout, rank).calls) // 6 for rank in range(size)))
+            calls = max(calls, *(len(needs_of(layout, rank).calls) for rank in range(size)))
     assert worst <= 1.08
     assert calls <= 8
     assert spent < 30  # a second or two

@@ -18,7 +18,8 @@ from test_gpu_tp_overlap import be_late, launch
 
 from hf_nanotron.ops.attention import attention
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved, flash_attention_4
-from hf_nanotron.parallel.cp import attention as cp
+from hf_nanotron.parallel.cp import exchange, gather
+from hf_nanotron.parallel.cp.attention import cp_attention, device_layout
 from hf_nanotron.parallel.cp.layout import plan
 from hf_nanotron.parallel.mesh import Group
 
@@ -67,45 +68,73 @@ def in_turn(rows: list[list[int]], length: int, size: int, window: int | None, k
     gradients = torch.autograd.grad(expected, exact, whole[3].double())
     layout = plan(bounds, len(rows), length, size, (window,))
     shards = [[own_tokens(x, layout.tokens(rank)).to(DEVICE) for x in whole] for rank in range(size)]
+    tables = [device_layout(layout, rank, torch.device("cpu"), (window,)).exchanges[window] for rank in range(size)]
     sent: list[list[torch.Tensor]] = []
     errors = [0.0] * 4
 
-    def all_gather(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-        """The heads that `x` has are those whose turn it is."""
+    def joined() -> list[torch.Tensor]:
+        """Keys and values of all ranks, of the heads whose turn it is."""
         first = turns[0] * heads
         turns[0] = (turns[0] + 1) % (4 // heads)
         parts = [
             torch.cat([k[:, :, first : first + heads], v[:, :, first : first + heads]], -1) for _, k, v, _ in shards
         ]
-        assert torch.equal(parts[group.rank].flatten(0, 1), x)
-        return torch.cat([part.flatten(0, 1) for part in parts])
+        return [part.flatten(0, 1) for part in parts]
 
-    def all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
+    def all_gather(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+        parts = joined()
+        assert torch.equal(parts[group.rank], x)
+        return torch.cat(parts)
+
+    def all_to_all(x: torch.Tensor, group: Group, send: Any = None, receive: Any = None) -> torch.Tensor:
+        """Keys and values of all ranks come; what goes home is kept, and something of its size comes."""
+        if gathers[0]:
+            for_me = [each.send.split(each.sent)[group.rank] for each in tables]
+            return torch.cat([part[to.to(DEVICE)] for part, to in zip(joined(), for_me, strict=True)])
         sent[-1].append(x.clone())
-        return x
+        return x if receive is None else x.new_zeros((sum(receive), *x.shape[1:]))
+
+    def arrive(*args: Any) -> torch.Tensor:
+        gathers[0] = True
+        found = original(*args)
+        gathers[0] = False
+        return found
 
     def worst(index: int, found: torch.Tensor, reference: torch.Tensor) -> None:
         errors[index] = max(errors[index], error(found, reference))
 
+    def arrived(rank: int, turn: int) -> torch.Tensor:
+        """What all ranks sent to `rank`, summed."""
+        total = torch.zeros_like(shards[rank][1].flatten(0, 1)[:, :1].repeat(1, heads, 2), dtype=torch.float32)
+        for place, (source, ours) in enumerate(zip(tables, sent, strict=True)):
+            part = ours[turn].split(source.got)[rank].float()
+            if tables[rank].is_all:
+                total += part
+            else:
+                total.index_add_(0, tables[rank].send.split(tables[rank].sent)[place].to(DEVICE), part)
+        return total
+
+    original, gathers = exchange.arrive, [False]
     for rank in range(size):
         turns = [0]
         sent.append([])
         q, k, v = (x.clone().requires_grad_() for x in shards[rank][:3])
-        made = cp.device_layout(layout, rank, torch.device(DEVICE), (window,))
+        made = device_layout(layout, rank, torch.device(DEVICE), (window,))
         group = Group(tuple(range(size)), rank, None)
         with (
-            mock.patch.object(cp, "_group", lambda name, group=group: group),
-            mock.patch.object(cp, "all_gather", all_gather),
-            mock.patch.object(cp, "_all_to_all", all_to_all),
+            mock.patch.object(gather, "group_of", lambda name, group=group: group),
+            mock.patch.object(gather, "arrive", arrive),
+            mock.patch.object(exchange, "all_gather", all_gather),
+            mock.patch.object(exchange, "all_to_all", all_to_all),
         ):
-            found = cp.cp_attention(q, k, v, made, group, kernel, 128**-0.5, window, kv_heads_per_gather=heads)
+            found = cp_attention(q, k, v, made, group, kernel, 128**-0.5, window, kv_heads_per_gather=heads)
             (dq, *_) = torch.autograd.grad(found, (q, k, v), shards[rank][3])
             torch.cuda.synchronize()
         tokens = layout.tokens(rank)
         worst(0, found, own_tokens(expected.detach(), tokens))
         worst(1, dq, own_tokens(gradients[0], tokens))
     for rank in range(size):
-        own = torch.cat([sum(ours[turn][rank].float() for ours in sent) for turn in range(4 // heads)], 1)  # type: ignore[misc]
+        own = torch.cat([arrived(rank, turn) for turn in range(4 // heads)], 1)
         for index in (0, 1):
             reference = own_tokens(gradients[1 + index], layout.tokens(rank)).flatten(0, 1)
             worst(2 + index, own[..., index * 128 : (index + 1) * 128], reference)
@@ -116,6 +145,7 @@ CASES: dict[str, Any] = {
     "whole": [[1024]],
     "packed": [[300, 1, 1, 522, 200]],
     "two rows": [[1024], [100, 924]],
+    "short": [[100] * 10 + [24]],
 }
 
 
@@ -154,11 +184,11 @@ def over_nccl() -> None:
         tokens = layout.tokens(rank)
         q, k, v, weight = (own_tokens(x.detach(), tokens.to(device)) for x in whole)
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        made = cp.device_layout(layout, rank, device, (window,))
+        made = device_layout(layout, rank, device, (window,))
         results = []
         for _ in range(3):  # memory of one is used again by the next
             be_late(delays)
-            found = cp.cp_attention(*inputs, made, group, kernel, 0.1, window, mode, heads)
+            found = cp_attention(*inputs, made, group, kernel, 0.1, window, mode, heads)
             be_late(delays)
             results.append((found, *torch.autograd.grad(found, inputs, weight)))
         for result in results:

@@ -179,7 +179,8 @@ def offloaded_bytes(
 
 def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
     """What context-parallel attention gathers in the backward of a layer: keys and values of `tokens`, those of a
-    micro-batch on all ranks, for some of the heads, while the next arrive, and their gradients, summed in fp32.
+    micro-batch on all ranks, for some of the heads, while the next arrive and are put in order, and their gradients,
+    which are put in order, too.
     """
     if parallel.cp_size == 1 or parallel.cp_mode != "gather":
         return 0
@@ -187,7 +188,7 @@ def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int
     elements = _key_value_elements(text)
     heads = max(1, elements // max(1, sum(head_dims(text))) // parallel.tp_size)
     at_once = min(heads, parallel.cp_kv_heads_per_gather or -(-heads // 4))
-    return tokens * at_once * sum(head_dims(text)) * (2 * item + 4 + item)
+    return tokens * at_once * sum(head_dims(text)) * 5 * item
 
 
 def _offloaded_layers(recomputed: float, offload: float, is_last: bool) -> float:

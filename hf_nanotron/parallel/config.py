@@ -38,7 +38,8 @@ class ParallelConfig:
             queries of its own tokens) or `"heads"` (each rank gets all tokens of some of the heads; Jacobs et al. 2023,
             arXiv:2309.14509).
         cp_kv_heads_per_gather: key-value heads of a rank that `cp_mode="gather"` gathers at once, while those before
-            attend: fewer overlap better and take less memory, more fill a GPU better. `None` is a quarter of them.
+            attend: fewer overlap better and take less memory, more fill a GPU better. `None` is a quarter of them, or
+            more where kernels would have too little to do or little is sent.
         ep_size: ranks over which the experts of a mixture-of-experts model are distributed. They are neighbours among
             the data-, context- and tensor-parallel ranks of a pipeline stage, whose number it divides.
         dp_replicate_size: groups of data-parallel ranks that each hold all ZeRO shards (shard inside a node, replicate
