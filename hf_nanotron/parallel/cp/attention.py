@@ -111,8 +111,8 @@ def cp_attention(
             other.
     """
     if mode == "heads":
-        tables = layout.places, layout.bounds, layout.longest
-        return attend_by_heads(query, key, value, *tables, group, kernel, scale, window)
+        rows = layout.places, layout.bounds, layout.longest
+        return attend_by_heads(query, key, value, *rows, group, kernel, scale, window)
     if mode != "gather":
         raise ValueError(f"cp_mode={mode!r} is not one of {', '.join(MODES)}.")
     if window not in layout.calls:

@@ -140,10 +140,11 @@ def go_home(
     make = first.new_empty if len(exchange.order) == arrived else first.new_zeros  # an all-gather brought more
     ready = make((arrived, first.shape[1], first.shape[-1] + other.shape[-1]), dtype=dtype)
     for begin, end, covering in _segments([keys for keys, *_ in parts]):
+        mine = [slice(begin - parts[each][0].start, end - parts[each][0].start) for each in covering]
         into = exchange.order[begin:end]
-        for index, columns in ((1, slice(0, first.shape[-1])), (2, slice(first.shape[-1], None))):
-            terms = [parts[each][index][begin - parts[each][0].start : end - parts[each][0].start] for each in covering]
-            put(_sum(terms, dtype), into, ready[..., columns])
+        of_keys, of_values = ready.split([first.shape[-1], other.shape[-1]], -1)
+        put(_sum([parts[each][1][rows] for each, rows in zip(covering, mine, strict=True)], dtype), into, of_keys)
+        put(_sum([parts[each][2][rows] for each, rows in zip(covering, mine, strict=True)], dtype), into, of_values)
     if exchange.is_all:
         return all_to_all(ready, group).unflatten(0, (group.size, -1)).sum(0, dtype=exact).to(dtype)
     returned = all_to_all(ready, group, exchange.got, exchange.sent).split(exchange.sent)
