@@ -386,8 +386,8 @@ class NanotronTrainer(Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         assert self.optimizer is not None
-        state = self.weights, self.optimizer, self.training_state.recomputed
-        self.memory_report = report_memory(self.args, self.model, *state, self.train_dataset, self._average)
+        data = self.train_dataset, self._average
+        self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         return self.model, train_dataloader
 
@@ -891,7 +891,8 @@ class NanotronTrainer(Trainer):
         """See `link_optimizer`. New weights are compared if a callback is called before the next forward."""
         events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
         compares = any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
-        self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, compares)
+        host = self.training_state.host
+        self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, host, compares)
         return self._link
 
     def _write_own_files(self, save: Save) -> None:

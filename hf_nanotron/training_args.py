@@ -75,6 +75,11 @@ class NanotronTrainingArguments(SecretlessArguments):
     optim_state_dtype: str = _option(
         "float32", "Dtype of AdamW's moments: float32, or bfloat16 with stochastic rounding."
     )
+    optim_offload: float = _option(
+        0.0,
+        "Fraction of the fp32 master weights and of the optimizer's state (1 is all) that is in pinned host memory "
+        "between steps; the GPU still updates them, part by part.",
+    )
     skip_nonfinite_steps: bool = _option(
         False, "Skip an optimizer step whose gradient is NaN or infinite; by default it ends the run."
     )
@@ -288,6 +293,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             raise ValueError(
                 f"optim_state_dtype='bfloat16' with optim={optim!r}: only AdamW's moments can be bfloat16; use "
                 "optim='adamw_torch_fused', or optim_state_dtype='float32'."
+            )
+        if not 0 <= self.optim_offload <= 1:
+            raise ValueError(
+                f"optim_offload={self.optim_offload!r} must be a fraction of the optimizer's state: from 0 (none) to 1 "
+                "(all)."
             )
         if self.moe_capacity_factor is not None and not self.moe_capacity_factor > 0:
             raise ValueError(

@@ -43,7 +43,7 @@ class MemoryReport:
         moments: optimizer state.
         activations: an estimate of the maximum that a step keeps for its backwards; see `activation_bytes`.
         average: the moving average of the weights.
-        host: an estimate of the pinned host memory that offloaded activations take; no part of `total`.
+        host: pinned host memory, no part of `total`: the optimizer's state, and an estimate of offloaded activations.
     """
 
     parameters: int

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+PAGE = 4096  # bytes, of what is pinned: no page is shared with another buffer
 REMEDY = "offload fewer layers (activation_offload=0.5), shorten the sequence, or shard it over more ranks"
 
 
@@ -26,10 +27,13 @@ class HostBuffer:
         self.size, self.copied = size, None
         self._pinned = False
         try:
-            self.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+            pages = -(-size // PAGE) * PAGE
+            memory = torch.empty(pages + PAGE, dtype=torch.uint8, device="cpu")
+            start = -memory.data_ptr() % PAGE
+            self.bytes = memory[start : start + size]
             if device.type == "cuda":
                 runtime: Any = torch.cuda.cudart()
-                code = runtime.cudaHostRegister(self.bytes.data_ptr(), size, 0)
+                code = runtime.cudaHostRegister(self.bytes.data_ptr(), pages, 0)
                 if int(code) != 0:
                     raise RuntimeError(f"cudaHostRegister returned {int(code)}")
                 self._pinned = True

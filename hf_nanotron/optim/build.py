@@ -55,6 +55,15 @@ def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: st
         )
 
 
+def check_steps_by_parts(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    """Refuse an optimizer of which it is not known that several steps over parts are one over all parameters."""
+    if optimizer_class not in _KNOWN:
+        raise ValueError(
+            f"optim_offload: {optimizer_class.__name__} would step once for each part of its state, and it is not "
+            f"known that this is one step of all; use one of torch.optim.{', '.join(ELEMENTWISE)}, or optim_offload=0."
+        )
+
+
 def check_scheduler(args: TrainingArguments) -> None:
     """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given."""
     name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs

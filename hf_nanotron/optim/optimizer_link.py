@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from ..parallel.zero.segment import ShardedWeights
+from ..parallel.zero.segment import Segment, ShardedWeights
 from .ema import WeightAverage
+from .offload import StateOnHost
 
 
 class OptimizerLink:
     """Makes `optimizer.step()`, over the masters of `weights.segments`, read their gradients and publish the new
     weights.
+
+    With `host`, the optimizer steps once for each part of the state, and then finds nothing left to do. Its own hooks,
+    such as those of a user, run for each.
 
     Attributes:
         overlap: `step` returns before new weights have arrived; the forward waits for them.
@@ -23,9 +28,11 @@ class OptimizerLink:
         average: takes in the weights after each step, if there is one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
-        self.optimizer, self.weights = optimizer, weights
-        self.overlap = self.skips_next = self.holds_gradients = self.compares = False
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weights: ShardedWeights, host: StateOnHost | None = None
+    ) -> None:
+        self.optimizer, self.weights, self.host = optimizer, weights, host
+        self.overlap = self.skips_next = self.holds_gradients = self.compares = self._steps_parts = False
         self.number = 1
         self.average: WeightAverage | None = None
         self._hooks = [
@@ -81,19 +88,46 @@ class OptimizerLink:
             hook.remove()
 
     def _before(self, *_: Any) -> None:
+        if self._steps_parts:
+            return
         self.weights.take_written(self.compares)
-        for segment in self.weights.segments:
-            segment.master.grad = None if self.skips_next else segment.gradient
+        if self.skips_next:
+            return
+        if self.host is None:
+            give_gradients(self.weights.segments)
+            return
+        self._steps_parts, is_written = True, self._writes_weights
+        try:
+            for segments in self.host.on_device(self.optimizer):
+                give_gradients(segments)
+                self.optimizer.step()
+                take_gradients(segments)
+                for segment in () if is_written else segments:
+                    if segment.weight is not None:
+                        segment.weight.copy_(segment.master.data)  # while it is on the device
+        finally:
+            self._steps_parts = False
 
     def _after(self, *_: Any) -> None:
+        if self._steps_parts:
+            return
         self.holds_gradients = False
         if self.average is not None and not self.skips_next:
             self.average.update(self.number, getattr(self.optimizer, "found_inf", None))
         self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
-        for segment in self.weights.segments:
-            segment.master.grad = None
+        take_gradients(self.weights.segments)
         if not self.skips_next:
-            self.weights.publish(rounded=self._writes_weights)
+            self.weights.publish(rounded=self._writes_weights or self.host is not None)
             if not self.overlap:
                 self.weights.wait()
         self.skips_next = False
+
+
+def give_gradients(segments: Iterable[Segment]) -> None:
+    for segment in segments:
+        segment.master.grad = segment.gradient
+
+
+def take_gradients(segments: Iterable[Segment]) -> None:
+    for segment in segments:
+        segment.master.grad = None

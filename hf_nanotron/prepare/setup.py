@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..arguments.policy import as_mapping
 from ..arguments.recompute import RecomputationArguments, layer_numbers, recomputes
 from ..models.base import ParallelModel
+from ..optim.offload import StateOnHost
 from ..parallel.together import together
 from .attention import choose_attention
 from .checkpointing_switches import restore_switches
@@ -38,6 +39,7 @@ class PreparationArguments(RecomputationArguments, Protocol):
     moe_bias_update_rate: float
     moe_capacity_factor: float | None
     neftune_noise_alpha: float | None
+    optim_offload: float
     seed: int
     torch_compile: bool | None
     torch_compile_backend: str | None
@@ -58,6 +60,11 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     refuse_frozen(model, trainable)
     fp8 = together(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))
     state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8, trainable=trainable)
+    if args.optim_offload:
+        segments, fraction = state.weights.segments, args.optim_offload
+        state.host = together(
+            mesh, "offloading the optimizer's state", lambda: StateOnHost(segments, mesh.device, fraction)
+        )
     for restore in (restore_offloaded, restore_layers, restore_recomputed, restore_mlps):
         restore(model)  # as an earlier trainer may have left it
     if args.mlp_chunk_tokens is not None:

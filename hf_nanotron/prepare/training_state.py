@@ -9,6 +9,7 @@ from typing import Any
 from ..models.base import ParallelModel
 from ..ops.fp8_linear import WeightCopies
 from ..ops.offload import Transfers
+from ..optim.offload import StateOnHost
 from ..parallel.zero.segment import ShardedWeights
 from .attention import Attention
 from .neftune import EmbeddingNoise
@@ -25,6 +26,7 @@ class TrainingState:
         trainable: names of the parameters of this rank that require a gradient.
         noise: what is added to embeddings in this run, or None.
         offload: the host memory of activations, or None.
+        host: the masters and the optimizer's state that are on the host, or None.
     """
 
     model: ParallelModel
@@ -36,3 +38,4 @@ class TrainingState:
     trainable: frozenset[str] = frozenset()
     noise: EmbeddingNoise | None = None
     offload: Transfers | None = None
+    host: StateOnHost | None = None

@@ -8,15 +8,21 @@ import torch
 from torch import nn
 
 from ..models.base import ParallelModel
-from ..optim.build import adopt_optimizer
+from ..optim.build import adopt_optimizer, check_steps_by_parts
 from ..optim.ema import WeightAverage
+from ..optim.offload import StateOnHost
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
 
 
 def link_optimizer(
-    link: OptimizerLink | None, optimizer: Any, model: ParallelModel, weights: ShardedWeights, compares: bool
+    link: OptimizerLink | None,
+    optimizer: Any,
+    model: ParallelModel,
+    weights: ShardedWeights,
+    host: StateOnHost | None,
+    compares: bool,
 ) -> OptimizerLink:
     """Let the optimizer update this rank's segments, whoever has made it. A link that still fits is kept."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -26,7 +32,9 @@ def link_optimizer(
         names = {parameter: name for name, parameter in model.named_parameters()}
         adopt_optimizer(optimizer, names, weights.segments, list(model.hub_shapes))
     if link is None or link.optimizer is not optimizer or link.weights is not weights:
-        link = OptimizerLink(optimizer, weights)
+        if host is not None:
+            check_steps_by_parts(type(optimizer))
+        link = OptimizerLink(optimizer, weights, host)
     link.compares, link.overlap = compares, not compares
     return link
 

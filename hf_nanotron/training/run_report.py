@@ -29,8 +29,8 @@ from ..optim.ema import WeightAverage
 from ..parallel.batch import batch_shape
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
-from ..parallel.zero.segment import ShardedWeights
 from ..prepare.fp8 import fp8_bytes
+from ..prepare.training_state import TrainingState
 from ..training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -89,14 +89,13 @@ def logs_next(args: NanotronTrainingArguments, state: TrainerState) -> bool:
 
 def report_memory(
     args: NanotronTrainingArguments,
-    model: ParallelModel,
-    weights: ShardedWeights,
+    state: TrainingState,
     optimizer: torch.optim.Optimizer,
-    recomputed: frozenset[int],
     dataset: Any,
     average: WeightAverage | None = None,
 ) -> MemoryReport:
     """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together."""
+    model, weights, host = state.model, state.weights, state.host
     length, mesh = _sample_length(dataset, model), model.mesh
     step = (
         model.config,
@@ -105,7 +104,7 @@ def report_memory(
         mesh.pp_rank,
         args.gradient_accumulation_steps,
         model.dtype.itemsize,
-        len(recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
+        len(state.recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
     )
     kept: dict[str, Any] = {
         "policy": args.activation_checkpointing_policy,
@@ -118,13 +117,14 @@ def report_memory(
     activations += gathered_bytes(model.config, rows, args.parallel, model.dtype.itemsize)
     held = weights.bytes_held()
     held["parameters"] += fp8_bytes(model)
-    report = MemoryReport(
-        **held,
-        moments=moment_bytes(optimizer, weights),
-        activations=activations,
-        host=offloaded_bytes(*step, **kept),
-        average=0 if average is None else average.nbytes,
-    )
+    held["moments"], away = moment_bytes(optimizer, weights), offloaded_bytes(*step, **kept)
+    if host is not None:
+        elements = sum(segment.master.numel() for segment in weights.segments)
+        moved = {"masters": host.master_bytes, "moments": held["moments"] * host.elements // max(1, elements)}
+        held |= {name: held[name] - size for name, size in moved.items()}
+        away += sum(moved.values())
+    held["average"] = 0 if average is None else average.nbytes
+    report = MemoryReport(**held, activations=activations, host=away)
     rank, most = fullest(report, mesh)
     logger.info(f"memory of the fullest rank ({rank}), for samples of {length} tokens: {most}")
     return report

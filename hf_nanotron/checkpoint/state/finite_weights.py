@@ -43,11 +43,21 @@ def first_nonfinite(
     named = [entry for entry in named if entry[1].numel()]
     bad: list[str] = []
     if named:
-        norms = torch._foreach_norm([tensor for _, tensor, _ in named], float("inf"))
+        norms = _largest([tensor for _, tensor, _ in named], model.mesh.device)
         fits = torch.stack([norm.double() <= limit for norm, (*_, limit) in zip(norms, named, strict=True)])
         bad = [what for (what, *_), fit in zip(named, fits.tolist(), strict=True) if not fit]
     names = list(dict.fromkeys([*model.hub_shapes, *sorted(model.hub_layout.buffers)]))
     return first_of(bad, [*map(_weight, names), *map(_state, names)], model.mesh)
+
+
+def _largest(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The largest absolute value of each, on `device`, to which those on the host are copied one by one."""
+    own = [x for x in tensors if x.device.type == device.type]
+    norms = iter(torch._foreach_norm(own, float("inf")) if own else ())
+    return [
+        next(norms) if x.device.type == device.type else torch.linalg.vector_norm(x.to(device), float("inf"))
+        for x in tensors
+    ]
 
 
 def _weight(name: str) -> str:

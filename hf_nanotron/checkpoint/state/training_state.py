@@ -158,6 +158,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             f"this run has {name} with {len(optimizer.param_groups)}; resume with the same `optim`, or start from "
             "the weights with from_pretrained."
         )
+    state_device = {segment.master: segment.state_device for segment in segments}
     part_of = {segment.master: Slice(segment.spec, segment.start, segment.stop) for segment in segments}
     stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
     check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
@@ -186,5 +187,6 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         stored.fill(part, MASTER, master.data)
         entry = optimizer.state.get(master, {})
         for kind in stored.kinds(part.name).keys() & entry.keys() - OWN_KINDS.keys():
-            entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=entry[kind].device)
+            device = state_device[master] or entry[kind].device
+            entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=device)
             stored.fill(part, kind, entry[kind])

@@ -30,17 +30,11 @@ from .written import Place
 
 @dataclass
 class BucketWeights:
-    """The weights of one bucket: `whole` is what the model's parameters are views into, `masters` our fp32 shard."""
+    """The weights of one bucket: `whole` is what the model's parameters are views into."""
 
     bucket: Bucket
     whole: torch.Tensor
-    masters: torch.Tensor
     gathering: dist.Work | None = None
-
-    @property
-    def has_masters(self) -> bool:
-        """Whether the masters are memory of their own."""
-        return self.masters.dtype != self.whole.dtype
 
     def view(self, member: Member) -> torch.Tensor:
         """The memory of a parameter, in its shape."""
@@ -102,41 +96,43 @@ class BucketedWeights:
         for parameter in self._parameters.values():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(compute_dtype)
-        self._weights = [self._take(bucket) for bucket in buckets]
+        masters: dict[str, torch.Tensor] = {}
+        self._weights = [self._take(bucket, masters) for bucket in buckets]
         spread = any(bucket.shard.size > 1 for bucket in buckets)
         sharded = mesh.parallel.zero_stage == 2 and spread
         self.gradients = GradientBuckets(buckets, sharded, mesh.device)
-        self.segments = self._make_segments()
+        self.segments = self._make_segments(masters)
         self._places = self._make_places()
         self._give_gradients(model)
         self._hooks = [hook for unit in units for hook in self._wait_before(unit)] if spread else []
 
     # ---- memory ----
 
-    def _take(self, bucket: Bucket) -> BucketWeights:
-        """Move the parameters of a bucket into contiguous memory, and keep what this rank owns of them in fp32."""
+    def _take(self, bucket: Bucket, masters: dict[str, torch.Tensor]) -> BucketWeights:
+        """Move the parameters of a bucket into contiguous memory, and what this rank owns of them in fp32 too."""
         start, stop = bucket.own.start, bucket.own.stop
         whole = torch.zeros(bucket.size, dtype=self.compute_dtype, device=self.mesh.device)
-        masters = whole[start:stop]
+        own = whole[start:stop]
         if self.compute_dtype != torch.float32:
-            masters = torch.zeros(stop - start, device=self.mesh.device)
-        taken = BucketWeights(bucket, whole, masters)
+            own = torch.zeros(stop - start, device=self.mesh.device)
+        taken = BucketWeights(bucket, whole)
         for member in bucket.members:
             flat = member.parameter.data.reshape(-1)
             low, high = max(member.offset, start), min(member.offset + member.numel, stop)
             if low < high:
-                masters[low - start : high - start].copy_(flat[low - member.offset : high - member.offset])
+                masters[member.name] = own[low - start : high - start]
+                masters[member.name].copy_(flat[low - member.offset : high - member.offset])
             view = taken.view(member)
             view.copy_(member.parameter.data)
             member.parameter.data = view
         return taken
 
-    def _make_segments(self) -> list[Segment]:
+    def _make_segments(self, masters: dict[str, torch.Tensor]) -> list[Segment]:
         """What each parameter has in our shard of its bucket, in the order of the model."""
-        segments = {}
+        segments, has_masters = {}, self.compute_dtype != torch.float32
         for weights, gradients in zip(self._weights, self.gradients.buckets, strict=True):
             start, stop = weights.bucket.own.start, weights.bucket.own.stop
-            rounded = weights.whole[start:stop] if weights.has_masters else None
+            rounded = weights.whole[start:stop] if has_masters else None
             for member in weights.bucket.members:
                 low, high = max(member.offset, start), min(member.offset + member.numel, stop)
                 if low < high:
@@ -146,11 +142,16 @@ class BucketedWeights:
                         member.spec,
                         low - member.offset,
                         high - member.offset,
-                        nn.Parameter(weights.masters[own]),
+                        nn.Parameter(masters[member.name]),
                         gradients.shard[own],
                         None if rounded is None else rounded[own],
                     )
         return [segments[name] for name in self._parameters if name in segments]
+
+    @property
+    def _with_masters(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each weight of ours that has an fp32 master of its own, and that master."""
+        return [(own.weight, own.master.data) for own in self.segments if own.weight is not None]
 
     def _make_places(self) -> list[Place]:
         own = {segment.name: segment for segment in self.segments}
@@ -200,9 +201,9 @@ class BucketedWeights:
 
     def publish(self, rounded: bool = False) -> None:
         """Round the masters into the model's weights, and start gathering what other ranks own."""
+        if not rounded and (own := self._with_masters):
+            torch._foreach_copy_([weight for weight, _ in own], [master for _, master in own])
         for weights in reversed(self._weights):
-            if weights.has_masters and not rounded:
-                weights.whole[weights.bucket.own].copy_(weights.masters)
             if weights.bucket.shard.size > 1:
                 weights.gathering = all_gather_in_place(weights.whole, weights.bucket.shard)
 
@@ -234,17 +235,15 @@ class BucketedWeights:
             place.take_written(compare)
 
     def read_from_model(self) -> None:
-        for weights in self._weights:
-            if weights.has_masters:
-                weights.masters.copy_(weights.whole[weights.bucket.own])
+        for weight, master in self._with_masters:
+            master.copy_(weight)
 
     def bytes_held(self) -> dict[str, int]:
         frozen = [parameter for parameter in self._parameters.values() if not parameter.requires_grad]
-        masters = [w.masters for w in self._weights if w.has_masters]
         return {
             "parameters": _bytes([*(w.whole for w in self._weights), *frozen]),
             "gradients": _bytes([b.shard if b.whole is None else b.whole for b in self.gradients.buckets]),
-            "masters": _bytes(masters),
+            "masters": _bytes([master for _, master in self._with_masters]),
         }
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ class Segment:
         master: the fp32 weights, `[stop - start]`. The optimizer's parameter.
         gradient: the fp32 gradient, `[stop - start]`; valid after `ShardedWeights.finish`.
         weight: these elements of what the model computes with, unless that is the master itself.
+        state_device: where the optimizer's state of it is between steps, unless beside the master.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Segment:
     master: nn.Parameter
     gradient: torch.Tensor
     weight: torch.Tensor | None = None
+    state_device: torch.device | None = None
 
 
 class WeightStore(Protocol):

@@ -50,5 +50,6 @@ class Place:
         self.version = parameter._version
         segment = self.segment
         if segment is not None and segment.weight is not None:
-            master, weight = segment.master.data, segment.weight
-            master.copy_(torch.where(weight == master.to(weight.dtype), master, weight.float()))
+            weight = segment.weight
+            master = segment.master.data.to(weight.device)  # which may be on the host
+            segment.master.data.copy_(torch.where(weight == master.to(weight.dtype), master, weight.float()))
