@@ -299,6 +299,11 @@ class NanotronTrainingArguments(SecretlessArguments):
                 f"optim_offload={self.optim_offload!r} must be a fraction of the optimizer's state: from 0 (none) to 1 "
                 "(all)."
             )
+        if self.optim_offload and self.ema_decay is not None:
+            raise ValueError(
+                f"optim_offload={self.optim_offload} with ema_decay={self.ema_decay}: the moving average is on the "
+                "device and would need all masters there; use one of them."
+            )
         if self.moe_capacity_factor is not None and not self.moe_capacity_factor > 0:
             raise ValueError(
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "

@@ -266,6 +266,11 @@ def test_fractions(value: Any) -> None:
         NanotronTrainingArguments(**training_arguments(optim_offload=value))
 
 
+def test_a_moving_average() -> None:
+    with pytest.raises(ValueError, match=r"optim_offload=1.0 with ema_decay=0.9: the moving average is on the device"):
+        NanotronTrainingArguments(**training_arguments(optim_offload=1.0, ema_decay=0.9))
+
+
 class Counting(torch.optim.SGD):
     """Steps that it counts by itself would be parts."""
 
