@@ -25,6 +25,7 @@ MODULES = (
     "shapes",
     "sustained",
     "throughput",
+    "tokens_to_loss",
 )
 
 
@@ -127,6 +128,17 @@ def test_differences_of_losses(bench: argparse.Namespace) -> None:
     assert table["b"]["means"] == [4.0, 5.0, 2.01, 2.01]
     with pytest.raises(ValueError, match="'b' has 39 losses"):
         bench.real_text_loss.differences({"a": base, "b": base[1:]})
+
+
+def test_rows_of_their_own_length(bench: argparse.Namespace) -> None:
+    """A share of the steps has a schedule of its own; figures in a row are numbers."""
+    row = bench.rows.parse_row("name=m,optim=muon,learning_rate=2.5e-3,optim_offload=1.0,share=0.75,documents=8-64")
+    assert row["learning_rate"] == 0.0025 and row["optim_offload"] == 1.0 and row["documents"] == "8-64"
+    found = bench.tokens_to_loss.of_its_length(row, 400)
+    assert found["max_steps"] == 300 and found["warmup_steps"] == 30 and "share" not in found
+    for share in (1.5, 0.04):
+        with pytest.raises(ValueError, match=f"share={share} of 400 steps"):
+            bench.tokens_to_loss.of_its_length({"share": share}, 400)
 
 
 def test_real_text(bench: argparse.Namespace) -> None:

@@ -120,19 +120,25 @@ def train(row: dict[str, Any], samples: Dataset, cli: argparse.Namespace) -> lis
     return record.values
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None, steps: int, megabytes: float) -> argparse.ArgumentParser:
+    """Options of the model, its text and its rows; `steps` and `megabytes` are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", help="fields of the training arguments, such as fp8=rowwise")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--per-device-train-batch-size", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=768, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--megabytes", type=float, default=24.0, help="of text, 10 at least for a figure")
+    parser.add_argument("--megabytes", type=float, default=megabytes, help="of text, 10 at least for a figure")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=0.005, help="largest acceptable relative difference")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__, steps=200, megabytes=24.0)
+    parser.add_argument("--limit", type=float, default=0.005, help="largest acceptable relative difference")
     cli = parser.parse_args()
     if cli.steps < LAST:
         parser.error(f"--steps {cli.steps}: the last {LAST} count")

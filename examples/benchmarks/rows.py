@@ -1,6 +1,7 @@
 """What a row of `throughput.py` trains with: a table of trainers, each a function that trains and tells what it did."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingA
 from hf_nanotron.parallel.collectives import all_gather
 
 MICRO, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 OF_THE_ROW = ("trainer", "name", "documents")  # fields that are no arguments of a trainer
 
 
@@ -80,7 +82,7 @@ def parse_row(text: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
-        row[name] = json.loads(value) if value.lstrip("-").isdigit() or value in ("true", "false") else value
+        row[name] = json.loads(value) if NUMBER.fullmatch(value) or value in ("true", "false") else value
     return row
 
 
