@@ -163,6 +163,19 @@ def test_torchtitan_shapes(bench: argparse.Namespace, shape: str) -> None:
     assert multiple * -(-inner // multiple) == config.intermediate_size
 
 
+def test_attention_of_packed_rows(bench: argparse.Namespace, tmp_path: Path) -> None:
+    """Of the documents in the timed steps, not of others."""
+    watch = bench.clock.Watch(2, 3)
+    config = bench.shapes.make_config("tiny", 64)
+    task = bench.rows.Task("tiny", config, 64, watch, False, tmp_path, documents=(2, 64))
+    rows = bench.rows.packings((2, 64), 64, 40)
+    assert all(sum(row) == 64 for row in rows)
+    expected = [sum(length**2 for length in row) / 64 for row in rows[4:10]]
+    assert bench.rows.seen_length(task, 2) == pytest.approx(sum(expected) / 6)
+    task.documents = None
+    assert bench.rows.seen_length(task, 2) == 64.0
+
+
 def test_torchtitan_refuses_other_families(bench: argparse.Namespace) -> None:
     with pytest.raises(ValueError, match="'qwen3_moe'.*only Llama shapes"):
         bench.peer_torchtitan.model_fields(bench.shapes.make_config("moe-tiny", 64), 64)

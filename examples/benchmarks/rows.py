@@ -105,6 +105,7 @@ def arguments_of(row: dict[str, Any], task: Task) -> dict[str, Any]:
         "report_to": "none",
         "bf16": gpu or task.bf16,
         "use_cpu": not gpu,
+        **({"train_sampling_strategy": "sequential"} if task.documents else {}),
         **row,
     }
 
@@ -136,12 +137,16 @@ def packings(documents: tuple[int, int], sequence_length: int, samples: int) -> 
     return rows
 
 
-def seen_length(task: Task) -> float:
-    """The sequence length that would have the attention FLOPs of a token: of documents, by the first 64 samples."""
+def seen_length(task: Task, samples_per_step: int) -> float:
+    """The sequence length that would have the attention FLOPs of a token in the timed steps.
+
+    Packed samples are read in order, so those of the timed steps are known.
+    """
     if task.documents is None:
         return float(task.sequence_length)
-    rows = packings(task.documents, task.sequence_length, 64)
-    return sum(length**2 for row in rows for length in row) / (64 * task.sequence_length)
+    first, count = task.watch.warmup * samples_per_step, task.watch.timed * samples_per_step
+    rows = packings(task.documents, task.sequence_length, first + count)[first:]
+    return sum(length**2 for row in rows for length in row) / (count * task.sequence_length)
 
 
 def train(trainer_class: type[Trainer], model: Any, args: Any, task: Task, cp_size: int = 1) -> tuple[Trainer, Outcome]:

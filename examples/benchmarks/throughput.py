@@ -109,7 +109,7 @@ def figures(row: dict[str, Any], outcome: Outcome, task: Task) -> dict[str, Any]
     gpu, dp = torch.cuda.is_available(), outcome.world_size // (cut * outcome.sizes.get("cp", 1))
     shapes = shapes_of(config)
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    formulas = flops_formulas(shapes, config, seen_length(task))
+    formulas = flops_formulas(shapes, config, seen_length(task, outcome.micro_batch * outcome.micro_batches * dp))
     tokens = outcome.micro_batch * outcome.micro_batches * task.sequence_length * dp / outcome.world_size
     result = {
         "row": row,
