@@ -21,6 +21,7 @@ from typing import Any
 CHUNK = 8192
 ON = {"activation_checkpointing": True}
 ATTENTION = {**ON, "activation_checkpointing_policy": "all_but_attention"}
+ALL = {**ATTENTION, "activation_offload": 1.0, "mlp_chunk_tokens": CHUNK}
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "full": ON,
@@ -28,18 +29,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "attention": ATTENTION,
     "offload": {**ATTENTION, "activation_offload": 1.0},
     "chunks": {**ATTENTION, "mlp_chunk_tokens": CHUNK},
-    "all": {**ATTENTION, "activation_offload": 1.0, "mlp_chunk_tokens": CHUNK},
-    "all-bf16": {
-        **ATTENTION,
-        "activation_offload": 1.0,
-        "mlp_chunk_tokens": CHUNK,
-        "optim_state_dtype": "bfloat16",
-    },
+    "all": ALL,
+    "all-bf16": {**ALL, "optim_state_dtype": "bfloat16"},
+    "host": {**ALL, "optim_offload": 1.0},
     "chunks-bf16": {**ATTENTION, "mlp_chunk_tokens": CHUNK, "optim_state_dtype": "bfloat16"},
 }
 ROWS = (
     *("32768:selective", "32768:attention", "32768:offload", "32768:all"),
-    *("131072:full", "131072:attention", "131072:all", "262144:all", "327680:all-bf16"),
+    *("131072:full", "131072:attention", "131072:all", "262144:all", "327680:all-bf16", "524288:host"),
 )
 
 
