@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +74,7 @@ from .training.domains import DomainLog
 from .training.doremi import DoReMi, check_domains, check_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
+from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average
 from .training.remote import RemoteUploads
@@ -151,7 +153,7 @@ class NanotronTrainer(Trainer):
         self._flow: FlowAgreement | None = None
         self._data_order, self._gradients, self._uploads = DataOrder(args), GradientAccess(), RemoteUploads(args)
         self._checkpointer = Checkpointer(args, self._uploads, self._push_committed)
-        self._signals = StopSignals(args.save_on_signal)
+        self._signals, self._schedule = StopSignals(args.save_on_signal), RunSchedule(args)
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         train_dataset = kwargs.get("train_dataset")
@@ -189,7 +191,7 @@ class NanotronTrainer(Trainer):
     @args.setter
     def args(self, value: NanotronTrainingArguments) -> None:
         self._args = value
-        for name in ("_data_order", "_uploads", "_checkpointer", "_guard"):
+        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule"):
             if (part := vars(self).get(name)) is not None:  # a subclass may assign before it calls `__init__`
                 part.args = value
 
@@ -237,7 +239,7 @@ class NanotronTrainer(Trainer):
             self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
             self._guard.begin_run()
             with self._checkpointer.running(resume_from_checkpoint) as source:
-                with self._signals:
+                with self._schedule.branch(self.mesh, source), self._signals:
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()
@@ -410,7 +412,10 @@ class NanotronTrainer(Trainer):
             assert self.optimizer is not None
             self.weights.wait()
             state = self.optimizer, self.lr_scheduler, self._average
-            load_training_state(checkpoint, self.mesh, self.weights.segments, *state)
+            extra = load_training_state(checkpoint, self.mesh, self.weights.segments, *state)
+            if self._has_own_schedule:
+                saved, warns = extra.get(SCHEDULE), self.mesh.rank == 0
+                self._schedule.resume(saved, self.lr_scheduler, os.fspath(checkpoint), warns)
             load_buffers(checkpoint, self.model)
             self.weights.publish()
             self._guard.refuse_to_resume(checkpoint, self.optimizer)
@@ -803,7 +808,8 @@ class NanotronTrainer(Trainer):
         """What the training state of a checkpoint holds besides, the same on every rank."""
         average = {} if self._average is None else {AVERAGE: self._average.state()}
         weights = {} if self.doremi is None else self.doremi.state()
-        return {CURSOR: self.data_cursor(), **self._domains.state(), **average, **weights}
+        schedule = self._schedule.state(self.state.max_steps) if self._has_own_schedule else {}
+        return {CURSOR: self.data_cursor(), **self._domains.state(), **average, **weights, **schedule}
 
     # ---- parts of the overrides ----
 
@@ -873,6 +879,11 @@ class NanotronTrainer(Trainer):
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0 and self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def _has_own_schedule(self) -> bool:
+        """Whether learning rates are those of the arguments."""
+        return self._created_lr_scheduler and not is_overridden(self, "create_scheduler")
 
     def _averaged(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
         """Around what the model is to do as the moving average of its weights, if there is one."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
+from transformers import SchedulerType
 
 from .arguments.launch import check_launch
 from .arguments.policy import REFUSED, as_mapping, check_policy
@@ -169,6 +170,11 @@ class NanotronTrainingArguments(SecretlessArguments):
         0, "Optimizer steps before the first update of the average, which follows the weights until then."
     )
     ema_evaluate: bool = _option(False, "Evaluate and predict with the average instead of the weights.")
+    wsd_decay_steps: int | None = _option(
+        None,
+        "With lr_scheduler_type='warmup_stable_decay' and resume_from_checkpoint: decay the learning rate from the "
+        "checkpoint of a stable run over so many steps, then end.",
+    )
     attention: str = _option(
         "auto", "Attention during training: the fastest kernel that fits (auto), or the model's own (stock)."
     )
@@ -320,6 +326,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         self._check_fp8()
         self._check_mlp_chunks()
         self._check_average()
+        self._check_decay()
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
@@ -379,6 +386,18 @@ class NanotronTrainingArguments(SecretlessArguments):
                 "ema_evaluate=True with load_best_model_at_end=True: the best checkpoint would be that of the best "
                 "average, of which the weights themselves would be loaded; use load_best_model_at_end=False, and load "
                 "the folder ema of the best checkpoint."
+            )
+
+    def _check_decay(self) -> None:
+        steps = self.wsd_decay_steps
+        if steps is None:
+            return
+        if steps < 1:
+            raise ValueError(f"wsd_decay_steps={steps} must be at least 1, or None.")
+        if SchedulerType(self.lr_scheduler_type) != SchedulerType.WARMUP_STABLE_DECAY:
+            raise ValueError(
+                f"wsd_decay_steps={steps} needs lr_scheduler_type='warmup_stable_decay', not "
+                f"{SchedulerType(self.lr_scheduler_type).value!r}."
             )
 
     @property

@@ -156,7 +156,7 @@ def test_evaluation(tmp_path: Path) -> None:
     assert abs(results[0][3] - results[1][3]) > 1e-3
 
 
-def test_refusals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals() -> None:
     make = lambda **values: NanotronTrainingArguments(**training_arguments(**values))  # noqa: E731
     assert "ema_decay=1.5 must be at least 0 and below 1" in message(lambda: make(ema_decay=1.5))
     assert "ema_start_step=3 needs ema_decay" in message(lambda: make(ema_start_step=3))

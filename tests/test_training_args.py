@@ -360,6 +360,7 @@ BEYOND_SIZES |= {"activation_offload", "mlp_chunk_tokens", "accept_changed_data"
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
 BEYOND_SIZES |= {"attention", "max_skipped_steps"}
 BEYOND_SIZES |= {"fp8", "fp8_skip_layers", "overwrite_output_dir"}
+BEYOND_SIZES |= {"ema_decay", "ema_start_step", "ema_evaluate", "wsd_decay_steps"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

@@ -68,6 +68,8 @@ def check_scheduler(args: TrainingArguments) -> None:
     """Refuse a learning-rate scheduler that could not be made, or that would ignore what it was given."""
     name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
     kwargs = dict(kwargs) if isinstance(kwargs, Mapping) else {}
+    if (branch := getattr(args, "wsd_decay_steps", None)) is not None:
+        kwargs["num_decay_steps"] = branch
     made_with = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
     function: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
     known = [key for key in inspect.signature(function).parameters if key not in made_with]

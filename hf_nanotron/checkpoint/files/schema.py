@@ -264,11 +264,22 @@ _CURSOR = record(
     {"state": anything, "refused": optional(text())},
 )
 
+# By which learning rates a run was trained: `training.lr_schedule`.
+_STEPS = optional(row(whole(), whole(-MOST)))
+_SCHEDULE = record({"type": text(), "max_steps": whole(), "learning_rate": anything, "stable": _STEPS, "decay": _STEPS})
+
 # `values` of a training state, once decoded, for a resume.
 VALUES = record(
     {
         "optimizer": optional(record({"class": text(longest=200), "groups": each(mapping(anything, text()))})),
         "scheduler": optional(mapping(anything, text())),
-        "extra": record({}, {"data_cursor": optional(_CURSOR), "ema": optional(record({"updates": whole()}))}),
+        "extra": record(
+            {},
+            {
+                "data_cursor": optional(_CURSOR),
+                "ema": optional(record({"updates": whole()})),
+                "lr_schedule": optional(_SCHEDULE),
+            },
+        ),
     }
 )

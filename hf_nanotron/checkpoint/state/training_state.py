@@ -141,6 +141,12 @@ def run_values(stored: StoredState) -> dict[str, Any]:
     return require(VALUES, stored.values, f"{stored.directory / INDEX}: values")
 
 
+def saved_extra(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `extra` of `state_values`, of the training state of a checkpoint."""
+    with StoredState(Path(directory) / DIRECTORY) as stored:
+        return run_values(stored)["extra"]
+
+
 def has_training_state(directory: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint holds one."""
     return (Path(directory) / DIRECTORY / INDEX).is_file()
