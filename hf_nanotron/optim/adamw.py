@@ -129,7 +129,7 @@ class AdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     numbers[parameter] = index
                 index += 1
-            if not numbers:
+            if not numbers or not self._is_elementwise(group):
                 continue
             for parameter in numbers:
                 if not self.state[parameter]:
@@ -137,6 +137,10 @@ class AdamW(torch.optim.Optimizer):
             on_gpu = next(iter(numbers)).device.type == "cuda"
             (self._update_on_gpu if on_gpu else self._update_on_cpu)(group, numbers)
         return loss
+
+    def _is_elementwise(self, group: dict[str, Any]) -> bool:
+        """Whether this class updates the group, as opposed to one that derives from it."""
+        return True
 
     def _initialize(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
@@ -219,9 +223,11 @@ class AdamW(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
-            state["step"] = state["step"].to(parameter.device, torch.float32)
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device, torch.float32)
             for name in MOMENTS:
-                state[name] = state[name].to(self.state_dtype)
+                if name in state:
+                    state[name] = state[name].to(self.state_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"state_dtype": self.state_dtype, "seed": self.seed, "streams": self.streams, "rounded": {}}

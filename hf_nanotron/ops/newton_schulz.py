@@ -1,0 +1,58 @@
+"""The orthogonal factor of matrices by Newton-Schulz iteration, as Muon takes it."""
+
+from __future__ import annotations
+
+import torch
+
+# Jordan's: the slope at zero is as large as it can be, so five steps bring all but tiny singular values near 1.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SMALLEST_NORM = 1e-7
+
+
+def orthogonalize(
+    matrices: torch.Tensor, steps: int = 5, coefficients: tuple[float, float, float] = COEFFICIENTS
+) -> torch.Tensor:
+    """About `U V^T` of every `U S V^T`, with singular values between 0.7 and 1.2 instead of 1.
+
+    The quintic iteration of Muon (Jordan et al. 2024), X <- aX + b(XX^T)X + c(XX^T)^2 X, from X divided by its
+    Frobenius norm; each is that of `torch.optim.Muon`.
+
+    Args:
+        matrices: `[count, rows, columns]`, in the dtype in which to compute. It may be overwritten.
+        steps: of the iteration.
+
+    Returns:
+        `[count, rows, columns]`, in the same dtype.
+    """
+    rows, columns = matrices.shape[1:]
+    x = matrices.mT if rows > columns else matrices
+    if matrices.device.type == "cpu":  # a batch of one has the bits of torch's own, matrix by matrix
+        found = torch.stack([_iterate(matrix, steps, coefficients) for matrix in x])
+    else:
+        found = _iterate_batch(x, steps, coefficients)
+    return found.mT if rows > columns else found
+
+
+def _iterate(x: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    a, b, c = coefficients
+    x = x / x.norm().clamp(min=SMALLEST_NORM)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _iterate_batch(x: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    a, b, c = coefficients
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = x / norms.clamp(min=SMALLEST_NORM).to(x.dtype)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def flops(rows: int, columns: int, steps: int = 5) -> int:
+    """Of one matrix: three products in each step."""
+    small, large = sorted((rows, columns))
+    return steps * (4 * small * small * large + 2 * small**3)
