@@ -10,6 +10,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .models.auto import AutoModelForCausalLM
     from .models.stock.families import register_plan
+    from .optim.matrix_optimizer import MatrixOptimizer
     from .parallel.config import ParallelConfig
     from .trainer import NanotronTrainer
     from .training.doremi import DoReMi
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoModelForCausalLM",
     "DoReMi",
+    "MatrixOptimizer",
     "NanotronTrainer",
     "NanotronTrainingArguments",
     "ParallelConfig",
@@ -27,6 +29,7 @@ __all__ = [
 _HOME = {
     "AutoModelForCausalLM": ".models.auto",
     "DoReMi": ".training.doremi",
+    "MatrixOptimizer": ".optim.matrix_optimizer",
     "NanotronTrainer": ".trainer",
     "NanotronTrainingArguments": ".training_args",
     "ParallelConfig": ".parallel.config",

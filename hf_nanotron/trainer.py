@@ -76,7 +76,7 @@ from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
 from .training.nonfinite import NonFiniteGuard
-from .training.optimizer import group_of, link_optimizer, make_average
+from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
@@ -399,7 +399,10 @@ class NanotronTrainer(Trainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             choice = self._optimizer_choice()
-            self.optimizer = build_optimizer(segments, order, decayed, self.args.weight_decay, *choice)
+            matrices = matrix_layouts(self.model)
+            self.optimizer = build_optimizer(
+                segments, order, decayed, self.args.weight_decay, *choice, matrices=matrices
+            )
         elif self._names:
             adopt_optimizer(self.optimizer, self._names, segments, order)
             self._names = {}

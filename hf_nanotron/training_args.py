@@ -11,9 +11,10 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 
 from .arguments.launch import check_launch
+from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
 from .arguments.policy import REFUSED, as_mapping, check_policy
 from .arguments.recompute import check_recomputation, layer_numbers
 from .arguments.secrets import SecretlessArguments
@@ -32,6 +33,7 @@ CHOICES = {
     "optim_state_dtype": ("float32", "bfloat16"),
     "moe_log_loads": ("model", "layers", "experts"),
     "attention": ("auto", "stock"),
+    **MUON_CHOICES,
 }
 
 
@@ -73,6 +75,10 @@ class NanotronTrainingArguments(SecretlessArguments):
         "What data-parallel ranks shard: 0 nothing, 1 optimizer state and fp32 master weights, 2 also gradients, 3 "
         "also parameters.",
     )
+    # transformers has an enumeration of names, which lacks "muon".
+    optim: str = _option(
+        TrainingArguments.optim, "The optimizer: a name that transformers knows and that can be sharded, or muon."
+    )
     optim_state_dtype: str = _option(
         "float32", "Dtype of AdamW's moments: float32, or bfloat16 with stochastic rounding."
     )
@@ -80,6 +86,22 @@ class NanotronTrainingArguments(SecretlessArguments):
         0.0,
         "Fraction of the fp32 master weights and of the optimizer's state (1 is all) that is in pinned host memory "
         "between steps; the GPU still updates them, part by part.",
+    )
+    muon_scale: str = _option(
+        "match_rms_adamw",
+        "With optim muon, what multiplies the learning rate of a matrix: 0.2 sqrt(max(out, in)), so that AdamW's rate "
+        "and decay serve (match_rms_adamw), sqrt(max(1, out / in)) (original) or sqrt(out / in) (spectral).",
+    )
+    muon_learning_rate: float | None = _option(
+        None,
+        "Learning rate of the matrices with optim muon, which follows the same schedule. If unset, learning_rate; "
+        "original and spectral scales need their own.",
+    )
+    muon_momentum: float = _option(0.95, "Momentum of the matrices with optim muon.")
+    muon_nesterov: bool = _option(True, "Nesterov momentum with optim muon.")
+    muon_ns_steps: int = _option(5, "Newton-Schulz steps with optim muon.")
+    muon_dtype: str = _option(
+        "bfloat16", "Dtype in which optim muon gathers matrices and computes Newton-Schulz: bfloat16 or float32."
     )
     skip_nonfinite_steps: bool = _option(
         False, "Skip an optimizer step whose gradient is NaN or infinite; by default it ends the run."
@@ -254,7 +276,9 @@ class NanotronTrainingArguments(SecretlessArguments):
         # Hidden from transformers, which would switch TF32 on, and accelerate, which would whatever `tf32` says.
         chosen, backend, mode = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        muon = without_muon(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.optim = muon or self.optim
         if chosen is None:
             chosen = self.bf16 and self.device.type == "cuda"
         self.torch_compile = chosen or backend is not None or mode is not None
@@ -295,7 +319,7 @@ class NanotronTrainingArguments(SecretlessArguments):
                 f"{self.remote_retry_seconds:g}; the longest pause between attempts cannot be shorter than the first."
             )
         optim = str(getattr(self.optim, "value", self.optim))
-        if self.optim_state_dtype == "bfloat16" and not optim.startswith("adamw"):
+        if self.optim_state_dtype == "bfloat16" and not optim.startswith(("adamw", MUON)):
             raise ValueError(
                 f"optim_state_dtype='bfloat16' with optim={optim!r}: only AdamW's moments can be bfloat16; use "
                 "optim='adamw_torch_fused', or optim_state_dtype='float32'."
@@ -323,6 +347,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         for name in ("moe_bias_update_rate", "z_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
+        check_muon(self)
         self._check_fp8()
         self._check_mlp_chunks()
         self._check_average()

@@ -103,6 +103,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adagrad": ("lr_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "centered"),
     "lion_32bit": (),
+    "muon": (),  # ours; transformers has no such name
 }
 
 

@@ -73,10 +73,17 @@ class MemoryReport:
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> int:
-    """Bytes of the optimizer's state tensors on this rank; zero for a class that is not in the table."""
+    """Bytes of the optimizer's state tensors on this rank; zero for a class that is not in the table.
+
+    An optimizer of matrices (`optim/matrix_optimizer.py`) has one fp32 tensor for matrices, and AdamW's for the rest.
+    """
     tensors = STATE_TENSORS.get(type(optimizer).__name__, 0)
     tensors += sum(bool(optimizer.defaults.get(name)) for name in ADDS_TENSOR if tensors or name == "momentum")
     dtype: torch.dtype = getattr(optimizer, "state_dtype", torch.float32)
+    if any("kind" in group for group in optimizer.param_groups):
+        sizes = [(group["kind"], sum(p.numel() for p in group["params"])) for group in optimizer.param_groups]
+        each = {"matrix": 4, "adamw": STATE_TENSORS["AdamW"] * dtype.itemsize}
+        return sum(each[kind] * size for kind, size in sizes)
     return tensors * dtype.itemsize * sum(segment.master.numel() for segment in weights.segments)
 
 

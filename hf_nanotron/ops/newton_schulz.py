@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 
 # Jordan's: the slope at zero is as large as it can be, so five steps bring all but tiny singular values near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
+
+# Name -> what multiplies the learning rate of a matrix of so many output and input features.
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda fan_out, fan_in: 0.2 * math.sqrt(max(fan_out, fan_in)),
+    "original": lambda fan_out, fan_in: math.sqrt(max(1, fan_out / fan_in)),
+    "spectral": lambda fan_out, fan_in: math.sqrt(fan_out / fan_in),
+}
 
 
 def orthogonalize(

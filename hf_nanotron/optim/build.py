@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from ..parallel.zero.segment import Segment
 from .adamw import AdamW
 from .lion import Lion
+from .matrix_optimizer import ELEMENTWISE as ADAMW, MATRIX, MatrixOptimizer
+from .muon import Muon
 
 # Schedulers that are classes, which take keys of their own.
 LIBRARY_CLASSES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -25,12 +27,12 @@ class UpdateRule:
     """How one weight is updated, where that is not the same for all. Weights of one rule are a parameter group.
 
     Attributes:
-        kind: `"adamw"` is any element-wise optimizer.
+        kind: `"adamw"` is any element-wise optimizer, `"matrix"` one whose direction needs the whole matrix.
         rate: factor of the learning rate. Weight decay is divided by it: a step takes the same part of the weight.
         eps: factor of AdamW's epsilon.
     """
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "matrix"] = "adamw"
     rate: float = 1.0
     eps: float = 1.0
 
@@ -45,13 +47,15 @@ _KNOWN = (*(getattr(torch.optim, name) for name in ELEMENTWISE), AdamW, Lion)
 def check_elementwise(optimizer_class: type[torch.optim.Optimizer], argument: str) -> None:
     """Refuse an optimizer that would compute something else on a part of a matrix.
 
-    One that is not in the list above sets `elementwise = True` on its class.
+    One that is not in the list above sets `elementwise = True` on its class, or derives from `MatrixOptimizer`.
     """
-    if optimizer_class not in _KNOWN and not getattr(optimizer_class, "elementwise", False):
+    known = optimizer_class in _KNOWN or issubclass(optimizer_class, MatrixOptimizer)
+    if not known and not getattr(optimizer_class, "elementwise", False):
         raise ValueError(
             f"{argument}: {optimizer_class.__name__} is not known to be element-wise, which sharded parameters "
             f"require. Use one of torch.optim.{', '.join(ELEMENTWISE)}, or, if it is element-wise, set "
-            f"{optimizer_class.__name__}.elementwise = True."
+            f"{optimizer_class.__name__}.elementwise = True; if it needs whole matrices, derive it from "
+            "hf_nanotron.MatrixOptimizer (optim='muon' is one)."
         )
 
 
@@ -92,12 +96,30 @@ def optimizer_choice(args: TrainingArguments, state_dtype: torch.dtype) -> Optim
     """Class and arguments for `args.optim`: transformers' own choice, except where we have the optimizer ourselves."""
     if args.optim == "lion_32bit":  # transformers would take it from bitsandbytes
         return Lion, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    if args.optim == "muon":
+        return Muon, muon_arguments(args, state_dtype)
     optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
     # In fp32 it computes what torch's fused one does, a third faster (examples/benchmarks/NOTEBOOK.md).
     is_slower = optimizer_class is torch.optim.AdamW and arguments.get("fused") and args.device.type == "cuda"
     if state_dtype != torch.float32 or is_slower:
         return AdamW, {**{k: v for k, v in arguments.items() if k != "fused"}, "state_dtype": state_dtype}
     return optimizer_class, arguments
+
+
+def muon_arguments(args: Any, state_dtype: torch.dtype) -> dict[str, Any]:
+    """Of `Muon`, by the training arguments."""
+    return {
+        "lr": args.learning_rate,
+        "matrix_lr": args.muon_learning_rate,
+        "momentum": args.muon_momentum,
+        "nesterov": args.muon_nesterov,
+        "ns_steps": args.muon_ns_steps,
+        "scale": args.muon_scale,
+        "matrix_dtype": getattr(torch, args.muon_dtype),
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "state_dtype": state_dtype,
+    }
 
 
 def build_optimizer(
@@ -108,6 +130,7 @@ def build_optimizer(
     optimizer_class: type[torch.optim.Optimizer],
     optimizer_arguments: dict[str, Any],
     rules: Mapping[str, UpdateRule] | None = None,
+    matrices: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Two parameter groups for each rule: those whose name is in `decayed`, and the others without weight decay.
 
@@ -117,12 +140,12 @@ def build_optimizer(
     Args:
         order: names of the Hub's tensors in model order, the same on every rank.
         rules: name of the Hub's tensor -> its rule; the others have the plain one, whose groups come first.
+        matrices: names of the Hub's tensors that a `MatrixOptimizer` updates as matrices, each by the same rule.
     """
-    if optimizer_class is AdamW:
-        rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
-        own = {"streams": rounding_streams(segments, order), "rounded": rounded}
-        optimizer_arguments = {**optimizer_arguments, **own}
-    rules, plain = rules or {}, UpdateRule()
+    takes_matrices = issubclass(optimizer_class, MatrixOptimizer)
+    rules, plain = dict(rules or {}), UpdateRule()
+    if takes_matrices:
+        rules |= dict.fromkeys(matrices, UpdateRule("matrix"))
     defaults = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
     groups = []
     for rule in dict.fromkeys((plain, *(rules.get(name, plain) for name in order))):
@@ -131,11 +154,18 @@ def build_optimizer(
             for name, factor in (("lr", rule.rate), ("eps", rule.eps))
             if factor != 1.0
         }
+        if takes_matrices:
+            scaled["kind"] = MATRIX if rule.kind == "matrix" else ADAMW
         held = [segment for segment in segments if rules.get(segment.spec.name, plain) == rule]
         for decay, is_decayed in ((weight_decay / rule.rate, True), (0.0, False)):
             masters = [segment.master for segment in held if (segment.name in decayed) == is_decayed]
             groups.append({"params": masters, "weight_decay": decay, **scaled})
-    return optimizer_class(groups, **optimizer_arguments)
+    optimizer = optimizer_class(groups, **optimizer_arguments)
+    if optimizer_class is AdamW or takes_matrices:
+        rounds: Any = optimizer
+        rounds.rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
+        rounds.streams = rounding_streams(segments, order)
+    return optimizer
 
 
 def rounding_streams(segments: Sequence[Segment], order: Sequence[str]) -> dict[nn.Parameter, tuple[int, int]]:

@@ -34,6 +34,7 @@ class MatrixOptimizer(AdamW):
     Args:
         parameters: as for `AdamW`. In a group, `kind` is `"matrix"` (the default) or `"adamw"`.
         lr, weight_decay: of a group without its own.
+        matrix_lr: of a group of matrices without its own; `lr` if it is None.
         momentum, nesterov: of matrices.
         betas, eps, adamw: of weights that are none; `adamw` are further arguments of `AdamW`.
         matrix_dtype: in which matrices travel between ranks and in which `direction` gets them: bfloat16 or float32.
@@ -51,6 +52,7 @@ class MatrixOptimizer(AdamW):
         momentum: float = 0.95,
         nesterov: bool = True,
         *,
+        matrix_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         matrix_dtype: torch.dtype = torch.bfloat16,
@@ -63,7 +65,10 @@ class MatrixOptimizer(AdamW):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} is not in [0, 1).")
         self.matrix_dtype, self.batch_elements = matrix_dtype, batch_elements
-        self.matrix_defaults = {"momentum": momentum, "nesterov": nesterov, **(matrix_defaults or {})}
+        if matrix_lr is not None and not matrix_lr >= 0:
+            raise ValueError(f"matrix_lr={matrix_lr} is negative.")
+        own = {"momentum": momentum, "nesterov": nesterov, "lr": lr if matrix_lr is None else matrix_lr}
+        self.matrix_defaults = {**own, **(matrix_defaults or {})}
         self.skips_next = False  # the next step leaves the matrices as they are, on every rank
         self._whole: WholeMatrices | None = None
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **adamw)
@@ -92,10 +97,20 @@ class MatrixOptimizer(AdamW):
         return fan_out * fan_in * min(fan_out, fan_in)
 
     def attach(
-        self, pieces: Mapping[nn.Parameter, tuple[ShardSpec, int, int]], layouts: Mapping[str, MatrixLayout], group: Group
+        self,
+        pieces: Mapping[nn.Parameter, tuple[ShardSpec, int, int]],
+        layouts: Mapping[str, MatrixLayout],
+        group: Group,
+        device: torch.device,
     ) -> int:
         """Let the parameters of matrix groups be elements `[start, stop)` of their parts of weights. All ranks of
         `group` together.
+
+        Args:
+            pieces: of every parameter of a matrix group.
+            layouts: by the name of the weight.
+            group: ranks that hold parts of the same weights.
+            device: of the parameters.
 
         Returns:
             The number of matrices of all ranks.
@@ -105,8 +120,6 @@ class MatrixOptimizer(AdamW):
             if not self._is_elementwise(of_group):
                 for parameter in of_group["params"]:
                     held[parameter] = Held(group.rank, *pieces[parameter], number)
-        devices = [parameter.device for of_group in self.param_groups for parameter in of_group["params"]]
-        device = devices[0] if devices else torch.device("cpu" if not torch.cuda.is_available() else "cuda")
         arguments = (device, self.matrix_dtype, self.cost, self.batch_elements)
         self._whole = WholeMatrices(held, layouts, group, *arguments)
         return len(self._whole)
@@ -154,7 +167,8 @@ class MatrixOptimizer(AdamW):
                 spec = ShardSpec(str(len(pieces)), tuple(parameter.shape))
                 pieces[parameter] = spec, 0, parameter.numel()
         layouts = {spec.name: MatrixLayout() for spec, _, _ in pieces.values()}
-        self.attach(pieces, layouts, Group((0,), 0, None))
+        device = next(iter(pieces)).device if pieces else torch.device("cpu")
+        self.attach(pieces, layouts, Group((0,), 0, None), device)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"matrix_dtype": self.matrix_dtype, "batch_elements": self.batch_elements, "_whole": None}

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from ..ops.newton_schulz import COEFFICIENTS, flops, orthogonalize
+from ..ops.newton_schulz import COEFFICIENTS, SCALES, flops, orthogonalize
 from .matrix_optimizer import MatrixOptimizer
-
-# Name -> what multiplies the learning rate of a matrix of so many output and input features.
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "match_rms_adamw": lambda fan_out, fan_in: 0.2 * math.sqrt(max(fan_out, fan_in)),
-    "original": lambda fan_out, fan_in: math.sqrt(max(1, fan_out / fan_in)),
-    "spectral": lambda fan_out, fan_in: math.sqrt(fan_out / fan_in),
-}
 
 
 class Muon(MatrixOptimizer):

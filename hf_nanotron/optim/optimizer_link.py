@@ -9,6 +9,7 @@ import torch
 
 from ..parallel.zero.segment import Segment, ShardedWeights
 from .ema import WeightAverage
+from .matrix_optimizer import MatrixOptimizer
 from .offload import StateOnHost
 
 
@@ -63,9 +64,10 @@ class OptimizerLink:
     def skips_on_device(self) -> bool:
         """Whether the optimizer can skip a step by a flag on the device.
 
-        Not its first: torch's fused SGD would read momentum that it has not written yet.
+        Not its first: torch's fused SGD would read momentum that it has not written yet. An optimizer of matrices
+        communicates, so the answer must not depend on what a rank holds.
         """
-        return self._is_fused and bool(self.optimizer.state)
+        return self._is_fused and (isinstance(self.optimizer, MatrixOptimizer) or bool(self.optimizer.state))
 
     def skip_unless_finite(self, norm: torch.Tensor) -> None:
         """Have the next `step` change nothing if `norm` is not finite. Needs `skips_on_device`."""
@@ -91,6 +93,8 @@ class OptimizerLink:
         if self._steps_parts:
             return
         self.weights.take_written(self.compares)
+        if isinstance(self.optimizer, MatrixOptimizer):
+            self.optimizer.skips_next = self.skips_next
         if self.skips_next:
             return
         if self.host is None:

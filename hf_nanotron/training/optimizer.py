@@ -10,8 +10,12 @@ from torch import nn
 from ..models.base import ParallelModel
 from ..optim.build import adopt_optimizer, check_steps_by_parts
 from ..optim.ema import WeightAverage
+from ..optim.matrix_optimizer import MATRIX, MatrixOptimizer
 from ..optim.offload import StateOnHost
 from ..optim.optimizer_link import OptimizerLink
+from ..parallel.collectives import all_reduce
+from ..parallel.together import refuse_together
+from ..parallel.zero.matrix_plan import MatrixLayout
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
 
@@ -34,6 +38,8 @@ def link_optimizer(
     if link is None or link.optimizer is not optimizer or link.weights is not weights:
         if host is not None:
             check_steps_by_parts(type(optimizer))
+        if isinstance(optimizer, MatrixOptimizer):
+            attach_matrices(optimizer, model, weights)
         link = OptimizerLink(optimizer, weights, host)
     link.compares, link.overlap = compares, not compares
     return link
@@ -46,6 +52,32 @@ def make_average(
     if args.ema_decay is None:
         return None
     return WeightAverage(weights, args.ema_decay, args.ema_start_step, device)
+
+
+def matrix_layouts(model: ParallelModel) -> dict[str, MatrixLayout]:
+    """The weights of the whole model that a `MatrixOptimizer` takes as matrices, by their names in the Hub's files."""
+    return {
+        name: MatrixLayout(role.out_dim - len(model.hub_shapes[name]), role.parts or ())
+        for name, role in model.roles.items()
+        if role.kind in ("matrix", "experts")
+    }
+
+
+def attach_matrices(optimizer: MatrixOptimizer, model: ParallelModel, weights: ShardedWeights) -> None:
+    """Let an optimizer over our segments of weights have whole matrices. All ranks together."""
+    mesh, layouts = model.mesh, matrix_layouts(model)
+    pieces = {segment.master: (segment.spec, segment.start, segment.stop) for segment in weights.segments}
+    held = [p for group in optimizer.param_groups if group["kind"] == MATRIX for p in group["params"]]
+    others = [pieces[p][0].name for p in held if pieces[p][0].name not in layouts]
+    what = f"{type(optimizer).__name__}: {others[0]} is no matrix of a linear layer or of an expert" if others else None
+    refuse_together(mesh, what and f"{what}; put it into a group with kind='adamw'.")
+    # Each stage has weights of its own.
+    found = optimizer.attach(pieces, layouts, mesh.group("stage", lambda c: c.pp), mesh.device)
+    if not all_reduce(torch.tensor(float(found), device=mesh.device), mesh.world):
+        raise ValueError(
+            f"{type(optimizer).__name__} updates matrices of linear layers and of experts, and none of "
+            f"{type(model).__name__} is trained; use optim='adamw_torch_fused', or unfreeze some."
+        )
 
 
 def group_of(

@@ -184,7 +184,8 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             kinds = {kind: dtype for kind, dtype in stored.kinds(hub_name).items() if kind not in OWN_KINDS}
             empty = {kind: torch.empty(0, dtype=dtype) for kind, dtype in kinds.items()}
             scalars = stored.scalars(hub_name)
-            check_scalars(scalars, optimizer, bool(empty), f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
+            is_counted = bool(empty.keys() - {"momentum_buffer"})  # Muon's matrices have that alone
+            check_scalars(scalars, optimizer, is_counted, f"{stored.directory / INDEX}: scalars[{hub_name!r}]")
             if entry := {**empty, **scalars}:
                 state[number] = entry
         count = numbers.stop

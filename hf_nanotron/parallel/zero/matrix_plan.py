@@ -176,8 +176,9 @@ def _units_of(name: str, holders: list[Held], layout: MatrixLayout, ranks: int, 
 def _add_holding(unit: Unit, held: Held, start: int, stop: int, by_experts: bool, numbers: dict[Ranges, int]) -> None:
     """Note what a rank holds of experts `[start, stop)` of a weight (of the weight, where there are none)."""
     spec = held.spec
-    first, dim, ranges = start, None, ()
-    shape = unit.shape
+    first, shape = start, unit.shape
+    dim: int | None = None
+    ranges: Ranges = ()
     if by_experts:
         offset = 0
         for low, high in spec.ranges:
@@ -189,8 +190,8 @@ def _add_holding(unit: Unit, held: Held, start: int, stop: int, by_experts: bool
             return
     elif spec.dim is not None:
         dim, ranges = spec.dim + 3 - len(spec.global_shape), spec.ranges
-        local = spec.local_shape[-2:]
-        shape = (unit.shape[0], *local)
+        rows, columns = spec.local_shape[-2:]
+        shape = unit.shape[0], rows, columns
     part = Part(shape, dim, ranges)
     number = numbers.setdefault(ranges, len(numbers))
     if number == len(unit.parts):

@@ -140,9 +140,9 @@ class WholeMatrices:
                 if one.rank != self._group.rank:
                     continue
                 parameter, start, stop = parameters[unit.name], one.low + one.shift, one.high + one.shift
-                transfer, offset = sent.get((number, one.part), (None, None))
-                if transfer is not None:  # up to where another rank's copy ends, it may be that which is sent
-                    first = transfer.low + one.shift
+                if (number, one.part) in sent:
+                    transfer, offset = sent[number, one.part]
+                    first = transfer.low + one.shift  # another rank may send its copy of what is before
                     work.prepared.append((parameter, first, stop, offset))
                     stop = first
                 if start < stop:

@@ -1,0 +1,248 @@
+"""`optim="muon"` on every layout against `torch.optim.Muon` and `torch.optim.AdamW` in one process."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_runs import tiny_model
+from muon_runs import differences, in_fp32, run, stock_losses
+from pool import WorkerPool
+from tiny import message, random_dataset, training_arguments
+from torch import nn
+
+from hf_nanotron import MatrixOptimizer, NanotronTrainingArguments
+from hf_nanotron.ops.newton_schulz import SCALES, orthogonalize
+from hf_nanotron.optim.muon import Muon
+
+TWO_LAYERS = {"num_hidden_layers": 2}
+TIED = {**TWO_LAYERS, "tie_word_embeddings": True}
+INTERLEAVED = {"pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
+
+# Ranks, family, layouts, scale, overrides of the config; the first rows by default, all with --full-matrix.
+CASES: dict[str, tuple[int, str, list[dict[str, Any]], str, dict[str, Any]]] = {
+    "dense, two ranks": (
+        2,
+        "llama",
+        [{"tp_size": 2}, {"zero_stage": 3}, {"zero_stage": 0}, {"pp_size": 2}],
+        "match_rms_adamw",
+        TWO_LAYERS,
+    ),
+    "tied, four ranks": (
+        4,
+        "llama",
+        [{"tp_size": 4}, {"tp_size": 2, "zero_stage": 3}, {"tp_size": 2, "pp_size": 2, **INTERLEAVED}],
+        "original",
+        {"tie_word_embeddings": True},
+    ),
+    "experts": (
+        2,
+        "qwen3_moe",
+        [{"ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"zero_stage": 3}],
+        "original",
+        TWO_LAYERS,
+    ),
+    "replicas": (
+        4,
+        "llama",
+        [
+            {"dp_replicate_size": 2},
+            {"dp_replicate_size": 2, "zero_stage": 3},
+            {"cp_size": 2, "zero_stage": 2},
+            {"tp_size": 2, "cp_size": 2},
+            {"pp_size": 2, "pp_schedule": "zb"},
+            {"pp_size": 2, "zero_stage": 3},
+        ],
+        "match_rms_adamw",
+        TIED,
+    ),
+    "experts, four ranks": (
+        4,
+        "qwen3_moe",
+        [
+            {"ep_size": 2},
+            {"ep_size": 4, "tp_size": 2, "zero_stage": 3},
+            {"ep_size": 2, "pp_size": 2},
+            {"tp_size": 4},
+            {"ep_size": 2, "dp_replicate_size": 2},
+        ],
+        "match_rms_adamw",
+        TWO_LAYERS,
+    ),
+    "experts stored transposed": (
+        2,
+        "gpt_oss",
+        [{"tp_size": 2}, {"ep_size": 2}, {"zero_stage": 3}],
+        "match_rms_adamw",
+        TWO_LAYERS,
+    ),
+    "spectral": (2, "llama", [{"tp_size": 2}, {"zero_stage": 1}], "spectral", TWO_LAYERS),
+    "transposed layers": (2, "gpt2", [{"zero_stage": 1}, {"pp_size": 2}], "match_rms_adamw", {"n_layer": 2}),
+}
+DEFAULT = ("dense, two ranks", "tied, four ranks", "experts")
+
+
+def only_in_full(chosen: bool, config: pytest.Config) -> None:
+    if not chosen and not config.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+
+
+@pytest.mark.parametrize("fp32", [True, False], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_layouts_are_torchs(pool: WorkerPool, case: str, fp32: bool, pytestconfig: pytest.Config) -> None:
+    """Three steps from the same gradients, one of which is skipped: bit for bit the weights of torch's optimizers.
+
+    In bfloat16, Newton-Schulz is torch's as it is; in fp32, torch's code without its cast.
+    """
+    only_in_full(case in DEFAULT and fp32, pytestconfig)
+    world, family, layouts, scale, overrides = CASES[case]
+    for errors in pool.run(world, differences, family, layouts, scale, fp32, overrides):
+        assert errors == [{} for _ in layouts]
+
+
+@pytest.mark.parametrize("family", ["phi3", "mamba2"])
+def test_fused_weights_are_taken_apart(pool: WorkerPool, family: str, pytestconfig: pytest.Config) -> None:
+    """Queries, keys and values, gates and ups, the layers of a Mamba: each as a matrix of its own.
+
+    The factors of unlike parts of one weight are applied in two products, which costs the last bit.
+    """
+    only_in_full(family == "phi3", pytestconfig)
+    layouts = [{"tp_size": 2}, {"zero_stage": 3}]
+    for errors in pool.run(2, differences, family, layouts, "spectral", True, TWO_LAYERS):
+        for of_layout in errors:
+            assert all("qkv_proj" in name or "in_proj" in name for name in of_layout)
+            assert max(of_layout.values(), default=0.0) < 1e-6
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------
+
+STEPS = 20
+# Layout of a whole run -> its ranks and its data-parallel ranks.
+RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "tp 2 dp 2": (4, 2, {"tp_size": 2}),
+    "one process": (1, 1, {}),
+    "dp 4 zero 3": (4, 4, {"zero_stage": 3}),
+    "tp 2 pp 2 interleaved": (4, 1, {"tp_size": 2, "pp_size": 2, **INTERLEAVED}),
+    "pp 2 dp 2 zb": (4, 2, {"pp_size": 2, "pp_schedule": "zb", "zero_stage": 2}),
+    "cp 2 dp 2": (4, 2, {"cp_size": 2}),
+}
+
+
+@functools.cache
+def start() -> str:
+    directory = tempfile.mkdtemp()
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("layout", RUNS)
+def test_losses_are_torchs(pool: WorkerPool, tmp_path: Path, layout: str, pytestconfig: pytest.Config) -> None:
+    """Through the trainer, with clipping, a schedule and decay: losses of stock `Trainer` with torch's optimizers."""
+    only_in_full(layout == "tp 2 dp 2", pytestconfig)
+    world, dp, sizes = RUNS[layout]
+    expected = stock_losses(start(), random_dataset(96), gradient_accumulation_steps=4, max_steps=STEPS).losses
+    losses = pool.run(world, run, start(), str(tmp_path), sizes, dp, None, {"max_steps": STEPS})[0]
+    assert len(losses) == len(expected) == STEPS
+    assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < 2e-5
+
+
+@pytest.mark.parametrize("resumed_on", ["dp 4 zero 3", "tp 2 pp 2 interleaved", "one process"])
+def test_resume_on_other_layouts(
+    pool: WorkerPool, tmp_path: Path, resumed_on: str, pytestconfig: pytest.Config
+) -> None:
+    only_in_full(resumed_on == "dp 4 zero 3", pytestconfig)
+    world, dp, sizes = RUNS["tp 2 dp 2"]
+    saves = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    losses = pool.run(world, run, start(), str(tmp_path / "a"), sizes, dp, None, saves)[0]
+    world, dp, sizes = RUNS[resumed_on]
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    again = pool.run(world, run, start(), str(tmp_path / "b"), sizes, dp, checkpoint, saves)[0]
+    assert max(abs(a - b) / b for a, b in zip(again, losses[3:], strict=True)) < 1e-5
+
+
+# ---- the optimizer by itself -------------------------------------------------------------------------------------
+
+
+def random_matrices(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((24, 16), (16, 24), (16, 16), (24, 16))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_of_whole_parameters_is_torchs(dtype: torch.dtype, nesterov: bool) -> None:
+    ours, theirs = random_matrices(), random_matrices()
+    values = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "ns_steps": 4}
+    optimizer = Muon(ours, **values, matrix_dtype=dtype, batch_elements=700)
+    reference = torch.optim.Muon(theirs, **values, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for parameters in (ours, theirs):
+            for parameter, other in zip(parameters, random_matrices(step + 1), strict=True):
+                parameter.grad = other.detach()
+        optimizer.step()
+        in_fp32(reference.step) if dtype == torch.float32 else reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(optimizer.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"])
+
+
+def test_singular_values_are_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 40, 24), steps=5))
+    assert values.min() > 0.6 and values.max() < 1.25
+
+
+class Polar(MatrixOptimizer):
+    """A user's: the exact orthogonal factor."""
+
+    def direction(self, matrices: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        u, _, v = torch.linalg.svd(matrices.float(), full_matrices=False)
+        return (u @ v).to(matrices.dtype)
+
+
+def test_an_optimizer_of_a_user() -> None:
+    matrix, vector = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(3))
+    groups = [{"params": [matrix]}, {"params": [vector], "kind": "adamw"}]
+    optimizer = Polar(groups, lr=0.1, weight_decay=0.0, momentum=0.0, nesterov=False, matrix_dtype=torch.float32)
+    matrix.grad, vector.grad, before = torch.randn(6, 4), torch.ones(3), matrix.detach().clone()
+    optimizer.step()
+    step = (before - matrix.detach()) / 0.1
+    torch.testing.assert_close(step.T @ step, torch.eye(4), atol=1e-5, rtol=0.0)
+    assert list(optimizer.state[vector]) == ["step", "exp_avg", "exp_avg_sq"]
+    with pytest.raises(ValueError, match="is no matrix"):
+        vector_alone = Polar([vector])
+        vector_alone.step()
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def arguments(**overrides: Any) -> NanotronTrainingArguments:
+    return NanotronTrainingArguments(**training_arguments(**overrides))
+
+
+def test_the_name_survives() -> None:
+    args = arguments(optim="muon", muon_scale="spectral", muon_learning_rate=0.02, optim_state_dtype="bfloat16")
+    assert args.optim == "muon" and args.to_dict()["optim"] == "muon"
+    args.check()
+    assert NanotronTrainingArguments(**{**args.to_dict(), "hub_token": None}).optim == "muon"
+    assert SCALES["spectral"](32, 8) == 2.0 and SCALES["original"](8, 32) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"muon_scale": "spectral"}, "muon_scale='spectral' with optim='adamw_torch_fused': it is read by Muon alone"),
+        ({"optim": "muon", "muon_scale": "rms"}, "muon_scale='rms' is not one of"),
+        ({"optim": "muon", "muon_dtype": "float16"}, "muon_dtype='float16' is not one of"),
+        ({"optim": "muon", "muon_scale": "original"}, "muon_scale='original' without muon_learning_rate"),
+        ({"optim": "muon", "muon_momentum": 1.0}, "muon_momentum=1.0 must be"),
+        ({"optim": "muon", "optim_offload": 1.0}, "optim_offload=1.0 with optim='muon'"),
+        ({"optim": "muon", "optim_args": "eps=1e-5"}, "optim_args='eps=1e-5'"),
+    ],
+)
+def test_refused(values: dict[str, Any], says: str) -> None:
+    assert says in message(lambda: arguments(**values))
