@@ -388,7 +388,7 @@ class NanotronTrainer(Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         assert self.optimizer is not None
-        data = self.train_dataset, self._average
+        data = self.train_dataset, self._average, (self._teacher, self._reference)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         return self.model, train_dataloader

@@ -104,6 +104,8 @@ def distil(directory: str, teacher: str, ragged: bool, overrides: dict[str, Any]
         **datasets(ragged),
     )
     trainer.train()
+    held = trainer.weights.bytes_held()["parameters"] + sum(p.nbytes for p in trainer.teacher.parameters())
+    assert trainer.memory_report.parameters == held
     found = history.losses, history.norms, trainer.evaluate()["eval_loss"]
     trainer.mesh.close()
     return found

@@ -1,6 +1,7 @@
 """The examples: two scripts that must stay the same but for imports and sizes, data preparation, a run in a bucket."""
 
 import difflib
+import functools
 import importlib.util
 import itertools
 import json
@@ -332,3 +333,62 @@ def test_a_short_model_is_extended_on_two_ranks(pool: WorkerPool, tmp_path: Path
     for column, folder in (("YaRN, not trained", extended), ("trained", long)):
         assert table[column] == pytest.approx(losses_of_stock(Path(folder), held_out), rel=1e-5)
     assert table["short model"]["128-256"] != table["YaRN, not trained"]["128-256"]
+
+
+# ---- doremi, distillation ----
+
+
+def train_example(name: str, *argv: str) -> list[dict[str, float]]:
+    trainer = load(f"{name}_train", EXAMPLES / name / "train.py").main(argv)
+    trainer.mesh.close()
+    return trainer.state.log_history
+
+
+@pytest.fixture(scope="module")
+def three_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three_sets")
+    prepare = load("mixture_prepare", EXAMPLES / "mixture_and_stages" / "prepare.py")
+    prepare.main(["--output-dir", str(folder), "--max-chars", "150000", "--vocab-size", "320"])
+    return folder
+
+
+def doremi_from_yaml(folder: str, *overrides: str) -> tuple[int, str]:
+    settings = yaml.safe_load((EXAMPLES / "doremi" / "real_size.yaml").read_text())
+    small = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings["model"]["config"] |= {**small, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    settings["tokenizer"], settings["dataset"]["sequence_length"] = f"{folder}/tokenizer", 128
+    names = ("code", "docstrings", "reference")
+    settings["dataset"]["mixture"] = {name: {"tokens": f"{folder}/tokens/{name}", "weight": 1} for name in names}
+    settings["doremi"]["reference"] = f"{folder}/reference"
+    one = {"per_device_train_batch_size": 1, "warmup_steps": 0, "use_cpu": True, "disable_tqdm": True, "bf16": False}
+    settings["training"] |= {**one, "output_dir": f"{folder}/yaml", "max_steps": 2, "report_to": "none"}
+    path = Path(folder, "doremi.yaml")
+    if int(os.environ.get("RANK", 0)) == 0:
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    torch.distributed.barrier()
+    return command("train", str(path), *overrides)[::2]
+
+
+def test_weights_of_a_proxy_are_those_of_a_mixture(pool: WorkerPool, three_sets: Path) -> None:
+    """Reference, proxy, and a model that is trained by the weights; a proxy from a YAML file writes them, too."""
+    run = functools.partial(pool.run, 2, train_example, "doremi", "--data", str(three_sets), "--max-steps", "3")
+    run("--output-dir", f"{three_sets}/reference", "--gradient-accumulation-steps", "2")
+    proxy = ("--output-dir", f"{three_sets}/proxy", "--reference", f"{three_sets}/reference", "--pp-size", "2")
+    log, other = run(*proxy)
+    weights = json.loads((three_sets / "proxy" / "domain_weights.json").read_text())
+    assert list(weights) == ["code", "docstrings", "reference"] and sum(weights.values()) == pytest.approx(1)
+    assert len({round(weight, 6) for weight in weights.values()}) == 3
+    assert [line.get("weight/code") for line in log] == [line.get("weight/code") for line in other]
+    log, _ = run("--output-dir", f"{three_sets}/main", "--weights", f"{three_sets}/proxy/domain_weights.json")
+    assert not [name for line in log for name in line if name.startswith("weight/")]
+    for code, said in pool.run(2, doremi_from_yaml, str(three_sets), "--tp_size=2"):
+        assert code == 0, said
+    assert list(json.loads((three_sets / "yaml" / "domain_weights.json").read_text())) == list(weights)
+
+
+def test_a_teacher_is_distilled(pool: WorkerPool, three_sets: Path) -> None:
+    run = functools.partial(pool.run, 2, train_example, "distillation", "--data", str(three_sets))
+    run("--output-dir", f"{three_sets}/teacher", "--max-steps", "2", "--hidden-size", "96")
+    sizes = ("--tp-size", "2", "--max-steps", "3", "--teacher", f"{three_sets}/teacher")
+    log, _ = run("--output-dir", f"{three_sets}/student", *sizes)
+    assert (three_sets / "student" / "model.safetensors").is_file() and log[0]["loss"] > 0

@@ -1,6 +1,6 @@
 """Train a small Llama, or distil one that is trained into a smaller one.
 
-python ../mixture_and_stages/prepare.py --output-dir out
+python ../mixture_and_stages/prepare.py --output-dir out --max-chars 600000
 torchrun --nproc-per-node 2 train.py --output-dir out/teacher --hidden-size 128
 torchrun --nproc-per-node 2 train.py --output-dir out/student --teacher out/teacher --tp-size 2
 

@@ -24,11 +24,13 @@ Settings = dict[str, dict[str, Any]]
 TYPES: dict[str, dict[str, Any]] = {
     "model": {"name_or_path": TEXT, "config": MAPPING, "revision": TEXT, "dtype": TEXT, "attn_implementation": TEXT},
     "dataset": KEYS,
+    "doremi": {"reference": TEXT, "rate": float | None, "smoothing": float | None},
 }
 SECTIONS: dict[str, Collection[str]] = {
     **TYPES,
     "training": [field.name for field in dataclasses.fields(NanotronTrainingArguments) if field.init],
 }
+NEEDED = "model, dataset, training"  # sections that a file has
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -68,9 +70,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
     """The sections of a configuration with its overrides, and the name of the tokenizer."""
     settings = _read(path)
     if not settings and not overrides:
-        raise ValueError(
-            f"{path} is empty; it needs the sections {', '.join(SECTIONS)} (see hf-nanotron train --help)."
-        )
+        raise ValueError(f"{path} is empty; it needs the sections {NEEDED} (see hf-nanotron train --help).")
     for key, value in _pairs(overrides):
         *parents, leaf = key.split(".") if "." in key or key == "tokenizer" else ("training", key)
         section: Any = settings
@@ -108,6 +108,11 @@ def check_complete(settings: Settings) -> DataPlan:
     model = settings["model"]
     if (model.get("name_or_path") is None) == (model.get("config") is None):
         raise ValueError("model needs either name_or_path (existing weights) or config (random weights).")
+    if settings["doremi"] and settings["doremi"].get("reference") is None:
+        raise ValueError(
+            "doremi needs reference, the folder or Hub id of a model that was trained on the same domains; without "
+            "the section, domains are not weighed."
+        )
     plan = plan_data(settings["dataset"])
     data_seed = settings["training"].get("data_seed")
     if None not in (plan.seed, data_seed) and plan.seed != data_seed:
@@ -137,7 +142,7 @@ def _read(path: Path) -> dict[Any, Any]:
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not the sections {', '.join(SECTIONS)}.")
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not the sections {NEEDED}.")
     refuse_nanotron(str(path), settings)
     return settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCo
 from ..models.auto import AutoModelForCausalLM
 from ..trainer import NanotronTrainer
 from ..training.data_order import data_seed
+from ..training.doremi import DoReMi
 from ..training_args import NanotronTrainingArguments
 from .data import collate, load_data
 from .errors import SettingsError, existing_path, explained
 from .hints import refuse_unknown
 from .settings import SECTIONS, check_complete, read_settings
+
+DOMAIN_WEIGHTS = "domain_weights.json"  # of a run with doremi, in its output_dir
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
@@ -38,12 +42,16 @@ def train(path: Path, overrides: Sequence[str]) -> None:
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             data_collator=collate,
+            doremi=make_doremi(settings["doremi"], model),
         )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
+    if trainer.doremi is not None and trainer.is_world_process_zero():
+        text = json.dumps(trainer.doremi.weights, indent=2)
+        (Path(args.output_dir or ".") / DOMAIN_WEIGHTS).write_text(f"{text}\n", encoding="utf-8")
     if args.push_to_hub:
         trainer.push_to_hub()
 
@@ -72,6 +80,16 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
     config = make_config(section["config"], tokenizer)
     with explained("model"):
         return AutoModelForCausalLM.from_config(config, parallel=args.parallel, **options)
+
+
+def make_doremi(section: dict[str, Any], model: Any) -> DoReMi | None:
+    """What weighs the domains, by the reference model that the section `doremi` names; None without one."""
+    if not section:
+        return None
+    name = existing_path("doremi.reference", section["reference"], "folder")
+    with explained(f"doremi.reference={name!r} cannot be loaded"):
+        reference = AutoModelForCausalLM.from_pretrained(name, mesh=model.mesh)
+    return DoReMi(reference, **{key: section[key] for key in ("rate", "smoothing") if section.get(key) is not None})
 
 
 def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:

@@ -32,6 +32,7 @@ from ..parallel.mesh import ParallelMesh
 from ..prepare.fp8 import fp8_bytes
 from ..prepare.training_state import TrainingState
 from ..training_args import NanotronTrainingArguments
+from .step.forward_pass import ForwardPass
 
 logger = logging.get_logger(__name__)
 
@@ -93,8 +94,12 @@ def report_memory(
     optimizer: torch.optim.Optimizer,
     dataset: Any,
     average: WeightAverage | None = None,
+    frozen: Sequence[ForwardPass | None] = (),
 ) -> MemoryReport:
-    """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together."""
+    """What this rank takes; logs that of the fullest, before the first step takes it. All ranks together.
+
+    `frozen`: models beside the one that is trained.
+    """
     model, weights, host = state.model, state.weights, state.host
     length, mesh = _sample_length(dataset, model), model.mesh
     step = (
@@ -116,7 +121,8 @@ def report_memory(
     rows = args.per_device_train_batch_size * length
     activations += gathered_bytes(model.config, rows, args.parallel, model.dtype.itemsize)
     held = weights.bytes_held()
-    held["parameters"] += fp8_bytes(model)
+    beside = [parameter for other in frozen if other is not None for parameter in other.model.parameters()]
+    held["parameters"] += fp8_bytes(model) + sum(parameter.nbytes for parameter in beside)
     held["moments"], away = moment_bytes(optimizer, weights), offloaded_bytes(*step, **kept)
     if host is not None:
         elements = sum(segment.master.numel() for segment in weights.segments)
