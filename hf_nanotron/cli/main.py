@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, convert, tokenize, data, upload.
+"""The `hf-nanotron` command: generate, train, convert, tokenize, data, average, upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
+from .average import DESCRIPTION as AVERAGE, add_average_arguments
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
@@ -59,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_command(commands, "tokenize", "tokenize a corpus into files for TokenDataset", TOKENIZE)
     )
     _add_data(commands)
+    add_average_arguments(
+        _add_command(commands, "average", "average the weights of Hub repositories of one model", AVERAGE)
+    )
     add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser
 

@@ -163,16 +163,22 @@ class HubWeights:
     def dtype(self, grids: tuple[Grid, ...]) -> torch.dtype:
         """What the tensors of these grids are stored as: the widest, if there are several dtypes."""
         names = sorted({grid.name for grid in grids})
-        return reduce(torch.promote_types, map(self._dtype, names))
+        return reduce(torch.promote_types, map(self.stored_dtype, names))
 
     def dtype_name(self, name: str) -> str:
         """As safetensors calls it."""
         return self._slice(name).get_dtype()
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor as it is stored."""
         if (dtype := self.dtype_name(name)) not in DTYPES:
             raise ValueError(f"{name!r} in {self.directory} is stored as {dtype}, not as one of {', '.join(DTYPES)}.")
         return DTYPES[dtype]
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Those of rows `[start, stop)` that a tensor has, as it is stored; one without dimensions as a whole."""
+        shape = self._shape(name)
+        return self._slice(name)[start : min(stop, shape[0])] if shape else self._tensor(name)
 
     def _read_plain(self, spec: ShardSpec, name: str) -> torch.Tensor:
         """A part of a tensor that is stored as it is."""
