@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from family_runs import compare as compare_family, reference as family_reference, tiny_model
+from family_runs import KNOWN, compare as compare_family, reference as family_reference, tiny_model
 from pool import JobError, WorkerPool
 from test_parity import HEADER as COLUMNS, TOLERANCE, checkpoint, llama_for, relative
 from tiny import History, message, tiny_config, train_parallel, train_stock, training_arguments
@@ -275,6 +275,85 @@ def test_blocks_that_see_whole_rows(pool: WorkerPool, tmp_path: Path) -> None:
     for rank in pool.run(4, compare_family, "lfm2", str(path), layouts, {}):
         for errors in rank:
             assert errors["loss"] <= 1e-6 and errors["norm"] <= 1e-5 and errors["gradient"] <= 2e-5, errors
+
+
+def divided_run(family: str, path: str, layouts: list[dict[str, Any]]) -> tuple[list[dict[str, float]], list[int]]:
+    """Errors, and how often a block was called by heads and how often with whole rows."""
+    from hf_nanotron.parallel.cp import mixer_heads, whole_region
+
+    calls = [0, 0]
+
+    def counting(index: int, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[index] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    enter = counting(1, whole_region.WholeRowRegion.enter)
+    with (
+        mock.patch.object(mixer_heads, "to_heads", counting(0, mixer_heads.to_heads)),
+        mock.patch.object(whole_region.WholeRowRegion, "enter", lambda *args: enter(*args)),
+    ):
+        return compare_family(family, path, layouts, {}), calls
+
+
+BY_HEADS = ("qwen3_next", "nemotron_h", "qwen3_5_text", "olmo_hybrid", "kimi_linear", "lara_mini")
+
+
+@pytest.mark.parametrize("family", [name for name in BY_HEADS if name in KNOWN])
+def test_blocks_with_a_state_for_each_head(
+    pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, family: str
+) -> None:
+    """Mamba-2 and delta rules, divided by heads; recomputed, and inside of the regions of tensor parallelism."""
+    if family not in BY_HEADS[:2] and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    path, documents = tmp_path / "reference.pt", (9, 1, 12)
+    torch.save({documents: family_reference(family, (2,), documents)}, path)
+    layouts = [
+        {"cp_size": 2, "documents": documents, "micro_batches": (2,), **sizes}
+        for sizes in ({"pp_size": 2, "checkpointing": True}, {"tp_size": 2})
+    ]
+    for errors, (by_heads, whole) in pool.run(4, divided_run, family, str(path), layouts):
+        assert by_heads > 0 and whole == 0
+        for error in errors:
+            assert error["loss"] <= 1e-6 and error["norm"] <= 1e-5 and error["gradient"] <= 1e-4, error
+
+
+def test_heads_that_ranks_do_not_divide(pool: WorkerPool, tmp_path: Path) -> None:
+    """Every rank computes the whole block: the tiny model has one group."""
+    path, documents = tmp_path / "reference.pt", (9, 1, 12)
+    torch.save({documents: family_reference("bamba", (2,), documents)}, path)
+    layouts = [{"cp_size": 2, "documents": documents, "micro_batches": (2,)}]
+    for (error,), (by_heads, whole) in pool.run(2, divided_run, "bamba", str(path), layouts):
+        assert by_heads == 0 and whole > 0
+        assert error["loss"] <= 1e-6 and error["norm"] <= 1e-5 and error["gradient"] <= 2e-5, error
+
+
+def compiled_by_heads() -> list[tuple[list[float], list[float]]]:
+    """Losses and norms of a model with delta rules, eager and compiled."""
+    from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+
+    found = []
+    for compiles in (False, True):
+        options = {"cp_size": 2, "max_steps": 2, "torch_compile": compiles}
+        if compiles:
+            options["torch_compile_backend"] = "aot_eager"
+        args = NanotronTrainingArguments(**training_arguments(**options))
+        torch.manual_seed(0)
+        model = ParallelAuto.from_config(tiny_model("qwen3_next", attn_implementation="sdpa").config, args.parallel)
+        history = History()
+        data = samples("packed").remove_columns("position_ids")
+        NanotronTrainer(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[history]).train()
+        found.append((history.losses, history.norms))
+    return found
+
+
+def test_blocks_by_heads_are_compiled(pool: WorkerPool, pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    for (losses, norms), (compiled_losses, compiled_norms) in pool.run(2, compiled_by_heads):
+        assert relative(compiled_losses, losses) <= 1e-6 and relative(compiled_norms, norms) <= 1e-5
 
 
 def test_bounds_reach_blocks_that_see_whole_rows(pool: WorkerPool, tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ from transformers.utils import logging
 
 from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
-from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS
+from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS, row_of
+from ..models.stock.mixers import DIVIDED_BY_HEADS
 from ..models.stock.plan import mixes_tokens
 from ..monitor.flops import active_weights, attention_heads, head_dims, layer_configs
 from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.collectives import all_reduce
+from ..parallel.cp.mixer_heads import HeadCut, divide_by_heads, restore
 from ..parallel.cp.plan import ContextPlan
 from ..parallel.cp.whole_region import WholeRowRegion
 from ..parallel.mesh import Group, ParallelMesh
@@ -59,7 +61,18 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
             "Kernels take 16 bits and up to 256 features, in multiples of 8."
         )
     chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
+    chosen += _said_of_blocks(model)
     return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model)), chosen
+
+
+def _said_of_blocks(model: ParallelModel) -> str:
+    """How blocks that mix tokens otherwise than by attention are shared."""
+    names: dict[str, list[str]] = {"by heads": [], "whole on every rank": []}
+    for block in _blocks_that_see_rows(model):
+        divided = _by_heads(block, model.mesh.cp_size) is not None
+        names["by heads" if divided else "whole on every rank"].append(type(block).__name__)
+    said = [f"{', '.join(dict.fromkeys(kinds))} {how}" for how, kinds in names.items() if kinds]
+    return "".join(f"; {each}" for each in said)
 
 
 def windows_of(model: ParallelModel) -> tuple[int | None, ...]:
@@ -133,14 +146,24 @@ def let_parts_see_rows(model: ParallelModel) -> None:
         return
     hooks = []
     is_dealt = functools.partial(_is_dealt, model.config.get_text_config())
+    region = WholeRowRegion(CONTEXT, is_dealt)
     for block in _blocks_that_see_rows(model):
-        hooks += WholeRowRegion(CONTEXT, is_dealt).attach(block)
+        if (cut := _by_heads(block, group.size)) is not None:
+            divide_by_heads(block, cut, group.size, CONTEXT, region.check)
+        else:
+            hooks += WholeRowRegion(CONTEXT, is_dealt).attach(block)
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
         if any(isinstance(kind, str) and any(part in kind for part in GROWING) for kind in kinds):
             hooks += _LargestPosition(group, is_dealt).attach(module)
     model.decorations.add(SEE_ROWS, functools.partial(_remove, hooks))
+
+
+def _by_heads(block: nn.Module, size: int) -> HeadCut | None:
+    """How `block` is divided over `size` ranks by its heads; None if each computes all of it."""
+    cut = row_of(DIVIDED_BY_HEADS, block)
+    return cut if cut is not None and cut.fits(block, size) else None
 
 
 def _blocks_that_see_rows(model: ParallelModel) -> list[nn.Module]:
@@ -187,6 +210,8 @@ class _LargestPosition:
 def _remove(hooks: list[Any], model: ParallelModel) -> None:
     for hook in hooks:
         hook.remove()
+    for block in model.modules():
+        restore(block)
 
 
 def _attend(

@@ -39,20 +39,31 @@ def attend_by_heads(
     batch, length = query.shape[:2]
     # A rank's heads are neighbours; in memory its features lie together, as they are sent.
     parts = [x.reshape(batch, length, size, -1).permute(2, 0, 1, 3) for x in (query, key, value)]
-    joined = torch.cat(parts, -1).permute(1, 2, 0, 3)
-    whole = torch.ops.hf_nanotron.cp_to_heads(joined, places, name_of(group))
+    whole = to_heads(torch.cat(parts, -1).permute(1, 2, 0, 3), places, name_of(group))
     of_rank = whole.split([x.shape[-1] for x in parts], -1)
     q, k, v = (x.unflatten(-1, (-1, y.shape[-1])) for x, y in zip(of_rank, (query, key, value), strict=True))
     found = attention(q, k, v, kernel, scale, window, bounds, longest)
-    own = torch.ops.hf_nanotron.cp_to_tokens(found.flatten(2), places, name_of(group))
+    own = to_tokens(found.flatten(2), places, name_of(group))
     return own.reshape(batch, length, heads, value.shape[-1]).contiguous()
+
+
+def to_heads(x: torch.Tensor, places: torch.Tensor, group: str) -> torch.Tensor:
+    """`[B, S/n, n, F]` of this rank's tokens -> `[B, S, F]`, this rank's features of all tokens, in order."""
+    found: torch.Tensor = torch.ops.hf_nanotron.cp_to_heads(x, places, group)
+    return found
+
+
+def to_tokens(x: torch.Tensor, places: torch.Tensor, group: str) -> torch.Tensor:
+    """The reverse of `to_heads`."""
+    found: torch.Tensor = torch.ops.hf_nanotron.cp_to_tokens(x, places, group)
+    return found
 
 
 @torch.library.custom_op(
     "hf_nanotron::cp_to_heads", mutates_args=(), schema="(Tensor x, Tensor places, str group) -> Tensor"
 )
 def _to_heads(x: torch.Tensor, places: torch.Tensor, group: str) -> torch.Tensor:
-    """`[B, S/n, n, F]` of this rank's tokens -> `[B, S, F]`, this rank's features of all tokens, in order."""
+    """See `to_heads`."""
     batch = x.shape[0]
     joined = all_to_all(x.flatten(0, 1).transpose(0, 1), group_of(group))
     return permute_chunks(joined.flatten(0, 1), places[0]).unflatten(0, (batch, -1)).contiguous()
@@ -68,7 +79,7 @@ def _(x: torch.Tensor, places: torch.Tensor, group: str) -> torch.Tensor:
     "hf_nanotron::cp_to_tokens", mutates_args=(), schema="(Tensor x, Tensor places, str group) -> Tensor"
 )
 def _to_tokens(x: torch.Tensor, places: torch.Tensor, group: str) -> torch.Tensor:
-    """The reverse of `_to_heads`; in memory, `[n, B, S/n, F]`, as it arrives."""
+    """See `to_tokens`; in memory, `[n, B, S/n, F]`, as it arrives."""
     batch, ranks = x.shape[0], group_of(group)
     ready = permute_chunks(x.flatten(0, 1), places[1]).unflatten(0, (ranks.size, -1))
     return all_to_all(ready, ranks).unflatten(1, (batch, -1)).permute(1, 2, 0, 3)

@@ -38,17 +38,22 @@ class WholeRowRegion:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan: ContextPlan | None = kwargs.get(self.argument)
-        if plan is None and self.is_dealt():
-            raise ValueError(
-                f"{type(module).__name__} does not learn how rows are shared by ranks: its model does not pass keyword "
-                "arguments on. Use cp_size=1."
-            )
+        if plan is None:
+            self.check(module)
         self._parts = None if plan is None else plan.parts
         if plan is None:
             return args, kwargs
         # A kernel that takes any keyword argument would not know this one.
         kwargs = {name: value for name, value in kwargs.items() if name != self.argument}
         return replace_hidden(args, kwargs, plan.parts.join)
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse `module` if it gets no plan though rows are shared."""
+        if self.is_dealt():
+            raise ValueError(
+                f"{type(module).__name__} does not learn how rows are shared by ranks: its model does not pass keyword "
+                "arguments on. Use cp_size=1."
+            )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         parts = self._parts
