@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def divide_by_heads(
         check: called where it gets none.
     """
     stock = type(block)
-    block.__class__ = _by_heads_class(stock)
+    block.__class__ = _by_heads_class(cast(Any, stock))
     block._by_heads = _Part(cut, size, argument, check, _local(block, stock, cut, size))  # type: ignore[assignment]
 
 
@@ -93,7 +93,7 @@ def restore(block: nn.Module) -> None:
 
 @functools.cache
 def _by_heads_class(stock: Any) -> type[nn.Module]:
-    class ByHeads(stock):  # type: ignore[misc]
+    class ByHeads(stock):
         _by_heads: _Part
 
         def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -122,8 +122,9 @@ def _by_heads_class(stock: Any) -> type[nn.Module]:
 def _weights(block: nn.Module, cut: HeadCut, size: int, rank: int) -> list[tuple[str, torch.Tensor]]:
     """Those of the stock forward between the projections: of this rank's heads."""
     projections = [path for paths in (*cut.projections, (cut.output,)) for path in paths]
-    found = []
-    for name, weight in block.named_parameters():
+    found = list[tuple[str, torch.Tensor]]()
+    for name, parameter in block.named_parameters():
+        weight: torch.Tensor = parameter
         if any(name.startswith(f"{path}.") for path in projections):
             continue
         if name in cut.weights:
@@ -153,10 +154,11 @@ def _local(block: nn.Module, stock: type[nn.Module], cut: HeadCut, size: int) ->
         setattr(local, name, getattr(local, name) // size)
     end = 0
     for path, _ in cut.projections.items():
-        width = block.get_submodule(path[-1]).weight.shape[0] // size
+        width = cast(torch.Tensor, block.get_submodule(path[-1]).weight).shape[0] // size
         for step in path[:-1]:
             local.set_submodule(step, _Picked(slice(None)))
-        local.set_submodule(path[-1], _Picked(slice(end, end := end + width)))
+        local.set_submodule(path[-1], _Picked(slice(end, end + width)))
+        end += width
     local.set_submodule(cut.output, _Picked(slice(None)))
     return local
 
