@@ -66,6 +66,7 @@ from .training.accelerator import DataParallelAccelerator
 from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
+from .training.batch_warmup import batch_metrics, with_batch_warmup
 from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
 from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
@@ -156,7 +157,7 @@ class NanotronTrainer(Trainer):
         self._signals, self._schedule = StopSignals(args.save_on_signal), RunSchedule(args)
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
-        train_dataset = kwargs.get("train_dataset")
+        train_dataset = kwargs["train_dataset"] = with_batch_warmup(kwargs.get("train_dataset"), args)
         if is_run(train_dataset) and args.max_steps > 0:  # Trainer would ask for a length, which may take long to find
             kwargs["train_dataset"] = None
         super().__init__(model, args, *positional, **kwargs)
@@ -583,6 +584,7 @@ class NanotronTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
             logs.update(self._domains.metrics(lambda: self._data_order.consumed))
+            logs.update(batch_metrics(self.args))
             logs.update({} if self.doremi is None else self.doremi.metrics())
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())

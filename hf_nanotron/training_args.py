@@ -11,12 +11,13 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 
 from .arguments.launch import check_launch
 from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
 from .arguments.policy import REFUSED, as_mapping, check_policy
 from .arguments.recompute import check_recomputation, layer_numbers
+from .arguments.schedules import check_schedules
 from .arguments.secrets import SecretlessArguments
 from .arguments.values import check_values, set_plain_values
 from .ops.fp8 import RECIPES
@@ -192,6 +193,17 @@ class NanotronTrainingArguments(SecretlessArguments):
         0, "Optimizer steps before the first update of the average, which follows the weights until then."
     )
     ema_evaluate: bool = _option(False, "Evaluate and predict with the average instead of the weights.")
+    batch_size_warmup_tokens: int | None = _option(
+        None,
+        "Tokens of the run over which the global batch grows from batch_size_warmup_start samples to the full one. If "
+        "unset, it is full from the first step on.",
+    )
+    batch_size_warmup_start: int | None = _option(
+        None, "Samples of the first optimizer step, with batch_size_warmup_tokens."
+    )
+    batch_size_warmup_increment: int | None = _option(
+        None, "Samples by which the batch grows each time; batch_size_warmup_start if unset."
+    )
     wsd_decay_steps: int | None = _option(
         None,
         "With lr_scheduler_type='warmup_stable_decay' and resume_from_checkpoint: decay the learning rate from the "
@@ -350,8 +362,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         check_muon(self)
         self._check_fp8()
         self._check_mlp_chunks()
-        self._check_average()
-        self._check_decay()
+        check_schedules(self)
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
@@ -392,38 +403,6 @@ class NanotronTrainingArguments(SecretlessArguments):
         for name, (applies, reason, instead) in refused.items():
             if self.mlp_chunk_tokens is not None and applies:
                 raise ValueError(f"mlp_chunk_tokens={self.mlp_chunk_tokens} with {name}: {reason}; use {instead}.")
-
-    def _check_average(self) -> None:
-        if self.ema_decay is None:
-            for name, off in (("ema_start_step", 0), ("ema_evaluate", False)):
-                if getattr(self, name) != off:
-                    raise ValueError(f"{name}={getattr(self, name)} needs ema_decay, such as ema_decay=0.999.")
-            return
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay={self.ema_decay!r} must be at least 0 and below 1: the share of the average that an "
-                "optimizer step keeps, such as 0.999."
-            )
-        if self.ema_start_step < 0:
-            raise ValueError(f"ema_start_step={self.ema_start_step} must be at least 0.")
-        if self.ema_evaluate and self.load_best_model_at_end:
-            raise ValueError(
-                "ema_evaluate=True with load_best_model_at_end=True: the best checkpoint would be that of the best "
-                "average, of which the weights themselves would be loaded; use load_best_model_at_end=False, and load "
-                "the folder ema of the best checkpoint."
-            )
-
-    def _check_decay(self) -> None:
-        steps = self.wsd_decay_steps
-        if steps is None:
-            return
-        if steps < 1:
-            raise ValueError(f"wsd_decay_steps={steps} must be at least 1, or None.")
-        if SchedulerType(self.lr_scheduler_type) != SchedulerType.WARMUP_STABLE_DECAY:
-            raise ValueError(
-                f"wsd_decay_steps={steps} needs lr_scheduler_type='warmup_stable_decay', not "
-                f"{SchedulerType(self.lr_scheduler_type).value!r}."
-            )
 
     @property
     def parallel(self) -> ParallelConfig:

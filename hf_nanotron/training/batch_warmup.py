@@ -1,0 +1,25 @@
+"""A run whose global batch grows with its tokens."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from ..data.tokens.batch_warmup import warm_up_batch_size
+from ..training_args import NanotronTrainingArguments
+
+
+def with_batch_warmup(dataset: Any, args: NanotronTrainingArguments) -> Any:
+    """The data of a run; with `batch_size_warmup_tokens` in stages whose batch grows (`warm_up_batch_size`)."""
+    if args.batch_size_warmup_tokens is None or dataset is None:
+        return dataset
+    start = cast(int, args.batch_size_warmup_start)
+    full = args.per_device_train_batch_size * args.dp_size * args.gradient_accumulation_steps
+    increment = args.batch_size_warmup_increment or start
+    return warm_up_batch_size(dataset, start, full, args.batch_size_warmup_tokens, increment)
+
+
+def batch_metrics(args: NanotronTrainingArguments) -> dict[str, float]:
+    """The samples of a step at the moment, for the log of a run whose batch grows."""
+    if args.batch_size_warmup_tokens is None:
+        return {}
+    return {"batch_size": args.per_device_train_batch_size * args.dp_size * args.gradient_accumulation_steps}
