@@ -120,7 +120,7 @@ def differences(
         decayed = {segment.name for segment in weights.segments if len(segment.spec.global_shape) > 1}
         order, layouts_of = list(model.hub_shapes), matrix_layouts(model)
         optimizer = build_optimizer(weights.segments, order, decayed, DECAY, Muon, arguments, matrices=layouts_of)
-        link = link_optimizer(None, optimizer, model, weights, False)
+        link = link_optimizer(None, optimizer, model, weights, None, False)
         for step in range(STEPS + 1):
             link.skips_next = step == 1  # as if its gradient were not finite
             for segment in weights.segments:
