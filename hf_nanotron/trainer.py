@@ -146,7 +146,7 @@ class NanotronTrainer(Trainer):
         if model is not None:
             model = self._parallel_model(model, args)
             self._mesh = model.mesh
-        self.teacher, self.doremi = teacher, doremi
+        self._teacher_model, self.doremi = teacher, doremi
         self._window: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
         self._stepped = -1  # the last step that was run
         self._link: OptimizerLink | None = None
@@ -274,9 +274,9 @@ class NanotronTrainer(Trainer):
         self._data_order.begin_run(resume_from_checkpoint)
         self._domains = DomainLog(self.model, self.train_dataset, resume_from_checkpoint)
         if self.doremi is not None:
-            assert self._reference is not None
+            assert self._reference_pass is not None
             names, proxy = domain_names(self.train_dataset), ForwardPass(self.training_state)
-            self.doremi.begin_run(names, proxy, self._reference, resume_from_checkpoint)
+            self.doremi.begin_run(names, proxy, self._reference_pass, resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
 
     # ---- data ----
@@ -389,7 +389,7 @@ class NanotronTrainer(Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         assert self.optimizer is not None
-        data = self.train_dataset, self._average, (self._teacher, self._reference)
+        data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         return self.model, train_dataloader
@@ -506,7 +506,7 @@ class NanotronTrainer(Trainer):
         domains, own_loss = self._domains.totals.sums_of(micro_batches), loss_choice.of_step(batches, has_items)
         if self.doremi is not None and domains is not None:
             self.doremi.weigh(micro_batches, domains)
-        teacher = self._teacher if own_loss is not None and own_loss.of_outputs is not None else None
+        teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
         loss = self._step.run(micro_batches, step, own_loss, domains, teacher)
         self._gradients.run_hooks(self._link)
         self._norm = global_norm(self.weights.segments, self.mesh)
@@ -850,7 +850,7 @@ class NanotronTrainer(Trainer):
         is_overridden = "compute_loss" in vars(self) or type(self).compute_loss is not NanotronTrainer.compute_loss
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
         whose = type(self).__name__
-        return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher)
+        return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher_pass)
 
     def _check_frozen(self) -> None:
         check_frozen(self.training_state, self.args.save_hub_weights)
@@ -861,8 +861,8 @@ class NanotronTrainer(Trainer):
         loss_choice = self._loss_choice
         self._checked_loss = loss_choice.whose
         loss_choice.check()
-        if self._reference is not None:
-            check_doremi(self.model, self._reference.model, loss_choice.is_own, loss_choice.is_mean_of_means)
+        if self._reference_pass is not None:
+            check_doremi(self.model, self._reference_pass.model, loss_choice.is_own, loss_choice.is_mean_of_means)
 
     def _follow_loss(self) -> LossChoice:
         """Before a step, on the host alone: a callback may have changed the loss in the middle of an epoch."""
@@ -986,8 +986,8 @@ class NanotronTrainer(Trainer):
         self.training_state = prepare_training(model, self.args)
         self.weights, self._average = self.training_state.weights, None
         self._step = TrainStep(self.training_state)
-        self._teacher = self._beside(self.teacher, "teacher")
-        self._reference = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
+        self._teacher_pass = self._beside(self._teacher_model, "teacher")
+        self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pool import WorkerPool
 from test_examples import EXAMPLES, load
+from test_token_stream import words
 from tiny import History, message, pad_batch, random_dataset, tiny_config, training_arguments
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_nanotron.prepare.frozen import check_tokenizer
 
 STEPS, SAMPLES, EVALUATED = 3, 40, 6
 TEMPERATURE, HARD = 1.7, 0.3
@@ -104,7 +109,7 @@ def distil(directory: str, teacher: str, ragged: bool, overrides: dict[str, Any]
         **datasets(ragged),
     )
     trainer.train()
-    held = trainer.weights.bytes_held()["parameters"] + sum(p.nbytes for p in trainer.teacher.parameters())
+    held = trainer.weights.bytes_held()["parameters"] + sum(p.nbytes for p in trainer._teacher_model.parameters())
     assert trainer.memory_report.parameters == held
     found = history.losses, history.norms, trainer.evaluate()["eval_loss"]
     trainer.mesh.close()
@@ -170,3 +175,25 @@ def test_teachers_that_cannot_teach(pool: WorkerPool) -> None:
     assert "the teacher has a vocabulary of 128 ids, and the model that is trained one of 120" in vocabulary
     assert "teacher without compute_loss_func" in unread
     assert "the teacher is the model that is trained itself" in same
+
+
+def refuse_windows(student: str, teacher: str) -> str:
+    return message(lambda: distil(student, teacher, True, {"cp_size": 2, "gradient_accumulation_steps": 4}))
+
+
+def test_rows_are_shared_by_the_windows_of_the_student(pool: WorkerPool) -> None:
+    for said in pool.run(2, refuse_windows, checkpoint(), checkpoint("mistral", 4)):
+        assert "a layer of the teacher sees 6 tokens, as none of the model that is trained does" in said
+
+
+def test_tokenizers_are_compared(tmp_path: Path) -> None:
+    """With the one beside the teacher's weights, if there is one."""
+    tokenizer = words()
+    model: Any = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path)))
+    check_tokenizer(model, tokenizer, "teacher")
+    tokenizer.save_pretrained(tmp_path)
+    check_tokenizer(model, tokenizer, "teacher")
+    check_tokenizer(model, None, "teacher")
+    tokenizer.add_tokens(["more"])
+    said = message(lambda: check_tokenizer(model, tokenizer, "teacher"))
+    assert "has another tokenizer than processing_class: 'more' is the id None there" in said

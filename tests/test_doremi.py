@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_nanotron import DoReMi
+from hf_nanotron.cli.settings import check_complete
 from hf_nanotron.training.doremi import DomainWeights
 
 RATE, SMOOTHING, STEPS, LEARNING_RATE = 1.3, 1e-2, 3, 1e-2
@@ -258,6 +259,8 @@ def test_values_out_of_range() -> None:
         assert f"rate={rate!r}" in message(lambda rate=rate: DoReMi(reference, rate=rate))  # type: ignore[misc]
     for smoothing in (-1e-3, 1.0, None):
         assert f"smoothing={smoothing!r}" in message(lambda s=smoothing: DoReMi(reference, smoothing=s))  # type: ignore[misc]
+    settings = {"model": {"name_or_path": "a"}, "doremi": {"rate": 1.0}, "dataset": {"tokens": "b"}, "training": {}}
+    assert "doremi needs reference" in message(lambda: check_complete(settings))
     assert "no weights yet" in message(lambda: DoReMi(reference).weights)
 
 

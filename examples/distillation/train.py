@@ -55,12 +55,18 @@ def main(argv: Sequence[str] | None = None) -> NanotronTrainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=HERE / "out", help="what prepare.py has written (%(default)s)")
     parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--tokens", nargs=2, metavar=("TRAIN", "EVAL"), help="folders (code of prepare.py)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--model", help="a folder, or a Hub id, to begin with (fresh weights)")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="(%(default)s)")
     parser.add_argument("--teacher", help="a folder, or a Hub id, of a model of the same tokenizer (none)")
     parser.add_argument("--temperature", type=float, default=2.0, help="(%(default)s)")
     parser.add_argument("--hard", type=float, default=0.1, help="share of the cross-entropy (%(default)s)")
     parser.add_argument("--hidden-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--max-steps", type=int, default=100, help="(%(default)s)")
+    parser.add_argument("--per-device-train-batch-size", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=4, help="(%(default)s)")
     for size in ("tp", "cp", "pp"):
         parser.add_argument(f"--{size}-size", type=int, default=1, help="(%(default)s)")
@@ -69,12 +75,13 @@ def main(argv: Sequence[str] | None = None) -> NanotronTrainer:
     args = NanotronTrainingArguments(
         output_dir=cli.output_dir,
         max_steps=cli.max_steps,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=cli.per_device_train_batch_size,
         gradient_accumulation_steps=cli.gradient_accumulation_steps,
         tp_size=cli.tp_size,
         cp_size=cli.cp_size,
         pp_size=cli.pp_size,
-        learning_rate=6e-3,
+        bf16=cli.bf16,
+        learning_rate=cli.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, cli.max_steps // 10),
         weight_decay=0.1,
@@ -85,31 +92,38 @@ def main(argv: Sequence[str] | None = None) -> NanotronTrainer:
         report_to="none",
         seed=1,
     )
-    tokenizer = AutoTokenizer.from_pretrained(cli.data / "tokenizer")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=cli.hidden_size,
-        intermediate_size=3 * cli.hidden_size,
-        num_hidden_layers=cli.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.06,  # a model this narrow learns slowly from the usual 0.02
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(cli.model or cli.data / "tokenizer")
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
+    if cli.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(cli.model, parallel=args.parallel)
+    else:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=cli.hidden_size,
+            intermediate_size=3 * cli.hidden_size,
+            num_hidden_layers=cli.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=cli.sequence_length,
+            initializer_range=0.06,  # a model this narrow learns slowly from the usual 0.02
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+        model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
     taught: dict[str, Any] = {}
     if cli.teacher is not None:
         teacher = AutoModelForCausalLM.from_pretrained(cli.teacher, mesh=model.mesh)
         taught = {"teacher": teacher, "compute_loss_func": Distillation(cli.temperature, cli.hard)}
+    rows = [
+        TokenDataset(folder, cli.sequence_length, documents="mask")
+        for folder in cli.tokens or (cli.data / "tokens" / "code", cli.data / "held_out" / "code")
+    ]
     trainer = NanotronTrainer(
         model=model,
         args=args,
-        train_dataset=TokenDataset(cli.data / "tokens" / "code", 128, documents="mask"),
-        eval_dataset=TokenDataset(cli.data / "held_out" / "code", 128, documents="mask"),
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
         processing_class=tokenizer,
         **taught,
     )
