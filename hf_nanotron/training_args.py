@@ -60,9 +60,9 @@ class NanotronTrainingArguments(SecretlessArguments):
     pp_size: int = _option(1, "Ranks that share the stack of layers (pipeline parallelism).")
     cp_size: int = _option(1, "Ranks that share the tokens of every row (context parallelism).")
     cp_mode: str = _option(
-        "gather",
-        "How attention sees the tokens of all cp ranks: each gathers the keys and values of all (gather), or gets all "
-        "tokens of some heads (heads).",
+        "auto",
+        "How attention sees the tokens of all cp ranks: each gathers keys and values (gather), gets all tokens of some "
+        "heads (heads), or for each micro-batch what sends and copies less (auto).",
     )
     cp_kv_heads_per_gather: int | None = _option(
         None,

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
-from hf_nanotron.parallel.config import CP_MODES
+from hf_nanotron.parallel.cp.attention import MODES as CP_MODES
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
 ONE_STEP, TWO_STEPS = (2,), (4, 2)  # micro-batches of each

@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
 from hf_nanotron.parallel import collectives
 from hf_nanotron.parallel.cp.attention import DeviceLayout, cp_attention, device_layout
+from hf_nanotron.parallel.cp.choice import HeadShape, cheaper
 from hf_nanotron.parallel.cp.exchange import Exchange
 from hf_nanotron.parallel.cp.gather import groups_of_heads
 from hf_nanotron.parallel.cp.layout import plan
@@ -268,6 +269,28 @@ def test_ranks_have_as_many_groups() -> None:
     made = [device_layout(layout, rank, CPU) for rank in range(8)]
     assert [len(each.calls[None].calls) // 6 for each in made] == [2] * 7 + [1]
     assert len({len(groups_of_heads(q, k, k, each.exchanges[None], None)) for each in made}) == 1
+
+
+EIGHT_B = HeadShape(32, 8, 128, 128)
+CHOICES: list[tuple[int, int, list[int] | None, int | None, HeadShape, str]] = [
+    (2, 32768, None, None, EIGHT_B, "gather"),
+    (4, 32768, None, None, EIGHT_B, "heads"),
+    (8, 131072, None, None, EIGHT_B, "heads"),
+    (8, 131072, None, 4096, EIGHT_B, "gather"),
+    (8, 131072, [2000] * 65 + [1072], None, EIGHT_B, "gather"),
+    (8, 131072, [65536] * 2, None, EIGHT_B, "gather"),
+    (8, 131072, None, None, HeadShape(12, 4, 128, 128), "gather"),  # 8 does not divide 12
+    (8, 131072, None, None, HeadShape(24, 3, 128, 128), "gather"),  # nor one of 8 and 3 the other
+]
+
+
+@pytest.mark.parametrize(("size", "length", "documents", "window", "shape", "expected"), CHOICES)
+def test_automatic_mode(
+    size: int, length: int, documents: list[int] | None, window: int | None, shape: HeadShape, expected: str
+) -> None:
+    layout = plan(bounds_of([documents or [length]]), 1, length, size, other_work=26_000)
+    exchanges = [device_layout(layout, rank, CPU, (window,)).exchanges[window] for rank in range(size)]
+    assert {cheaper(shape, size, length // size, each) for each in exchanges} == {expected}
 
 
 def refused(heads: tuple[int, int], mode: str, window: int | None, count: int | None) -> str:

@@ -189,7 +189,7 @@ def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int
     micro-batch on all ranks, for some of the heads, while the next arrive and are put in order, and their gradients,
     which are put in order, too.
     """
-    if parallel.cp_size == 1 or parallel.cp_mode != "gather":
+    if parallel.cp_size == 1 or parallel.cp_mode == "heads":
         return 0
     text = max(layer_configs(config.get_text_config()), key=_attention_elements, default=config.get_text_config())
     elements = _key_value_elements(text)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-CP_MODES = ("gather", "heads")
+CP_MODES = ("auto", "gather", "heads")
 SCHEDULES = ("afab", "1f1b", "interleaved_1f1b", "zb")
 
 # Options of earlier versions, and what to do instead.
@@ -35,8 +35,9 @@ class ParallelConfig:
         cp_size: ranks that share every row of a batch, each with a part of its tokens (context parallelism). For
             weights they are data-parallel ranks: `zero_stage` shards over them, too.
         cp_mode: how attention sees all tokens: `"gather"` (each rank gathers the keys and values of all, for the
-            queries of its own tokens) or `"heads"` (each rank gets all tokens of some of the heads; Jacobs et al. 2023,
-            arXiv:2309.14509).
+            queries of its own tokens), `"heads"` (each rank gets all tokens of some of the heads; Jacobs et al. 2023,
+            arXiv:2309.14509), or `"auto"` (for each micro-batch that of both which sends and copies less, see
+            `parallel/cp/choice.py`).
         cp_kv_heads_per_gather: key-value heads of a rank that `cp_mode="gather"` gathers at once, while those before
             attend: fewer overlap better and take less memory, more fill a GPU better. `None` is a quarter of them, or
             more where kernels would have too little to do or little is sent.
@@ -65,7 +66,7 @@ class ParallelConfig:
     tp_size: int = 1
     pp_size: int = 1
     cp_size: int = 1
-    cp_mode: str = "gather"
+    cp_mode: str = "auto"
     cp_kv_heads_per_gather: int | None = None
     ep_size: int = 1
     dp_replicate_size: int = 1
@@ -90,7 +91,7 @@ class ParallelConfig:
         if (heads := self.cp_kv_heads_per_gather) is not None:
             if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
                 raise ValueError(f"cp_kv_heads_per_gather={heads!r} must be an integer of at least 1, or None.")
-            if self.cp_size == 1 or self.cp_mode != "gather":
+            if self.cp_size == 1 or self.cp_mode == "heads":
                 raise ValueError(
                     f"cp_kv_heads_per_gather={heads} with cp_size={self.cp_size} and cp_mode={self.cp_mode!r}: nothing "
                     "is gathered; use a cp_size of at least 2 with cp_mode='gather', or leave it unset."

@@ -26,6 +26,7 @@ from ..ops.attention import HALF, Case, attention, pick
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.batch import DOMAIN, batch_shape
+from ..parallel.cp.choice import HeadShape
 from ..parallel.dropout_streams import fields_of_chance
 
 # By what may run: names of `ops.attention.KERNELS`.
@@ -71,12 +72,14 @@ class Attention:
         takes_documents: whether the model hands keyword arguments on to its attention.
         windows: for `cp_size` above 1, tokens that each layer of the whole model sees, None for all.
         other_work: for `cp_size` above 1, see `parallel.cp.layout.plan`.
+        shape: for `cp_size` above 1, of one layer.
     """
 
     kind: str
     takes_documents: bool
     windows: tuple[int | None, ...] = ()
     other_work: int = 0
+    shape: HeadShape | None = None
 
     @contextlib.contextmanager
     def training(self, config: PreTrainedConfig, packed: bool) -> Iterator[None]:

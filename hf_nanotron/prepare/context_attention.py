@@ -25,6 +25,7 @@ from ..monitor.flops import active_weights, attention_heads, head_dims, layer_co
 from ..ops.attention import HALF, Case, pick
 from ..ops.kernels.attention import flash_attention_4
 from ..parallel.collectives import all_reduce
+from ..parallel.cp.choice import HeadShape
 from ..parallel.cp.mixer_heads import HeadCut, divide_by_heads, restore
 from ..parallel.cp.plan import ContextPlan
 from ..parallel.cp.whole_region import WholeRowRegion
@@ -62,7 +63,7 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
         )
     chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
     chosen += _said_of_blocks(model)
-    return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model)), chosen
+    return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model), shape_of(model)), chosen
 
 
 def _said_of_blocks(model: ParallelModel) -> str:
@@ -98,6 +99,21 @@ def other_work(model: ParallelModel) -> int:
     return round(weights / max(1, sum(widths) / len(widths)))
 
 
+def shape_of(model: ParallelModel) -> HeadShape | None:
+    """The attention of the first layer that has some, on a rank."""
+    for layer in layer_configs(model.config.get_text_config()):
+        if heads := attention_heads(layer):
+            tp = model.mesh.tp_size
+            return HeadShape(heads // tp, max(1, _key_value_heads(layer) // tp), *head_dims(layer))
+    return None
+
+
+def _key_value_heads(config: PreTrainedConfig) -> int:
+    # Latent attention makes keys and values for every head.
+    heads = attention_heads(config)
+    return heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
+
+
 def why_not(model: ParallelModel) -> str | None:
     """Why the rows of `model` cannot be shared by ranks; None if they can."""
     config = model.config.get_text_config()
@@ -121,8 +137,7 @@ def _why_not_by_heads(model: ParallelModel) -> str | None:
 def _why_not_heads_of(config: PreTrainedConfig, mesh: ParallelMesh) -> str | None:
     """`config`: of a layer."""
     heads, tp, cp = attention_heads(config), mesh.tp_size, mesh.cp_size
-    # Latent attention makes keys and values for every head.
-    grouped = heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
+    grouped = _key_value_heads(config)
     of_rank = max(1, grouped // tp)
     if heads // tp % cp:
         return (

@@ -48,6 +48,11 @@ class Exchange(NamedTuple):
     counts: torch.Tensor
 
     @property
+    def most_received(self) -> int:
+        """Tokens that the rank that gets most gets from others."""
+        return int(self.counts[1])
+
+    @property
     def is_all(self) -> bool:
         """Whether all tokens are for all ranks."""
         return bool(self.counts[2])

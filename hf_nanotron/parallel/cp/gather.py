@@ -57,6 +57,11 @@ class _Heads:
         self.queries = slice(self.keys.start * share, self.keys.stop * share)
 
 
+def groups_worth_sending(size: int) -> int:
+    """Groups of heads in which `size` bytes are sent."""
+    return max(1, min(MOST_GROUPS, size // WORTH_A_GROUP))
+
+
 def groups_of_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, exchange: Exchange, count: int | None
 ) -> list[_Heads]:
@@ -70,7 +75,7 @@ def groups_of_heads(
         calls, tokens = exchange.counts[:2].tolist()
         in_a_call = query.shape[0] * query.shape[1] * (query.shape[2] // kv_heads) / calls
         size = tokens * kv_heads * (key.shape[-1] + value.shape[-1]) * key.element_size()
-        groups = max(1, min(MOST_GROUPS, size // WORTH_A_GROUP))
+        groups = groups_worth_sending(size)
         least = min(kv_heads, max(-(-kv_heads // groups), math.ceil(FILLED_CALL / in_a_call)))
         count = -(-kv_heads // (kv_heads // least))  # groups of one size
     return [_Heads(query, kv_heads, first, count) for first in range(0, kv_heads, count)]

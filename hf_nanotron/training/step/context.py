@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from ...data.padding import FILLS, pad_sequence
 from ...models.calling import CONTEXT
@@ -14,6 +15,8 @@ from ...parallel.batch import EMBEDDINGS, IDS, batch_shape, ones_like_tokens
 from ...parallel.cp.plan import make_context_plan, row_length
 from ...parallel.mesh import ParallelMesh
 from ...prepare.attention import BOUNDS_OF_STOCK, KNOWN_INPUTS, Attention, documents_of
+
+logger = logging.get_logger(__name__)
 
 COUNTED = "counted_tokens"  # of a dealt batch: `[B, S / cp]`, 0 for tokens that no loss over routers counts
 
@@ -59,7 +62,10 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     missing = filled - length
     documents = documents_of(batch, filled)
     assert documents is not None and attention is not None
-    plan = make_context_plan(mesh, rows, length, documents.bounds, attention.windows, attention.other_work)
+    rest = attention.other_work, attention.shape
+    plan = make_context_plan(mesh, rows, length, documents.bounds, attention.windows, *rest)
+    if plan.is_choice:
+        logger.info_once(f"cp_mode='auto': rows of {filled} tokens attend by {' and '.join(sorted(plan.kinds))}")
     whole = {name: value for name, value in batch.items() if name not in ("attention_mask", *BOUNDS_OF_STOCK)}
     # For blocks that see whole rows. Attention has the plan.
     bounds = {name: batch[name] for name in (IDS, EMBEDDINGS, *BOUNDS_OF_STOCK) if batch.get(name) is not None}
