@@ -56,7 +56,7 @@ def cheaper(shape: HeadShape, size: int, tokens: int, exchange: Exchange) -> str
     queries, keys = shape.heads * width, shape.kv_heads * width
     repeated = max(shape.kv_heads, size) * width
     received = exchange.most_received
-    gather = keys * (12 * (received + tokens) + 22 * tokens) + 4 * tokens * queries
+    gather: float = keys * (12 * (received + tokens) + 22 * tokens) + 4 * tokens * queries
     gather += LINK * 6 * received * keys / groups_worth_sending(2 * received * keys)
     if exchange.is_all:
         gather += size * tokens * (2 * keys + SPLIT_ROW * queries)
