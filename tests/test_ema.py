@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,30 @@ def test_refusals() -> None:
     assert "ema_start_step=3 needs ema_decay" in message(lambda: make(ema_start_step=3))
     best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1}
     assert "load the folder ema" in message(lambda: make(ema_decay=0.9, ema_evaluate=True, save_steps=1, **best))
+
+
+def test_a_run_that_begins_or_leaves_an_average(tmp_path: Path) -> None:
+    """Says so, and begins with the weights of the checkpoint."""
+    weights, told = start("qwen3", tmp_path), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hf_nanotron.checkpoint.state.training_state")
+    logger.addHandler(handler)
+    cases = (("without", None, None), ("with", DECAY, "without"), ("again", None, "with"))
+    for step, (name, decay, source) in enumerate(cases, 1):
+        values = {"max_steps": step, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+        args = NanotronTrainingArguments(
+            **training_arguments(output_dir=str(tmp_path / name), ema_decay=decay, **values)
+        )
+        model = ParallelAuto.from_pretrained(weights, parallel=args.parallel)
+        trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(8), data_collator=pad_batch)
+        trainer.train(resume_from_checkpoint=source and str(tmp_path / source / f"checkpoint-{step - 1}"))
+        if name == "with":  # one update: the weights themselves
+            own = StockAuto.from_pretrained(tmp_path / name / "checkpoint-2").state_dict()
+            assert farthest(averaged(tmp_path / name, 2), own) == 0
+        model.mesh.close()
+    logger.removeHandler(handler)
+    assert len(told) == 2
+    assert "holds no moving average: that of this run begins with its weights" in told[0]
+    assert f"has no ema_decay (there it was {DECAY})" in told[1]
+    assert not (tmp_path / "again" / "checkpoint-3" / "ema").exists()
