@@ -22,6 +22,11 @@ from ..parallel.mesh import ParallelMesh
 from .base import ParallelModel
 from .sharding.initialize import common_seed, initialise, materialise
 from .sharding.parallelize import parallelize
+from .sharding.respread import Respread
+from .spectral.scales import SpectralWeights, weight_scales
+from .spectral.sizes import Spectral
+from .stock.anatomy import dissect
+from .weight_roles import weight_roles
 
 DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -39,6 +44,7 @@ class AutoModelForCausalLM:
         parallel: ParallelConfig | None = None,
         *,
         mesh: ParallelMesh | None = None,
+        parametrization: Spectral | None = None,
         **kwargs: Any,
     ) -> ParallelModel:
         """A model with fresh weights, the same on every topology.
@@ -49,15 +55,24 @@ class AutoModelForCausalLM:
             config: any causal-LM config that declares the plans `parallel` needs.
             parallel: the sizes; every rank alone if None.
             mesh: ranks and groups of another model, to share them.
+            parametrization: how initial weights and learning rates depend on the width (`args.spectral`); the stock
+                class's own way if None.
             kwargs: for the stock class, such as `dtype` and `attn_implementation`.
 
         Raises:
-            ValueError: if the sizes do not fit the model or the world size.
+            ValueError: if the sizes do not fit the model or the world size, or the base model does not fit the model.
         """
         mesh = _mesh(parallel, mesh)
+        seed = common_seed(mesh)
         model, stock = _build(config, mesh, kwargs)
+        respread = None
+        if parametrization is not None:
+            base = _base_model(stock, parametrization, kwargs)
+            scales = weight_scales(stock, base, bool(model.hub_layout.tied))
+            model.spectral = SpectralWeights(parametrization, scales)
+            respread = Respread(base, scales, weight_roles(dissect(stock)), seed, mesh.device)
         materialise(model, mesh.device)
-        initialise(model, stock, common_seed(mesh))
+        initialise(model, stock, seed, respread=respread)
         return model
 
     @classmethod
@@ -120,6 +135,19 @@ def _mesh(parallel: ParallelConfig | None, mesh: ParallelMesh | None) -> Paralle
     if mesh is not None and parallel is not None and mesh.parallel != parallel:
         raise ValueError("`mesh` and `parallel` have different sizes; pass only one of them.")
     return mesh or ParallelMesh(parallel or ParallelConfig())
+
+
+def _base_model(stock: PreTrainedModel, sizes: Spectral, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The base model of a parametrization, on the meta device."""
+    config = sizes.base_config(stock.config)
+    try:
+        with torch.device("meta"):
+            return StockAutoModelForCausalLM.from_config(config, **kwargs)
+    except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        raise ValueError(
+            f"the base model of parametrization='spectral' (base_hidden_size={sizes.base_hidden_size}) cannot be made: "
+            f"{error} Say which of its sizes are not in proportion to the hidden size with base_sizes."
+        ) from error
 
 
 def _build(

@@ -25,6 +25,7 @@ from .cut import Cut
 from .decorations import Decorations
 from .head import LinearHead, Prediction, is_plain, linear_head
 from .moe.mixture import Mixture
+from .spectral.scales import SpectralWeights
 from .stock.anatomy import Anatomy
 from .stock.hooks import users_hooks
 from .stock.own_forward import own_columns
@@ -52,6 +53,7 @@ class ModelParts(PreTrainedModel):
         decorations: what training has put on it.
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
         names_attention: whether the user named its attention, which is kept then.
+        spectral: the parametrization with which its weights were drawn, or None for the stock class's own.
         vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not sharded.
         vocab_start: id of the first of ours.
         head_is_cut: whether the tensor-parallel ranks share the vocabulary.
@@ -75,6 +77,7 @@ class ModelParts(PreTrainedModel):
     weights: WeightStore | None = None
     fuses_loss: bool = True
     names_attention: bool = False
+    spectral: SpectralWeights | None = None
     stock_class: type[PreTrainedModel]
     vocab_sizes: tuple[int, ...]
     vocab_start: int

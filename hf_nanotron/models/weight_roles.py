@@ -202,6 +202,6 @@ def _fused(anatomy: Anatomy) -> dict[str, tuple[Ranges, ...]]:
 
 def _gate_and_up(module: nn.Module, leaf: str, size: int) -> tuple[Ranges, ...] | None:
     """The two layers that stacked experts store in one weight, with the names of transformers' common interface."""
-    if not leaf.startswith("gate_up_proj") or not (is_experts(module) or row_of(STACKED, module)):
+    if not leaf.startswith("gate_up_proj") or not (is_experts(module) or row_of(STACKED, module) is not None):
         return None
     return _in_turn(size // 2, size // 2) if getattr(module, "is_concatenated", True) else _alternating(size, 2)

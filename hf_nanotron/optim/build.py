@@ -146,11 +146,11 @@ def build_optimizer(
     rules, plain = dict(rules or {}), UpdateRule()
     if takes_matrices:
         rules |= dict.fromkeys(matrices, UpdateRule("matrix"))
-    defaults = {name: p.default for name, p in inspect.signature(optimizer_class).parameters.items()}
+    defaults: dict[str, Any] = {n: p.default for n, p in inspect.signature(optimizer_class).parameters.items()}
     groups = []
     for rule in dict.fromkeys((plain, *(rules.get(name, plain) for name in order))):
         scaled = {
-            name: factor * optimizer_arguments.get(name, defaults.get(name))
+            name: factor * {**defaults, **optimizer_arguments}[name]
             for name, factor in (("lr", rule.rate), ("eps", rule.eps))
             if factor != 1.0
         }

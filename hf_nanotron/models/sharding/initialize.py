@@ -7,7 +7,7 @@ taken. So values depend on the seed and the name alone, and the peak of memory i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,7 @@ from ..base import ParallelModel
 from ..methods import parameter_name
 from ..stand_ins import ABSENT
 
+Respread = Callable[[str, torch.Tensor], None]
 SMALL = 1 << 16  # elements that a constructor may compute with
 
 
@@ -44,12 +45,19 @@ def materialise(model: ParallelModel, device: torch.device) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
 
 
-def initialise(model: ParallelModel, stock: PreTrainedModel, seed: int, parameters: bool = True) -> None:
+def initialise(
+    model: ParallelModel,
+    stock: PreTrainedModel,
+    seed: int,
+    parameters: bool = True,
+    respread: Respread | None = None,
+) -> None:
     """Fill `model`, materialised, from the stock initialisation; `seed` is the same on every rank.
 
     Args:
         stock: the whole model on the meta device, where it is again afterwards.
         parameters: False fills the buffers alone (rotary tables), for a model whose weights come from a file.
+        respread: changes a whole weight of this name in place, before this rank takes its part.
     """
     state = GeneratorState()
     inits = Initialisers(stock)
@@ -64,6 +72,9 @@ def initialise(model: ParallelModel, stock: PreTrainedModel, seed: int, paramete
             for leaf, value in built.get(source, {}).items():
                 getattr(template, leaf).copy_(value)
             inits.run(source)
+            weights = {leaf: spec.name for leaf, _, spec in targets if spec is not None}  # tied ones once
+            for leaf, name in weights.items() if respread is not None else ():
+                respread(name, getattr(template, leaf))
             for leaf, tensor, spec in targets:
                 whole = getattr(template, leaf)
                 tensor.copy_(whole if spec is None else spec.slice(whole))

@@ -131,11 +131,11 @@ def _cut_styles(anatomy: Anatomy, found: list[tuple[str, nn.Module]]) -> dict[st
         holds = getattr(block, row_of(WHOLE_WITH, block) or "", None) is not None
         if "" in rows or holds:
             styles = {name: style for name, style in styles.items() if not name.startswith(path + ".")}
-        for name, style in rows.items():
+        for name, cut in rows.items():
             if name and not holds and _get(block, name) is not None:
                 styles.pop(join(path, name), None)
-                if style is not None:
-                    styles[join(path, name)] = style
+                if cut is not None:
+                    styles[join(path, name)] = cut
     styles.pop(anatomy.head, None)
     if model.config.get_text_config().model_type not in WHOLE_HEAD:
         styles[anatomy.head] = "vocabulary"
