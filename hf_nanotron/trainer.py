@@ -14,6 +14,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +79,7 @@ from .training.gradients import GradientAccess, WrittenWeights, check_model, not
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
+from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
@@ -258,6 +260,7 @@ class NanotronTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Reads this rank's part of the weights that are not in the training state."""
+        together(self.mesh, "comparing parametrizations", partial(check_resumed, resume_from_checkpoint, self.model))
         load_weights(resume_from_checkpoint, self.model, self.weights)
 
     def _inner_training_loop(
@@ -400,9 +403,9 @@ class NanotronTrainer(Trainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             choice = self._optimizer_choice()
-            matrices = matrix_layouts(self.model)
+            matrices, rules = matrix_layouts(self.model), update_rules(self.model, choice[0])
             self.optimizer = build_optimizer(
-                segments, order, decayed, self.args.weight_decay, *choice, matrices=matrices
+                segments, order, decayed, self.args.weight_decay, *choice, rules=rules, matrices=matrices
             )
         elif self._names:
             adopt_optimizer(self.optimizer, self._names, segments, order)
@@ -814,7 +817,8 @@ class NanotronTrainer(Trainer):
         average = {} if self._average is None else {AVERAGE: self._average.state()}
         weights = {} if self.doremi is None else self.doremi.state()
         schedule = self._schedule.state(self.state.max_steps) if self._has_own_schedule else {}
-        return {CURSOR: self.data_cursor(), **self._domains.state(), **average, **weights, **schedule}
+        own = {**average, **weights, **schedule, **parametrization_state(self.model)}
+        return {CURSOR: self.data_cursor(), **self._domains.state(), **own}
 
     # ---- parts of the overrides ----
 
@@ -976,6 +980,7 @@ class NanotronTrainer(Trainer):
         """Prepare, train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
         model, mesh = self.model, self.model.mesh
         check_model(model)
+        check_parametrization(model, self.args, self.optimizer is not None)
         note_frozen(model)
         mesh.set_timeout(self.args.ddp_timeout_delta)
         self.mesh = self.accelerator.mesh = self._checkpointer.mesh = self._uploads.mesh = mesh

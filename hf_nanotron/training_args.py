@@ -20,12 +20,14 @@ from .arguments.recompute import check_recomputation, layer_numbers
 from .arguments.schedules import check_schedules
 from .arguments.secrets import SecretlessArguments
 from .arguments.values import check_values, set_plain_values
+from .models.spectral.sizes import Spectral
 from .ops.fp8 import RECIPES
 from .parallel.config import ParallelConfig, refuse_removed
 from .parallel.roll_call import attend
 
 logger = logging.getLogger(__name__)
 
+SPECTRAL_OPTIMIZERS = ("adamw", "lion", "muon")
 DEFAULT_BUCKET_MB = 25  # of torch's DistributedDataParallel, which `ddp_bucket_cap_mb` is documented against
 
 
@@ -35,6 +37,7 @@ CHOICES = {
     "moe_log_loads": ("model", "layers", "experts"),
     "attention": ("auto", "stock"),
     **MUON_CHOICES,
+    "parametrization": ("standard", "spectral"),
 }
 
 
@@ -103,6 +106,20 @@ class NanotronTrainingArguments(SecretlessArguments):
     muon_ns_steps: int = _option(5, "Newton-Schulz steps with optim muon.")
     muon_dtype: str = _option(
         "bfloat16", "Dtype in which optim muon gathers matrices and computes Newton-Schulz: bfloat16 or float32."
+    )
+    parametrization: str = _option(
+        "standard",
+        "How initial weights and learning rates depend on the width of the model: as the model's class and "
+        "learning_rate say (standard), or so that what is best for a small base model is best for a wide one "
+        "(spectral, which needs base_hidden_size).",
+    )
+    base_hidden_size: int | None = _option(
+        None, "Hidden size of the base model of parametrization spectral, in which both parametrizations are the same."
+    )
+    base_sizes: dict[str, Any] | str | None = _option(
+        None,
+        "Other sizes of the base model by the names of its config, as a mapping or JSON. Those not named are in "
+        "proportion to the hidden size; heads keep theirs.",
     )
     skip_nonfinite_steps: bool = _option(
         False, "Skip an optimizer step whose gradient is NaN or infinite; by default it ends the run."
@@ -363,6 +380,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         self._check_fp8()
         self._check_mlp_chunks()
         check_schedules(self)
+        self._check_parametrization(optim)
         self.parallel.expert_copies(_world_size())
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
@@ -385,6 +403,29 @@ class NanotronTrainingArguments(SecretlessArguments):
                 raise ValueError(
                     f"fp8_skip_layers={self.fp8_skip_layers!r} must be a list of integers, such as [0, -1]."
                 )
+
+    def _check_parametrization(self, optim: str) -> None:
+        if self.parametrization != "spectral":
+            for name in ("base_hidden_size", "base_sizes"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs parametrization='spectral'.")
+            return
+        if self.base_hidden_size is None:
+            raise ValueError(
+                "parametrization='spectral' needs base_hidden_size: the width of the small model whose learning_rate "
+                "is carried over."
+            )
+        if not optim.startswith(SPECTRAL_OPTIMIZERS):
+            raise ValueError(
+                f"parametrization='spectral' with optim={optim!r}: its rule of learning rates is for updates whose "
+                "size does not depend on the gradient's; use optim='adamw_torch_fused' or 'lion_32bit'."
+            )
+        if optim == MUON and self.muon_scale != "spectral":
+            raise ValueError(
+                f"parametrization='spectral' with optim='muon' and muon_scale={self.muon_scale!r}: the size of its "
+                "updates does not follow the shapes of matrices in the same way; use muon_scale='spectral'."
+            )
+        _ = self.spectral
 
     def _check_mlp_chunks(self) -> None:
         refused = {
@@ -412,6 +453,20 @@ class NanotronTrainingArguments(SecretlessArguments):
             sizes["tp_overlap"] = False
         layers = _layer_counts(self.pp_layers_per_stage)
         return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
+
+    @property
+    def spectral(self) -> Spectral | None:
+        """The base of `parametrization="spectral"`, for `AutoModelForCausalLM.from_config`; None for the standard."""
+        if self.parametrization != "spectral":
+            return None
+        assert self.base_hidden_size is not None
+        try:
+            sizes = as_mapping(self.base_sizes)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"base_sizes={self.base_sizes!r} is neither a mapping, nor JSON text, nor a JSON file: {error}."
+            ) from error
+        return Spectral(self.base_hidden_size, sizes)
 
     @property
     def dp_size(self) -> int:

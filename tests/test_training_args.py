@@ -361,6 +361,7 @@ BEYOND_SIZES |= {"activation_offload", "mlp_chunk_tokens", "accept_changed_data"
 BEYOND_SIZES |= {"moe_capacity_factor", "moe_bias_update_rate", "moe_log_loads", "z_loss_coefficient"}
 BEYOND_SIZES |= {"muon_scale", "muon_learning_rate", "muon_momentum", "muon_nesterov", "muon_ns_steps", "muon_dtype"}
 BEYOND_SIZES |= {"attention", "max_skipped_steps"}
+BEYOND_SIZES |= {"parametrization", "base_hidden_size", "base_sizes"}
 BEYOND_SIZES |= {"fp8", "fp8_skip_layers", "overwrite_output_dir"}
 BEYOND_SIZES |= {"ema_decay", "ema_start_step", "ema_evaluate", "wsd_decay_steps"}
 BEYOND_SIZES |= {"batch_size_warmup_tokens", "batch_size_warmup_start", "batch_size_warmup_increment"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import explained
+from .plotting import check_picture
 
 if TYPE_CHECKING:
     from ..data.inspection import Inspection
@@ -47,7 +48,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     if args.histogram is not None:
-        _check_plot(args.histogram)
+        check_picture("--histogram", args.histogram)
     from ..data.inspection import inspect_tokens
 
     found = inspect_tokens(
@@ -122,15 +123,3 @@ def draw(found: Inspection, path: Path) -> None:
     axes.set(xlabel="tokens of a document", ylabel="documents" + (" (of a sample)" if found.is_sample else ""))
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _check_plot(path: Path) -> None:
-    """Before anything is read."""
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--histogram needs matplotlib: pip install hf-nanotron[plot].")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--histogram {path}: its folder does not exist.")
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--histogram {path} must end with .png, .svg or .pdf.")

@@ -72,6 +72,11 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
     """The model that the section `model` describes, sharded over the ranks of `args`."""
     options = {name: value for name, value in section.items() if name not in ("name_or_path", "config")}
     if (name := section.get("name_or_path")) is not None:
+        if args.spectral is not None:
+            raise ValueError(
+                "training.parametrization='spectral' with model.name_or_path: fresh weights follow from it; give "
+                "model.config instead."
+            )
         name = existing_path("model.name_or_path", name, "folder")
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             return AutoModelForCausalLM.from_pretrained(name, parallel=args.parallel, **options)
@@ -79,7 +84,9 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
         raise ValueError("model.revision needs model.name_or_path; a config has no revision.")
     config = make_config(section["config"], tokenizer)
     with explained("model"):
-        return AutoModelForCausalLM.from_config(config, parallel=args.parallel, **options)
+        return AutoModelForCausalLM.from_config(
+            config, parallel=args.parallel, parametrization=args.spectral, **options
+        )
 
 
 def make_doremi(section: dict[str, Any], model: Any) -> DoReMi | None:
