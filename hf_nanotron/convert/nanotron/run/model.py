@@ -218,7 +218,7 @@ def init_method(keys: Keys, config: dict[str, Any]) -> str | None:
     if keys.take("model.init_method.use_mup"):
         keys.note(
             "model.init_method.use_mup",
-            "nanotron's spectral muP has learning rates of its own (outputs over inputs); parametrization: spectral, with "
+            "nanotron's spectral muP has rates of its own (outputs over inputs); parametrization: spectral, with "
             "a base_hidden_size, has those that AdamW needs",
         )
     elif std is not None and config["model_type"] != "mamba":
