@@ -52,7 +52,7 @@ def test_at_the_base_nothing_changes(family: str) -> None:
 
 
 # Name (in layer 0) -> the spread and the rate at four times the width of the base, and the factor of epsilon.
-EXPECTED = {
+EXPECTED: dict[str, dict[str, tuple[float | None, float, float | None]]] = {
     "llama": {
         "model.embed_tokens.weight": (1.0, 1.0, 1 / 4),
         "lm_head.weight": (1 / 4, 1 / 4, 1.0),
@@ -242,10 +242,12 @@ def test_a_run_has_the_rates_of_its_weights(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2))
     batches: list[Any] = []
     step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *rest: (
-        batches.append(copy.deepcopy(inputs)),
-        step(model, inputs, *rest),
-    )[1]  # type: ignore[method-assign]
+
+    def keep(model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append(copy.deepcopy(inputs))
+        return step(model, inputs, *rest)
+
+    trainer.training_step = keep  # type: ignore[method-assign]
     trainer.train()
     count = args.gradient_accumulation_steps
     for first in range(0, len(batches), count):
@@ -267,6 +269,7 @@ def test_a_resume_keeps_the_parametrization(tmp_path: Path) -> None:
     again = trainer_of(arguments(tmp_path, max_steps=4))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 4
+    assert again.optimizer is not None
     rates = {group["initial_lr"] for group in again.optimizer.param_groups if group["params"]}
     assert len(rates) == 2
     others = ({"base_hidden_size": 16}, {"parametrization": "standard", "base_hidden_size": None})

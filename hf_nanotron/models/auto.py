@@ -142,7 +142,8 @@ def _base_model(stock: PreTrainedModel, sizes: Spectral, kwargs: dict[str, Any])
     config = sizes.base_config(stock.config)
     try:
         with torch.device("meta"):
-            return StockAutoModelForCausalLM.from_config(config, **kwargs)
+            base: PreTrainedModel = StockAutoModelForCausalLM.from_config(config, **kwargs)
+            return base
     except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         raise ValueError(
             f"the base model of parametrization='spectral' (base_hidden_size={sizes.base_hidden_size}) cannot be made: "

@@ -73,8 +73,9 @@ def initialise(
                 getattr(template, leaf).copy_(value)
             inits.run(source)
             weights = {leaf: spec.name for leaf, _, spec in targets if spec is not None}  # tied ones once
-            for leaf, name in weights.items() if respread is not None else ():
-                respread(name, getattr(template, leaf))
+            if respread is not None:
+                for leaf, name in weights.items():
+                    respread(name, getattr(template, leaf))
             for leaf, tensor, spec in targets:
                 whole = getattr(template, leaf)
                 tensor.copy_(whole if spec is None else spec.slice(whole))

@@ -100,7 +100,8 @@ def _scale(role: WeightRole, base: WeightRole, multiplier: float) -> WeightScale
 
 def _multipliers(anatomy: Anatomy, base: Anatomy, tied: bool) -> dict[str, float]:
     """Weight -> by what its outputs are multiplied."""
-    model, found = anatomy.model, {}
+    model = anatomy.model
+    found: dict[str, float] = {}
     for name, module in model.named_modules():
         small = base.model.get_submodule(name)
         if isinstance(module, nn.Embedding):
