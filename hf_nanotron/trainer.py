@@ -47,7 +47,14 @@ from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
-from .optim.build import adopt_optimizer, build_optimizer, check_elementwise, check_scheduler, optimizer_choice
+from .optim.build import (
+    adopt_optimizer,
+    build_optimizer,
+    check_elementwise,
+    check_scheduler,
+    names_to_decay,
+    optimizer_choice,
+)
 from .optim.ema import WeightAverage
 from .optim.gradients import GradientHook, GradientPart, HookHandle
 from .optim.norm import global_norm
@@ -412,6 +419,11 @@ class NanotronTrainer(Trainer):
             self._names = {}
         self._link_optimizer()
         return self.optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Trainer's, without those of `no_weight_decay`."""
+        names = super().get_decay_parameter_names(model)
+        return names_to_decay(names, self.args.no_weight_decay or [], self.model.hub_shapes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Reads this rank's part of the training state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
@@ -185,6 +186,11 @@ class NanotronTrainingArguments(SecretlessArguments):
         "Resume although files of a data set have changed since the checkpoint, behind the same number of its rows. By "
         "default that is refused, naming a file.",
     )
+    no_weight_decay: list[str] | None = _option(
+        None,
+        "Weights without weight decay besides biases and norms: regular expressions, found anywhere in their names, "
+        "such as embed_tokens, or A_log and \\.D$ of Mamba.",
+    )
     moe_capacity_factor: float | None = _option(
         None,
         "Capacity of each expert during training, as a multiple of an even load; tokens beyond it are dropped for that "
@@ -363,6 +369,11 @@ class NanotronTrainingArguments(SecretlessArguments):
                 f"optim_offload={self.optim_offload} with ema_decay={self.ema_decay}: the moving average is on the "
                 "device and would need all masters there; use one of them."
             )
+        for pattern in self.no_weight_decay or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"no_weight_decay: {pattern!r} is no regular expression: {error}.") from error
         if self.moe_capacity_factor is not None and not self.moe_capacity_factor > 0:
             raise ValueError(
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "

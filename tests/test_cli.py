@@ -24,6 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from hf_nanotron.cli import data as cli_data, main, table_data, train as cli_train
+from hf_nanotron.cli.model_config import make_config
+from hf_nanotron.cli.settings import check_complete, read_settings
 
 DATA = Path(__file__).parent / "data" / "nanotron"
 PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
@@ -407,3 +409,63 @@ def test_packing_keeps_every_token() -> None:
     batch = cli_data.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+
+
+# ---- the config of a model ----
+
+
+def test_fields_that_a_model_reads_are_known() -> None:
+    """Published configs have fields that transformers' classes do not declare, and their models read."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = make_config({"model_type": "qwen3_moe", **sizes, **experts, "head_dim": 16, "vocab_size": 8}, None)
+    assert AutoModelForCausalLM.from_config(config).model.layers[0].self_attn.q_proj.weight.shape == (64, 32)
+    hybrid = make_config({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*"}, None)
+    assert hybrid.layers_block_type == ["linear_attention", "mlp", "full_attention"]
+    with pytest.raises(ValueError, match=r"unknown key model.config.head_dims; did you mean model.config.head_dim\?"):
+        make_config({"model_type": "qwen3_moe", "head_dims": 16}, None)
+
+
+def test_a_router_loss_that_would_be_left_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.01 has no effect without .*output_router_logits"):
+        make_config({"model_type": "qwen3_moe", "router_aux_loss_coef": 0.01}, None)
+    config = make_config({"model_type": "qwen3_moe", "router_aux_loss_coef": 0}, None)
+    assert type(config.router_aux_loss_coef) is float  # transformers itself takes no 0 for 0.0
+
+
+def test_weights_with_another_config(pool: WorkerPool, tmp_path: Path) -> None:
+    """`config_overrides` is what training computes with, on two ranks, and what the checkpoint says."""
+    path, out = fresh(tmp_path), tmp_path / "out"
+    weights = ["--model.config", "null", "--model.name_or_path", checkpoint(), "--max_steps", "1"]
+    overrides = ["--model.config_overrides", "{rope_theta: 5e6, max_position_embeddings: 96}"]
+    for result in pool.run(2, command, "train", path, *weights, *overrides, "--learning_rate", "0", "--tp_size", "2"):
+        assert result[0] == 0, result[2]
+    saved = AutoModelForCausalLM.from_pretrained(out)
+    assert saved.config.rope_parameters == {"rope_type": "default", "rope_theta": 5e6}
+    assert saved.config.max_position_embeddings == 96
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint())
+    evaluated = [figures(out)[-1]]
+    for model in (saved, stock):
+        dataset = cli_data.load_data(check_complete(read_settings(Path(path), [])[0]), tokenizer(), 42)[1]
+        batch = cli_data.collate(list(dataset))
+        with torch.no_grad():
+            evaluated.append(model.eval()(**batch).loss.item())
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5) and evaluated[2] != pytest.approx(
+        evaluated[1], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"rope_thetta": 1}, "did you mean model.config_overrides.rope_theta?"),
+        ({"num_attention_heads": 5}, "model.config_overrides"),
+        ({"intermediate_size": 50}, "but the config implies"),
+        ({"num_hidden_layers": 3}, "lacks 9 tensors"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:
+    path, changed = fresh(tmp_path), ["--model.config_overrides", json.dumps(overrides)]
+    assert "needs model.name_or_path" in one_line(command("train", path, *changed))
+    weights = ["--model.config", "null", "--model.name_or_path", checkpoint()]
+    assert says in one_line(command("train", path, *weights, *changed))

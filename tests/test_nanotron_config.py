@@ -20,8 +20,8 @@ from transformers import get_scheduler
 
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.data import load_data
+from hf_nanotron.cli.model_config import make_config
 from hf_nanotron.cli.settings import check_complete, read_settings
-from hf_nanotron.cli.train import make_config
 from hf_nanotron.convert.nanotron.run.config import NEUTRAL, converted, nanotron_config
 from hf_nanotron.convert.nanotron.run.keys import Keys
 from hf_nanotron.data import TokenDataset

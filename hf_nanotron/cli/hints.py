@@ -55,7 +55,7 @@ SYNONYMS: dict[str, str] = {
         "model_name_or_path model_name model_path pretrained_model_name_or_path base_model hf_model": (
             "model.name_or_path"
         ),
-        "model_config config_overrides": "model.config",
+        "model_config": "model.config",
         "torch_dtype": "model.dtype",
         "attention_implementation attn": "model.attn_implementation",
         "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "

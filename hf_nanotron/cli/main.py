@@ -145,8 +145,8 @@ Pretrain from scratch or from existing weights, as described in a YAML file:
 Instead of path, the section dataset takes tokens (files of token ids), chat (conversations), mixture (sets by
 weights) or stages (data that change in the run), and eval (sets to evaluate on).
 
-Other keys: model.revision, model.dtype, model.attn_implementation, dataset.name, dataset.data_files,
-dataset.train_split, dataset.num_proc.""",
+Other keys: model.config_overrides, model.revision, model.dtype, model.attn_implementation, dataset.name,
+dataset.data_files, dataset.train_split, dataset.num_proc.""",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument(

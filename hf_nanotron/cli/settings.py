@@ -22,7 +22,14 @@ Settings = dict[str, dict[str, Any]]
 
 # What the keys of a section take; `training` is checked as training arguments are.
 TYPES: dict[str, dict[str, Any]] = {
-    "model": {"name_or_path": TEXT, "config": MAPPING, "revision": TEXT, "dtype": TEXT, "attn_implementation": TEXT},
+    "model": {
+        "name_or_path": TEXT,
+        "config": MAPPING,
+        "config_overrides": MAPPING,
+        "revision": TEXT,
+        "dtype": TEXT,
+        "attn_implementation": TEXT,
+    },
     "dataset": KEYS,
     "doremi": {"reference": TEXT, "rate": float | None, "smoothing": float | None},
 }

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from ..models.auto import AutoModelForCausalLM
 from ..trainer import NanotronTrainer
@@ -16,9 +15,9 @@ from ..training.data_order import data_seed
 from ..training.doremi import DoReMi
 from ..training_args import NanotronTrainingArguments
 from .data import collate, load_data
-from .errors import SettingsError, existing_path, explained
-from .hints import refuse_unknown
-from .settings import SECTIONS, check_complete, read_settings
+from .errors import existing_path, explained
+from .model_config import changed_config, make_config
+from .settings import check_complete, read_settings
 
 DOMAIN_WEIGHTS = "domain_weights.json"  # of a run with doremi, in its output_dir
 
@@ -70,7 +69,8 @@ def load_tokenizer(name: str | None) -> Any:
 
 def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingArguments) -> Any:
     """The model that the section `model` describes, sharded over the ranks of `args`."""
-    options = {name: value for name, value in section.items() if name not in ("name_or_path", "config")}
+    chosen = ("name_or_path", "config", "config_overrides")
+    options = {name: value for name, value in section.items() if name not in chosen}
     if (name := section.get("name_or_path")) is not None:
         if args.spectral is not None:
             raise ValueError(
@@ -78,10 +78,15 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
                 "model.config instead."
             )
         name = existing_path("model.name_or_path", name, "folder")
+        source = {"revision": options["revision"]} if "revision" in options else {}
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
+            if overrides := section.get("config_overrides"):
+                options["config"] = changed_config(name, overrides, **source)
             return AutoModelForCausalLM.from_pretrained(name, parallel=args.parallel, **options)
     if "revision" in options:
         raise ValueError("model.revision needs model.name_or_path; a config has no revision.")
+    if section.get("config_overrides"):
+        raise ValueError("model.config_overrides needs model.name_or_path; set the fields in model.config.")
     config = make_config(section["config"], tokenizer)
     with explained("model"):
         return AutoModelForCausalLM.from_config(
@@ -97,42 +102,3 @@ def make_doremi(section: dict[str, Any], model: Any) -> DoReMi | None:
     with explained(f"doremi.reference={name!r} cannot be loaded"):
         reference = AutoModelForCausalLM.from_pretrained(name, mesh=model.mesh)
     return DoReMi(reference, **{key: section[key] for key in ("rate", "smoothing") if section.get(key) is not None})
-
-
-def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
-    """A config of `model_type` with these fields; the size of the vocabulary and special tokens are the tokenizer's.
-
-    Unknown types and fields are refused: transformers accepts any field and ignores those it does not know.
-    """
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise ValueError("model.config needs model_type, such as llama.")
-    if not isinstance(model_type, str):
-        raise ValueError(f"model.config.model_type={model_type!r} must be text, such as llama.")
-    refuse_unknown("model.config.model_type=", [model_type], list(CONFIG_MAPPING.keys()))
-    default = AutoConfig.for_model(model_type)
-    known = {*default.to_dict(), *default.attribute_map}
-    if "rope_parameters" in known:
-        known |= {"rope_theta", "rope_scaling"}  # how configs before transformers 5 spell them
-    refuse_unknown("model.config.", fields, sorted(known), SECTIONS)
-    if tokenizer is not None:
-        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        fields = {"vocab_size": len(tokenizer), **special, **fields}
-        if isinstance(fields["vocab_size"], int) and fields["vocab_size"] < len(tokenizer):
-            raise ValueError(
-                f"model.config.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}."
-            )
-    try:
-        with explained("model.config"):
-            config = AutoConfig.for_model(model_type, **fields)
-    except SettingsError as error:
-        if isinstance(error.__cause__, StrictDataclassError):
-            raise ValueError(f"model.config: {error.__cause__}") from error
-        raise
-    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
-        raise ValueError(
-            f"model.config.num_key_value_heads={shared} does not divide model.config.num_attention_heads={heads}."
-        )
-    return config

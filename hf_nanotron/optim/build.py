@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -166,6 +167,19 @@ def build_optimizer(
         rounds.rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
         rounds.streams = rounding_streams(segments, order)
     return optimizer
+
+
+def names_to_decay(names: Sequence[str], excluded: Sequence[str], model_names: Collection[str]) -> list[str]:
+    """`names` in which none of the regular expressions `excluded` is found.
+
+    Raises:
+        ValueError: for one that is in none of `model_names`, those of the whole model.
+    """
+    for pattern in excluded:
+        if not any(re.search(pattern, name) for name in model_names):
+            some = ", ".join(list(model_names)[:3])
+            raise ValueError(f"no_weight_decay: {pattern!r} is in the name of no weight; there are {some}, ...")
+    return [name for name in names if not any(re.search(pattern, name) for pattern in excluded)]
 
 
 def rounding_streams(segments: Sequence[Segment], order: Sequence[str]) -> dict[nn.Parameter, tuple[int, int]]:

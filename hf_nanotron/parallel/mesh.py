@@ -22,6 +22,9 @@ from .config import ParallelConfig
 from .gone_meshes import Handles, meshes_of_job
 from .roll_call import attend
 
+# The public name of newer torch, where the private one warns.
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
 MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
 
 
@@ -195,7 +198,7 @@ class ParallelMesh:
         """How long a collective of this mesh may take before the job is taken down."""
         self._timeout = timeout
         for handle in self._handles.present():
-            dist.distributed_c10d._set_pg_timeout(timeout, handle)
+            _set_timeout(timeout, handle)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelMesh:
         """A copy of a model stands where the model stands."""

@@ -161,7 +161,8 @@ class BiasBalancer:
             bias = correction_bias(model, router)
             if bias is None:
                 raise ValueError(
-                    f"{router.name} of {name} has no correction bias; use output_router_logits=True to balance it."
+                    f"moe_bias_update_rate={update_rate}: {router.name} of {name} has no correction bias; use "
+                    "output_router_logits=True to balance it."
                 )
             if isinstance(bias, nn.Parameter):
                 raise ValueError(

@@ -208,6 +208,13 @@ TAKES_FP32: dict[str, tuple[str, ...]] = {"Inkling2LoopMessageGate": ("forget_ga
 # each rank computes all. Every other block without cut weights works on each token alone.
 MIXES_TOKENS = ("Attention", "Mamba", "Mixer", "DeltaNet", "ShortConv", "PLELayer")
 
+# Those of them whose state goes on from one packed document to the next, as a recurrence's or a convolution's does.
+CARRIES_STATE = (
+    *("Mamba", "Mixer", "DeltaNet", "DeltaAttention", "LightningAttention", "ShortConv"),
+    *("InklingAttention", "Inkling2FullAttention", "Inkling2SlidingAttention", "ZayaAttention"),
+    *("Inkling2LoopFullAttention", "Inkling2LoopSlidingAttention", "Qwen4ExpTextAttention"),
+)
+
 # Dimension of the hidden states between layers that is the sequence, where it is not 1.
 SEQUENCE_DIM: dict[str, int] = {"gemma3n_text": 2}
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy, join
-from .families import MIXES_TOKENS, PACKED, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH, row_of
+from .families import CARRIES_STATE, MIXES_TOKENS, PACKED, SHARDING, STYLES, SUMS_BEFORE, WHOLE_HEAD, WHOLE_WITH, row_of
 from .foreign import is_foreign
 
 # Linears inside a summed block that may stay whole although they write as many features as the block does: they choose
@@ -51,6 +51,12 @@ def mixes_tokens(block: nn.Module) -> bool:
     """Whether a block computes a token's output from other tokens too, or may do so by code of the user's."""
     names = [cls.__name__ for cls in type(block).__mro__]
     return is_foreign(block) or any(part in name and "Norm" not in name for name in names for part in MIXES_TOKENS)
+
+
+def carries_state(block: nn.Module) -> bool:
+    """Whether a block goes on from one packed document of a row to the next, wherever `position_ids` begin anew."""
+    names = [cls.__name__ for cls in type(block).__mro__]
+    return any(part in name and "Norm" not in name for name in names for part in CARRIES_STATE)
 
 
 def make_plan(anatomy: Anatomy, tp_size: int, ep_size: int) -> Plan:

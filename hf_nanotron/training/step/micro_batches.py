@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ...data.loader import FillerBatch
+from ...models.base import ParallelModel
 from ...models.stage import LOSS_WEIGHT
+from ...models.stock.plan import carries_state
 from ...parallel.batch import ones_like_tokens
 from ...parallel.collectives import all_reduce
 from ...parallel.mesh import ParallelMesh
@@ -16,6 +19,8 @@ from ...prepare.attention import documents_of
 from ...prepare.training_state import TrainingState
 from .context import deal
 from .window import DOCUMENTS, ROUTER_MASK
+
+logger = logging.get_logger(__name__)
 
 Window = Sequence[tuple[dict[str, Any], torch.Tensor | int | None]]
 
@@ -35,6 +40,8 @@ def make_micro_batches(
         weigh_equally: for a model that returns the mean over each micro-batch.
     """
     mesh = state.model.mesh
+    for batch, _ in window:
+        warn_of_states(batch, state.model)
     dealt = [deal(batch, mesh, state.attention) if mesh.cp_size > 1 else batch for batch, _ in window]
     micro_batches = [
         {**prepare(batch), "num_items_in_batch": count} for batch, (_, count) in zip(dealt, window, strict=True)
@@ -48,6 +55,22 @@ def make_micro_batches(
         if isinstance(batch, FillerBatch):
             micro_batch[ROUTER_MASK] = torch.zeros_like(ones_like_tokens(micro_batch))
     return micro_batches
+
+
+def warn_of_states(batch: dict[str, Any], model: ParallelModel) -> None:
+    """Say once that documents packed into a row are not apart where a recurrence or a convolution mixes tokens.
+
+    Transformers' blocks of that kind do not read where `position_ids` begin anew (some take a `seq_idx`).
+    """
+    positions = batch.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or batch.get("seq_idx") is not None:
+        return
+    blocks = sorted({type(block).__name__ for _, block in model.anatomy.blocks() if carries_state(block)})
+    if blocks and bool((positions.diff(dim=-1) != 1).any()):
+        logger.warning_once(
+            f"rows hold several documents, and the {', '.join(blocks)} blocks of {type(model).__name__} carry their "
+            "state from one to the next: attention alone is kept inside documents."
+        )
 
 
 def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
