@@ -6,8 +6,9 @@
 Prints one JSON object a line: for forward and backward of the operator that `cp_mode="gather"` runs, the bytes that its
 copies read and write and their number (counted without a device), and on a GPU milliseconds, those of its kernel calls
 alone, and what is left: `copies_ms`, beside `copies_floor_ms`, the bytes at the bandwidth of a large copy. In
-`whole_row_ms` is one call over all tokens divided by the ranks, the floor of both. Tokens that others would send are
-memory of the right size. Heads are those of Llama-3.1-8B, bf16.
+`whole_row_ms` is one call over all tokens divided by the ranks, the floor of both. `by_heads_ms` is what
+`cp_mode="heads"` takes, with its copies. Tokens that others would send are memory of the right size. Heads are those of
+Llama-3.1-8B, bf16.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_nanotron.ops.attention import attention
 from hf_nanotron.ops.kernels.attention import KERNELS, Kernel, flash_attention_4
-from hf_nanotron.parallel.cp import exchange, gather
+from hf_nanotron.parallel.cp import exchange, gather, heads
 from hf_nanotron.parallel.cp.attention import DeviceLayout, device_layout
 from hf_nanotron.parallel.cp.layout import Layout, plan
 from hf_nanotron.parallel.mesh import Group
@@ -62,7 +63,7 @@ BYTES: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "new_zeros": lambda args, out: out.nbytes,
     "constant_pad_nd": lambda args, out: args[0].nbytes + out.nbytes,
 }
-FREE = ("empty", "new_empty", "empty_like")
+FREE = ("empty", "new_empty", "empty_like", "normal_")  # the last stands for what others send
 
 
 class Copies(TorchDispatchMode):
@@ -100,8 +101,8 @@ class Rank:
         on_device = [x.to(self.device) if index in (0, 3, 4) else x for index, x in enumerate(tables)]
         self.tables = *on_device, DIM**-0.5, None, self.kernel, self.heads_at_once, ""
         self.inputs = [
-            torch.empty(1, own, heads, DIM, dtype=torch.bfloat16, device=self.device)
-            for heads in (HEADS, KV_HEADS, KV_HEADS)
+            torch.empty(1, own, count, DIM, dtype=torch.bfloat16, device=self.device)
+            for count in (HEADS, KV_HEADS, KV_HEADS)
         ]
         if self.device.type != "meta":
             for x in self.inputs:
@@ -121,13 +122,15 @@ class Rank:
 
         def arrived(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
             if shape not in sizes:
-                sizes[shape] = like.new_zeros(shape) if like.device.type != "meta" else like.new_empty(shape)
+                sizes[shape] = like.new_empty(shape).normal_()
             return sizes[shape]
 
         with (
             mock.patch.object(exchange, "all_gather", all_gather),
             mock.patch.object(exchange, "all_to_all", all_to_all),
             mock.patch.object(gather, "group_of", lambda name: group),
+            mock.patch.object(heads, "all_to_all", all_to_all),
+            mock.patch.object(heads, "group_of", lambda name: group),
         ):
             yield
 
@@ -209,15 +212,33 @@ def time_of(layout: Layout, rank: int, repeats: int, heads_at_once: int | None) 
             line = {"ms": whole, "spread_ms": spread, "kernels_ms": kernels, "copies_ms": whole - kernels}
             line["copies_floor_ms"] = found[name]["copied_mb"] * 1e6 / rate
             found[name] |= {key: round(value, 3) for key, value in line.items()}
+        names = ("forward", "backward")
+        found["by_heads_ms"] = {
+            name: round(measure(run, repeats)[0], 3) for name, run in zip(names, by_heads(one), strict=True)
+        }
     found["whole_row_ms"] = whole_row(layout, kernel, repeats)
     return found
+
+
+def by_heads(one: Rank) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward and backward of `cp_mode="heads"`, to be called inside of `one.alone()`."""
+    made = device_layout(one.layout, one.rank, one.device)
+    inputs = [x.detach().requires_grad_() for x in one.inputs]
+    group = Group(tuple(range(one.layout.size)), one.rank, None)
+
+    def forward() -> torch.Tensor:
+        tables = made.places, made.bounds, made.longest
+        return heads.attend_by_heads(*inputs, *tables, group, one.kernel, DIM**-0.5, None)
+
+    output = forward()
+    return forward, lambda: torch.autograd.grad(output, inputs, output.detach(), retain_graph=True)
 
 
 def whole_row(layout: Layout, kernel: str, repeats: int) -> dict[str, Any]:
     """One call over all tokens, divided by the ranks."""
     q, k, v = (
-        torch.randn(1, layout.length, heads, DIM, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
+        torch.randn(1, layout.length, count, DIM, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for count in (HEADS, KV_HEADS, KV_HEADS)
     )
     packed = len(layout.bounds) > 2
     bounds = torch.from_numpy(layout.bounds).to("cuda", torch.int32) if packed else None
@@ -246,10 +267,10 @@ def main() -> None:
     lengths = [int(x) for x in args.documents.split(":")] if args.documents else None
     bounds = packing(args.tokens, *lengths) if lengths else [0, args.tokens]
     layout = plan(bounds, 1, args.tokens, args.ranks, other_work=OTHER_WORK)
-    for heads in args.heads_at_once or [None]:
-        one = Rank(layout, args.rank, torch.device("meta"), "by_document", heads)
+    for at_once in args.heads_at_once or [None]:
+        one = Rank(layout, args.rank, torch.device("meta"), "by_document", at_once)
         calls, most, is_all, *_ = one.made.exchanges[None].counts.tolist()
-        groups = gather.groups_of_heads(*one.inputs, one.made.exchanges[None], heads)
+        groups = gather.groups_of_heads(*one.inputs, one.made.exchanges[None], at_once)
         line: dict[str, Any] = {
             "tokens": args.tokens, "ranks": args.ranks, "rank": args.rank, "documents": len(bounds) - 1,
             "calls": len(one.made.calls[None].calls) // 6, "most_calls": calls, "groups_of_heads": len(groups),
@@ -257,9 +278,9 @@ def main() -> None:
         }  # fmt: skip
         if torch.cuda.is_available():
             line |= {"device": torch.cuda.get_device_name()}
-            line |= time_of(layout, args.rank, args.repeats, heads)
+            line |= time_of(layout, args.rank, args.repeats, at_once)
         else:
-            line |= count(layout, args.rank, heads)
+            line |= count(layout, args.rank, at_once)
         print(json.dumps(line), flush=True)
 
 

@@ -23,9 +23,8 @@ COUNTED = "counted_tokens"  # of a dealt batch: `[B, S / cp]`, 0 for tokens that
 
 def needs_mask(batch: dict[str, Any]) -> str | None:
     """Why the rows of `batch` cannot be shared by ranks; None if they can."""
-    shape, positions = tuple(batch_shape(batch)), batch.get("position_ids")
-    if positions is not None and tuple(positions.shape) not in (shape, (1, *shape[1:])):
-        return f"the batches have position_ids {list(positions.shape)} for tokens {list(shape)}"
+    if (reason := _odd_positions(batch)) is not None:
+        return reason
     if documents_of(batch) is not None:
         return None
     columns = sorted(name for name, value in batch.items() if value is not None)
@@ -33,6 +32,13 @@ def needs_mask(batch: dict[str, Any]) -> str | None:
     if unknown:
         return f"the batches have {', '.join(unknown)}"
     return f"a batch with {', '.join(columns)} needs an attention mask"
+
+
+def _odd_positions(batch: dict[str, Any]) -> str | None:
+    shape, positions = tuple(batch_shape(batch)), batch.get("position_ids")
+    if positions is not None and tuple(positions.shape) not in (shape, (1, *shape[1:])):
+        return f"the batches have position_ids {list(positions.shape)} for tokens {list(shape)}"
+    return None
 
 
 def check_batch(mesh: ParallelMesh, batch: dict[str, Any]) -> None:
@@ -56,11 +62,12 @@ def deal(batch: dict[str, Any], mesh: ParallelMesh, attention: Attention | None)
     Raises:
         ValueError: if the batch needs an attention mask.
     """
-    check_batch(mesh, batch)
     rows, length = batch_shape(batch)
     filled = row_length(mesh, length)
     missing = filled - length
-    documents = documents_of(batch, filled)
+    documents = None if _odd_positions(batch) else documents_of(batch, filled)
+    if documents is None:
+        check_batch(mesh, batch)  # says why
     assert documents is not None and attention is not None
     rest = attention.other_work, attention.shape
     plan = make_context_plan(mesh, rows, length, documents.bounds, attention.windows, *rest)
