@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from tiny import message, random_dataset, training_arguments
 from torch import nn
 
 from hf_nanotron import MatrixOptimizer, NanotronTrainingArguments
+from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.ops.newton_schulz import SCALES, orthogonalize
 from hf_nanotron.optim.muon import Muon
 
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "muon"
 TWO_LAYERS = {"num_hidden_layers": 2}
 TIED = {**TWO_LAYERS, "tie_word_embeddings": True}
 INTERLEAVED = {"pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
@@ -215,6 +219,20 @@ def test_an_optimizer_of_a_user() -> None:
     with pytest.raises(ValueError, match="is no matrix"):
         vector_alone = Polar([vector])
         vector_alone.step()
+
+
+def test_the_example(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A few steps of the script, and a real size whose keys are all known."""
+    spec = importlib.util.spec_from_file_location("train", EXAMPLE / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module  # where dataclasses look up annotations
+    spec.loader.exec_module(module)
+    options = ["--max-steps", "2", "--per-device-train-batch-size", "1", "--output-dir", str(tmp_path)]
+    assert 4.0 < module.main([*options, "--disable_tqdm", "True"]) < 7.0
+    sections, _ = read_settings(EXAMPLE / "real_size.yaml", [])
+    check_complete(sections)
+    assert sections["training"]["optim"] == "muon"
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
