@@ -77,7 +77,7 @@ CALLED: dict[str, str] = {
     # optimizer
     "create_optimizer": f"{_RUN}; an optimizer of yours over `self.model.named_parameters()` is given our shards",
     "create_scheduler": _RUN,
-    "get_optimizer_cls_and_kwargs": "by `create_optimizer`; the optimizer must work element by element",
+    "get_optimizer_cls_and_kwargs": "by `create_optimizer`; it must be element-wise, or a `MatrixOptimizer`",
     "get_decay_parameter_names": "by `create_optimizer`, with the names of the whole layers of this rank",
     "_get_learning_rate": "once a step",
     # the loop
