@@ -31,7 +31,8 @@ def warm_up_batch_size(data: Any, start: int, full: int, tokens: int, increment:
             f"to, {full} (per_device_train_batch_size x data-parallel ranks x gradient_accumulation_steps)."
         )
     sizes = range(start, full, increment)
-    stages, read = [], 0
+    stages: list[Stage] = []
+    read = 0
     for number, size in enumerate([*sizes, full]):
         begins, ends = (tokens * share // len(sizes) for share in (number, number + 1))
         steps = -(-(ends - read) // (size * data.sequence_length))
