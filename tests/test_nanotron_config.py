@@ -521,3 +521,12 @@ def test_stages_of_nanosets_begin_at_their_first_samples(tmp_path: Path) -> None
     for data, leg in zip((alone, mixed, mixed), legs, strict=True):
         for place in (0, 1, 63):
             assert torch.equal(train[leg.first + place]["input_ids"], data[place]["input_ids"])
+
+
+def test_weights_without_decay_keep_none(tmp_path: Path) -> None:
+    """The embedding, which SmolLM3's configurations leave out; another pattern is named."""
+    patterns = [".*token_embedding.*", ".*gate.*"]
+    config = changed(optimizer={"weight_decay_exclude_named_params": patterns})
+    found, comments, _ = convert(tmp_path, config)
+    assert found["training"]["no_weight_decay"] == ["embed_tokens"]
+    assert "optimizer.weight_decay_exclude_named_params" in comments and "all other weights do, but for" in comments

@@ -98,8 +98,9 @@ def measure_file(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[di
     """What each parametrization gives, and whether this process is the first of the job."""
     from ..models.spectral.sizes import with_width
     from ..training_args import NanotronTrainingArguments
+    from .model_config import make_config
     from .settings import read_settings
-    from .train import load_tokenizer, make_config
+    from .train import load_tokenizer
 
     settings, tokenizer_name = read_settings(args.config, overrides)
     if settings["model"].get("config") is None:

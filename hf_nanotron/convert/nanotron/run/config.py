@@ -43,6 +43,8 @@ NUMBERS: dict[str, tuple[str, bool, float]] = {
     "checkpoints.checkpoint_interval": ("save_steps", True, 1),
     "logging.iteration_step_info_interval": ("logging_steps", True, 1),
 }
+# Patterns of weights without decay, and what names these weights here.
+NOT_DECAYED = {".*token_embedding.*": "embed_tokens"}
 NOT_ONE = {"parallelism.expert_parallel_size": "ep_size", "parallelism.context_parallel_size": "cp_size"}
 
 # What has no counterpart, by key or section.
@@ -213,8 +215,12 @@ def _optimizer(keys: Keys, training: dict[str, Any]) -> None:
         keys.note("optimizer.accumulate_grad_in_fp32", "gradients are always summed in fp32")
     excluded = keys.take("optimizer.weight_decay_exclude_named_params", [])
     if training.get("weight_decay"):
+        if named := [NOT_DECAYED[pattern] for pattern in excluded if pattern in NOT_DECAYED]:
+            training["no_weight_decay"] = named
+            excluded = [pattern for pattern in excluded if pattern not in NOT_DECAYED]
         key = "optimizer.weight_decay_exclude_named_params" if excluded else "optimizer.weight_decay"
-        keys.note(key, "norms and biases do not decay here, as in Trainer, and all other weights do")
+        but = f", but for {', '.join(named)}" if named else ""
+        keys.note(key, f"norms and biases do not decay here, as in Trainer, and all other weights do{but}")
 
 
 def _parallelism(keys: Keys, training: dict[str, Any]) -> None:
