@@ -1,0 +1,81 @@
+"""`hf-nanotron coordinate-check`: what a few steps change is of one size at every width, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pool import WorkerPool
+from tiny import message
+
+from hf_nanotron.cli.coordinate_check import slope
+from hf_nanotron.cli.main import build_parser
+
+SHARED = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 64}
+SHARED |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+HEADS = {"intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": HEADS,
+    "qwen3": HEADS,
+    "gemma": HEADS,
+    "mixtral": {**HEADS, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+}
+
+
+def run(folder: str, family: str, tp_size: int, options: list[str], **training: Any) -> dict[str, Any]:
+    """The JSON that the command writes, on every rank of a job."""
+    path, out = Path(folder, f"{family}.yaml"), Path(folder, f"{family}{tp_size}.json")
+    fields = {"output_dir": folder, "learning_rate": 4e-3, "adam_beta2": 0.95, "use_cpu": True, "tp_size": tp_size}
+    fields |= {"parametrization": "spectral", "base_hidden_size": 64, "seed": 0, **training}
+    config = {"model_type": family, **SHARED, "initializer_range": 0.01, **MODELS[family]}
+    path.write_text(yaml.safe_dump({"model": {"config": config, "dtype": "float32"}, "training": fields}))
+    args = build_parser().parse_args(["coordinate-check", str(path), "--json", str(out), *options])
+    args.run(args)
+    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    return found
+
+
+def test_slopes_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--widths", "64", "128", "--steps", "5", "--seeds", "1", "--rows", "4", "--sequence-length", "32"]
+    found = run(str(tmp_path), "llama", 1, options)
+    spectral, standard = (found[name]["slopes"] for name in ("spectral", "standard"))
+    assert list(spectral) == ["embedding", "layer 0", "layer 1", "layer 2", "logits"]
+    assert max(abs(spectral[place]) for place in list(spectral)[:-1]) < 0.15 and abs(spectral["logits"]) < 0.25
+    assert min(standard[f"layer {index}"] for index in range(3)) > 0.5
+    assert "largest slope" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", MODELS)
+def test_slopes(family: str, tp_size: int, pool: WorkerPool, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """At every layer at most 0.1."""
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    options = ["--widths", "64", "128", "256", "--steps", "20", "--seeds", "2"]
+    found = pool.run(tp_size, run, str(tmp_path), family, tp_size, options)[0]
+    slopes = found["spectral"]["slopes"]
+    assert max(map(abs, slopes.values())) <= 0.1, slopes
+    others = [value for place, value in found["standard"]["slopes"].items() if place.startswith(("layer", "logits"))]
+    assert max(others) > 0.3
+
+
+def test_slope_is_that_of_a_line() -> None:
+    assert slope([64, 128, 256], [1.0, 2.0, 4.0]) == pytest.approx(1.0)
+    assert slope([64, 128, 256], [3.0, 3.0, 3.0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "says"),
+    [
+        (["--widths", "64"], {}, "two or more different hidden sizes"),
+        (["--steps", "0"], {}, "--steps 0 must be at least 1"),
+        (["--widths", "64", "96"], {"base_sizes": {"num_key_value_heads": 2}}, "so its size at other widths"),
+        (["--plot", "widths.txt"], {}, "must end with .png"),
+    ],
+)
+def test_options_are_refused(tmp_path: Path, options: list[str], training: dict[str, Any], says: str) -> None:
+    assert says in message(lambda: run(str(tmp_path), "llama", 1, options, **training))
