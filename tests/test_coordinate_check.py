@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,29 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(folder: str, family: str, tp_size: int, options: list[str], **training: Any) -> dict[str, Any]:
-    """The JSON that the command writes, on every rank of a job."""
-    path, out = Path(folder, f"{family}.yaml"), Path(folder, f"{family}{tp_size}.json")
+def write(folder: str, family: str, tp_size: int = 1, **training: Any) -> None:
+    """The file of a run."""
     fields = {"output_dir": folder, "learning_rate": 4e-3, "adam_beta2": 0.95, "use_cpu": True, "tp_size": tp_size}
     fields |= {"parametrization": "spectral", "base_hidden_size": 64, "seed": 0, **training}
-    config = {"model_type": family, **SHARED, "initializer_range": 0.01, **MODELS[family]}
-    path.write_text(yaml.safe_dump({"model": {"config": config, "dtype": "float32"}, "training": fields}))
+    config = {"model_type": family, **SHARED, "initializer_range": 0.02, **MODELS[family]}
+    text = yaml.safe_dump({"model": {"config": config, "dtype": "float32"}, "training": fields})
+    Path(folder, "run.yaml").write_text(text)
+
+
+def run(folder: str, options: list[str]) -> dict[str, Any]:
+    """The JSON that the command writes, on the first rank of a job."""
+    path, out = Path(folder, "run.yaml"), Path(folder, "out.json")
     args = build_parser().parse_args(["coordinate-check", str(path), "--json", str(out), *options])
     args.run(args)
-    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    is_first = os.environ.get("RANK", "0") == "0"
+    found: dict[str, Any] = json.loads(out.read_text()) if is_first else {}
     return found
 
 
 def test_slopes_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--widths", "64", "128", "--steps", "5", "--seeds", "1", "--rows", "4", "--sequence-length", "32"]
-    found = run(str(tmp_path), "llama", 1, options)
+    write(str(tmp_path), "llama")
+    found = run(str(tmp_path), options)
     spectral, standard = (found[name]["slopes"] for name in ("spectral", "standard"))
     assert list(spectral) == ["embedding", "layer 0", "layer 1", "layer 2", "logits"]
     assert max(abs(spectral[place]) for place in list(spectral)[:-1]) < 0.15 and abs(spectral["logits"]) < 0.25
@@ -52,13 +60,28 @@ def test_slopes_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("family", MODELS)
 def test_slopes(family: str, tp_size: int, pool: WorkerPool, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """At every layer at most 0.1."""
+    """At every layer at most 0.1. What logits owe to the initial head fades with the width, so theirs fall at first."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
-    options = ["--widths", "64", "128", "256", "--steps", "20", "--seeds", "2"]
-    found = pool.run(tp_size, run, str(tmp_path), family, tp_size, options)[0]
+    options = [
+        "--widths",
+        "64",
+        "128",
+        "256",
+        "--steps",
+        "10",
+        "--seeds",
+        "2",
+        "--rows",
+        "4",
+        "--sequence-length",
+        "32",
+    ]
+    write(str(tmp_path), family, tp_size)
+    found = pool.run(tp_size, run, str(tmp_path), options)[0]
     slopes = found["spectral"]["slopes"]
-    assert max(map(abs, slopes.values())) <= 0.1, slopes
+    logits = slopes.pop("logits")
+    assert max(map(abs, slopes.values())) <= 0.1 and -0.2 <= logits <= 0.1, (slopes, logits)
     others = [value for place, value in found["standard"]["slopes"].items() if place.startswith(("layer", "logits"))]
     assert max(others) > 0.3
 
@@ -78,4 +101,5 @@ def test_slope_is_that_of_a_line() -> None:
     ],
 )
 def test_options_are_refused(tmp_path: Path, options: list[str], training: dict[str, Any], says: str) -> None:
-    assert says in message(lambda: run(str(tmp_path), "llama", 1, options, **training))
+    write(str(tmp_path), "llama", **training)
+    assert says in message(lambda: run(str(tmp_path), options))

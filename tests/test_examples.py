@@ -392,3 +392,15 @@ def test_a_teacher_is_distilled(pool: WorkerPool, three_sets: Path) -> None:
     sizes = ("--tp-size", "2", "--max-steps", "3", "--teacher", f"{three_sets}/teacher")
     log, _ = run("--output-dir", f"{three_sets}/student", *sizes)
     assert (three_sets / "student" / "model.safetensors").is_file() and log[0]["loss"] > 0
+
+
+# ---- mup ----
+
+
+def test_mup_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the base both parametrizations are the same run; at twice its width they are not."""
+    sweep = load("mup_sweep", EXAMPLES / "mup" / "sweep.py")
+    found = sweep.main(["--widths", "64", "128", "--rates", "0.004", "--steps", "10", "--length", "32"])
+    assert found["standard"][64] == found["spectral"][64]
+    assert found["standard"][128] != found["spectral"][128]
+    assert capsys.readouterr().out.count("*") == 4

@@ -82,14 +82,14 @@ def train(width: int, rate: float, parametrization: str, steps: int, rows: Datas
     return sum(last) / len(last)
 
 
-def main() -> dict[str, dict[int, dict[float, float]]]:
+def main(argv: list[str] | None = None) -> dict[str, dict[int, dict[float, float]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rates", type=float, nargs="+", default=[2**-exponent for exponent in (10, 9, 8, 7, 6, 5)])
     parser.add_argument("--parametrizations", nargs="+", default=["standard", "spectral"])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--length", type=int, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = byte_rows(8 * args.steps, args.length)
     found: dict[str, dict[int, dict[float, float]]] = {}
     for name in args.parametrizations:
