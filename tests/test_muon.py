@@ -210,6 +210,8 @@ def test_long_matrices_are_iterated_on_their_gram_matrix() -> None:
         found, rounded = iterate_gram(batch.bfloat16(), 5, COEFFICIENTS).float(), orthogonalize(batch.bfloat16())
         assert (found - exact).norm() < (rounded.float() - exact).norm()
         assert torch.linalg.svdvals(found).max() < 1.25
+        tall = iterate_gram(batch.mT.contiguous().bfloat16(), 5, COEFFICIENTS).float()
+        assert (tall.mT - exact).norm() < (rounded.float() - exact).norm()
 
 
 class Polar(MatrixOptimizer):

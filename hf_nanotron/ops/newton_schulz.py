@@ -36,12 +36,14 @@ def orthogonalize(
         `[count, rows, columns]`, in the same dtype.
     """
     rows, columns = matrices.shape[1:]
+    is_long = max(rows, columns) >= 2 * min(rows, columns) and matrices.dtype == torch.bfloat16 and steps > 1
+    if is_long and matrices.is_cuda:
+        return iterate_gram(matrices, steps, coefficients)
     x = matrices.mT if rows > columns else matrices
     if matrices.device.type == "cpu":  # a batch of one has the bits of torch's own, matrix by matrix
         found = torch.stack([_iterate(matrix, steps, coefficients) for matrix in x])
     else:
-        is_long = x.shape[2] >= 2 * x.shape[1] and x.dtype == torch.bfloat16 and steps > 1
-        found = (iterate_gram if is_long else _iterate_batch)(x, steps, coefficients)
+        found = _iterate_batch(x, steps, coefficients)
     return found.mT if rows > columns else found
 
 
@@ -69,7 +71,7 @@ def _iterate_batch(x: torch.Tensor, steps: int, coefficients: tuple[float, float
 
 
 def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
-    """The same iteration on the small matrix G = XX^T, with fewer products where rows are long.
+    """The same iteration on the small matrix G = XX^T (X^TX of a tall X), with fewer products for long matrices.
 
     A step multiplies X by P = aI + bG + cG^2, and G becomes PGP: all of them are polynomials of the first G. X is
     multiplied by their product, once in the middle and once at the end; G is computed anew in the middle, since its
@@ -77,12 +79,13 @@ def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, 
     than the plain one in bfloat16.
 
     Args:
-        x: `[count, rows, columns]`, bfloat16, rows <= columns.
+        x: `[count, rows, columns]`, bfloat16.
     """
     a, b, c = coefficients
+    is_tall = x.shape[1] > x.shape[2]
     dtype, x = x.dtype, _normalized(x).to(torch.float16)
     for count in (steps // 2, steps - steps // 2):
-        gram, product = torch.bmm(x, x.mT), None
+        gram, product = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT), None
         for step in range(count):
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal(dim1=1, dim2=2).add_(a)
@@ -90,7 +93,7 @@ def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, 
             if step + 1 < count:
                 gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
         if product is not None:
-            x = torch.bmm(product, x)
+            x = torch.bmm(x, product) if is_tall else torch.bmm(product, x)
     return x.to(dtype)
 
 

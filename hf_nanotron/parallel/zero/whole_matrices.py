@@ -54,7 +54,6 @@ class _Work:
     scatter: _Route
     # Which elements of which segment, and where they go in what is sent.
     prepared: list[tuple[nn.Parameter, int, int, int | None]] = field(default_factory=list)
-    arriving: dict[int, list[tuple[Transfer, int]]] = field(default_factory=dict)  # of the units that we own
 
 
 @dataclass
@@ -64,12 +63,25 @@ class _Moving:
     received: torch.Tensor
     sent: torch.Tensor
     work: Any
+    places: list[tuple[Transfer, int]]
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> list[tuple[Transfer, torch.Tensor]]:
+        """What each transfer has brought."""
         if self.work is not None:
             self.work.wait()
         self.sent = self.received
-        return self.received
+        return [(transfer, self.received[offset : offset + transfer.numel]) for transfer, offset in self.places]
+
+
+@dataclass
+class _Here:
+    """Results on the rank that computed them, when it is the only one."""
+
+    results: Mapping[int, torch.Tensor]
+    places: list[tuple[Transfer, int]]
+
+    def wait(self) -> list[tuple[Transfer, torch.Tensor]]:
+        return [(transfer, self.results[transfer.unit].reshape(-1)) for transfer, _ in self.places]
 
 
 class WholeMatrices:
@@ -114,7 +126,7 @@ class WholeMatrices:
     def run(self, update: MatrixUpdate) -> None:
         """One update of all matrices. All ranks of the group together, those too that hold none."""
         following = self._gather(self._works[0], update) if self._works else None
-        leaving: tuple[_Work, _Moving] | None = None
+        leaving: tuple[_Work, _Moving | _Here] | None = None
         for index, work in enumerate(self._works):
             arriving, following = following, None
             assert arriving is not None
@@ -132,8 +144,6 @@ class WholeMatrices:
 
     def _own_work(self, batch: Batch, parameters: Mapping[str, nn.Parameter]) -> _Work:
         work = _Work(batch, self._route(batch.gather), self._route(batch.scatter))
-        for transfer, offset in work.gather.receives:
-            work.arriving.setdefault(transfer.unit, []).append((transfer, offset))
         sent = {(transfer.unit, transfer.part): (transfer, offset) for transfer, offset in work.gather.sends}
         for number, unit in enumerate(batch.units):
             for one in unit.holdings:
@@ -172,7 +182,7 @@ class WholeMatrices:
 
     def _send(self, sent: torch.Tensor, route: _Route) -> _Moving:
         if self._group.size == 1:
-            return _Moving(sent, sent, None)
+            return _Moving(sent, sent, None, route.receives)
         received, item = self._new(route.receive_sizes), self._dtype.itemsize
         work = dist.all_to_all_single(
             received.view(torch.uint8),  # gloo has no bfloat16
@@ -182,7 +192,7 @@ class WholeMatrices:
             group=self._group.handle,
             async_op=True,
         )
-        return _Moving(received, sent, work)
+        return _Moving(received, sent, work, route.receives)
 
     def _gather(self, work: _Work, update: MatrixUpdate) -> _Moving:
         """Update the state of our segments, and send what the owners need of them."""
@@ -192,8 +202,10 @@ class WholeMatrices:
             update.prepare(parameter, start, stop, out)
         return self._send(sent, work.gather)
 
-    def _scatter(self, work: _Work, results: Mapping[int, torch.Tensor]) -> _Moving:
+    def _scatter(self, work: _Work, results: Mapping[int, torch.Tensor]) -> _Moving | _Here:
         """Send our results to all that hold a part of these matrices."""
+        if self._group.size == 1:  # each of them whole
+            return _Here(results, work.scatter.receives)
         sent = self._new(work.scatter.send_sizes)
         for transfer, offset in work.scatter.sends:
             unit = work.batch.units[transfer.unit]
@@ -211,13 +223,15 @@ class WholeMatrices:
 
     def _compute(self, work: _Work, arriving: _Moving, update: MatrixUpdate) -> dict[int, torch.Tensor]:
         """Number of a unit that we own -> the update of its matrices, `[count, rows, columns]`."""
-        received, units = arriving.wait(), work.batch.units
+        units = work.batch.units
+        arrived: dict[int, list[tuple[Transfer, torch.Tensor]]] = {}
+        for transfer, piece in arriving.wait():
+            arrived.setdefault(transfer.unit, []).append((transfer, piece))
         results: dict[int, torch.Tensor] = {}
         # What is of one shape is one call. What multiplies a part is relative to the first part of its unit.
         alike: dict[tuple[int, tuple[int, ...], float], list[tuple[int, int, torch.Tensor]]] = {}
-        for number, transfers in work.arriving.items():
+        for number, pieces in arrived.items():
             unit = units[number]
-            pieces = [(transfer, received[offset : offset + transfer.numel]) for transfer, offset in transfers]
             results[number] = whole = _assembled(unit, pieces)
             factors = [update.factor(unit.group, *fans) for fans in unit.fans()]
             for index, factor in enumerate(factors):
@@ -238,15 +252,14 @@ class WholeMatrices:
                     results[number] = result
         return results
 
-    def _apply(self, work: _Work, arriving: _Moving, update: MatrixUpdate) -> None:
-        received = arriving.wait()
-        for transfer, offset in work.scatter.receives:
+    def _apply(self, work: _Work, arriving: _Moving | _Here, update: MatrixUpdate) -> None:
+        for transfer, piece in arriving.wait():
             unit = work.batch.units[transfer.unit]
             update.apply(
                 self._parameters[unit.name],
                 transfer.low + transfer.shift,
                 transfer.high + transfer.shift,
-                received[offset : offset + transfer.numel],
+                piece,
                 update.factor(unit.group, *unit.fans()[0]),
             )
 
