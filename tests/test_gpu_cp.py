@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,12 @@ from test_gpu_tp_overlap import be_late, launch
 
 from hf_nanotron.ops.attention import attention
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved, flash_attention_4
+from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.cp import exchange, gather
 from hf_nanotron.parallel.cp.attention import cp_attention, device_layout
 from hf_nanotron.parallel.cp.layout import plan
 from hf_nanotron.parallel.mesh import Group
+from hf_nanotron.training.step import context
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -156,6 +159,19 @@ def test_ranks_in_turn(kernel: str, window: int | None) -> None:
     for rows, heads in itertools.product(CASES.values(), (1, 4)):
         output, *gradients = in_turn(rows, 1024, 4, window, kernel, heads)
         assert output < OUTPUT and max(gradients) < GRADIENT, (rows, heads)
+
+
+def test_batches_that_are_on_the_device_already() -> None:
+    """Those of an evaluation; what they lack (`position_ids`) is made where they are."""
+    ids = torch.arange(24, device=DEVICE).view(2, 12)
+    with mock.patch.object(context, "check_batch"):  # which is told by the attention that a model has
+        mesh: Any = SimpleNamespace(cp_size=2, cp_rank=1, parallel=ParallelConfig(cp_size=2), tp_size=1)
+        attention: Any = SimpleNamespace(windows=(None,), other_work=0.0)
+        dealt = context.deal({"input_ids": ids, "labels": ids}, mesh, attention)
+    assert all(x.device.type == "cuda" for x in dealt.values() if isinstance(x, torch.Tensor))
+    positions, own = dealt["position_ids"], dealt["input_ids"]
+    real = dealt[context.COUNTED].bool() if context.COUNTED in dealt else torch.ones_like(own, dtype=torch.bool)
+    assert torch.equal(positions[real], (own % 12)[real])
 
 
 def over_nccl() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.monitor.memory import MemoryReport, offloaded_bytes
+from hf_nanotron.monitor.memory import MemoryReport, RankStep, offloaded_bytes
 from hf_nanotron.ops.gated_mlp import ACTIVATIONS, gated_mlp
 from hf_nanotron.ops.host_buffers import HostBuffer, HostBuffers
 from hf_nanotron.ops.offload import LayerSaves, Transfers
@@ -401,10 +401,13 @@ def test_a_policy_that_finds_no_attention_to_keep() -> None:
 
 def test_the_report_of_host_memory() -> None:
     config, one = tiny_config(), ParallelConfig()
-    sizes = [offloaded_bytes(config, 64, one, 0, 4, 2, 1.0, "full", share) for share in (0.0, 0.5, 1.0)]
+    sizes = [offloaded_bytes(RankStep(config, 64, one, 0, 4, 2, 1.0, "full", share)) for share in (0.0, 0.5, 1.0)]
     layer = 64 * config.hidden_size * 2
     assert sizes == [0, 2 * layer, 3 * layer]  # of four layers, the last stays
     two = ParallelConfig(pp_size=2)
-    assert [offloaded_bytes(config, 64, two, rank, 4, 2, 1.0, "full", 1.0) for rank in (0, 1)] == [4 * layer, layer]
+    assert [offloaded_bytes(RankStep(config, 64, two, rank, 4, 2, 1.0, "full", 1.0)) for rank in (0, 1)] == [
+        4 * layer,
+        layer,
+    ]
     assert ", and 2.00 GiB of host memory" in str(MemoryReport(1, 2, 3, 4, 5, host=2**31))
     assert MemoryReport(1, 2, 3, 4, 5, host=2**31).total == 15

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.monitor.flops import flops_per_token
-from hf_nanotron.monitor.memory import MemoryReport, activation_bytes
+from hf_nanotron.monitor.memory import MemoryReport, RankStep, activation_bytes
 
 SHAPE = {
     "hidden_size": 256,
@@ -108,12 +108,12 @@ def test_the_estimate_of_activations(checkpointed: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model(input_ids=ids, use_cache=False).last_hidden_state.sum()
     one_stage = ParallelConfig(zero_stage=0)
-    estimate = activation_bytes(config, batch * length, one_stage, 0, 1, 2, checkpointed)
+    estimate = activation_bytes(RankStep(config, batch * length, one_stage, 0, 1, 2, checkpointed))
     estimate -= batch * length * config.vocab_size * 12  # of the logits, which the backbone has not made
     if checkpointed:  # one layer's recomputation comes with its backward
         one, none = (LlamaConfig(**{**SHAPE, "num_hidden_layers": count}) for count in (1, 0))
-        estimate -= activation_bytes(one, batch * length, one_stage, 0, 1, 2, False)
-        estimate += activation_bytes(none, batch * length, one_stage, 0, 1, 2, False)
+        estimate -= activation_bytes(RankStep(one, batch * length, one_stage, 0, 1, 2, False))
+        estimate += activation_bytes(RankStep(none, batch * length, one_stage, 0, 1, 2, False))
     assert estimate == pytest.approx(sum(saved.values()), rel=0.25)
 
 
@@ -136,14 +136,16 @@ def test_the_estimate_of_experts() -> None:
     tokens = 256
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model(input_ids=torch.randint(0, 2048, (2, 128)), use_cache=False).last_hidden_state.sum()
-    estimate = activation_bytes(config, tokens, ParallelConfig(zero_stage=0), 0, 1, 2, False)
+    estimate = activation_bytes(RankStep(config, tokens, ParallelConfig(zero_stage=0), 0, 1, 2, False))
     fourth = tokens * 4 * 4 * 128 * 2  # layers, experts of a token, inner size, bytes
     assert estimate - tokens * config.vocab_size * 12 + fourth == pytest.approx(sum(saved.values()), rel=0.25)
 
 
 def test_a_fused_head_keeps_one_chunk_of_logits() -> None:
     config, sizes = LlamaConfig(**SHAPE), ParallelConfig(pp_size=2)
-    whole, fused = ([activation_bytes(config, 8192, sizes, r, 2, 2, False, kind) for r in (0, 1)] for kind in (0, 1))
+    whole, fused = (
+        [activation_bytes(RankStep(config, 8192, sizes, r, 2, 2, False), kind) for r in (0, 1)] for kind in (0, 1)
+    )
     assert whole[0] == fused[0]
     # bf16 logits, an fp32 copy and both gradients of 8,192 tokens, against bf16 logits of 4,096 and a bf16 gradient.
     assert whole[1] - fused[1] == 8192 * 2048 * 12 - 4096 * 2048 * 2 - 8192 * 256 * 2
@@ -156,9 +158,9 @@ def test_a_model_without_attention_heads_trains_and_reports(pool: WorkerPool) ->
     tokens, inner, item = 16, 64, 4
     layer = 2 * 32 * (4 + item) + 2 * 32 * item + 4 * inner * item
     assert activations > 2 * tokens * layer
-    plain = activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 0.0)
+    plain = activation_bytes(RankStep(config, tokens, ParallelConfig(), 0, 1, item, 0.0))
     assert activations <= plain
-    assert 0 < activation_bytes(config, tokens, ParallelConfig(), 0, 1, item, 1.0, policy="selective") < plain
+    assert 0 < activation_bytes(RankStep(config, tokens, ParallelConfig(), 0, 1, item, 1.0, policy="selective")) < plain
 
 
 def test_a_model_whose_layers_differ_trains_and_reports(pool: WorkerPool) -> None:
@@ -184,12 +186,12 @@ def reported_activations(config: PreTrainedConfig) -> int:
 def test_pipelines_keep_more_on_their_first_stage() -> None:
     config = LlamaConfig(**SHAPE)
     sizes = ParallelConfig(pp_size=4)
-    kept = [activation_bytes(config, 64, sizes, rank, 8, 2, False) for rank in range(4)]
+    kept = [activation_bytes(RankStep(config, 64, sizes, rank, 8, 2, False)) for rank in range(4)]
     assert kept[0] > kept[1] > kept[2]
     everything = ParallelConfig(pp_size=4, pp_schedule="afab")
-    assert activation_bytes(config, 64, everything, 0, 8, 2, False) == 2 * kept[0]
+    assert activation_bytes(RankStep(config, 64, everything, 0, 8, 2, False)) == 2 * kept[0]
     # A micro-batch holds memory until its weight gradients: on every rank as many as on the first.
     split = ParallelConfig(pp_size=4, pp_schedule="zb")
-    assert [activation_bytes(config, 64, split, rank, 8, 2, False) for rank in (0, 2)] == [kept[0], kept[0]]
-    recomputed = [activation_bytes(config, 64, split, rank, 8, 2, True) for rank in (0, 2)]
-    assert activation_bytes(config, 64, sizes, 0, 8, 2, True) < recomputed[0] < recomputed[1]
+    assert [activation_bytes(RankStep(config, 64, split, rank, 8, 2, False)) for rank in (0, 2)] == [kept[0], kept[0]]
+    recomputed = [activation_bytes(RankStep(config, 64, split, rank, 8, 2, True)) for rank in (0, 2)]
+    assert activation_bytes(RankStep(config, 64, sizes, 0, 8, 2, True)) < recomputed[0] < recomputed[1]

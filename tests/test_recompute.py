@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.models.sharding.parallelize import parallelize
-from hf_nanotron.monitor.memory import activation_bytes
+from hf_nanotron.monitor.memory import RankStep, activation_bytes
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare.compile import compile_layers, compiled_parts
 from hf_nanotron.prepare.compile_passes import rewriting
@@ -255,7 +255,7 @@ def test_the_estimate_of_what_is_kept(costs: dict[str, tuple[int, int, int]], ki
 
     def estimate(layers: int, share: float, policy: str = "full") -> int:
         changed = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
-        return activation_bytes(changed, TOKENS, one, 0, 1, 4, share, policy=policy)
+        return activation_bytes(RankStep(changed, TOKENS, one, 0, 1, 4, share, policy=policy))
 
     logits = TOKENS * config.vocab_size * (2 * 4 + 8)
     wanted = estimate(SHAPE["num_hidden_layers"], share, policy) - logits

@@ -16,7 +16,7 @@ from shapes import make_config
 from hf_nanotron import ParallelConfig
 from hf_nanotron.models.sharding.stage_split import EMBEDDING_COST, split_layers
 from hf_nanotron.monitor.flops import IN_LAYERS, NUM_EXPERTS, first_of
-from hf_nanotron.monitor.memory import activation_bytes
+from hf_nanotron.monitor.memory import RankStep, activation_bytes
 from hf_nanotron.parallel.pipeline.schedule import rank_of_stage
 
 USABLE_GIB = 134.0  # of the 139.8 of an H200, less what CUDA, NCCL and the memory that ranks exchange tokens in take
@@ -228,17 +228,8 @@ def estimate(layout: Layout, model: Model, micro_batch: int, micro_batches: int)
     tokens = micro_batch * model.sequence_length
     totals = []
     for rank in range(parallel.pp_size):
-        kept = activation_bytes(
-            model.config,
-            tokens,
-            parallel,
-            rank,
-            micro_batches,
-            BF16,
-            recomputed,
-            fused_head=not layout.peer,
-            policy=policy,
-        )
+        step = RankStep(model.config, tokens, parallel, rank, micro_batches, BF16, recomputed, policy)
+        kept = activation_bytes(step, fused_head=not layout.peer)
         totals.append((state_bytes(seen, model, rank), kept))
     return max(totals, key=sum)
 

@@ -87,20 +87,70 @@ def moment_bytes(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> i
     return tensors * dtype.itemsize * sum(segment.master.numel() for segment in weights.segments)
 
 
-def activation_bytes(
-    config: Any,
-    tokens: int,
-    parallel: ParallelConfig,
-    pp_rank: int,
-    micro_batches: int,
-    item: int,
-    recomputed: float,
-    fused_head: bool = False,
-    policy: str = "full",
-    whole_logits: bool = False,
-    offload: float = 0.0,
-    mlp_tokens: int | None = None,
-) -> int:
+@dataclass(frozen=True)
+class RankStep:
+    """What an optimizer step of one rank runs, as far as its memory depends on it.
+
+    Args:
+        tokens: of one micro-batch.
+        micro_batches: of a step.
+        item: bytes of an element of the compute dtype.
+        recomputed: fraction of the layers that recompute their activations.
+        policy: what they keep (`prepare/recompute.py`): `"full"`, `"selective"` or `"all_but_attention"`.
+        offload: fraction of them that keep it on the host (`prepare/offload.py`).
+        mlp_tokens: tokens of a block of the MLPs, None for all at once (`prepare/mlp_chunks.py`).
+    """
+
+    config: Any
+    tokens: int
+    parallel: ParallelConfig
+    pp_rank: int
+    micro_batches: int
+    item: int
+    recomputed: float
+    policy: str = "full"
+    offload: float = 0.0
+    mlp_tokens: int | None = None
+
+    @property
+    def text(self) -> Any:
+        """The config of the text model, or of its layer with the widest attention."""
+        text = self.config.get_text_config()
+        return max(layer_configs(text), key=_attention_elements, default=text)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the MLPs take blocks of tokens."""
+        return self.mlp_tokens is not None and not first_of(self.text, NUM_EXPERTS)
+
+    @property
+    def between(self) -> int:
+        """Bytes of a token between two layers."""
+        cut = self.parallel.tp_size if self.parallel.sequence_parallel else 1
+        return int(self.text.hidden_size * self.item // cut)
+
+    @property
+    def less(self) -> int:
+        """Bytes of a token that a layer keeps which recomputes the rest."""
+        if self.policy == "full":
+            return self.between
+        return _kept_bytes(self.text, self.parallel, self.item, self.policy, self.in_blocks)
+
+    @property
+    def layers(self) -> int:
+        """Of a stage."""
+        return -(-self.text.num_hidden_layers // self.parallel.num_stages)
+
+    @property
+    def away(self) -> float:
+        """Layers of a stage that offload: the last of the model stays on the device."""
+        recomputed, is_last = self.layers * self.recomputed, self.pp_rank == self.parallel.pp_size - 1
+        if not self.offload:
+            return 0.0
+        return max(0.0, min(math.ceil(self.offload * recomputed), recomputed - is_last))
+
+
+def activation_bytes(step: RankStep, fused_head: bool = False, whole_logits: bool = False) -> int:
     """Estimate of what one rank keeps for backward, of a decoder run layer by layer with fused attention.
 
     Per token and layer: both norms keep their input in fp32 and their output, the attention its input, queries, keys,
@@ -113,38 +163,25 @@ def activation_bytes(
     recurrence (Mamba) counts as an MLP, without what its scan keeps.
 
     Args:
-        tokens: of one micro-batch.
-        micro_batches: of a step.
-        item: bytes of an element of the compute dtype.
-        recomputed: fraction of the layers that recompute their activations.
-        policy: what they keep (`prepare/recompute.py`): `"full"`, `"selective"` or `"all_but_attention"`.
-        offload: fraction of them that keep it on the host (`prepare/offload.py`).
-        mlp_tokens: tokens of a block of the MLPs, None for all at once (`prepare/mlp_chunks.py`).
         fused_head: whether the head computes the loss itself (`models/head.py`).
         whole_logits: whether the slices of the vocabulary are joined for the loss (`models/logits.py`).
     """
-    text, tp = config.get_text_config(), parallel.tp_size
-    text = max(layer_configs(text), key=_attention_elements, default=text)
-    hidden = text.hidden_size
+    text, parallel, item, tokens = step.text, step.parallel, step.item, step.tokens
+    tp, hidden, layers, recomputed = parallel.tp_size, text.hidden_size, step.layers, step.recomputed
     cut = tp if parallel.sequence_parallel else 1
-    between = hidden * item // cut
-    in_blocks = mlp_tokens is not None and not first_of(text, NUM_EXPERTS)
-    mlp = 0 if in_blocks else _mlp_elements(text) * item // tp
+    mlp = 0 if step.in_blocks else _mlp_elements(text) * item // tp
     layer = 2 * hidden * (4 + item) // cut + 2 * hidden * item
     layer += _attention_elements(text) * item // tp + mlp
     layer += 2 * hidden * (first_of(text, TOP_K) or 0) * item + 8 * (first_of(text, NUM_EXPERTS) or 0)
-    layers = -(-text.num_hidden_layers // parallel.num_stages)
-    chunks = _chunks_in_flight(parallel, pp_rank, micro_batches)
-    less = between if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
-    away = _offloaded_layers(layers * recomputed, offload, pp_rank == parallel.pp_size - 1)
+    chunks, less, away = _chunks_in_flight(parallel, step.pp_rank, step.micro_batches), step.less, step.away
     kept = round(chunks * ((layers * recomputed - away) * less + layers * (1 - recomputed) * layer))
     kept += round(min(2, away) * less)
     if recomputed:
-        kept += layer if policy == "full" else layer - less
+        kept += layer if step.policy == "full" else layer - less
         if parallel.splits_backward:
-            behind = (parallel.pp_size - pp_rank - 1) * (1 if parallel.pp_virtual_stages == 1 else 2)
+            behind = (parallel.pp_size - step.pp_rank - 1) * (1 if parallel.pp_virtual_stages == 1 else 2)
             kept += round(max(1, chunks - behind) * layers * layer * recomputed)
-    if pp_rank != parallel.pp_size - 1:
+    if step.pp_rank != parallel.pp_size - 1:
         return tokens * kept
     norm, vocabulary = hidden * (4 + item) // cut, -(-text.vocab_size // tp)
     if whole_logits:  # beside our slice; in 16 bits, the loss is computed from a copy in fp32
@@ -156,32 +193,13 @@ def activation_bytes(
     return tokens * (kept + norm + hidden * item) + min(tokens, chunk_size(tokens, row)) * row
 
 
-def offloaded_bytes(
-    config: Any,
-    tokens: int,
-    parallel: ParallelConfig,
-    pp_rank: int,
-    micro_batches: int,
-    item: int,
-    recomputed: float,
-    policy: str,
-    offload: float,
-    mlp_tokens: int | None = None,
-) -> int:
-    """Estimate of the host memory of one rank's offloaded activations; arguments as of `activation_bytes`.
+def offloaded_bytes(step: RankStep) -> int:
+    """Estimate of the host memory of one rank's offloaded activations.
 
     Of compiled layers: others keep attention's output on the device (`ops/keep.py`).
     """
-    text = config.get_text_config()
-    text = max(layer_configs(text), key=_attention_elements, default=text)
-    cut = parallel.tp_size if parallel.sequence_parallel else 1
-    in_blocks = mlp_tokens is not None and not first_of(text, NUM_EXPERTS)
-    own = text.hidden_size * item // cut
-    less = own if policy == "full" else _kept_bytes(text, parallel, item, policy, in_blocks)
-    layers = -(-text.num_hidden_layers // parallel.num_stages) * recomputed
-    away = _offloaded_layers(layers, offload, pp_rank == parallel.pp_size - 1)
-    chunks = _chunks_in_flight(parallel, pp_rank, micro_batches, until_weights=False)
-    return round(tokens * chunks * away * less)
+    chunks = _chunks_in_flight(step.parallel, step.pp_rank, step.micro_batches, until_weights=False)
+    return round(step.tokens * chunks * step.away * step.less)
 
 
 def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int) -> int:
@@ -196,11 +214,6 @@ def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int
     heads = max(1, elements // max(1, sum(head_dims(text))) // parallel.tp_size)
     at_once = min(heads, parallel.cp_kv_heads_per_gather or -(-heads // 4))
     return tokens * at_once * sum(head_dims(text)) * 5 * item
-
-
-def _offloaded_layers(recomputed: float, offload: float, is_last: bool) -> float:
-    """Of so many recomputed layers of a stage: the last of the model stays on the device."""
-    return max(0.0, min(math.ceil(offload * recomputed), recomputed - is_last)) if offload else 0.0
 
 
 def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, mlp_in_blocks: bool = False) -> int:

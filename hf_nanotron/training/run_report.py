@@ -17,6 +17,7 @@ from ..models.base import ParallelModel
 from ..monitor.flops import squared_lengths
 from ..monitor.memory import (
     MemoryReport,
+    RankStep,
     activation_bytes,
     fullest,
     gathered_bytes,
@@ -102,7 +103,7 @@ def report_memory(
     """
     model, weights, host = state.model, state.weights, state.host
     length, mesh = _sample_length(dataset, model), model.mesh
-    step = (
+    step = RankStep(
         model.config,
         args.per_device_train_batch_size * -(-length // mesh.cp_size),
         args.parallel,
@@ -110,20 +111,18 @@ def report_memory(
         args.gradient_accumulation_steps,
         model.dtype.itemsize,
         len(state.recomputed) / max(1, model.config.get_text_config().num_hidden_layers),
+        args.activation_checkpointing_policy,
+        args.activation_offload,
+        args.mlp_chunk_tokens,
     )
-    kept: dict[str, Any] = {
-        "policy": args.activation_checkpointing_policy,
-        "offload": args.activation_offload,
-        "mlp_tokens": args.mlp_chunk_tokens,
-    }
     fused = model.linear_head is not None and not model.makes_logits
-    activations = activation_bytes(*step, fused_head=fused, whole_logits=model.makes_logits, **kept)
+    activations = activation_bytes(step, fused, model.makes_logits)
     rows = args.per_device_train_batch_size * length
     activations += gathered_bytes(model.config, rows, args.parallel, model.dtype.itemsize)
     held = weights.bytes_held()
     beside = [parameter for other in frozen if other is not None for parameter in other.model.parameters()]
     held["parameters"] += fp8_bytes(model) + sum(parameter.nbytes for parameter in beside)
-    held["moments"], away = moment_bytes(optimizer, weights), offloaded_bytes(*step, **kept)
+    held["moments"], away = moment_bytes(optimizer, weights), offloaded_bytes(step)
     if host is not None:
         elements = sum(segment.master.numel() for segment in weights.segments)
         moved = {"masters": host.master_bytes, "moments": held["moments"] * host.elements // max(1, elements)}
