@@ -364,6 +364,11 @@ class NanotronTrainingArguments(SecretlessArguments):
                 f"optim_offload={self.optim_offload!r} must be a fraction of the optimizer's state: from 0 (none) to 1 "
                 "(all)."
             )
+        if self.optim_offload and optim == MUON:
+            raise ValueError(
+                f"optim_offload={self.optim_offload} with optim='muon': a direction needs whole matrices, and the "
+                "state is on the device in parts; use optim_offload=0, or optim='adamw_torch_fused'."
+            )
         if self.optim_offload and self.ema_decay is not None:
             raise ValueError(
                 f"optim_offload={self.optim_offload} with ema_decay={self.ema_decay}: the moving average is on the "

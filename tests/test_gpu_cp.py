@@ -165,7 +165,8 @@ def test_batches_that_are_on_the_device_already() -> None:
     """Those of an evaluation; what they lack (`position_ids`) is made where they are."""
     ids = torch.arange(24, device=DEVICE).view(2, 12)
     with mock.patch.object(context, "check_batch"):  # which is told by the attention that a model has
-        mesh: Any = SimpleNamespace(cp_size=2, cp_rank=1, device=torch.device(DEVICE), tp_size=1)
+        group = Group((0, 1), 1, None)
+        mesh: Any = SimpleNamespace(cp=group, cp_size=2, cp_rank=1, device=torch.device(DEVICE), tp_size=1)
         mesh.parallel = ParallelConfig(cp_size=2)
         attention: Any = SimpleNamespace(windows=(None,), other_work=0.0)
         dealt = context.deal({"input_ids": ids, "labels": ids}, mesh, attention)

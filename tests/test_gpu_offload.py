@@ -206,7 +206,7 @@ def train(output: Any, fraction: float, resume: str | None) -> list[float]:
         output_dir=str(output), max_steps=4, save_steps=2, logging_steps=1, bf16=True, torch_compile=False,
         optim_state_dtype="bfloat16", optim_offload=fraction, report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 2})
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 2})  # type: ignore[arg-type]
     rows = [{"input_ids": torch.arange(256) * (3 + i) % 500, "labels": torch.arange(256) % 500} for i in range(64)]
     model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
     trainer = NanotronTrainer(model=model, args=args, train_dataset=rows, data_collator=default_data_collator)

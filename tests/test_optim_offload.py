@@ -171,7 +171,8 @@ class Weights:
     """A `ShardedWeights` that has segments alone."""
 
     def __init__(self, segments: list[Segment]) -> None:
-        self.segments, self.published = segments, []
+        self.segments = segments
+        self.published: list[bool] = []
 
     def take_written(self, compare: bool) -> None: ...
 
@@ -269,6 +270,11 @@ def test_fractions(value: Any) -> None:
 def test_a_moving_average() -> None:
     with pytest.raises(ValueError, match=r"optim_offload=1.0 with ema_decay=0.9: the moving average is on the device"):
         NanotronTrainingArguments(**training_arguments(optim_offload=1.0, ema_decay=0.9))
+
+
+def test_muon() -> None:
+    with pytest.raises(ValueError, match=r"optim_offload=1.0 with optim='muon': a direction needs whole matrices"):
+        NanotronTrainingArguments(**training_arguments(optim_offload=1.0, optim="muon"))
 
 
 class Counting(torch.optim.SGD):
