@@ -101,7 +101,8 @@ def make_row(pool: WorkerPool, family: str, columns: list[str], folder: Path) ->
         AssertionError: if ranks disagree about a refusal, or the Hub files differ from those that stock writes.
     """
     path = folder / "reference.pt"
-    torch.save({numbers: reference(family, numbers) for numbers in (TWO_STEPS, ONE_STEP)}, path)
+    asked = {COLUMNS[name]["micro_batches"] for name in columns}
+    torch.save({numbers: reference(family, numbers) for numbers in asked}, path)
     row: dict[str, Cell] = {}
     for ranks in sorted({ranks_of(name) for name in columns}, reverse=True):
         names = [name for name in columns if ranks_of(name) == ranks]
