@@ -152,7 +152,7 @@ NOT_SETTINGS: dict[str, tuple[bytes | None, str]] = {
     "list": (b"- training\n", "holds a list"),
     "text": (b"training", "holds a str"),
     "number": (b"5", "holds a int"),
-    "number as a key": (b"5: {}\n", "unknown key 5; known keys are model, dataset, training, tokenizer."),
+    "number as a key": (b"5: {}\n", "unknown key 5; known keys are model, dataset, doremi, training, tokenizer."),
     "list for a section": (b"training: [max_steps, 5]\n", "training: ['max_steps', 5] must be a mapping"),
     "text for a section": (b"model: llama\n", "model: 'llama' must be a mapping"),
     "number for a section": (b"dataset: 0\n", "dataset: 0 must be a mapping"),
@@ -302,7 +302,7 @@ HINTS: dict[str, str] = {
     # and none at all
     "training: {xyzzy: 1}": "unknown key training.xyzzy; known keys are output_dir, per_device_train_batch_size,",
     "dataset: {qwkj: 1}": "unknown key dataset.qwkj; known keys are path, name, data_files,",
-    "qwkj: 1": "unknown key qwkj; known keys are model, dataset, training, tokenizer.",
+    "qwkj: 1": "unknown key qwkj; known keys are model, dataset, doremi, training, tokenizer.",
 }
 
 
