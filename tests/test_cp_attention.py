@@ -273,12 +273,14 @@ def test_ranks_have_as_many_groups() -> None:
 
 EIGHT_B = HeadShape(32, 8, 128, 128)
 CHOICES: list[tuple[int, int, list[int] | None, int | None, HeadShape, str]] = [
-    (2, 32768, None, None, EIGHT_B, "gather"),
-    (4, 32768, None, None, EIGHT_B, "heads"),
+    (2, 32768, None, None, EIGHT_B, "heads"),  # measured, as the next two
+    (2, 131072, None, None, EIGHT_B, "heads"),
+    (2, 131072, [1024] * 8 + [98304, 24576], None, EIGHT_B, "heads"),
     (8, 131072, None, None, EIGHT_B, "heads"),
+    (2, 131072, None, 4096, EIGHT_B, "gather"),
     (8, 131072, None, 4096, EIGHT_B, "gather"),
     (8, 131072, [2000] * 65 + [1072], None, EIGHT_B, "gather"),
-    (8, 131072, [65536] * 2, None, EIGHT_B, "gather"),
+    (8, 131072, [65536] * 2, None, EIGHT_B, "heads"),
     (8, 131072, None, None, HeadShape(12, 4, 128, 128), "gather"),  # 8 does not divide 12
     (8, 131072, None, None, HeadShape(24, 3, 128, 128), "gather"),  # nor one of 8 and 3 the other
 ]

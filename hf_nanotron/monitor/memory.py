@@ -222,6 +222,7 @@ def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, m
     The output of the attention and its sums; queries, keys, values, gate and up. A layer recomputed as a whole also
     keeps its input, and with matmuls the outputs of its two blocks (the last only if not compiled); one recomputed
     block by block (with tensor parallelism or experts) the inputs of norms and blocks, and with matmuls their outputs.
+    Context parallelism by heads also keeps what it sends; `cp_mode="auto"` counts as such.
     """
     tp, hidden, top_k = parallel.tp_size, config.hidden_size, first_of(config, TOP_K) or 0
     heads, (_, value_dim) = attention_heads(config), head_dims(config)
@@ -231,6 +232,8 @@ def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, m
         outside, blocks = 3 * hidden, 4 * hidden + 2 * hidden * top_k
     else:
         inside, outside, blocks = heads * (value_dim * item + 4), hidden, (2 + top_k) * hidden
+    if parallel.cp_size > 1 and parallel.cp_mode != "gather":  # what was sent: there, and back
+        inside += (_attention_elements(config) - heads * value_dim) * item
     if tp == 1 and not top_k:
         return outside * item + inside
     cut = tp if parallel.sequence_parallel else 1

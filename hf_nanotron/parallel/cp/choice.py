@@ -2,14 +2,13 @@
 
 A layer's forward and backward together, 2 bytes a number, with T tokens of a rank, S of all rows, n ranks, Q the
 features of queries and outputs, E those of keys and values (E' if repeated for ranks without a key-value head), R
-tokens that a rank receives from others, in G groups of heads:
+tokens that a rank receives from others:
 
-- "gather" copies E * (12 (R + T) + 22 T) + 8 T Q / 2, and 2 S E if an all-gather brings R, else 26 R E; 6 R E / G are
-  sent while nothing is computed. In rows of which all ranks need most tokens, kernels over parts of a row lose what
-  `SPLIT_ROW` says.
+- "gather" copies E * (12 (R + T) + 22 T) + 8 T Q / 2, and 2 S E if an all-gather brings R, else 26 R E; 6 R E are sent
+  beside kernels. In rows of which all ranks need most tokens, kernels over parts of a row lose what `SPLIT_ROW` says.
 - "heads" copies 16 T (Q + E') and sends 4 (n - 1) / n T (Q + E') while nothing is computed.
 
-So long whole rows go by heads over four ranks or more, and short documents and windows gather what they need.
+So rows of long documents go by heads, and short documents and windows gather what they need.
 """
 
 from __future__ import annotations
@@ -17,16 +16,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .exchange import Exchange
-from .gather import groups_worth_sending
 
-# Bytes in memory that a GPU moves in the time of one over NVLink: 3 TB/s and 300 GB/s.
-LINK = 10
+# Bytes in memory, at 3 TB/s, that cost the time of one over NVLink. Measured on two H200, ten layers of Llama-3.1-8B
+# (docs/design/context_parallelism.md): "heads" showed 3.2 ms of communication a layer at 32k tokens and 11.4 ms at
+# 128k, 104 and 118 GB/s.
+LINK = 25
+
+# The same for one that is sent beside kernels, from which it takes multiprocessors: "gather" computed 3.6 ms a layer
+# longer than "heads" at 32k and 15 ms at 128k, and showed 0.7 and 5.5 ms of communication. What `SPLIT_ROW` and copies
+# do not explain of that is 46 and 59.
+BESIDE = 50
 
 # Bytes for each token of the rows and feature of queries and outputs, in the time that kernels lose: measured on an
 # H200 with heads of an 8B, 1 to 2 ms a layer at 32k and 4 ms at 128k, whatever the number of ranks.
 SPLIT_ROW = 15
 
-MARGIN = 0.8  # of gathering: what is counted is not known better, and gathering needs no heads to divide
+MARGIN = 0.8  # of gathering, which takes less memory: 52 GiB and not 65 there, at 128k
 
 
 class HeadShape(NamedTuple):
@@ -57,7 +62,7 @@ def cheaper(shape: HeadShape, size: int, tokens: int, exchange: Exchange) -> str
     repeated = max(shape.kv_heads, size) * width
     received = exchange.most_received
     gather: float = keys * (12 * (received + tokens) + 22 * tokens) + 4 * tokens * queries
-    gather += LINK * 6 * received * keys / groups_worth_sending(2 * received * keys)
+    gather += BESIDE * 6 * received * keys
     if exchange.is_all:
         gather += size * tokens * (2 * keys + SPLIT_ROW * queries)
     else:
