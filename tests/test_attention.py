@@ -70,8 +70,12 @@ def masked(
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("value_dim", [8, 6])
-def test_operator(packed: bool, window: int | None, value_dim: int) -> None:
+@pytest.mark.parametrize("block", [4, 256])
+def test_operator(
+    packed: bool, window: int | None, value_dim: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Output and gradients, with fewer key-value heads than heads, from views that are not contiguous."""
+    monkeypatch.setattr("hf_nanotron.ops.kernels.attention.QUERIES_AT_ONCE", block)
     generator = torch.Generator().manual_seed(0)
     sizes = ((4, 8), (2, 8), (2, value_dim))
     leaves = [torch.randn(2, h, LENGTH, d, generator=generator, requires_grad=True) for h, d in sizes]

@@ -69,6 +69,7 @@ def plain(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("block", [2, 256])
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [
@@ -77,7 +78,15 @@ def plain(
         ([0, 1, 2, 2, 2], [0, 7, 8, 8, 12]),  # one without either
     ],
 )
-def test_bounds_of_their_own(queries: list[int], keys: list[int], window: int | None, dtype: torch.dtype) -> None:
+def test_bounds_of_their_own(
+    queries: list[int],
+    keys: list[int],
+    window: int | None,
+    dtype: torch.dtype,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_nanotron.ops.kernels.attention.QUERIES_AT_ONCE", block)
     generator = torch.Generator().manual_seed(0)
     sizes = ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2))
     inputs = [torch.randn(*size, 8, generator=generator, dtype=dtype, requires_grad=True) for size in sizes]

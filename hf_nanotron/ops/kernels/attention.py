@@ -170,6 +170,10 @@ def _flash_window(problem: Problem) -> dict[str, int]:
 
 # ---- one document after another: for any device and dtype. On a GPU the host waits for the bounds ----
 
+# Queries of a document whose scores are in memory at once, each with the keys that they see: half of the work of whole
+# rows, and scores of 16,384 keys are 16 MiB a head.
+QUERIES_AT_ONCE = 256
+
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
     """Of one document, `[heads, S, D]` in fp32 or better -> `[heads, S of q, S of k]`, -inf for what is not seen."""
@@ -185,16 +189,22 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
     return exact.repeat_interleave(heads // exact.shape[0], 0)
 
 
-def _documents(problem: Problem, q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice]]:
-    """The queries and the keys of each document."""
+def _blocks(problem: Problem, q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Some queries of a document and the keys that they see, which are aligned as those of `Problem` are."""
     cuts = (itertools.pairwise(bounds.tolist()) for bounds in _both_bounds(problem, q, k))
-    return [(slice(*queries), slice(*keys)) for queries, keys in zip(*cuts, strict=True)]
+    found = []
+    for (begin, end), (first, last) in zip(*cuts, strict=True):
+        for start in range(begin, end, QUERIES_AT_ONCE):
+            stop, ahead = min(start + QUERIES_AT_ONCE, end), last - end
+            near = first if problem.window is None else max(first, start + ahead - problem.window + 1)
+            found.append((slice(start, stop), slice(near, stop + ahead)))
+    return found
 
 
 def _by_document_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
     shape, heads, outputs, sums = (*q.shape[:3], v.shape[-1]), q.shape[2], [], []
     every_q, every_k, every_v = _flat(q, k, v)
-    for queries, keys in _documents(problem, q, k):
+    for queries, keys in _blocks(problem, q, k):
         one_q, one_k, one_v = (_heads_first(x, heads) for x in (every_q[queries], every_k[keys], every_v[keys]))
         scores = _scores(one_q, one_k, problem.scale, problem.window)
         sums.append(scores.logsumexp(-1))
@@ -204,21 +214,21 @@ def _by_document_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prob
 
 def _by_document_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
     q, k, v, output, sums = saved
-    heads, parts = q.shape[2], []
+    heads = q.shape[2]
     every_q, every_k, every_v, every_grad, every_output = _flat(q, k, v, grad, output)
-    for queries, keys in _documents(problem, q, k):
+    exact = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (every_q, every_k, every_v))
+    for queries, keys in _blocks(problem, q, k):
         one_q, one_grad, one_output = (_heads_first(x[queries], heads) for x in (every_q, every_grad, every_output))
         one_k, one_v = (_heads_first(x[keys], heads) for x in (every_k, every_v))
         scores = _scores(one_q, one_k, problem.scale, problem.window)
         chances = (scores - sums[:, queries, None]).exp()
         slopes = one_grad @ one_v.transpose(1, 2) - (one_grad * one_output).sum(-1, keepdim=True)
         slopes = problem.scale * chances * slopes
-        found = slopes @ one_k, slopes.transpose(1, 2) @ one_q, chances.transpose(1, 2) @ one_grad
-        parts.append([_heads_last(x, like) for x, like in zip(found, (q, k, v), strict=True)])
-    dq, dk, dv = (
-        torch.cat(part).to(x.dtype).view(x.shape) for part, x in zip(zip(*parts, strict=True), (q, k, v), strict=True)
-    )
-    return dq, dk, dv
+        dq[queries] += _heads_last(slopes @ one_k, q)
+        dk[keys] += _heads_last(slopes.transpose(1, 2) @ one_q, k)
+        dv[keys] += _heads_last(chances.transpose(1, 2) @ one_grad, v)
+    return dq.to(q.dtype).view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
 def _heads_last(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
