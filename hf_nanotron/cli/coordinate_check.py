@@ -22,6 +22,9 @@ slope, in doublings of the change for each doubling of the width, is near 0. The
 of a run, in other widths; its section training says the parametrization, the optimizer and the sizes. The standard
 parametrization is measured beside it. Tokens are random, or with --data those of the YAML file.
 
+A head that is not tied begins at zero: what logits owe to an initial head fades with the width in every
+parametrization, and would hide what is learned. --initial-head keeps its values.
+
 Under torchrun the models are sharded as the file says (tp_size, zero_stage, ...):
 
   torchrun --nproc-per-node 2 -m hf_nanotron.cli coordinate-check CONFIG.yaml --widths 64 128 256 --set tp_size 2"""
@@ -33,12 +36,13 @@ def add_coordinate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--widths", type=int, nargs="+", metavar="N", help="hidden sizes (default: the base's, 2 and 4 times it)"
     )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="models of each width (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows of the batch (default: %(default)s)")
     parser.add_argument(
         "--sequence-length", type=int, default=64, metavar="N", help="tokens of a row (default: %(default)s)"
     )
+    parser.add_argument("--initial-head", action="store_true", help="do not begin with a head of zeros")
     parser.add_argument("--data", action="store_true", help="take the first rows of the file's training data")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the numbers")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw them (pip install hf-nanotron[plot])")
@@ -141,7 +145,7 @@ def measure_file(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[di
             training.base_hidden_size, training.base_sizes = (
                 (None, None) if sizes is None else (sizes.base_hidden_size, dict(sizes.base_sizes))
             )
-            found[name] = measure(configs, training, rows, args.seeds)
+            found[name] = measure(configs, training, rows, args.seeds, args.initial_head)
         return found, training.process_index == 0
 
 
@@ -167,18 +171,27 @@ def _rows(args: argparse.Namespace, settings: Any, tokenizer: Any, training: Any
     raise ValueError(f"--data: the training data has {len(found)} rows, fewer than --rows {args.rows}.")
 
 
-def measure(configs: dict[int, Any], training: Any, rows: list[list[int]], seeds: int) -> Measured:
-    """Train a model of each config `seeds` times, on one batch, as a run with these arguments would. All ranks."""
+def measure(
+    configs: dict[int, Any], training: Any, rows: list[list[int]], seeds: int, initial_head: bool = False
+) -> Measured:
+    """Train a model of each config `seeds` times, on one batch, as a run with these arguments would. All ranks.
+
+    Args:
+        initial_head: whether the head keeps its initial values, or begins at zero where it is not tied (Yang et al.
+            2022, arXiv:2203.03466, appendix D.2).
+    """
     found = Measured(list(configs))
     for config in configs.values():
-        runs = [_train(config, training, rows, seed) for seed in range(seeds)]
+        runs = [_train(config, training, rows, seed, initial_head) for seed in range(seeds)]
         for place in runs[0][0]:
             found.changes.setdefault(place, []).append(sum(changes[place] for changes, _ in runs) / seeds)
         found.losses.append(sum(loss for _, loss in runs) / seeds)
     return found
 
 
-def _train(config: Any, training: Any, rows: list[list[int]], seed: int) -> tuple[dict[str, float], float]:
+def _train(
+    config: Any, training: Any, rows: list[list[int]], seed: int, initial_head: bool
+) -> tuple[dict[str, float], float]:
     """The changes of what each place puts out, and the mean loss of the steps."""
     import torch
     from datasets import Dataset
@@ -190,6 +203,9 @@ def _train(config: Any, training: Any, rows: list[list[int]], seed: int) -> tupl
 
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, parallel=training.parallel, parametrization=training.spectral)
+    if not (initial_head or config.get_text_config().tie_word_embeddings):
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.data.zero_()  # before the optimizer copies it
     dataset = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
     trainer = NanotronTrainer(model=model, args=training, train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
