@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import explained
 from .plotting import check_picture
@@ -22,8 +22,8 @@ slope, in doublings of the change for each doubling of the width, is near 0. The
 of a run, in other widths; its section training says the parametrization, the optimizer and the sizes. The standard
 parametrization is measured beside it. Tokens are random, or with --data those of the YAML file.
 
-A head that is not tied begins at zero: what logits owe to an initial head fades with the width in every
-parametrization, and would hide what is learned. --initial-head keeps its values.
+A head that is not tied begins at zero: what logits owe to the initial head of the spectral parametrization fades with
+the width, and would hide what is learned. --initial-head keeps its values.
 
 Under torchrun the models are sharded as the file says (tp_size, zero_stage, ...):
 
@@ -204,7 +204,7 @@ def _train(
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, parallel=training.parallel, parametrization=training.spectral)
     if not (initial_head or config.get_text_config().tie_word_embeddings):
-        for parameter in model.get_output_embeddings().parameters():
+        for parameter in cast(torch.nn.Module, model.get_output_embeddings()).parameters():
             parameter.data.zero_()  # before the optimizer copies it
     dataset = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
     trainer = NanotronTrainer(model=model, args=training, train_dataset=dataset)
