@@ -50,7 +50,7 @@ def run(folder: str, options: list[str]) -> dict[str, Any]:
 
 def test_slopes_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(str(tmp_path), "llama")
-    found = run(str(tmp_path), ["--widths", "64", "128", "--seeds", "1", *BATCH])
+    found = run(str(tmp_path), ["--widths", "64", "256", "--seeds", "1", *BATCH])
     spectral, standard = (found[name]["slopes"] for name in ("spectral", "standard"))
     assert list(spectral) == ["embedding", "layer 0", "layer 1", "layer 2", "logits"]
     assert max(map(abs, spectral.values())) <= 0.15
