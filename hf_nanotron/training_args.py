@@ -389,9 +389,6 @@ class NanotronTrainingArguments(SecretlessArguments):
                 f"attention='stock' with cp_size={self.cp_size}: the model's own attention would see the tokens of one "
                 "rank alone; use attention='auto', or cp_size=1."
             )
-        for name in ("moe_bias_update_rate", "z_loss_coefficient"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
         check_muon(self)
         self._check_fp8()
         self._check_mlp_chunks()

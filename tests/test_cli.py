@@ -21,10 +21,10 @@ from pool import WorkerPool
 from safetensors.torch import load_file
 from tiny import VOCABULARY, random_dataset, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from hf_nanotron.cli import data as cli_data, main, table_data, train as cli_train
-from hf_nanotron.cli.model_config import make_config
+from hf_nanotron.cli.model_config import changed_config, make_config
 from hf_nanotron.cli.settings import check_complete, read_settings
 
 DATA = Path(__file__).parent / "data" / "nanotron"
@@ -455,6 +455,21 @@ def test_weights_with_another_config(pool: WorkerPool, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_other_positions_scale_those_of_the_weights(tmp_path: Path, field: str) -> None:
+    """A scaling keeps the base of a model, and scales from the length that it was trained with."""
+    LlamaConfig(rope_theta=5e5, max_position_embeddings=64).save_pretrained(tmp_path)
+    longer = {field: {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 256}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 64}
+    assert changed_config(str(tmp_path), longer).rope_parameters == yarn
+    assert changed_config(str(tmp_path), {**longer, "rope_theta": 1e6}).rope_parameters == {**yarn, "rope_theta": 1e6}
+    changed_config(str(tmp_path), longer).save_pretrained(tmp_path)
+    off = {"rope_type": "default", "rope_theta": 5e5}
+    assert changed_config(str(tmp_path), {field: None}).rope_parameters == off
+    with pytest.raises(ValueError, match="rope_parameters"):
+        changed_config(str(tmp_path), {field: "yarn"})
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -462,6 +477,7 @@ def test_weights_with_another_config(pool: WorkerPool, tmp_path: Path) -> None:
         ({"num_attention_heads": 5}, "model.config_overrides"),
         ({"intermediate_size": 50}, "but the config implies"),
         ({"num_hidden_layers": 3}, "lacks 9 tensors"),
+        ({"rope_theta": "1e6x"}, "model.config_overrides.rope_theta='1e6x' must be a number above 0"),
     ],
 )
 def test_overrides_that_do_not_fit_are_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:

@@ -303,6 +303,7 @@ def test_muon_needs_the_initial_values_alone(tmp_path: Path) -> None:
         ({"optim": "sgd"}, "does not depend on the gradient's"),
         ({"optim": "muon"}, "use muon_scale='spectral'"),
         ({"base_sizes": {"head_dim": 0}}, "must be a whole number, at least 1"),
+        ({"base_sizes": {"hidden_size": 32}}, "is the hidden size, which base_hidden_size="),
         ({"base_sizes": "{"}, "neither a mapping"),
         ({"parametrization": "mup"}, "not one of"),
     ],

@@ -73,6 +73,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("remote_start_timeout", "remote_wait_timeout"), COUNT),
     **dict.fromkeys(("remote_retry_seconds", "remote_retry_max_seconds"), Limit(0, excluded=True)),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "muon_learning_rate"), RATE),
+    **dict.fromkeys(("moe_bias_update_rate", "z_loss_coefficient"), RATE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "muon_momentum"), SHARE),
     "muon_ns_steps": Limit(1, below=100),
     **dict.fromkeys(("seed", "data_seed"), SEED),

@@ -82,6 +82,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--widths must be two or more different hidden sizes, such as --widths 64 128 256.")
     if args.plot is not None:
         check_picture("--plot", args.plot)
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: {args.json.absolute().parent} is not a folder.")
     overrides = [part for key, value in args.set for part in (f"--{key}", value)]
     found, is_first = measure_file(args, overrides)
     if not is_first:

@@ -40,6 +40,17 @@ SYNONYMS: dict[str, str] = {
         ),
         "clip_grad grad_clip gradient_clipping max_norm": "training.max_grad_norm",
         "optimizer": "training.optim",
+        "muon_lr lr_muon": "training.muon_learning_rate",
+        "muon_beta": "training.muon_momentum",
+        "mup use_mup": "training.parametrization (spectral)",
+        "mup_base_hidden_size base_width": "training.base_hidden_size",
+        "ema use_ema ema_rate": "training.ema_decay",
+        "z_loss z_loss_coef z_loss_weight lm_z_loss": "training.z_loss_coefficient",
+        "rampup_batch_size batch_size_rampup": (
+            "training.batch_size_warmup_tokens (with batch_size_warmup_start and batch_size_warmup_increment)"
+        ),
+        "weight_decay_exclude_named_params": "training.no_weight_decay",
+        "optimizer_cpu_offload optimizer_offload_fraction offload_optimizer": "training.optim_offload",
         "zero": "training.zero_stage",
         "recompute recompute_layer recompute_granularity": "training.activation_checkpointing",
         "precision mixed_precision": "training.bf16",

@@ -19,6 +19,9 @@ from .settings import SECTIONS
 _CONFIG_READS = re.compile(r"""kwargs\.(?:pop|get)\(\s*"(\w+)"|"(\w+)" in kwargs""")
 _MODEL_READS = re.compile(r"""getattr\(\s*(?:self\.)?config,\s*"(\w+)\"""")
 
+# Types of rope_parameters that know how long the rows were before. Transformers would take the new length.
+_FROM_SHORT = ("yarn", "longrope", "llama3")
+
 
 def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
     """A config of `model_type` with these fields; the size of the vocabulary and special tokens are the tokenizer's.
@@ -46,19 +49,43 @@ def make_config(fields: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
 def changed_config(name: str, fields: Mapping[str, Any], **source: Any) -> PreTrainedConfig:
     """The config of a folder or a Hub id with other values for some `fields`.
 
-    `rope_theta` is one of the `rope_parameters`, and changes that one alone. `source`: where on the Hub, such as
-    `revision`.
+    `rope_theta` is one of the `rope_parameters`, and changes that one alone. Other `rope_parameters` (`rope_scaling`
+    before transformers 5) keep it, and scale from the positions of the stored config. `source`: where on the Hub, such
+    as `revision`.
     """
     config = AutoConfig.from_pretrained(name, **source)
     refuse_unknown("model.config_overrides.", fields, known_fields(config), SECTIONS)
-    values = {**config.to_dict(), **fields}
-    if "rope_theta" in fields and isinstance(rope := values.get("rope_parameters"), dict):
-        if any(isinstance(value, dict) for value in rope.values()):
+    stored = config.to_dict()
+    values = {**stored, **fields}
+    if isinstance(rope := stored.get("rope_parameters"), dict):
+        theta = {key: values.pop(key) for key in ("rope_theta",) if key in fields}
+        given = [values.pop(key) for key in ("rope_scaling", "rope_parameters") if key in fields]
+        if theta and not _is_flat(rope):
             raise ValueError(
                 f"model.config_overrides.rope_theta: the layers of {name!r} have several; give rope_parameters instead."
             )
-        values["rope_parameters"] = {**rope, "rope_theta": values.pop("rope_theta")}
+        values["rope_parameters"] = _changed_rope(stored, given[0]) if given else rope
+        if theta and isinstance(values["rope_parameters"], dict):
+            values["rope_parameters"] = {**values["rope_parameters"], **theta}
     return _checked("model.config_overrides", dict(fields), values)
+
+
+def _changed_rope(stored: Mapping[str, Any], given: Any) -> Any:
+    """The `rope_parameters` that are `given` (None: without scaling), with what they leave of a `stored` config's."""
+    rope = stored["rope_parameters"]
+    given = {"rope_type": "default"} if given is None else given
+    if not isinstance(given, dict) or not _is_flat(rope) or not _is_flat(given):
+        return given
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if given.get("rope_type", given.get("type")) in _FROM_SHORT:
+        before = rope.get("original_max_position_embeddings", stored.get("max_position_embeddings"))
+        kept["original_max_position_embeddings"] = before
+    return {**kept, **given}
+
+
+def _is_flat(rope: Mapping[str, Any]) -> bool:
+    """Whether these `rope_parameters` are those of all layers, not a mapping for each type of layer."""
+    return not any(isinstance(value, dict) for value in rope.values())
 
 
 def known_fields(config: PreTrainedConfig) -> list[str]:
@@ -83,6 +110,9 @@ def _checked(section: str, fields: Mapping[str, Any], values: dict[str, Any]) ->
     Raises:
         ValueError: for a value that the config class does not take, or that has no effect beside the others.
     """
+    theta = fields.get("rope_theta")
+    if "rope_theta" in fields and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0):
+        raise ValueError(f"{section}.rope_theta={theta!r} must be a number above 0.")
     default = AutoConfig.for_model(values["model_type"])
     for name, value in values.items():  # transformers refuses 0 where it declares 0.0
         if type(value) is int and type(getattr(default, name, None)) is float:

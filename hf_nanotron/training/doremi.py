@@ -152,6 +152,8 @@ class DoReMi:
                 "doremi weighs domains, and the training data has no names for any: use a Mixture, or a dataset with "
                 "`domain_names` and a column `domain`."
             )
+        if len(names) == 1:
+            raise ValueError(f"doremi weighs domains, and {names[0]!r} is the only one; use a Mixture of two or more.")
         self._proxy, self._reference = proxy, reference
         run = DomainWeights(names, self.rate, self.smoothing, proxy.model.mesh.device)
         if checkpoint is not None:

@@ -33,7 +33,7 @@ class Spectral:
         base_sizes: other fields of its config that are not in proportion to the hidden size.
 
     Raises:
-        ValueError: for sizes that are not whole numbers above 0.
+        ValueError: for sizes that are not whole numbers above 0, or a second hidden size.
     """
 
     base_hidden_size: int
@@ -43,6 +43,11 @@ class Spectral:
         for name, size in {"base_hidden_size": self.base_hidden_size, **self.base_sizes}.items():
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r} of the base model must be a whole number, at least 1.")
+        if twice := [name for name in HIDDEN if name in self.base_sizes]:
+            raise ValueError(
+                f"base_sizes: {twice[0]!r} is the hidden size, which base_hidden_size={self.base_hidden_size} says; "
+                "leave it out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {"base_hidden_size": self.base_hidden_size, "base_sizes": dict(self.base_sizes)}
@@ -77,6 +82,8 @@ def with_width(
     fields = {key: value for key, value in vars(text).items() if key not in HIDDEN}
     if unknown := [name for name in sizes if not hasattr(text, name)]:
         raise ValueError(f"{where}: {unknown[0]!r} is no field of a {text.model_type!r} config.")
+    if others := [name for name in sizes if isinstance(getattr(text, name), str | bool | float | dict)]:
+        raise ValueError(f"{where}: {others[0]!r} of a {text.model_type!r} config is no size.")
     text.hidden_size = hidden_size
     for name in WIDTHS:
         value = fields.get(name)
