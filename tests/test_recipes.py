@@ -150,12 +150,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `prepare.py` writes, small."""
     folder = tmp_path_factory.mktemp("recipes")
     prepare = load("recipes_prepare", EXAMPLES / "mixture_and_stages" / "prepare.py")
-    prepare.main(["--output-dir", str(folder), "--max-chars", "400000", "--vocab-size", "320"])
+    prepare.main(["--output-dir", str(folder), "--max-chars", "150000", "--vocab-size", "320"])
     return folder
 
 
 SHORT = ("--max_steps=4", "--warmup_steps=1", "--logging_steps=1", "--use_cpu", "--disable_tqdm", "--save_strategy=no")
 SHORT = (*SHORT, "--gradient_accumulation_steps=2", "--per_device_train_batch_size=1")
+NO_EVALUATION = "--dataset.eval=null"
 
 
 def run(path: str, *overrides: str) -> tuple[int, str, list[dict[str, Any]]]:
@@ -182,15 +183,16 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
 def test_three_stages_and_longer_rows(pool: WorkerPool, tokens: Path, tmp_path: Path) -> None:
     """Mixtures change, the last with the rate; the second run has the weights, and the rows and theta it is given."""
     decay = "--lr_scheduler_kwargs={num_decay_steps: 1, decay_type: linear}"
-    stages = ("--dataset.stages.1.start_tokens=512", "--dataset.stages.2.start_tokens=768", decay, "--tp_size=2")
-    status, errors, log = pool.run(2, run, small("smollm3/run.yaml", tokens, tmp_path), *SHORT, *stages)[0]
+    stages = ("--dataset.stages.1.start_tokens=512", "--dataset.stages.2.start_tokens=768", decay)
+    path = small("smollm3/run.yaml", tokens, tmp_path)
+    status, errors, log = pool.run(1, run, path, *SHORT, *stages, NO_EVALUATION)[0]
     assert status == 0, errors
     assert [entry["epoch"] for entry in log if "loss" in entry] == [0.5, 1, 2, 3] and losses(log)[-1] < losses(log)[0]
     pretrained = AutoModelForCausalLM.from_pretrained(tmp_path / "pretrained")
     assert pretrained.config.no_rope_layers == [1, 1, 1, 0]
     assert pretrained.config.rope_parameters["rope_theta"] == 5e4
 
-    still = ("--learning_rate=0", "--cp_size=2", "--max_steps=1")
+    still = ("--learning_rate=0", "--cp_size=2", "--max_steps=1", NO_EVALUATION)
     status, errors, log = pool.run(2, run, small("smollm3/long.yaml", tokens, tmp_path), *SHORT, *still)[0]
     assert status == 0, errors
     long = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
@@ -213,13 +215,13 @@ def test_two_ranks_have_the_losses_of_one(
 ) -> None:
     if name != "mamba/hybrid.yaml" and not request.config.getoption("full_matrix"):
         pytest.skip("needs --full-matrix")
-    path = small(name, tokens, tmp_path)
+    path, few = small(name, tokens, tmp_path), ("--max_steps=3", NO_EVALUATION)
     alone = ("--ep_size=1", "--gradient_accumulation_steps=4") if not sizes else sizes[1:]
-    status, errors, expected = pool.run(1, run, path, *SHORT, *alone, f"--output_dir={tmp_path}/one")[0]
+    status, errors, expected = pool.run(1, run, path, *SHORT, *few, *alone, f"--output_dir={tmp_path}/one")[0]
     assert status == 0, errors
-    status, errors, got = pool.run(2, run, path, *SHORT, *sizes, f"--output_dir={tmp_path}/two")[0]
+    status, errors, got = pool.run(2, run, path, *SHORT, *few, *sizes, f"--output_dir={tmp_path}/two")[0]
     assert status == 0, errors
-    assert losses(got) == pytest.approx(losses(expected), rel=1e-4) and len(losses(got)) == 4
+    assert losses(got) == pytest.approx(losses(expected), rel=1e-4) and len(losses(got)) == 3
     assert ("moe/load_max_over_mean" in got[0]) == name.startswith("moe/")
     generate = pipeline("text-generation", model=str(tmp_path / "two"))
     assert generate("def ", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("def ")

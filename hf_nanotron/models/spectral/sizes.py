@@ -68,12 +68,12 @@ class Spectral:
 
 
 def with_width(
-    config: PreTrainedConfig, hidden_size: int, sizes: Mapping[str, int] | None = None, where: str = "sizes"
+    config: PreTrainedConfig, hidden_size: int, sizes: Mapping[str, int] | None = None, where: str | None = None
 ) -> PreTrainedConfig:
     """A config like this one with another width: each field of `WIDTHS` in proportion, but for those in `sizes`.
 
     Args:
-        where: what `sizes` is called, for errors.
+        where: what `sizes` is called, for errors; None if the user cannot give any.
     """
     sizes = dict(sizes or {})
     scaled = copy.deepcopy(config)
@@ -91,9 +91,11 @@ def with_width(
             continue
         values = value if isinstance(value, list) else [value]
         if any(number * hidden_size % width for number in values):
+            near = {name: max(1, values[0] * hidden_size // width)}
+            instead = f"say what it is at hidden_size={hidden_size}, such as {where}={near}"
             raise ValueError(
-                f"{name}={value} cannot become {hidden_size}/{width} of itself, as hidden_size does; say what it is at "
-                f"hidden_size={hidden_size}, such as {where}={{{name!r}: {max(1, values[0] * hidden_size // width)}}}."
+                f"{name}={value} cannot become {hidden_size}/{width} of itself, as hidden_size does; "
+                f"{instead if where else 'choose another width'}."
             )
         new = [number * hidden_size // width for number in values]
         setattr(text, name, new if isinstance(value, list) else new[0])
