@@ -103,6 +103,13 @@ EXPECTED: dict[str, dict[str, tuple[str, int, tuple[int, ...]]]] = {
         "transformer.h.0.attn.c_attn.weight": ("matrix", 64, (64, 64, 64)),
         "transformer.h.0.mlp.c_proj.weight": ("matrix", 256, (64,)),
     },
+    "gpt_neox": {"gpt_neox.layers.0.attention.query_key_value.weight": ("matrix", 64, (64, 64, 64))},
+    "falcon": {"transformer.h.0.self_attention.query_key_value.weight": ("matrix", 64, (64, 16, 16))},
+    "qwen3_5_text": {"model.layers.0.linear_attn.in_proj_qkv.weight": ("matrix", 64, (32, 32, 64))},
+    "qwen3_next": {
+        "model.layers.0.linear_attn.in_proj_qkvz.weight": ("matrix", 64, (32, 32, 64, 64)),
+        "model.layers.0.linear_attn.in_proj_ba.weight": ("matrix", 64, (4, 4)),
+    },
 }
 
 
@@ -113,11 +120,18 @@ def test_roles_are_those_of_the_code(family: str) -> None:
     assert found == EXPECTED[family]
 
 
-def test_interleaved_gates_are_taken_apart() -> None:
-    """GPT-OSS stores the outputs of gate and up by turns."""
-    role = weight_roles(dissect(stock_model("gpt_oss")))["model.layers.0.mlp.experts.gate_up_proj"]
-    assert role.out_dim == 2 and role.parts is not None
-    assert role.parts[0][:2] == ((0, 1), (2, 3)) and role.parts[1][:2] == ((1, 2), (3, 4))
+@pytest.mark.parametrize(
+    ("family", "name", "first"),
+    [
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj", ((0, 1), (2, 3))),
+        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight", ((0, 16), (48, 64))),
+    ],
+)
+def test_interleaved_layers_are_taken_apart(family: str, name: str, first: Any) -> None:
+    """GPT-OSS stores the outputs of gate and up by turns, GPT-NeoX query, key and value of each head."""
+    role = weight_roles(dissect(stock_model(family)))[name]
+    assert role.parts is not None and role.parts[0][:2] == first
+    assert [ranges[0][0] for ranges in role.parts] == [index * first[0][1] for index in range(len(role.parts))]
 
 
 # ---- parameter groups ----

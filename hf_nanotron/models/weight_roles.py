@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -133,75 +133,126 @@ OTHER: dict[tuple[str, str], tuple[int | None, str]] = {
 
 # ---- layers that are stored together ----
 
-
-def _in_turn(*sizes: int) -> tuple[Ranges, ...]:
-    """Layers of these sizes, one after the other."""
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return tuple(((start, start + size),) for start, size in zip(starts, sizes, strict=True))
+Parts = tuple[Ranges, ...]
 
 
 @functools.cache
-def _alternating(size: int, count: int) -> tuple[Ranges, ...]:
-    """Outputs of `count` layers by turns."""
-    return tuple(tuple((at, at + 1) for at in range(index, size, count)) for index in range(count))
+def _in_turn(*sizes: int, groups: int = 1) -> Parts:
+    """Layers of these sizes, one after the other, in each of so many groups."""
+    whole, found, start = sum(sizes), [], 0
+    for size in sizes:
+        found.append(tuple((at + start, at + start + size) for at in range(0, groups * whole, whole)))
+        start += size
+    return tuple(found)
 
 
-def _mamba2(mixer: Any) -> Sequence[int]:
+def _mamba2(mixer: Any) -> Parts:
     """Gate, input, the two maps of each group's state, and a step for each head."""
     state = mixer.n_groups * mixer.ssm_state_size
-    return mixer.intermediate_size, mixer.intermediate_size, state, state, mixer.num_heads
+    return _in_turn(mixer.intermediate_size, mixer.intermediate_size, state, state, mixer.num_heads)
 
 
-def _attention(attention: Any) -> Sequence[int]:
+def _attention(attention: Any) -> Parts:
     """Queries, keys and values."""
     config, width = attention.config, attention.head_dim
-    return tuple(width * heads for heads in (config.num_attention_heads, *(config.num_key_value_heads,) * 2))
+    return _in_turn(*(width * heads for heads in (config.num_attention_heads, *(config.num_key_value_heads,) * 2)))
 
 
-_MAMBA: Mapping[str, Callable[[Any], Sequence[int]]] = {
-    "in_proj": lambda mixer: (mixer.intermediate_size,) * 2,
-    "x_proj": lambda mixer: (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size),
+def _by_heads(attention: Any) -> Parts:
+    """Query, key and value of one head after the other."""
+    module: Any = getattr(attention, "query_key_value", None) or attention.qkv_proj
+    width = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+    return _in_turn(width, width, width, groups=module.out_features // (3 * width))
+
+
+def _falcon(attention: Any) -> Parts:
+    """The queries that share a key and a value, that key and that value."""
+    heads, width = attention.num_heads, attention.head_dim
+    return _in_turn(heads // attention.num_kv_heads * width, width, width, groups=attention.num_kv_heads)
+
+
+def _bigcode(attention: Any) -> Parts:
+    width = attention.head_dim
+    if attention.multi_query:
+        return _in_turn(attention.embed_dim, width, width)
+    return _in_turn(width, width, width, groups=attention.num_heads)
+
+
+def _delta_rule(mixer: Any) -> Parts:
+    """Queries, keys and values."""
+    return _in_turn(mixer.key_dim, mixer.key_dim, mixer.value_dim)
+
+
+def _delta_rule_by_heads(mixer: Any) -> Parts:
+    """For each head of keys: query, key, and value and gate of the heads of values that share it."""
+    values = mixer.value_dim // mixer.num_k_heads
+    return _in_turn(mixer.head_k_dim, mixer.head_k_dim, values, values, groups=mixer.num_k_heads)
+
+
+def _rates_by_heads(mixer: Any) -> Parts:
+    """For each head of keys: the two rates of the heads of values that share it."""
+    shared = mixer.num_v_heads // mixer.num_k_heads
+    return _in_turn(shared, shared, groups=mixer.num_k_heads)
+
+
+Fused = Mapping[str, Callable[[Any], Parts]]
+_BY_HEADS: Fused = {"query_key_value": _by_heads}
+_DELTA_RULE: Fused = {"in_proj_qkv": _delta_rule}
+_MAMBA: Fused = {
+    "in_proj": lambda mixer: _in_turn(mixer.intermediate_size, mixer.intermediate_size),
+    "x_proj": lambda mixer: _in_turn(mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size),
 }
-_MAMBA2: Mapping[str, Callable[[Any], Sequence[int]]] = {"in_proj": _mamba2}
-_CONVOLUTION: Mapping[str, Callable[[Any], Sequence[int]]] = {
-    "in_proj": lambda block: (block.in_proj.out_features // 3,) * 3,
-}
+_MAMBA2: Fused = {"in_proj": _mamba2}
+_CONVOLUTION: Fused = {"in_proj": lambda block: _in_turn(*(block.in_proj.out_features // 3,) * 3)}
 
 # Class of a block -> linear layer inside it -> the outputs of the layers that it stores, for those that no plan cuts
 # apart.
-FUSED: dict[str, Mapping[str, Callable[[Any], Sequence[int]]]] = {
+FUSED: dict[str, Fused] = {
     "BambaMixer": _MAMBA2,
+    "BloomAttention": _BY_HEADS,
+    "CodeGenAttention": {"qkv_proj": lambda a: _in_turn(*(a.embed_dim // a.mp_num,) * 3, groups=a.mp_num)},
+    "FalconAttention": {"query_key_value": _falcon},
     "FalconH1Mixer": _MAMBA2,
     "FalconMambaMixer": _MAMBA,
-    "GPT2Attention": {"c_attn": lambda attention: (attention.embed_dim,) * 3},
+    "GPT2Attention": {"c_attn": lambda attention: _in_turn(*(attention.embed_dim,) * 3)},
+    "GPTBigCodeAttention": {"c_attn": _bigcode},
+    "GPTNeoXAttention": _BY_HEADS,
     "GraniteMoeHybridMambaLayer": _MAMBA2,
     "JambaMambaMixer": _MAMBA,
     "Lfm2MoeShortConv": _CONVOLUTION,
     "Lfm2ShortConv": _CONVOLUTION,
     "Lfm3ShortConv": _CONVOLUTION,
+    "LaraMiniGatedDeltaNet": _DELTA_RULE,
     "Mamba2Mixer": _MAMBA2,
     "MambaMixer": _MAMBA,
-    "MptAttention": {"Wqkv": lambda attention: (attention.hidden_size,) * 3},
+    "MiniMaxLightningAttention": {"qkv_proj": _by_heads},
+    "MptAttention": {"Wqkv": lambda attention: _in_turn(*(attention.hidden_size,) * 3)},
     "NemotronHMamba2Mixer": _MAMBA2,
+    "PersimmonAttention": _BY_HEADS,
     "Phi3Attention": {"qkv_proj": _attention},
     "Phi4MultimodalAttention": {"qkv_proj": _attention},
+    "Qwen3NextGatedDeltaNet": {"in_proj_qkvz": _delta_rule_by_heads, "in_proj_ba": _rates_by_heads},
+    "Qwen3_5GatedDeltaNet": _DELTA_RULE,
+    "Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
+    "Qwen4ExpTextGatedDeltaNet": _DELTA_RULE,
 }
 
 
-def _fused(anatomy: Anatomy) -> dict[str, tuple[Ranges, ...]]:
+def _fused(anatomy: Anatomy) -> dict[str, Parts]:
     """Weight or bias of a linear layer -> the outputs of each of the layers that it stores."""
-    found: dict[str, tuple[Ranges, ...]] = {}
+    found: dict[str, Parts] = {}
     for path in packed_linears(anatomy):
         half = cast(nn.Linear, anatomy.model.get_submodule(path)).out_features // 2
         found[join(path, "weight")] = found[join(path, "bias")] = _in_turn(half, half)
     for path, block in anatomy.blocks():
-        for name, sizes in (row_of(FUSED, block) or {}).items():
-            found[join(path, name, "weight")] = found[join(path, name, "bias")] = _in_turn(*sizes(block))
+        for name, parts in (row_of(FUSED, block) or {}).items():
+            found[join(path, name, "weight")] = found[join(path, name, "bias")] = parts(block)
     return found
 
 
-def _gate_and_up(module: nn.Module, leaf: str, size: int) -> tuple[Ranges, ...] | None:
+def _gate_and_up(module: nn.Module, leaf: str, size: int) -> Parts | None:
     """The two layers that stacked experts store in one weight, with the names of transformers' common interface."""
     if not leaf.startswith("gate_up_proj") or not (is_experts(module) or row_of(STACKED, module) is not None):
         return None
-    return _in_turn(size // 2, size // 2) if getattr(module, "is_concatenated", True) else _alternating(size, 2)
+    half = size // 2
+    return _in_turn(half, half) if getattr(module, "is_concatenated", True) else _in_turn(1, 1, groups=half)

@@ -74,9 +74,8 @@ def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, 
     """The same iteration on the small matrix G = XX^T (X^TX of a tall X), with fewer products for long matrices.
 
     A step multiplies X by P = aI + bG + cG^2, and G becomes PGP: all of them are polynomials of the first G. X is
-    multiplied by their product, once in the middle and once at the end; G is computed anew in the middle, since its
-    rounding errors would grow. In float16, whose range suffices for what has norm 1: nearer to the iteration in fp32
-    than the plain one in bfloat16.
+    multiplied by their product after at most three steps; then G is computed anew, since its rounding errors grow. In
+    float16, whose range suffices for what has norm 1: nearer to the iteration in fp32 than the plain one in bfloat16.
 
     Args:
         x: `[count, rows, columns]`, bfloat16.
@@ -84,7 +83,8 @@ def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, 
     a, b, c = coefficients
     is_tall = x.shape[1] > x.shape[2]
     dtype, x = x.dtype, _normalized(x).to(torch.float16)
-    for count in (steps // 2, steps - steps // 2):
+    parts = max(2, -(-steps // 3))
+    for count in ((steps + part) // parts for part in range(parts)):
         gram, product = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT), None
         for step in range(count):
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -71,6 +71,7 @@ class MatrixOptimizer(AdamW):
         self.matrix_defaults = {**own, **(matrix_defaults or {})}
         self.skips_next = False  # the next step leaves the matrices as they are, on every rank
         self._whole: WholeMatrices | None = None
+        self.device = torch.device("cpu")
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **adamw)
 
     def direction(self, matrices: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
@@ -121,7 +122,7 @@ class MatrixOptimizer(AdamW):
                 for parameter in of_group["params"]:
                     held[parameter] = Held(group.rank, *pieces[parameter], number)
         arguments = (device, self.matrix_dtype, self.cost, self.batch_elements)
-        self._whole = WholeMatrices(held, layouts, group, *arguments)
+        self._whole, self.device = WholeMatrices(held, layouts, group, *arguments), device
         return len(self._whole)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -172,7 +173,7 @@ class MatrixOptimizer(AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"matrix_dtype": self.matrix_dtype, "batch_elements": self.batch_elements, "_whole": None}
-        return {**super().__getstate__(), **own, "matrix_defaults": self.matrix_defaults, "skips_next": False}
+        return {**super().__getstate__(), **own, "matrix_defaults": self.matrix_defaults, "device": self.device}
 
 
 class _Update:
@@ -182,13 +183,13 @@ class _Update:
         self._optimizer = optimizer
         self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self._scale, self._found = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        on_gpu = any(parameter.is_cuda for parameter in self._groups)
+        # Of all ranks alike: one that holds no parameter takes part in the exchange too.
+        on_gpu = optimizer.device.type == "cuda"
         # On the CPU the flag can be read, and says the same on all ranks.
         self.is_skipped = not on_gpu and self._found is not None and bool(self._found != 0)
         if on_gpu:
-            device = next(iter(self._groups)).device
             self._scale, self._found = (
-                None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+                None if scalar is None else scalar.to(optimizer.device, torch.float32, non_blocking=True)
                 for scalar in (self._scale, self._found)
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -285,13 +286,37 @@ def _assembled(unit: Unit, pieces: Sequence[tuple[Transfer, torch.Tensor]]) -> t
 
 def _chosen(whole: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
     """What `ranges` of a dimension select."""
-    pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    dim %= whole.dim()
+    if (blocks := _blocks(whole, dim, ranges)) is not None:
+        return blocks.flatten(dim, dim + 1)
+    return torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
 
 
 def _put(whole: torch.Tensor, dim: int, ranges: Ranges, values: torch.Tensor) -> None:
     """Write `values` to what `ranges` of a dimension select."""
+    dim %= whole.dim()
+    if (blocks := _blocks(whole, dim, ranges)) is not None:
+        blocks.copy_(values.unflatten(dim, (len(ranges), -1)))
+        return
     offset = 0
     for start, stop in ranges:
         whole.narrow(dim, start, stop - start).copy_(values.narrow(dim, offset, stop - start))
         offset += stop - start
+
+
+def _blocks(whole: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor | None:
+    """A view of what `ranges` select, `[..., ranges, length, ...]`, if they come at equal distances: rows by turns may
+    be thousands.
+    """
+    period = _period(ranges, whole.shape[dim])
+    start, stop = ranges[0]
+    return None if period is None else whole.unflatten(dim, (-1, period)).narrow(dim + 1, start, stop - start)
+
+
+@functools.cache
+def _period(ranges: Ranges, size: int) -> int | None:
+    """The distance of `ranges` if they are one in each of equal parts of a dimension; None if they are not."""
+    start, stop = ranges[0]
+    period = ranges[1][0] - start if len(ranges) > 1 else size
+    found = tuple((at, at + stop - start) for at in range(start, size, period))
+    return period if size % period == 0 and stop <= period and found == ranges else None
