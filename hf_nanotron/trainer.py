@@ -24,16 +24,16 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveColumnsCollator
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, PredictionOutput, RemoveColumnsCollator
 from transformers.utils import logging
 
 from .checkpoint.directory.save import Save
-from .checkpoint.files.repository import AVERAGE_FOLDER, unlink_link, unlink_links
+from .checkpoint.files.repository import AVERAGE_FOLDER, copy_average, drop_average, unlink_link, unlink_links
 from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.file import AVERAGE
-from .checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, load_training_state
+from .checkpoint.state.training_state import DIRECTORY, load_training_state
 from .data.domain_column import domain_names
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
@@ -75,12 +75,12 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.batch_warmup import batch_metrics, with_batch_warmup
-from .training.checkpointer import Checkpointer, load_weights, write_companions, write_trainer_state
+from .training.checkpointer import Checkpointer, load_rest, load_weights, write_companions, write_trainer_state
 from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
-from .training.doremi import DoReMi, check_domains, check_doremi
+from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
@@ -432,6 +432,8 @@ class NanotronTrainer(Trainer):
             self.weights.wait()
             state = self.optimizer, self.lr_scheduler, self._average
             extra = load_training_state(checkpoint, self.mesh, self.weights.segments, *state)
+            if self.doremi is None and self.mesh.rank == 0:
+                warn_without_doremi(extra, os.fspath(checkpoint))
             if self._has_own_schedule:
                 saved, warns = extra.get(SCHEDULE), self.mesh.rank == 0
                 self._schedule.resume(saved, self.lr_scheduler, os.fspath(checkpoint), warns)
@@ -659,6 +661,8 @@ class NanotronTrainer(Trainer):
         if self._average is not None:
             with self._averaged():
                 save_hub_model(self.model, directory / AVERAGE_FOLDER)
+        elif self.mesh.rank == 0:
+            drop_average(directory)
         self._write_companions(directory)
 
     # ---- the end ----
@@ -683,11 +687,7 @@ class NanotronTrainer(Trainer):
         self._checkpointer.finish()
         self.weights.wait()
         self._load_from_checkpoint(best)
-        if has_training_state(best):
-            load_masters(best, self.mesh, self.weights.segments)
-            load_buffers(best, self.model)
-            self.weights.publish()
-            self.weights.wait()
+        load_rest(best, self.model, self.weights, self._average)
 
     # ---- evaluation and prediction ----
 
@@ -955,6 +955,14 @@ class NanotronTrainer(Trainer):
             if self.is_world_process_zero():
                 unlink_links(Path(cast(str, self.args.output_dir)))
             self._push_from_checkpoint(str(directory))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, which copies the weights to the folder that it pushes, with the average beside them."""
+        in_progress = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not in_progress)
+        if pushes and self.is_world_process_zero():
+            copy_average(Path(checkpoint_folder), Path(cast(str, self.args.output_dir)))
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[no-untyped-call]
 
     def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
         model = unwrap(model)

@@ -143,6 +143,7 @@ def test_refusals(folder: str, tmp_path: Path) -> None:
     assert "batch_size_warmup_tokens=9 needs batch_size_warmup_start" in message(
         lambda: make(batch_size_warmup_tokens=9)
     )
+    assert "batch_size_warmup_tokens=256 needs max_steps" in message(lambda: make(**WARMUP, max_steps=-1))
     assert "batch_size_warmup_start=0 must be at least 1" in message(lambda: make(batch_size_warmup_start=0))
     args = make(**{**WARMUP, "gradient_accumulation_steps": 4})
     model = StockAuto.from_config(tiny_config())
@@ -151,3 +152,8 @@ def test_refusals(folder: str, tmp_path: Path) -> None:
     assert "batch_size_warmup_start=4 must be at least 1 and below" in with_data(data(folder))
     staged = Stages([Stage(data(folder))])
     assert "batch_size_warmup_tokens=3 in Stages" in message(lambda: warm_up_batch_size(staged, 1, 2, 3, 1))
+    output = str(tmp_path / "run")
+    train(folder, output, {}, None, 3)
+    resumed = message(lambda: train(folder, output, {"batch_size_warmup_increment": 4}, f"{output}/checkpoint-3", 6))
+    assert "batch_size_warmup_tokens=256, of which each size is a stage: stage 1 has been trained on" in resumed
+    assert "resumes with the batch_size_warmup arguments and the full batch that it began with" in resumed

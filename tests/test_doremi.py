@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_nanotron import DoReMi
 from hf_nanotron.cli.settings import check_complete
+from hf_nanotron.training import doremi
 from hf_nanotron.training.doremi import DomainWeights
 
 RATE, SMOOTHING, STEPS, LEARNING_RATE = 1.3, 1e-2, 3, 1e-2
@@ -108,10 +109,10 @@ def train(directory: str, reference: str, runs: list[tuple[str, dict[str, Any]]]
 RUNS: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
     "one": (1, [("rows", {})]),
     "two": (2, [("tokens", {"tp_size": 2}), ("packed", {"pp_size": 2, "pp_schedule": "zb"})]),
-    "four": (4, [("tokens", {})]),
 }
 INTERLEAVED = {"tp_size": 2, "pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}
 WIDE: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
+    "four": (4, [("tokens", {})]),
     "recomputed": (1, [("tokens", {"gradient_checkpointing": True})]),
     "cp 2, zero 3": (
         2,
@@ -167,6 +168,12 @@ def test_the_rule() -> None:
     other = DomainWeights(("d", "b", "a", "c"), 0.7, 1e-3, torch.device("cpu"))
     other.load(weights.state(), "checkpoint-1")
     assert other.average() == weights.average()
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr(doremi.logger, "warning", said.append)
+        doremi.warn_without_doremi({}, "checkpoint-1")
+        doremi.warn_without_doremi({doremi.DOREMI: weights.state()}, "checkpoint-2")
+    assert len(said) == 1 and said[0].startswith("checkpoint-2 was written by a run with doremi, and this one has none")
     before = weights.weights
     assert torch.isfinite(weights.update(torch.full((4,), float("nan")), torch.ones(4))).all()
     assert not torch.equal(before, weights.weights)  # the scores before that step still count
@@ -219,7 +226,11 @@ LEARNS = {"dtype": torch.float32, "learning_rate": LEARNING_RATE, "lr_scheduler_
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_proxy_is_trained_by_the_weighted_objective(pool: WorkerPool, name: str) -> None:
+def test_the_proxy_is_trained_by_the_weighted_objective(
+    pool: WorkerPool, request: pytest.FixtureRequest, name: str
+) -> None:
+    if not request.config.getoption("--full-matrix"):
+        pytest.skip("runs with --full-matrix; test_a_run_resumes_on_another_layout has two of these layouts")
     world, sizes = TRAINED[name]
     directory = checkpoint(num_hidden_layers=2)
     options = {**LEARNS, **sizes, "gradient_accumulation_steps": GLOBAL_BATCH // 2 // dp_size(world, sizes)}

@@ -93,7 +93,10 @@ def pages() -> list[Path]:
 
 
 def _type(field: dataclasses.Field[Any]) -> str:
-    return str(field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type))
+    # As it is written: HfArgumentParser puts what it stands for into `field.type`.
+    bodies = (vars(kind).get("__annotations__", {}) for kind in NanotronTrainingArguments.__mro__)
+    written = next(body[field.name] for body in bodies if field.name in body)
+    return written if isinstance(written, str) else getattr(written, "__name__", str(written))
 
 
 def _plain(kind: Any) -> str:

@@ -18,6 +18,7 @@ class ScheduleArguments(Protocol):
     ema_start_step: int
     load_best_model_at_end: bool
     lr_scheduler_type: Any
+    max_steps: int
     wsd_decay_steps: int | None
 
 
@@ -75,4 +76,9 @@ def _check_batch_warmup(args: ScheduleArguments) -> None:
         raise ValueError(
             f"{given[0]}={getattr(args, given[0])} needs {lacking[0]}: the batch grows from batch_size_warmup_start "
             "samples to the full one over batch_size_warmup_tokens tokens."
+        )
+    if given and args.max_steps <= 0:
+        raise ValueError(
+            f"{given[0]}={getattr(args, given[0])} needs max_steps: how many steps an epoch has depends on the sizes "
+            "of the batch."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 from ..data.tokens.batch_warmup import warm_up_batch_size
@@ -23,3 +25,17 @@ def batch_metrics(args: NanotronTrainingArguments) -> dict[str, float]:
     if args.batch_size_warmup_tokens is None:
         return {}
     return {"batch_size": args.per_device_train_batch_size * args.dp_size * args.gradient_accumulation_steps}
+
+
+@contextlib.contextmanager
+def naming_sizes(args: NanotronTrainingArguments) -> Iterator[None]:
+    """Errors of stages that the user has not written say whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        if args.batch_size_warmup_tokens is None:
+            raise
+        raise ValueError(
+            f"batch_size_warmup_tokens={args.batch_size_warmup_tokens}, of which each size is a stage: {error} A run "
+            "resumes with the batch_size_warmup arguments and the full batch that it began with."
+        ) from None

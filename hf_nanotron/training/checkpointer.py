@@ -28,12 +28,13 @@ from ..checkpoint.directory.run_lock import RunLock, this_process
 from ..checkpoint.directory.runs import KEY, Run, write_record
 from ..checkpoint.directory.save import BackgroundSave, Save
 from ..checkpoint.directory.verify import STATE_INDEX
+from ..checkpoint.files.repository import AVERAGE_FOLDER
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
 from ..checkpoint.hub.model import load_hub_weights, write_hub_config, write_hub_weights
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
-from ..checkpoint.state.buffers import buffer_pieces
-from ..checkpoint.state.training_state import has_training_state, state_pieces, state_values
+from ..checkpoint.state.buffers import buffer_pieces, load_buffers
+from ..checkpoint.state.training_state import has_training_state, load_masters, state_pieces, state_values
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
@@ -282,3 +283,17 @@ def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name not in trained]
     if frozen:
         load_hub_weights(model, checkpoint, frozen)
+
+
+def load_rest(checkpoint: str, model: ParallelModel, weights: ShardedWeights, average: WeightAverage | None) -> None:
+    """After `load_weights`, where no optimizer goes on: what the training state has, and the average."""
+    if has_training_state(checkpoint):
+        load_masters(checkpoint, model.mesh, weights.segments, average)
+        load_buffers(checkpoint, model)
+        weights.publish()
+        weights.wait()
+    elif average is not None and (folder := Path(checkpoint) / AVERAGE_FOLDER).is_dir():
+        with average.in_place():
+            load_weights(str(folder), model, weights)
+    elif average is not None:
+        average.restart()

@@ -30,6 +30,7 @@ from ..data.streaming.lane_stream import LaneStream, joined
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import all_or_none
 from ..training_args import NanotronTrainingArguments
+from .batch_warmup import naming_sizes
 from .run_order import Consumed, RunOrder, accept_changes, data_state
 
 logger = logging.get_logger(__name__)
@@ -233,7 +234,8 @@ class DataOrder:
         """
         self._mesh = mesh
         if (run := self._taken) is not None:
-            all_or_none(mesh, "reading where the data goes on", lambda: run.resume(mesh.rank == 0))
+            with naming_sizes(self.args):
+                all_or_none(mesh, "reading where the data goes on", lambda: run.resume(mesh.rank == 0))
         self._fingerprint = check_same_data(mesh, loader, "training")
 
     def plan_run(self, loader: Any, batch_size: int) -> tuple[int, ...] | None:
@@ -248,9 +250,10 @@ class DataOrder:
             return None
         if cursor is None and self._goes_on and self._resumed_step:
             raise ValueError(NO_CURSOR)
-        if cursor is not None:
-            cursor.check(run.order)
-        run.plan(batch_size, self._mesh.dp_size)
+        with naming_sizes(self.args):
+            if cursor is not None:
+                cursor.check(run.order)
+            run.plan(batch_size, self._mesh.dp_size)
         self._run, self._batch_size, self._is_stream = run, batch_size, False
         self._cursor = Cursor(run.step, run.first.number, run.begin, run.order)
         return run.training_values()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint.state.read import StoredState
 from ..checkpoint.state.training_state import DIRECTORY, run_values
@@ -19,6 +20,8 @@ from ..models.training_loss import DomainSums
 from ..parallel.batch import DOMAIN
 from ..parallel.collectives import all_reduce
 from .step.forward_pass import ForwardPass
+
+logger = logging.get_logger(__name__)
 
 DOREMI = "doremi"  # its key in the `extra` of a training state
 
@@ -207,6 +210,15 @@ def _stored(checkpoint: str) -> Any:
     if found is None:
         raise ValueError(f"{checkpoint} was not written by a run with doremi, so it has no weights of domains.")
     return found
+
+
+def warn_without_doremi(extra: Mapping[str, Any], checkpoint: str) -> None:
+    """Where a run without doremi goes on from a state whose `extra` has weights of domains."""
+    if DOREMI in extra:
+        logger.warning(
+            f"{checkpoint} was written by a run with doremi, and this one has none: its loss is the plain one, and the "
+            "weights of the domains are not gone on with."
+        )
 
 
 def check_domains(window: Sequence[Any]) -> None:

@@ -163,7 +163,12 @@ def decay_of(checkpoint: str | None, steps: int) -> tuple[int, int]:
             f"the end of a run of its own use lr_scheduler_kwargs={{'num_decay_steps': {steps}}}."
         )
     step = int(read_marker(checkpoint)["step"])
-    saved = saved_extra(checkpoint).get(KEY) if has_training_state(checkpoint) else None
+    if not has_training_state(checkpoint):
+        raise ValueError(
+            f"{asked}: {checkpoint} has no training_state/ (it was saved with save_only_model=True, or by another "
+            "program), so no run goes on from it; resume a checkpoint that has one."
+        )
+    saved = saved_extra(checkpoint).get(KEY)
     name = Path(checkpoint).name or PREFIX_CHECKPOINT_DIR
     if saved is None:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from pathlib import Path
 
 WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -12,7 +14,8 @@ TEXTS = (
     r"|(pre)?processor_config\.json|additional_chat_templates/[^/]+\.jinja"
 )
 AVERAGE_FOLDER = "ema"  # in a repository: one with the moving average of its weights
-_REPOSITORY = rf"{WEIGHTS}|{TEXTS}|training_args\.bin|additional_chat_templates"
+_ARGUMENTS = "training_args.bin"  # of a run, beside its weights and not beside their average
+_REPOSITORY = rf"{WEIGHTS}|{TEXTS}|{re.escape(_ARGUMENTS)}|additional_chat_templates|{AVERAGE_FOLDER}"
 
 
 def unlink_links(directory: Path) -> None:
@@ -29,3 +32,26 @@ def unlink_link(path: Path) -> None:
     """
     if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
         path.unlink()
+
+
+def drop_average(directory: Path) -> None:
+    """Before weights without an average come into `directory`: one that is left there is that of other weights.
+
+    A folder of the same name that belongs to a run stays.
+    """
+    folder = directory / AVERAGE_FOLDER
+    unlink_link(folder)
+    if not folder.is_dir() or (folder / _ARGUMENTS).exists():
+        return
+    for path in folder.iterdir():
+        if re.fullmatch(rf"{WEIGHTS}|{TEXTS}", path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
+
+
+def copy_average(source: Path, target: Path) -> None:
+    """The average of one repository, if it has one, in the place of that of another."""
+    drop_average(target)
+    if (source / AVERAGE_FOLDER).is_dir():
+        shutil.copytree(source / AVERAGE_FOLDER, target / AVERAGE_FOLDER, dirs_exist_ok=True)

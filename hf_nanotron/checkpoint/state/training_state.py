@@ -100,12 +100,19 @@ def load_training_state(
     return together(mesh, "loading the training state", load)
 
 
-def load_masters(directory: str | os.PathLike[str], mesh: ParallelMesh, segments: Iterable[Segment]) -> None:
-    """Restore the fp32 masters alone. All ranks together."""
+def load_masters(
+    directory: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    segments: Iterable[Segment],
+    average: WeightAverage | None = None,
+) -> None:
+    """Restore the fp32 masters and their average alone. All ranks together."""
 
     def load() -> None:
         with StoredState(Path(directory) / DIRECTORY) as stored:
             fill_masters(stored, segments)
+            if average is not None:
+                fill_average(stored, average, run_values(stored)["extra"].get(AVERAGE), mesh.rank == 0)
 
     together(mesh, "loading the weights", load)
 
