@@ -143,7 +143,7 @@ def test_refusals(weights: str, stable: Any, tmp_path: Path) -> None:
         "is of step 4, and its run, with lr_scheduler_type='warmup_stable_decay', was stable from step 2 to 3"
         in say(str(tmp_path / "short" / "checkpoint-4"), **branch)
     )
-    train(weights, str(tmp_path / "weights"), None, max_steps=4, save_only_model=True)
+    train(weights, str(tmp_path / "weights"), None, save_only_model=True, **short)
     assert "has no training_state/ (it was saved with" in say(str(tmp_path / "weights" / "checkpoint-4"), **branch)
     train(weights, str(tmp_path / "cosine"), None, max_steps=4, lr_scheduler_type="cosine")
     assert "was stable nowhere" in say(str(tmp_path / "cosine" / "checkpoint-2"), **branch)

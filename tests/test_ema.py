@@ -170,7 +170,7 @@ def test_refusals() -> None:
 def test_the_best_weights_have_their_average(tmp_path: Path, save_only_model: bool) -> None:
     """What is saved after a run is the average of the checkpoint whose weights were loaded; other weights have none."""
     values = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
-    values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    values |= {"load_best_model_at_end": True, "greater_is_better": True, "learning_rate": 0.3}
     averages = []
     for decay in (DECAY, None):
         args = NanotronTrainingArguments(
@@ -182,7 +182,7 @@ def test_the_best_weights_have_their_average(tmp_path: Path, save_only_model: bo
         trainer = NanotronTrainer(model=model, args=args, data_collator=pad_batch, **data)
         trainer.train()
         best = Path(trainer.state.best_model_checkpoint)
-        assert best.name != "checkpoint-3"
+        assert best.name == "checkpoint-2"  # neither the first, whose average is its weights, nor the last
         trainer.save_model(str(tmp_path / "saved"))
         model.mesh.close()
         averages.append((tmp_path / "saved" / "ema").exists())
