@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, PredictionOutput, RemoveColumnsCollator
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveColumnsCollator
 from transformers.utils import logging
 
 from .checkpoint.directory.save import Save
@@ -953,16 +953,12 @@ class NanotronTrainer(Trainer):
         """With `push_to_hub`."""
         if self.args.push_to_hub:
             if self.is_world_process_zero():
-                unlink_links(Path(cast(str, self.args.output_dir)))
+                output_dir = Path(cast(str, self.args.output_dir))
+                unlink_links(output_dir)
+                is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+                if self.args.hub_always_push or not is_busy:  # as Trainer copies the weights, if at all
+                    copy_average(directory, output_dir)
             self._push_from_checkpoint(str(directory))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, which copies the weights to the folder that it pushes, with the average beside them."""
-        in_progress = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not in_progress)
-        if pushes and self.is_world_process_zero():
-            copy_average(Path(checkpoint_folder), Path(cast(str, self.args.output_dir)))
-        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[no-untyped-call]
 
     def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
         model = unwrap(model)
