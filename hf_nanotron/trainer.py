@@ -956,7 +956,8 @@ class NanotronTrainer(Trainer):
                 output_dir = Path(cast(str, self.args.output_dir))
                 unlink_links(output_dir)
                 is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-                if self.args.hub_always_push or not is_busy:  # as Trainer copies the weights, if at all
+                is_pushed = self.args.hub_strategy != "end" and (self.args.hub_always_push or not is_busy)
+                if is_pushed:  # Trainer copies the weights then
                     copy_average(directory, output_dir)
             self._push_from_checkpoint(str(directory))
 
