@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM as StockAuto, TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.checkpoint.files.repository import drop_average
+from hf_nanotron.checkpoint.files.repository import copy_average, drop_average
 
 DECAY, STEPS, SAVED, GLOBAL_BATCH = 0.7, 4, 2, 8
 # world size, family, sizes
@@ -202,6 +202,14 @@ def test_the_folder_of_a_run_is_no_average(tmp_path: Path) -> None:
             (tmp_path / name / "ema" / file).touch()
         drop_average(tmp_path / name)
     assert not (tmp_path / "ours" / "ema").exists() and len(list((tmp_path / "runs" / "ema").iterdir())) == 3
+    (tmp_path / "ours" / "ema").mkdir()
+    (tmp_path / "ours" / "ema" / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "checkpoint-1" / "ema").mkdir(parents=True)
+    (tmp_path / "checkpoint-1" / "ema" / "model.safetensors").write_text("new")
+    copy_average(tmp_path / "checkpoint-1", tmp_path / "ours")  # for a push
+    assert {path.name: path.read_text() for path in (tmp_path / "ours" / "ema").iterdir()} == {
+        "model.safetensors": "new"
+    }
 
 
 def test_a_run_that_begins_or_leaves_an_average(tmp_path: Path) -> None:

@@ -111,10 +111,6 @@ def check_training_run(
     ]
     for commit, step in zip(commits[1:], (2, 4, 4), strict=True):
         check_model_files(commit, out / f"checkpoint-{step}")
-        average = out / f"checkpoint-{step}" / "ema" / "model.safetensors"
-        assert average.is_file() == ("ema/model.safetensors" in commit.files) == (backend == "hf_nanotron")
-        if average.is_file():
-            assert commit.files["ema/model.safetensors"].data == average.read_bytes()
     assert weights(commits[1]) != weights(commits[2]), "training went on between the two saves"
     assert "README.md" in commits[3].changed
     assert f"# {name}" in commits[3].files["README.md"].data.decode()
@@ -275,7 +271,7 @@ def train(backend: str, repo_id: str, start: str, out: str, tp: str, pp: str) ->
         from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 
         trainer_class, arguments_class = NanotronTrainer, NanotronTrainingArguments
-        sizes = {"tp_size": int(tp), "pp_size": int(pp), "ema_decay": 0.5}
+        sizes = {"tp_size": int(tp), "pp_size": int(pp)}
     else:
         from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
