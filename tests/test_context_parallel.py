@@ -178,7 +178,6 @@ def options_of(layout: Layout, kind: str, mode: str) -> dict[str, Any]:
 
 CHOSEN: set[tuple[Layout, str, str]] = {
     ((1, 1, 2, 1), "packed", "gather"),
-    ((1, 2, 2, 1), "packed", "heads"),
     ((1, 1, 4, 1), "whole", "heads"),
     ((2, 1, 2, 2), "packed", "gather"),
 }
@@ -214,8 +213,12 @@ def test_noise_on_embeddings(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rotary_embeddings_that_go_by_the_length(pool: WorkerPool, tmp_path: Path, rope_type: str) -> None:
+def test_rotary_embeddings_that_go_by_the_length(
+    pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, rope_type: str
+) -> None:
     """They see the largest position of all ranks."""
+    if rope_type == "dynamic" and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
     if rope_type == "longrope":
         parameters |= {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]}

@@ -164,6 +164,8 @@ def some_cases(every: bool) -> dict[str, float]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_as_in_one_process(pool: WorkerPool, size: int, request: pytest.FixtureRequest) -> None:
     every = request.config.getoption("full_matrix")
+    if size == 2 and not every:
+        pytest.skip("runs with --full-matrix")
     for rank in pool.run(size, some_cases, every):
         assert len(rank) == (99 if every else 19)
         assert max(rank.values()) < 1, max(rank.items(), key=lambda item: item[1])
@@ -369,6 +371,8 @@ def compiled_graphs(mode: str) -> tuple[float, list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["gather", "heads"])
-def test_compiled_once_for_all_layouts(pool: WorkerPool, mode: str) -> None:
+def test_compiled_once_for_all_layouts(pool: WorkerPool, pytestconfig: pytest.Config, mode: str) -> None:
+    if mode == "heads" and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     for difference, graphs in pool.run(2, compiled_graphs, mode):
         assert difference == 0 and graphs == [1] * 6
