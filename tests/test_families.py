@@ -1,9 +1,10 @@
 """The table of families: tiny models of every type with a plan, under every layout, against stock transformers.
 
-The types are found by asking transformers, so that a new release of it adds rows. By default each family runs under
-the layout that asks most of it, and the round trip through the Hub's files: tp 2 x pp 2 with sequence parallelism, or
-ep 2 x tp 2 x pp 2 for families with experts. Every sixth also runs without sequence parallelism, tp 4 or tp 2 by turns.
-`--full-matrix` runs all columns of `family_table.COLUMNS`.
+The types are found by asking transformers, so that a new release of it adds rows. By default the families of
+`family_mechanisms.BY_DEFAULT` run, which need together what all need, under the layout that asks most of them, and the
+round trip through the Hub's files: tp 2 x pp 2 with sequence parallelism, or ep 2 x tp 2 x pp 2 for families with
+experts. Every sixth also runs without sequence parallelism, tp 4 or tp 2 by turns. `--full-matrix` runs all families
+and all columns of `family_table.COLUMNS`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_mechanisms import BY_DEFAULT, mechanisms
 from family_runs import FAMILIES, KNOWN, UNPLANNED, compare, reference, tiny_model
 from family_table import (
     COLUMNS,
@@ -81,17 +83,14 @@ def columns_of(family: str, all_of_them: bool) -> list[str]:
     if first in refused:
         return [first, next(name for name in ("tp 2", "pp 2") if name not in refused)]
     # Every sixth family also without sequence parallelism and pipeline.
-    turn = [*KNOWN].index(family)
+    turn = BY_DEFAULT.index(family)
     return [first] if turn % 6 else [first, "tp 4" if turn % 12 else "tp 2"]
 
 
-@pytest.mark.parametrize("family", dict.fromkeys([*planned_types(), *UNPLANNED]))
+@pytest.mark.parametrize("family", KNOWN)
 def test_family(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, family: str) -> None:
-    if family not in KNOWN:
-        pytest.fail(
-            f"transformers declares a plan for {family!r}: add a tiny config of it to tests/families.json, so that "
-            "the table says whether it works."
-        )
+    if family not in BY_DEFAULT and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     try:
         columns = columns_of(family, pytestconfig.getoption("full_matrix"))
     except ImportError as error:
@@ -110,7 +109,7 @@ DELTA_RULES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_
 SHARED_BY_DEFAULT = ("gemma3_text", "lfm2")
 
 
-@pytest.mark.parametrize("family", dict.fromkeys([*planned_types(), *UNPLANNED]))
+@pytest.mark.parametrize("family", KNOWN)
 def test_rows_that_ranks_share(pool: WorkerPool, pytestconfig: pytest.Config, tmp_path: Path, family: str) -> None:
     """Context parallelism, of whole and of packed rows, in both modes."""
     if family not in SHARED_BY_DEFAULT and not pytestconfig.getoption("full_matrix"):
@@ -144,8 +143,26 @@ def check_row(family: str, row: dict[str, Cell]) -> None:
     assert ROUND_TRIP in row
 
 
-def test_every_tiny_config_is_of_a_type_with_a_plan() -> None:
-    assert set(planned_types()) >= FAMILIES.keys() and not set(planned_types()) & UNPLANNED.keys()
+def test_every_type_with_a_plan_has_a_tiny_config() -> None:
+    planned = set(planned_types())
+    assert planned >= FAMILIES.keys() and not planned & UNPLANNED.keys()
+    assert not planned - KNOWN.keys(), (
+        "transformers declares a plan for these types: add a tiny config of each to tests/families.json, so that the "
+        "table says whether it works."
+    )
+
+
+def test_families_that_run_by_default_need_what_all_need() -> None:
+    """Every family is built without weights, and its plan is found: one that changes has to run."""
+    needed: dict[str, set[tuple[Any, ...]]] = {}
+    for family in KNOWN:
+        try:
+            needed[family] = mechanisms(family)
+        except ImportError as error:
+            assert NO_STOCK.get(family, "nothing") in str(error)
+    run = set[tuple[Any, ...]]().union(*(found for family, found in needed.items() if family in BY_DEFAULT))
+    missing = {family: found - run for family, found in needed.items() if found - run}
+    assert not missing, f"add one family for each of these to BY_DEFAULT: {missing}"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mamba2"])
