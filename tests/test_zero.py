@@ -156,10 +156,9 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
 }
 BY_DEFAULT = (
     "dp2 ga4 tied",
+    "dp4 ga1 tied",
     "dp4 replicas2 ga4",
-    "dp2 tp2 ga4 tied",
     "dp2 pp2 interleaved ga4 tied",
-    "dp4 tp2 ga1",
     "dp2 tp2 pp2 ga4 tied",
 )
 SUMS_OF_TWO = ("dp2 ga1", "dp2 ga4 tied", "dp2 pp2 ga4")
