@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import re
@@ -32,6 +33,7 @@ TOLERANCE = 1e-11
 IN_FP32 = ("BeamExperts", "Inkling2Experts", "Inkling2LoopExperts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts")
 
 
+@functools.cache
 def stock_classes() -> list[tuple[str, str]]:
     """Module and name of every experts class that transformers decorates."""
     found = []
