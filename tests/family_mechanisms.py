@@ -18,8 +18,10 @@ from hf_nanotron.models.stock.plan import carries_state, make_plan
 from hf_nanotron.models.weight_roles import weight_roles
 
 # Tables whose rows are an exception each: by the class of a module, or by the type of the model.
-EXCEPTIONS = ("CARRIES", "FUSED_PARTS", "RETURNS_TUPLE", "SUMS_BEFORE", "TAKES_FP32", "TOKEN_ARGUMENTS")
-EXCEPTIONS += ("WHOLE_WITH", "WRITES_WEIGHTS", "NO_PIPELINE", "NO_SEQUENCE_PARALLEL", "SEQUENCE_DIM", "WHOLE_HEAD")
+EXCEPTIONS = (
+    *("CARRIES", "FUSED_PARTS", "RETURNS_TUPLE", "SUMS_BEFORE", "TAKES_FP32", "TOKEN_ARGUMENTS"),
+    *("WHOLE_WITH", "WRITES_WEIGHTS", "NO_PIPELINE", "NO_SEQUENCE_PARALLEL", "SEQUENCE_DIM", "WHOLE_HEAD"),
+)
 
 # Made by taking the family that adds most mechanisms, again and again; first without the types of the newest release.
 BY_DEFAULT = (
