@@ -397,10 +397,15 @@ def test_a_teacher_is_distilled(pool: WorkerPool, three_sets: Path) -> None:
 # ---- mup ----
 
 
-def test_mup_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    """At the base both parametrizations are the same run; at twice its width they are not."""
+def test_mup_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the base both parametrizations are the same run; at twice its width they are not. Runs are kept."""
     sweep = load("mup_sweep", EXAMPLES / "mup" / "sweep.py")
-    found = sweep.main(["--widths", "64", "128", "--rates", "0.004", "--steps", "10", "--length", "32"])
-    assert found["standard"][64] == found["spectral"][64]
-    assert found["standard"][128] != found["spectral"][128]
+    options = ["--widths", "64", "128", "--rates", "0.004", "--steps", "10", "--length", "32", "--seeds", "1"]
+    found = sweep.main([*options, "--out", str(tmp_path)])
+    assert found["standard", 64, 0.004, 0] == found["spectral", 64, 0.004, 0]
+    assert found["standard", 128, 0.004, 0] != found["spectral", 128, 0.004, 0]
     assert capsys.readouterr().out.count("*") == 4
+    sweep.train = None
+    assert sweep.main([*options, "--out", str(tmp_path)]) == found
+    parabola = {2.0**exponent: (exponent + 7.25) ** 2 for exponent in (-9, -8, -7, -6)}
+    assert sweep.best_rate(parabola) == pytest.approx(2**-7.25)

@@ -95,6 +95,16 @@ def train(run: Run, steps: int, length: int, spread: float) -> float:
     return statistics.mean(losses.values[-max(1, steps // 10) :])
 
 
+def train_all(runs: list[Run], workers: int, *settings: Any) -> Iterator[tuple[Run, float]]:
+    """Runs and their losses, as they end."""
+    if workers == 1:
+        yield from ((run, train(run, *settings)) for run in runs)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(train, run, *settings): run for run in runs}
+        yield from ((started[future], future.result()) for future in as_completed(started))
+
+
 def best_rate(losses: dict[float, float]) -> float:
     """Where a parabola through the lowest loss and its neighbors, over log2(rate), is lowest."""
     rates = sorted(losses)
@@ -174,15 +184,12 @@ def main(argv: list[str] | None = None) -> dict[Run, float]:
         (name, width, rate, seed)
         for seed, width, name, rate in itertools.product(range(args.seeds), widths, args.parametrizations, args.rates)
     ]
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        started = {
-            pool.submit(train, run, args.steps, args.length, args.spread): run for run in runs if run not in found
-        }
-        for future in as_completed(started):
-            found[started[future]] = future.result()
-            if args.out is not None:
-                with open(args.out / "losses.jsonl", "a") as file:
-                    file.write(json.dumps([*started[future], future.result()]) + "\n")
+    missing = [run for run in runs if run not in found]
+    for run, loss in train_all(missing, args.workers, args.steps, args.length, args.spread):
+        found[run] = loss
+        if args.out is not None:
+            with open(args.out / "losses.jsonl", "a") as file:
+                file.write(json.dumps([*run, loss]) + "\n")
     lines = "\n".join(table(found))
     print(lines)
     if args.out is not None:
