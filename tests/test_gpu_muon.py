@@ -53,7 +53,9 @@ def test_batches_are_plain_newton_schulz(shape: tuple[int, int]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 0.05 * other.norm()
         values = torch.linalg.svdvals(one)
-        assert values.min() > 0.5 and values.max() < 1.3
+        assert values.max() < 1.3 and values.median() > 0.7
+        if shape[0] != shape[1]:  # the smallest of a square random matrix are too near to 0 for five steps
+            assert values.min() > 0.5
 
 
 def test_it_is_torchs() -> None:

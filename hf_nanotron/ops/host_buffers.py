@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from typing import Any
 
 import torch
 
-PAGE = 4096  # bytes, of what is pinned: no page is shared with another buffer
 REMEDY = "offload fewer layers (activation_offload=0.5), shorten the sequence, or shard it over more ranks"
 
 
@@ -21,23 +21,22 @@ class HostBuffer:
         MemoryError: the host has no such memory, or does not pin it.
     """
 
-    # torch's own pinned memory is rounded up to a power of two, so this pins what it has allocated itself.
+    # torch's own pinned memory is rounded up to a power of two, so this pins pages of its own.
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.copied = size, None
         self._pinned = False
         try:
-            pages = -(-size // PAGE) * PAGE
-            memory = torch.empty(pages + PAGE, dtype=torch.uint8, device="cpu")
-            start = -memory.data_ptr() % PAGE
-            self.bytes = memory[start : start + size]
+            pages = max(1, -(-size // PAGESIZE)) * PAGESIZE
+            memory = mmap(-1, pages, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+            self.bytes = torch.frombuffer(memory, dtype=torch.uint8)[:size]
             if device.type == "cuda":
                 runtime: Any = torch.cuda.cudart()
                 code = runtime.cudaHostRegister(self.bytes.data_ptr(), pages, 0)
                 if int(code) != 0:
                     raise RuntimeError(f"cudaHostRegister returned {int(code)}")
                 self._pinned = True
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise MemoryError(f"{str(error).splitlines()[0]}") from error
 
     copied: torch.cuda.Event | None
