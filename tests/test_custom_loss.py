@@ -636,8 +636,8 @@ def test_a_plain_run_makes_no_logits() -> None:
         trainer = make_alone(kind)
         assert trainer.model.makes_logits == (kind != "quiet")
         trainer.create_optimizer()
-        made = trainer.args, trainer.model, trainer.weights, trainer.optimizer
-        reports[kind] = report_memory(*made, frozenset(), trainer.train_dataset).activations
+        made = trainer.args, trainer.training_state, trainer.optimizer
+        reports[kind] = report_memory(*made, trainer.train_dataset).activations
     logits = 2 * 15 * VOCABULARY * 4
     assert reports["doubling forward"] - reports["quiet"] > 1.5 * logits  # three of them instead of one chunk
 

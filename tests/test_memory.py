@@ -147,7 +147,7 @@ def test_recomputation_keeps_what_heads_have_sent() -> None:
     found = {}
     for mode in ("gather", "heads", "auto"):
         sizes = ParallelConfig(cp_size=2, cp_mode=mode)
-        found[mode] = activation_bytes(config, 65536, sizes, 0, 1, 2, 1.0, policy="all_but_attention")
+        found[mode] = activation_bytes(RankStep(config, 65536, sizes, 0, 1, 2, 1.0, "all_but_attention"))
     # One layer at a time also has what it does not keep.
     assert found["heads"] - found["gather"] == found["auto"] - found["gather"] == 9 * 1.25 * 2**30
 

@@ -122,6 +122,15 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update_elements()
+        return loss
+
+    def update_elements(self) -> None:
+        """What `step` does after its closure, for the `step` of a subclass.
+
+        torch wraps the `step` of each class whose objects are made in the hooks on steps: one that called this class's
+        would run them twice.
+        """
         index = 0
         for group in self.param_groups:
             numbers: dict[nn.Parameter, int] = {}
@@ -136,7 +145,6 @@ class AdamW(torch.optim.Optimizer):
                     self._initialize(parameter)
             on_gpu = next(iter(numbers)).device.type == "cuda"
             (self._update_on_gpu if on_gpu else self._update_on_cpu)(group, numbers)
-        return loss
 
     def _is_elementwise(self, group: dict[str, Any]) -> bool:
         """Whether this class updates the group, as opposed to one that derives from it."""

@@ -137,7 +137,11 @@ class MatrixOptimizer(AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. All ranks of the group of `attach` together."""
-        loss = super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update_elements()
         if self.skips_next:
             return loss
         if self._whole is None:
