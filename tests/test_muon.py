@@ -90,6 +90,11 @@ CASES: dict[str, tuple[int, str, list[dict[str, Any]], str, dict[str, Any]]] = {
 DEFAULT = ("dense, two ranks", "tied, four ranks", "experts")
 
 
+def only_if_torch_has(scale: str) -> None:
+    if scale == "spectral" and torch.__version__ < "2.14":
+        pytest.skip("torch.optim.Muon has this scale from torch 2.14 on")
+
+
 def only_in_full(chosen: bool, config: pytest.Config) -> None:
     if not chosen and not config.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
@@ -104,6 +109,7 @@ def test_layouts_are_torchs(pool: WorkerPool, case: str, fp32: bool, pytestconfi
     """
     only_in_full(case in DEFAULT and fp32, pytestconfig)
     world, family, layouts, scale, overrides = CASES[case]
+    only_if_torch_has(scale)
     for errors in pool.run(world, differences, family, layouts, scale, fp32, overrides):
         assert errors == [{} for _ in layouts]
 
@@ -115,6 +121,7 @@ def test_fused_weights_are_taken_apart(pool: WorkerPool, family: str, pytestconf
     The factors of unlike parts of one weight are applied in two products, which costs the last bit.
     """
     only_in_full(family == "phi3", pytestconfig)
+    only_if_torch_has("spectral")
     layouts = [{"tp_size": 2}, {"zero_stage": 3}]
     for errors in pool.run(2, differences, family, layouts, "spectral", True, TWO_LAYERS):
         for of_layout in errors:
