@@ -232,6 +232,11 @@ def test_any_number_of_steps(steps: int) -> None:
     assert (found - exact).norm() < 1.2 * (plain - exact).norm()
 
 
+def test_a_direction_must_be_there() -> None:
+    with pytest.raises(TypeError, match="direction"):
+        MatrixOptimizer([torch.nn.Parameter(torch.zeros(2, 2))])  # type: ignore[abstract]
+
+
 class Polar(MatrixOptimizer):
     """A user's: the exact orthogonal factor."""
 

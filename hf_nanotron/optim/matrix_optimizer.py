@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ MATRIX, ELEMENTWISE = "matrix", "adamw"  # values of "kind" in a parameter group
 MATRIX_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class MatrixOptimizer(AdamW):
+class MatrixOptimizer(AdamW, ABC):
     """The base of optimizers of matrices: W <- (1 - lr * decay) W - lr * scale * direction(momentum).
 
     A class that derives from it says what the direction of a matrix is; `NanotronTrainer` sees to it that `direction`
@@ -41,6 +42,7 @@ class MatrixOptimizer(AdamW):
         batch_elements: about how many elements of matrices a rank holds whole at a time.
 
     Raises:
+        TypeError: for a class without a `direction`.
         ValueError: for a value out of range.
     """
 
@@ -74,6 +76,7 @@ class MatrixOptimizer(AdamW):
         self.device = torch.device("cpu")
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **adamw)
 
+    @abstractmethod
     def direction(self, matrices: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """The update of whole matrices, before it is scaled.
 
@@ -87,7 +90,6 @@ class MatrixOptimizer(AdamW):
         Returns:
             `[count, rows, columns]`, in `matrix_dtype`.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say what the direction of a matrix is.")
 
     def scale(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
         """What multiplies the learning rate of a matrix of so many output and input features."""

@@ -117,8 +117,8 @@ class WholeMatrices:
             everyone = [[] for _ in group.ranks]
             dist.all_gather_object(everyone, own, group=group.handle)
         batches = make_plan([one for of_rank in everyone for one in of_rank], layouts, group.size, cost, batch_elements)
-        parameters = {one.spec.name: parameter for parameter, one in held.items()}
-        self._works = [self._own_work(batch, parameters) for batch in batches]
+        self._parameters = {one.spec.name: parameter for parameter, one in held.items()}
+        self._works = [self._own_work(batch) for batch in batches]
 
     def __len__(self) -> int:
         """Matrices of all ranks of the group."""
@@ -143,14 +143,14 @@ class WholeMatrices:
 
     # ---- transfers ----
 
-    def _own_work(self, batch: Batch, parameters: Mapping[str, nn.Parameter]) -> _Work:
+    def _own_work(self, batch: Batch) -> _Work:
         work = _Work(batch, self._route(batch.gather), self._route(batch.scatter))
         sent = {(transfer.unit, transfer.part): (transfer, offset) for transfer, offset in work.gather.sends}
         for number, unit in enumerate(batch.units):
             for one in unit.holdings:
                 if one.rank != self._group.rank:
                     continue
-                parameter, start, stop = parameters[unit.name], one.low + one.shift, one.high + one.shift
+                parameter, start, stop = self._parameters[unit.name], one.low + one.shift, one.high + one.shift
                 if (number, one.part) in sent:
                     transfer, offset = sent[number, one.part]
                     first = transfer.low + one.shift  # another rank may send its copy of what is before
@@ -158,7 +158,6 @@ class WholeMatrices:
                     stop = first
                 if start < stop:
                     work.prepared.append((parameter, start, stop, None))
-        self._parameters = dict(parameters)
         return work
 
     def _route(self, transfers: Sequence[Transfer]) -> _Route:
