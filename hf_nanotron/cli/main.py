@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, convert, coordinate-check, tokenize, data, average, upload.
+"""The `hf-nanotron` command: generate, train, convert, check, coordinate-check, tokenize, data, average, upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -18,6 +18,7 @@ from typing import Any
 from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
 from .average import DESCRIPTION as AVERAGE, add_average_arguments
+from .check import DESCRIPTION as CHECK, add_check_arguments
 from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_arguments
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     _add_convert(commands)
+    add_check_arguments(_add_command(commands, "check", "compare a run's layout with one process", CHECK))
     add_coordinate_arguments(
         _add_command(commands, "coordinate-check", "measure whether a learning rate fits every width", COORDINATES)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..models.base import ParallelModel
 from ..ops.fp8_linear import WeightCopies
@@ -13,6 +13,19 @@ from ..optim.offload import StateOnHost
 from ..parallel.zero.segment import ShardedWeights
 from .attention import Attention
 from .neftune import EmbeddingNoise
+
+
+class ForwardObserver(Protocol):
+    """Is told which micro-batch the modules of the model are called for, while they train."""
+
+    def begin_step(self, step: int) -> None:
+        """Optimizer step `step` (from 0) comes next; the weights are those that it computes with."""
+
+    def begin_forward(self, place: int, inputs: Mapping[str, Any]) -> None:
+        """A forward comes next. `place`: of its micro-batch among all of the step, over all data-parallel ranks."""
+
+    def end_forward(self) -> None:
+        """What is called from here on is no forward of a micro-batch: recomputation in a backward, say."""
 
 
 @dataclass
@@ -27,6 +40,7 @@ class TrainingState:
         noise: what is added to embeddings in this run, or None.
         offload: the host memory of activations, or None.
         host: the masters and the optimizer's state that are on the host, or None.
+        observer: is told of each forward, or None.
     """
 
     model: ParallelModel
@@ -39,3 +53,4 @@ class TrainingState:
     noise: EmbeddingNoise | None = None
     offload: Transfers | None = None
     host: StateOnHost | None = None
+    observer: ForwardObserver | None = None

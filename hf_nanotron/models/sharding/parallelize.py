@@ -118,6 +118,28 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     return model
 
 
+def refuse_sizes(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    """Refuse what `parallelize` would refuse of the model's sizes, and change nothing.
+
+    Args:
+        model: a whole stock model, perhaps on the meta device.
+        mesh: of which only sizes and coordinates are read.
+
+    Raises:
+        ValueError: as `parallelize`.
+    """
+    if (reason := why_not_causal(model)) is not None:
+        raise ValueError(f"{reason}; hf_nanotron only trains causal language models.")
+    anatomy = dissect(model)
+    _refuse_what_cannot_work(model, mesh)
+    tied = _tied_names(anatomy)
+    plan = make_plan(anatomy, mesh.tp_size, mesh.ep_size)
+    _refuse_what_ranks_would_draw_differently(model, mesh, plan)
+    specs = _named_like_the_hub(tensor_specs(anatomy, mesh, plan), tied, anatomy)
+    layers = _split_layers(anatomy, mesh)
+    _refuse_shared_stages(model, {name: _stage_of(name, anatomy, layers) for name in specs}, tied)
+
+
 def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Compare what the ranks hand over, but for the values of weights. All ranks together."""
     if mesh.world_size == 1:

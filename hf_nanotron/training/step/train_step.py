@@ -52,6 +52,8 @@ class TrainStep:
         model, weights = self.state.model, self.state.weights
         model.train()
         weights.begin()
+        if self.state.observer is not None:
+            self.state.observer.begin_step(step)
         window = make_window(self.state, micro_batches, own_loss)
         table = self._table(len(micro_batches))
         with ExitStack() as stack:
@@ -101,6 +103,8 @@ class TrainingHooks(StepHooks):
 
     def __exit__(self, *error: object) -> None:
         state, model = self.state, self.state.model
+        if state.observer is not None:
+            state.observer.end_forward()
         model.training_loss.micro_batch = model.training_loss.domains = None
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
@@ -123,8 +127,12 @@ class TrainingHooks(StepHooks):
             model.mixture.before_forward(window.router_masks[index], window.router_tokens[index])
         if self.teacher is not None and action.stage == model.parallel.num_stages - 1:
             self.teacher.begin(index)
+        if self.state.observer is not None:
+            self.state.observer.begin_forward(place, window.inputs[index])
 
     def before_backward(self, action: Action) -> None:
+        if self.state.observer is not None:
+            self.state.observer.end_forward()
         if self.splits:
             self.state.weights.start_deferring(action.stage, action.micro_batch)
         else:

@@ -1,0 +1,393 @@
+"""`hf-nanotron check`: does a run compute on many processes what it computes on one?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import SettingsError, explained
+
+if TYPE_CHECKING:
+    from .checking.compare import Compared
+    from .checking.job import Job
+    from .checking.processes import Ranks
+    from .checking.sizes import Layout
+
+DESCRIPTION = """\
+Train a small model like that of a run for a few steps, on CPU processes in the run's layout and on one process, and
+compare: losses, gradient norms, what each module returns, gradients and weights. The first tensor that differs is
+named, with the ranks on which it does.
+
+The model is that of the YAML file with fewer layers, narrower, and a smaller vocabulary; family, ratio of heads,
+experts, tied weights, packing, recomputation, schedule, optimizer and losses stay. Sizes of the layout above 4 become
+smaller, until it fits into --most-processes. What a CPU cannot do is replaced, and said.
+
+  hf-nanotron check run.yaml                        # the layout of the file against one process
+  hf-nanotron check run.yaml --layouts              # and a set of layouts that meets every axis
+  hf-nanotron check run.yaml --against transformers # stock model and Trainer instead of one process of ours
+  hf-nanotron check run.yaml --script parts.py      # with your own model, loss, collator, optimizer or callbacks
+
+The script has make_model(config), which returns a stock model, or trainer_arguments(model, args), which returns
+keywords of NanotronTrainer, or both.
+
+Exit status: 0 if all is the same, 1 if something differs or fails, 2 for what the trainer refuses."""
+
+COLUMNS = {"loss": "loss", "norm": "norm", "activation": "activations", "gradient": "gradients", "weight": "weights"}
+DATA = ("auto", "own", "random")
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """The parsed arguments get `run`, which takes them."""
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of hf-nanotron train")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="of the run (default: the fewest with two data-parallel ranks)"
+    )
+    parser.add_argument(
+        "--most-processes", type=int, default=8, metavar="N", help="to start here at once (default: %(default)s)"
+    )
+    parser.add_argument("--layouts", action="store_true", help="also check layouts of 2 to 4 processes for every axis")
+    parser.add_argument(
+        "--against", choices=("one-process", "transformers"), default="one-process", help="what to compare with"
+    )
+    parser.add_argument("--script", type=Path, metavar="FILE.py", help="your own parts of the run")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=int, default=32, metavar="N", help="tokens of a row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data",
+        choices=DATA,
+        default="auto",
+        help="own: rows of the file's training data, whatever it takes to open them; random: random tokens; auto: own "
+        "if they are local and tokenized",
+    )
+    parser.add_argument("--as-is", action="store_true", help="do not make the model smaller")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="for each layout (default: %(default).0f)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="override a key, as train does"
+    )
+    parser.set_defaults(run=_run)
+
+
+@dataclass
+class Row:
+    """What has been found of one layout. One of `compared`, `refused` and `failed` is there."""
+
+    name: str
+    processes: int
+    seconds: float = 0.0
+    compared: Compared | None = None
+    refused: str | None = None
+    failed: str | None = None
+
+    @property
+    def is_same(self) -> bool | None:
+        """None: there is nothing to compare."""
+        if self.refused is not None:
+            return None
+        return self.compared is not None and self.compared.first is None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {} if self.compared is None else self.compared.to_dict()
+        return {
+            "layout": self.name, "processes": self.processes, "seconds": round(self.seconds, 2), "same": self.is_same,
+            "refused": self.refused, "failed": self.failed, **found,
+        }  # fmt: skip
+
+
+@dataclass
+class Check:
+    """All that is printed. `notes`: what differs from the run itself."""
+
+    model: str
+    reference: str
+    steps: int
+    notes: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def is_same(self) -> bool:
+        return all(row.is_same is not False for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [row.to_dict() for row in self.rows]
+        return {
+            "same": self.is_same, "model": self.model, "reference": self.reference, "steps": self.steps,
+            "notes": self.notes, "layouts": rows,
+        }  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> None:
+    for name, least in (("steps", 1), ("sequence_length", 8), ("most_processes", 1), ("timeout", 1), ("processes", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be at least {least}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"check starts its own processes, but this is one of WORLD_SIZE={os.environ['WORLD_SIZE']}: run it without "
+            "torchrun."
+        )
+    from .checking.processes import ending_on_sigterm
+
+    try:
+        with ending_on_sigterm():
+            found = check(args)
+    except KeyboardInterrupt:
+        print("hf-nanotron: check was interrupted; its processes have ended.", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(found.to_dict(), indent=1) if args.json else as_text(found))
+    if not found.is_same:
+        sys.exit(1)
+
+
+def check(args: argparse.Namespace) -> Check:
+    """Run all layouts.
+
+    Raises:
+        ValueError: for what the trainer refuses of the run itself, or what cannot be checked.
+    """
+    from .checking.arguments import on_cpu, shortened
+    from .checking.job import Job
+    from .checking.processes import Ranks
+    from .checking.refusals import RealRun, refuse
+    from .checking.script import load_script
+    from .checking.shrink import chosen_layers, described, smaller
+    from .checking.sizes import Layout, Reduced, as_arguments, covering, least_processes, one_process, reduced
+    from .checking.stock import refuse_ours
+    from .settings import check_complete, read_settings
+    from .train import load_tokenizer
+
+    settings, tokenizer_name = read_settings(args.config, [p for key, value in args.set for p in (f"--{key}", value)])
+    plan = check_complete(settings)
+    if args.script is not None:
+        load_script(args.script)
+    if args.against == "transformers":
+        refuse_ours(settings["training"])
+    tokenizer = load_tokenizer(tokenizer_name)
+    config, options, notes = _model(settings["model"], tokenizer)
+    training, replaced = on_cpu(settings["training"])
+    notes += replaced
+    notes += ["doremi is left out: its reference has the size of the real model"] if settings["doremi"] else []
+    training.pop("output_dir", None)
+
+    full = _parallel(training)
+    processes = args.processes or least_processes(full)
+    with Ranks(args.timeout) as ranks:
+        _speak(ranks, refuse, RealRun(training, processes, config, options))
+        mine = reduced(full, args.most_processes)
+        if args.processes is not None and args.processes == full.model_parallel_size == mine.processes // 2:
+            mine = Layout(full, args.processes)
+        layouts = [mine]
+        text = config.get_text_config()
+        if args.layouts:
+            layouts += [layout for layout in covering(_has_experts(text)) if layout.name != mine.name]
+        small = config
+        layers = list(range(text.num_hidden_layers))
+        if not args.as_is:
+            sizes = Reduced.of(layouts, training.get("parametrization") == "spectral")
+            layers = chosen_layers(text, sizes)
+            small = smaller(config, full, sizes)
+            notes.insert(0, f"the model has {described(small)} (the run's: {described(config)})")
+        _without_dropout(small, notes)
+        if mine.parallel != full:
+            notes.append(f"the layout is {mine.name} (the run's: {Layout(full, processes).name})")
+        if training.get("parametrization") == "spectral" and not args.as_is:
+            training |= _half_base(small)
+        rows_of_batch = min(2, training.get("per_device_train_batch_size") or 2)
+        count = micro_batches(layouts, training.get("gradient_accumulation_steps") or 1)
+        training = shortened(training, args.steps, rows_of_batch, count, layers)
+        data = _rows(args, settings, plan, tokenizer, small, args.steps * count * rows_of_batch, notes)
+        with tempfile.TemporaryDirectory(prefix="hf-nanotron-check-") as folder:
+            place = Path(folder)
+            job = Job(small, training, options, data, place, args.script)
+            reference = one_process(full)
+            found = Check(described(small), args.against.replace("-", " "), args.steps, notes)
+            single = job.with_arguments(_made(place / "one"), **as_arguments(reference.parallel))
+            _compare(ranks, single, layouts, count, args.against == "transformers", found)
+    return found
+
+
+def _compare(ranks: Ranks, single: Job, layouts: Sequence[Layout], count: int, stock: bool, found: Check) -> None:
+    """Run the reference and each layout, and note what is found."""
+    from dataclasses import replace
+
+    from .checking.compare import compare
+    from .checking.job import read_record, train_rank
+    from .checking.sizes import as_arguments
+    from .checking.stock import train_stock
+
+    place = single.folder.parent
+    single = replace(single, weights=place / "weights" if stock else None)
+    reference = read_record(_speak(ranks, train_rank, single)[0])
+    if stock:
+        ours = reference
+        stock_job = replace(single, folder=_made(place / "stock"))
+        reference = read_record(_speak(ranks, train_stock, stock_job)[0])
+        found.rows.append(Row("one process", 1, compared=compare([ours], reference)))
+    for index, layout in enumerate(layouts):
+        if layout.processes == 1:
+            continue
+        row = Row(layout.name, layout.processes)
+        arguments = as_arguments(layout.parallel) | {"gradient_accumulation_steps": count // layout.dp_size}
+        job = replace(single.with_arguments(_made(place / str(index)), **arguments), weights=None)
+        begun = time.monotonic()
+        try:
+            paths = ranks.run(layout.processes, train_rank, job)
+        except Exception as error:
+            if getattr(error, "is_for_the_user", False) and index > 0:
+                row.refused = str(error)
+            elif getattr(error, "is_for_the_user", False):
+                raise SettingsError(str(error)) from None
+            else:
+                row.failed = f"rank {getattr(error, 'rank', 0)}: {error}"
+        else:
+            row.compared = compare([read_record(path) for path in paths], reference)
+        row.seconds = time.monotonic() - begun
+        found.rows.append(row)
+    if not found.rows:
+        found.notes.append("the run has one process, so there is nothing to compare; --layouts compares others with it")
+
+
+def _speak(ranks: Ranks, function: Any, argument: Any) -> list[Any]:
+    """Run in one process; what it raises is for the user."""
+    from .checking.processes import RankError
+
+    try:
+        return ranks.run(1, function, argument)
+    except RankError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _model(section: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any], list[str]]:
+    """The config of the section `model`, options for its class, and what is said of them."""
+    from transformers import AutoConfig
+
+    from .errors import existing_path
+    from .model_config import changed_config, make_config
+
+    notes = []
+    if (name := section.get("name_or_path")) is not None:
+        name = existing_path("model.name_or_path", name, "folder")
+        source = {"revision": section["revision"]} if "revision" in section else {}
+        with explained(f"model.name_or_path={name!r} cannot be loaded"):
+            config: Any = AutoConfig.from_pretrained(name, **source)
+            if overrides := section.get("config_overrides"):
+                config = changed_config(name, overrides, **source)
+        notes.append(f"the weights of {name} are not read: the model has fresh ones")
+    else:
+        config = make_config(section["config"], tokenizer)
+    options = {}
+    attention = section.get("attn_implementation")
+    if attention is not None:
+        options["attn_implementation"] = attention if attention in ("eager", "sdpa") else "sdpa"
+        if options["attn_implementation"] != attention:
+            notes.append(f"model.attn_implementation: 'sdpa' instead of {attention!r}, because that needs a GPU")
+    if section.get("dtype") not in (None, "float32", "auto"):
+        notes.append(f"model.dtype: 'float32' instead of {section['dtype']!r}, whose rounding would hide differences")
+    return config, options, notes
+
+
+def _parallel(training: dict[str, Any]) -> Any:
+    """The sizes of the run; those that the arguments refuse are refused by them."""
+    from dataclasses import fields
+
+    from ..parallel.config import ParallelConfig
+
+    names = [entry.name for entry in fields(ParallelConfig)]
+    sizes = {name: training[name] for name in names if training.get(name) is not None}
+    layers = sizes.get("pp_layers_per_stage")
+    if isinstance(layers, str):
+        sizes["pp_layers_per_stage"] = tuple(int(part) for part in layers.strip("[]() ").replace(",", " ").split())
+    return ParallelConfig(**sizes)
+
+
+def micro_batches(layouts: Sequence[Layout], accumulation: int) -> int:
+    """Micro-batches of a step that every layout can deal, and that fill its pipeline.
+
+    Args:
+        accumulation: of the run: more than 1 stays more than 1 in its layout, which is the first.
+    """
+    import math
+
+    least = [layout.dp_size * layout.parallel.pp_size for layout in layouts]
+    least[0] = max(least[0], min(accumulation, 2) * layouts[0].dp_size)
+    step = math.lcm(*(layout.dp_size for layout in layouts))
+    return -(-max(least) // step) * step
+
+
+def _has_experts(text: Any) -> bool:
+    from .checking.shrink import NUMBER_OF_EXPERTS
+
+    return any((getattr(text, name, None) or 0) > 1 for name in NUMBER_OF_EXPERTS)
+
+
+def _without_dropout(config: Any, notes: list[str]) -> None:
+    """Masks of dropout are drawn for the heads of a rank."""
+    from ..parallel.dropout_streams import fields_of_chance
+
+    text = config.get_text_config()
+    for name, value in fields_of_chance(text).items():
+        setattr(text, name, type(value)(0))
+        notes.append(f"model.config.{name}: 0 instead of {value}, because chance would hide differences")
+
+
+def _half_base(config: Any) -> dict[str, Any]:
+    """A base model of half the width, for a parametrization."""
+    return {"base_hidden_size": config.get_text_config().hidden_size // 2, "base_sizes": None}
+
+
+def _rows(
+    args: argparse.Namespace, settings: Any, plan: Any, tokenizer: Any, config: Any, count: int, notes: list[str]
+) -> list[dict[str, list[int]]]:
+    from .checking.rows import is_quick, own_rows, packs, random_rows
+
+    vocabulary, length = config.get_text_config().vocab_size, args.sequence_length
+    if args.data == "own" or (args.data == "auto" and is_quick(plan)):
+        notes.append(f"rows: the first {count} of the training data, {length} tokens of each, ids modulo {vocabulary}")
+        return own_rows(plan, tokenizer, count, length, vocabulary)
+    packed = packs(settings["dataset"])
+    notes.append(f"rows: {count} of {length} random tokens" + (" in three documents" if packed else ""))
+    return random_rows(count, length, vocabulary, packed)
+
+
+def as_text(found: Check) -> str:
+    """What the terminal shows."""
+    lines = [f"compared with {found.reference}, {found.steps} steps in fp32 on the CPU"]
+    lines += [f"  {note}" for note in found.notes]
+    if found.rows:
+        width = max(len("layout"), *(len(row.name) for row in found.rows))
+        heads = "".join(f"{name:>13}" for name in COLUMNS.values())
+        lines += ["", f"{'layout':<{width}}{'processes':>11}{heads}"]
+        for row in found.rows:
+            lines.append(f"{row.name:<{width}}{row.processes:>11}{_cells(row)}")
+    for row in found.rows:
+        if row.compared is not None and row.compared.first is not None:
+            lines += ["", f"{row.name}: {row.compared.first}."]
+        elif row.refused is not None or row.failed is not None:
+            lines += ["", f"{row.name}: {'refused' if row.refused else 'failed'}: {row.refused or row.failed}"]
+    lines += ["", "The same on every layout." if found.is_same else "Not the same."]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> str:
+    if row.compared is None:
+        return f"{'refused' if row.refused is not None else 'failed':>13}"
+    if row.compared.first is not None:
+        return f"{'differs':>13}"
+    return "".join(f"{row.compared.errors[name]:>13.1e}" for name in COLUMNS)

@@ -1,0 +1,204 @@
+"""CPU processes for the ranks of a small job, all on this machine, and gone when the job is over in whatever way.
+
+They are forks of a server that has imported what they need, so that a rank starts within milliseconds. They meet in a
+store of this process, at a port that the system chooses. A rank whose starter is gone ends by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ..errors import is_for_the_user
+
+PRELOADED = "hf_nanotron.cli.checking.job"
+GRACE = 3.0  # seconds for the other ranks to say what they have to say, after one has failed
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankError(Exception):
+    """A rank has failed.
+
+    Attributes:
+        is_for_the_user: whether the message alone says what to do.
+    """
+
+    def __init__(self, message: str, rank: int, is_for_the_user: bool) -> None:
+        super().__init__(message)
+        self.rank, self.is_for_the_user = rank, is_for_the_user
+
+
+class Ranks:
+    """Runs functions on the ranks of jobs, one job after another. Close it in the end: it is a context manager."""
+
+    def __init__(self, timeout: float) -> None:
+        from torch.distributed import TCPStore
+
+        self.timeout = timeout
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([PRELOADED])
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._jobs = 0
+
+    def run(self, world_size: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
+        """Results of `function(argument)` by rank. Both are importable, and go through a pipe.
+
+        Raises:
+            RankError: what the first rank that failed has raised; after `timeout` seconds, where each rank stands.
+        """
+        self._jobs += 1
+        ranks: dict[Connection, int] = {}
+        processes = []
+        try:
+            for rank in range(world_size):
+                ours, theirs = self._context.Pipe(duplex=False)
+                job = theirs, (self._store.port, f"job{self._jobs}"), rank, world_size, self.timeout, function, argument
+                process = self._context.Process(target=_serve, args=job, daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                ranks[ours] = rank
+            return self._collect(ranks)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+            for process in processes:
+                process.join()
+            for connection in ranks:
+                connection.close()
+
+    def _collect(self, ranks: dict[Connection, int]) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, tuple[str, bool]] = {}
+        waiting, deadline = dict(ranks), time.monotonic() + self.timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                try:
+                    good, value = connection.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    good, value = False, ("the process died", False)
+                if good:
+                    results[rank] = value
+                elif not failures:
+                    failures[rank], deadline = value, min(deadline, time.monotonic() + GRACE)
+                else:
+                    failures[rank] = value
+        if failures:
+            rank = _speaker(failures)
+            message, speaks = failures[rank]
+            raise RankError(message, rank, speaks)
+        if waiting:
+            late = ", ".join(map(str, sorted(waiting.values())))
+            raise RankError(
+                f"rank {late} did not finish within {self.timeout:.0f} s (--timeout)", min(waiting.values()), True
+            )
+        return [results[rank] for rank in range(len(ranks))]
+
+    def close(self) -> None:
+        del self._store
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _speaker(failures: dict[int, tuple[str, bool]]) -> int:
+    """The rank whose error is told: one that is written for the user, before those that follow from it."""
+    return min(failures, key=lambda rank: (not failures[rank][1], rank))
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit in the main thread, so that processes and folders are cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve(
+    connection: Connection,
+    store: tuple[int, str],
+    rank: int,
+    world_size: int,
+    timeout: float,
+    function: Callable[[Any], Any],
+    argument: Any,
+) -> None:
+    """One rank, from its start to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter ends its ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    try:
+        _enter(store, rank, world_size, timeout)
+        message = True, function(argument)
+    except BaseException as error:
+        speaks = is_for_the_user(error)
+        said = " ".join(str(error).split()) if speaks else _told(error)
+        message = False, (said or type(error).__name__, speaks)
+    connection.send(message)
+    connection.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not message[0]:
+        time.sleep(2 * GRACE)  # a rank that ends takes its connections away, and others would tell of that
+    os._exit(0)  # process groups have threads that wait for ranks which are gone by now
+
+
+def _enter(store: tuple[int, str], rank: int, world_size: int, timeout: float) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if world_size == 1:
+        return
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    port, prefix = store
+    client = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore(prefix, client), rank=rank, world_size=world_size, timeout=limit
+    )
+
+
+def _end_with_the_starter() -> None:
+    starter = multiprocessing.parent_process()
+    if starter is not None:
+        wait([starter.sentinel])
+        os._exit(1)
+
+
+def _told(error: BaseException) -> str:
+    """The error with the last places that it came through."""
+    frames = traceback.format_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__}: {error}\n{''.join(frames)}".rstrip()

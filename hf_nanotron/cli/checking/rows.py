@@ -1,0 +1,83 @@
+"""The rows that every layout trains on: the first of the run's own data, or random tokens."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ...data.padding import PADDING
+from ...data.streaming.token_stream import TokenStream
+from ...ops.cross_entropy import IGNORE_INDEX
+from ..data import load_data
+from ..data_plan import DataPlan, SetPlan
+from ..errors import SettingsError
+
+Row = dict[str, list[int]]
+NO_DOCUMENTS = (None, "cross")
+
+
+def random_rows(count: int, length: int, vocabulary: int, packed: bool) -> list[Row]:
+    """Random tokens, of which rows predict different numbers; `packed`: of three documents, by `position_ids`."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(count):
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: 1 + index % 5 * (length // 8)] = IGNORE_INDEX
+        row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        if packed:
+            first = 1 + int(torch.randint(length - 2, (), generator=generator))
+            parts = sorted({0, first, min(length - 1, first + length // 4), length})
+            row["position_ids"] = [i for a, b in zip(parts, parts[1:], strict=False) for i in range(b - a)]
+        rows.append(row)
+    return rows
+
+
+def own_rows(plan: DataPlan, tokenizer: Any, count: int, length: int, vocabulary: int) -> list[Row]:
+    """The first `count` rows of the training data, cut after `length` tokens, with ids below `vocabulary`.
+
+    Data of fewer rows begin anew.
+
+    Raises:
+        SettingsError: for data without a row.
+    """
+    dataset, _ = load_data(DataPlan(plan.train, None, plan.seed), tokenizer, 0)
+    rows = []
+    source = iter(dataset) if isinstance(dataset, TokenStream) else (dataset[i] for i in range(len(dataset)))
+    for found in source:
+        row = {name: torch.as_tensor(found[name]).tolist()[:length] for name in PADDING if name in found}
+        row["input_ids"] = [token % vocabulary for token in row["input_ids"]]
+        for name in ("labels", "shift_labels"):
+            if name in row:
+                row[name] = [token % vocabulary if token >= 0 else token for token in row[name]]
+        rows.append(row)
+        if len(rows) == count:
+            break
+    if not rows:
+        raise SettingsError("the training data has no row.")
+    names = {name for row in rows for name in row}
+    if any(set(row) != names for row in rows):
+        raise SettingsError("the first rows of the training data have different columns; use --data random.")
+    return [rows[index % len(rows)] for index in range(count)]
+
+
+def is_quick(plan: DataPlan) -> bool:
+    """Whether the data can be opened without reading all of it first: files of tokens, or a stored set of them."""
+    train = plan.train
+    if not isinstance(train, SetPlan):
+        return False
+    options = train.options
+    if train.kind == "tokens":
+        paths = options["tokens"] if isinstance(options["tokens"], list) else [options["tokens"]]
+        return all("://" not in path for path in paths)
+    return train.kind == "path" and "text_column" not in options and os.path.exists(options["path"])
+
+
+def packs(section: dict[str, Any]) -> bool:
+    """Whether attention is to stay inside of documents, in any set of a section `dataset`."""
+    if section.get("documents") not in NO_DOCUMENTS:
+        return True
+    parts = [*(section.get("mixture") or {}).values(), *(section.get("stages") or [])]
+    return any(isinstance(part, dict) and packs(part) for part in parts)
