@@ -186,8 +186,8 @@ def check(args: argparse.Namespace) -> Check:
     with Ranks(args.timeout) as ranks:
         _speak(ranks, refuse, RealRun(training, processes, config, options))
         mine = reduced(full, args.most_processes)
-        if args.processes is not None and args.processes == full.model_parallel_size == mine.processes // 2:
-            mine = Layout(full, args.processes)
+        if args.processes is not None and args.processes <= args.most_processes:
+            mine = Layout(full, processes)
         layouts = [mine]
         text = config.get_text_config()
         if args.layouts:
@@ -200,7 +200,7 @@ def check(args: argparse.Namespace) -> Check:
             small = smaller(config, full, sizes)
             notes.insert(0, f"the model has {described(small)} (the run's: {described(config)})")
         _without_dropout(small, notes)
-        if mine.parallel != full:
+        if mine.parallel != full or (args.processes is not None and mine.processes != processes):
             notes.append(f"the layout is {mine.name} (the run's: {Layout(full, processes).name})")
         if training.get("parametrization") == "spectral" and not args.as_is:
             training |= _half_base(small)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedConfig, PrinterCallback, set_seed
 from transformers.utils import logging
 
@@ -52,7 +52,7 @@ class Job:
 
 def train_rank(job: Job) -> Path:
     """Run the layout on this rank; where its `Record` is. All ranks together."""
-    logging.set_verbosity_error()
+    quieten()
     script = None if job.script is None else load_script(job.script)
     args = NanotronTrainingArguments(**job.arguments, output_dir=str(job.folder / "out"))
     set_seed(args.seed)  # as train does
@@ -71,6 +71,13 @@ def train_rank(job: Job) -> Path:
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     return write_record(recorder.record, job.folder)
+
+
+def quieten() -> None:
+    """What libraries say of a few steps is not for the user."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def write_record(record: Record, folder: Path) -> Path:

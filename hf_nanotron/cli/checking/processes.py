@@ -176,7 +176,9 @@ def _enter(store: tuple[int, str], rank: int, world_size: int, timeout: float) -
         os.environ.pop(name, None)
     import torch
     import torch.distributed as dist
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own lock is shared by processes, and nobody would give it back
     torch.set_num_threads(1)
     if world_size == 1:
         return

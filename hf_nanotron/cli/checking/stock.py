@@ -21,11 +21,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging
 
 from ...models.stock.anatomy import dissect
 from ..data import collate
-from .job import Job, write_record
+from .job import Job, quieten, write_record
 from .recorder import recorded_modules, with_columns
 from .records import Activation, Piece, Record
 from .script import function, keywords, load_script
@@ -57,7 +56,7 @@ def refuse_ours(training: dict[str, Any]) -> None:
 
 def train_stock(job: Job) -> Path:
     """Train the model of `job.weights` with transformers' Trainer; where its `Record` is."""
-    logging.set_verbosity_error()
+    quieten()
     script = None if job.script is None else load_script(job.script)
     names = {entry.name for entry in fields(TrainingArguments)}
     known = {name: value for name, value in job.arguments.items() if name in names}
