@@ -327,7 +327,7 @@ def test_all_families_become_small(pytestconfig: pytest.Config) -> None:
 @pytest.mark.parametrize(
     ("sizes", "most", "name"),
     [
-        ({"tp_size": 8, "pp_size": 4, "ep_size": 16}, 8, "tp 2 pp 2 (1f1b) ep 2 dp 2 (zero 1)"),
+        ({"tp_size": 8, "pp_size": 4, "ep_size": 16}, 8, "tp 2 pp 2 (1f1b) ep 4 dp 2 (zero 1)"),
         ({"tp_size": 8, "zero_stage": 3}, 8, "tp 4 dp 2 (zero 3)"),
         ({"cp_size": 8, "tp_size": 2}, 4, "tp 2 cp 2 (auto) (zero 1)"),
         ({"pp_size": 4, "pp_layers_per_stage": (3, 4, 4, 3)}, 4, "pp 2 (1f1b) dp 2 (zero 1)"),

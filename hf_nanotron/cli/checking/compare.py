@@ -151,7 +151,7 @@ def _weights(
             every = torch.cat([gradient.flatten() for gradient in whole.gradients[step - 1].values()])
             clear = steepest > SMALL * float(every.square().mean().sqrt())
             size = float((wanted - whole.weights[0][name])[clear].norm()) + 1e-4 * size
-        errors = {}
+        errors: dict[int, float] = {}
         for rank, piece in _of(records, [record.weights[step] for record in records], name):
             error = float(((piece.values - piece.of(wanted)) * piece.of(clear)).norm())
             errors[rank] = max(errors.get(rank, 0.0), error / size if size else error)

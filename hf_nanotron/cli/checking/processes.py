@@ -87,9 +87,10 @@ class Ranks:
             if not ready:
                 break
             for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
                 try:
-                    good, value = connection.recv()  # type: ignore[union-attr]
+                    good, value = connection.recv()
                 except (EOFError, ConnectionResetError):
                     good, value = False, ("the process died", False)
                 if good:
@@ -99,9 +100,9 @@ class Ranks:
                 else:
                     failures[rank] = value
         if failures:
-            rank = _speaker(failures)
-            message, speaks = failures[rank]
-            raise RankError(message, rank, speaks)
+            speaker = _speaker(failures)
+            message, speaks = failures[speaker]
+            raise RankError(message, speaker, speaks)
         if waiting:
             late = ", ".join(map(str, sorted(waiting.values())))
             raise RankError(

@@ -125,18 +125,15 @@ def _small_fields(
             small[name] = ids % vocabulary if ids >= 0 else ids
     if not widths:
         return small
-    query, key = (next((name for name in names if _count(values.get(name))), None) for names in (QUERY, KEY))
-    heads = _count(values.get(query)) if query else 1
-    shared = (_count(values.get(key)) if key else None) or heads
-    small_heads, small_shared = small_head_counts(heads, shared, full.tp_size, sizes.tp_size, sizes.is_spectral)
+    query, key = (next((name for name in names if _count(values.get(name))), "") for names in (QUERY, KEY))
+    heads = _count(values.get(query)) or 1
+    shared = _count(values.get(key)) or heads
+    counts = small_head_counts(heads, shared, full.tp_size, sizes.tp_size, sizes.is_spectral)
     hidden = next(name for name in HIDDEN if _count(values.get(name)))
-    width = int(values[hidden])
-    explicit = _count(values.get("head_dim"))
-    free = explicit is not None and explicit * heads != width
-    for name in (query, key):
-        if name is not None:
-            small[name] = small_heads if name == query else small_shared
-    small[hidden] = WIDTH if free or query is None else small_heads * HEAD
+    head = _count(values.get("head_dim"))
+    is_free = head is not None and head * heads != values[hidden]  # the heads together are not the hidden size
+    small |= dict(zip((query, key), counts, strict=True))
+    small[hidden] = WIDTH if is_free or not query else counts[0] * HEAD
     for name in INNER:
         size = _count(values.get(name))
         if size is not None:  # not a whole number of times the hidden size, so that neither is taken for the other

@@ -110,8 +110,7 @@ def _with(parallel: ParallelConfig, sizes: dict[str, int]) -> ParallelConfig:
 
 def one_process(parallel: ParallelConfig) -> Layout:
     """Without any axis."""
-    kept = {"zero_stage": parallel.zero_stage, "sequence_parallel": parallel.sequence_parallel}
-    return Layout(ParallelConfig(**kept), 1)
+    return Layout(ParallelConfig(zero_stage=parallel.zero_stage, sequence_parallel=parallel.sequence_parallel), 1)
 
 
 def covering(has_experts: bool) -> list[Layout]:
