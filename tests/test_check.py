@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -27,7 +28,7 @@ from hf_nanotron.cli.checking.arguments import on_cpu, shortened
 from hf_nanotron.cli.checking.compare import TOLERANCE, compare
 from hf_nanotron.cli.checking.processes import RankError, Ranks
 from hf_nanotron.cli.checking.records import Activation, Piece, Record
-from hf_nanotron.cli.checking.shrink import chosen_layers, parameters, small_head_counts, smaller
+from hf_nanotron.cli.checking.shrink import CannotShrink, chosen_layers, parameters, small_head_counts, smaller
 from hf_nanotron.cli.checking.sizes import Layout, Reduced, covering, least_processes, reduced
 
 LLAMA = {
@@ -207,7 +208,7 @@ def test_every_axis_by_one_command(pytestconfig: pytest.Config, tmp_path: Path) 
         pytest.skip("runs with --full-matrix")
     code, found = checked(configuration(tmp_path, MIXTURE), "--processes", "2", "--layouts")
     assert code == 0, found
-    assert len(found["layouts"]) >= 20 and not [row for row in found["layouts"] if row["refused"]]
+    assert len(found["layouts"]) == 15 and not [row for row in found["layouts"] if row["refused"]]
 
 
 # ---- what differs ----
@@ -308,20 +309,26 @@ def test_small_model_keeps_what_is_peculiar() -> None:
     assert small.first_k_dense_replace == 1 < small.num_hidden_layers and small.n_routed_experts % small.n_group == 0
 
 
+# Of these transformers' default has a part for pictures that stays large, or layers that depend on others by number.
+LARGE = {"cohere_compass_text", "gemma3", "gemma3n_text", "longcat_flash", "phi4_multimodal"}
+
+
 def test_all_families_become_small(pytestconfig: pytest.Config) -> None:
-    """From the sizes that transformers gives a family by default, where they can be built at all."""
+    """From the sizes that transformers gives a family by default, if it makes a model of them at all."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
     layout = Layout(ParallelConfig(), 2)
     sizes, failed = Reduced.of([layout], False), {}
     for family in FAMILIES:
         try:
-            count = parameters(smaller(AutoConfig.for_model(family), layout.parallel, sizes))
-            if count > 10_000_000:
-                failed[family] = f"{count:,} parameters"
-        except Exception as error:
+            assert parameters(smaller(AutoConfig.for_model(family), layout.parallel, sizes)) < 20_000_000
+        except CannotShrink as error:
             failed[family] = str(error)[:200]
-    assert len(failed) <= len(FAMILIES) // 8, failed
+            with contextlib.suppress(Exception):
+                parameters(AutoConfig.for_model(family))
+                continue
+            del failed[family]
+    assert set(failed) <= LARGE, failed
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.data_keys import MEANINGS, SETS
+from hf_nanotron.cli.main import build_parser
 from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent
@@ -73,12 +74,18 @@ def irrelevant() -> str:
     return _table(("method", "why it is not called", "use instead"), rows)
 
 
+def commands() -> str:
+    """A section for each command of `hf-nanotron`: what it does, and a table of its arguments."""
+    return "\n\n".join(section for parser in _commands_of(build_parser()) for section in _command(parser))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "dataset": dataset,
     "called": called,
     "ours": ours,
     "irrelevant": irrelevant,
+    "commands": commands,
 }
 
 
@@ -90,6 +97,64 @@ def renewed(page: str) -> str:
 def pages() -> list[Path]:
     """The pages that have such tables."""
     return [path for path in sorted(DOCS.rglob("*.md")) if MARK.search(path.read_text(encoding="utf-8"))]
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of the commands below `parser`, each followed by those below it."""
+    found = []
+    for action in parser._actions:  # argparse has no public list
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found += [command, *_commands_of(command)]
+    return found
+
+
+def _command(parser: argparse.ArgumentParser) -> Iterable[str]:
+    """Heading, description and arguments. Not argparse's own text, whose form depends on Python and the terminal."""
+    yield f"## {parser.prog}"
+    summary, _, rest = (parser.description or "").strip().partition("\n\n")
+    yield " ".join(summary.split())
+    if rest:
+        yield f"```text\n{rest}\n```"
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if below:
+        return
+    rows = [_argument(action) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    yield f"`{_usage(parser)}`"
+    yield _table(("argument", "default", "meaning"), rows)
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    places = [_metavar(action) for action in parser._actions if not action.option_strings]
+    options = [action for action in parser._actions if action.option_strings and action.required]
+    needed = [f"{option.option_strings[-1]} {_metavar(option)}".strip() for option in options]
+    for group in parser._mutually_exclusive_groups:
+        if group.required:
+            needed.append("(" + " | ".join(option.option_strings[-1] for option in group._group_actions) + ")")
+    return " ".join([parser.prog, *places, *needed, "[options]"])
+
+
+def _argument(action: argparse.Action) -> tuple[str, str, str]:
+    name = _metavar(action) if not action.option_strings else f"{', '.join(action.option_strings)} {_metavar(action)}"
+    default = action.default
+    is_plain = isinstance(default, str | int | float) and not isinstance(default, bool)
+    meaning = re.sub(r" \(default: %\(default\)[.\d]*\w\)", "", action.help or "")
+    meaning = meaning.replace("%(default)s", str(default)).replace("%%", "%")
+    return f"`{_cell(name.strip())}`", f"`{default}`" if is_plain else "", _cell(meaning)
+
+
+def _metavar(action: argparse.Action) -> str:
+    """What stands for the value, or for its parts; nothing for a switch."""
+    if action.nargs == 0:
+        return ""
+    if isinstance(action.metavar, tuple):
+        return " ".join(action.metavar)
+    name = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+    if isinstance(action.nargs, int):
+        return " ".join([name] * action.nargs)
+    return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]", argparse.REMAINDER: f"[{name} ...]"}.get(
+        str(action.nargs), name
+    )
 
 
 def _type(field: dataclasses.Field[Any]) -> str:

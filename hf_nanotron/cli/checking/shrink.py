@@ -142,7 +142,11 @@ def _small_fields(
     for name, most in SMALLER.items():
         if (size := _count(values.get(name))) is not None:
             small[name] = min(size, most)
-    small |= _experts(values, full, sizes)
+    small |= _experts(values, sizes)
+    if _count(values.get("mamba_n_heads")):
+        inner = int(values.get("mamba_expand") or 2) * small[hidden]
+        small |= {"mamba_d_head": 2 * HEAD, "mamba_n_heads": inner // (2 * HEAD), "mamba_d_ssm": inner}
+        small |= {"mamba_n_groups": 1, "mamba_d_state": 16}
     rope = values.get("rope_parameters") or values.get("rope_scaling")
     if isinstance(rope, dict):
         small["rope_parameters" if "rope_parameters" in values else "rope_scaling"] = _small_rope(rope, small, values)
@@ -165,7 +169,7 @@ def small_head_counts(heads: int, shared: int, full_tp: int, tp: int, even: bool
     return small, 1 if shared == 1 else least * factor
 
 
-def _experts(values: Mapping[str, Any], full: ParallelConfig, sizes: Reduced) -> dict[str, int]:
+def _experts(values: Mapping[str, Any], sizes: Reduced) -> dict[str, int]:
     small: dict[str, int] = {}
     for name in CHOSEN_EXPERTS:
         if (size := _count(values.get(name))) is not None:
@@ -201,10 +205,12 @@ def _take_layers(values: dict[str, Any], count: int, layers: list[int]) -> None:
             values[name] = [value[index] for index in layers]
         elif name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and value == count:
             values[name] = len(layers)
-        elif isinstance(value, list) and value and name.endswith(("_layers", "_layer_ids", "_layers_block_type")):
-            kept = [index for index, layer in enumerate(layers) if layer in value]
-            if all(isinstance(entry, int) for entry in value):
-                values[name] = kept
+        elif isinstance(value, list) and value and name.endswith(("_layers", "_layer_ids")):
+            if all(type(entry) is int for entry in value):  # numbers of layers
+                values[name] = [index for index, layer in enumerate(layers) if layer in value]
+        elif isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
+            by_layer = {int(key): entry for key, entry in value.items()}
+            values[name] = {index: by_layer[layer] for index, layer in enumerate(layers) if layer in by_layer}
     if isinstance(top := values.get("max_window_layers"), int):
         values["max_window_layers"] = min(top, max(0, len(layers) - 1)) if top < count else len(layers)
 

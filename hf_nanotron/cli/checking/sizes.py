@@ -117,25 +117,20 @@ def covering(has_experts: bool) -> list[Layout]:
     """Layouts of two to four processes that meet each axis, each schedule, each stage of ZeRO, and pairs of axes."""
     rows: list[tuple[int, dict[str, Any]]] = [
         (2, {"zero_stage": 0}),
-        (2, {"zero_stage": 1}),
-        (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3}),
-        (2, {"tp_size": 2}),
+        (4, {"zero_stage": 1, "dp_replicate_size": 2}),
         (2, {"tp_size": 2, "sequence_parallel": False}),
+        (4, {"tp_size": 2, "zero_stage": 2}),
         (2, {"pp_size": 2, "pp_schedule": "afab"}),
-        (2, {"pp_size": 2, "pp_schedule": "1f1b"}),
         (2, {"pp_size": 2, "pp_schedule": "zb"}),
         (2, {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}),
-        (2, {"cp_size": 2, "cp_mode": "gather"}),
-        (2, {"cp_size": 2, "cp_mode": "heads"}),
-        (4, {"tp_size": 2, "pp_size": 2}),
-        (4, {"tp_size": 2, "zero_stage": 2}),
         (4, {"pp_size": 2, "zero_stage": 1}),
-        (4, {"tp_size": 2, "cp_size": 2}),
-        (4, {"zero_stage": 1, "dp_replicate_size": 2}),
+        (4, {"tp_size": 2, "pp_size": 2}),
+        (2, {"cp_size": 2, "cp_mode": "gather"}),
+        (4, {"cp_size": 2, "cp_mode": "heads", "tp_size": 2}),
     ]
     if has_experts:
-        rows += [(2, {"ep_size": 2}), (4, {"ep_size": 2, "tp_size": 2}), (4, {"ep_size": 2, "pp_size": 2})]
+        rows += [(2, {"ep_size": 2}), (4, {"ep_size": 2, "tp_size": 2, "pp_size": 2})]
     plain = ParallelConfig()
     return [Layout(replace(plain, **sizes), processes) for processes, sizes in rows]
 
