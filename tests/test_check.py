@@ -48,6 +48,7 @@ FAULTS = {
     "collator": (["tp_size", "1"], r"the loss of step 1 differs"),
     "callback": (["tp_size", "2"], r"model\.norm\.weight differs after the update of step 1, on rank 1 \(tp 1\)"),
     "optimizer": (["tp_size", "2"], r"model\.embed_tokens\.weight differs after the update of step 1"),
+    "none": (["average_tokens_across_devices", "false"], r"the loss of step 1 differs, on all ranks"),
     "module": (["tp_size", "1"], r"the output of model\.layers\.0\.mlp differs in the forward of step 1, on rank 1"),
 }
 SCRIPT = """\

@@ -86,10 +86,10 @@ class Client:
     """What an editor says to debugpy: messages of the Debug Adapter Protocol."""
 
     def __init__(self, port: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while True:
             try:
-                self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+                self.socket = socket.create_connection(("127.0.0.1", port), timeout=200)
                 break
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline

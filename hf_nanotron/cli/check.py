@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def _run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("hf-nanotron: check was interrupted; its processes have ended.", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(found.to_dict(), indent=1) if args.json else as_text(found))
+    print(json.dumps(_finite(found.to_dict()), indent=1) if args.json else as_text(found))
     if not found.is_same:
         sys.exit(1)
 
@@ -176,15 +177,16 @@ def check(args: argparse.Namespace) -> Check:
         refuse_ours(settings["training"])
     tokenizer = load_tokenizer(tokenizer_name)
     config, options, notes = _model(settings["model"], tokenizer)
-    training, replaced = on_cpu(settings["training"])
+    asked = settings["training"]
+    training, replaced = on_cpu(asked)
     notes += replaced
     notes += ["doremi is left out: its reference has the size of the real model"] if settings["doremi"] else []
     training.pop("output_dir", None)
 
-    full = _parallel(training)
+    full = _parallel(asked)
     processes = args.processes or least_processes(full)
     with Ranks(args.timeout) as ranks:
-        _speak(ranks, refuse, RealRun(training, processes, config, options))
+        _speak(ranks, refuse, RealRun(asked, processes, config, options))
         mine = reduced(full, args.most_processes)
         if args.processes is not None and args.processes <= args.most_processes:
             mine = Layout(full, processes)
@@ -307,13 +309,15 @@ def _parallel(training: dict[str, Any]) -> Any:
     """The sizes of the run; those that the arguments refuse are refused by them."""
     from dataclasses import fields
 
+    from ..arguments.values import plain_value
     from ..parallel.config import ParallelConfig
 
     names = [entry.name for entry in fields(ParallelConfig)]
-    sizes = {name: training[name] for name in names if training.get(name) is not None}
+    sizes = {name: plain_value(training[name], [int]) for name in names if training.get(name) is not None}
     layers = sizes.get("pp_layers_per_stage")
     if isinstance(layers, str):
-        sizes["pp_layers_per_stage"] = tuple(int(part) for part in layers.strip("[]() ").replace(",", " ").split())
+        numbers = layers.strip("[]() ").replace(",", " ").split()
+        sizes["pp_layers_per_stage"] = tuple(int(number) for number in numbers if number.isdecimal()) or None
     return ParallelConfig(**sizes)
 
 
@@ -323,8 +327,6 @@ def micro_batches(layouts: Sequence[Layout], accumulation: int) -> int:
     Args:
         accumulation: of the run: more than 1 stays more than 1 in its layout, which is the first.
     """
-    import math
-
     least = [layout.dp_size * layout.parallel.pp_size for layout in layouts]
     least[0] = max(least[0], min(accumulation, 2) * layouts[0].dp_size)
     step = math.lcm(*(layout.dp_size for layout in layouts))
@@ -381,8 +383,18 @@ def as_text(found: Check) -> str:
             lines += ["", f"{row.name}: {row.compared.first}."]
         elif row.refused is not None or row.failed is not None:
             lines += ["", f"{row.name}: {'refused' if row.refused else 'failed'}: {row.refused or row.failed}"]
-    lines += ["", "The same on every layout." if found.is_same else "Not the same."]
+    ending = "The same on every layout." if found.is_same else "Not the same."
+    lines += ["", ending if found.rows else "Nothing was compared."]
     return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    """Without inf and nan, which JSON does not have: null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cells(row: Row) -> str:

@@ -15,7 +15,7 @@ SILENT: Arguments = {
     "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none", "disable_tqdm": True,
     "logging_strategy": "steps", "logging_steps": 1, "logging_first_step": False, "logging_nan_inf_filter": False,
     "log_level": "error", "log_level_replica": "error",
-    "load_best_model_at_end": False, "push_to_hub": False, "remote_checkpoints": None, "resume_from_checkpoint": None,
+    "load_best_model_at_end": False, "push_to_hub": False, "resume_from_checkpoint": None,
     "async_save": False, "save_on_signal": 0.0, "save_only_model": False, "save_hub_weights": "always",
     "overwrite_output_dir": True, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
     "dataloader_persistent_workers": False, "dataloader_pin_memory": False, "use_cpu": True,
@@ -23,6 +23,8 @@ SILENT: Arguments = {
     "torch_empty_cache_steps": None, "full_determinism": False, "ignore_data_skip": False, "wsd_decay_steps": None,
     "skip_nonfinite_steps": False, "ddp_timeout": 120, "num_train_epochs": 1, "ema_evaluate": False,
 }  # fmt: skip
+
+LEFT_OUT = ("remote_", "hub_", "batch_size_warmup_")  # beginnings of names
 
 # What a CPU in fp32 does in another way: key -> (what is replaced, its replacement, why).
 Replacement = tuple[Callable[[Any], bool], Any, str]
@@ -42,8 +44,6 @@ REPLACED: dict[str, Replacement] = {
     ),
     "neftune_noise_alpha": (lambda value: value is not None, None, "noise would hide differences"),
     "batch_size_warmup_tokens": (lambda value: value is not None, None, "a few steps do not reach its end"),
-    "batch_size_warmup_start": (lambda value: value is not None, None, "a few steps do not reach its end"),
-    "batch_size_warmup_increment": (lambda value: value is not None, None, "a few steps do not reach its end"),
     "tp_overlap": (bool, None, "products overlap with communication on GPUs"),
     "activation_offload": (bool, 0.0, "host memory is all there is"),
     "optim_offload": (bool, 0.0, "host memory is all there is"),
@@ -51,18 +51,18 @@ REPLACED: dict[str, Replacement] = {
 # Of a group of keys that are replaced for one reason, one sentence is enough.
 TOLD_BY = {
     "fp8_skip_layers": "fp8", "bf16_full_eval": "bf16", "torch_compile_backend": "torch_compile",
-    "torch_compile_mode": "torch_compile", "batch_size_warmup_start": "batch_size_warmup_tokens",
-    "batch_size_warmup_increment": "batch_size_warmup_tokens",
+    "torch_compile_mode": "torch_compile",
 }  # fmt: skip
 NEEDS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def on_cpu(training: Arguments) -> tuple[Arguments, list[str]]:
     """The arguments with their own sizes and steps, for the CPU; and a sentence for each that is replaced."""
-    changed, told = {**training, **SILENT}, []
+    changed, told = {key: value for key, value in training.items() if not key.startswith(LEFT_OUT)} | SILENT, []
     for key, (applies, instead, reason) in REPLACED.items():
         if key in training and applies(training[key]):
-            changed[key] = instead
+            if key in changed:
+                changed[key] = instead
             if TOLD_BY.get(key) not in training:
                 told.append(f"{key}: {instead!r} instead of {training[key]!r}, because {reason}")
     if training.get("optim") == MUON:

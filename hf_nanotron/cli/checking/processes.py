@@ -154,6 +154,7 @@ def _serve(
     """One rank, from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter ends its ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(2, 1)  # what a rank prints is not part of the result
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
     try:
         _enter(store, rank, world_size, timeout)

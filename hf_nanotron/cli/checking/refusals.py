@@ -14,10 +14,12 @@ from ...models.sharding.parallelize import refuse_sizes
 from ...parallel.mesh import ParallelMesh
 from ...training_args import NanotronTrainingArguments
 
+OF_GPUS = ("tf32", "ddp_backend")  # which transformers refuses without one
+
 
 @dataclass(frozen=True)
 class RealRun:
-    """`arguments` for the CPU, with the sizes of the real run."""
+    """The run as it is: `arguments` as in the file."""
 
     arguments: dict[str, Any]
     processes: int
@@ -40,7 +42,8 @@ def refuse(run: RealRun) -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=run.processes)
         number = str(run.processes)
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=number, LOCAL_WORLD_SIZE=number)
-    args = NanotronTrainingArguments(**run.arguments, output_dir="out")
+    here = {name: value for name, value in run.arguments.items() if name not in OF_GPUS}
+    args = NanotronTrainingArguments(**{"output_dir": "out", **here, "use_cpu": True, "disable_tqdm": True})
     if run.config is None:
         return
     parallel = args.parallel
