@@ -326,8 +326,31 @@ class NanotronTrainingArguments(SecretlessArguments):
                 "start the script with torchrun, which sets LOCAL_RANK, or pass use_cpu=True."
             )
 
-    def check(self) -> None:
+    @classmethod
+    def of_job(cls, world_size: int, **arguments: Any) -> Self:
+        """The arguments of a job of `world_size` processes, checked as on its ranks, in a process that is none of them.
+
+        For what plans or launches a job; a trainer takes arguments that are made on its ranks.
+
+        Raises:
+            ValueError: as on the ranks.
+        """
+        refuse_removed(arguments)
+        # Those that only the devices of the ranks can honour, or that one process has no use for.
+        sizes = {entry.name: entry.default for entry in fields(ParallelConfig)}
+        elsewhere = {**sizes, "use_cpu": False, "tf32": None}
+        args = cls(**{**{name: value for name, value in arguments.items() if name not in elsewhere}, "use_cpu": True})
+        for name, default in elsewhere.items():
+            setattr(args, name, arguments.get(name, default))
+        args.pp_layers_per_stage = _layer_counts(args.pp_layers_per_stage)
+        args.check(world_size)
+        return args
+
+    def check(self, world_size: int | None = None) -> None:
         """Check all fields. Runs at construction; call it again after assigning to fields.
+
+        Args:
+            world_size: processes of the job; those of this one if None.
 
         Raises:
             ValueError: as at construction.
@@ -394,7 +417,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         self._check_mlp_chunks()
         check_schedules(self)
         self._check_parametrization(optim)
-        self.parallel.expert_copies(_world_size())
+        self.parallel.expert_copies(_world_size() if world_size is None else world_size)
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
     def _check_fp8(self) -> None:

@@ -1,0 +1,358 @@
+"""`hf-nanotron launch`: a run becomes a job of Slurm, of HF Jobs or of SkyPilot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..launch.job import Environment, Job
+
+DESCRIPTION = """\
+Write the files of a job that trains as CONFIG.yaml says on several nodes, and with --submit submit it:
+
+  hf-nanotron launch --slurm CONFIG.yaml --nodes 16 --time 24:00:00 --partition gpu --submit
+  hf-nanotron launch --hf-jobs CONFIG.yaml --nodes 2 --flavor h200x8 --image pytorch/pytorch --secret HF_TOKEN
+  hf-nanotron launch --skypilot CONFIG.yaml --nodes 2 --accelerator H100
+
+The files are put into OUTPUT_DIR/launch. A file that `hf-nanotron train` would refuse on so many processes is refused
+here, with the same sentence. Before its time limit a job of Slurm saves, is queued again, and goes on.
+
+--template FILE takes the place of the job's template; --print-template shows ours. A template that begins with
+{% extends "slurm.sh.j2" %} replaces blocks alone."""
+
+KINDS = ("slurm", "hf_jobs", "skypilot")
+SAVE_SECONDS = 120.0  # of a file that does not say save_on_signal
+# Options that one or two of the kinds take; the others refuse them.
+ONLY_FOR = {
+    ("slurm",): (
+        "partition account qos constraint exclusive cpus_per_node sbatch requeue save_seconds chain module "
+        "container_runtime conda port"
+    ),
+    ("hf_jobs",): "flavor image namespace volume attempts",
+    ("skypilot",): "accelerator resource image_id",
+    ("slurm", "hf_jobs"): "time",
+    ("slurm", "skypilot"): "venv",
+}
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The parsed arguments get `run`, which takes them."""
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    for kind, what in zip(KINDS, ("Slurm", "HF Jobs", "SkyPilot"), strict=True):
+        kinds.add_argument(
+            f"--{kind.replace('_', '-')}", dest="kind", action="store_const", const=kind, help=f"a job of {what}"
+        )
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="of hf-nanotron train")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: %(default)s)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help="processes on each node, one for each GPU (default: 8, or those of --flavor). With use_cpu=true in the "
+        "file no GPU is asked for",
+    )
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="override a key, as train does"
+    )
+    parser.add_argument("--time", help="time limit: of sbatch, such as 24:00:00, or of HF Jobs, such as 24h")
+    files = parser.add_argument_group("files")
+    files.add_argument("--name", help="of the job (default: the name of output_dir)")
+    files.add_argument("--folder", type=Path, metavar="DIR", help="for the files (default: OUTPUT_DIR/launch)")
+    files.add_argument("--overwrite", action="store_true", help="replace the files of an earlier launch")
+    files.add_argument("--submit", action="store_true", help="submit the job, too")
+    files.add_argument("--template", type=Path, metavar="FILE", help="of the job, in place of ours (Jinja)")
+    files.add_argument("--print-template", action="store_true", help="print our template, and do nothing else")
+    where = parser.add_argument_group("environment on the nodes")
+    where.add_argument("--chdir", type=Path, metavar="DIR", help="where the run starts (default: here)")
+    where.add_argument("--python", metavar="PATH", help="interpreter (default with Slurm: the one that runs this)")
+    where.add_argument("--venv", metavar="DIR", help="virtual environment to activate")
+    where.add_argument("--conda", metavar="ENV", help="conda environment to activate")
+    where.add_argument("--module", action="append", default=[], metavar="NAME", help="module to load; repeatable")
+    where.add_argument("--setup", action="append", default=[], metavar="LINE", help="line of shell to run; repeatable")
+    where.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="variable, such as NCCL_DEBUG=INFO; repeatable"
+    )
+    where.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="variable whose value is taken from the environment at submission, and written nowhere; repeatable",
+    )
+    where.add_argument("--container", metavar="IMAGE", help="run nodes in this container")
+    where.add_argument(
+        "--container-runtime", choices=("pyxis", "apptainer"), help="of --container with Slurm (default: pyxis)"
+    )
+    where.add_argument("--mount", action="append", default=[], metavar="SOURCE:TARGET", help="into it; repeatable")
+    slurm = parser.add_argument_group("Slurm")
+    for name in ("partition", "account", "qos", "constraint"):
+        slurm.add_argument(f"--{name}", metavar="TEXT", help="as sbatch takes it")
+    slurm.add_argument(
+        "--exclusive", action=argparse.BooleanOptionalAction, help="do not share nodes with other jobs (default: yes)"
+    )
+    slurm.add_argument("--cpus-per-node", type=int, metavar="N", help="cores of a node")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="another option, such as mail-type=END"
+    )
+    slurm.add_argument("--chain", type=int, metavar="N", help="jobs, each after the one before (default: 1)")
+    slurm.add_argument(
+        "--requeue",
+        action=argparse.BooleanOptionalAction,
+        help="queue the job again before its time is over, and when a node fails (default: yes)",
+    )
+    slurm.add_argument(
+        "--save-seconds",
+        type=float,
+        metavar="S",
+        help="for a save before the time limit (default: save_on_signal of the file, or 120)",
+    )
+    slurm.add_argument("--port", type=int, metavar="N", help="of the rendezvous (default: by the number of the job)")
+    hub = parser.add_argument_group("HF Jobs")
+    hub.add_argument("--flavor", metavar="NAME", help="hardware of a node, such as h200x8")
+    hub.add_argument("--image", metavar="IMAGE", help="Docker image, with torch or with what --setup needs")
+    hub.add_argument("--namespace", metavar="NAME", help="user or organization that pays (default: you)")
+    hub.add_argument("--volume", action="append", default=[], metavar="hf://...:/PATH", help="to mount; repeatable")
+    hub.add_argument("--attempts", type=int, metavar="N", help="starts of a job that fails, the first included")
+    sky = parser.add_argument_group("SkyPilot")
+    sky.add_argument("--accelerator", metavar="NAME", help="GPU, such as H100")
+    sky.add_argument("--image-id", metavar="IMAGE", help="image, such as docker:pytorch/pytorch")
+    sky.add_argument(
+        "--resource", action="append", default=[], metavar="KEY=VALUE", help="such as use_spot=true; repeatable"
+    )
+    parser.set_defaults(run=_launch)
+
+
+def _launch(args: argparse.Namespace) -> None:
+    if args.print_template:
+        from ..launch.rendering import template_text
+
+        print(template_text(_module(args.kind).TEMPLATE), end="")
+        return
+    _check_options(args)
+    if args.kind == "slurm":
+        _launch_slurm(args)
+    elif args.kind == "hf_jobs":
+        _launch_hf_jobs(args)
+    else:
+        _launch_skypilot(args)
+
+
+def _module(kind: str) -> Any:
+    from ..launch import hf_jobs, skypilot, slurm
+
+    return {"slurm": slurm, "hf_jobs": hf_jobs, "skypilot": skypilot}[kind]
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.config is None:
+        raise ValueError("CONFIG.yaml is missing: which run is to be launched?")
+    for kinds, names in ONLY_FOR.items():
+        for name in names.split():
+            if args.kind not in kinds and getattr(args, name) not in (None, []):
+                flags = " and ".join(f"--{kind.replace('_', '-')}" for kind in kinds)
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for {flags}, not for --{args.kind.replace('_', '-')}."
+                )
+    for name in ("nodes", "gpus_per_node", "chain", "attempts", "port"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    if args.port is not None and args.port > 65535:
+        raise ValueError(f"--port {args.port} must be at most 65535.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("hf-nanotron launch runs once, not under torchrun: it writes the job that starts torchrun.")
+
+
+# ---- the run ----
+
+
+def _read(args: argparse.Namespace, processes: int, resumes: bool, may_save: bool) -> Job:
+    """The job, if `hf-nanotron train` would take its file on so many processes."""
+    from ..launch.job import Job
+    from ..redaction import redacted
+    from .settings import check_complete, read_settings
+
+    overrides = [part for key, value in args.set for part in (f"--{key}", value)]
+    settings, tokenizer = read_settings(args.config, overrides)
+    check_complete(settings)
+    _refuse_secrets(args.config, redacted("", settings) is not settings, args.set)
+    training = settings["training"]
+    checked = _check_arguments(training, args.nodes * processes)
+    _check_model(args, settings["model"], tokenizer, checked)
+    save_seconds = _save_seconds(args, checked, resumes) if may_save else 0.0
+    if resumes:
+        _check_resume(training.get("resume_from_checkpoint"))
+    output_dir = str(training.get("output_dir") or checked.output_dir)
+    workdir = (args.chdir or Path()).absolute()
+    if args.chdir is not None and args.kind == "slurm" and not workdir.is_dir():
+        raise ValueError(f"--chdir {args.chdir} is not a folder.")
+    folder = (args.folder or workdir / output_dir / "launch").absolute()
+    return Job(
+        name=_name(args.name, output_dir),
+        config=args.config.read_text(encoding="utf-8-sig"),
+        overrides=tuple(overrides),
+        output_dir=output_dir,
+        folder=folder,
+        workdir=workdir,
+        nodes=args.nodes,
+        processes=processes,
+        on_cpu=bool(checked.use_cpu),
+        environment=_environment(args),
+        port=args.port,
+        save_seconds=save_seconds,
+        chain=args.chain or 1,
+        resumes=resumes,
+        version=__version__,
+    )
+
+
+def _check_arguments(training: dict[str, Any], world_size: int) -> Any:
+    """The training arguments as a rank of such a job has them."""
+    from ..training_args import NanotronTrainingArguments
+    from .errors import explained
+
+    with explained("training"):
+        return NanotronTrainingArguments.of_job(world_size, **training)
+
+
+def _check_model(args: argparse.Namespace, section: dict[str, Any], tokenizer: str | None, checked: Any) -> None:
+    """The model's config, where its fields are in the file; what is local, where the nodes see the same disk."""
+    from .errors import existing_path
+    from .model_config import make_config
+    from .train import load_tokenizer
+
+    if args.kind == "slurm":
+        for name, value in (("tokenizer", tokenizer), ("model.name_or_path", section.get("name_or_path"))):
+            if value is not None:
+                existing_path(name, value, "folder")
+    if section.get("config") is not None and "vocab_size" in section["config"]:
+        make_config(section["config"], None)
+    elif section.get("config") is not None and args.kind == "slurm":
+        make_config(section["config"], load_tokenizer(tokenizer))
+
+
+def _save_seconds(args: argparse.Namespace, checked: Any, resumes: bool) -> float:
+    seconds = args.save_seconds if args.save_seconds is not None else checked.save_on_signal or SAVE_SECONDS * resumes
+    if args.save_seconds is not None and not 0 < seconds < 86400:
+        raise ValueError(f"--save-seconds {args.save_seconds:g} must be above 0, and below a day.")
+    if resumes and str(getattr(checked.save_strategy, "value", checked.save_strategy)) == "no":
+        raise ValueError(
+            "training.save_strategy='no': a job that is queued again, or comes after another, has nothing to go on "
+            "from. Use save_strategy: steps, or --no-requeue without --chain."
+        )
+    return float(seconds)
+
+
+def _check_resume(named: Any) -> None:
+    if named not in (None, True, False, "true", "auto"):
+        raise ValueError(
+            f"training.resume_from_checkpoint={named!r}: a job that is queued again, or comes after another, goes on "
+            "from the newest checkpoint of its own run. Use auto, or --no-requeue without --chain."
+        )
+
+
+def _refuse_secrets(path: Path, in_file: bool, overrides: Sequence[Sequence[str]]) -> None:
+    from ..redaction import is_secret, printable
+
+    text = path.read_text(encoding="utf-8-sig")
+    for key, value in overrides:
+        if is_secret(key) or printable(value) != value:
+            raise ValueError(
+                f"--set {printable(key)} holds a secret, which is never written into a file; use an environment "
+                "variable such as HF_TOKEN, and give its name with --secret."
+            )
+    if in_file or printable(text) != text:
+        raise ValueError(
+            f"{path} holds a secret, and its text would be copied into the job's files; use an environment variable such "
+            "as HF_TOKEN, and give its name with --secret."
+        )
+
+
+def _name(given: str | None, output_dir: str) -> str:
+    name = given or re.sub(r"[^\w.\-]+", "-", Path(output_dir).absolute().name).strip("-.") or "training"
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.\-]*", name):
+        raise ValueError(f"--name {name!r} must have letters, digits, '-', '_' and '.' alone.")
+    return name
+
+
+def _environment(args: argparse.Namespace) -> Environment:
+    from ..launch.job import Environment
+
+    variables = {}
+    for text in args.env:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--env {name!r} is not NAME=VALUE; --secret {name} takes a value from the environment.")
+        variables[name] = value
+    brings_python = args.kind != "slurm" or args.venv or args.conda or args.container
+    return Environment(
+        python=args.python or ("python" if brings_python else sys.executable),
+        venv=None if args.venv is None else os.path.abspath(args.venv) if args.kind == "slurm" else args.venv,
+        conda=args.conda,
+        modules=tuple(args.module),
+        setup=tuple(args.setup),
+        variables=variables,
+        secrets=tuple(dict.fromkeys(args.secret)),
+        container=args.container,
+        mounts=tuple(args.mount),
+    )
+
+
+def _require_secrets(job: Job) -> None:
+    for name in job.environment.secrets:
+        if not os.environ.get(name):
+            raise ValueError(f"--secret {name}: {name} is not set in this environment.")
+
+
+# ---- kinds ----
+
+
+def _launch_slurm(args: argparse.Namespace) -> None:
+    from ..launch import slurm
+    from ..launch.files import write_files
+
+    requeue = args.requeue is not False
+    resumes = requeue or (args.chain or 1) > 1
+    job = _read(args, args.gpus_per_node or 8, resumes, may_save=True)
+    options = slurm.SlurmOptions(
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        constraint=args.constraint,
+        time=args.time,
+        exclusive=args.exclusive is not False,
+        cpus_per_node=args.cpus_per_node,
+        extra=tuple(args.sbatch),
+        requeue=requeue,
+        runtime=args.container_runtime or slurm.RUNTIMES[0],
+    )
+    slurm.check(job, options)
+    if job.environment.venv is not None and not Path(job.environment.venv, "bin", "activate").is_file():
+        raise ValueError(f"--venv {args.venv} is no virtual environment: it has no bin/activate.")
+    if args.submit:
+        slurm.require_client()
+        _require_secrets(job)
+    texts = slurm.files(job, options, args.template)
+    written = write_files(job.folder, texts, args.overwrite, stale=(slurm.FINISHED,))
+    (job.folder / "logs").mkdir(exist_ok=True)
+    _tell(job, written)
+    if args.submit:
+        ids = slurm.submit(job)
+        print(f"submitted: {' '.join(ids)} (cancel with: scancel {' '.join(ids)}); log: {job.folder}/logs/{ids[0]}.log")
+    else:
+        print(f"submit with: bash {job.folder}/submit.sh")
+
+
+def _tell(job: Job, written: Sequence[Path]) -> None:
+    for path in written:
+        print(path)
+    if job.resumes and any((job.workdir / job.output_dir).glob("checkpoint-*")):
+        print(f"{job.output_dir} has checkpoints: the job goes on from the newest one of the run started last.")
