@@ -34,9 +34,9 @@ SAVE_SECONDS = 120.0  # of a file that does not say save_on_signal
 ONLY_FOR = {
     ("slurm",): (
         "partition account qos constraint exclusive cpus_per_node sbatch requeue save_seconds chain module "
-        "container_runtime conda port"
+        "container container_runtime conda"
     ),
-    ("hf_jobs",): "flavor image namespace volume attempts",
+    ("hf_jobs",): "flavor image namespace attempts",
     ("skypilot",): "accelerator resource image_id",
     ("slurm", "hf_jobs"): "time",
     ("slurm", "skypilot"): "venv",
@@ -87,11 +87,19 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="variable whose value is taken from the environment at submission, and written nowhere; repeatable",
     )
-    where.add_argument("--container", metavar="IMAGE", help="run nodes in this container")
+    where.add_argument("--container", metavar="IMAGE", help="run nodes of Slurm in this container")
     where.add_argument(
         "--container-runtime", choices=("pyxis", "apptainer"), help="of --container with Slurm (default: pyxis)"
     )
-    where.add_argument("--mount", action="append", default=[], metavar="SOURCE:TARGET", help="into it; repeatable")
+    where.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="SOURCE:TARGET",
+        help="into the container, or the machines: a folder, hf://buckets/NAME/BUCKET with HF Jobs, a bucket's URL with "
+        "SkyPilot; repeatable",
+    )
+    where.add_argument("--port", type=int, metavar="N", help="of the rendezvous (default with Slurm: by the job's number)")
     slurm = parser.add_argument_group("Slurm")
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", metavar="TEXT", help="as sbatch takes it")
@@ -114,12 +122,10 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="for a save before the time limit (default: save_on_signal of the file, or 120)",
     )
-    slurm.add_argument("--port", type=int, metavar="N", help="of the rendezvous (default: by the number of the job)")
     hub = parser.add_argument_group("HF Jobs")
     hub.add_argument("--flavor", metavar="NAME", help="hardware of a node, such as h200x8")
     hub.add_argument("--image", metavar="IMAGE", help="Docker image, with torch or with what --setup needs")
     hub.add_argument("--namespace", metavar="NAME", help="user or organization that pays (default: you)")
-    hub.add_argument("--volume", action="append", default=[], metavar="hf://...:/PATH", help="to mount; repeatable")
     hub.add_argument("--attempts", type=int, metavar="N", help="starts of a job that fails, the first included")
     sky = parser.add_argument_group("SkyPilot")
     sky.add_argument("--accelerator", metavar="NAME", help="GPU, such as H100")
@@ -194,6 +200,11 @@ def _read(args: argparse.Namespace, processes: int, resumes: bool, may_save: boo
     workdir = (args.chdir or Path()).absolute()
     if args.chdir is not None and args.kind == "slurm" and not workdir.is_dir():
         raise ValueError(f"--chdir {args.chdir} is not a folder.")
+    if args.kind != "slurm" and args.folder is None and Path(output_dir).is_absolute():
+        raise ValueError(
+            f"output_dir={output_dir!r} is a folder of the machines that are rented; say with --folder where the job's "
+            "files go on this one."
+        )
     folder = (args.folder or workdir / output_dir / "launch").absolute()
     return Job(
         name=_name(args.name, output_dir),
@@ -349,6 +360,84 @@ def _launch_slurm(args: argparse.Namespace) -> None:
         print(f"submitted: {' '.join(ids)} (cancel with: scancel {' '.join(ids)}); log: {job.folder}/logs/{ids[0]}.log")
     else:
         print(f"submit with: bash {job.folder}/submit.sh")
+
+
+def _launch_hf_jobs(args: argparse.Namespace) -> None:
+    from ..launch import hf_jobs
+    from ..launch.files import write_files
+    from .errors import explained
+
+    for name, example in (("flavor", "h200x8"), ("image", "pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel")):
+        if getattr(args, name) is None:
+            raise ValueError(f"--hf-jobs needs --{name}, such as {example}.")
+    devices = hf_jobs.devices_of(args.flavor)
+    if None not in (devices, args.gpus_per_node) and devices != args.gpus_per_node:
+        raise ValueError(f"--flavor {args.flavor} has {devices} GPUs, but --gpus-per-node is {args.gpus_per_node}.")
+    job = _read(args, args.gpus_per_node or devices or 1, resumes=(args.attempts or 1) > 1, may_save=False)
+    if (devices is None) != job.on_cpu:
+        raise ValueError(
+            f"--flavor {args.flavor} has {'no' if devices is None else devices} GPUs, but training.use_cpu={job.on_cpu}; "
+            "the file and the hardware have to go together."
+        )
+    _check_output(args, job, [volume["mount_path"] for volume in hf_jobs.volumes_of(job.environment.mounts)])
+    options = hf_jobs.HubOptions(args.image, args.flavor, args.time, args.attempts, args.namespace)
+    secrets = hf_jobs.secret_values(job) if args.submit else {}
+    _tell(job, write_files(job.folder, hf_jobs.files(job, options, args.template), args.overwrite))
+    if args.submit:
+        with explained("the job cannot be submitted"):
+            addresses = hf_jobs.submit(job, secrets)
+        print(f"submitted: {' '.join(addresses)}")
+    else:
+        print("submit with the same command, --overwrite and --submit")
+
+
+def _launch_skypilot(args: argparse.Namespace) -> None:
+    from ..launch import skypilot
+    from ..launch.files import write_files
+
+    job = _read(args, args.gpus_per_node or 8, resumes=True, may_save=False)
+    if (args.accelerator is None) != job.on_cpu:
+        use = "--skypilot needs --accelerator, such as H100" if args.accelerator is None else "leave --accelerator out"
+        raise ValueError(f"training.use_cpu={job.on_cpu}: {use}.")
+    options = skypilot.SkyOptions(
+        args.accelerator,
+        args.image_id,
+        dict(_resource(text) for text in args.resource),
+        None if args.chdir is None else job.workdir,
+    )
+    _check_output(args, job, [text.rpartition(":")[2] for text in args.mount])
+    texts = skypilot.files(job, options, args.template)
+    if args.submit:
+        skypilot.require_client()
+        _require_secrets(job)
+    _tell(job, write_files(job.folder, texts, args.overwrite))
+    if args.submit:
+        skypilot.submit(job)
+    else:
+        print(f"submit with: {' '.join(skypilot.command(job))}")
+
+
+def _resource(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--resource {text!r} is not KEY=VALUE, such as use_spot=true.")
+    return key, yaml.safe_load(value)
+
+
+def _check_output(args: argparse.Namespace, job: Job, mounted: Sequence[str]) -> None:
+    """Refuse a run whose checkpoints are gone with its machines."""
+    from .settings import read_settings
+
+    training = read_settings(args.config, job.overrides)[0]["training"]
+    if training.get("remote_checkpoints") or (training.get("push_to_hub") and not job.resumes):
+        return
+    if not any(Path(job.output_dir).is_relative_to(path) for path in mounted):
+        raise ValueError(
+            f"output_dir={job.output_dir!r} is on the disk of a machine that is gone after the job; set "
+            "remote_checkpoints, or --mount a bucket and put output_dir there."
+        )
 
 
 def _tell(job: Job, written: Sequence[Path]) -> None:

@@ -61,8 +61,6 @@ class Environment:
                 )
         if self.venv is not None and self.conda is not None:
             raise ValueError(f"--venv {self.venv} and --conda {self.conda}: only one of them can be activated.")
-        if self.mounts and self.container is None:
-            raise ValueError(f"--mount {self.mounts[0]} needs --container: without one there is nothing to mount into.")
 
 
 @dataclass(frozen=True)

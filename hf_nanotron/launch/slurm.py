@@ -16,6 +16,7 @@ from .rendering import render
 TEMPLATE = "slurm.sh.j2"
 FINISHED = "finished"  # written by the script when the run has ended
 SIGNAL_MARGIN = 2 * MARGIN  # seconds between the end of a save and the time limit
+EARLY = 60  # seconds by which Slurm may send a signal before its time (`man sbatch`, --signal)
 RUNTIMES = ("pyxis", "apptainer")
 # Options that the script sets, or that another option of the command is for.
 SET = {
@@ -106,11 +107,12 @@ def seconds_of(time: str) -> float:
 
 def check(job: Job, options: SlurmOptions) -> None:
     """Refuse a time limit that leaves none for training."""
-    if job.grace and options.time is not None and seconds_of(options.time) <= job.grace + SIGNAL_MARGIN:
+    early = job.grace + SIGNAL_MARGIN + EARLY
+    if job.grace and options.time is not None and seconds_of(options.time) <= early:
         raise ValueError(
-            f"--time {options.time} leaves no time to train: ranks are told to save {job.grace + SIGNAL_MARGIN} seconds "
-            f"before the limit (save_on_signal={job.save_seconds:g}, and {SIGNAL_MARGIN} for the end); raise it, or "
-            "lower --save-seconds."
+            f"--time {options.time} leaves no time to train: ranks may be told to save {early} seconds before the limit "
+            f"(save_on_signal={job.save_seconds:g}, {SIGNAL_MARGIN} for the end, and {EARLY} by which Slurm may be early);"
+            " raise it, or lower --save-seconds."
         )
 
 
