@@ -21,7 +21,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge,cred_expire=2
+AuthInfo=socket={folder}/munge,cred_expire=5
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
@@ -67,7 +67,13 @@ class SlurmCluster:
         (self.folder / "key").write_bytes(os.urandom(1024))
         (self.folder / "key").chmod(0o600)
         host = socket.gethostname().partition(".")[0]
-        values = {"folder": self.folder, "host": host, "user": getpass.getuser(), "nodes": NODES, "ports": free_ports(3)}
+        values = {
+            "folder": self.folder,
+            "host": host,
+            "user": getpass.getuser(),
+            "nodes": NODES,
+            "ports": free_ports(3),
+        }
         (self.folder / "slurm.conf").write_text(CONFIG.format(**values))
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
         try:

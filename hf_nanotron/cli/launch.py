@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..version import __version__
-
 if TYPE_CHECKING:
-    from ..launch.job import Environment, Job
+    from ..launch.job import Job
 
 DESCRIPTION = """\
 Write the files of a job that trains as CONFIG.yaml says on several nodes, and with --submit submit it:
@@ -29,7 +25,6 @@ here, with the same sentence. Before its time limit a job of Slurm saves, is que
 {% extends "slurm.sh.j2" %} replaces blocks alone."""
 
 KINDS = ("slurm", "hf_jobs", "skypilot")
-SAVE_SECONDS = 120.0  # of a file that does not say save_on_signal
 # Options that one or two of the kinds take; the others refuse them.
 ONLY_FOR = {
     ("slurm",): (
@@ -96,10 +91,12 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SOURCE:TARGET",
-        help="into the container, or the machines: a folder, hf://buckets/NAME/BUCKET with HF Jobs, a bucket's URL with "
-        "SkyPilot; repeatable",
+        help="into the container, or the machines: a folder, hf://buckets/NAME/BUCKET with HF Jobs, a bucket's URL "
+        "with SkyPilot; repeatable",
     )
-    where.add_argument("--port", type=int, metavar="N", help="of the rendezvous (default with Slurm: by the job's number)")
+    where.add_argument(
+        "--port", type=int, metavar="N", help="of the rendezvous (default with Slurm: by the job's number)"
+    )
     slurm = parser.add_argument_group("Slurm")
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", metavar="TEXT", help="as sbatch takes it")
@@ -164,9 +161,7 @@ def _check_options(args: argparse.Namespace) -> None:
         for name in names.split():
             if args.kind not in kinds and getattr(args, name) not in (None, []):
                 flags = " and ".join(f"--{kind.replace('_', '-')}" for kind in kinds)
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is for {flags}, not for --{args.kind.replace('_', '-')}."
-                )
+                raise ValueError(f"--{name.replace('_', '-')} is for {flags}, not for --{args.kind.replace('_', '-')}.")
     for name in ("nodes", "gpus_per_node", "chain", "attempts", "port"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -177,162 +172,17 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("hf-nanotron launch runs once, not under torchrun: it writes the job that starts torchrun.")
 
 
-# ---- the run ----
-
-
-def _read(args: argparse.Namespace, processes: int, resumes: bool, may_save: bool) -> Job:
-    """The job, if `hf-nanotron train` would take its file on so many processes."""
-    from ..launch.job import Job
-    from ..redaction import redacted
-    from .settings import check_complete, read_settings
-
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)]
-    settings, tokenizer = read_settings(args.config, overrides)
-    check_complete(settings)
-    _refuse_secrets(args.config, redacted("", settings) is not settings, args.set)
-    training = settings["training"]
-    checked = _check_arguments(training, args.nodes * processes)
-    _check_model(args, settings["model"], tokenizer, checked)
-    save_seconds = _save_seconds(args, checked, resumes) if may_save else 0.0
-    if resumes:
-        _check_resume(training.get("resume_from_checkpoint"))
-    output_dir = str(training.get("output_dir") or checked.output_dir)
-    workdir = (args.chdir or Path()).absolute()
-    if args.chdir is not None and args.kind == "slurm" and not workdir.is_dir():
-        raise ValueError(f"--chdir {args.chdir} is not a folder.")
-    if args.kind != "slurm" and args.folder is None and Path(output_dir).is_absolute():
-        raise ValueError(
-            f"output_dir={output_dir!r} is a folder of the machines that are rented; say with --folder where the job's "
-            "files go on this one."
-        )
-    folder = (args.folder or workdir / output_dir / "launch").absolute()
-    return Job(
-        name=_name(args.name, output_dir),
-        config=args.config.read_text(encoding="utf-8-sig"),
-        overrides=tuple(overrides),
-        output_dir=output_dir,
-        folder=folder,
-        workdir=workdir,
-        nodes=args.nodes,
-        processes=processes,
-        on_cpu=bool(checked.use_cpu),
-        environment=_environment(args),
-        port=args.port,
-        save_seconds=save_seconds,
-        chain=args.chain or 1,
-        resumes=resumes,
-        version=__version__,
-    )
-
-
-def _check_arguments(training: dict[str, Any], world_size: int) -> Any:
-    """The training arguments as a rank of such a job has them."""
-    from ..training_args import NanotronTrainingArguments
-    from .errors import explained
-
-    with explained("training"):
-        return NanotronTrainingArguments.of_job(world_size, **training)
-
-
-def _check_model(args: argparse.Namespace, section: dict[str, Any], tokenizer: str | None, checked: Any) -> None:
-    """The model's config, where its fields are in the file; what is local, where the nodes see the same disk."""
-    from .errors import existing_path
-    from .model_config import make_config
-    from .train import load_tokenizer
-
-    if args.kind == "slurm":
-        for name, value in (("tokenizer", tokenizer), ("model.name_or_path", section.get("name_or_path"))):
-            if value is not None:
-                existing_path(name, value, "folder")
-    if section.get("config") is not None and "vocab_size" in section["config"]:
-        make_config(section["config"], None)
-    elif section.get("config") is not None and args.kind == "slurm":
-        make_config(section["config"], load_tokenizer(tokenizer))
-
-
-def _save_seconds(args: argparse.Namespace, checked: Any, resumes: bool) -> float:
-    seconds = args.save_seconds if args.save_seconds is not None else checked.save_on_signal or SAVE_SECONDS * resumes
-    if args.save_seconds is not None and not 0 < seconds < 86400:
-        raise ValueError(f"--save-seconds {args.save_seconds:g} must be above 0, and below a day.")
-    if resumes and str(getattr(checked.save_strategy, "value", checked.save_strategy)) == "no":
-        raise ValueError(
-            "training.save_strategy='no': a job that is queued again, or comes after another, has nothing to go on "
-            "from. Use save_strategy: steps, or --no-requeue without --chain."
-        )
-    return float(seconds)
-
-
-def _check_resume(named: Any) -> None:
-    if named not in (None, True, False, "true", "auto"):
-        raise ValueError(
-            f"training.resume_from_checkpoint={named!r}: a job that is queued again, or comes after another, goes on "
-            "from the newest checkpoint of its own run. Use auto, or --no-requeue without --chain."
-        )
-
-
-def _refuse_secrets(path: Path, in_file: bool, overrides: Sequence[Sequence[str]]) -> None:
-    from ..redaction import is_secret, printable
-
-    text = path.read_text(encoding="utf-8-sig")
-    for key, value in overrides:
-        if is_secret(key) or printable(value) != value:
-            raise ValueError(
-                f"--set {printable(key)} holds a secret, which is never written into a file; use an environment "
-                "variable such as HF_TOKEN, and give its name with --secret."
-            )
-    if in_file or printable(text) != text:
-        raise ValueError(
-            f"{path} holds a secret, and its text would be copied into the job's files; use an environment variable such "
-            "as HF_TOKEN, and give its name with --secret."
-        )
-
-
-def _name(given: str | None, output_dir: str) -> str:
-    name = given or re.sub(r"[^\w.\-]+", "-", Path(output_dir).absolute().name).strip("-.") or "training"
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.\-]*", name):
-        raise ValueError(f"--name {name!r} must have letters, digits, '-', '_' and '.' alone.")
-    return name
-
-
-def _environment(args: argparse.Namespace) -> Environment:
-    from ..launch.job import Environment
-
-    variables = {}
-    for text in args.env:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--env {name!r} is not NAME=VALUE; --secret {name} takes a value from the environment.")
-        variables[name] = value
-    brings_python = args.kind != "slurm" or args.venv or args.conda or args.container
-    return Environment(
-        python=args.python or ("python" if brings_python else sys.executable),
-        venv=None if args.venv is None else os.path.abspath(args.venv) if args.kind == "slurm" else args.venv,
-        conda=args.conda,
-        modules=tuple(args.module),
-        setup=tuple(args.setup),
-        variables=variables,
-        secrets=tuple(dict.fromkeys(args.secret)),
-        container=args.container,
-        mounts=tuple(args.mount),
-    )
-
-
-def _require_secrets(job: Job) -> None:
-    for name in job.environment.secrets:
-        if not os.environ.get(name):
-            raise ValueError(f"--secret {name}: {name} is not set in this environment.")
-
-
 # ---- kinds ----
 
 
 def _launch_slurm(args: argparse.Namespace) -> None:
     from ..launch import slurm
     from ..launch.files import write_files
+    from .launch_job import read_job, require_secrets
 
     requeue = args.requeue is not False
     resumes = requeue or (args.chain or 1) > 1
-    job = _read(args, args.gpus_per_node or 8, resumes, may_save=True)
+    job = read_job(args, args.gpus_per_node or 8, resumes, may_save=True)
     options = slurm.SlurmOptions(
         partition=args.partition,
         account=args.account,
@@ -350,7 +200,7 @@ def _launch_slurm(args: argparse.Namespace) -> None:
         raise ValueError(f"--venv {args.venv} is no virtual environment: it has no bin/activate.")
     if args.submit:
         slurm.require_client()
-        _require_secrets(job)
+        require_secrets(job)
     texts = slurm.files(job, options, args.template)
     written = write_files(job.folder, texts, args.overwrite, stale=(slurm.FINISHED,))
     (job.folder / "logs").mkdir(exist_ok=True)
@@ -366,6 +216,7 @@ def _launch_hf_jobs(args: argparse.Namespace) -> None:
     from ..launch import hf_jobs
     from ..launch.files import write_files
     from .errors import explained
+    from .launch_job import check_output, read_job
 
     for name, example in (("flavor", "h200x8"), ("image", "pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel")):
         if getattr(args, name) is None:
@@ -373,13 +224,13 @@ def _launch_hf_jobs(args: argparse.Namespace) -> None:
     devices = hf_jobs.devices_of(args.flavor)
     if None not in (devices, args.gpus_per_node) and devices != args.gpus_per_node:
         raise ValueError(f"--flavor {args.flavor} has {devices} GPUs, but --gpus-per-node is {args.gpus_per_node}.")
-    job = _read(args, args.gpus_per_node or devices or 1, resumes=(args.attempts or 1) > 1, may_save=False)
+    job = read_job(args, args.gpus_per_node or devices or 1, resumes=(args.attempts or 1) > 1, may_save=False)
     if (devices is None) != job.on_cpu:
         raise ValueError(
-            f"--flavor {args.flavor} has {'no' if devices is None else devices} GPUs, but training.use_cpu={job.on_cpu}; "
-            "the file and the hardware have to go together."
+            f"--flavor {args.flavor} has {devices or 'no'} GPUs, but training.use_cpu={job.on_cpu}: the run and the "
+            "hardware have to go together."
         )
-    _check_output(args, job, [volume["mount_path"] for volume in hf_jobs.volumes_of(job.environment.mounts)])
+    check_output(args, job, [volume["mount_path"] for volume in hf_jobs.volumes_of(job.environment.mounts)])
     options = hf_jobs.HubOptions(args.image, args.flavor, args.time, args.attempts, args.namespace)
     secrets = hf_jobs.secret_values(job) if args.submit else {}
     _tell(job, write_files(job.folder, hf_jobs.files(job, options, args.template), args.overwrite))
@@ -394,8 +245,9 @@ def _launch_hf_jobs(args: argparse.Namespace) -> None:
 def _launch_skypilot(args: argparse.Namespace) -> None:
     from ..launch import skypilot
     from ..launch.files import write_files
+    from .launch_job import check_output, read_job, require_secrets
 
-    job = _read(args, args.gpus_per_node or 8, resumes=True, may_save=False)
+    job = read_job(args, args.gpus_per_node or 8, resumes=True, may_save=False)
     if (args.accelerator is None) != job.on_cpu:
         use = "--skypilot needs --accelerator, such as H100" if args.accelerator is None else "leave --accelerator out"
         raise ValueError(f"training.use_cpu={job.on_cpu}: {use}.")
@@ -405,11 +257,11 @@ def _launch_skypilot(args: argparse.Namespace) -> None:
         dict(_resource(text) for text in args.resource),
         None if args.chdir is None else job.workdir,
     )
-    _check_output(args, job, [text.rpartition(":")[2] for text in args.mount])
+    check_output(args, job, [text.rpartition(":")[2] for text in args.mount])
     texts = skypilot.files(job, options, args.template)
     if args.submit:
         skypilot.require_client()
-        _require_secrets(job)
+        require_secrets(job)
     _tell(job, write_files(job.folder, texts, args.overwrite))
     if args.submit:
         skypilot.submit(job)
@@ -424,20 +276,6 @@ def _resource(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"--resource {text!r} is not KEY=VALUE, such as use_spot=true.")
     return key, yaml.safe_load(value)
-
-
-def _check_output(args: argparse.Namespace, job: Job, mounted: Sequence[str]) -> None:
-    """Refuse a run whose checkpoints are gone with its machines."""
-    from .settings import read_settings
-
-    training = read_settings(args.config, job.overrides)[0]["training"]
-    if training.get("remote_checkpoints") or (training.get("push_to_hub") and not job.resumes):
-        return
-    if not any(Path(job.output_dir).is_relative_to(path) for path in mounted):
-        raise ValueError(
-            f"output_dir={job.output_dir!r} is on the disk of a machine that is gone after the job; set "
-            "remote_checkpoints, or --mount a bucket and put output_dir there."
-        )
 
 
 def _tell(job: Job, written: Sequence[Path]) -> None:

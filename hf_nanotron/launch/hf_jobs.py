@@ -19,7 +19,9 @@ from .rendering import render
 TEMPLATE = "hf_jobs.yaml.j2"
 FILE = "hf_jobs.yaml"
 PORT = 29500
-_MOUNT = re.compile(r"hf://(?:(?P<kind>model|dataset|space|bucket)s/)?(?P<source>[^:]+):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?")
+_MOUNT = re.compile(
+    r"hf://(?:(?P<kind>model|dataset|space|bucket)s/)?(?P<source>[^:]+):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def files(job: Job, options: HubOptions, template: Path | None) -> dict[str, str
     group = f"{re.sub(r'[^a-z0-9]+', '-', job.name.lower()).strip('-')[:32]}-{uuid.uuid4().hex[:8]}"
     hub = {**vars(options), "network_group": group.lstrip("-"), "port": job.port or PORT}
     texts = {"config.yaml": job.config, FILE: render(TEMPLATE, {"job": job, "hub": hub}, template)}
-    names = {name: "" for name in job.environment.secrets}
+    names = dict.fromkeys(job.environment.secrets, "")
     for node in range(job.nodes):
         job_arguments(texts[FILE], node, names)
     return texts
@@ -144,7 +146,7 @@ def secret_values(job: Job) -> dict[str, str]:
         value = os.environ.get(name) or (get_token() if name == "HF_TOKEN" else None)
         if not value:
             login = " Run hf auth login, or export it." if name == "HF_TOKEN" else ""
-            raise ValueError(f"--secret {name}: {name} is not set in this environment.{login}")
+            raise ValueError(f"{name}, which --secret names, is not set in this environment.{login}")
         found[name] = value
     return found
 

@@ -51,7 +51,7 @@ class Environment:
             if is_secret(name) or printable(value) != value:
                 raise ValueError(
                     f"--env {name}=... looks like a secret, which is never written into a file: export it where you "
-                    f"submit the job, and give its name alone with --secret {name}."
+                    "submit the job, and give its name alone (option --secret)."
                 )
         for line in self.setup:
             if printable(line) != line:

@@ -73,7 +73,7 @@ class SlurmOptions:
 
     def header(self, job: Job) -> list[str]:
         """The options of the job beside its name and size, without dashes."""
-        named = {"partition": self.partition, "account": self.account, "qos": self.qos}
+        named: dict[str, Any] = {"partition": self.partition, "account": self.account, "qos": self.qos}
         named |= {"constraint": self.constraint, "time": self.time, "cpus-per-task": self.cpus_per_node}
         options = [f"{name}={value}" for name, value in named.items() if value is not None]
         extra = [option.lstrip("-") for option in self.extra]
@@ -106,13 +106,21 @@ def seconds_of(time: str) -> float:
 
 
 def check(job: Job, options: SlurmOptions) -> None:
-    """Refuse a time limit that leaves none for training."""
+    """Refuse a time limit that leaves none for training, and mounts into nothing.
+
+    Raises:
+        ValueError: with what would work.
+    """
+    if job.environment.mounts and job.environment.container is None:
+        raise ValueError(
+            f"--mount {job.environment.mounts[0]} needs --container: without one there is nothing to mount into."
+        )
     early = job.grace + SIGNAL_MARGIN + EARLY
     if job.grace and options.time is not None and seconds_of(options.time) <= early:
         raise ValueError(
-            f"--time {options.time} leaves no time to train: ranks may be told to save {early} seconds before the limit "
-            f"(save_on_signal={job.save_seconds:g}, {SIGNAL_MARGIN} for the end, and {EARLY} by which Slurm may be early);"
-            " raise it, or lower --save-seconds."
+            f"--time {options.time} leaves no time to train: ranks may be told to save {early} seconds before the "
+            f"limit (save_on_signal={job.save_seconds:g}, {SIGNAL_MARGIN} for the end, and {EARLY} by which Slurm may "
+            "be early); raise it, or lower --save-seconds."
         )
 
 
@@ -151,8 +159,8 @@ def require_client() -> None:
     """Raises ValueError where there is no `sbatch`."""
     if shutil.which("sbatch") is None:
         raise ValueError(
-            "--submit: sbatch is not on this machine. Without --submit the files are written; run their submit.sh where "
-            "Slurm is."
+            "--submit: sbatch is not on this machine. Without --submit the files are written; run their submit.sh "
+            "where Slurm is."
         )
 
 
