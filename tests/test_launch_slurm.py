@@ -21,9 +21,9 @@ from test_launch import settings
 from tiny import random_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 160
+STEPS = 240
 RUN = {
-    "use_cpu": True, "max_steps": STEPS, "logging_steps": 4, "per_device_train_batch_size": 1, "learning_rate": 5e-3,
+    "use_cpu": True, "max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 5e-3,
     "save_steps": STEPS, "disable_tqdm": True,
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a run and its data, and a space in its name."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     folder = tmp_path / "a run"
-    random_dataset(400).save_to_disk(folder / "data")
+    random_dataset(600).save_to_disk(folder / "data")
     (folder / "run.yaml").write_text(yaml.safe_dump(settings(folder, **RUN)))
     return folder
 
@@ -103,7 +103,7 @@ def test_a_job_saves_is_queued_again_and_goes_on(cluster: SlurmCluster, pool: Wo
     assert 0 < step < STEPS and f"stopped after step {step} of {STEPS}" in stopped
     assert (folder / "out" / f"checkpoint-{step}").is_dir() and (folder / "out" / "model.safetensors").is_file()
     got = losses(folder / "out")
-    assert got == pytest.approx(expected, rel=1e-6) and len(got) == STEPS // 4
+    assert got == pytest.approx(expected, rel=1e-6) and len(got) == STEPS
 
 
 def test_a_failure_is_shown_and_not_repeated(cluster: SlurmCluster, folder: Path, pytestconfig: pytest.Config) -> None:
@@ -124,19 +124,7 @@ def test_the_time_limit_and_a_chain(
     node."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("with --full-matrix")
-    more = [
-        "--set",
-        "max_steps",
-        "4000",
-        "--set",
-        "tp_size",
-        "2",
-        "--gpus-per-node",
-        "2",
-        "--set",
-        "logging_steps",
-        "50",
-    ]
+    more = ["--set", "max_steps", "4000", "--set", "tp_size", "2", "--gpus-per-node", "2"]
     options = ["--nodes", "2", "--chain", "3", "--no-requeue", "--time", "2", "--save-seconds", "10", *more]
     ids = submit(cluster, folder, *options)
     cluster.wait(cluster.is_idle, 420)
@@ -145,9 +133,7 @@ def test_the_time_limit_and_a_chain(
     assert "saved; the next job goes on" in told[0] and "the run is finished\n" in "".join(told)
     assert len(list((logs / f"{ids[0]}-0").glob("rank-*.log"))) == 4
     got = losses(folder / "out")
-    assert got == pytest.approx(
-        unbroken(pool, folder, 4, "--max_steps", "4000", "--tp_size", "2", "--logging_steps", "50"), rel=1e-5
-    )
+    assert got == pytest.approx(unbroken(pool, folder, 4, "--max_steps", "4000", "--tp_size", "2"), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["hf-jobs", "skypilot"])
