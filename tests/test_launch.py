@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ MODEL = {
     "model_type": "llama", "vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
 }  # fmt: skip
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TOKEN = "hf_" + "a" * 30
 
 
@@ -141,6 +143,21 @@ def test_a_cluster_has_a_template_of_its_own(run_file: Path, tmp_path: Path) -> 
         argv = ("launch", "--slurm", "run.yaml", "--overwrite", "--template", str(own))
         assert says in one_line(command(*argv)), text
     assert "#SBATCH --nodes=4\n" in (tmp_path / "out" / "launch" / "job.sh").read_text()  # nothing was written
+
+
+def test_the_example_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of its README, in a copy of its folder."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    folder = shutil.copytree(EXAMPLES / "slurm", tmp_path / "slurm")
+    monkeypatch.chdir(folder)
+    (line,) = re.findall(r"^hf-nanotron launch (.*)$", (folder / "README.md").read_text(), re.MULTILINE)
+    files = written(*shlex.split(line))
+    script = (files / "job.sh").read_text()
+    check_shell(script)
+    assert files == folder / "out" / "llama-1b" / "launch"
+    site = ["module load cuda/13.0 || exit 1", "export HF_HOME=$SCRATCH/huggingface", "export NCCL_SOCKET_IFNAME=hsn"]
+    assert re.search(r"\s+".join(map(re.escape, [*site, "export PYTHONUNBUFFERED=1"])), script)
+    assert "#SBATCH --time=24:00:00" in script and "seq 2 3" in (files / "submit.sh").read_text()
 
 
 def test_nothing_is_overwritten_unasked(run_file: Path) -> None:

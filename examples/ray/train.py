@@ -1,4 +1,4 @@
-"""A tensor-parallel run inside Ray Train: `python train.py --workers 2 --tp-size 2`. Checkpoints are reported to Ray."""
+"""A tensor-parallel run inside Ray Train: `python train.py --workers 2 --tp-size 2`. Ray is told of its checkpoints."""
 
 from __future__ import annotations
 
