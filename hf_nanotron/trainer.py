@@ -238,7 +238,8 @@ class NanotronTrainer(Trainer):
     # ---- train ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest committed checkpoint that is undamaged.
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest committed checkpoint that is undamaged;
+        `"auto"` does so if the run has one, and otherwise starts from the first step.
 
         Raises:
             ValueError: if the named checkpoint is not complete, or there is none at all.
@@ -823,6 +824,11 @@ class NanotronTrainer(Trainer):
         Outside of a save, the `state` of a `TokenStream` is that of the lanes that this rank reads.
         """
         return self._data_order.cursor(self.control, self.train_dataset)
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether a signal ended `train` before its last step (`save_on_signal`): there is more to train."""
+        return self._checkpointer.was_told_to_stop and self.state.global_step < self.state.max_steps
 
     def extra_state(self) -> dict[str, Any]:
         """What the training state of a checkpoint holds besides, the same on every rank."""

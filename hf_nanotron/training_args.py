@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
@@ -326,8 +327,31 @@ class NanotronTrainingArguments(SecretlessArguments):
                 "start the script with torchrun, which sets LOCAL_RANK, or pass use_cpu=True."
             )
 
-    def check(self) -> None:
+    @classmethod
+    def of_job(cls, world_size: int, **arguments: Any) -> Self:
+        """The arguments of a job of `world_size` processes, checked as on its ranks, in a process that is none of them.
+
+        For what plans or launches a job; a trainer takes arguments that are made on its ranks.
+
+        Raises:
+            ValueError: as on the ranks.
+        """
+        refuse_removed(arguments)
+        # Those that only the devices of the ranks can honour, or that one process has no use for.
+        sizes = {entry.name: entry.default for entry in fields(ParallelConfig)}
+        elsewhere = {**sizes, "use_cpu": False, "tf32": None}
+        args = cls(**{**{name: value for name, value in arguments.items() if name not in elsewhere}, "use_cpu": True})
+        for name, default in elsewhere.items():
+            setattr(args, name, arguments.get(name, default))
+        args.pp_layers_per_stage = _layer_counts(args.pp_layers_per_stage)
+        args.check(world_size)
+        return args
+
+    def check(self, world_size: int | None = None) -> None:
         """Check all fields. Runs at construction; call it again after assigning to fields.
+
+        Args:
+            world_size: processes of the job; those of this one if None.
 
         Raises:
             ValueError: as at construction.
@@ -394,7 +418,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         self._check_mlp_chunks()
         check_schedules(self)
         self._check_parametrization(optim)
-        self.parallel.expert_copies(_world_size())
+        self.parallel.expert_copies(_world_size() if world_size is None else world_size)
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
     def _check_fp8(self) -> None:
@@ -461,11 +485,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     @property
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
-        sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
-        if self.mlp_chunk_tokens is not None and self.tp_size > 1 and self.tp_overlap is None:
-            sizes["tp_overlap"] = False
-        layers = _layer_counts(self.pp_layers_per_stage)
-        return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
+        return parallel_sizes(vars(self))
 
     @property
     def spectral(self) -> Spectral | None:
@@ -518,6 +538,23 @@ class NanotronTrainingArguments(SecretlessArguments):
 def _world_size() -> int:
     """Processes of this job, known before its process group is."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parallel_sizes(arguments: Mapping[str, Any]) -> ParallelConfig:
+    """The sizes that training arguments say by their names; of those that are absent, the defaults.
+
+    Raises:
+        ValueError: as `ParallelConfig` does.
+    """
+    sizes = {entry.name: arguments[entry.name] for entry in fields(ParallelConfig) if entry.name in arguments}
+    if (
+        arguments.get("mlp_chunk_tokens") is not None
+        and sizes.get("tp_size", 1) != 1
+        and sizes.get("tp_overlap") is None
+    ):
+        sizes["tp_overlap"] = False
+    layers = _layer_counts(sizes.get("pp_layers_per_stage"))
+    return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
 
 
 def _layer_counts(value: Any) -> list[int] | None:

@@ -83,6 +83,7 @@ import contextlib, io, sys
 from hf_nanotron.cli import main
 for argv in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["convert", "--help"],
              ["convert", "nanotron-to-hub", "--help"], ["convert", "hub-to-nanotron", "--help"], ["tokenize", "--help"],
+             ["launch", "--help"],
              ["data", "inspect", "--help"], ["generate"], []):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -96,7 +97,7 @@ for name in ("torch", "transformers", "numpy", "yaml"):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert not done.stderr and done.returncode == 0
     lines = done.stdout.splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert all(line.endswith("0 True") for line in lines if line.startswith("['--v") or "--help" in line)
     assert lines[-2].endswith(" 2 True") and lines[-1] == "[] 2 True"
 

@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, convert, check, coordinate-check, tokenize, data, average, upload.
+"""The `hf-nanotron` command: generate, train, launch, convert, check, coordinate-check, tokenize, data, average, upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -22,6 +22,7 @@ from .check import DESCRIPTION as CHECK, add_check_arguments
 from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_arguments
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
+from .launch import DESCRIPTION as LAUNCH, add_launch_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
 from .upload import add_upload_arguments
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
+    add_launch_arguments(_add_command(commands, "launch", "train on several nodes: Slurm, HF Jobs, SkyPilot", LAUNCH))
     _add_convert(commands)
     add_check_arguments(_add_command(commands, "check", "compare a run's layout with one process", CHECK))
     add_coordinate_arguments(

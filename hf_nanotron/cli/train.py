@@ -44,6 +44,11 @@ def train(path: Path, overrides: Sequence[str]) -> None:
             doremi=make_doremi(settings["doremi"], model),
         )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopped_by_signal:  # what is left of its time limit is not for an evaluation
+        if trainer.is_world_process_zero():
+            step, steps = trainer.state.global_step, trainer.state.max_steps
+            print(f"stopped after step {step} of {steps}; go on with --resume_from_checkpoint auto", flush=True)
+        return
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

@@ -9,7 +9,7 @@ and sums of gradients are taken over `dp` and `cp` together. Samples are dealt o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -44,6 +44,17 @@ class Coordinates:
     replica: int
     ep: int
     expert_copy: int
+
+
+def coordinates_in(parallel: ParallelConfig, world_size: int, rank: int) -> Coordinates:
+    """Where `rank` stands in a job of `world_size` ranks."""
+    copies, shard_size = parallel.weight_copies(world_size), parallel.shard_size(world_size)
+    rest, tp = divmod(rank, parallel.tp_size)
+    pp, copy = divmod(rest, copies)
+    dp, cp = divmod(copy, parallel.cp_size)
+    replica, shard = divmod(copy, shard_size)
+    expert_copy, ep = divmod(copy * parallel.tp_size + tp, parallel.ep_size)
+    return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
 
 
 @dataclass(frozen=True)
@@ -130,12 +141,7 @@ class ParallelMesh:
         self.alone = Group((self.rank,), 0, None)
 
     def coordinates_of(self, rank: int) -> Coordinates:
-        rest, tp = divmod(rank, self.tp_size)
-        pp, copy = divmod(rest, self.dp_size * self.cp_size)
-        dp, cp = divmod(copy, self.cp_size)
-        replica, shard = divmod(copy, self.shard_size)
-        expert_copy, ep = divmod(copy * self.tp_size + tp, self.ep_size)
-        return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
+        return coordinates_in(self.parallel, self.world_size, rank)
 
     def group(self, name: str, key: Callable[[Coordinates], Hashable], multiprocessors: int | None = None) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`. A collective
@@ -156,6 +162,11 @@ class ParallelMesh:
         mine = tuple(classes[key(self.coordinates)])
         self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle], self._handles)
         return self._groups[name]
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """The groups that have been made, by name; the first of those that share a communicator comes first."""
+        return self._groups
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""

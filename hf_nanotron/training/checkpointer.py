@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..checkpoint.directory.commit import begin
 from ..checkpoint.directory.retention import (
+    any_together,
     check_together,
     choose_together,
     is_part,
@@ -46,6 +47,7 @@ from ..training_args import NanotronTrainingArguments
 from .remote import RemoteUploads
 
 logger = logging.get_logger(__name__)
+AUTO = "auto"  # as `resume_from_checkpoint`
 
 
 class Checkpointer:
@@ -94,10 +96,13 @@ class Checkpointer:
                 self._lock.release()
 
     def choose(self, named: str | bool | None) -> str | None:
-        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither."""
+        """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
+
+        `AUTO` is True if the run has a checkpoint, and a fresh start if it has none yet.
+        """
         if not named:
             return None
-        if named is not True:
+        if named is not True and named != AUTO:
             source = os.fspath(named)
             check_together(self.mesh, source, deep=False)  # what is read of it is verified then
             self._saved.add(Path(source).resolve())  # with no step left, what was resumed is not written anew
@@ -105,6 +110,9 @@ class Checkpointer:
         output_dir = cast(str, self.args.output_dir)
         if self._uploads.store is not None:
             fetch_newest_together(self.mesh, self._uploads.store, output_dir)
+        if named == AUTO and not any_together(self.mesh, output_dir):
+            logger.info(f"{output_dir} has no checkpoint of this run: it starts from the first step.")
+            return None
         chosen = choose_together(self.mesh, output_dir, needs=(STATE_INDEX, TRAINER_STATE_NAME))
         if chosen is None:
             others = ", ".join(path.name for path in newest(output_dir)[:5])

@@ -128,6 +128,16 @@ def choose_together(
     )
 
 
+def any_together(mesh: ParallelMesh, output_dir: StrPath) -> bool:
+    """Whether the run at hand has a committed checkpoint, damaged or not, as rank 0 sees it. All ranks together."""
+    listed = together(
+        mesh,
+        "looking for checkpoints",
+        lambda: [path.name for path in candidates(output_dir) if not is_torn(path)] if mesh.rank == 0 else [],
+    )
+    return bool(from_rank_0(mesh, listed))
+
+
 def from_rank_0(mesh: ParallelMesh, value: T) -> T:
     """The `value` of rank 0, on every rank. All ranks together."""
     values = [value]
