@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, launch, convert, check, coordinate-check, tokenize, data, average, upload.
+"""The `hf-nanotron` command: generate, train, launch, convert, check, coordinate-check, tokenize, data, average, ...
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
