@@ -28,9 +28,13 @@ from hf_nanotron.cli.checking.arguments import on_cpu, shortened
 from hf_nanotron.cli.checking.compare import TOLERANCE, compare
 from hf_nanotron.cli.checking.processes import RankError, Ranks
 from hf_nanotron.cli.checking.records import Activation, Piece, Record
+from hf_nanotron.cli.checking.rows import is_quick, own_rows, random_rows
+from hf_nanotron.cli.checking.script import keywords, load_script
 from hf_nanotron.cli.checking.shrink import CannotShrink, chosen_layers, parameters, small_head_counts, smaller
 from hf_nanotron.cli.checking.sizes import Layout, Reduced, covering, least_processes, reduced
+from hf_nanotron.cli.settings import check_complete, read_settings
 
+ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -371,6 +375,47 @@ def test_arguments_for_the_cpu() -> None:
     short = shortened({**changed, "activation_checkpointing_layers": "8,9"}, 3, 2, 4, [0, 9])
     assert short["lr_scheduler_kwargs"] == {"num_decay_steps": 1, "min_lr_ratio": 0.1} and short["warmup_steps"] == 1
     assert short["activation_checkpointing_layers"] == [1] and short["max_steps"] == 3
+
+
+# ---- rows and scripts ----
+
+
+def test_rows_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Data that are local and tokenized are read: the first rows, cut, begun anew, with ids that the model knows."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.chdir(ROOT)
+    settings, _ = read_settings(Path("examples/debugging/run.yaml"), [])
+    plan = check_complete(settings)
+    stored = [json.loads(line)["input_ids"] for line in open("examples/debugging/rows.jsonl", encoding="utf-8")]
+    rows = own_rows(plan, None, 10, 12, 50)
+    assert is_quick(plan) and len(rows) == 10
+    assert [row["input_ids"] for row in rows[:8]] == [[token % 50 for token in row[:12]] for row in stored]
+    assert rows[8:] == rows[:2]
+    settings, _ = read_settings(Path("examples/debugging/run.yaml"), ["--dataset.text_column", "text"])
+    settings["dataset"]["sequence_length"] = 16
+    assert not is_quick(check_complete(settings))  # it would be tokenized first
+
+
+def test_random_rows_weigh_differently() -> None:
+    """So that a loss which is not divided by the tokens of all ranks is another one."""
+    rows = random_rows(8, 16, 100, packed=True)
+    assert len({sum(label != -100 for label in row["labels"]) for row in rows}) > 1
+    assert all(row["position_ids"].count(0) > 1 and len(row["position_ids"]) == 16 for row in rows)
+
+
+def test_script_of_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    text = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert text is not None
+    path = tmp_path / "parts_of_the_page.py"
+    path.write_text(text.group(1), encoding="utf-8")
+    script = load_script(path)
+    assert keywords(script, None, None) == {"callbacks": []}
+    model = script.make_model(AutoConfig.for_model("llama", hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                                   num_attention_heads=1, vocab_size=8))  # fmt: skip
+    assert type(model).__name__ == "LlamaForCausalLM"
 
 
 # ---- processes ----
