@@ -35,9 +35,10 @@ NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 SMALLER = {  # other sizes, and what they are at most
     "head_dim": HEAD, "global_head_dim": HEAD, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": HEAD,
-    "qk_rope_head_dim": HEAD, "qk_head_dim": 2 * HEAD, "v_head_dim": HEAD, "sliding_window": SEEN, "n_group": 2,
+    "qk_rope_head_dim": HEAD, "qk_head_dim": 2 * HEAD, "v_head_dim": HEAD, "sliding_window": SEEN,
+    "n_group": 2, "num_group": 2, "num_expert_group": 2,
     "attention_chunk_size": SEEN, "local_attn_window_size": SEEN, "topk_group": 1, "first_k_dense_replace": 1,
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8, "rotary_dim": HEAD,
 }  # fmt: skip
 PERIODS = (  # every so many layers another kind
     *("full_attention_interval", "no_rope_layer_interval", "sliding_window_pattern", "decoder_sparse_step"),
@@ -117,6 +118,8 @@ def _small_fields(
     vocabulary = VOCABULARY + int(text.vocab_size) % KEPT_REMAINDER
     vocabulary = min(vocabulary, int(text.vocab_size))
     small: dict[str, Any] = {"vocab_size": vocabulary}
+    if _count(values.get("vocab_size_per_layer_input")):
+        small["vocab_size_per_layer_input"] = vocabulary
     for name in TOKEN_IDS:
         ids = values.get(name)
         if isinstance(ids, list):
