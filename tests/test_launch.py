@@ -373,7 +373,7 @@ def test_what_the_template_of_the_hub_gets_wrong(run_file: Path, tmp_path: Path)
 SKY = (
     "--skypilot run.yaml --nodes 2 --accelerator H100 --folder files --secret HF_TOKEN --env NCCL_DEBUG=INFO "
     "--mount s3://bucket/runs:/out --set output_dir /out/run --resource use_spot=true --image-id docker:org/image "
-    "--setup 'pip install hf-nanotron'"
+    "--setup 'pip install hf-nanotron' --venv ~/my-venv --chdir ."
 )
 
 
@@ -384,6 +384,7 @@ def test_a_job_of_skypilot(run_file: Path, tmp_path: Path, monkeypatch: pytest.M
     assert task["resources"] == {"accelerators": "H100:8", "image_id": "docker:org/image", "use_spot": True}
     mounts = {"~/run.yaml": str(folder / "config.yaml"), "/out": {"source": "s3://bucket/runs", "mode": "MOUNT"}}
     assert task["file_mounts"] == mounts and task["envs"] == {"PYTHONUNBUFFERED": "1", "NCCL_DEBUG": "INFO"}
+    assert task["workdir"] == str(tmp_path) and "source ~/my-venv/bin/activate\n" in task["run"]
     check_shell(task["run"])
     check_shell(task["setup"])
     # `sky` is called with the names of secrets alone.
