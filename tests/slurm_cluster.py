@@ -136,7 +136,8 @@ def end(pid_file: Path) -> None:
         process = int(pid_file.read_text())
         os.kill(process, signal.SIGTERM)
         for _ in range(100):
-            os.kill(process, 0)
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return  # gone, and nobody has asked for its status
             time.sleep(0.05)
         os.kill(process, signal.SIGKILL)
     except (OSError, ValueError):

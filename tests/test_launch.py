@@ -117,7 +117,10 @@ def test_conda_and_containers(run_file: Path, tmp_path: Path) -> None:
     script = (written(*argv) / "job.sh").read_text()
     check_shell(script)
     here = run_file.parent
-    assert f"--container-mounts='/data set:/data,{here}/out/launch:{here}/out/launch,{here}:{here}'" in script
+    assert (
+        f"--container-mounts='/data set:/data,{here}/out/launch:{here}/out/launch,{here}:{here},{here}/out:{here}/out'"
+        in script
+    )
     script = (written(*argv, "--container-runtime", "apptainer", "--set", "use_cpu", "true") / "job.sh").read_text()
     check_shell(script)
     assert "apptainer exec --bind" in script and "org/image:1 bash" in script and "--gpus-per-node" not in script
@@ -239,7 +242,7 @@ def test_secrets_of_a_file_are_not_copied(run_file: Path) -> None:
         training = {} if text else {"hub_token": TOKEN}
         run_file.write_text(text + yaml.safe_dump(settings(run_file.parent, **training)))
         line = one_line(command("launch", "--slurm", "run.yaml"))
-        assert "holds a secret" in line and TOKEN not in line
+        assert "looks like a secret" in line and TOKEN not in line
         assert not (run_file.parent / "out").exists()
 
 
@@ -370,7 +373,7 @@ def test_what_the_template_of_the_hub_gets_wrong(run_file: Path, tmp_path: Path)
 SKY = (
     "--skypilot run.yaml --nodes 2 --accelerator H100 --folder files --secret HF_TOKEN --env NCCL_DEBUG=INFO "
     "--mount s3://bucket/runs:/out --set output_dir /out/run --resource use_spot=true --image-id docker:org/image "
-    "--setup 'pip install hf-nanotron'"
+    "--setup 'pip install hf-nanotron' --venv ~/my-venv --chdir ."
 )
 
 
@@ -381,6 +384,7 @@ def test_a_job_of_skypilot(run_file: Path, tmp_path: Path, monkeypatch: pytest.M
     assert task["resources"] == {"accelerators": "H100:8", "image_id": "docker:org/image", "use_spot": True}
     mounts = {"~/run.yaml": str(folder / "config.yaml"), "/out": {"source": "s3://bucket/runs", "mode": "MOUNT"}}
     assert task["file_mounts"] == mounts and task["envs"] == {"PYTHONUNBUFFERED": "1", "NCCL_DEBUG": "INFO"}
+    assert task["workdir"] == str(tmp_path) and "source ~/my-venv/bin/activate\n" in task["run"]
     check_shell(task["run"])
     check_shell(task["setup"])
     # `sky` is called with the names of secrets alone.

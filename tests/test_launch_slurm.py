@@ -125,9 +125,9 @@ def test_the_time_limit_and_a_chain(
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("with --full-matrix")
     more = ["--set", "max_steps", "4000", "--set", "tp_size", "2", "--gpus-per-node", "2"]
-    options = ["--nodes", "2", "--chain", "3", "--no-requeue", "--time", "2", "--save-seconds", "10", *more]
+    options = ["--nodes", "2", "--chain", "6", "--no-requeue", "--time", "2", "--save-seconds", "10", *more]
     ids = submit(cluster, folder, *options)
-    cluster.wait(cluster.is_idle, 420)
+    cluster.wait(cluster.is_idle, 700)
     logs = folder / "out" / "launch" / "logs"
     told = [text(logs / f"{number}.log") for number in ids]
     assert "saved; the next job goes on" in told[0] and "the run is finished\n" in "".join(told)

@@ -79,7 +79,10 @@ def main() -> None:
         loop,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if args.gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=args.workers, use_gpu=args.gpu),
+        # On the CPU less than a core each: Ray's own actors need some, too.
+        scaling_config=ScalingConfig(
+            num_workers=args.workers, use_gpu=args.gpu, resources_per_worker=None if args.gpu else {"CPU": 0.5}
+        ),
         run_config=RunConfig(name="ray", storage_path=str(out / "ray"), failure_config=FailureConfig(max_failures=0)),
     ).fit()
     print(f"loss {result.metrics['loss']:.3f} after {args.steps} steps; checkpoints: {out}")

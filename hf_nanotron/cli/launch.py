@@ -204,6 +204,7 @@ def _launch_slurm(args: argparse.Namespace) -> None:
     texts = slurm.files(job, options, args.template)
     written = write_files(job.folder, texts, args.overwrite, stale=(slurm.FINISHED,))
     (job.folder / "logs").mkdir(exist_ok=True)
+    (job.workdir / job.output_dir).mkdir(parents=True, exist_ok=True)  # a container cannot mount what is not there
     _tell(job, written)
     if args.submit:
         ids = slurm.submit(job)

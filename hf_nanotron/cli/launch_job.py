@@ -172,8 +172,8 @@ def _refuse_secrets(path: Path, in_file: bool, overrides: Sequence[Sequence[str]
     text = path.read_text(encoding="utf-8-sig")
     if in_file or printable(text) != text:
         raise ValueError(
-            f"{path} holds a secret, and its text would be copied into the job's files; use an environment variable "
-            "such as HF_TOKEN, and give its name with --secret."
+            f"{path} holds what looks like a secret, and its text would be copied into the job's files; use an "
+            "environment variable such as HF_TOKEN, and give its name with --secret."
         )
 
 

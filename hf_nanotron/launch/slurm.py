@@ -137,8 +137,9 @@ def files(job: Job, options: SlurmOptions, template: Path | None) -> dict[str, s
         slurm["step_options"].append(f"--cpus-per-task={options.cpus_per_node}")
     environment = job.environment
     if environment.container is not None:
-        # What a node has to see: the job's files, and the folder of the run.
-        mounts = dict.fromkeys([*environment.mounts, *(f"{path}:{path}" for path in (job.folder, job.workdir))])
+        # What a node has to see: the job's files, the folder of the run, and that of its checkpoints.
+        own = (job.folder, job.workdir, job.workdir / job.output_dir)
+        mounts = dict.fromkeys([*environment.mounts, *(f"{path}:{path}" for path in own)])
         if options.runtime == "pyxis":
             slurm["step_options"] += [
                 f"--container-image={shlex.quote(environment.container)}",
