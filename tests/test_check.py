@@ -435,7 +435,7 @@ def test_a_rank_that_hangs_is_ended() -> None:
     begun = time.monotonic()
     with Ranks(timeout=3.0) as ranks, pytest.raises(RankError, match=r"^rank (0, )?1 did not finish within 3 s"):
         ranks.run(2, hang, 600.0)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -463,8 +463,8 @@ def test_nothing_stays_of_an_interrupted_check(
     time.sleep(0.5)
     ranks = [int(Path(f"{began}{rank}").read_text()) for rank in (0, 1)]
     os.kill(running.pid, number)
-    assert running.wait(30) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
-    deadline = time.monotonic() + 20
+    assert running.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "ranks are still there"
         time.sleep(0.2)
