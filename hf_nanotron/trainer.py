@@ -392,7 +392,7 @@ class NanotronTrainer(Trainer):
         link = self._link_optimizer()  # an override may have made its own
         self._average = link.average = make_average(self.args, self.weights, self.mesh.device)
         self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = self.model
+        self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # evaluations need not
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
