@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 TP2, PP2, DP2 = {"tp_size": 2}, {"pp_size": 2}, {"dp": 2}
 # What depends on the clock and on memory; the second row is what our log has besides.
-CLOCK = ("_runtime", "_per_second", "train_runtime", "_memory", "_mem_")
+CLOCK = ("_runtime", "_per_second", "train_runtime", "_memory", "_mem_", "preparation_time")
 OWN_METRICS = {"step_time", "tokens_per_second", "tokens_per_second_per_device", "peak_memory_gib", "mfu"}
 
 
