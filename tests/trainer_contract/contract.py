@@ -1,7 +1,8 @@
 """One script, run with stock classes and with ours.
 
-A scenario is a function of a `Kit` that returns what a user would see: logs, events, metrics, files. `both` runs it with
-`transformers.Trainer` and with `NanotronTrainer` in one process, `ours` with `NanotronTrainer` on the ranks of a layout.
+A scenario is a function of a `Kit` that returns what a user would see: logs, events, metrics, files. `both` runs it
+with `transformers.Trainer` and with `NanotronTrainer` in one process, `ours` with `NanotronTrainer` on the ranks of a
+layout. Which behaviours are compared follows the list of those that transformers tests of its Trainer.
 """
 
 from __future__ import annotations
@@ -115,6 +116,30 @@ class Recorder(TrainerCallback):
             self.events.append((name, state.global_step))
 
         return record
+
+
+class Flags(TrainerCallback):
+    """Sets flags of `control` in events, as `{(event, step): {flag: value}}` says."""
+
+    def __init__(self, plan: dict[tuple[str, int], dict[str, bool]]) -> None:
+        self.plan = plan
+
+    def _set(self, event: str, state: Any, control: Any) -> Any:
+        for name, value in self.plan.get((event, state.global_step), {}).items():
+            setattr(control, name, value)
+        return control
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_step_begin", state, control)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_substep_end", state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_step_end", state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_epoch_end", state, control)
 
 
 def lines(trainer: Any) -> list[dict[str, Any]]:

@@ -50,7 +50,9 @@ TAKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no reports": ({"report_to": ["none"]}, ("report_to",)),
     "one report": ({"report_to": "tensorboard"}, ("report_to",)),
     "warmup of a share": ({"warmup_steps": 0.5}, ("warmup_steps",)),
-    "workers read ahead": ({"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2}, ("dataloader_prefetch_factor",)),
+    "workers read ahead": (
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2}, ("dataloader_prefetch_factor",)
+    ),
     "no pinned memory on the CPU": ({}, ("dataloader_pin_memory", "n_gpu")),
     "tokens seen": ({"include_num_input_tokens_seen": True}, ("include_num_input_tokens_seen",)),
     "no tokens seen": ({"include_num_input_tokens_seen": False}, ("include_num_input_tokens_seen",)),

@@ -108,7 +108,12 @@ def predictions(kit: Kit) -> dict[str, Any]:
     recorder = Recorder()
     trainer = kit.trainer(compute_metrics=accuracy, callbacks=[recorder])
     result = trainer.predict(rows)
-    said["whole"] = [result.predictions.sum(), result.predictions.shape, result.label_ids.sum(), without_clock(result.metrics)]
+    said["whole"] = [
+        result.predictions.sum(),
+        result.predictions.shape,
+        result.label_ids.sum(),
+        without_clock(result.metrics),
+    ]
     said["events"] = recorder.events
     trainer = kit.trainer(data_collator=ids_alone)
     unlabelled = trainer.predict(rows.remove_columns("labels"))
@@ -170,7 +175,9 @@ def while_training(kit: Kit) -> dict[str, Any]:
             {key: value for key, value in line.items() if key.endswith("loss") or key == "grad_norm"}
             for line in trainer.state.log_history
         ]
-        result[f"{name}, keys"] = [sorted(name for name in line if name.startswith("eval_")) for line in trainer.state.log_history]
+        result[f"{name}, keys"] = [
+            sorted(name for name in line if name.startswith("eval_")) for line in trainer.state.log_history
+        ]
     return result
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import DP2, OWN_METRICS, PP2, TP2, Kit, Recorder, both, check_same, heard, lines, ours
+from contract import DP2, OWN_METRICS, PP2, TP2, Flags, Kit, Recorder, both, check_same, heard, lines, ours
 from pool import WorkerPool
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -32,7 +32,11 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "epochs": {"num_train_epochs": 2, "train": 10},
     "half an epoch more": {"num_train_epochs": 1.5, "train": 8},
     "steps over epochs": {"max_steps": 5, "num_train_epochs": 1, "train": 6},
-    "an epoch that accumulation does not divide": {"num_train_epochs": 2, "train": 10, "gradient_accumulation_steps": 2},
+    "an epoch that accumulation does not divide": {
+        "num_train_epochs": 2,
+        "train": 10,
+        "gradient_accumulation_steps": 2,
+    },
     "a batch that the data do not fill": {"num_train_epochs": 1, "train": 7, "gradient_accumulation_steps": 2},
     "drop_last": {"num_train_epochs": 2, "train": 7, "dataloader_drop_last": True},
     "fewer samples than a step takes": {"num_train_epochs": 2, "train": 4, "gradient_accumulation_steps": 4},
@@ -134,30 +138,6 @@ def accumulated_events(kit: Kit) -> dict[str, Any]:
 
 
 # ---- flags ----
-
-
-class Flags(TrainerCallback):
-    """Sets flags of `control` in events, as `{(event, step): {flag: value}}` says."""
-
-    def __init__(self, plan: dict[tuple[str, int], dict[str, bool]]) -> None:
-        self.plan = plan
-
-    def _set(self, event: str, state: Any, control: Any) -> Any:
-        for name, value in self.plan.get((event, state.global_step), {}).items():
-            setattr(control, name, value)
-        return control
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self._set("on_step_begin", state, control)
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self._set("on_substep_end", state, control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self._set("on_step_end", state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self._set("on_epoch_end", state, control)
 
 
 FLAGS: dict[str, dict[tuple[str, int], dict[str, bool]]] = {
@@ -359,4 +339,3 @@ def test_what_callbacks_are_given(pool: WorkerPool) -> None:
     stock, found = both(pool, given)
     assert found["on_step_end"] == stock["on_step_end"] and found["metrics"] == stock["metrics"]
     assert set(found["logs"]) - OWN_METRICS == set(stock["logs"])
-
