@@ -88,6 +88,7 @@ from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
 from .training.remote import RemoteUploads
+from .training.reporting import Reports, check_reports
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
 from .training.step.context import check_batch
@@ -147,6 +148,7 @@ class NanotronTrainer(Trainer):
                 f"{type(args).__name__}."
             )
         args.check()
+        check_reports(args)
         refuse_arguments(positional, kwargs)
         check_methods(self)
         if not is_overridden(self, "create_scheduler") and not any(kwargs.get("optimizers") or ()):
@@ -164,6 +166,7 @@ class NanotronTrainer(Trainer):
         self._data_order, self._gradients, self._uploads = DataOrder(args), GradientAccess(), RemoteUploads(args)
         self._checkpointer = Checkpointer(args, self._uploads, self._push_committed)
         self._signals, self._schedule = StopSignals(args.save_on_signal), RunSchedule(args)
+        self._reports = Reports()
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         train_dataset = kwargs["train_dataset"] = with_batch_warmup(kwargs.get("train_dataset"), args)
@@ -393,7 +396,7 @@ class NanotronTrainer(Trainer):
         link = self._link_optimizer()  # an override may have made its own
         self._average = link.average = make_average(self.args, self.weights, self.mesh.device)
         self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = self.model
+        self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # evaluations need not
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -403,6 +406,7 @@ class NanotronTrainer(Trainer):
         data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
+        together(self.mesh, "opening the reports", self._open_reports)
         return self.model, train_dataloader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -873,6 +877,10 @@ class NanotronTrainer(Trainer):
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
         whose = type(self).__name__
         return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher_pass)
+
+    def _open_reports(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        self._reports.begin(callbacks, self.args, self.state, self.model, self._checkpointer.run)
 
     def _check_frozen(self) -> None:
         check_frozen(self.training_state, self.args.save_hub_weights)
