@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveC
 from transformers.utils import logging
 
 from .checkpoint.directory.save import Save
+from .checkpoint.directory.verify import MARKER
 from .checkpoint.files.repository import AVERAGE_FOLDER, copy_average, drop_average, unlink_link, unlink_links
 from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
@@ -45,6 +46,7 @@ from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport
+from .monitor.run_log import RunLog
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
 from .optim.build import (
@@ -187,6 +189,8 @@ class NanotronTrainer(Trainer):
         self.add_callback(self.throughput)
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
+        self._run_log = RunLog(self.mesh, self.throughput, self.model.num_parameters(), MARKER)
+        self.add_callback(self._run_log)
         logger.info(
             f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; "
             "stages of this rank: "
@@ -249,13 +253,15 @@ class NanotronTrainer(Trainer):
             self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
             self._guard.begin_run()
             with self._checkpointer.running(resume_from_checkpoint) as source:
-                with self._schedule.branch(self.mesh, source), self._signals:
+                log = self._run_log.running(self.args.run_log)
+                with self._schedule.branch(self.mesh, source), self._signals, log:
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()
                 return result
         finally:
             self._garbage.release()
+            self.throughput.release()
             self._data_order.end_run()
             end_run(self.model, self.training_state)
 
@@ -474,7 +480,9 @@ class NanotronTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's; ranks tell each other where reading fails."""
-        window = super().get_batch_samples(self._windows.until_failure(epoch_iterator), *args, **kwargs)
+        window = super().get_batch_samples(
+            self._windows.until_failure(self.throughput.reading(epoch_iterator)), *args, **kwargs
+        )
         if (checkpoint := self._data_order.rng_to_restore()) is not None:
             self._load_rng_state(checkpoint)
         return window

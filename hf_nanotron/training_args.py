@@ -275,6 +275,9 @@ class NanotronTrainingArguments(SecretlessArguments):
         "Compute gated MLPs over blocks of so many tokens, forward and backward, so that only one block's activations "
         "are in memory. If unset, over all tokens at once.",
     )
+    run_log: bool = _option(
+        True, "Write what log lines say to _metrics.jsonl in output_dir, which hf-nanotron top and plot read."
+    )
     torch_compile: bool | None = _option(  # type: ignore[assignment]
         None,
         "Compile decoder layers for training. If unset, on CUDA with bf16, where it is faster.",
