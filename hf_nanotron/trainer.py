@@ -86,6 +86,7 @@ from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_d
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
+from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
@@ -532,8 +533,10 @@ class NanotronTrainer(Trainer):
         if self.doremi is not None and domains is not None:
             self.doremi.weigh(micro_batches, domains)
         teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
-        loss = self._step.run(micro_batches, step, own_loss, domains, teacher)
+        watch = self._detail.begin_step(step + 1)
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch)
         self._gradients.run_hooks(self._link)
+        self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
         self._link.number = step + 1
         is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
@@ -597,6 +600,7 @@ class NanotronTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
         assert self._flow is not None
+        self._log_detail(self._detail.end_step())
         for _ in self._flow.turns(lambda: self.control, self.state.global_step):
             control = self.control
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
@@ -617,6 +621,15 @@ class NanotronTrainer(Trainer):
         for name in [name for name, value in logs.items() if isinstance(value, str)]:
             logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
         super().log(logs, start_time)
+
+    def _log_detail(self, metrics: dict[str, float]) -> None:
+        """Hand statistics of single tensors to callbacks. They are too many for the history in each checkpoint."""
+        if metrics:
+            self.weights.wait()
+            with without_printing(self.callback_handler):
+                self.control = self.callback_handler.call_event(
+                    "on_log", self.args, self.state, self.control, logs=metrics
+                )
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
@@ -1018,6 +1031,7 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
+        self._detail = MetricsDetail(self.args, model, self.weights)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

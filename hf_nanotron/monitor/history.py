@@ -70,8 +70,8 @@ def _source(path: Path) -> Path:
         if (found := re.fullmatch(r"checkpoint-(\d+)", folder.name))
     ]
     places = [path, *(folder for _, folder in sorted(checkpoints, reverse=True))]
-    found = [path / RUN_LOG, *(folder / STATE for folder in places)]
-    source = next((file for file in found if file.is_file()), None)
+    files = [path / RUN_LOG, *(folder / STATE for folder in places)]
+    source = next((file for file in files if file.is_file()), None)
     if source is None:
         raise ValueError(f"{path} has neither {RUN_LOG} nor {STATE}, and no checkpoint in it has: nothing was logged.")
     return source

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RUN_LOG = "_metrics.jsonl"  # in output_dir; pushes leave out what begins with "_"
-EVENTS = ("begin", "log", "save", "end")
+DETAIL_LOG = "_metrics_detail.jsonl"  # beside it, of single tensors
+EVENTS = ("begin", "log", "detail", "save", "end")
 
 
 @dataclass
@@ -92,8 +93,8 @@ class LogReader:
             run.saves.append(line)
         else:
             metrics = line.get("metrics")
-            known = {name: line[name] for name in ("step", "time", "epoch", "ranks") if name in line}
-            run.logs.append({**numbers(metrics if isinstance(metrics, Mapping) else {}), **known})
+            known: dict[str, Any] = {name: line[name] for name in ("step", "time", "epoch", "ranks") if name in line}
+            run.logs.append(numbers(metrics if isinstance(metrics, Mapping) else {}) | known)
 
 
 def parse_line(data: bytes) -> dict[str, Any] | None:
@@ -112,7 +113,7 @@ def parse_line(data: bytes) -> dict[str, Any] | None:
     return line if is_ours else None
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `metrics` that are numbers, among them the texts "nan", "inf" and "-inf"."""
     found = {}
     for name, value in metrics.items():

@@ -4,6 +4,7 @@
 `parameters`, `device`, `marker`, and which process it is: `host`, `pid`, `start`.
 `log` (a log line): `step`, `epoch`, `metrics`, and of a line with a loss `ranks` (see `monitor/ranks.py`).
 `save` (a checkpoint): `step`, `checkpoint` (its folder).
+`detail` (of `metrics_detail`, in a file of its own): `step`, `epoch`, `metrics`.
 `end`: `step`, `status` (finished, stopped or failed), of a failure `error`.
 
 Each line has `run` (an id of the process's run) and `time` (seconds since 1970, UTC) too. Numbers that JSON lacks are
@@ -29,7 +30,7 @@ from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
 from ..redaction import printable, secrets_of
-from .read_log import RUN_LOG, process_start
+from .read_log import DETAIL_LOG, RUN_LOG, process_start
 from .throughput import Throughput
 
 logger = logging.get_logger(__name__)
@@ -77,13 +78,14 @@ class RunLog(TrainerCallback):
     def __init__(self, mesh: ParallelMesh, throughput: Throughput, parameters: int, marker: str) -> None:
         self.mesh, self.throughput, self.parameters, self.marker = mesh, throughput, parameters, marker
         self._file: LogFile | None = None
+        self._details: LogFile | None = None
         self._run = ""
         self._state: Any = None
         self._writes = False
 
-    def _write(self, event: str, step: int, **fields: Any) -> None:
+    def _write(self, event: str, step: int, file: LogFile | None = None, **fields: Any) -> None:
         if self._file is not None:
-            self._file.write({"event": event, "run": self._run, "time": time.time(), "step": step, **fields})
+            (file or self._file).write({"event": event, "run": self._run, "time": time.time(), "step": step, **fields})
 
     @contextlib.contextmanager
     def running(self, writes: bool) -> Iterator[None]:
@@ -107,7 +109,8 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._writes:
             return
-        self._file, self._run, self._state = LogFile(Path(args.output_dir, RUN_LOG)), secrets.token_hex(4), state
+        self._file, self._details = (LogFile(Path(args.output_dir, name)) for name in (RUN_LOG, DETAIL_LOG))
+        self._run, self._state = secrets.token_hex(4), state
         sizes = {name: getattr(self.mesh, f"{name}_size") for name in ("tp", "cp", "pp", "dp", "ep")}
         self._write(
             "begin",
@@ -125,7 +128,12 @@ class RunLog(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        own = {"ranks": self.throughput.by_rank} if "loss" in (logs or {}) and self.mesh.world_size > 1 else {}
+        if (logs or {}) and all("/" in name for name in logs):  # statistics of single tensors
+            self._write("detail", state.global_step, self._details, epoch=state.epoch, metrics=dict(logs))
+            return
+        own: dict[str, Any] = (
+            {"ranks": self.throughput.by_rank} if "loss" in (logs or {}) and self.mesh.world_size > 1 else {}
+        )
         self._write("log", state.global_step, epoch=state.epoch, metrics=dict(logs or {}), **own)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

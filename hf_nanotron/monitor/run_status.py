@@ -60,7 +60,7 @@ def status_of(run: Run, folder: Path, now: float) -> Status:
     eta = None
     if state in ("running", "silent") and seconds is not None and max_steps:
         eta = max(0, max_steps - run.step) * seconds
-    ranks = next((line["ranks"] for line in reversed(run.logs) if line.get("ranks")), {})
+    ranks: dict[str, Any] = next((line["ranks"] for line in reversed(run.logs) if line.get("ranks")), {})
     return Status(state, why, run.step, max_steps, age, eta, latest, latest_step, ranks, _last_checkpoint(run, folder))
 
 
