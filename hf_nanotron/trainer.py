@@ -90,6 +90,7 @@ from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
+from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
@@ -190,6 +191,8 @@ class NanotronTrainer(Trainer):
         self.add_callback(self.throughput)
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
+        self._profiler = StepProfiler(self.mesh, self.throughput)
+        self.add_callback(self._profiler)
         self._run_log = RunLog(self.mesh, self.throughput, self.model.num_parameters(), MARKER)
         self.add_callback(self._run_log)
         logger.info(
@@ -263,6 +266,7 @@ class NanotronTrainer(Trainer):
         finally:
             self._garbage.release()
             self.throughput.release()
+            self._profiler.release()
             self._data_order.end_run()
             end_run(self.model, self.training_state)
 

@@ -103,7 +103,7 @@ class Reporter(TrainerCallback):
         self.lines: list[tuple[int, dict[str, float]]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and any("/" in name for name in logs):
+        if logs and any(name.startswith(tuple(KINDS)) for name in logs):
             self.lines.append((state.global_step, dict(logs)))
 
 
@@ -175,7 +175,7 @@ def test_layouts(pool: WorkerPool, name: str, request: pytest.FixtureRequest) ->
     world, sizes = (LAYOUTS | MORE)[name]
     for told, history, _ in pool.run(world, watched, checkpoint(), sizes):
         compare(told, reference(checkpoint()))
-        assert not [key for line in history for key in line if "/" in key]
+        assert not [key for line in history for key in line if key.startswith(tuple(KINDS))]
 
 
 ODD: dict[str, tuple[int, dict[str, Any], tuple[str, bool], int]] = {

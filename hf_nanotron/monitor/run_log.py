@@ -35,6 +35,7 @@ from .throughput import Throughput
 
 logger = logging.get_logger(__name__)
 
+OF_TENSORS = ("weights/", "gradients/", "activations/")  # begin the names of metrics_detail
 LONGEST_ERROR = 500  # characters
 
 
@@ -128,7 +129,7 @@ class RunLog(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if (logs or {}) and all("/" in name for name in logs):  # statistics of single tensors
+        if logs and all(name.startswith(OF_TENSORS) for name in logs):
             self._write("detail", state.global_step, self._details, epoch=state.epoch, metrics=dict(logs))
             return
         own: dict[str, Any] = (
