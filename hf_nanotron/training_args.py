@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
+from transformers.utils import logging as hub_logging
 
 from .arguments.launch import check_launch
 from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
@@ -339,6 +340,8 @@ class NanotronTrainingArguments(SecretlessArguments):
             chosen = self.bf16 and self.device.type == "cuda"
         self.torch_compile = chosen or backend is not None or mode is not None
         self.torch_compile_backend, self.torch_compile_mode = backend, mode
+        if self.process_index > 0:
+            hub_logging.disable_progress_bar()  # one bar a job: also of transformers' own loading
         # The trainer casts by itself; accelerate must not autocast, nor convert outputs to fp32.
         self.mixed_precision = "no"
         if self.world_size != expected_world_size:
