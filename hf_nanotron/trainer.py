@@ -209,7 +209,7 @@ class NanotronTrainer(Trainer):
     @args.setter
     def args(self, value: NanotronTrainingArguments) -> None:
         self._args = value
-        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule"):
+        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule", "_detail"):
             if (part := vars(self).get(name)) is not None:  # a subclass may assign before it calls `__init__`
                 part.args = value
 

@@ -157,6 +157,7 @@ MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 without sequence_parallel": (2, {"tp_size": 2, "sequence_parallel": False}),
     "tp4, key heads copied": (4, {"tp_size": 4}),
     "zb": (2, {"pp_size": 2, "pp_schedule": "zb", "pp_virtual_stages": 1}),
+    "compiled": (1, {"torch_compile": True, "torch_compile_backend": "eager"}),
     "recomputed": (1, {"activation_checkpointing": True}),
     "recomputed, selective, tp2": (
         2,

@@ -8,6 +8,8 @@ import gzip
 import io
 import json
 import os
+import re
+import shlex
 import socket
 import tempfile
 import time
@@ -16,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from pool import JobError, WorkerPool
-from test_cli import command, one_line
+from test_cli import FRESH, command, corpus, one_line, write_settings
 from tiny import message, pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -25,7 +28,7 @@ from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.top import clean, duration, render
 from hf_nanotron.monitor.history import read_history, tokens_of
 from hf_nanotron.monitor.ranks import OwnTimes, spread
-from hf_nanotron.monitor.read_log import RUN_LOG, LogReader, joined, process_start, read_runs
+from hf_nanotron.monitor.read_log import DETAIL_LOG, RUN_LOG, LogReader, joined, process_start, read_runs
 from hf_nanotron.monitor.run_log import LogFile, plain
 from hf_nanotron.monitor.run_status import status_of
 
@@ -315,6 +318,52 @@ def test_tokens_of_lines() -> None:
     assert tokens_of(lines) == [200.0, 200.0, 320.0]
     assert tokens_of([{"step": 1, "num_input_tokens_seen": 7}, {"step": 2}]) == [7, 7]
     assert tokens_of([{"step": 1, "loss": 1.0}]) is None
+
+
+# ---- the page ----
+
+
+def page_blocks(language: str) -> str:
+    page = (Path(__file__).parent.parent / "docs" / "watching.md").read_text(encoding="utf-8")
+    return "".join(re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+
+
+def test_commands_of_the_page(
+    run: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WorkerPool
+) -> None:
+    """Each one that watches, on a run whose settings are those that the page shows."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    lines = [shlex.split(line, comments=True) for line in page_blocks("bash").splitlines()]
+    (training,) = [words[words.index("train") + 2 :] for words in lines if words[0] == "torchrun"]
+    shown = yaml.safe_load(page_blocks("yaml"))["training"]
+    settings = yaml.safe_load(FRESH.format(tokenizer=tokenizer_folder(), corpus=corpus(tmp_path), out="out"))
+    settings["training"] |= shown | {"max_steps": 12, "metrics_detail_steps": 6}
+    code, _, err = pool.run(1, command_in, str(tmp_path), "train", write_settings(tmp_path, settings), *training)[0]
+    assert code == 0, err
+    assert (tmp_path / "out" / "_profile" / "steps-10-12-rank-0.txt").is_file()
+    details = [json.loads(line) for line in (tmp_path / "out" / DETAIL_LOG).read_text().splitlines()]
+    assert [line["step"] for line in details] == [6, 12]
+    assert "weights/model.layers.0.self_attn.q_proj.weight/norm" in details[0]["metrics"]
+    (tmp_path / "out-b").symlink_to(run[0])
+    watching = [words[1:] for words in lines if words[0] == "hf-nanotron"]
+    assert {words[0] for words in watching} == {"top", "plot"} and len(watching) == 6
+    for words in watching:
+        code, out, err = command(*words)
+        assert code == 0 and out and not err, (words, err)
+        if words[0] == "plot":
+            assert (tmp_path / words[-1]).stat().st_size > 5000
+
+
+def tokenizer_folder() -> str:
+    from test_cli import checkpoint as with_tokenizer
+
+    return with_tokenizer()
+
+
+def command_in(folder: str, *argv: str) -> tuple[int, str, str]:
+    with contextlib.chdir(folder):
+        return command(*argv)
 
 
 # ---- bars ----

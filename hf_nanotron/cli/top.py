@@ -26,7 +26,7 @@ memory, which rank is slow, the last checkpoint, and when it will be done.
 
 It reads files alone, so that it works from any machine that sees the folder, also for a job that has ended."""
 
-SPARKS = "▁▂▃▄▅▆▇█"
+SPARKS, PLAIN_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 OWN_TIMES = {
     "data_time": "reading data, a step",
     "host_time": "processor time, a step",
@@ -172,7 +172,8 @@ def _spark(lines: Sequence[dict[str, Any]], width: int) -> list[str]:
     if len(losses) < 2:
         return []
     low, high = min(losses), max(losses)
-    marks = "".join(SPARKS[round((len(SPARKS) - 1) * (loss - low) / ((high - low) or 1))] for loss in losses)
+    sparks = SPARKS if "utf" in (sys.stdout.encoding or "utf-8").lower() else PLAIN_SPARKS
+    marks = "".join(sparks[round((len(sparks) - 1) * (loss - low) / ((high - low) or 1))] for loss in losses)
     return [f"loss {marks}  {low:.3f} to {high:.3f}"]
 
 

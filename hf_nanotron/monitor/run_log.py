@@ -105,7 +105,7 @@ class RunLog(TrainerCallback):
                 self._write(
                     "end", self._state.global_step, **(status or {"status": "finished" if is_done else "stopped"})
                 )
-            self._file = self._state = None
+            self._state = None  # the file stays: an evaluation may follow
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._writes:

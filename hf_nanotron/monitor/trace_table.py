@@ -34,7 +34,9 @@ KINDS = (
     (
         "matmul",
         re.compile(
-            r"gemm|cutlass|cublas|nvjet|xmma|wgmma|matmul|grouped_(mm|product)|::_?\w*mm(_out)?$|mkldnn.*linear", re.I
+            r"gemm|cutlass|cublas|nvjet|xmma|wgmma|matmul|_product_kernel|::\w*mm(_out|_v2)?$|mkldnn.*linear"
+            r"|hf_nanotron::(fp8_)?linear",
+            re.I,
         ),
     ),
 )

@@ -38,9 +38,7 @@ class MetricsDetail:
     """
 
     def __init__(self, args: NanotronTrainingArguments, model: ParallelModel, weights: ShardedWeights) -> None:
-        self.kinds = detail_names(args.metrics_detail)
-        self.every = args.metrics_detail_steps or DETAIL_STEPS
-        self.compiles = bool(args.torch_compile)
+        self.args = args
         self.model, self.weights = model, weights
         self._blocks: list[str] | None = None  # of all stages
         self._counted: dict[str, TensorStatistics] = {}  # of the step that runs
@@ -48,12 +46,13 @@ class MetricsDetail:
     def begin_step(self, step: int) -> BlockOutputs | None:
         """Step `step`, from 1, comes next. What watches its forwards, if that is asked for. All ranks together."""
         self._counted = {}
-        if not self.kinds or step % self.every:
+        kinds = detail_names(self.args.metrics_detail)
+        if not kinds or step % (self.args.metrics_detail_steps or DETAIL_STEPS):
             return None
-        self._counted = {kind: self._statistics(kind) for kind in self.kinds}
+        self._counted = {kind: self._statistics(kind) for kind in kinds}
         if "activations" not in self._counted:
             return None
-        return BlockOutputs(self.model, self._counted["activations"], self.compiles)
+        return BlockOutputs(self.model, self._counted["activations"], bool(self.args.torch_compile))
 
     def take_gradients(self) -> None:
         """They are complete: summed over micro-batches and ranks, and not clipped yet."""

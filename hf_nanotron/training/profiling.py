@@ -72,8 +72,13 @@ class StepProfiler(TrainerCallback):
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize(self.mesh.device)
         plan = schedule(wait=0, warmup=warmup, active=last - first + 1, repeat=1)
-        self._profile = profile(activities=activities, schedule=plan)
-        self._profile.start()
+        found = profile(activities=activities, schedule=plan)
+        try:
+            found.start()
+        except RuntimeError as error:  # a user's own profiler runs, say; an error of one rank would end all
+            logger.warning(f"steps {first} to {last} cannot be profiled: {error}")
+        else:
+            self._profile = found
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._profile is not None:
