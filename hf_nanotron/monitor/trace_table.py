@@ -55,7 +55,7 @@ class Work:
     """What ran: on the device, or on the processor where there is none."""
 
     intervals: list[Interval]
-    seconds: Counter[str]  # by name
+    seconds: defaultdict[str, float]  # by name
     calls: Counter[str]
 
 
@@ -104,7 +104,7 @@ def table_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 "seconds": seconds * each,
                 "calls": work.calls[name] / len(steps),
             }
-            for name, seconds in work.seconds.most_common(KERNELS)
+            for name, seconds in sorted(work.seconds.items(), key=lambda entry: -entry[1])[:KERNELS]
         ],
     }
 
@@ -140,7 +140,7 @@ def _device_work(spans: Sequence[Mapping[str, Any]], phases: Sequence[tuple[floa
         for event in spans
         if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
     }
-    work = Work([], Counter(), Counter())
+    work = Work([], defaultdict(float), Counter())
     for event in spans:
         if event.get("cat") not in DEVICE:
             continue
@@ -158,7 +158,7 @@ def _device_work(spans: Sequence[Mapping[str, Any]], phases: Sequence[tuple[floa
 def _host_work(spans: Sequence[Mapping[str, Any]], phases: Sequence[tuple[float, float, str]]) -> Work:
     """Operators without those that they call, and collectives, which run in threads of their own."""
     starts = [start for start, _, _ in phases]
-    work = Work([], Counter(), Counter())
+    work = Work([], defaultdict(float), Counter())
     communicating = [
         e for e in spans if e.get("cat") == "user_annotation" and kind_of(str(e["name"])) == "communication"
     ]
