@@ -188,7 +188,7 @@ class NanotronTrainer(Trainer):
         together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
-        self.add_callback(self.throughput)
+        self.callback_handler.callbacks.insert(0, self.throughput)  # before a user's, which may evaluate or save
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
         self._profiler = StepProfiler(self.mesh, self.throughput)
@@ -772,6 +772,7 @@ class NanotronTrainer(Trainer):
         """Trainer's, on every rank."""
         self.mesh.assemble("save_model", f" to {output_dir or self.args.output_dir or '.'}")
         super().save_model(output_dir, *args, **kwargs)
+        self.throughput.pause()
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on every rank."""

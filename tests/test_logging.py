@@ -239,6 +239,14 @@ def test_throughput_leaves_out_collections(monkeypatch: pytest.MonkeyPatch) -> N
     throughput.on_save()
     step(2.0)
     assert throughput.report()["step_time"] == 2.0
+    throughput.on_step_begin()
+    throughput.add_tokens(torch.tensor(1000), torch.tensor(8))
+    clock.now += 3.0
+    throughput.on_save()  # by a callback, before the step has ended: such a step is left out
+    throughput.on_step_end()
+    step(2.0)
+    figures = throughput.report()
+    assert figures["step_time"] == 2.0 and figures["tokens_per_second"] == 4.0
     throughput.release()
     assert gc.callbacks == watching
 

@@ -41,6 +41,7 @@ class Throughput(TrainerCallback):
         self._collecting: Any = None
         self._clear()
         self._last: Any = None
+        self._pending: torch.Tensor | None = None  # counts of the step that runs
         self._open_stalls: list[tuple[Any, Any]] = []
 
     def _clear(self) -> None:
@@ -59,8 +60,7 @@ class Throughput(TrainerCallback):
 
     def add_tokens(self, tokens: torch.Tensor, squares: torch.Tensor) -> None:
         """Count a step: its tokens, and the sum of `squared_lengths`, over all data-parallel ranks, on the device."""
-        counts = torch.stack([tokens, squares])
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._pending = torch.stack([tokens, squares])
 
     def reading(self, batches: Iterable[Any]) -> Iterator[Any]:
         """`batches`; the time that this rank takes to read them is compared with that of the others."""
@@ -72,10 +72,15 @@ class Throughput(TrainerCallback):
             self._last = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        begin = self._last
+        begin, counts, self._pending = self._last, self._pending, None
+        self._last = self._now()
+        if begin is None:  # somebody evaluated or saved in the middle of it
+            self._open_stalls = []
+            return
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
         if self._intervals and self._intervals[-1][1] == begin:
             begin, _ = self._intervals.pop()
-        self._last = self._now()
         self._intervals.append((begin, self._last))
         self._steps += 1
         self._own.end()
