@@ -338,7 +338,7 @@ def test_commands_of_the_page(
     (training,) = [words[words.index("train") + 2 :] for words in lines if words[0] == "torchrun"]
     shown = yaml.safe_load(page_blocks("yaml"))["training"]
     settings = yaml.safe_load(FRESH.format(tokenizer=tokenizer_folder(), corpus=corpus(tmp_path), out="out"))
-    settings["training"] |= shown | {"max_steps": 12, "metrics_detail_steps": 6}
+    settings["training"] |= shown | {"max_steps": 12, "metrics_detail_steps": 6, "save_strategy": "no"}
     code, _, err = pool.run(1, command_in, str(tmp_path), "train", write_settings(tmp_path, settings), *training)[0]
     assert code == 0, err
     assert (tmp_path / "out" / "_profile" / "steps-10-12-rank-0.txt").is_file()
