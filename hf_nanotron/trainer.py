@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveC
 from transformers.utils import logging
 
 from .checkpoint.directory.save import Save
+from .checkpoint.directory.verify import MARKER
 from .checkpoint.files.repository import AVERAGE_FOLDER, copy_average, drop_average, unlink_link, unlink_links
 from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
@@ -45,6 +46,7 @@ from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport
+from .monitor.run_log import RunLog
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
 from .optim.build import (
@@ -84,9 +86,11 @@ from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_d
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
+from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
+from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
 from .training.reporting import Reports, check_reports
 from .training.run_report import RunReport, logs_next, report_memory
@@ -187,9 +191,13 @@ class NanotronTrainer(Trainer):
         together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
-        self.add_callback(self.throughput)
+        self.callback_handler.callbacks.insert(0, self.throughput)  # before a user's, which may evaluate or save
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
+        self._profiler = StepProfiler(self.mesh, self.throughput)
+        self.add_callback(self._profiler)
+        self._run_log = RunLog(self.mesh, self.throughput, self.model.num_parameters(), MARKER)
+        self.add_callback(self._run_log)
         logger.info(
             f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; "
             "stages of this rank: "
@@ -204,7 +212,7 @@ class NanotronTrainer(Trainer):
     @args.setter
     def args(self, value: NanotronTrainingArguments) -> None:
         self._args = value
-        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule"):
+        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule", "_detail"):
             if (part := vars(self).get(name)) is not None:  # a subclass may assign before it calls `__init__`
                 part.args = value
 
@@ -253,13 +261,16 @@ class NanotronTrainer(Trainer):
             self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
             self._guard.begin_run()
             with self._checkpointer.running(resume_from_checkpoint) as source:
-                with self._schedule.branch(self.mesh, source), self._signals:
+                log = self._run_log.running(self.args.run_log)
+                with self._schedule.branch(self.mesh, source), self._signals, log:
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()
                 return result
         finally:
             self._garbage.release()
+            self.throughput.release()
+            self._profiler.release()
             self._data_order.end_run()
             end_run(self.model, self.training_state)
 
@@ -479,7 +490,9 @@ class NanotronTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's; ranks tell each other where reading fails."""
-        window = super().get_batch_samples(self._windows.until_failure(epoch_iterator), *args, **kwargs)
+        window = super().get_batch_samples(
+            self._windows.until_failure(self.throughput.reading(epoch_iterator)), *args, **kwargs
+        )
         if (checkpoint := self._data_order.rng_to_restore()) is not None:
             self._load_rng_state(checkpoint)
         return window
@@ -529,8 +542,10 @@ class NanotronTrainer(Trainer):
         if self.doremi is not None and domains is not None:
             self.doremi.weigh(micro_batches, domains)
         teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
-        loss = self._step.run(micro_batches, step, own_loss, domains, teacher)
+        watch = self._detail.begin_step(step + 1)
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch)
         self._gradients.run_hooks(self._link)
+        self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
         self._link.number = step + 1
         is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
@@ -594,6 +609,7 @@ class NanotronTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
         assert self._flow is not None
+        self._log_detail(self._detail.end_step())
         for _ in self._flow.turns(lambda: self.control, self.state.global_step):
             control = self.control
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
@@ -614,6 +630,15 @@ class NanotronTrainer(Trainer):
         for name in [name for name, value in logs.items() if isinstance(value, str)]:
             logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
         super().log(logs, start_time)
+
+    def _log_detail(self, metrics: dict[str, float]) -> None:
+        """Hand statistics of single tensors to callbacks. They are too many for the history in each checkpoint."""
+        if metrics:
+            self.weights.wait()
+            with without_printing(self.callback_handler):
+                self.control = self.callback_handler.call_event(
+                    "on_log", self.args, self.state, self.control, logs=metrics
+                )
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
@@ -752,6 +777,7 @@ class NanotronTrainer(Trainer):
         """Trainer's, on every rank."""
         self.mesh.assemble("save_model", f" to {output_dir or self.args.output_dir or '.'}")
         super().save_model(output_dir, *args, **kwargs)
+        self.throughput.pause()
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on every rank."""
@@ -1024,6 +1050,7 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
+        self._detail = MetricsDetail(self.args, model, self.weights)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

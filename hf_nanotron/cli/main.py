@@ -23,7 +23,9 @@ from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_argumen
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
 from .launch import DESCRIPTION as LAUNCH, add_launch_arguments
+from .plot import DESCRIPTION as PLOT, add_plot_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
+from .top import DESCRIPTION as TOP, add_top_arguments
 from .upload import add_upload_arguments
 
 
@@ -71,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(
         _add_command(commands, "average", "average the weights of Hub repositories of one model", AVERAGE)
     )
+    add_plot_arguments(_add_command(commands, "plot", "draw loss, learning rate and throughput of runs", PLOT))
+    add_top_arguments(_add_command(commands, "top", "show a running job in the terminal, from its own log", TOP))
     add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser
 
