@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...models.calling import CONTEXT
+from ...models.token_figures import TokenFigures
 from ...models.training_loss import DomainSums
 from ...parallel.cp.plan import ContextPlan
 from ...parallel.pipeline.executor import StepHooks
@@ -33,6 +34,7 @@ class TrainStep:
         own_loss: StepLoss | None = None,
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
+        figures: TokenFigures | None = None,
     ) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
@@ -45,6 +47,7 @@ class TrainStep:
             domains: is given the losses of the micro-batches' tokens; of an `own_loss`, only where something is
                 predicted.
             teacher: makes its logits of a micro-batch before the loss is computed.
+            figures: is given what else is summed up over the micro-batches' tokens.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -58,7 +61,7 @@ class TrainStep:
             plain = domains if own_loss is None else None
             if teacher is not None:
                 stack.enter_context(teacher.over(micro_batches))
-            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher))
+            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher, figures))
             for context in window.contexts:
                 stack.enter_context(context)
             losses = model.executor.run(table, window.stages, window.inputs, hooks)
@@ -87,8 +90,10 @@ class TrainingHooks(StepHooks):
         step: int,
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
+        figures: TokenFigures | None = None,
     ) -> None:
         self.state, self.window, self.step, self.domains, self.teacher = state, window, step, domains, teacher
+        self.figures = figures
         self.splits = state.model.parallel.splits_backward
         ends = "W" if self.splits else "B"  # what computes the weight gradients of a micro-batch
         self.last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
@@ -96,12 +101,12 @@ class TrainingHooks(StepHooks):
     def __enter__(self) -> TrainingHooks:
         if self.state.fp8 is not None:
             self.state.fp8.begin()
-        self.state.model.training_loss.domains = self.domains
+        self.state.model.training_loss.domains, self.state.model.training_loss.figures = self.domains, self.figures
         return self
 
     def __exit__(self, *error: object) -> None:
         state, model = self.state, self.state.model
-        model.training_loss.micro_batch = model.training_loss.domains = None
+        model.training_loss.micro_batch = model.training_loss.domains = model.training_loss.figures = None
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
         for stateful in (state.noise, model.streams, state.fp8):
@@ -113,6 +118,8 @@ class TrainingHooks(StepHooks):
         model.training_loss.micro_batch = window.handed[index]
         if self.domains is not None:
             self.domains.index = index
+        if self.figures is not None:
+            self.figures.index = index
         place = index * model.mesh.dp_size + model.mesh.dp_rank  # among all micro-batches of the step
         if self.state.noise is not None:
             plan: ContextPlan | None = window.inputs[index].get(CONTEXT)
