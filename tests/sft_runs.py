@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from test_chat_dataset import CHATS, MARKED, messages, tokenizer
 from tiny import tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -87,7 +87,7 @@ MODES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def sft_arguments(**overrides: Any) -> dict[str, Any]:
-    return training_arguments(bf16=False, per_device_eval_batch_size=2, **overrides)
+    return training_arguments(**{"bf16": False, "per_device_eval_batch_size": 2, **overrides})
 
 
 def train_stock_sft(checkpoint: str, mode: str, evaluates: bool = False, **overrides: Any) -> Log:
@@ -96,6 +96,7 @@ def train_stock_sft(checkpoint: str, mode: str, evaluates: bool = False, **overr
 
     data, options = MODES[mode]
     log = Log()
+    disable_progress_bars()
     SFTTrainer(
         model=checkpoint,
         args=SFTConfig(**sft_arguments(**options, **overrides)),
@@ -112,6 +113,7 @@ def train_our_sft(checkpoint: str, mode: str, evaluates: bool = False, **overrid
 
     data, options = MODES[mode]
     log = Log()
+    disable_progress_bars()
     trainer = NanotronSFTTrainer(
         model=checkpoint,
         args=NanotronSFTConfig(**sft_arguments(**options, **overrides)),
