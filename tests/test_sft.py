@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import HubServer
 from pool import WorkerPool
 from sft_runs import MODES, Log, chat_checkpoint, chats, sft_arguments, train_our_sft, train_stock_sft
+from test_chat_dataset import tokenizer
+from test_examples import load
 from tiny import message
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, pipeline
 from trl import SFTConfig, SFTTrainer
 
 import hf_nanotron.trl as ours
@@ -291,3 +298,76 @@ def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "version", missing)
     with pytest.raises(ImportError, match=r"not installed; install .*pip install 'hf-nanotron\[trl\]'"):
         ours.check_trl()
+
+
+# ---- the example ----
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "sft"
+
+
+def conversations(folder: Path) -> Path:
+    """A base model without a chat template, and conversations in a file."""
+    chosen = tokenizer(None)
+    model = AutoModelForCausalLM.from_pretrained(chat_checkpoint())
+    model.save_pretrained(folder / "base")
+    chosen.save_pretrained(folder / "base")
+    chats().to_json(folder / "chats.jsonl")
+    return folder / "chats.jsonl"
+
+
+def example_arguments(folder: Path, data: Path) -> list[str]:
+    """`run.yaml`, at a tiny size."""
+    options = {
+        "model": folder / "base", "dataset": data, "train_split": "train[:24]", "eval_split": "train[24:]",
+        "output_dir": folder / "out", "max_length": 128, "bf16": False, "use_cpu": True, "max_steps": 2, "save_steps": 2,
+        "eval_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1,
+    }  # fmt: skip
+    return ["--config", "run.yaml", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+
+
+def run_example(arguments: list[str]) -> None:
+    module = load("sft_example", EXAMPLE / "train.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(EXAMPLE)
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        module.main()
+
+
+def check_chat_model(folder: Path) -> None:
+    """Plain transformers talks to it, and stops where a turn ends."""
+    chosen = AutoTokenizer.from_pretrained(folder)
+    assert chosen.eos_token == "<|im_end|>" and "generation" in chosen.chat_template
+    chat = pipeline("text-generation", model=str(folder))
+    said = chat([{"role": "user", "content": "Hi"}], max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert [turn["role"] for turn in said] == ["user", "assistant"]
+    assert chosen.eos_token_id in chat.model.generation_config.eos_token_id
+
+
+def test_the_example_makes_a_chat_model(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(2, run_example, example_arguments(tmp_path, conversations(tmp_path)))
+    check_chat_model(tmp_path / "out")
+    log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert {"entropy", "mean_token_accuracy", "num_tokens"} <= set(log[0])
+    assert any("eval_mean_token_accuracy" in entry for entry in log)
+
+
+def test_the_example_is_pushed(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """As its README says, under torchrun, to a Hub on loopback."""
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    arguments = example_arguments(tmp_path, conversations(tmp_path))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    with HubServer(token="hf_loopback") as hub:
+        env = {**os.environ, **hub.client_env(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        push = ["--push_to_hub", "true", "--hub_model_id", "user/chat"]
+        done = subprocess.run(
+            [*torchrun, *arguments, *push], cwd=EXAMPLE, env=env, capture_output=True, text=True, timeout=220
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        pushed = tmp_path / "pushed"
+        pushed.mkdir()
+        for name, file in hub.files("user/chat").items():
+            (pushed / name).write_bytes(file.data)
+    check_chat_model(pushed)
+    card = (pushed / "README.md").read_text()
+    assert "- sft" in card and "(tp_size 2)" in card

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.data_keys import MEANINGS, SETS
 from hf_nanotron.training import trainer_methods
+from hf_nanotron.trl import arguments as sft_arguments
 
 DOCS = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"(<!-- table: (\w+) -->)\n.*?(?<=\n)(<!-- end -->)", re.DOTALL)
@@ -73,12 +74,18 @@ def irrelevant() -> str:
     return _table(("method", "why it is not called", "use instead"), rows)
 
 
+def sft() -> str:
+    """What each argument of TRL means here."""
+    return _table(("argument of TRL", "here"), ((name, _cell(text)) for name, text in sft_arguments.rows()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "dataset": dataset,
     "called": called,
     "ours": ours,
     "irrelevant": irrelevant,
+    "sft": sft,
 }
 
 

@@ -1,7 +1,7 @@
 """What each argument of `trl.SFTConfig` and `trl.SFTTrainer` means here: the same as in TRL, or refused with a reason.
 
 Two tables hold every field of `SFTConfig` that `transformers.TrainingArguments` has not; two hold every argument of
-`SFTTrainer` that `transformers.Trainer` has not. `python -m hf_nanotron.trl.arguments` prints them. Fields of
+`SFTTrainer` that `transformers.Trainer` has not. The docs show them. Fields of
 `TrainingArguments` are in `hf_nanotron.arguments.policy`.
 """
 
@@ -142,28 +142,23 @@ def check_trainer_arguments(given: dict[str, Any], args: TrainingArguments) -> N
         raise ValueError("\n".join(problems))
 
 
-def table() -> str:
-    """The tables as Markdown."""
-    lines = ["| argument | here |", "|---|---|"]
-    rows: list[tuple[str, str | Refused | RefusedKeys]] = [
+def rows() -> list[tuple[str, str]]:
+    """Each argument, and what it means here, as Markdown."""
+    listed: list[tuple[str, str | Refused | RefusedKeys]] = [
         *((f"`{name}`", HONOURED.get(name) or REFUSED[name]) for name in own_fields()),
-        *((f"`SFTTrainer(..., {name}=)`", rule) for name, rule in TRAINER_HONOURED.items()),
-        *((f"`SFTTrainer(..., {name}=)`", rule) for name, rule in TRAINER_REFUSED.items()),
-        *((f"`{name}` with TRL", rule) for name, rule in TOGETHER.items()),
+        *((f"`{name}` of the trainer", rule) for name, rule in TRAINER_HONOURED.items()),
+        *((f"`{name}` of the trainer", rule) for name, rule in TRAINER_REFUSED.items()),
+        *((f"`{name}`, with TRL", rule) for name, rule in TOGETHER.items()),
     ]
-    return "\n".join([*lines, *(f"| {name} | {_in_words(rule)} |" for name, rule in rows)])
+    return [(name, _in_words(rule)) for name, rule in listed]
 
 
 def _in_words(rule: str | Refused | RefusedKeys) -> str:
     if isinstance(rule, str):
         return rule
     if isinstance(rule, Refused):
-        taken = "" if callable(rule.allowed) else f"{', '.join(f'`{value!r}`' for value in rule.allowed)} only: "
-        return f"{taken or 'refused where '}{rule.reason}; use {rule.instead}"
+        taken = "" if callable(rule.allowed) else f" but for {', '.join(f'`{value!r}`' for value in rule.allowed)}"
+        return f"refused{taken}: {rule.reason}; use {rule.instead}"
     taken = ", ".join(f"`{key}`" for key, of_key in rule.keys.items() if isinstance(of_key, str))
     refused = "; ".join(f"`{key}`: {of_key.reason}" for key, of_key in rule.keys.items() if isinstance(of_key, Refused))
     return f"keys {taken}" + (f"; refused: {refused}" if refused else "; other keys are refused")
-
-
-if __name__ == "__main__":
-    print(table())
