@@ -319,8 +319,9 @@ def example_arguments(folder: Path, data: Path) -> list[str]:
     """`run.yaml`, at a tiny size."""
     options = {
         "model": folder / "base", "dataset": data, "train_split": "train[:24]", "eval_split": "train[24:]",
-        "output_dir": folder / "out", "max_length": 128, "bf16": False, "use_cpu": True, "max_steps": 2, "save_steps": 2,
+        "output_dir": folder / "out", "max_length": 128, "bf16": False, "use_cpu": True, "max_steps": 2,
         "eval_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1,
+        "save_steps": 2,
     }  # fmt: skip
     return ["--config", "run.yaml", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
 
