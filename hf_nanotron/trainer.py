@@ -657,10 +657,7 @@ class NanotronTrainer(Trainer):
         if with_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
             self.save_model(str(save.directory), _internal_call=True)  # as Trainer does
         else:
-            checkpointer.write_model(save, self.model, with_weights)
-            if with_weights and self._average is not None:
-                with self._averaged():
-                    checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
+            self._write_model(save, with_weights)
         checkpointer.note_best(self.state, folder)
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
@@ -864,6 +861,13 @@ class NanotronTrainer(Trainer):
 
     def _note_figures(self, figures: TokenFigures, mode: str) -> None:
         """Take the sums of all ranks over a window (`mode` "train") or a batch of an evaluation ("eval")."""
+
+    def _write_model(self, save: Save, with_weights: bool) -> None:
+        """The Hub's files of a checkpoint, by all ranks together."""
+        self._checkpointer.write_model(save, self.model, with_weights)
+        if with_weights and self._average is not None:
+            with self._averaged():
+                self._checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
 
     def _share_of_routers(self, batches: list[dict[str, Any]]) -> float | torch.Tensor:
         """What the losses over routers of each of these micro-batches are multiplied by. All ranks together."""

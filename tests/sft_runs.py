@@ -86,6 +86,14 @@ MODES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def lora() -> Any:
+    """Adapters on linears whose outputs are cut, and on those whose inputs are; of several ranks."""
+    from peft import LoraConfig
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    return LoraConfig(r=4, lora_alpha=8, target_modules=targets, rank_pattern={"down_proj": 6}, task_type="CAUSAL_LM")
+
+
 def sft_arguments(**overrides: Any) -> dict[str, Any]:
     return training_arguments(**{"bf16": False, "per_device_eval_batch_size": 2, **overrides})
 

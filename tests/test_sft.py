@@ -240,7 +240,7 @@ def test_trainers_refuse_what_they_cannot_train(tmp_path: Path) -> None:
         "images": "a column 'images': images are not supported",
         "tokens": "train_dataset=list is not a Dataset",
         "no data": "train_dataset=NoneType is not a Dataset",
-        "peft": "peft_config=",
+        "peft": "peft_config=object is refused",
         "quantised": "quantised weights cannot be sharded",
         "tokenizer": "is no tokenizer of transformers",
         "adapter": "model=Linear is neither a Hub id",

@@ -90,15 +90,11 @@ TRAINER_HONOURED: dict[str, str] = {
     "hf_nanotron.AutoModelForCausalLM",
     "args": "a NanotronSFTConfig",
     "formatting_func": _DATA,
+    "peft_config": "a `peft.LoraConfig`: adapters of linears, each cut as its linear is; saved in PEFT's format",
 }
 
 TRAINER_REFUSED: dict[str, Refused] = {
     "quantization_config": Refused((None,), "quantised weights cannot be sharded", "bf16=True"),
-    "peft_config": Refused(
-        (None,),
-        "adapters of linears that are cut over ranks are not written yet",
-        "full fine-tuning, or TRL's own SFTTrainer",
-    ),
     "doremi": Refused((None,), "TRL drops the column of domains when it prepares the data", "NanotronTrainer"),
 }
 

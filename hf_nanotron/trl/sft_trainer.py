@@ -6,6 +6,7 @@ of `NanotronTrainer` come first. This is the only file that overrides methods of
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +15,20 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from ..checkpoint.directory.save import Save
 from ..checkpoint.files.repository import unlink_link
 from ..checkpoint.hub.card import add_sizes
 from ..checkpoint.state.training_state import has_training_state, saved_extra
 from ..data.loader import FillerBatch
 from ..models.token_figures import TokenFigures
 from ..parallel.collectives import all_reduce
+from ..parallel.mesh import ParallelMesh
+from ..parallel.together import together
 from ..trainer import NanotronTrainer
+from ..training.agreement.values import check_shared
 from .arguments import check_trainer_arguments
 from .config import NanotronSFTConfig
+from .lora import add_adapters, check_lora, load_adapters, save_adapters
 from .metrics import SFTMetrics
 from .model import is_jinja, take_up
 
@@ -61,9 +67,17 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
                 f"TRL's options, not {type(args).__name__}."
             )
         args.check()
+        lora = kwargs.pop("peft_config", None)
         check_trainer_arguments(kwargs, args)
+        if lora is not None:
+            check_lora(lora, args)
         _refuse_data(kwargs.get("train_dataset"))
         model, tokenizer = take_up(model, processing_class, args)
+        self.lora_config = None
+        if lora is not None:
+            self._mesh: ParallelMesh | None = None
+            model = self._parallel_model(model, args)
+            self.lora_config = add_adapters(model, lora, args.seed)
         self._own_forward = vars(model).get("forward")
         self._figures: SFTMetrics | None = None
         template, args.chat_template_path = args.chat_template_path, _left_to_trl(args.chat_template_path)
@@ -109,6 +123,34 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
         """One over the micro-batches of the step: TRL takes a mean over them, where Trainer adds up."""
         real = sum(not isinstance(batch, FillerBatch) for batch in batches)
         return 1 / all_reduce(torch.tensor(float(real), device=self.mesh.device), self.mesh.dp)
+
+    # ---- adapters ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Of a run with adapters they alone: the base is that of the model. Most are in the training state."""
+        if self.lora_config is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not has_training_state(resume_from_checkpoint):
+            read = partial(load_adapters, self.model, Path(resume_from_checkpoint))
+            together(self.mesh, "reading the adapters", read)
+            self.weights.read_from_model()
+
+    def _write_model(self, save: Save, with_weights: bool) -> None:
+        if self.lora_config is None:
+            super()._write_model(save, with_weights)
+        elif with_weights:
+            save.files += save_adapters(self.model, self.lora_config, save.directory)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The model, or in a run with adapters these alone, in PEFT's format; all ranks together."""
+        if self.lora_config is None:
+            super()._save(output_dir, state_dict)
+            return
+        directory = Path(output_dir or str(self.args.output_dir))
+        self._guard.refuse_to_save(f"the adapters in {directory}", self.state.global_step)
+        check_shared(self.mesh, directory, "output_dir")
+        save_adapters(self.model, self.lora_config, directory)
+        self._write_companions(directory)
 
     # ---- log and save ----
 
