@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from pool import WorkerPool
 from safetensors.torch import load_file
 from sft_runs import MODES, Log, chat_checkpoint, chats, lora, sft_arguments
+from tiny import message
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 

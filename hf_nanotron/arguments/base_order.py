@@ -7,7 +7,7 @@ from typing import Any, cast
 
 
 def check_base_order(cls: type, ours: type, stock: type, instead: str) -> None:
-    """Refuse a class with another subclass of `stock` before `ours`, whose methods and defaults would win.
+    """Refuse a class with another subclass of `stock` before `ours`, whose construction and defaults would win.
 
     Called while `cls` is made.
 
@@ -19,7 +19,8 @@ def check_base_order(cls: type, ours: type, stock: type, instead: str) -> None:
         ValueError: naming both.
     """
     for base in cls.__mro__[1 : cls.__mro__.index(ours)]:
-        if issubclass(base, stock) and not issubclass(base, ours):
+        constructs = "__init__" in vars(base)  # others are mixins, whose methods are looked at one by one
+        if issubclass(base, stock) and not issubclass(base, ours) and constructs:
             raise ValueError(
                 f"class {cls.__name__}: {base.__name__} stands before {ours.__name__}, so that its methods and "
                 f"defaults would silently take the place of ours; write class {cls.__name__}({ours.__name__}, "
