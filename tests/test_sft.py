@@ -61,8 +61,14 @@ COMMON: dict[str, Any] = {"gradient_accumulation_steps": 2, "eval_strategy": "st
 
 @functools.cache
 def reference(mode: str, layers: int, dp: int) -> Log:
-    sizes = {"per_device_train_batch_size": 2 * dp, "per_device_eval_batch_size": 2 * dp}
-    return train_stock_sft(chat_checkpoint(num_hidden_layers=layers), mode, True, **COMMON, **sizes)
+    """TRL's metrics are of the batches of all ranks; `eval_loss` is a mean over the batches of each, as in Trainer."""
+    directory, common = chat_checkpoint(num_hidden_layers=layers), {**COMMON, "per_device_train_batch_size": 2 * dp}
+    log = train_stock_sft(directory, mode, True, **common, per_device_eval_batch_size=2 * dp)
+    if dp > 1:
+        of_ranks = train_stock_sft(directory, mode, True, **common, per_device_eval_batch_size=2)
+        for whole, parts in zip(log.evaluations, of_ranks.evaluations, strict=True):
+            whole["eval_loss"] = parts["eval_loss"]
+    return log
 
 
 def run(modes: tuple[str, ...], layers: int, directory: str, sizes: dict[str, Any]) -> list[Log]:

@@ -8,7 +8,7 @@ partial `A x`, and who sums the layer's partial outputs sums that, too.
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -42,7 +42,7 @@ def adapted_class(base: type[Linear]) -> type[AdaptedLinear]:
 
 def adapt(module: Linear, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     """Give `module` the term of `a` `[rank, in]` and `b` `[out, rank]`, in place."""
-    module.__class__ = adapted_class(type(module))
+    module.__class__ = adapted_class(cast(Any, type(module)))
     adapted = cast(AdaptedLinear, module)
     for name, weight in (("lora_A", a), ("lora_B", b)):
         linear = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
