@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveColumnsCollator
 from transformers.utils import logging
 
+from .arguments.base_order import check_base_order
 from .checkpoint.directory.save import Save
 from .checkpoint.directory.verify import MARKER
 from .checkpoint.files.repository import AVERAGE_FOLDER, copy_average, drop_average, unlink_link, unlink_links
@@ -44,6 +45,7 @@ from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
 from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
+from .models.token_figures import TokenFigures
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport
 from .monitor.run_log import RunLog
@@ -100,7 +102,7 @@ from .training.step.custom_loss import LossChoice
 from .training.step.forward_pass import ForwardPass
 from .training.step.micro_batches import Window, make_micro_batches
 from .training.step.train_step import TrainStep
-from .training.trainer_methods import check_methods, is_overridden
+from .training.trainer_methods import LIBRARIES, check_methods, is_overridden
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -134,8 +136,13 @@ class NanotronTrainer(Trainer):
     memory_report: MemoryReport
     training_state: TrainingState
     _names: dict[nn.Parameter, str]
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     # ---- construction ----
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_base_order(cls, NanotronTrainer, Trainer, "hf_nanotron.trl.NanotronSFTTrainer for TRL")
 
     def __init__(
         self,
@@ -174,10 +181,12 @@ class NanotronTrainer(Trainer):
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         train_dataset = kwargs["train_dataset"] = with_batch_warmup(kwargs.get("train_dataset"), args)
-        if is_run(train_dataset) and args.max_steps > 0:  # Trainer would ask for a length, which may take long to find
+        hides_data = is_run(train_dataset) and args.max_steps > 0
+        if hides_data:  # Trainer would ask for a length, which may take long to find
             kwargs["train_dataset"] = None
         super().__init__(model, args, *positional, **kwargs)
-        self.train_dataset = train_dataset
+        if hides_data:
+            self.train_dataset = train_dataset
         check_evaluable(self.eval_dataset)
         self.callback_handler.callbacks.insert(0, DataProgress(self._data_order))
         self._default_collator = self.data_collator if kwargs.get("data_collator") is None else None
@@ -543,14 +552,20 @@ class NanotronTrainer(Trainer):
             self.doremi.weigh(micro_batches, domains)
         teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
         watch = self._detail.begin_step(step + 1)
-        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch)
+        figures = self._new_figures(len(batches))
+        if mixture is not None:
+            mixture.share = self._share_of_routers(batches)
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch, figures)
         self._gradients.run_hooks(self._link)
         self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
         self._link.number = step + 1
         is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
         self._empty_cache()
-        mean_loss, told = self._report.sum_step(self.mesh, loss, batches, self._signals.received is not None)
+        is_told = self._signals.received is not None
+        mean_loss, told = self._report.sum_step(self.mesh, loss, batches, is_told, figures)
+        if figures is not None:
+            self._note_figures(figures, "train")
         self._domains.end_step(domains, own_loss is None, mean_loss, self._guard.filters)
         if mixture is not None and mixture.counts_loads:
             self._report.loads = mixture.balance(is_finite)
@@ -672,10 +687,7 @@ class NanotronTrainer(Trainer):
         if with_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
             self.save_model(str(save.directory), _internal_call=True)  # as Trainer does
         else:
-            checkpointer.write_model(save, self.model, with_weights)
-            if with_weights and self._average is not None:
-                with self._averaged():
-                    checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
+            self._write_model(save, with_weights)
         checkpointer.note_best(self.state, folder)
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
@@ -760,6 +772,15 @@ class NanotronTrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Trainer's; for the plain loss alone, no rank makes whole logits."""
         self._evaluation.compare_by_hand(inputs)
+        with self._evaluation.summing_figures(self._new_figures(1), inputs) as figures:
+            result = self._predict_batch(model, inputs, prediction_loss_only, ignore_keys)
+        if figures is not None:
+            self._note_figures(figures, "eval")
+        return result
+
+    def _predict_batch(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None
+    ) -> tuple[Any, Any, Any]:
         if self.mesh.cp_size > 1:
             model = cast(nn.Module, DealtModel(self.training_state))
         loss_choice = self._loss_choice
@@ -867,6 +888,26 @@ class NanotronTrainer(Trainer):
         schedule = self._schedule.state(self.state.max_steps) if self._has_own_schedule else {}
         own = {**average, **weights, **schedule, **parametrization_state(self.model)}
         return {CURSOR: self.data_cursor(), **self._domains.state(), **own}
+
+    # ---- for trainers that derive from this one, and report and train more ----
+
+    def _new_figures(self, micro_batches: int) -> TokenFigures | None:
+        """What is to be summed up over the tokens of so many micro-batches; None for nothing."""
+        return None
+
+    def _note_figures(self, figures: TokenFigures, mode: str) -> None:
+        """Take the sums of all ranks over a window (`mode` "train") or a batch of an evaluation ("eval")."""
+
+    def _write_model(self, save: Save, with_weights: bool) -> None:
+        """The Hub's files of a checkpoint, by all ranks together."""
+        self._checkpointer.write_model(save, self.model, with_weights)
+        if with_weights and self._average is not None:
+            with self._averaged():
+                self._checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
+
+    def _share_of_routers(self, batches: list[dict[str, Any]]) -> float | torch.Tensor:
+        """What the losses over routers of each of these micro-batches are multiplied by. All ranks together."""
+        return 1.0
 
     # ---- parts of the overrides ----
 

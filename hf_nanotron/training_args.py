@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging as hub_logging
 
+from .arguments.base_order import check_base_order, check_defaults
 from .arguments.launch import check_launch
 from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
 from .arguments.policy import REFUSED, as_mapping, check_policy
@@ -310,6 +311,12 @@ class NanotronTrainingArguments(SecretlessArguments):
         "Decoder layers of each stage, in model order, as a list or as 3,5. If unset, balanced by cost.",
         nargs="+",
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        told = cls, NanotronTrainingArguments, TrainingArguments, "hf_nanotron.trl.NanotronSFTConfig for TRL"
+        check_base_order(*told)
+        check_defaults(*told)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         refuse_removed(kwargs)

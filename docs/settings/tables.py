@@ -21,6 +21,7 @@ from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.data_keys import MEANINGS, SETS
 from hf_nanotron.cli.main import build_parser
 from hf_nanotron.training import trainer_methods
+from hf_nanotron.trl import arguments as sft_arguments
 
 DOCS = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"(<!-- table: (\w+) -->)\n.*?(?<=\n)(<!-- end -->)", re.DOTALL)
@@ -79,6 +80,11 @@ def commands() -> str:
     return "\n\n".join(section for parser in _commands_of(build_parser()) for section in _command(parser))
 
 
+def sft() -> str:
+    """What each argument of TRL means here."""
+    return _table(("argument of TRL", "here"), ((name, _cell(text)) for name, text in sft_arguments.rows()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "dataset": dataset,
@@ -86,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ours": ours,
     "irrelevant": irrelevant,
     "commands": commands,
+    "sft": sft,
 }
 
 

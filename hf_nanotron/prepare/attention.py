@@ -49,7 +49,8 @@ KNOWN_INPUTS = frozenset(
         DOMAIN,
     )
 )
-BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+# What says again what `position_ids` say, for blocks that read nothing else.
+BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
         if positions.dim() != 2 or positions.shape[1] != length:
             return None
         starts[:, 1:length] = (positions.diff(dim=-1) != 1).cpu()
+        if not _numbers(batch.get("seq_idx"), starts[:, 1:length]):
+            return None
     packed = bool(starts.any())
     starts[:, 0] = True
     if packed and missing:
@@ -172,6 +175,17 @@ def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
     ends = torch.tensor([starts.numel()])
     bounds = torch.cat([starts.flatten().nonzero().flatten(), ends]).to(torch.int32)
     return Documents(bounds, int(bounds.diff().max()), packed)
+
+
+def _numbers(indices: Any, starts: torch.Tensor) -> bool:
+    """Whether `indices` `[B, S]`, the number of each token's document, change where `starts` `[B, S - 1]` say; or are
+    not given.
+    """
+    if indices is None:
+        return True
+    if not isinstance(indices, torch.Tensor) or indices.dim() != 2 or indices.shape[1] != starts.shape[1] + 1:
+        return False
+    return torch.equal((indices.diff(dim=-1) != 0).cpu().expand_as(starts), starts)
 
 
 def _is_harmless(mask: torch.Tensor, batch: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ...models.calling import CONTEXT
+from ...models.token_figures import TokenFigures
 from ...models.training_loss import DomainSums
 from ...parallel.cp.plan import ContextPlan
 from ...parallel.pipeline.executor import StepHooks
@@ -47,6 +48,7 @@ class TrainStep:
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
         watch: ForwardWatch | None = None,
+        figures: TokenFigures | None = None,
     ) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
@@ -60,6 +62,7 @@ class TrainStep:
                 predicted.
             teacher: makes its logits of a micro-batch before the loss is computed.
             watch: looks at what the model's blocks return.
+            figures: is given what else is summed up over the micro-batches' tokens.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -75,7 +78,7 @@ class TrainStep:
             plain = domains if own_loss is None else None
             if teacher is not None:
                 stack.enter_context(teacher.over(micro_batches))
-            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher, watch))
+            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher, watch, figures))
             if watch is not None:
                 stack.enter_context(watch.over(micro_batches))
             for context in window.contexts:
@@ -107,9 +110,11 @@ class TrainingHooks(StepHooks):
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
         watch: ForwardWatch | None = None,
+        figures: TokenFigures | None = None,
     ) -> None:
         self.watch = watch
         self.state, self.window, self.step, self.domains, self.teacher = state, window, step, domains, teacher
+        self.figures = figures
         self.splits = state.model.parallel.splits_backward
         ends = "W" if self.splits else "B"  # what computes the weight gradients of a micro-batch
         self.last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
@@ -117,14 +122,14 @@ class TrainingHooks(StepHooks):
     def __enter__(self) -> TrainingHooks:
         if self.state.fp8 is not None:
             self.state.fp8.begin()
-        self.state.model.training_loss.domains = self.domains
+        self.state.model.training_loss.domains, self.state.model.training_loss.figures = self.domains, self.figures
         return self
 
     def __exit__(self, *error: object) -> None:
         state, model = self.state, self.state.model
         if state.observer is not None:
             state.observer.end_forward()
-        model.training_loss.micro_batch = model.training_loss.domains = None
+        model.training_loss.micro_batch = model.training_loss.domains = model.training_loss.figures = None
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
         for stateful in (state.noise, model.streams, state.fp8):
@@ -136,6 +141,8 @@ class TrainingHooks(StepHooks):
         model.training_loss.micro_batch = window.handed[index]
         if self.domains is not None:
             self.domains.index = index
+        if self.figures is not None:
+            self.figures.index = index
         place = index * model.mesh.dp_size + model.mesh.dp_rank  # among all micro-batches of the step
         if self.state.noise is not None:
             plan: ContextPlan | None = window.inputs[index].get(CONTEXT)
