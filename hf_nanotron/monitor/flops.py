@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..parallel.batch import batch_shape
 from .gpus import gpu_of_driver
 
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of `device` in FLOP/s, or None if it is not in the table."""
     if device.type != "cuda":
