@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..monitor.flops import flops_per_token
 from ..monitor.gpus import find_gpu
 from ..parallel.pipeline.schedule import Action, Tick, Transfer, build_table, compute_order
 from . import efficiencies as counted
@@ -88,6 +87,7 @@ class _Step:
         self.parallel = parallel_config(job)
         self.parallel.check_micro_batches(job.micro_batches)
         self.work: ModelWork = works.of(self.parallel)
+        self._layers: dict[tuple[object, ...], Seconds] = {}
         self.options: Options = options_of(job, len(self.work.layers))
         if self.options.fp8 and rates.fp8 is None:
             raise ValueError(
@@ -143,6 +143,13 @@ class _Step:
         return found
 
     def layer(self, layer: LayerWork, number: int, place: Place) -> Seconds:
+        """A micro-batch in one layer. Layers that are alike are computed once."""
+        key = layer, self.options.policy_of(number), self.options.fp8_of(number), tuple(place.tp), tuple(place.ep)
+        if key not in self._layers:
+            self._layers[key] = self._layer(layer, number, place)
+        return self._layers[key]
+
+    def _layer(self, layer: LayerWork, number: int, place: Place) -> Seconds:
         found = self.clock.layer(layer, number, self.work.hidden, self.batch, place)
         forward, backward = self.context.seconds(layer)
         found.add(Seconds(forward=forward, backward=backward))
@@ -324,15 +331,14 @@ class _Step:
         length = float(self.job.sequence_length)
         if self.job.documents is not None:
             length = sum(x * x for x in self.job.documents) / sum(self.job.documents)
-        shapes = {name: tuple(p.shape) for name, p in self.works.weights.model.named_parameters()}
-        return flops_per_token(shapes, self.job.config, length) * tokens / peak
+        return self.works.flops_per_token(length) * tokens / peak
 
 
 def _is_cpu(rates: Rates) -> bool:
     return rates.made.get("device_type") == "cpu"
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _table(schedule: str, size: int, virtual_stages: int, micro_batches: int) -> tuple[tuple[Tick, ...], ...]:
     orders = compute_order(schedule, size, virtual_stages, micro_batches)
     return build_table(orders, size * virtual_stages)
