@@ -127,7 +127,9 @@ class LayerClock:
     def _matrices(
         self, found: Seconds, again: Parts, work: LayerWork, index: int, tokens: float, split: float, policy: str
     ) -> None:
-        products, fp8 = [0.0, 0.0, 0.0], self.options.fp8_of(index) and self.rates.fp8 is not None
+        products: list[float] = [0.0, 0.0, 0.0]
+        times: tuple[float, ...]
+        fp8 = self.options.fp8_of(index) and self.rates.fp8 is not None
         repeated = quantised = 0.0
         for shape in (*work.mixing, *work.mlp):
             if fp8 and not any(size % 16 for size in shape):

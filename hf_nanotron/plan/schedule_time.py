@@ -39,9 +39,9 @@ def play(
 ) -> Played:
     """Play the ticks of all ranks as the executor runs them.
 
-    A rank computes one action after the other. The transfers of a tick go out together, after its action and after those
-    of the tick before; a transfer begins when both of its ranks have come to it, and takes `travel`. An action waits for
-    what it needs and for nothing else.
+    A rank computes one action after the other. The transfers of a tick go out together, after its action and after
+    those of the tick before; a transfer begins when both of its ranks have come to it, and takes `travel`. An action
+    waits for what it needs and for nothing else.
 
     Args:
         begins: by rank, when its first action may begin.
