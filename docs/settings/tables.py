@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.data_keys import MEANINGS, SETS
+from hf_nanotron.monitor.gpus import GPUS
 from hf_nanotron.training import trainer_methods
 
 DOCS = Path(__file__).resolve().parent.parent
@@ -73,12 +74,43 @@ def irrelevant() -> str:
     return _table(("method", "why it is not called", "use instead"), rows)
 
 
+def accuracy() -> str:
+    """What a plan predicts beside the steps that were measured."""
+    folder = str(DOCS.parent / "examples" / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import plan_accuracy
+    finally:
+        sys.path.remove(folder)
+    rows = plan_accuracy.predict()
+    return f"{plan_accuracy.summary(rows)}\n\n{plan_accuracy.table(rows)}"
+
+
+def gpus() -> str:
+    """The GPUs that plans know."""
+    rows = [
+        (
+            f"`{gpu.name}`",
+            f"{gpu.bf16 / 1e12:,.0f}",
+            "" if gpu.fp8 is None else f"{gpu.fp8 / 1e12:,.0f}",
+            f"{gpu.bytes_ / 1e9:.0f}",
+            f"{gpu.memory / 1e12:.2f}",
+            f"{gpu.link / 1e9:.0f}",
+            f"{gpu.network / 1e9:g}",
+        )
+        for gpu in GPUS
+    ]
+    return _table(("GPU", "bf16, TFLOP/s", "FP8", "memory, GB", "TB/s", "link, GB/s", "network"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "dataset": dataset,
     "called": called,
     "ours": ours,
     "irrelevant": irrelevant,
+    "accuracy": accuracy,
+    "gpus": gpus,
 }
 
 

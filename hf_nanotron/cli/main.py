@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, convert, coordinate-check, tokenize, data, average, upload.
+"""The `hf-nanotron` command: generate, train, convert, coordinate-check, tokenize, data, average, bench, upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -18,6 +18,7 @@ from typing import Any
 from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
 from .average import DESCRIPTION as AVERAGE, add_average_arguments
+from .bench import DESCRIPTION as BENCH, add_bench_arguments
 from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_arguments
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(
         _add_command(commands, "average", "average the weights of Hub repositories of one model", AVERAGE)
     )
+    add_bench_arguments(_add_command(commands, "bench", "measure how fast this machine is, for plans", BENCH))
     add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser
 

@@ -127,7 +127,9 @@ class LayerClock:
     def _matrices(
         self, found: Seconds, again: Parts, work: LayerWork, index: int, tokens: float, split: float, policy: str
     ) -> None:
-        products, fp8 = [0.0, 0.0, 0.0], self.options.fp8_of(index) and self.rates.fp8 is not None
+        products: list[float] = [0.0, 0.0, 0.0]
+        times: tuple[float, ...]
+        fp8 = self.options.fp8_of(index) and self.rates.fp8 is not None
         repeated = quantised = 0.0
         for shape in (*work.mixing, *work.mlp):
             if fp8 and not any(size % 16 for size in shape):
@@ -184,12 +186,14 @@ class LayerClock:
         operation = "all_gather" if self.parallel.sequence_parallel else "all_reduce"
         times = exchanges if self.parallel.sequence_parallel else exchanges / 2
         sent = times * collective_seconds(self.rates, operation, whole, place.tp, place.gpus_per_node)
-        shown = sent * (counted.TP_SHOWN if self.overlaps else 1.0)
-        if self.overlaps:
-            shown += exchanges * counted.TP_PASSES * whole / self.memory
-        found.forward["tp"] = found.backward["tp"] = shown
+        for phase, work_beside in zip((found.forward, found.backward), (found.forward, found.weights), strict=True):
+            shown = sent
+            if self.overlaps:  # products hide what they can, and the rest shows
+                shown = max(counted.TP_SHOWN * sent, sent - work_beside["products"])
+                shown += exchanges * counted.TP_PASSES * whole / self.memory
+            phase["tp"] = shown
         if policy == "full":  # gathers run again, and the sum that a recomputed norm needs
-            found.backward["tp"] += shown
+            found.backward["tp"] += found.forward["tp"]
 
     def _expert_parallel(
         self, found: Seconds, work: LayerWork, tokens: float, split: float, hidden: int, place: Place

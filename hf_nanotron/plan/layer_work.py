@@ -67,7 +67,7 @@ class LayerWork:
 
     @property
     def activated(self) -> int:
-        """Features that enter the activation of the MLP, gate and up together, of one token; of experts `top_k` times."""
+        """Features that enter the activation of the MLP, gate and up together, of one token."""
         return sum(out for out, _ in self.mlp if (out, _) != self.last)
 
     @property
@@ -86,9 +86,7 @@ class ModelWork:
         head: (out, in) of the rank's part.
         embedding: elements of the rank's part.
         tied: whether the embedding is the head.
-        others: elements outside of layers, embedding and head, on every stage.
         hidden: features between layers.
-        last_matrices: matrices of the optimizer's work, (out, in) by layer, are those of `LayerWork`.
     """
 
     layers: tuple[LayerWork, ...]
@@ -146,12 +144,9 @@ class WorkTable:
         for name, stack in anatomy.layer_stacks():
             for index in range(len(stack)):
                 prefix = f"{name}.{index}."
-                shapes = {
-                    key.removeprefix(prefix): spec.longest_shape
-                    for key, spec in specs.items()
-                    if key.startswith(prefix)
-                }
-                spread = {key.removeprefix(prefix) for key, spec in specs.items() if spec.axis == "ep"}
+                own = {key: spec for key, spec in specs.items() if key.startswith(prefix)}
+                shapes = {key.removeprefix(prefix): spec.longest_shape for key, spec in own.items()}
+                spread = {key.removeprefix(prefix) for key, spec in own.items() if spec.axis == "ep"}
                 number = start + index
                 config = configs[number] if number < len(configs) else text
                 found.append(_layer_work(shapes, spread, config, text, number, parallel))

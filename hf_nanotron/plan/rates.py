@@ -162,9 +162,9 @@ def check_rates(rates: Rates) -> None:
 def product_seconds(rates: Rates, tokens: float, inner: int, outer: int, kind: str, gain: float = 1.0) -> float:
     """Seconds of one product: its FLOPs at the rate of measured products of like sizes, and its bytes.
 
-    A product of `F` FLOPs that moves `b` bytes takes `F / R + UNHIDDEN * b / memory`. Small and narrow products are slow since they
-    move more bytes for a FLOP. `R` is a mean over the measured products of a kind (over all, if it has none), those of
-    near sizes first: by the inverse square of the distance of the logarithms.
+    A product of `F` FLOPs that moves `b` bytes takes `F / R + UNHIDDEN * b / memory`: small and narrow products are
+    slow since they move more bytes for a FLOP. `R` is a mean over the measured products of a kind (over all, if it has
+    none), those of near sizes first: by the inverse square of the distance of the logarithms.
 
     Args:
         gain: of products in a step over those alone.

@@ -39,9 +39,9 @@ def play(
 ) -> Played:
     """Play the ticks of all ranks as the executor runs them.
 
-    A rank computes one action after the other. The transfers of a tick go out together, after its action and after those
-    of the tick before; a transfer begins when both of its ranks have come to it, and takes `travel`. An action waits for
-    what it needs and for nothing else.
+    A rank computes one action after the other. The transfers of a tick go out together, after its action and after
+    those of the tick before; a transfer begins when both of its ranks have come to it, and takes `travel`. An action
+    waits for what it needs and for nothing else.
 
     Args:
         begins: by rank, when its first action may begin.
@@ -118,11 +118,12 @@ def _exchange(
             start = max(came, wire[rank], posted[peer][0][0], wire[peer])
             stop = start + travel(transfer)
             ended[rank, transfer] = ended[peer, transfer] = stop
-            arrived[transfer.action] = stop
             moved = True
         if any((rank, transfer) not in ended for transfer in transfers):
             return moved
         wire[rank] = max([wire[rank], *(ended.pop((rank, transfer)) for transfer in transfers)])
+        # NCCL has one handle for all transfers of a tick: an action waits for all of them.
+        arrived.update((transfer.action, wire[rank]) for transfer in transfers if transfer.target == rank)
         posted[rank].popleft()
         moved = True
     return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -159,7 +160,7 @@ class _Step:
         return found
 
     def fully_sharded(self, held: float, place: Place, forward: float, backward: float) -> Seconds:
-        """ZeRO-3's gathers and reductions of `held` elements, beside `forward` and `backward` seconds, and its copies."""
+        """ZeRO-3's copies, gathers and reductions of `held` elements, these beside `forward`, `backward` seconds."""
         first, size = place.tp[0], self.parallel.shard_size(self.job.world_size)
         copies = counted.FULLY_SHARDED_BYTES * held / self.rates.memory if size > 1 else 0.0
         gather = self.collective("all_gather", 2.0 * held, first, self.parallel.tp_size, size)
@@ -303,7 +304,7 @@ class _Step:
             timeline=_timeline(played, begins, ends, optimizers, summed, size),
         )
 
-    def travel(self):  # type: ignore[no-untyped-def]
+    def travel(self) -> Callable[[Transfer], float]:
         """Seconds of a transfer between two ranks of the pipeline."""
         split = self.parallel.tp_size if self.parallel.sequence_parallel else 1
         nbytes = self.batch.tokens * self.work.hidden * self.options.item / split
