@@ -1,21 +1,24 @@
 """What a rank will take of its GPU, by arithmetic alone: microseconds a layout, so that a search can ask thousands.
 
-State (parameters, gradients, masters, moments) is exact but for padding of ZeRO's buckets; activations are the estimate
-that a run logs (`monitor/memory.py`), for layers that are not compiled.
+State (parameters, gradients, masters, moments) is exact but for padding of ZeRO's buckets; activations are the same
+arithmetic as in a plan.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 
-from ..arguments.recompute import layer_numbers
-from ..monitor.memory import RankStep, activation_bytes, gathered_bytes, offloaded_bytes
 from ..parallel.config import ParallelConfig
+from .activations import Peak, exchange_bytes, peak_of_step
 from .job import Job, parallel_config
 from .memory import RankMemory
 from .weights import ModelWeights
+
+ROUNDS = 3  # of a pipeline, after which no schedule but afab keeps more
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "mlp_chunk_tokens", "fp8")
 
 # fp32 tensors of optimizer state for each element, by the beginning of the optimizer's name; others count as AdamW's.
 STATE_TENSORS = {"lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "muon": 1}
@@ -34,7 +37,7 @@ class Estimator:
     def __init__(self, config: PretrainedConfig) -> None:
         self.weights = ModelWeights(config)
         self._config = _Quick(config)
-        self._activations: dict[Any, tuple[int, int]] = {}
+        self._activations: dict[Any, Peak] = {}
 
     def fullest(self, job: Job) -> RankMemory:
         """Of the fullest rank: of the first stage, the last, or one between."""
@@ -62,27 +65,29 @@ class Estimator:
         masters = 4 * own if is_bf16 and stage < 3 else 0
         moments = state_bytes(job) * own
         away = float(get("optim_offload") or 0)
-        activations, host = self._of_step(rank_step(job, self._config, parallel, pp_rank))
+        activations = self._of_step(job, parallel, pp_rank)
         return RankMemory(
             parameters=round(parameters),
             gradients=round(4 * (own if stage >= 2 else whole)),
             masters=round((1 - away) * masters),
             moments=round((1 - away) * moments),
-            activations=activations,
-            buffers=0,
+            activations=activations.device,
+            buffers=exchange_bytes(job),
             average=round(4 * own) if get("ema_decay") is not None else 0,
-            host=round(away * (masters + moments)) + host,
+            host=round(away * (masters + moments)) + activations.host,
         )
 
-    def _of_step(self, step: RankStep) -> tuple[int, int]:
-        """Bytes of activations on the device, and on the host."""
-        sizes = step.parallel
-        of_sizes = (sizes.tp_size, sizes.cp_size, sizes.pp_size, sizes.pp_schedule, sizes.pp_virtual_stages)
-        key = (of_sizes, step.pp_rank, step.tokens, step.micro_batches, step.recomputed, step.policy)
+    def _of_step(self, job: Job, parallel: ParallelConfig, pp_rank: int) -> Peak:
+        """Activations. Layouts that differ in other things have the same."""
+        rounds = job.micro_batches if parallel.pp_schedule == "afab" else ROUNDS * parallel.pp_size
+        arguments = {**job.arguments, "gradient_accumulation_steps": min(job.micro_batches, rounds)}
+        sizes = (parallel.tp_size, parallel.cp_size, parallel.pp_size, parallel.pp_schedule, parallel.pp_virtual_stages)
+        names = (*BATCH, "activation_checkpointing", "activation_checkpointing_policy", "activation_offload")
+        key = (*sizes, parallel.pp_layers_per_stage, pp_rank, *(arguments.get(name) for name in names))
         if key not in self._activations:
-            cut = step.tokens * step.parallel.cp_size
-            kept = activation_bytes(step, fused_head=True) + gathered_bytes(self._config, cut, step.parallel, step.item)
-            self._activations[key] = kept, offloaded_bytes(step)
+            quick = replace(job, config=cast(Any, self._config), arguments=arguments)
+            layers = [len(layers) for layers in self.weights.stages(parallel)]
+            self._activations[key] = peak_of_step(quick, pp_rank, layers)
         return self._activations[key]
 
 
@@ -114,31 +119,3 @@ def state_bytes(job: Job) -> int:
     name = str(job.arguments.get("optim") or "adamw")
     tensors = next((count for start, count in STATE_TENSORS.items() if name.startswith(start)), 2)
     return tensors * (2 if job.arguments.get("optim_state_dtype") == "bfloat16" else 4)
-
-
-def rank_step(job: Job, config: Any, parallel: ParallelConfig, pp_rank: int) -> RankStep:
-    """What a step of a rank runs."""
-    get = job.arguments.get
-    return RankStep(
-        config,
-        job.samples * -(-job.sequence_length // parallel.cp_size),
-        parallel,
-        pp_rank,
-        job.micro_batches,
-        2 if get("bf16") else 4,
-        recomputed_share(job),
-        get("activation_checkpointing_policy") or "full",
-        float(get("activation_offload") or 0),
-        get("mlp_chunk_tokens"),
-    )
-
-
-def recomputed_share(job: Job) -> float:
-    """Fraction of the decoder layers that recompute their activations."""
-    get = job.arguments.get
-    switch = get("activation_checkpointing")
-    if not (get("gradient_checkpointing") if switch is None else switch):
-        return 0.0
-    count = max(1, job.config.get_text_config().num_hidden_layers)
-    layers = layer_numbers(get("activation_checkpointing_layers"))
-    return 1.0 if layers is None else len(layers) / count
