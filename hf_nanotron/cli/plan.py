@@ -19,8 +19,8 @@ that hold no weights; times are arithmetic with measured rates.
 
   hf-nanotron plan run.yaml --gpus 64 --gpu h100
   hf-nanotron plan run.yaml --gpus 64 --gpu h100 --search --output best.yaml
-  hf-nanotron plan --model meta-llama/Llama-3.1-8B --sequence-length 8192 --tokens-per-step 4194304 --gpus 64 --gpu h200 \\
-      --search"""
+  hf-nanotron plan --model meta-llama/Llama-3.1-8B --sequence-length 8192 --tokens-per-step 4194304 \\
+      --gpus 64 --gpu h200 --search"""
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     _check(args)
     from ..monitor.gpus import find_gpu
+    from ..plan.default_rates import default_rates
     from ..plan.make import make_plan, search_and_plan
     from ..plan.pictures import draw
     from ..plan.rates import load_rates
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
     from .planned_run import planned_run, write_run
 
     gpu = find_gpu(args.gpu)
-    rates = load_rates(args.rates, gpu)
+    rates = default_rates(gpu) if args.rates is None else load_rates(args.rates)
     run = planned_run(args, needs_layout=not args.search)
     options: dict[str, Any] = {"run": not args.no_run, "steps": run.steps, "tokens": args.tokens}
     if args.search:

@@ -1,4 +1,4 @@
-"""The run that `hf-nanotron plan` plans: a YAML file or a model's name becomes a `Job`, and a plan a YAML file again."""
+"""The run that `hf-nanotron plan` plans: a YAML file or a model's name becomes a `Job`, a plan a YAML file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import AutoConfig, PretrainedConfig
 from ..plan.job import Job, parallel_config
 from ..plan.layouts import DECIDED
 from ..plan.result import Plan
+from ..plan.table import share
 from ..redaction import redacted
 from ..version import __version__
-from .data_plan import plan_data
 from .errors import existing_path, explained
 from .model_config import changed_config, make_config
 from .settings import Settings, read_settings, sections_of
@@ -119,7 +119,7 @@ def write_run(path: Path, run: PlannedRun, plan: Plan) -> str:
     head = [
         f"# By hf-nanotron plan {__version__}: {job.world_size} {plan.gpu.name}, {job.world_size // job.gpus_per_node} "
         f"x {job.gpus_per_node}.",
-        f"# {job.tokens_per_step:,} tokens a step, {plan.step_seconds:.3g} s a step, MFU {plan.mfu:.1%}, "
+        f"# {job.tokens_per_step:,} tokens a step, {plan.step_seconds:.3g} s a step, MFU {share(plan.mfu)}, "
         f"{plan.peak_memory_gib:.1f} GiB on the fullest rank.",
         *(f"# Left out, since it may be a secret: {name}" for name in left_out),
     ]

@@ -18,7 +18,7 @@ from ..arguments.recompute import layer_numbers
 from ..monitor.flops import NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims, layer_configs
 from ..monitor.memory import gathered_bytes
 from ..parallel.config import ParallelConfig
-from ..parallel.pipeline.schedule import Action, compute_order, rank_of_stage
+from ..parallel.pipeline.schedule import Action, compute_order
 from ..parallel.tp.loss import chunk_size
 from ..parallel.tp.transport import GRANULE, TURNS
 from .job import Job, parallel_config
@@ -72,7 +72,7 @@ def peak_of_step(job: Job, pp_rank: int, layers: Sequence[int] | None = None) ->
     ]
     boundary = text.hidden_size * _item(job) / (parallel.tp_size if parallel.sequence_parallel else 1)
     head = _head_bytes(job, text, parallel, tokens)
-    most = away = 0.0
+    most = away = near = far = 0.0
     held: dict[tuple[int, int], tuple[float, float]] = {}
     frees = "W" if parallel.splits_backward else "B"
     for action in order:
@@ -80,11 +80,12 @@ def peak_of_step(job: Job, pp_rank: int, layers: Sequence[int] | None = None) ->
         if action.kind == "F":
             device, host = of_stage[action.stage]
             held[key] = tokens * (device + (boundary if parallel.pp_size > 1 else 0)), tokens * host
-        present = sum(device for device, _ in held.values())
-        away = max(away, sum(host for _, host in held.values()))
-        most = max(most, present + _extra(action, backward, head, len(layers)))
+            near, far = near + held[key][0], far + held[key][1]
+        away = max(away, far)
+        most = max(most, near + _extra(action, backward, head, len(layers)))
         if action.kind == frees:
-            held.pop(key)
+            device, host = held.pop(key)
+            near, far = near - device, far - host
     return Peak(round(most), round(away))
 
 
@@ -194,6 +195,8 @@ def _item(job: Job) -> int:
 def _widest(config: Any) -> Any:
     """The text model's config, or that of its layer with the widest attention."""
     text = config.get_text_config()
+    if not getattr(text, "is_heterogeneous", False):
+        return text
     return max(layer_configs(text), key=lambda each: attention_heads(each) * sum(head_dims(each)), default=text)
 
 

@@ -6,6 +6,7 @@ arithmetic as in a plan.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -39,18 +40,45 @@ class Estimator:
         self._config = _Quick(config)
         self._activations: dict[Any, Peak] = {}
 
-    def fullest(self, job: Job) -> RankMemory:
-        """Of the fullest rank: of the first stage, the last, or one between."""
-        last = parallel_config(job).pp_size - 1
-        return max((self.memory(job, rank) for rank in sorted({0, min(1, last), last})), key=lambda memory: memory.total)
-
     def memory(self, job: Job, pp_rank: int) -> RankMemory:
         """Bytes of the fullest rank of a pipeline rank.
 
         Raises:
             ValueError: as the trainer does, for sizes that do not fit the model or the number of processes.
         """
-        get, parallel = job.arguments.get, parallel_config(job)
+        parallel = parallel_config(job)
+        return self._with_activations(self._state(job, parallel, pp_rank), job, parallel, pp_rank)
+
+    def fullest(self, job: Job) -> RankMemory:
+        """Of the fullest rank: of the first pipeline rank, the last, or one between."""
+        return self.least(job, [{}], 0.0)[1]
+
+    def least(
+        self, job: Job, choices: Sequence[Mapping[str, Any]], usable: float
+    ) -> tuple[Mapping[str, Any], RankMemory]:
+        """The first of some arguments for activations with which the fullest rank fits, and that rank's memory.
+
+        If it fits with none, the arguments with which it takes least.
+        """
+        parallel = parallel_config(job)
+        last = parallel.pp_size - 1
+        states = {rank: self._state(job, parallel, rank) for rank in sorted({0, min(1, last), last})}
+        found: list[tuple[Mapping[str, Any], RankMemory]] = []
+        for choice in choices:
+            chosen = replace(job, arguments={**job.arguments, **choice}) if choice else job
+            each = (self._with_activations(state, chosen, parallel, rank) for rank, state in states.items())
+            found.append((choice, max(each, key=lambda memory: memory.total)))
+            if found[-1][1].total <= usable:
+                return found[-1]
+        return min(found, key=lambda each: each[1].total)
+
+    def _with_activations(self, state: RankMemory, job: Job, parallel: ParallelConfig, pp_rank: int) -> RankMemory:
+        activations = self._of_step(job, parallel, pp_rank)
+        return replace(state, activations=activations.device, host=state.host + activations.host)
+
+    def _state(self, job: Job, parallel: ParallelConfig, pp_rank: int) -> RankMemory:
+        """Everything but activations."""
+        get = job.arguments.get
         held = self.weights.held(parallel, pp_rank)
         expert_shards = parallel.expert_copies(job.world_size) if parallel.ep_size > 1 else 1
         own = held.dense / parallel.shard_size(job.world_size) + held.experts / expert_shards
@@ -65,16 +93,15 @@ class Estimator:
         masters = 4 * own if is_bf16 and stage < 3 else 0
         moments = state_bytes(job) * own
         away = float(get("optim_offload") or 0)
-        activations = self._of_step(job, parallel, pp_rank)
         return RankMemory(
             parameters=round(parameters),
             gradients=round(4 * (own if stage >= 2 else whole)),
             masters=round((1 - away) * masters),
             moments=round((1 - away) * moments),
-            activations=activations.device,
+            activations=0,
             buffers=exchange_bytes(job),
             average=round(4 * own) if get("ema_decay") is not None else 0,
-            host=round(away * (masters + moments)) + activations.host,
+            host=round(away * (masters + moments)),
         )
 
     def _of_step(self, job: Job, parallel: ParallelConfig, pp_rank: int) -> Peak:

@@ -71,9 +71,9 @@ def _sizes(job: Job, weights: ModelWeights) -> Iterator[dict[str, Any]]:
             if pp > min(text.num_hidden_layers, MOST_STAGES):
                 break
             copies = world // (tp * cp * pp) * cp
-            for (zero, shards), (schedule, stages), ep in product(
-                _zero(copies, tp, job.gpus_per_node), _schedules(pp, text.num_hidden_layers, in_blocks), divisors(experts)
-            ):  # fmt: skip
+            schedules = _schedules(pp, text.num_hidden_layers, in_blocks)
+            shardings = _zero(copies, tp, job.gpus_per_node)
+            for (zero, shards), (schedule, stages), ep in product(shardings, schedules, divisors(experts)):
                 if ep > 1 and (shards * tp) % ep or (schedule == "zb" and zero == 3):
                     continue
                 if zero == 3 and job.arguments.get("fp8") is not None:

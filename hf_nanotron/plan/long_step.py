@@ -1,4 +1,4 @@
-"""The time of a step of many micro-batches, from two that are shorter: each further round of a pipeline takes as long."""
+"""The time of a step of many micro-batches, from two shorter ones: each further round of a pipeline takes as long."""
 
 from __future__ import annotations
 

@@ -8,13 +8,15 @@ from ..monitor.gpus import GPU
 from .deadlock import find_faults
 from .estimate import Estimator
 from .job import Job
+from .layer_work import WorkTable
+from .long_step import long_step_time
 from .memory import rank_memory
+from .processes import rehearse
 from .rates import Rates
 from .result import GIB, Plan, RankPlan, steps_for, usable_bytes
 from .roles import roles
 from .search import Found, cheapest_change, search
-from .step_time import step_time
-from .trace import trace
+from .weights import ModelWeights
 
 TRIES = 3  # layouts of a search that are run: arithmetic may have missed why one is refused, or some GiB
 
@@ -42,16 +44,17 @@ def make_plan(
     """
     every = roles(job)
     if run:
-        traces = trace(job, every, trainer_class)
-        ranks = tuple(RankPlan(each, rank_memory(job, each)) for each in every)
-        faults = tuple(find_faults(traces))
+        done = rehearse(job, every, trainer_class)
+        ranks = tuple(RankPlan(each.trace.role, rank_memory(job, each)) for each in done)
+        faults: tuple[str, ...] | None = tuple(find_faults([each.trace for each in done]))
     else:
         estimator = Estimator(job.config)
         ranks = tuple(RankPlan(each, estimator.memory(job, each.coordinates.pp)) for each in every)
         faults = None
     if tokens is not None:
         steps = steps_for(tokens, job.tokens_per_step)
-    plan = Plan(job, gpu, rates, ranks, step_time(job, rates), faults, steps=steps)
+    step = long_step_time(job, rates, WorkTable(ModelWeights(job.config)))
+    plan = Plan(job, gpu, rates, ranks, step, faults, steps=steps)
     return plan if plan.fits else replace(plan, change=cheapest_change(job, gpu, rates))
 
 
@@ -87,6 +90,8 @@ def search_and_plan(
         else:
             if plan.fits and plan.deadlock_free is not False:
                 return replace(found, refused=tuple(refused)), plan
-            refused.append(f"{plan.peak_memory_gib:.1f} GiB on its fullest rank when it runs" if not plan.fits else plan.faults[0])
+            refused.append(
+                f"{plan.peak_memory_gib:.1f} GiB on its fullest rank when it runs" if not plan.fits else plan.faults[0]
+            )
         found = found.without(candidate)
     raise ValueError(f"the {len(refused)} fastest layouts that fit by arithmetic do not run; the first: {refused[0]}")

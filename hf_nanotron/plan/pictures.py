@@ -7,15 +7,18 @@ from typing import Any
 
 from .result import GIB, Plan, parts, usable_bytes
 from .step_time import Interval
+from .table import share
 
 # Of Okabe and Ito's palette, whose colours people with any colour vision tell apart; hatches tell them apart in grey.
 KINDS = {
     "forward": ("#56B4E9", ""),
     "backward": ("#E69F00", ""),
-    "weight_gradient": ("#009E73", ""),
-    "communication": ("#CC79A7", "////"),
+    "weight gradients": ("#009E73", ""),
+    "gather": ("#CC79A7", "////"),
+    "reduce": ("#D55E00", "\\\\\\\\"),
     "optimizer": ("#F0E442", "...."),
 }
+KIND_NAMES = {"gather": "gather weights", "reduce": "reduce gradients"}
 IDLE = "#EEEEEE"
 MEMORY = {
     "parameters": "#0072B2",
@@ -60,7 +63,7 @@ def _draw_step(axes: Any, plan: Plan, ranks: list[int]) -> None:
     from matplotlib.patches import Patch
 
     row = {rank: index for index, rank in enumerate(ranks)}
-    end = plan.step.seconds
+    end = max(interval.end for interval in plan.step.timeline)
     axes.barh(list(row.values()), [end] * len(ranks), left=0, height=0.8, color=IDLE)
     used: dict[str, None] = {}
     for interval in plan.step.timeline:
@@ -69,13 +72,20 @@ def _draw_step(axes: Any, plan: Plan, ranks: list[int]) -> None:
             _bar(axes, interval, row[interval.rank], end)
     layout = plan.layout
     schedule = f", {layout['pp_schedule']}" if "pp_schedule" in layout else ""
+    count = 1 + max(interval.micro_batch for interval in plan.step.timeline)
+    what = (
+        "one step" if count == plan.job.micro_batches else f"{count} of a step's {plan.job.micro_batches} micro-batches"
+    )
     axes.set(
-        title=f"one step: {end:.3g} s, MFU {plan.mfu:.1%}, bubble {plan.step.bubble:.1%}{schedule}",
+        title=f"{what}: {plan.step_seconds:.3g} s, MFU {share(plan.mfu)}, bubble {plan.step.bubble:.1%}{schedule}",
         xlabel="seconds", xlim=(0, end), ylim=(len(ranks) - 0.4, -0.6),
         yticks=list(row.values()), yticklabels=[f"pp rank {rank}" for rank in ranks],
     )  # fmt: skip
-    handles = [Patch(facecolor=KINDS[kind][0], hatch=KINDS[kind][1], edgecolor="#333333", label=kind.replace("_", " "))
-               for kind in KINDS if kind in used]  # fmt: skip
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="#333333", label=KIND_NAMES.get(kind, kind))
+        for kind, (colour, hatch) in KINDS.items()
+        if kind in used
+    ]
     handles.append(Patch(facecolor=IDLE, edgecolor="#333333", label="idle"))
     _legend(axes, handles)
 
@@ -83,15 +93,15 @@ def _draw_step(axes: Any, plan: Plan, ranks: list[int]) -> None:
 def _bar(axes: Any, interval: Interval, row: int, end: float) -> None:
     colour, hatch = KINDS[interval.kind]
     length = interval.end - interval.start
-    is_beside = interval.kind == "communication"
-    height = 0.3 if is_beside else 0.8
     edge = "white" if length > 0.002 * end else "none"
     axes.barh(
-        row, length, left=interval.start, height=height, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.4,
-        alpha=1.0 if not interval.chunk else max(0.55, 1 - 0.2 * interval.chunk), zorder=3 if is_beside else 2,
+        row, length, left=interval.start, height=0.8, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.4,
+        alpha=max(0.5, 1 - 0.2 * max(0, interval.chunk)), zorder=2,
     )  # fmt: skip
-    if interval.micro_batch is not None and length > LEAST_NUMBERED * end and not is_beside:
-        axes.text(interval.start + length / 2, row, str(interval.micro_batch), ha="center", va="center", fontsize=7, zorder=4)
+    if interval.micro_batch >= 0 and length > LEAST_NUMBERED * end:
+        axes.text(
+            interval.start + length / 2, row, str(interval.micro_batch), ha="center", va="center", fontsize=7, zorder=4
+        )
 
 
 def _draw_memory(axes: Any, plan: Plan) -> None:
@@ -100,13 +110,24 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
     for name, colour in MEMORY.items():
         sizes = [parts(rank.memory)[name] / GIB for rank in shown]
         if any(sizes):
-            axes.barh(range(len(shown)), sizes, left=left, height=0.75, color=colour, edgecolor="white", linewidth=0.6, label=name)
+            axes.barh(
+                range(len(shown)),
+                sizes,
+                left=left,
+                height=0.75,
+                color=colour,
+                edgecolor="white",
+                linewidth=0.6,
+                label=name,
+            )
             left = [before + size for before, size in zip(left, sizes, strict=True)]
     usable, whole = usable_bytes(plan.gpu) / GIB, plan.gpu.bytes_ / GIB
     axes.axvline(usable, color="#D55E00", linewidth=1.6, linestyle="--", label=f"may take ({usable:.0f} GiB)")
     axes.axvline(whole, color="#000000", linewidth=1.2, label=f"{plan.gpu.name} ({whole:.0f} GiB)")
     fits = "fits" if plan.fits else "does not fit"
-    labels = [f"rank {each.role.rank}" + (f" ({each.role.count} alike)" if each.role.count > 1 else "") for each in shown]
+    labels = [
+        f"rank {each.role.rank}" + (f" ({each.role.count} alike)" if each.role.count > 1 else "") for each in shown
+    ]
     axes.set(
         title=f"memory by rank: {plan.peak_memory_gib:.1f} GiB on the fullest, {fits}", xlabel="GiB",
         xlim=(0, 1.03 * max(whole, *left)), ylim=(len(shown) - 0.4, -0.6),

@@ -11,6 +11,7 @@ from ..monitor.gpus import GPU
 from ..parallel.config import ParallelConfig
 from .job import Job, parallel_config
 from .memory import RankMemory
+from .rates import Rates
 from .roles import Role
 from .step_time import StepTime
 
@@ -54,7 +55,7 @@ class Plan:
     Args:
         job: what is planned.
         gpu: on which GPU.
-        rates: where the rates of the GPU are from.
+        rates: of the GPU and its links.
         ranks: memory by role, in the order of ranks.
         step: the time of an optimizer step.
         faults: what would stop the ranks from agreeing on what they send, in sentences: none if nothing deadlocks.
@@ -65,7 +66,7 @@ class Plan:
 
     job: Job
     gpu: GPU
-    rates: str
+    rates: Rates
     ranks: tuple[RankPlan, ...]
     step: StepTime
     faults: tuple[str, ...] | None = None
@@ -103,8 +104,8 @@ class Plan:
         return self.step.seconds
 
     @property
-    def mfu(self) -> float:
-        """Model FLOPs over those of the GPUs at their dense bf16 peak, as the log's `mfu`."""
+    def mfu(self) -> float | None:
+        """Model FLOPs over those of the GPUs at their dense bf16 peak, as the log's `mfu`; None if unknown."""
         return self.step.mfu
 
     @property
@@ -134,7 +135,7 @@ class Plan:
             "gpu": self.gpu.name,
             "gpus": self.job.world_size,
             "nodes": self.job.world_size // self.job.gpus_per_node,
-            "rates": self.rates,
+            "rates": self.rates.source,
             "sequence_length": self.job.sequence_length,
             "tokens_per_step": self.job.tokens_per_step,
             "peak_memory_gib": self.peak_memory_gib,

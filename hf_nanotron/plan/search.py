@@ -16,10 +16,10 @@ from .estimate import Estimator
 from .job import Job, parallel_config
 from .layer_work import WorkTable
 from .layouts import RECOMPUTATIONS, divisors, layouts
+from .long_step import long_step_time
 from .memory import RankMemory
 from .rates import Rates
 from .result import GIB, Change, layout_of, usable_bytes
-from .long_step import long_step_time
 from .step_time import StepTime, step_time
 
 BEST = 10
@@ -60,7 +60,9 @@ class Candidate:
         if self is best:
             rest = {name: part for name, part in self.step.parts.items() if part > 0}
             least = sorted(rest, key=lambda name: -rest[name])[:2]
-            return "the fastest: " + ", ".join(f"{name.replace('_', ' ')} {rest[name] / self.step.seconds:.0%}" for name in least)
+            return "the fastest: " + ", ".join(
+                f"{name.replace('_', ' ')} {rest[name] / self.step.seconds:.0%}" for name in least
+            )
         longer = {name: part - best.step.parts.get(name, 0.0) for name, part in self.step.parts.items()}
         most = max(longer, key=lambda name: longer[name])
         total = self.step.seconds / best.step.seconds - 1
@@ -133,9 +135,9 @@ def search(job: Job, gpu: GPU, rates: Rates, rows: int | None = None, most: int 
     looked_at, fit, least = 0, 0, float("inf")
     for layout in layouts(job, estimator.weights, rows):
         looked_at += 1
-        chosen, smallest = cheapest_recomputation(layout, estimator, usable)
-        least = min(least, smallest)
-        if chosen is None:
+        chosen = cheapest_recomputation(layout, estimator, usable)
+        least = min(least, chosen[1].total)
+        if chosen[1].total > usable:
             continue
         fit += 1
         parallel = parallel_config(layout)
@@ -161,7 +163,9 @@ def search(job: Job, gpu: GPU, rates: Rates, rows: int | None = None, most: int 
 
 
 def _rank_of_recomputation(job: Job) -> int:
-    return [all(job.arguments.get(name) == value for name, value in each.items()) for each in RECOMPUTATIONS].index(True)
+    return [all(job.arguments.get(name) == value for name, value in each.items()) for each in RECOMPUTATIONS].index(
+        True
+    )
 
 
 def _fastest(group: Sequence[tuple[float, int, Job, RankMemory]], rates: Rates, works: WorkTable) -> Candidate:
@@ -178,7 +182,7 @@ def _fastest(group: Sequence[tuple[float, int, Job, RankMemory]], rates: Rates, 
 
 
 class Bounds:
-    """Less than any step of a layout takes: its micro-batches in one stage, shared evenly, and the pipeline's bubble."""
+    """Less than any step of a layout takes: its micro-batches in one stage, shared out, and the pipeline's bubble."""
 
     def __init__(self, rates: Rates, works: WorkTable) -> None:
         self._rates, self._works = rates, works
@@ -202,20 +206,12 @@ class Bounds:
         return self._micro_batches[key] * share * (1 + (idle / 3 if parallel.splits_backward else idle))
 
 
-def cheapest_recomputation(
-    job: Job, estimator: Estimator, usable: float
-) -> tuple[tuple[Job, RankMemory] | None, float]:
-    """The job with the recomputation that costs least time and fits, and its fullest rank; the least bytes of any."""
-    least = float("inf")
-    for recomputation in RECOMPUTATIONS:
-        if job.arguments.get("activation_offload") and not recomputation["activation_checkpointing"]:
-            continue
-        chosen = replace(job, arguments={**job.arguments, **recomputation})
-        memory = estimator.fullest(chosen)
-        least = min(least, memory.total)
-        if memory.total <= usable:
-            return (chosen, memory), least
-    return None, least
+def cheapest_recomputation(job: Job, estimator: Estimator, usable: float) -> tuple[Job, RankMemory]:
+    """The job with the recomputation that costs least time and fits, or takes least if none does; its fullest rank."""
+    offloads = job.arguments.get("activation_offload")
+    choices = [each for each in RECOMPUTATIONS if each["activation_checkpointing"] or not offloads]
+    choice, memory = estimator.least(job, choices, usable)
+    return replace(job, arguments={**job.arguments, **choice}), memory
 
 
 def cheapest_change(job: Job, gpu: GPU, rates: Rates) -> Change | None:

@@ -31,7 +31,7 @@ def ranking(found: Found) -> str:
             str(number), *(str(layout[f"{axis}_size"]) for axis in ("tp", "cp", "pp", "dp", "ep")),
             str(layout["zero_stage"]), str(layout["dp_replicate_size"]), str(layout["per_device_train_batch_size"]),
             str(layout["gradient_accumulation_steps"]), layout.get("activation_checkpointing_policy", "none"),
-            schedule or "-", f"{each.memory.total / GIB:.1f}", seconds(each.step.seconds), f"{each.step.mfu:.1%}",
+            schedule or "-", f"{each.memory.total / GIB:.1f}", seconds(each.step.seconds), share(each.step.mfu),
             f"{each.step.bubble:.1%}", seconds(each.step.exposed_communication), each.why(best),
         ])  # fmt: skip
     said = (
@@ -47,7 +47,9 @@ def _head(plan: Plan) -> str:
     sizes = " x ".join(f"{axis} {layout[f'{axis}_size']}" for axis in ("tp", "cp", "pp", "dp"))
     nodes = job.world_size // job.gpus_per_node
     hosts = f"{nodes} nodes of {job.gpus_per_node}" if nodes > 1 else "one node"
-    rest = [f"{name} {value}" for name, value in layout.items() if name not in ("tp_size", "cp_size", "pp_size", "dp_size")]
+    rest = [
+        f"{name} {value}" for name, value in layout.items() if name not in ("tp_size", "cp_size", "pp_size", "dp_size")
+    ]
     return (
         f"{job.config.model_type} on {job.world_size} {plan.gpu.name} ({hosts}): {sizes}\n"
         f"{', '.join(rest)}\n"
@@ -90,7 +92,7 @@ def _fit(plan: Plan) -> str:
         return f"It fits: {peak:.1f} GiB on the fullest rank ({plan.fullest.role.rank}), of the {room}."
     said = f"It does not fit: {peak:.1f} GiB on the fullest rank ({plan.fullest.role.rank}), more than the {room}."
     if plan.change is None:
-        return f"{said}\nNothing that changes a few arguments makes it fit: --search tries other layouts, or use more GPUs."
+        return f"{said}\nNo change of a few arguments makes it fit: --search tries other layouts, or use more GPUs."
     return (
         f"{said}\nThe cheapest change that fits: {plan.change} "
         f"({plan.change.peak_memory_gib:.1f} GiB, {seconds(plan.change.step_seconds)} a step)."
@@ -101,9 +103,10 @@ def _time(plan: Plan) -> str:
     step = plan.step
     rows = [[name.replace("_", " "), seconds(part), f"{part / step.seconds:.1%}"] for name, part in step.parts.items()]
     rows.append(["step", seconds(step.seconds), ""])
+    waits = seconds(step.exposed_communication)
     return (
-        f"time of a step, by {plan.rates}:\n\n{_columns(rows, left=(0,))}\n\n"
-        f"MFU {step.mfu:.1%}, bubble {step.bubble:.1%}, exposed communication {seconds(step.exposed_communication)}; "
+        f"time of a step, by rates {plan.rates.source}:\n\n{_columns(rows, left=(0,))}\n\n"
+        f"MFU {share(step.mfu)}, bubble {step.bubble:.1%}, exposed communication {waits}; "
         f"{plan.tokens_per_second:,.0f} tokens/s, {step.tokens_per_second_per_device:,.0f} on a GPU"
     )
 
@@ -132,6 +135,11 @@ def seconds(value: float) -> str:
     if value >= 0.9995:
         return f"{value:.2f} s"
     return f"{value * 1e3:.1f} ms" if value >= 1e-5 else "0"
+
+
+def share(value: float | None) -> str:
+    """A fraction in percent, or that there is none."""
+    return "unknown" if value is None else f"{value:.1%}"
 
 
 def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
