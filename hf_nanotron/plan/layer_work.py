@@ -12,7 +12,16 @@ from typing import Any, cast
 from ..models.sharding.parallelize import refuse_sizes
 from ..models.sharding.tensor_shards import tensor_specs
 from ..models.stock.plan import make_plan
-from ..monitor.flops import NOT_MULTIPLIED, NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims, layer_configs
+from ..monitor.flops import (
+    NOT_MULTIPLIED,
+    NUM_EXPERTS,
+    TOP_K,
+    attention_heads,
+    first_of,
+    flops_per_token,
+    head_dims,
+    layer_configs,
+)
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
 from .weights import ModelWeights
@@ -93,7 +102,15 @@ class WorkTable:
 
     def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in weights.model.named_parameters()}
+        self._flops: dict[float, float] = {}
         self._found: dict[tuple[Any, ...], tuple[tuple[LayerWork, ...], tuple[int, int], int]] = {}
+
+    def flops(self, length: float) -> float:
+        """FLOPs of a token of the whole model, in rows of `length` (`flops_per_token`)."""
+        if length not in self._flops:
+            self._flops[length] = flops_per_token(self.shapes, self.weights.config, length)
+        return self._flops[length]
 
     def of(self, parallel: ParallelConfig) -> ModelWork:
         """The work of the fullest rank.

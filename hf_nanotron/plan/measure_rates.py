@@ -225,8 +225,8 @@ def _attention(
     def forward() -> torch.Tensor:
         if kernel is not None:
             return attention(q, k, v, kernel, head_dim**-0.5)
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     grad = torch.randn_like(forward())
 
