@@ -204,8 +204,9 @@ def _fp8(size: tuple[int, int, int], device: torch.device, lasting: float) -> fl
     one = torch.ones((), device=device)
 
     def product(fast: bool) -> float:
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
-        return seconds_of(lambda: torch._scaled_mm(a, b, one, one, **options), device, lasting)
+        return seconds_of(
+            lambda: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast), device, lasting
+        )
 
     # Two of three products sum fast, and the weight gradient exactly.
     return 3 * 2.0 * tokens * inner * outer / (2 * product(True) + product(False))
