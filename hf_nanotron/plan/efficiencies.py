@@ -27,6 +27,7 @@ FP8_WEIGHT_BYTES = 6.0  # of a weight, once a step
 # Bytes of an optimizer's step for a parameter: the fp32 gradient for the norm, and again; the master read and written;
 # the bf16 weight. Moments come on top.
 OPTIMIZER_BYTES = 4 + 4 + 8 + 2
+ROUNDING_BYTES = 4  # of optimizers that do not write the bf16 weights themselves
 MOMENTS = {"adam": 2, "lion": 1, "sgd": 0, "muon": 1, "adafactor": 1, "rmsprop": 1, "adagrad": 1}
 NEWTON_SCHULZ = 5  # iterations
 

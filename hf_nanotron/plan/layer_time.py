@@ -77,14 +77,14 @@ class LayerClock:
         self.gain = counted.PRODUCTS_IN_STEP if is_gpu else 1.0
         self.kernel_factor = 1.0 if options.compiled else counted.EAGER
         self.memory = rates.memory
+        self.wide = 1.0 if options.item == 2 else counted_wide(rates)
 
     def product(self, tokens: float, shape: tuple[int, int], kind: str) -> float:
         """Seconds of one product of a matrix (out, in)."""
         out, size = shape
         inner, outer = {"forward": (size, out), "input_gradient": (out, size), "weight_gradient": (size, out)}[kind]
         pieces = 2 if self.overlaps and kind != "weight_gradient" else 1
-        wide = 1.0 if self.options.item == 2 else counted_wide(self.rates)
-        return wide * pieces * product_seconds(self.rates, tokens / pieces, inner, outer, kind, self.gain)
+        return self.wide * pieces * product_seconds(self.rates, tokens / pieces, inner, outer, kind, self.gain)
 
     def fp8_product(self, tokens: float, shape: tuple[int, int]) -> float:
         """Seconds of one product in FP8."""
@@ -115,7 +115,8 @@ class LayerClock:
         if policy != "none":
             again["memory"] = moved[0]
         found.backward["recomputed"] = sum(again.values())
-        self._tensor_parallel(found, work, tokens, hidden, place, policy)
+        overlaps = self.overlaps and not self.options.fp8_of(index)  # FP8 products run after the gather
+        self._tensor_parallel(found, work, tokens, hidden, place, policy, overlaps)
         self._expert_parallel(found, work, tokens, split, hidden, place)
         self._host(found, work)
         return found
@@ -166,7 +167,7 @@ class LayerClock:
         if not work.heads:
             return
         keys = batch.rows * seen_keys(batch.documents, work.window) / batch.cp_size * batch.attention_share
-        one = 2.0 * work.heads * (work.key_width + work.value_width) * keys
+        one = 2.0 * work.heads * (work.key_width + work.value_width) * keys * self.wide
         mean = sum(length * length for length in batch.documents) / max(1, sum(batch.documents))
         rate = attention_rate(self.rates, max(work.key_width, work.value_width), mean)
         moved = counted.ATTENTION_BYTES * batch.tokens * work.heads * work.key_width / self.memory
@@ -177,7 +178,7 @@ class LayerClock:
             again["attention"] = found.forward["attention"]
 
     def _tensor_parallel(
-        self, found: Seconds, work: LayerWork, tokens: float, hidden: int, place: Place, policy: str
+        self, found: Seconds, work: LayerWork, tokens: float, hidden: int, place: Place, policy: str, overlaps: bool
     ) -> None:
         if len(place.tp) < 2:
             return
@@ -188,7 +189,7 @@ class LayerClock:
         sent = times * collective_seconds(self.rates, operation, whole, place.tp, place.gpus_per_node)
         for phase, work_beside in zip((found.forward, found.backward), (found.forward, found.weights), strict=True):
             shown = sent
-            if self.overlaps:  # products hide what they can, and the rest shows
+            if overlaps:  # products hide what they can, and the rest shows
                 shown = max(counted.TP_SHOWN * sent, sent - work_beside["products"])
                 shown += exchanges * counted.TP_PASSES * whole / self.memory
             phase["tp"] = shown
@@ -258,6 +259,8 @@ def optimizer_seconds(
     name = options.optimizer
     moments = next((count for part, count in counted.MOMENTS.items() if part in name), 2)
     nbytes = owned * (counted.OPTIMIZER_BYTES + 2 * moments * options.moment)
+    if "fused" not in name and options.item == 2:  # a pass of its own rounds the masters
+        nbytes += owned * counted.ROUNDING_BYTES
     seconds = nbytes / rates.memory
     if "muon" in name:
         flops = 0.0

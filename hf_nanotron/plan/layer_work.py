@@ -102,14 +102,14 @@ class WorkTable:
 
     def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in weights.model.named_parameters()}
         self._flops: dict[float, float] = {}
         self._found: dict[tuple[Any, ...], tuple[tuple[LayerWork, ...], tuple[int, int], int]] = {}
 
-    def flops_per_token(self, length: float) -> float:
-        """Of the whole model, in documents of `length`, as the log counts them."""
+    def flops(self, length: float) -> float:
+        """FLOPs of a token of the whole model, in rows of `length` (`flops_per_token`)."""
         if length not in self._flops:
-            shapes = {name: tuple(parameter.shape) for name, parameter in self.weights.model.named_parameters()}
-            self._flops[length] = flops_per_token(shapes, self.weights.config, length)
+            self._flops[length] = flops_per_token(self.shapes, self.weights.config, length)
         return self._flops[length]
 
     def of(self, parallel: ParallelConfig) -> ModelWork:

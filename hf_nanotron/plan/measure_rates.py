@@ -204,8 +204,9 @@ def _fp8(size: tuple[int, int, int], device: torch.device, lasting: float) -> fl
     one = torch.ones((), device=device)
 
     def product(fast: bool) -> float:
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
-        return seconds_of(lambda: torch._scaled_mm(a, b, one, one, **options), device, lasting)
+        return seconds_of(
+            lambda: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast), device, lasting
+        )
 
     # Two of three products sum fast, and the weight gradient exactly.
     return 3 * 2.0 * tokens * inner * outer / (2 * product(True) + product(False))
@@ -225,8 +226,8 @@ def _attention(
     def forward() -> torch.Tensor:
         if kernel is not None:
             return attention(q, k, v, kernel, head_dim**-0.5)
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     grad = torch.randn_like(forward())
 

@@ -49,7 +49,7 @@ def play(
     Raises:
         RuntimeError: if the table does not end, which `build_table` rules out.
     """
-    size = len(table)
+    size, stages = len(table), _stages(table)
     clock = [begins[rank] if begins else 0.0 for rank in range(size)]
     wire = [0.0] * size  # when a rank's transfers so far have ended
     place = [0] * size
@@ -63,7 +63,7 @@ def play(
             while place[rank] < len(table[rank]):
                 tick = table[rank][place[rank]]
                 if tick.action is not None:
-                    needed = _comes_from(tick.action, rank, size, table)
+                    needed = _comes_from(tick.action, size, stages)
                     if needed is not None and needed not in arrived:
                         break
                     start = max(clock[rank], arrived[needed] if needed is not None else 0.0)
@@ -80,14 +80,14 @@ def play(
     return Played(tuple(tuple(each) for each in actions), ends)
 
 
-def _comes_from(action: Action, rank: int, size: int, table: Sequence[Sequence[Tick]]) -> Action | None:
+def _comes_from(action: Action, size: int, stages: int) -> Action | None:
     """The action of another rank whose result an action needs."""
     if size == 1 or action.kind == "W":
         return None
     if action.kind == "F":
         return Action("F", action.stage - 1, action.micro_batch) if action.stage else None
     after = action.stage + 1
-    return Action("B", after, action.micro_batch) if after < _stages(table) else None
+    return Action("B", after, action.micro_batch) if after < stages else None
 
 
 def _stages(table: Sequence[Sequence[Tick]]) -> int:

@@ -88,7 +88,6 @@ class _Step:
         self.parallel = parallel_config(job)
         self.parallel.check_micro_batches(job.micro_batches)
         self.work: ModelWork = works.of(self.parallel)
-        self._layers: dict[tuple[object, ...], Seconds] = {}
         self.options: Options = options_of(job, len(self.work.layers))
         if self.options.fp8 and rates.fp8 is None:
             raise ValueError(
@@ -108,6 +107,7 @@ class _Step:
             self.context.attention_share,
         )
         self.copies = self.parallel.weight_copies(job.world_size)
+        self.layers: dict[tuple[object, ...], Seconds] = {}
 
     # Ranks of one pipeline (dp, cp and tp rank 0), and groups of each of them.
 
@@ -144,13 +144,13 @@ class _Step:
         return found
 
     def layer(self, layer: LayerWork, number: int, place: Place) -> Seconds:
-        """A micro-batch in one layer. Layers that are alike are computed once."""
-        key = layer, self.options.policy_of(number), self.options.fp8_of(number), tuple(place.tp), tuple(place.ep)
-        if key not in self._layers:
-            self._layers[key] = self._layer(layer, number, place)
-        return self._layers[key]
+        """Of one layer; those that are alike are computed once."""
+        key = (layer, self.options.policy_of(number), self.options.fp8_of(number), place.tp, place.ep)
+        if key not in self.layers:
+            self.layers[key] = self.layer_once(layer, number, place)
+        return self.layers[key]
 
-    def _layer(self, layer: LayerWork, number: int, place: Place) -> Seconds:
+    def layer_once(self, layer: LayerWork, number: int, place: Place) -> Seconds:
         found = self.clock.layer(layer, number, self.work.hidden, self.batch, place)
         forward, backward = self.context.seconds(layer)
         found.add(Seconds(forward=forward, backward=backward))
@@ -191,7 +191,7 @@ class _Step:
         dense += embedding + (prod(self.work.head) if last and not self.work.tied else 0)
         return dense, routed, float(embedding if first else 0)
 
-    def gradients(self, pp_rank: int, window: float, micro_batches: int) -> tuple[float, float]:
+    def gradients(self, pp_rank: int, window: float) -> tuple[float, float]:
         """Seconds of summing gradients that nothing hides: at the end of the step, and in each backward before.
 
         Args:
@@ -218,10 +218,11 @@ class _Step:
         if stage == 3:  # in each backward, by `fully_sharded`
             return 0.0, 0.0
         shown = max(tail, total - window) if total else 0.0
+        every = shown if stage == 2 else 0.0
+        shown = 0.0 if stage == 2 else shown  # it has summed all at the end of the last backward
         if self.work.tied and self.parallel.pp_size > 1 and pp_rank in (0, self.parallel.pp_size - 1):
             far = (self.parallel.pp_size - 1) * self.copies * tp
             shown += self.collective("all_reduce", 4.0 * self.work.embedding, self.rank(0), far, 2)
-        every = shown if stage == 2 else 0.0
         return shown, every
 
     def gathered(self, pp_rank: int, window: float) -> float:
@@ -270,11 +271,9 @@ class _Step:
         own = [[lengths[index] for index in range(rank, len(stages), size)] for rank in range(size)]
         ends, every = [], []
         for rank in range(size):
-            end, each = self.gradients(rank, sum(b + w for _, b, w in own[rank]), micro_batches)
+            end, each = self.gradients(rank, sum(b + w for _, b, w in own[rank]))
             ends.append(end)
             every.append(each)
-        if any(every):  # ZeRO-2 has summed all at the end of the last backward
-            ends = [0.0] * size
         begins = [self.gathered(rank, sum(f for f, _, _ in own[rank])) for rank in range(size)]
         table = _table(self.parallel.pp_schedule, size, self.parallel.pp_virtual_stages, micro_batches)
         travel = self.travel()
@@ -332,14 +331,14 @@ class _Step:
         length = float(self.job.sequence_length)
         if self.job.documents is not None:
             length = sum(x * x for x in self.job.documents) / sum(self.job.documents)
-        return self.works.flops_per_token(length) * tokens / peak
+        return self.works.flops(length) * tokens / peak
 
 
 def _is_cpu(rates: Rates) -> bool:
     return rates.made.get("device_type") == "cpu"
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _table(schedule: str, size: int, virtual_stages: int, micro_batches: int) -> tuple[tuple[Tick, ...], ...]:
     orders = compute_order(schedule, size, virtual_stages, micro_batches)
     return build_table(orders, size * virtual_stages)
