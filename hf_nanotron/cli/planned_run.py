@@ -62,13 +62,18 @@ def planned_run(args: argparse.Namespace, needs_layout: bool) -> PlannedRun:
         config = _config_of(settings["model"], tokenizer)
     else:
         config = _named_config(args.model)
-        fresh = {"model": {"name_or_path": args.model}, "training": dict(FRESH), "dataset": dict(FRESH_DATA)}
+        fresh: dict[str, dict[str, Any]] = {
+            "model": {"name_or_path": args.model},
+            "training": dict(FRESH),
+            "dataset": dict(FRESH_DATA),
+        }
         if Path(args.model).is_file():
             fresh["model"] = {"config": {"model_type": config.model_type, **_changed_fields(config)}}
         settings, tokenizer = sections_of(fresh, "the command line", overrides)
         tokenizer = tokenizer or (None if Path(args.model).is_file() else args.model)
     length = _sequence_length(args, settings)
-    settings["dataset"]["sequence_length"] = length
+    if args.config is None or "sequence_length" in settings["dataset"]:
+        settings["dataset"]["sequence_length"] = length
     training = {key: value for key, value in settings["training"].items() if key != "output_dir"}
     job = Job(config, _without_secrets(training), args.gpus, gpus_per_node(args), length, _documents(args, length))
     if args.tokens_per_step is not None:
@@ -107,6 +112,8 @@ def write_run(path: Path, run: PlannedRun, plan: Plan) -> str:
         FileExistsError: if there is such a file.
     """
     layout = {name: value for name, value in plan.job.arguments.items() if name in DECIDED}
+    if plan.steps is not None:
+        layout["max_steps"] = plan.steps
     training = {name: value for name, value in run.settings["training"].items() if name not in DECIDED} | layout
     sections = {**run.settings, "training": training}
     public = {name: _without_secrets(section) for name, section in sections.items() if section}
@@ -114,7 +121,8 @@ def write_run(path: Path, run: PlannedRun, plan: Plan) -> str:
         f"{name}.{key}" for name, section in sections.items() for key in section if key not in public.get(name, section)
     ]
     if run.tokenizer is not None:
-        public = {"model": public.pop("model"), "tokenizer": run.tokenizer, **public}
+        named: dict[str, Any] = {"model": public.pop("model"), "tokenizer": run.tokenizer}
+        public = named | public
     job = plan.job
     head = [
         f"# By hf-nanotron plan {__version__}: {job.world_size} {plan.gpu.name}, {job.world_size // job.gpus_per_node} "
@@ -132,11 +140,12 @@ def write_run(path: Path, run: PlannedRun, plan: Plan) -> str:
 def _config_of(model: dict[str, Any], tokenizer: str | None) -> PretrainedConfig:
     """The config of the section `model`; nothing but it is read of a model with weights."""
     name, fields = model.get("name_or_path"), model.get("config")
-    if (name is None) == (fields is None):
+    if name is not None and fields is not None or name is None and fields is None:
         raise ValueError("model needs either name_or_path (existing weights) or config (random weights).")
     if fields is not None:
         known = None if tokenizer is None or "vocab_size" in fields else _tokenizer(tokenizer)
         return make_config(fields, known)
+    assert name is not None
     source = {"revision": model["revision"]} if model.get("revision") is not None else {}
     if overrides := model.get("config_overrides"):
         name = existing_path("model.name_or_path", name, "folder")
@@ -221,5 +230,5 @@ def _without_secrets(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -200,4 +200,6 @@ def _outlined(x: torch.Tensor) -> torch.Tensor:
 
 def _is_read(x: torch.Tensor) -> bool:
     """Whether a copy to a device is for the host to read. A weight that moves is not."""
-    return not isinstance(x, torch.nn.Parameter) and x.numel() <= (READABLE_NUMBERS if x.is_floating_point() else READABLE_INTEGERS)
+    return not isinstance(x, torch.nn.Parameter) and x.numel() <= (
+        READABLE_NUMBERS if x.is_floating_point() else READABLE_INTEGERS
+    )

@@ -200,7 +200,12 @@ def layout_of(job: Job) -> dict[str, Any]:
     layout["activation_checkpointing"] = bool(get("gradient_checkpointing") if switch is None else switch)
     if layout["activation_checkpointing"]:
         layout["activation_checkpointing_policy"] = get("activation_checkpointing_policy") or "full"
-    offs = {"activation_checkpointing_layers": None, "activation_offload": 0, "mlp_chunk_tokens": None, "fp8": None}
+    offs: dict[str, Any] = {
+        "activation_checkpointing_layers": None,
+        "activation_offload": 0,
+        "mlp_chunk_tokens": None,
+        "fp8": None,
+    }
     offs |= {"optim_offload": 0, "optim_state_dtype": "float32", "sequence_parallel": True}
     return layout | {name: get(name) for name, off in offs.items() if get(name, off) not in (off, None)}
 

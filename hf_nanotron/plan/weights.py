@@ -52,7 +52,7 @@ class ModelWeights:
     config: PretrainedConfig
     model: PreTrainedModel = field(init=False, repr=False)
     anatomy: Anatomy = field(init=False, repr=False)
-    _tables: dict[tuple[int, int, bool], _Table | str] = field(init=False, default_factory=dict, repr=False)
+    _tables: dict[tuple[int, int, bool, bool], _Table | str] = field(init=False, default_factory=dict, repr=False)
     _stages: dict[tuple[int, int, Any], tuple[range, ...] | str] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
