@@ -88,8 +88,8 @@ def search_and_plan(
     if not found.best:
         raise ValueError(
             f"no layout of {job.world_size} {gpu.name} fits with {rows} rows a step: the smallest takes "
-            f"{found.least_gib:.1f} GiB on its fullest rank, and a run may take {usable_bytes(gpu) / GIB:.1f}. Use more GPUs, shorter rows, "
-            "optim_state_dtype=bfloat16, or optim_offload=1."
+            f"{found.least_gib:.1f} GiB on its fullest rank, and a run may take {usable_bytes(gpu) / GIB:.1f}. Use "
+            "more GPUs, shorter rows, optim_state_dtype=bfloat16, or optim_offload=1."
         )
     refused: list[str] = []
     for candidate in found.best[:TRIES]:
