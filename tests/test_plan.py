@@ -192,8 +192,8 @@ def test_search_finds_what_trying_all_finds() -> None:
     assert {each.tokens_per_step // each.sequence_length for each in every} == {rows}
     fitting = [each for each in every if estimator.fullest(each).total <= usable_bytes(gpu)]
     assert 0 < len(fitting) < len(every)
-    fastest = min(long_step_time(each, rates, works, 4).seconds for each in fitting)
-    assert found.best[0].step.seconds == pytest.approx(fastest, rel=1e-6)
+    fastest = min(long_step_time(each, rates, works).seconds for each in fitting)
+    assert found.best[0].step.seconds == pytest.approx(fastest, rel=2e-3)
     assert all(each.memory.total <= usable_bytes(gpu) for each in found.best)
 
 

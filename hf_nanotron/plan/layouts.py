@@ -29,7 +29,7 @@ DECIDED = (
 
 LONG_ROW = 8192  # tokens of a row, from which on it may be shared among ranks
 LEAST_PART = 4096  # tokens of a row that such a rank has
-MOST_STAGES = 32
+MOST_STAGES = 16
 MOST_TOKENS = 131072  # of a micro-batch on a rank: more fill no GPU better
 
 

@@ -14,11 +14,13 @@ ROUNDS = 2, 3  # micro-batches of the shorter steps, by the pipeline's ranks
 EXACT = 12  # rounds, up to which a step is played as it is
 
 
-def long_step_time(job: Job, rates: Rates, works: WorkTable, exact: int = EXACT) -> StepTime:
+def long_step_time(
+    job: Job, rates: Rates, works: WorkTable, exact: int = EXACT, rounds: tuple[int, int] = ROUNDS
+) -> StepTime:
     """`step_time` of a job with any number of micro-batches.
 
     Beyond `exact` rounds of the pipeline, seconds, parts and idle time are extended in proportion to the number of
-    micro-batches. The timeline is then that of the longer of two short steps.
+    micro-batches, from steps of `rounds`. The timeline is then that of the longer of two short steps.
 
     Raises:
         ValueError: as `step_time`.
@@ -26,7 +28,7 @@ def long_step_time(job: Job, rates: Rates, works: WorkTable, exact: int = EXACT)
     ranks = max(2, parallel_config(job).pp_size)
     if job.micro_batches <= exact * ranks:
         return step_time(job, rates, works)
-    short, long = (rounds * ranks for rounds in ROUNDS)
+    short, long = (count * ranks for count in rounds)
     first, second = (
         step_time(replace(job, arguments={**job.arguments, "gradient_accumulation_steps": count}), rates, works)
         for count in (short, long)

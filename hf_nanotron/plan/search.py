@@ -24,7 +24,8 @@ from .step_time import StepTime, step_time
 
 BEST = 10
 MOST_CHANGES = 3  # arguments that are changed at once to make a run fit
-ROUNDS = 4  # of a pipeline, beyond which a step is extended from shorter ones
+EXACT, ROUNDS = 2, (1, 2)  # rounds of a pipeline, beyond which a step is extended, and from which
+FEW = 0.01  # of a step in sums of gradients: another placement of shards cannot be faster by more
 NOT_OF_A_MICRO_BATCH = ("dp", "pp", "bubble", "optimizer", "other")
 SAME = 1e-3  # times that differ by less count as one, and the smaller layout is taken
 
@@ -159,7 +160,8 @@ def search(job: Job, gpu: GPU, rates: Rates, rows: int | None = None, most: int 
         if len(best) == most and group[0][0] >= best[-1].step.seconds:
             break  # and so are those that follow: nothing of them can be among the best
         best = sorted([*best, _fastest(group, rates, works)], key=lambda candidate: candidate.key)[:most]
-    return Found(tuple(best), looked_at, fit, least / GIB)
+    exact = [replace(each, step=long_step_time(each.job, rates, works)) for each in best]
+    return Found(tuple(sorted(exact, key=lambda candidate: candidate.key)), looked_at, fit, least / GIB)
 
 
 def _rank_of_recomputation(job: Job) -> int:
@@ -171,10 +173,16 @@ def _rank_of_recomputation(job: Job) -> int:
 def _fastest(group: Sequence[tuple[float, int, Job, RankMemory]], rates: Rates, works: WorkTable) -> Candidate:
     """The fastest of some layouts, which are in the order of the least that they can take."""
     fastest: Candidate | None = None
+    shares: dict[tuple[Any, ...], float] = {}
     for bound, _, job, memory in group:
         if fastest is not None and bound >= fastest.step.seconds:
             break
-        candidate = Candidate(job, memory, long_step_time(job, rates, works, ROUNDS))
+        parallel = parallel_config(job)
+        alike = (parallel.pp_schedule, parallel.pp_virtual_stages, job.samples, _rank_of_recomputation(job))
+        if shares.get(alike, 1.0) < FEW:
+            continue
+        candidate = Candidate(job, memory, long_step_time(job, rates, works, EXACT, ROUNDS))
+        shares[alike] = candidate.step.parts.get("dp", 0.0) / candidate.step.seconds
         if fastest is None or candidate.key < fastest.key:
             fastest = candidate
     assert fastest is not None
@@ -236,7 +244,7 @@ def cheapest_change(job: Job, gpu: GPU, rates: Rates) -> Change | None:
             if memory.total > usable:
                 continue
             new = {name: value for name, value in changed.arguments.items() if job.arguments.get(name) != value}
-            seconds = long_step_time(changed, rates, works, ROUNDS).seconds
+            seconds = long_step_time(changed, rates, works, EXACT, ROUNDS).seconds
             found.append((seconds, Change(new, memory.total / GIB, seconds)))
         if found:
             return min(found, key=lambda each: each[0])[1]

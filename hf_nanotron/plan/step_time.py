@@ -309,9 +309,14 @@ class _Step:
         nbytes = self.batch.tokens * self.work.hidden * self.options.item / split
         stride = self.copies * self.parallel.tp_size
 
+        known: dict[tuple[int, int], float] = {}
+
         def seconds(transfer: Transfer) -> float:
-            ranks = (transfer.source * stride, transfer.target * stride)
-            return collective_seconds(self.rates, "send", nbytes, ranks, self.job.gpus_per_node)
+            ends = transfer.source, transfer.target
+            if ends not in known:
+                ranks = (ends[0] * stride, ends[1] * stride)
+                known[ends] = collective_seconds(self.rates, "send", nbytes, ranks, self.job.gpus_per_node)
+            return known[ends]
 
         return seconds
 
