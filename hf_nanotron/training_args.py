@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
@@ -461,11 +462,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     @property
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
-        sizes = {entry.name: getattr(self, entry.name) for entry in fields(ParallelConfig)}
-        if self.mlp_chunk_tokens is not None and self.tp_size > 1 and self.tp_overlap is None:
-            sizes["tp_overlap"] = False
-        layers = _layer_counts(self.pp_layers_per_stage)
-        return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
+        return parallel_sizes(vars(self))
 
     @property
     def spectral(self) -> Spectral | None:
@@ -518,6 +515,23 @@ class NanotronTrainingArguments(SecretlessArguments):
 def _world_size() -> int:
     """Processes of this job, known before its process group is."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parallel_sizes(arguments: Mapping[str, Any]) -> ParallelConfig:
+    """The sizes that training arguments say by their names; of those that are absent, the defaults.
+
+    Raises:
+        ValueError: as `ParallelConfig` does.
+    """
+    sizes = {entry.name: arguments[entry.name] for entry in fields(ParallelConfig) if entry.name in arguments}
+    if (
+        arguments.get("mlp_chunk_tokens") is not None
+        and sizes.get("tp_size", 1) != 1
+        and sizes.get("tp_overlap") is None
+    ):
+        sizes["tp_overlap"] = False
+    layers = _layer_counts(sizes.get("pp_layers_per_stage"))
+    return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
 
 
 def _layer_counts(value: Any) -> list[int] | None:

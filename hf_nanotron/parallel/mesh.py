@@ -46,6 +46,17 @@ class Coordinates:
     expert_copy: int
 
 
+def coordinates_in(parallel: ParallelConfig, world_size: int, rank: int) -> Coordinates:
+    """Where `rank` stands in a job of `world_size` ranks."""
+    copies, shard_size = parallel.weight_copies(world_size), parallel.shard_size(world_size)
+    rest, tp = divmod(rank, parallel.tp_size)
+    pp, copy = divmod(rest, copies)
+    dp, cp = divmod(copy, parallel.cp_size)
+    replica, shard = divmod(copy, shard_size)
+    expert_copy, ep = divmod(copy * parallel.tp_size + tp, parallel.ep_size)
+    return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
+
+
 @dataclass(frozen=True)
 class Group:
     """A set of ranks that communicate. `handle` is None for a group of one, whose collectives do nothing."""
@@ -130,12 +141,7 @@ class ParallelMesh:
         self.alone = Group((self.rank,), 0, None)
 
     def coordinates_of(self, rank: int) -> Coordinates:
-        rest, tp = divmod(rank, self.tp_size)
-        pp, copy = divmod(rest, self.dp_size * self.cp_size)
-        dp, cp = divmod(copy, self.cp_size)
-        replica, shard = divmod(copy, self.shard_size)
-        expert_copy, ep = divmod(copy * self.tp_size + tp, self.ep_size)
-        return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
+        return coordinates_in(self.parallel, self.world_size, rank)
 
     def group(self, name: str, key: Callable[[Coordinates], Hashable], multiprocessors: int | None = None) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`. A collective
