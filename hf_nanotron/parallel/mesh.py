@@ -9,7 +9,7 @@ and sums of gradients are taken over `dp` and `cp` together. Samples are dealt o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -162,6 +162,11 @@ class ParallelMesh:
         mine = tuple(classes[key(self.coordinates)])
         self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle], self._handles)
         return self._groups[name]
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """The groups that have been made, by name; the first of those that share a communicator comes first."""
+        return self._groups
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""

@@ -1,0 +1,125 @@
+"""Run the real trainer as one rank of a job, on tensors without memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from ..models.auto import AutoModelForCausalLM
+from ..monitor.memory import MemoryReport
+from ..parallel.mesh import ParallelMesh
+from ..training_args import NanotronTrainingArguments, parallel_sizes
+from .fake_world import fake_world
+from .job import Job
+from .outline import Outline
+from .roles import Role
+from .trace import Event, Recorder, RoleTrace
+
+# What a run writes, reports, reads and evaluates besides its steps is no part of a plan.
+PLANNED = {
+    "max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
+    "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
+    "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
+    "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
+    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rank of a role has done in one optimizer step.
+
+    Args:
+        trace: what it said to others.
+        report: bytes of its training state, from the real one; activations are an estimate for layers that are not
+            compiled.
+        live: bytes of all tensors when the step began.
+        peak: the most bytes of tensors at a time, on the way of layers that are not compiled.
+        told: contents of the messages that describe others.
+    """
+
+    trace: RoleTrace
+    report: MemoryReport
+    live: int
+    peak: int
+    told: Mapping[str, torch.Tensor]
+
+
+def rehearse_role(
+    job: Job, role: Role, trainer_class: type[Any], told: Mapping[str, torch.Tensor] | None = None
+) -> Rehearsal:
+    """Train one optimizer step as `role.rank`, in this process.
+
+    Args:
+        trainer_class: `NanotronTrainer`, or a subclass of it that takes its arguments.
+        told: messages that describe others, of a rank that was rehearsed before.
+
+    Raises:
+        ValueError: for what the trainer refuses, with its sentence.
+        RuntimeError: in a process that is a rank of a job.
+    """
+    recorder = Recorder(dict(told or {}))
+    outline = Outline(recorder.watch, recorder.label)
+    with fake_world(role.rank, job.world_size, job.gpus_per_node), tempfile.TemporaryDirectory() as folder:
+        sizes = parallel_sizes(job.arguments)
+        overlaps = {"tp_overlap": sizes.overlaps_tp(torch.device("cuda"))}
+        refused = NanotronTrainingArguments(folder, **{**job.arguments, "use_cpu": True})
+        optim = {"optim": str(getattr(refused.optim, "value", refused.optim)).removesuffix("_fused")}
+        args = NanotronTrainingArguments(folder, **{**job.arguments, **PLANNED, **overlaps, **optim})
+        with outline:
+            model = AutoModelForCausalLM.from_config(job.config, parallel=args.parallel, parametrization=args.spectral)
+            watcher = _Watcher(recorder, outline)
+            trainer = trainer_class(
+                model=model, args=args, train_dataset=Rows(job), callbacks=[watcher]
+            )
+            for callback in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(callback)
+            trainer.train()
+        events = tuple(_with_axes(recorder.events, trainer.mesh))
+        trace = RoleTrace(role, events)
+        return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told)
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """As many rows as an optimizer step reads, of ids that any vocabulary has."""
+
+    def __init__(self, job: Job) -> None:
+        self._rows = job.tokens_per_step // job.sequence_length
+        self._length, self._documents = job.sequence_length, job.documents
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.zeros(self._length, dtype=torch.int64)
+        row = {"input_ids": ids, "labels": ids}
+        if self._documents is not None:
+            row["position_ids"] = torch.cat([torch.arange(length) for length in self._documents])
+        return row
+
+
+class _Watcher(TrainerCallback):
+    """Tells the recorder when a step begins."""
+
+    def __init__(self, recorder: Recorder, outline: Outline) -> None:
+        self._recorder, self._outline, self.live = recorder, outline, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._recorder.step = state.global_step + 1
+        self.live = self._outline.peak = self._outline.live
+
+
+def _with_axes(events: list[Event], mesh: ParallelMesh) -> Iterator[Event]:
+    axes: dict[str, str] = {}
+    for name, group in mesh.groups.items():
+        if group.handle is not None:
+            axes.setdefault(group.handle.group_name, name)
+    for event in events:
+        yield dataclasses.replace(event, group=axes.get(event.channel, "job"))
