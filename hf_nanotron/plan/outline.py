@@ -175,7 +175,8 @@ def _shares(made: Any, args: Any) -> bool:
 
 def _looked_at(args: Any, kwargs: Any) -> tuple[bool, Any]:
     """Whether a tensor without memory is among the arguments, and what they are as far as shapes depend on it."""
-    outlined, key = False, []
+    outlined = False
+    key: list[Any] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             outlined |= value.is_meta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from .fake_world import fake_world
 from .job import Job
 from .outline import Outline
 from .roles import Role
-from .trace import Event, Recorder, RoleTrace
+from .trace import JOB, Event, Recorder, RoleTrace
 
 # What a run writes, reports, reads and evaluates besides its steps is no part of a plan.
 PLANNED = {
@@ -76,14 +76,11 @@ def rehearse_role(
         with outline:
             model = AutoModelForCausalLM.from_config(job.config, parallel=args.parallel, parametrization=args.spectral)
             watcher = _Watcher(recorder, outline)
-            trainer = trainer_class(
-                model=model, args=args, train_dataset=Rows(job), callbacks=[watcher]
-            )
+            trainer = trainer_class(model=model, args=args, train_dataset=Rows(job), callbacks=[watcher])
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
             trainer.train()
-        events = tuple(_with_axes(recorder.events, trainer.mesh))
-        trace = RoleTrace(role, events)
+        trace = RoleTrace(role, *_by_axis(recorder.events, trainer.mesh))
         return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told)
 
 
@@ -116,10 +113,12 @@ class _Watcher(TrainerCallback):
         self.live = self._outline.peak = self._outline.live
 
 
-def _with_axes(events: list[Event], mesh: ParallelMesh) -> Iterator[Event]:
-    axes: dict[str, str] = {}
+def _by_axis(events: list[Event], mesh: ParallelMesh) -> tuple[tuple[Event, ...], dict[str, Any]]:
+    """The events with the names of their groups, and the ranks of all groups of these names."""
+    names = dict[str, str]()
     for name, group in mesh.groups.items():
         if group.handle is not None:
-            axes.setdefault(group.handle.group_name, name)
-    for event in events:
-        yield dataclasses.replace(event, group=axes.get(event.channel, "job"))
+            names.setdefault(group.handle.group_name, name)
+    named = tuple(dataclasses.replace(event, group=names.get(event.channel, JOB)) for event in events)
+    groups = {name: mesh.partition(name) for name in {event.group for event in named} - {JOB}}
+    return named, {**groups, JOB: (tuple(range(mesh.world_size)),)}
