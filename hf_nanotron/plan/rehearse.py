@@ -28,7 +28,7 @@ PLANNED = {
     "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
     "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
-    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error",
+    "batch_size_warmup_tokens": None, "log_level": "error",
 }  # fmt: skip
 
 
@@ -43,6 +43,7 @@ class Rehearsal:
         live: bytes of all tensors when the step began.
         peak: the most bytes of tensors at a time, on the way of layers that are not compiled.
         told: contents of the messages that describe others.
+        layers: decoder layers of each stage of the whole model.
     """
 
     trace: RoleTrace
@@ -50,6 +51,7 @@ class Rehearsal:
     live: int
     peak: int
     told: Mapping[str, torch.Tensor]
+    layers: tuple[int, ...]
 
 
 def rehearse_role(
@@ -81,7 +83,8 @@ def rehearse_role(
                 trainer.remove_callback(callback)
             trainer.train()
         trace = RoleTrace(role, *_by_axis(recorder.events, trainer.mesh))
-        return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told)
+        layers = tuple(map(len, trainer.model.layers_of_stage))
+        return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told, layers)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
