@@ -18,7 +18,7 @@ from ..arguments.recompute import layer_numbers
 from ..monitor.flops import NUM_EXPERTS, TOP_K, attention_heads, first_of, head_dims, layer_configs
 from ..monitor.memory import gathered_bytes
 from ..parallel.config import ParallelConfig
-from ..parallel.pipeline.schedule import Action, compute_order, rank_of_stage
+from ..parallel.pipeline.schedule import Action, compute_order
 from ..parallel.tp.loss import chunk_size
 from ..parallel.tp.transport import GRANULE, TURNS
 from .job import Job, parallel_config

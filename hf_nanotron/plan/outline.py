@@ -45,14 +45,16 @@ class Outline(TorchDispatchMode):
     Args:
         watch: runs the operators of process groups: `watch(operator, name, args, kwargs)`.
         label: called with the name of each range of `record_function`, and with None where one ends.
+        has_values: leave tensors as they are, and only watch.
 
     Attributes:
         live: bytes of the tensors without memory that are alive.
         peak: the most there were.
     """
 
-    def __init__(self, watch: Watch, label: Label) -> None:
+    def __init__(self, watch: Watch, label: Label, has_values: bool = False) -> None:
         super().__init__()
+        self._has_values = has_values
         self._watch, self._label = watch, label
         self._operators: dict[Any, _Operator] = {}
         self._results: dict[Any, Any] = {}
@@ -66,6 +68,8 @@ class Outline(TorchDispatchMode):
             return self._watch(func, operator.name, args, kwargs)
         if operator.namespace == "profiler":
             self._label(args[0] if operator.name.startswith("_record_function_enter") else None)
+            return func(*args, **kwargs)
+        if self._has_values:
             return func(*args, **kwargs)
         outlined, key = _looked_at(args, kwargs)
         if not outlined:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from ..models.auto import AutoModelForCausalLM
 from ..monitor.memory import MemoryReport
 from ..parallel.mesh import ParallelMesh
-from ..training_args import NanotronTrainingArguments, parallel_sizes
+from ..training_args import NanotronTrainingArguments
 from .fake_world import fake_world
-from .job import Job
+from .job import Job, parallel_config
+from .narrow import narrow, with_fewer_micro_batches
 from .outline import Outline
 from .roles import Role
 from .trace import JOB, Event, Recorder, RoleTrace
@@ -30,6 +30,7 @@ PLANNED = {
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
     "batch_size_warmup_tokens": None, "log_level": "error",
 }  # fmt: skip
+HELD = "stage 2: "  # what ranks are told in the second rehearsal of ZeRO stage 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ def rehearse_role(
 ) -> Rehearsal:
     """Train one optimizer step as `role.rank`, in this process.
 
+    Of more micro-batches than a period of the schedule takes, as many are run. ZeRO stage 3 is torch's `fully_shard`,
+    which takes no tensors without memory: what its ranks say is that of a narrow copy of the job, and what they hold is
+    that of stage 2, sharded as well.
+
     Args:
         trainer_class: `NanotronTrainer`, or a subclass of it that takes its arguments.
         told: messages that describe others, of a rank that was rehearsed before.
@@ -67,14 +72,33 @@ def rehearse_role(
         ValueError: for what the trainer refuses, with its sentence.
         RuntimeError: in a process that is a rank of a job.
     """
-    recorder = Recorder(dict(told or {}))
-    outline = Outline(recorder.watch, recorder.label)
     with fake_world(role.rank, job.world_size, job.gpus_per_node), tempfile.TemporaryDirectory() as folder:
-        sizes = parallel_sizes(job.arguments)
-        overlaps = {"tp_overlap": sizes.overlaps_tp(torch.device("cuda"))}
-        refused = NanotronTrainingArguments(folder, **{**job.arguments, "use_cpu": True})
-        optim = {"optim": str(getattr(refused.optim, "value", refused.optim)).removesuffix("_fused")}
-        args = NanotronTrainingArguments(folder, **{**job.arguments, **PLANNED, **overlaps, **optim})
+        NanotronTrainingArguments(folder, **{**job.arguments, "use_cpu": True})  # refuses what a run would refuse
+    job = with_fewer_micro_batches(job)
+    if parallel_config(job).zero_stage < 3:
+        return _run(job, role, trainer_class, told)
+    there = {name.removeprefix(HELD): x for name, x in (told or {}).items() if name.startswith(HELD)}
+    held = _run(replace(job, arguments={**job.arguments, "zero_stage": 2}), role, trainer_class, there)
+    said = _run(narrow(job), role, trainer_class, told, has_values=True)
+    report = replace(held.report, parameters=held.report.masters or held.report.parameters, masters=0)
+    both = {**said.told, **{HELD + name: x for name, x in held.told.items()}}
+    return replace(held, trace=said.trace, told=both, report=report)
+
+
+def _run(
+    job: Job,
+    role: Role,
+    trainer_class: type[Any],
+    told: Mapping[str, torch.Tensor] | None,
+    has_values: bool = False,
+) -> Rehearsal:
+    recorder = Recorder(dict(told or {}))
+    outline = Outline(recorder.watch, recorder.label, has_values)
+    with fake_world(role.rank, job.world_size, job.gpus_per_node), tempfile.TemporaryDirectory() as folder:
+        overlaps = parallel_config(job).overlaps_tp(torch.device("cuda"))
+        optim = str(job.arguments.get("optim") or "adamw_torch").removesuffix("_fused")
+        planned = {**PLANNED, "tp_overlap": overlaps, "optim": optim}
+        args = NanotronTrainingArguments(folder, **{**job.arguments, **planned})
         with outline:
             model = AutoModelForCausalLM.from_config(job.config, parallel=args.parallel, parametrization=args.spectral)
             watcher = _Watcher(recorder, outline)
@@ -122,6 +146,6 @@ def _by_axis(events: list[Event], mesh: ParallelMesh) -> tuple[tuple[Event, ...]
     for name, group in mesh.groups.items():
         if group.handle is not None:
             names.setdefault(group.handle.group_name, name)
-    named = tuple(dataclasses.replace(event, group=names.get(event.channel, JOB)) for event in events)
+    named = tuple(replace(event, group=names.get(event.channel, JOB)) for event in events)
     groups = {name: mesh.partition(name) for name in {event.group for event in named} - {JOB}}
     return named, {**groups, JOB: (tuple(range(mesh.world_size)),)}

@@ -105,7 +105,7 @@ def choose_attention(
     if asked == "stock":
         return None, own
     reason = why_stock(anatomy)
-    if reason is None and is_rehearsal() and dtype in HALF:
+    if reason is None and is_rehearsal() and dtype in HALF and next(model.parameters()).is_meta:
         return Attention("fa4", takes_documents(model)), "attention: FlashAttention-4"
     if reason is None and (device.type != "cuda" or dtype not in HALF):
         reason = f"it computes in {dtype} on {device.type}; faster kernels need 16 bits on CUDA"
