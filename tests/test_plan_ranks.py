@@ -231,9 +231,9 @@ def measured_job(said: dict[str, Any]) -> Job:
         "gradient_accumulation_steps": said["micro_batches"],
         **said["arguments"],
     }
-    return Job(
-        shapes.make_config(said["shape"], said["sequence_length"]), arguments, said["gpus"], 8, said["sequence_length"]
-    )
+    with scripts(["shapes"]) as found:
+        config = found.shapes.make_config(said["shape"], said["sequence_length"])
+    return Job(config, arguments, said["gpus"], 8, said["sequence_length"])
 
 
 def fullest(job: Job) -> int:
