@@ -27,8 +27,8 @@ PLANNED = {
     "max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
     "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
     "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
-    "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False, "optim_offload": 0.0,
-    "batch_size_warmup_tokens": None, "log_level": "error",
+    "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
+    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error",
 }  # fmt: skip
 HELD = "stage 2: "  # what ranks are told in the second rehearsal of ZeRO stage 3
 
