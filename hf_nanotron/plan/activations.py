@@ -31,12 +31,14 @@ class LayerBytes:
     Args:
         kept: between forward and backward.
         spare: kept where the layer recomputes the rest.
-        outside: what a backward needs for itself at its peak, of tensors that all tokens have at once.
-        inside: the same, of tensors as wide as the MLP, which a block of the MLP's tokens has at once.
+        attention: what the backward of the attention needs for itself.
+        outside: the same of the MLP, of tensors that all tokens have at once.
+        inside: of tensors as wide as the MLP, which the tokens of one of its blocks have at once.
     """
 
     kept: float
     spare: float
+    attention: float
     outside: float
     inside: float
 
@@ -62,7 +64,7 @@ def peak_of_step(job: Job, pp_rank: int, layers: Sequence[int] | None = None) ->
     policy = recomputation(job)
     each = layer_bytes(text, parallel, _item(job), policy, get("fp8") is not None)
     block = min(tokens, get("mlp_chunk_tokens") or tokens)
-    backward = tokens * each.outside + block * each.inside
+    backward = max(tokens * each.attention, tokens * each.outside + block * each.inside)
     backward += _gathered(job, text, parallel)
     share = recomputed_share(job) if policy else 0.0
     offload = float(get("activation_offload") or 0.0) if policy else 0.0
@@ -125,21 +127,21 @@ def layer_bytes(text: Any, parallel: ParallelConfig, item: int, policy: str | No
         kept += -2 * hidden / cut + outputs - (inner if experts is None else 0)
     sent = (attention - outputs) * item if parallel.cp_size > 1 and parallel.cp_mode != "gather" else 0.0
     kept += sent
-    grows = rows / 2 + 3 * hidden
+    gradients = item * (attention + 3 * hidden)  # of the attention, which is kept
     if policy is None:
-        return LayerBytes(kept, kept, item * grows, item * 3 * inner)
+        return LayerBytes(kept, kept, gradients, item * (rows / 2 + 3 * hidden), item * 3 * inner)
     if policy == "selective":
         spare = item * (2 * hidden / cut + attention + 2 * inner + rows) + sums + sent
         if tp > 1 or experts is not None:
             spare += item * hidden / cut
-        return LayerBytes(kept, spare, item * (rows / 2 + 2 * hidden), item * 3 * inner)
-    whole_attention = 2 * attention + 6 * hidden + rows
+        return LayerBytes(kept, spare, gradients, item * (rows / 2 + 2 * hidden), item * 3 * inner)
+    again = item * (2 * attention + 6 * hidden + rows)  # the attention is computed again as well
     if policy == "full":
-        return LayerBytes(kept, item * hidden / cut, item * (attention + hidden), item * 5 * inner)
+        return LayerBytes(kept, item * hidden / cut, again, item * (attention + hidden + rows), item * 5 * inner)
     spare = item * (hidden / cut + outputs) + 4 * heads / tp + sent
     if tp > 1 or experts is not None:
         spare += item * 2 * hidden / cut + (item * top_k * hidden if top_k else 0)
-    return LayerBytes(kept, spare, item * max(0.0, whole_attention - 5 * inner), item * 5 * inner)
+    return LayerBytes(kept, spare, again, item * rows, item * 5 * inner)
 
 
 def exchange_bytes(job: Job) -> int:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 META = torch.device("meta")
-READABLE_INTEGERS, READABLE_NUMBERS = 4096, 64  # elements of what is read on the host, such as loads of experts
+READABLE = 4096  # integers that are read on the host, such as numbers of rows for experts
 LIKE = ("new_empty", "new_zeros", "new_full", "new_ones", "empty_like", "zeros_like", "ones_like", "full_like")
 Watch = Callable[[Any, str, Any, Any], Any]
 Label = Callable[[str | None], None]
@@ -199,7 +199,4 @@ def _outlined(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_read(x: torch.Tensor) -> bool:
-    """Whether a copy to a device is for the host to read. A weight that moves is not."""
-    return not isinstance(x, torch.nn.Parameter) and x.numel() <= (
-        READABLE_NUMBERS if x.is_floating_point() else READABLE_INTEGERS
-    )
+    return x.numel() <= (1 if x.is_floating_point() else READABLE)

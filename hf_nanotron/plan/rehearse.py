@@ -28,7 +28,7 @@ PLANNED = {
     "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
     "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
-    "batch_size_warmup_tokens": None, "log_level": "error",
+    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error",
 }  # fmt: skip
 HELD = "stage 2: "  # what ranks are told in the second rehearsal of ZeRO stage 3
 
@@ -76,11 +76,13 @@ def rehearse_role(
         NanotronTrainingArguments(folder, **{**job.arguments, "use_cpu": True})  # refuses what a run would refuse
     job = with_fewer_micro_batches(job)
     if parallel_config(job).zero_stage < 3:
-        return _run(job, role, trainer_class, told)
+        done = _run(job, role, trainer_class, told)
+        return replace(done, report=_with_state_on_host(done.report, job))
     there = {name.removeprefix(HELD): x for name, x in (told or {}).items() if name.startswith(HELD)}
     held = _run(replace(job, arguments={**job.arguments, "zero_stage": 2}), role, trainer_class, there)
     said = _run(narrow(job), role, trainer_class, told, has_values=True)
     report = replace(held.report, parameters=held.report.masters or held.report.parameters, masters=0)
+    report = _with_state_on_host(report, job)
     both = {**said.told, **{HELD + name: x for name, x in held.told.items()}}
     return replace(held, trace=said.trace, told=both, report=report)
 
@@ -109,6 +111,14 @@ def _run(
         trace = RoleTrace(role, *_by_axis(recorder.events, trainer.mesh))
         layers = tuple(map(len, trainer.model.layers_of_stage))
         return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told, layers)
+
+
+def _with_state_on_host(report: MemoryReport, job: Job) -> MemoryReport:
+    """Of `optim_offload`: this much of masters and moments is in pinned memory, which has no place in a rehearsal."""
+    away = float(job.arguments.get("optim_offload") or 0.0)
+    masters, moments = round(away * report.masters), round(away * report.moments)
+    left = {"masters": report.masters - masters, "moments": report.moments - moments}
+    return replace(report, **left, host=report.host + masters + moments)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):

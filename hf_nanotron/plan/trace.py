@@ -102,12 +102,14 @@ class Recorder:
     process or in `told`: a pipeline tells the next stage once which tensors will come.
 
     Attributes:
+        others: whether the other ranks are there, and nothing is to be handed over.
         events: in order.
         told: contents of messages of integers and of broadcasts.
         step: of the events that come.
     """
 
     told: dict[str, torch.Tensor] = field(default_factory=dict)
+    others: bool = False
     events: list[Event] = field(default_factory=list)
     step: int = 0
     _labels: list[str] = field(default_factory=list)
@@ -158,7 +160,8 @@ class Recorder:
         tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
         if not any(x.is_meta for x in tensors):
             result = func(*args, **kwargs)
-            self._fill(op, given)
+            if not self.others:
+                self._fill(op, given)
             return result
         # A communication of as many tensors of one element: only its handle is needed.
         small = tree_map_only(torch.Tensor, lambda x: torch.empty(1, dtype=x.dtype), (args, dict(kwargs)))
