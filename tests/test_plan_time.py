@@ -245,6 +245,17 @@ def test_products_of_measured_sizes_take_what_was_measured() -> None:
     assert 64 * product_seconds(H200, 256, 4096, 4096, "forward") > 1.2 * large  # small ones move more bytes
 
 
+def test_links_that_were_not_measured() -> None:
+    """A file of one GPU serves for plans of many, with the data sheet's links; of an unknown GPU it does not."""
+    alone = replace(H200, links=())
+    many = job(world_size=16, tp_size=2)
+    assert step_time(many, alone).seconds == step_time(many, H200).seconds
+    inside = replace(H200, links=tuple(replace(x, bytes_per_second=1e9) for x in H200.links if x.place == "inside"))
+    assert step_time(many, inside).seconds > 2 * step_time(many, H200).seconds  # what was measured stays
+    assert "no link between GPUs of a host" in message(lambda: step_time(many, replace(alone, gpu="NVIDIA X1")))
+    assert step_time(job(), replace(alone, gpu="NVIDIA X1")).mfu is None
+
+
 # ---- what is refused ----
 
 
@@ -332,7 +343,9 @@ def test_groups_to_measure() -> None:
 def test_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rates.json"
     main(["bench", "--rates", str(path)])
-    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {path}"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"wrote {path}"
+    assert said[-2].startswith("not measured: links between GPUs of a host and between hosts;")
     rates = load_rates(path)
     assert rates.made["device_type"] == "cpu" and rates.made["versions"]["torch"] in torch.__version__
     assert str(tmp_path) not in path.read_text() and rates.made["date"].count("-") == 2
