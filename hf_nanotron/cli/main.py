@@ -1,4 +1,5 @@
-"""The `hf-nanotron` command: generate, train, convert, coordinate-check, tokenize, data, average, bench, upload.
+"""The `hf-nanotron` command: generate, train, convert, coordinate-check, tokenize, data, average, bench, plan,
+upload.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -22,6 +23,7 @@ from .bench import DESCRIPTION as BENCH, add_bench_arguments
 from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_arguments
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
+from .plan import DESCRIPTION as PLAN, add_plan_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
 from .upload import add_upload_arguments
 
@@ -68,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(
         _add_command(commands, "average", "average the weights of Hub repositories of one model", AVERAGE)
     )
+    add_plan_arguments(_add_command(commands, "plan", "say what a run costs, and find its best layout", PLAN))
     add_bench_arguments(_add_command(commands, "bench", "measure how fast this machine is, for plans", BENCH))
     add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser

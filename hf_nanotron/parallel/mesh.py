@@ -9,7 +9,7 @@ and sums of gradients are taken over `dp` and `cp` together. Samples are dealt o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -113,6 +113,7 @@ class ParallelMesh:
         self.tp_rank, self.cp_rank = self.coordinates.tp, self.coordinates.cp
         self.dp_rank, self.pp_rank = self.coordinates.dp, self.coordinates.pp
         self._groups: dict[str, Group] = {}
+        self._partitions: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._at_close: list[Callable[[], None]] = []
 
         self.tp = self.group("tp", lambda c: (c.pp, c.dp, c.cp))
@@ -155,13 +156,22 @@ class ParallelMesh:
         classes: dict[Hashable, list[int]] = {}
         for rank in range(self.world_size):
             classes.setdefault(key(self.coordinates_of(rank)), []).append(rank)
-        partition = tuple(tuple(ranks) for ranks in classes.values())
+        partition = self._partitions[name] = tuple(tuple(ranks) for ranks in classes.values())
         handle = (name if multiprocessors is not None else "", partition)
         if handle not in self._handles:
             self._handles[handle] = self._new_handle(partition, multiprocessors)
         mine = tuple(classes[key(self.coordinates)])
         self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle], self._handles)
         return self._groups[name]
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """The groups that have been made, by name; the first of those that share a communicator comes first."""
+        return self._groups
+
+    def partition(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks of all groups that have been made under `name`."""
+        return self._partitions[name]
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""

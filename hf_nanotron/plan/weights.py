@@ -52,7 +52,7 @@ class ModelWeights:
     config: PretrainedConfig
     model: PreTrainedModel = field(init=False, repr=False)
     anatomy: Anatomy = field(init=False, repr=False)
-    _tables: dict[tuple[int, int, bool], _Table | str] = field(init=False, default_factory=dict, repr=False)
+    _tables: dict[tuple[int, int, bool, bool], _Table | str] = field(init=False, default_factory=dict, repr=False)
     _stages: dict[tuple[int, int, Any], tuple[range, ...] | str] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class ModelWeights:
         refuse_sizes(self.model, parallel)
         specs = tensor_specs(self.anatomy, mesh, make_plan(self.anatomy, parallel.tp_size, parallel.ep_size))
         stacks = [name for name, _ in self.anatomy.layer_stacks()]
-        numbers = {name: start for name, start in zip(stacks, _starts(self.anatomy), strict=True)}
+        numbers = dict(zip(stacks, _starts(self.anatomy), strict=True))
         count = self.config.get_text_config().num_hidden_layers
         layers, places = [Held()] * count, {"first": Held(), "last": Held(), "everywhere": Held()}
         for name, spec in specs.items():

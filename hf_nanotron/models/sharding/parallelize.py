@@ -111,6 +111,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.streams = _attach_dropout_streams(model, mesh)
     _attach_communication(model, mesh, plan)
     stages = [index for index in range(len(layers_of_stage)) if rank_of_stage(index, mesh.pp_size) == mesh.pp_rank]
+    model.layers_of_stage = tuple(layers_of_stage)
     model.stages = [Stage(model, index, layers_of_stage[index], len(layers_of_stage)) for index in stages]
     model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]

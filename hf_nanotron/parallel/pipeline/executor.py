@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,8 +11,11 @@ import torch.distributed as dist
 
 from ..batch import batch_shape
 from ..mesh import Group
+from ..p2p import start_together
 from .layout import HEADER_SIZE, Layout, read_header, write_header
 from .schedule import Action, Tick, Transfer
+
+KIND_NAMES = {"F": "forward", "B": "backward", "W": "weight_gradients"}
 
 Inputs = dict[str, Any]
 Tensors = tuple[torch.Tensor | None, ...]
@@ -95,34 +99,35 @@ class PipelineExecutor:
         flight = _Flight()
         for tick in table:
             action = tick.action
-            if action is not None and action.kind == "F":
-                hooks.on_forward(action)
-                stage = by_index[action.stage]
-                received = self._received(flight, action, stage)
-                output = stage.forward(micro_batches[action.micro_batch], received)
-                if stage.is_last:
-                    outputs[action.micro_batch] = output.loss.detach() if trains else output
-                else:
-                    produced[action] = output
-                if trains:
-                    held[action.stage, action.micro_batch] = (received, (output.loss,) if stage.is_last else output)
-            elif action is not None and action.kind == "W":
-                hooks.weight_gradients(action)
-            elif action is not None:
-                hooks.before_backward(action)
-                received, output = held.pop((action.stage, action.micro_batch))
-                grads: Tensors = (None,)
-                if not by_index[action.stage].is_last:
-                    sent = flight.take(Action("B", action.stage + 1, action.micro_batch))
-                    # Only what has a gradient comes back.
-                    travelled = iter(sent)
-                    grads = tuple(next(travelled) if needs_gradient(x) else None for x in output)
-                roots = [(x, g) for x, g in zip(output, grads, strict=True) if needs_gradient(x)]
-                if roots:  # there are none on a first stage that is frozen
-                    torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
-                hooks.after_backward(action)
-                if received is not None:
-                    produced[action] = tuple(_gradient(x) for x in received if needs_gradient(x))
+            with named(action):
+                if action is not None and action.kind == "F":
+                    hooks.on_forward(action)
+                    stage = by_index[action.stage]
+                    received = self._received(flight, action, stage)
+                    output = stage.forward(micro_batches[action.micro_batch], received)
+                    if stage.is_last:
+                        outputs[action.micro_batch] = output.loss.detach() if trains else output
+                    else:
+                        produced[action] = output
+                    if trains:
+                        held[action.stage, action.micro_batch] = (received, (output.loss,) if stage.is_last else output)
+                elif action is not None and action.kind == "W":
+                    hooks.weight_gradients(action)
+                elif action is not None:
+                    hooks.before_backward(action)
+                    received, output = held.pop((action.stage, action.micro_batch))
+                    grads: Tensors = (None,)
+                    if not by_index[action.stage].is_last:
+                        sent = flight.take(Action("B", action.stage + 1, action.micro_batch))
+                        # Only what has a gradient comes back.
+                        travelled = iter(sent)
+                        grads = tuple(next(travelled) if needs_gradient(x) else None for x in output)
+                    roots = [(x, g) for x, g in zip(output, grads, strict=True) if needs_gradient(x)]
+                    if roots:  # there are none on a first stage that is frozen
+                        torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
+                    hooks.after_backward(action)
+                    if received is not None:
+                        produced[action] = tuple(_gradient(x) for x in received if needs_gradient(x))
             self._exchange(flight, tick.transfers, produced, micro_batches, trains)
         flight.finish()
         return outputs
@@ -159,7 +164,7 @@ class PipelineExecutor:
             operations += [dist.P2POp(dist.isend if sends else dist.irecv, x, peer, self.group.handle) for x in own]
             counts.append(len(own))
             moved.append((transfer, tensors))
-        works = dist.batch_isend_irecv(operations) if operations else []
+        works = start_together(operations)
         # NCCL returns one handle for the batch, gloo one for each operation.
         shared = len(works) != len(operations)
         for (transfer, tensors), count in zip(moved, counts, strict=True):
@@ -209,10 +214,18 @@ class PipelineExecutor:
             sends = transfer.source == self.group.rank
             peer = self.group.ranks[transfer.target if sends else transfer.source]
             operations.append(dist.P2POp(dist.isend if sends else dist.irecv, header, peer, self.group.handle))
-        for work in dist.batch_isend_irecv(operations):
+        for work in start_together(operations):
             work.wait()
         for key, _, header in headers:
             self._layouts[key] = read_header(header.cpu())
+
+
+def named(action: Action | None) -> contextlib.AbstractContextManager[Any]:
+    """Around an action: profiles and records call it so."""
+    if action is None:
+        return contextlib.nullcontext()
+    name = f"{KIND_NAMES[action.kind]} stage={action.stage} micro_batch={action.micro_batch}"
+    return torch.autograd.profiler.record_function(name)
 
 
 def needs_gradient(x: torch.Tensor | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..mesh import Group
+from ..p2p import start_together
 
 TURNS = 2  # sets of buffers, so that an exchange may begin while the one before is still read
 GRANULE = 2**21  # bytes
@@ -98,7 +99,7 @@ class _MessageExchange:
             dist.P2POp(dist.isend, chunk, target, group.handle),
             dist.P2POp(dist.irecv, received, source, group.handle),
         ]
-        self._under_way[step, piece] = (dist.batch_isend_irecv(operations), chunk, received, into)
+        self._under_way[step, piece] = (start_together(operations), chunk, received, into)
 
     def place(self, chunk: torch.Tensor, into: torch.Tensor) -> None:
         into.copy_(chunk)
