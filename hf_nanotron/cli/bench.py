@@ -60,4 +60,7 @@ def _bench(args: argparse.Namespace) -> None:
             f"{link.operation} of {link.ranks} ranks {'in a host' if link.place == 'inside' else 'of as many hosts'}: "
             f"{link.bytes_per_second / 1e9:,.3g} GB/s after {link.latency * 1e6:,.3g} us"
         )
+    places = {"inside": "between GPUs of a host", "between": "between hosts"}
+    if missing := [words for place, words in places.items() if place not in {link.place for link in rates.links}]:
+        print(f"not measured: links {' and '.join(missing)}; a plan takes those of the GPU's data sheet")
     print(f"wrote {args.rates}")

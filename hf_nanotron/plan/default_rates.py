@@ -6,6 +6,8 @@ test them, is in `examples/benchmarks/measured_rows.json`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..monitor.gpus import GPU, find_gpu
 from .rates import AttentionRate, LinkRate, ProductRate, Rates
 
@@ -71,6 +73,19 @@ def default_rates(gpu: str | GPU) -> Rates:
         links=(*_inside(row, known), *_between(row)),
         made={},
     )
+
+
+def completed(rates: Rates) -> Rates:
+    """`rates`, with the links of the GPU's data sheet where none were measured: inside a host, or between hosts.
+
+    A GPU that is not in the table has none; a plan that needs them is refused.
+    """
+    missing = {"inside", "between"} - {link.place for link in rates.links}
+    try:
+        known = default_rates(rates.gpu).links if missing else ()
+    except ValueError:
+        return rates
+    return replace(rates, links=(*rates.links, *(link for link in known if link.place in missing)))
 
 
 def _inside(row: GPU, known: GPU) -> list[LinkRate]:

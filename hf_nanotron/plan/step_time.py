@@ -14,6 +14,7 @@ from ..monitor.gpus import find_gpu
 from ..parallel.pipeline.schedule import Action, Tick, Transfer, build_table, compute_order
 from . import efficiencies as counted
 from .context_time import ContextCost, context_cost
+from .default_rates import completed
 from .job import Job, parallel_config
 from .layer_time import LayerClock, MicroBatch, Parts, Place, Seconds, optimizer_seconds
 from .layer_work import LayerWork, ModelWork, WorkTable
@@ -69,15 +70,16 @@ COMMUNICATION = ("tp", "cp", "ep", "dp", "pp")
 
 
 def step_time(job: Job, rates: Rates, works: WorkTable | None = None) -> StepTime:
-    """Seconds of a step of `job` at `rates`.
+    """Seconds of a step of `job` at `rates`, and at the links of the data sheet where they have none.
 
     Args:
         works: of the job's model, made before, so that many layouts of one model take milliseconds each.
 
     Raises:
-        ValueError: for sizes that do not fit the model, FP8 without its rate, or a link that was not measured.
+        ValueError: for sizes that do not fit the model, FP8 without its rate, or a link that was not measured, of a GPU
+            that is not in the table.
     """
-    return _Step(job, rates, works or WorkTable(ModelWeights(job.config))).result()
+    return _Step(job, completed(rates), works or WorkTable(ModelWeights(job.config))).result()
 
 
 class _Step:
