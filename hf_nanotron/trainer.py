@@ -68,6 +68,8 @@ from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
+from .plan.make import plan_of_trainer
+from .plan.result import Plan
 from .prepare.checkpointing_switches import note_switches
 from .prepare.frozen import check_tokenizer, freeze
 from .prepare.mlp_chunks import refuse_hooks
@@ -282,6 +284,22 @@ class NanotronTrainer(Trainer):
             self._profiler.release()
             self._data_order.end_run()
             end_run(self.model, self.training_state)
+
+    def plan(self, gpu: str | None = None, gpus: int | None = None, **options: Any) -> Plan:
+        """What a run of this trainer's model and arguments costs, before it is started (`hf-nanotron plan`).
+
+        Call it in a script that one process runs. Stock arguments and model count; a subclass's overrides do not.
+
+        Args:
+            gpu: kind of GPU, such as `"h100"`; that of this process if None.
+            gpus: of the job; as many as there are processes if None.
+            options: `gpus_per_node` (8), `rates` (a file of `hf-nanotron bench --rates`), `sequence_length` (tokens of
+                a row; that of the training data if not given), `run` (False: do not rehearse the ranks).
+
+        Raises:
+            ValueError: for a GPU that is not in the table, and in the trainer's words for what cannot run.
+        """
+        return plan_of_trainer(self, NanotronTrainer, gpu, gpus, **options)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""

@@ -28,6 +28,7 @@ from ..ops.kernels.attention import flash_attention_4
 from ..parallel.batch import DOMAIN, batch_shape
 from ..parallel.cp.choice import HeadShape
 from ..parallel.dropout_streams import fields_of_chance
+from ..parallel.rehearsal import is_rehearsal
 
 # By what may run: names of `ops.attention.KERNELS`.
 KERNELS: dict[str, tuple[str, ...]] = {"fa4": ("fa4", "flash"), "torch": ("flash",)}
@@ -105,6 +106,8 @@ def choose_attention(
     if asked == "stock":
         return None, own
     reason = why_stock(anatomy)
+    if reason is None and is_rehearsal() and dtype in HALF and next(model.parameters()).is_meta:
+        return Attention("fa4", takes_documents(model)), "attention: FlashAttention-4"
     if reason is None and (device.type != "cuda" or dtype not in HALF):
         reason = f"it computes in {dtype} on {device.type}; faster kernels need 16 bits on CUDA"
     if reason is not None:
@@ -262,7 +265,7 @@ def _attend(
             "Use attention='stock'."
         )
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
-    kernel = pick(kernels, Case(query.device.type == "cuda", query.dtype, query.shape[-1], packed, window))
+    kernel = pick(kernels, Case(query.device.type in ("cuda", "meta"), query.dtype, query.shape[-1], packed, window))
     if kernel is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
