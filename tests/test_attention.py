@@ -70,12 +70,16 @@ def masked(
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("value_dim", [8, 6])
-@pytest.mark.parametrize("block", [4, 256])
+@pytest.mark.parametrize("block", [4, 256, None])
 def test_operator(
-    packed: bool, window: int | None, value_dim: int, block: int, monkeypatch: pytest.MonkeyPatch
+    packed: bool, window: int | None, value_dim: int, block: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output and gradients, with fewer key-value heads than heads, from views that are not contiguous."""
-    monkeypatch.setattr("hf_nanotron.ops.kernels.attention.QUERIES_AT_ONCE", block)
+    """Output and gradients, with fewer key-value heads than heads, from views that are not contiguous.
+
+    `block`: queries at once of `by_document`; None: torch's kernel on a CPU, which has no windows.
+    """
+    kernel = "by_document" if block is not None or window is not None else "cpu_flash"
+    monkeypatch.setattr("hf_nanotron.ops.kernels.attention.QUERIES_AT_ONCE", block or 256)
     generator = torch.Generator().manual_seed(0)
     sizes = ((4, 8), (2, 8), (2, value_dim))
     leaves = [torch.randn(2, h, LENGTH, d, generator=generator, requires_grad=True) for h, d in sizes]
@@ -85,7 +89,7 @@ def test_operator(
     expected = masked(*inputs, bounds, window, 0.3)
     gradients = torch.autograd.grad((expected * weight).sum(), leaves)
     longest = torch.tensor(9) if packed else None
-    found = attention(*inputs, "by_document", 0.3, window, bounds, longest)
+    found = attention(*inputs, kernel, 0.3, window, bounds, longest)
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad((found * weight).sum(), leaves), gradients, strict=True):
@@ -173,7 +177,8 @@ def test_operator_is_what_it_says_to_a_compiler() -> None:
         (Case(True, torch.bfloat16, 36, True, None), "by_document"),
         (Case(True, torch.float32, 64, True, None), "by_document"),
         (Case(True, torch.float32, 64, False, None), None),
-        (Case(False, torch.bfloat16, 64, True, None), "by_document"),
+        (Case(False, torch.bfloat16, 64, True, None), "cpu_flash"),
+        (Case(False, torch.bfloat16, 64, True, 8), "by_document"),
     ],
 )
 def test_kernels(case: Case, kernel: str | None) -> None:

@@ -69,7 +69,7 @@ def plain(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("block", [2, 256])
+@pytest.mark.parametrize("block", [2, 256, None])
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [
@@ -83,10 +83,11 @@ def test_bounds_of_their_own(
     keys: list[int],
     window: int | None,
     dtype: torch.dtype,
-    block: int,
+    block: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hf_nanotron.ops.kernels.attention.QUERIES_AT_ONCE", block)
+    """`block`: queries at once of `by_document`; None: torch's kernel on a CPU, which has no windows."""
+    monkeypatch.setattr("hf_nanotron.ops.kernels.attention.QUERIES_AT_ONCE", block or 256)
     generator = torch.Generator().manual_seed(0)
     sizes = ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2))
     inputs = [torch.randn(*size, 8, generator=generator, dtype=dtype, requires_grad=True) for size in sizes]
@@ -96,7 +97,8 @@ def test_bounds_of_their_own(
     problem = Problem(torch.tensor(queries, dtype=torch.int32), 6, 0.3, window, torch.tensor(keys).int(), 9)
     if len(queries) == 2:
         problem = Problem(None, queries[-1], 0.3, window, None, keys[-1])
-    kernel, (q, k, v) = KERNELS["by_document"], (x.detach()[None] for x in inputs)
+    name = "by_document" if block is not None or window is not None else "cpu_flash"
+    kernel, (q, k, v) = KERNELS[name], (x.detach()[None] for x in inputs)
     found, sums = kernel.forward(q, k, v, problem)
     results = kernel.backward(weight[None], Saved(q, k, v, found, sums), problem)
     for ours, theirs in zip((found, *results), (expected, *gradients), strict=True):

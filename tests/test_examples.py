@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,53 +287,76 @@ def test_the_example_of_streams_resumes(tmp_path: Path) -> None:
 # ---- long_context ----
 
 
+LONG = EXAMPLES / "long_context"
+
+
 def train_long(*argv: str) -> dict[str, dict[str, float]]:
-    trainer, table = load("long_train", EXAMPLES / "long_context" / "train.py").main(argv)
+    sys.path.insert(0, str(LONG))  # as for a script
+    try:
+        trainer, table = load("long_train", LONG / "train.py").main(argv)
+    finally:
+        sys.path.remove(str(LONG))
     trainer.mesh.close()
     return table
 
 
-def losses_of_stock(folder: Path, held_out: Any) -> dict[str, float]:
-    """What transformers computes of a saved model, document by document: mean loss by position."""
+def answers_of_stock(folder: Path, length: int, rows: int, edges: tuple[int, ...]) -> list[float]:
+    """What transformers computes of a saved model: the mean loss of answers between each two of `edges`."""
     from transformers import AutoModelForCausalLM
 
-    model, sums = AutoModelForCausalLM.from_pretrained(folder), torch.zeros(len(held_out.domain_names), 2)
-    for row in (held_out[place] for place in range(len(held_out))):
-        begins = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), len(row["input_ids"])]
-        for begin, end in itertools.pairwise(begins):
-            ids = row["input_ids"][begin:end]
-            labels, buckets = ids[1:], row["domain"][begin : end - 1]
-            with torch.no_grad():
-                losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], labels, reduction="none")
-            sums.index_add_(0, buckets, torch.stack([losses, torch.ones_like(losses)], dim=-1))
-    return dict(zip(held_out.domain_names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+    data = load("long_questions", LONG / "questions.py").Questions(rows, length, seed=2)
+    model, sums = AutoModelForCausalLM.from_pretrained(folder), torch.zeros(len(edges) - 1, 2)
+    for row in (data[place] for place in range(rows)):
+        labels = row["labels"][1:]
+        with torch.no_grad():
+            logits = model(row["input_ids"][None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")  # zero where there is no label
+        for place, (begin, end) in enumerate(itertools.pairwise(edges)):
+            sums[place] += torch.stack([losses[begin:end].sum(), (labels[begin:end] >= 0).sum()])
+    return (sums[:, 0] / sums[:, 1]).tolist()
 
 
-def test_a_short_model_is_extended_on_two_ranks(pool: WorkerPool, tmp_path: Path) -> None:
-    """Losses by position fall, and are those of stock transformers, which reads YaRN from the saved model."""
-    from hf_nanotron.data import TokenDataset
-
-    example = EXAMPLES / "long_context"
-    prepare, extend = (load(f"long_{name}", example / f"{name}.py") for name in ("prepare", "extend"))
-    prepare.main(["--output-dir", str(tmp_path), "--min-chars", "60000", "--max-documents", "3", "--vocab-size", "300"])
-    common = ["--data", str(tmp_path), "--max-steps", "2", "--learning-rate", "1e-2", "--eval-rows", "2"]
-    short, extended, long = (str(tmp_path / name) for name in ("short", "extended", "long"))
-    pool.run(1, train_long, *common, "--output-dir", short, "--sequence-length", "64")
-    extend.main([short, extended, "--sequence-length", "256"])
-    with pytest.raises(SystemExit, match="only rope_type 'default'"):
-        extend.main([extended, long, "--sequence-length", "512"])
-    with pytest.raises(SystemExit, match="rows of 256 tokens already"):
-        extend.main([extended, long, "--sequence-length", "256"])
-    sizes = ["--sequence-length", "256", "--cp-size", "2", "--model", extended, "--short", short]
-    table, other = pool.run(2, train_long, *common, "--output-dir", long, *sizes)
-    assert table == other and list(table) == ["short model", "YaRN, not trained", "trained"]
-    assert all(table["trained"][name] < table["YaRN, not trained"][name] for name in ("0-64", "64-128", "128-256"))
-    held_out = load("long_table", example / "train.py").ByPosition(
-        TokenDataset(tmp_path / "held_out", 256, documents="mask"), 2, 64
+@pytest.mark.parametrize("is_whole", [False, True], ids=["2 steps", "as in the README"])
+def test_a_short_model_is_extended_on_two_ranks(
+    pool: WorkerPool, tmp_path: Path, is_whole: bool, pytestconfig: pytest.Config
+) -> None:
+    """Losses by position are those of stock transformers, which reads YaRN from the saved model; far ones fall."""
+    if is_whole and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    extend = load("long_extend", LONG / "extend.py")
+    names = ("first", "second", "short", "extended", "long")
+    first, second, short, extended, long = (str(tmp_path / name) for name in names)
+    lengths, steps, rows = (
+        ((128, 512, 2048, 16384), (250, 150, 80, 20), 4) if is_whole else ((32, 48, 64, 256), (2, 1, 2, 2), 2)
     )
+    sizes: tuple[list[str], ...] = tuple(
+        ["--sequence-length", str(length), "--max-steps", str(count), "--eval-rows", str(rows), "--learning-rate", rate]
+        for length, count, rate in zip(lengths, steps, ("5e-3", "3e-3", "2e-3", "1e-3"), strict=True)
+    )
+    fresh = ["--max-positions", str(lengths[2])]
+    stages = ((first, "16", fresh), (second, "8", ["--model", first]), (short, "2", ["--model", second]))
+    for size, (folder, batch, start) in zip(sizes, stages, strict=False):
+        pool.run(2, train_long, *size, "--output-dir", folder, "--per-device-train-batch-size", batch, *start)
+    extend.main([short, extended, "--sequence-length", str(lengths[3])])
+    with pytest.raises(SystemExit, match="only rope_type 'default'"):
+        extend.main([extended, long, "--sequence-length", "32768"])
+    with pytest.raises(SystemExit, match=f"rows of {lengths[3]} tokens already"):
+        extend.main([extended, long, "--sequence-length", str(lengths[3])])
+    shared = ["--output-dir", long, "--cp-size", "2", "--model", extended, "--short", short]
+    table, other = pool.run(2, train_long, *sizes[3], *shared)
+    assert table == other and list(table) == ["short model", "YaRN, not trained", "trained"]
+    edges = (0, lengths[2])
+    while edges[-1] < lengths[3]:
+        edges += (2 * edges[-1],)
+    assert list(table["trained"]) == [f"{begin}-{end}" for begin, end in itertools.pairwise(edges)]
     for column, folder in (("YaRN, not trained", extended), ("trained", long)):
-        assert table[column] == pytest.approx(losses_of_stock(Path(folder), held_out), rel=1e-5)
-    assert table["short model"]["128-256"] != table["YaRN, not trained"]["128-256"]
+        stock = answers_of_stock(Path(folder), lengths[3], rows, edges)
+        assert list(table[column].values()) == pytest.approx(stock, rel=1e-5, abs=1e-6)
+    before, untrained, after = (list(column.values()) for column in table.values())
+    assert before[1:] != untrained[1:]
+    if is_whole:
+        assert before[0] < 0.2 and min(before[1:]) > 1.5, before  # it finds what is near, and guesses what is far
+        assert max(after) < 0.2 and after[-1] < untrained[-1] < 0.1 * before[-1], table
 
 
 # ---- doremi, distillation ----

@@ -128,8 +128,12 @@ def overwritten(block: nn.Module, width: int, options: dict[str, Any], device: s
 @pytest.mark.parametrize(
     ("block", "width", "option"), [(Branched, 16, "inplace_buffers"), (Chained, 256, "allow_buffer_reuse")]
 )
-def test_compiled_code_leaves_operands_alone(block: type[nn.Module], width: int, option: str) -> None:
+def test_compiled_code_leaves_operands_alone(
+    block: type[nn.Module], width: int, option: str, pytestconfig: pytest.Config
+) -> None:
     """Each of the options is needed: without it, inductor overwrites what a weight gradient waits for."""
+    if block is Chained and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
     options = inductor_options(None, keeps_operands=True)
     assert overwritten(block(), width, options) == 0
     assert overwritten(block(), width, {**options, option: True}) > 0

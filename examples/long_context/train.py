@@ -1,57 +1,54 @@
 """Pretrain a small Llama on short rows, and go on with long ones that two ranks share.
 
-torchrun --nproc-per-node 2 train.py --output-dir out/short --sequence-length 2048
+torchrun --nproc-per-node 2 train.py --output-dir out/first --sequence-length 128 --per-device-train-batch-size 16
+torchrun --nproc-per-node 2 train.py --output-dir out/short --sequence-length 2048 --model out/first
 python extend.py out/short out/extended --sequence-length 16384
 torchrun --nproc-per-node 2 train.py --output-dir out/long --sequence-length 16384 --cp-size 2 \
     --model out/extended --short out/short
 
-With `--model`, a table says what tokens far from the start of their document cost before and after.
+With `--short`, a table says what answers far from the start of their document cost before and after.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, default_data_collator, set_seed
+from questions import VOCABULARY, Questions
+from transformers import AutoConfig, LlamaConfig, default_data_collator, set_seed
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
-from hf_nanotron.data import TokenDataset
-
-HERE = Path(__file__).resolve().parent
 
 
 class ByPosition(torch.utils.data.Dataset):
-    """The first rows of `data`, with a column `domain`: at which positions of its document a token is predicted.
+    """Rows with a column `domain`: at which positions a token is predicted.
 
     The first bucket ends at `short` tokens, and each other one is as long as all before it.
     """
 
-    def __init__(self, data: TokenDataset, rows: int, short: int) -> None:
-        self.data, self.rows = data, min(rows, len(data))
+    def __init__(self, data: Questions, short: int) -> None:
+        self.data = data
         edges = [short]
-        while edges[-1] < data.sequence_length:
+        while edges[-1] < data.length:
             edges.append(2 * edges[-1])
-        self.edges = torch.tensor(edges)
+        self.buckets = torch.bucketize(torch.arange(data.length), torch.tensor(edges), right=True)
         self.domain_names = tuple(f"{begin}-{end}" for begin, end in zip([0, *edges], edges, strict=False))
 
     def __len__(self) -> int:
-        return self.rows
+        return len(self.data)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {name: torch.as_tensor(column) for name, column in self.data[index].items()}
-        return {**row, "domain": torch.bucketize(row["position_ids"], self.edges, right=True)}
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**self.data[index], "domain": self.buckets}
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[NanotronTrainer, dict[str, dict[str, float]]]:
     """Train, save, and return the trainer, and for each column of the table the held-out losses by position."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=HERE / "out", help="what prepare.py has written (%(default)s)")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--sequence-length", type=int, required=True, help="tokens of a row")
-    parser.add_argument("--model", help="weights to go on with, as extend.py has written them (fresh ones)")
+    parser.add_argument("--model", help="weights to go on with (fresh ones)")
     parser.add_argument("--short", help="the model before it was extended, for the table")
+    parser.add_argument("--max-positions", type=int, default=2048, help="of fresh weights (%(default)s)")
     parser.add_argument("--cp-size", type=int, default=1, help="ranks that share a row (%(default)s)")
     parser.add_argument("--max-steps", type=int, default=200, help="(%(default)s)")
     parser.add_argument("--per-device-train-batch-size", type=int, default=1, help="(%(default)s)")
@@ -78,56 +75,53 @@ def main(argv: Sequence[str] | None = None) -> tuple[NanotronTrainer, dict[str, 
         report_to="none",
         seed=1,
     )
-    tokenizer = AutoTokenizer.from_pretrained(cli.data / "tokenizer")
-
-    def rows(folder: str) -> TokenDataset:
-        return TokenDataset(cli.data / folder, cli.sequence_length, documents="mask")
+    of_a_step = cli.per_device_train_batch_size * cli.gradient_accumulation_steps * args.world_size // cli.cp_size
+    rows = Questions(cli.max_steps * of_a_step, cli.sequence_length, seed=1)
 
     def trainer_of(path: str | None, **fields: Any) -> NanotronTrainer:
         if path is not None:
             model = AutoModelForCausalLM.from_pretrained(path, parallel=args.parallel, **fields)
         else:
             config = LlamaConfig(
-                vocab_size=len(tokenizer),
+                vocab_size=VOCABULARY,
                 hidden_size=64,
-                intermediate_size=192,
+                intermediate_size=128,
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=2,
-                max_position_embeddings=cli.sequence_length,
+                max_position_embeddings=cli.max_positions,
                 initializer_range=0.06,  # a model this narrow learns slowly from the usual 0.02
                 bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=None,
                 pad_token_id=None,
             )
             set_seed(args.seed)
             model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
-        held_out = ByPosition(rows("held_out"), cli.eval_rows, bucket)
+        held_out = ByPosition(Questions(cli.eval_rows, cli.sequence_length, seed=2), bucket)
         return NanotronTrainer(
             model=model,
             args=args,
-            train_dataset=rows("tokens"),
+            train_dataset=rows,
             eval_dataset=held_out,
             data_collator=default_data_collator,
-            processing_class=tokenizer,
         )
 
     def by_position(trainer: NanotronTrainer) -> dict[str, float]:
         prefix = "eval_loss/"
         return {name.removeprefix(prefix): v for name, v in trainer.evaluate().items() if name.startswith(prefix)}
 
-    bucket, table = cli.sequence_length, {}
+    bucket, table = min(cli.max_positions, cli.sequence_length), {}
     if cli.short is not None:
         bucket = AutoConfig.from_pretrained(cli.short).max_position_embeddings
         table["short model"] = by_position(trainer_of(cli.short, max_position_embeddings=cli.sequence_length))
     trainer = trainer_of(cli.model)
-    if cli.model is not None:
+    if cli.short is not None:
         table["YaRN, not trained"] = by_position(trainer)
     trainer.train()
     table["trained"] = by_position(trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"saved {cli.output_dir}; held-out loss by the position of a token in its document:")
+        print(f"saved {cli.output_dir}; held-out loss of answers by position:")
         print_table(table)
     return trainer, table
 

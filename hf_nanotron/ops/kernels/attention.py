@@ -1,4 +1,4 @@
-"""The kernels of causal attention: FlashAttention-4, torch's flash attention, and one document after another.
+"""Kernels of causal attention: FlashAttention-4, torch's flash attention on GPUs and CPUs, document after document.
 
 Layouts are those of `ops.attention`, whose operator calls them.
 """
@@ -236,9 +236,65 @@ def _heads_last(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.unflatten(0, (like.shape[2], -1)).sum(1).transpose(0, 1)
 
 
+# ---- torch's flash attention on a CPU: documents one after another, no windows. Any dtype ----
+
+
+def _pieces(problem: Problem, q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice, bool]]:
+    """Queries of each document with the keys before all of them, and with their own, which the causal mask is over.
+
+    The kernel aligns its mask at the top left, so with the mask it gets as many keys as queries. It takes values with
+    as many features as keys.
+    """
+    cuts = (itertools.pairwise(bounds.tolist()) for bounds in _both_bounds(problem, q, k))
+    found = []
+    for (begin, end), (first, last) in zip(*cuts, strict=True):
+        own = last - (end - begin)
+        found += [(slice(begin, end), slice(first, own), False)] if own > first and end > begin else []
+        found += [(slice(begin, end), slice(own, last), True)] if end > begin else []
+    return found
+
+
+def _cpu_flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
+    heads = q.shape[2]
+    every_q, every_k, every_v = (_heads_first(x, heads)[None] for x in _flat(q, k, v))
+    output, sums = torch.zeros_like(every_q), every_q.new_full(every_q.shape[:-1], -torch.inf)
+    for queries, keys, causal in _pieces(problem, q, k):
+        inputs = (every_q[:, :, queries], every_k[:, :, keys], every_v[:, :, keys])
+        part, part_sums = CPU_FLASH(*inputs, 0.0, causal, scale=problem.scale)
+        before = sums[:, :, queries]
+        both = torch.logaddexp(before, part_sums)
+        weights, part_weights = ((x - both).exp()[..., None] for x in (before, part_sums))
+        output[:, :, queries] = output[:, :, queries] * weights + part * part_weights
+        sums[:, :, queries] = both
+    return output[0].transpose(0, 1).to(q.dtype).reshape(q.shape), sums[0]
+
+
+def _cpu_flash_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
+    q, k, v, output, sums = saved
+    heads = q.shape[2]
+    every = (_heads_first(x, heads)[None] for x in _flat(grad, q, k, v, output))
+    every_grad, every_q, every_k, every_v, every_output = every
+    dq, dk, dv = (torch.zeros_like(x) for x in (every_q, every_k, every_v))
+    for queries, keys, causal in _pieces(problem, q, k):
+        of_queries = (every_output[:, :, queries].contiguous(), sums[None, :, queries].contiguous())
+        part = CPU_FLASH_BACKWARD(
+            every_grad[:, :, queries], every_q[:, :, queries], every_k[:, :, keys], every_v[:, :, keys], *of_queries,
+            0.0, causal, scale=problem.scale,
+        )  # fmt: skip
+        for total, where, one in zip((dq, dk, dv), (queries, keys, keys), part, strict=True):
+            total[:, :, where] += one
+    dq, dk, dv = (_heads_last(total[0], like) for total, like in ((dq, q), (dk, k), (dv, k)))
+    return dq.to(q.dtype).reshape(q.shape), dk.to(k.dtype).reshape(k.shape), dv.to(v.dtype).reshape(v.shape)
+
+
+CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
 KERNELS = {
     "fa4": Kernel(_fa4_forward, _fa4_backward, dense=True),
     "flash": Kernel(_flash_forward, _flash_backward),
+    "cpu_flash": Kernel(_cpu_flash_forward, _cpu_flash_backward),
     "by_document": Kernel(_by_document_forward, _by_document_backward),
 }
 
