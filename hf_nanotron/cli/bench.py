@@ -36,6 +36,7 @@ def _bench(args: argparse.Namespace) -> None:
     from ..parallel.config import ParallelConfig
     from ..parallel.mesh import ParallelMesh
     from ..parallel.together import refuse_together
+    from ..plan.default_rates import completed
     from ..plan.measure_rates import measure_rates
 
     mesh = ParallelMesh(ParallelConfig())
@@ -62,5 +63,7 @@ def _bench(args: argparse.Namespace) -> None:
         )
     places = {"inside": "between GPUs of a host", "between": "between hosts"}
     if missing := [words for place, words in places.items() if place not in {link.place for link in rates.links}]:
-        print(f"not measured: links {' and '.join(missing)}; a plan takes those of the GPU's data sheet")
+        is_known = len(completed(rates).links) > len(rates.links)
+        instead = "takes those of the GPU's data sheet" if is_known else "that needs them is refused"
+        print(f"not measured: links {' and '.join(missing)}; a plan {instead}")
     print(f"wrote {args.rates}")
