@@ -125,7 +125,7 @@ def layer_bytes(text: Any, parallel: ParallelConfig, item: int, policy: str | No
         kept += item * (queries + keys / 2)  # queries and keys before their norms
     if fp8:  # inputs of linears in one byte; that of the output projection beside what attention keeps
         kept += -2 * hidden / cut + outputs - (inner if experts is None else 0)
-    sent = (attention - outputs) * item if parallel.cp_size > 1 and parallel.cp_mode != "gather" else 0.0
+    sent = attention * item if parallel.cp_size > 1 and parallel.cp_mode != "gather" else 0.0
     kept += sent
     gradients = item * (attention + 3 * hidden)  # of the attention, which is kept
     if policy is None:

@@ -28,7 +28,10 @@ PLANNED = {
     "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
     "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
-    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error",
+    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error", "batch_size_warmup_start": None,
+    "batch_size_warmup_increment": None, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None,
+    "warmup_steps": 0, "wsd_decay_steps": None, "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
 }  # fmt: skip
 HELD = "stage 2: "  # what ranks are told in the second rehearsal of ZeRO stage 3
 
