@@ -118,8 +118,8 @@ def _targets(model: ParallelModel, config: Any) -> tuple[list[tuple[str, int, in
                 f"peft_config: {name!r} is no linear ({type(module).__name__}), whose adapters are not supported; "
                 "leave it out of target_modules."
             )
-        sizes = module.in_features, module.out_features, module.r["default"], module.scaling["default"]
-        found.append((name, *sizes))
+        inputs, outputs = module.get_base_layer().in_features, module.get_base_layer().out_features
+        found.append((name, inputs, outputs, int(module.r["default"]), float(module.scaling["default"])))
     return found, adapted.peft_config["default"]
 
 

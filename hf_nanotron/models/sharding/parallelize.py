@@ -120,7 +120,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     return model
 
 
-def refuse_sizes(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+def refuse_layout(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Refuse what `parallelize` would refuse of the model's sizes, and change nothing.
 
     Args:
@@ -133,12 +133,12 @@ def refuse_sizes(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     if (reason := why_not_causal(model)) is not None:
         raise ValueError(f"{reason}; hf_nanotron only trains causal language models.")
     anatomy = dissect(model)
-    _refuse_what_cannot_work(model, mesh)
+    refuse_sizes(model, mesh.parallel)
     tied = _tied_names(anatomy)
     plan = make_plan(anatomy, mesh.tp_size, mesh.ep_size)
     _refuse_what_ranks_would_draw_differently(model, mesh, plan)
     specs = _named_like_the_hub(tensor_specs(anatomy, mesh, plan), tied, anatomy)
-    layers = _split_layers(anatomy, mesh)
+    layers = layers_by_stage(anatomy, mesh.parallel)
     _refuse_shared_stages(model, {name: _stage_of(name, anatomy, layers) for name in specs}, tied)
 
 
