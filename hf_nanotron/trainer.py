@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -27,7 +27,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveColumnsCollator
 from transformers.utils import logging
 
+from .arguments.base_order import check_base_order
 from .checkpoint.directory.save import Save
+from .checkpoint.directory.verify import MARKER
 from .checkpoint.files.repository import AVERAGE_FOLDER, copy_average, drop_average, unlink_link, unlink_links
 from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
@@ -43,8 +45,10 @@ from .models.base import ParallelModel
 from .models.sharding.parallelize import parallelize
 from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
+from .models.token_figures import TokenFigures
 from .monitor.garbage import FreezeGarbage
 from .monitor.memory import MemoryReport
+from .monitor.run_log import RunLog
 from .monitor.throughput import Throughput
 from .ops.host_copy import to_device
 from .optim.build import (
@@ -64,6 +68,8 @@ from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
+from .plan.make import plan_of_trainer
+from .plan.result import Plan
 from .prepare.checkpointing_switches import note_switches
 from .prepare.frozen import check_tokenizer, freeze
 from .prepare.mlp_chunks import refuse_hooks
@@ -84,10 +90,13 @@ from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_d
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
+from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
+from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
+from .training.reporting import Reports, check_reports
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
 from .training.step.context import check_batch
@@ -95,7 +104,7 @@ from .training.step.custom_loss import LossChoice
 from .training.step.forward_pass import ForwardPass
 from .training.step.micro_batches import Window, make_micro_batches
 from .training.step.train_step import TrainStep
-from .training.trainer_methods import check_methods, is_overridden
+from .training.trainer_methods import LIBRARIES, check_methods, is_overridden
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -129,8 +138,13 @@ class NanotronTrainer(Trainer):
     memory_report: MemoryReport
     training_state: TrainingState
     _names: dict[nn.Parameter, str]
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     # ---- construction ----
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_base_order(cls, NanotronTrainer, Trainer, "hf_nanotron.trl.NanotronSFTTrainer for TRL")
 
     def __init__(
         self,
@@ -147,6 +161,7 @@ class NanotronTrainer(Trainer):
                 f"{type(args).__name__}."
             )
         args.check()
+        check_reports(args)
         refuse_arguments(positional, kwargs)
         check_methods(self)
         if not is_overridden(self, "create_scheduler") and not any(kwargs.get("optimizers") or ()):
@@ -164,13 +179,16 @@ class NanotronTrainer(Trainer):
         self._data_order, self._gradients, self._uploads = DataOrder(args), GradientAccess(), RemoteUploads(args)
         self._checkpointer = Checkpointer(args, self._uploads, self._push_committed)
         self._signals, self._schedule = StopSignals(args.save_on_signal), RunSchedule(args)
+        self._reports = Reports()
         if model is not None:
             check_shared(model.mesh, cast(str, args.output_dir), "output_dir", args.save_strategy != "no")
         train_dataset = kwargs["train_dataset"] = with_batch_warmup(kwargs.get("train_dataset"), args)
-        if is_run(train_dataset) and args.max_steps > 0:  # Trainer would ask for a length, which may take long to find
+        hides_data = is_run(train_dataset) and args.max_steps > 0
+        if hides_data:  # Trainer would ask for a length, which may take long to find
             kwargs["train_dataset"] = None
         super().__init__(model, args, *positional, **kwargs)
-        self.train_dataset = train_dataset
+        if hides_data:
+            self.train_dataset = train_dataset
         check_evaluable(self.eval_dataset)
         self.callback_handler.callbacks.insert(0, DataProgress(self._data_order))
         self._default_collator = self.data_collator if kwargs.get("data_collator") is None else None
@@ -184,9 +202,13 @@ class NanotronTrainer(Trainer):
         together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
-        self.add_callback(self.throughput)
+        self.callback_handler.callbacks.insert(0, self.throughput)  # before a user's, which may evaluate or save
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
+        self._profiler = StepProfiler(self.mesh, self.throughput)
+        self.add_callback(self._profiler)
+        self._run_log = RunLog(self.mesh, self.throughput, self.model.num_parameters(), MARKER)
+        self.add_callback(self._run_log)
         logger.info(
             f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; "
             "stages of this rank: "
@@ -201,7 +223,7 @@ class NanotronTrainer(Trainer):
     @args.setter
     def args(self, value: NanotronTrainingArguments) -> None:
         self._args = value
-        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule"):
+        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule", "_detail"):
             if (part := vars(self).get(name)) is not None:  # a subclass may assign before it calls `__init__`
                 part.args = value
 
@@ -250,15 +272,34 @@ class NanotronTrainer(Trainer):
             self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
             self._guard.begin_run()
             with self._checkpointer.running(resume_from_checkpoint) as source:
-                with self._schedule.branch(self.mesh, source), self._signals:
+                log = self._run_log.running(self.args.run_log)
+                with self._schedule.branch(self.mesh, source), self._signals, log:
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()
                 return result
         finally:
             self._garbage.release()
+            self.throughput.release()
+            self._profiler.release()
             self._data_order.end_run()
             end_run(self.model, self.training_state)
+
+    def plan(self, gpu: str | None = None, gpus: int | None = None, **options: Any) -> Plan:
+        """What a run of this trainer's model and arguments costs, before it is started (`hf-nanotron plan`).
+
+        Call it in a script that one process runs. Stock arguments and model count; a subclass's overrides do not.
+
+        Args:
+            gpu: kind of GPU, such as `"h100"`; that of this process if None.
+            gpus: of the job; as many as there are processes if None.
+            options: `gpus_per_node` (8), `rates` (a file of `hf-nanotron bench --rates`), `sequence_length` (tokens of
+                a row; that of the training data if not given), `run` (False: do not rehearse the ranks).
+
+        Raises:
+            ValueError: for a GPU that is not in the table, and in the trainer's words for what cannot run.
+        """
+        return plan_of_trainer(self, NanotronTrainer, gpu, gpus, **options)
 
     def call_model_init(self, trial: Any = None) -> ParallelModel:
         """Shards the model that `model_init` returns."""
@@ -393,7 +434,7 @@ class NanotronTrainer(Trainer):
         link = self._link_optimizer()  # an override may have made its own
         self._average = link.average = make_average(self.args, self.weights, self.mesh.device)
         self.create_scheduler(num_training_steps=max_steps)
-        self.model_wrapped = self.model
+        self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # evaluations need not
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -403,6 +444,7 @@ class NanotronTrainer(Trainer):
         data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
+        together(self.mesh, "opening the reports", self._open_reports)
         return self.model, train_dataloader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -475,7 +517,9 @@ class NanotronTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's; ranks tell each other where reading fails."""
-        window = super().get_batch_samples(self._windows.until_failure(epoch_iterator), *args, **kwargs)
+        window = super().get_batch_samples(
+            self._windows.until_failure(self.throughput.reading(epoch_iterator)), *args, **kwargs
+        )
         if (checkpoint := self._data_order.rng_to_restore()) is not None:
             self._load_rng_state(checkpoint)
         return window
@@ -525,13 +569,21 @@ class NanotronTrainer(Trainer):
         if self.doremi is not None and domains is not None:
             self.doremi.weigh(micro_batches, domains)
         teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
-        loss = self._step.run(micro_batches, step, own_loss, domains, teacher)
+        watch = self._detail.begin_step(step + 1)
+        figures = self._new_figures(len(batches))
+        if mixture is not None:
+            mixture.share = self._share_of_routers(batches)
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch, figures)
         self._gradients.run_hooks(self._link)
+        self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
         self._link.number = step + 1
         is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
         self._empty_cache()
-        mean_loss, told = self._report.sum_step(self.mesh, loss, batches, self._signals.received is not None)
+        is_told = self._signals.received is not None
+        mean_loss, told = self._report.sum_step(self.mesh, loss, batches, is_told, figures)
+        if figures is not None:
+            self._note_figures(figures, "train")
         self._domains.end_step(domains, own_loss is None, mean_loss, self._guard.filters)
         if mixture is not None and mixture.counts_loads:
             self._report.loads = mixture.balance(is_finite)
@@ -590,6 +642,7 @@ class NanotronTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
         assert self._flow is not None
+        self._log_detail(self._detail.end_step())
         for _ in self._flow.turns(lambda: self.control, self.state.global_step):
             control = self.control
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
@@ -610,6 +663,15 @@ class NanotronTrainer(Trainer):
         for name in [name for name, value in logs.items() if isinstance(value, str)]:
             logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
         super().log(logs, start_time)
+
+    def _log_detail(self, metrics: dict[str, float]) -> None:
+        """Hand statistics of single tensors to callbacks. They are too many for the history in each checkpoint."""
+        if metrics:
+            self.weights.wait()
+            with without_printing(self.callback_handler):
+                self.control = self.callback_handler.call_event(
+                    "on_log", self.args, self.state, self.control, logs=metrics
+                )
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
@@ -643,10 +705,7 @@ class NanotronTrainer(Trainer):
         if with_weights and (is_overridden(self, "save_model") or is_overridden(self, "_save")):
             self.save_model(str(save.directory), _internal_call=True)  # as Trainer does
         else:
-            checkpointer.write_model(save, self.model, with_weights)
-            if with_weights and self._average is not None:
-                with self._averaged():
-                    checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
+            self._write_model(save, with_weights)
         checkpointer.note_best(self.state, folder)
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
@@ -731,6 +790,15 @@ class NanotronTrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Trainer's; for the plain loss alone, no rank makes whole logits."""
         self._evaluation.compare_by_hand(inputs)
+        with self._evaluation.summing_figures(self._new_figures(1), inputs) as figures:
+            result = self._predict_batch(model, inputs, prediction_loss_only, ignore_keys)
+        if figures is not None:
+            self._note_figures(figures, "eval")
+        return result
+
+    def _predict_batch(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None
+    ) -> tuple[Any, Any, Any]:
         if self.mesh.cp_size > 1:
             model = cast(nn.Module, DealtModel(self.training_state))
         loss_choice = self._loss_choice
@@ -748,6 +816,7 @@ class NanotronTrainer(Trainer):
         """Trainer's, on every rank."""
         self.mesh.assemble("save_model", f" to {output_dir or self.args.output_dir or '.'}")
         super().save_model(output_dir, *args, **kwargs)
+        self.throughput.pause()
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on every rank."""
@@ -838,6 +907,26 @@ class NanotronTrainer(Trainer):
         own = {**average, **weights, **schedule, **parametrization_state(self.model)}
         return {CURSOR: self.data_cursor(), **self._domains.state(), **own}
 
+    # ---- for trainers that derive from this one, and report and train more ----
+
+    def _new_figures(self, micro_batches: int) -> TokenFigures | None:
+        """What is to be summed up over the tokens of so many micro-batches; None for nothing."""
+        return None
+
+    def _note_figures(self, figures: TokenFigures, mode: str) -> None:
+        """Take the sums of all ranks over a window (`mode` "train") or a batch of an evaluation ("eval")."""
+
+    def _write_model(self, save: Save, with_weights: bool) -> None:
+        """The Hub's files of a checkpoint, by all ranks together."""
+        self._checkpointer.write_model(save, self.model, with_weights)
+        if with_weights and self._average is not None:
+            with self._averaged():
+                self._checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
+
+    def _share_of_routers(self, batches: list[dict[str, Any]]) -> float | torch.Tensor:
+        """What the losses over routers of each of these micro-batches are multiplied by. All ranks together."""
+        return 1.0
+
     # ---- parts of the overrides ----
 
     def _refuse_stray_call(self) -> None:
@@ -873,6 +962,10 @@ class NanotronTrainer(Trainer):
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
         whose = type(self).__name__
         return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher_pass)
+
+    def _open_reports(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        self._reports.begin(callbacks, self.args, self.state, self.model, self._checkpointer.run)
 
     def _check_frozen(self) -> None:
         check_frozen(self.training_state, self.args.save_hub_weights)
@@ -1016,6 +1109,7 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
+        self._detail = MetricsDetail(self.args, model, self.weights)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

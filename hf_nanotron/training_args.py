@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
+from transformers.utils import logging as hub_logging
 
+from .arguments.base_order import check_base_order, check_defaults
 from .arguments.launch import check_launch
 from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
 from .arguments.policy import REFUSED, as_mapping, check_policy
@@ -22,6 +24,7 @@ from .arguments.recompute import check_recomputation, layer_numbers
 from .arguments.schedules import check_schedules
 from .arguments.secrets import SecretlessArguments
 from .arguments.values import check_values, set_plain_values
+from .arguments.watching import check_watching
 from .models.spectral.sizes import Spectral
 from .ops.fp8 import RECIPES
 from .parallel.config import ParallelConfig, refuse_removed
@@ -276,6 +279,26 @@ class NanotronTrainingArguments(SecretlessArguments):
         "Compute gated MLPs over blocks of so many tokens, forward and backward, so that only one block's activations "
         "are in memory. If unset, over all tokens at once.",
     )
+    metrics_detail: list[str] | str | None = _option(
+        None,
+        "Which statistics of the single tensors to log: weights, gradients, activations, as a list or as "
+        "weights,gradients. If unset, none.",
+        nargs="+",
+    )
+    metrics_detail_steps: int | None = _option(
+        None, "Optimizer steps from one log of metrics_detail to the next. If unset, 100."
+    )
+    profile_steps: str | None = _option(
+        None,
+        "Optimizer steps to profile, such as 10-12 or 3,10-12, counted from 1 over the whole training. Traces and a "
+        "table of where the time goes are written to _profile in output_dir. If unset, none.",
+    )
+    profile_ranks: list[int] | str | None = _option(
+        None, "Ranks that profile_steps profiles, as a list, as 0,3 or all. If unset, rank 0.", nargs="+"
+    )
+    run_log: bool = _option(
+        True, "Write what log lines say to _metrics.jsonl in output_dir, which hf-nanotron top and plot read."
+    )
     torch_compile: bool | None = _option(  # type: ignore[assignment]
         None,
         "Compile decoder layers for training. If unset, on CUDA with bf16, where it is faster.",
@@ -288,6 +311,12 @@ class NanotronTrainingArguments(SecretlessArguments):
         "Decoder layers of each stage, in model order, as a list or as 3,5. If unset, balanced by cost.",
         nargs="+",
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        told = cls, NanotronTrainingArguments, TrainingArguments, "hf_nanotron.trl.NanotronSFTConfig for TRL"
+        check_base_order(*told)
+        check_defaults(*told)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         refuse_removed(kwargs)
@@ -319,6 +348,8 @@ class NanotronTrainingArguments(SecretlessArguments):
             chosen = self.bf16 and self.device.type == "cuda"
         self.torch_compile = chosen or backend is not None or mode is not None
         self.torch_compile_backend, self.torch_compile_mode = backend, mode
+        if self.process_index > 0:
+            hub_logging.disable_progress_bar()  # one bar a job: also of transformers' own loading
         # The trainer casts by itself; accelerate must not autocast, nor convert outputs to fp32.
         self.mixed_precision = "no"
         if self.world_size != expected_world_size:
@@ -414,6 +445,7 @@ class NanotronTrainingArguments(SecretlessArguments):
                 "rank alone; use attention='auto', or cp_size=1."
             )
         check_muon(self)
+        check_watching(self, _world_size())
         self._check_fp8()
         self._check_mlp_chunks()
         check_schedules(self)

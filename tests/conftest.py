@@ -27,7 +27,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-TABLES = ("test_parity", "test_context_parallel", "test_zero", "test_resume", "test_families")
+TABLES = ("test_parity", "test_context_parallel", "test_zero", "test_resume", "test_sft", "test_families")
 FROM_WORKERS: dict[str, dict[str, Any]] = {}  # where pytest-xdist runs the tests in processes of its own
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import tempfile
 from types import SimpleNamespace
@@ -204,6 +205,67 @@ def test_throughput_counts_steps_and_nothing_else(monkeypatch: pytest.MonkeyPatc
     assert throughput.report()["mfu"] == pytest.approx(flops / 4 / 1e9)
 
 
+def test_throughput_leaves_out_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full garbage collections, within a step or at its end; those beside steps are left out with what they are in."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("hf_nanotron.monitor.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    throughput = Throughput(lonely_mesh(), {}, tiny_config())
+    watching = list(gc.callbacks)
+    throughput.on_train_begin()
+    (on_collection,) = [callback for callback in gc.callbacks if callback not in watching]
+
+    def collect(seconds: float, generation: int = 2) -> None:
+        on_collection("start", {"generation": generation})
+        clock.now += seconds
+        on_collection("stop", {"generation": generation})
+
+    def step(seconds: float, collecting: float = 0.0, generation: int = 2) -> None:
+        throughput.on_step_begin()
+        throughput.add_tokens(torch.tensor(8), torch.tensor(8))
+        clock.now += seconds
+        collect(collecting, generation)
+        throughput.on_step_end()
+
+    collect(5.0)  # before the first step
+    step(1.0)
+    step(1.0, collecting=3.0)
+    collect(4.0)  # after the step, as `FreezeGarbage` does
+    step(1.0)
+    step(1.0, collecting=1.0, generation=0)  # a part of every Python program
+    figures = throughput.report()
+    assert figures["step_time"] == 5.0 / 4 and figures["tokens_per_second"] == 4 * 8 / 5.0
+    collect(2.0)  # of the save that comes to its end now
+    clock.now += 7.0
+    throughput.on_save()
+    step(2.0)
+    assert throughput.report()["step_time"] == 2.0
+    throughput.on_step_begin()
+    throughput.add_tokens(torch.tensor(1000), torch.tensor(8))
+    clock.now += 3.0
+    throughput.on_save()  # by a callback, before the step has ended: such a step is left out
+    throughput.on_step_end()
+    step(2.0)
+    figures = throughput.report()
+    assert figures["step_time"] == 2.0 and figures["tokens_per_second"] == 4.0
+    throughput.release()
+    assert gc.callbacks == watching
+
+
+def test_collections_of_a_run_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Python itself, which calls what is in `gc.callbacks`."""
+    throughput = Throughput(lonely_mesh(), {}, tiny_config())
+    throughput.on_train_begin()
+    try:
+        throughput.on_step_begin()
+        throughput.add_tokens(torch.tensor(8), torch.tensor(8))
+        gc.collect()
+        throughput.on_step_end()
+        ((begin, end),) = throughput._stalls
+        assert end > begin
+    finally:
+        throughput.release()
+
+
 def test_squared_lengths() -> None:
     """By hand, and by the bounds that attention gets; what marks no documents is a row of one."""
     ids = torch.zeros(2, 6, dtype=torch.long)
@@ -351,9 +413,18 @@ def test_flops_of_active_parameters() -> None:
         ("NVIDIA B200", 2250),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L40S", 362),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("AMD Instinct MI300X", 1307),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
         ("NVIDIA L40", None),
-        ("NVIDIA H20", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: float | None) -> None:

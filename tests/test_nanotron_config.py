@@ -253,6 +253,14 @@ def test_what_a_llama_becomes(tmp_path: Path) -> None:
     assert "optimizer.weight_decay=0.01: norms and biases do not decay here" in comments
 
 
+def test_fewer_micro_batches_than_stages(tmp_path: Path) -> None:
+    """1f1b is refused by training then, and the file is one that trains."""
+    tokens = {**LLAMA["tokens"], "batch_accumulation_per_replica": 1}
+    found, comments, _ = convert(tmp_path, {**LLAMA, "tokens": tokens})
+    assert found["training"]["pp_schedule"] == "afab" and found["training"]["gradient_accumulation_steps"] == 1
+    assert "parallelism.pp_engine=1f1b: afab: with fewer micro-batches than stages" in comments
+
+
 def test_what_data_become(tmp_path: Path) -> None:
     found = {name: convert(tmp_path, CONFIGS[name])[0]["dataset"] for name in CONFIGS}
     order = {"order": "nanoset", "seed": 7, "samples": 15 * 2 * 4 * 2}

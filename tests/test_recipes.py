@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from family_runs import tiny_model
 from hub_server import HubServer
 from pool import WorkerPool
@@ -252,3 +254,80 @@ def test_a_llama_goes_on_and_is_pushed(pool: WorkerPool, tokens: Path, tmp_path:
     assert evaluated[0] == pytest.approx(base[2][-1]["eval_code_loss"], rel=1e-5) and evaluated[-1] < evaluated[0]
     generate = pipeline("text-generation", model=str(pushed))
     assert generate("def ", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("def ")
+
+
+# ---- one YAML each ----
+
+FEW = ("--use_cpu", "--disable_tqdm", "--save_strategy=no", "--logging_steps=1", "--max_steps=2", "--warmup_steps=1")
+
+
+def test_the_ancestors_first_configuration(pool: WorkerPool, tokens: Path, tmp_path: Path) -> None:
+    """tp 2, pp 2 and dp 2, with the losses of one process."""
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"completion": f"def f{n}(x): return {n} + x * {n % 7}\n" * 4}) + "\n" for n in range(24))
+    )
+    path = str(EXAMPLES / "tiny_llama" / "run.yaml")
+    text = (f"--tokenizer={tokens}/tokenizer", f"--dataset.path={tmp_path}/corpus.jsonl")
+    few = (*FEW, *text, "--learning_rate=1e-2")
+    alone = ("--tp_size=1", "--pp_size=1", "--gradient_accumulation_steps=2", f"--output_dir={tmp_path}/one")
+    status, errors, expected = pool.run(1, run, path, *few, *alone)[0]
+    assert status == 0, errors
+    status, errors, found = pool.run(8, run, path, *few, f"--output_dir={tmp_path}/eight")[0]
+    assert status == 0, errors
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5) and len(losses(found)) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "eight").config.num_hidden_layers == 2
+
+
+def test_the_ancestors_values(tmp_path: Path) -> None:
+    """What the converter makes of the ancestor's file is what the example has."""
+    from test_nanotron_config import LLAMA, convert
+
+    theirs = copy.deepcopy(LLAMA)
+    theirs["tokens"] |= {"batch_accumulation_per_replica": 1, "sequence_length": 32, "train_steps": 10}
+    theirs["optimizer"]["learning_rate_scheduler"] |= {"lr_decay_steps": 8}
+    converted, _, _ = convert(tmp_path, theirs)
+    ours = yaml.safe_load((EXAMPLES / "tiny_llama" / "run.yaml").read_text())
+    same = ours["training"].keys() - {"output_dir", "report_to"}
+    assert {key: ours["training"][key] for key in same} == {key: converted["training"].get(key) for key in same}
+    model = ours["model"]["config"]
+    assert model == {key: converted["model"]["config"][key] for key in model}
+
+
+def push_small(repo: str, source: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=source)
+
+
+def test_from_the_hub_and_back(pool: WorkerPool, tokens: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """A small model of a folder by default; with --full-matrix one of a Hub on loopback, and the push of the result."""
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    words = AutoTokenizer.from_pretrained(tokens / "tokenizer")
+    set_seed(0)
+    config = tiny_config(num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    words.save_pretrained(base)
+    text = (EXAMPLES / "from_hub_llama" / "run.yaml").read_text()
+    path = tmp_path / "run.yaml"
+    path.write_text(text.replace("out/tokens", f"{tokens}/tokens/code").replace("out/run", f"{tmp_path}/run"))
+    few = (*FEW, "--dataset.sequence_length=32", "--gradient_accumulation_steps=2")
+    if not pytestconfig.getoption("full_matrix"):
+        local = (f"--model.name_or_path={base}", f"--tokenizer={base}", "--push_to_hub=false")
+        status, errors, log = pool.run(2, run, str(path), *few, *local, "--tp_size=2")[0]
+        assert status == 0, errors
+        assert len(losses(log)) == 2 and (tmp_path / "run" / "model.safetensors").is_file()
+        return
+    with HubServer(token="hf_loopback") as hub:
+        env = {**os.environ, **hub.client_env(tmp_path / "home")}
+        script = "import sys, test_recipes; test_recipes.push_small(*sys.argv[1:])"
+        place = {**env, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])}
+        subprocess.run([sys.executable, "-c", script, "user/base", str(base)], env=place, check=True, timeout=200)
+        train = [sys.executable, "-m", "hf_nanotron.cli", "train", str(path), *few]
+        names = ["--model.name_or_path=user/base", "--tokenizer=user/base", "--hub_model_id=user/more"]
+        done = subprocess.run([*train, *names], env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= hub.files("user/more").keys()
+        assert hub.files("user/more")["model.safetensors"].data != (base / "model.safetensors").read_bytes()

@@ -20,7 +20,9 @@ from transformers import TrainingArguments
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.data_keys import MEANINGS, SETS
 from hf_nanotron.cli.main import build_parser
+from hf_nanotron.monitor.gpus import GPUS
 from hf_nanotron.training import trainer_methods
+from hf_nanotron.trl import arguments as sft_arguments
 
 DOCS = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"(<!-- table: (\w+) -->)\n.*?(?<=\n)(<!-- end -->)", re.DOTALL)
@@ -79,6 +81,40 @@ def commands() -> str:
     return "\n\n".join(section for parser in _commands_of(build_parser()) for section in _command(parser))
 
 
+def sft() -> str:
+    """What each argument of TRL means here."""
+    return _table(("argument of TRL", "here"), ((name, _cell(text)) for name, text in sft_arguments.rows()))
+
+
+def accuracy() -> str:
+    """What a plan predicts beside the steps that were measured."""
+    folder = str(DOCS.parent / "examples" / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import plan_accuracy
+    finally:
+        sys.path.remove(folder)
+    rows = plan_accuracy.predict()
+    return f"{plan_accuracy.summary(rows)}\n\n{plan_accuracy.table(rows)}"
+
+
+def gpus() -> str:
+    """The GPUs that plans know."""
+    rows = [
+        (
+            f"`{gpu.name}`",
+            f"{gpu.bf16 / 1e12:,.0f}",
+            "" if gpu.fp8 is None else f"{gpu.fp8 / 1e12:,.0f}",
+            f"{gpu.bytes_ / 1e9:.0f}",
+            f"{gpu.memory / 1e12:.2f}",
+            f"{gpu.link / 1e9:.0f}",
+            f"{gpu.network / 1e9:g}",
+        )
+        for gpu in GPUS
+    ]
+    return _table(("GPU", "bf16, TFLOP/s", "FP8", "memory, GB", "TB/s", "link, GB/s", "network"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "dataset": dataset,
@@ -86,6 +122,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "ours": ours,
     "irrelevant": irrelevant,
     "commands": commands,
+    "sft": sft,
+    "accuracy": accuracy,
+    "gpus": gpus,
 }
 
 

@@ -23,6 +23,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
+    "qwen-0.5b": {  # Qwen2.5-0.5B
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "8b": {  # Llama-3.1-8B, but for its rotary frequencies
         "hidden_size": 4096,
         "intermediate_size": 14336,

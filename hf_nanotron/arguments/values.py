@@ -65,7 +65,7 @@ LIMITS: dict[str, Limit] = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps",
             "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_timeout", "max_skipped_steps",
-            "remote_keep_local", "remote_pending_limit", "mlp_chunk_tokens",
+            "remote_keep_local", "remote_pending_limit", "mlp_chunk_tokens", "metrics_detail_steps",
         ),
         SIZE,
     ),

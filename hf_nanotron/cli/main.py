@@ -1,4 +1,4 @@
-"""The `hf-nanotron` command: generate, train, launch, convert, check, coordinate-check, tokenize, data, average, ...
+"""The `hf-nanotron` command: train, generate, plan, launch, check, convert, tokenize and others.
 
 A sub-command imports torch when it runs, so that `--help` answers at once. Any of them runs sharded under torchrun:
 
@@ -18,12 +18,16 @@ from typing import Any
 from ..convert.arguments import CONVERSIONS, add_arguments
 from ..version import __version__
 from .average import DESCRIPTION as AVERAGE, add_average_arguments
+from .bench import DESCRIPTION as BENCH, add_bench_arguments
 from .check import DESCRIPTION as CHECK, add_check_arguments
 from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_arguments
 from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
 from .inspect import add_inspect_arguments
 from .launch import DESCRIPTION as LAUNCH, add_launch_arguments
+from .plan import DESCRIPTION as PLAN, add_plan_arguments
+from .plot import DESCRIPTION as PLOT, add_plot_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
+from .top import DESCRIPTION as TOP, add_top_arguments
 from .upload import add_upload_arguments
 
 
@@ -71,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(
         _add_command(commands, "average", "average the weights of Hub repositories of one model", AVERAGE)
     )
+    add_plot_arguments(_add_command(commands, "plot", "draw loss, learning rate and throughput of runs", PLOT))
+    add_top_arguments(_add_command(commands, "top", "show a running job in the terminal, from its own log", TOP))
+    add_plan_arguments(_add_command(commands, "plan", "say what a run costs, and find its best layout", PLAN))
+    add_bench_arguments(_add_command(commands, "bench", "measure how fast this machine is, for plans", BENCH))
     add_upload_arguments(_add_command(commands, "upload", "upload the checkpoints of a run to its remote store"))
     return parser
 

@@ -78,6 +78,11 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
     settings = _read(path)
     if not settings and not overrides:
         raise ValueError(f"{path} is empty; it needs the sections {NEEDED} (see hf-nanotron train --help).")
+    return sections_of(settings, str(path), overrides)
+
+
+def sections_of(settings: dict[Any, Any], where: str, overrides: Sequence[str]) -> tuple[Settings, str | None]:
+    """As `read_settings`, of `settings` that are from `where`."""
     for key, value in _pairs(overrides):
         *parents, leaf = key.split(".") if "." in key or key == "tokenizer" else ("training", key)
         section: Any = settings
@@ -87,7 +92,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> tuple[Settings, str |
                 section[place] = {}
             section = section[place]
             if not isinstance(section, dict | list):
-                raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {path}, not a section.")
+                raise ValueError(f"--{key}: {parent!r} is {shown(parent, section)} in {where}, not a section.")
         section[_place(section, leaf, key)] = value
     refuse_unknown("", settings, (*SECTIONS, "tokenizer"), SECTIONS)
     sections = {name: {} if settings.get(name) is None else settings[name] for name in SECTIONS}

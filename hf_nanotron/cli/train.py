@@ -13,6 +13,7 @@ from ..models.auto import AutoModelForCausalLM
 from ..trainer import NanotronTrainer
 from ..training.data_order import data_seed
 from ..training.doremi import DoReMi
+from ..training.reporting import check_reports
 from ..training_args import NanotronTrainingArguments
 from .data import collate, load_data
 from .errors import existing_path, explained
@@ -28,6 +29,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     plan = check_complete(settings)
     with explained("training"):
         args = NanotronTrainingArguments(**settings["training"])
+        check_reports(args)
     tokenizer = load_tokenizer(tokenizer_name)
     with args.main_process_first(desc="preparing the data"):  # the others find what it cached
         train_dataset, eval_dataset = load_data(plan, tokenizer, data_seed(args))

@@ -31,9 +31,11 @@ class ParallelModel(WholeModel, GenerationMixin):
 
     Attributes:
         stages: the pipeline stages of this rank, in model order.
+        layers_of_stage: decoder layers of each stage of the whole model.
     """
 
     stages: list[Stage]
+    layers_of_stage: tuple[range, ...]
 
     def check_cut(self) -> None:
         """Refuse a model that was changed since it was cut in a way that its weights cannot follow. All ranks together.

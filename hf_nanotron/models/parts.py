@@ -208,7 +208,8 @@ class ModelParts(PreTrainedModel):
         # Whoever computes a loss from whole logits may call this for a part of it.
         is_whole = logits.shape[-1] == sum(self.vocab_sizes)
         start, group = (0, self.mesh.alone) if is_whole else (self.vocab_start, self.head_group)
-        told = self.training_loss.note, self.training_loss.shares
+        asked = self.training_loss
+        told = asked.note, asked.shares, asked.note_choices, asked.reweigh
         return causal_lm_loss(logits, labels, start, group, num_items_in_batch, shift_labels, z_loss, *told)
 
     @property

@@ -18,6 +18,7 @@ from .parts import ModelParts
 from .stand_ins import AbsentEmbedding, AbsentLayer, Boundary, put_stand_in, stand_in
 from .stock.foreign import is_foreign_class
 from .stock_forward import stock_forward
+from .training_loss import MicroBatch
 
 LOSS_WEIGHT = "loss_weight"  # of a micro-batch: what its loss is multiplied by
 
@@ -99,8 +100,18 @@ class Stage:
         output = self._compute(inputs, received)
         micro_batch = self._model.training_loss.micro_batch
         if self.is_last and self._model.training and micro_batch is not None:
+            self._note_logits(micro_batch, inputs, output)
             micro_batch.finish(output)
         return output
+
+    def _note_logits(self, micro_batch: MicroBatch, inputs: dict[str, Any], output: Any) -> None:
+        """Of a loss from whole logits: what the model thinks of the tokens. `compute_loss` sees to its own."""
+        figures = self._model.training_loss.figures
+        if figures is None or micro_batch.by_caller or not micro_batch.counts:
+            return
+        labels = inputs.get("labels") if micro_batch.labels is None else micro_batch.labels
+        shift_labels = inputs.get("shift_labels") if micro_batch.shift_labels is None else micro_batch.shift_labels
+        figures.note_logits(output.logits, labels, shift_labels, self._model.mesh.alone)
 
     def _compute(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         for copied in self._copied:
@@ -127,6 +138,9 @@ class Stage:
         if mixture.reports_loss:
             output["aux_loss"] = mixture.aux_loss(packed, self._model.training)
         else:
+            figures = self._model.training_loss.figures
+            if figures is not None:
+                figures.note_auxiliary(mixture.aux_loss(packed.detach(), self._model.training))
             routers = mixture.loss(packed, self._model.training)
             output.loss = output.loss + (routers if weight is None else routers * weight)
         return output

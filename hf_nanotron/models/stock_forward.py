@@ -62,6 +62,8 @@ def stock_forward(
             weight_gradient=head.weight_gradient,
             note=model.training_loss.note,
             shares=model.training_loss.shares,
+            note_choices=model.training_loss.note_choices,
+            reweigh=model.training_loss.reweigh,
         )
 
     with model.linear_head.predicting(view, loss):

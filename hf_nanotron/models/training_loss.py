@@ -10,7 +10,9 @@ import torch
 
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..ops.domain_sums import domain_sums, filled_up
-from ..parallel.tp.loss import NoteLosses, TokenShares, predicted
+from ..parallel.tp.choices import NoteChoices
+from ..parallel.tp.loss import NoteLosses, Reweigh, TokenShares, predicted
+from .token_figures import TokenFigures
 
 Loss = Callable[[Any, torch.Tensor | None, Any], torch.Tensor]
 
@@ -33,6 +35,7 @@ class MicroBatch:
     counts: bool = True
     loss: Loss | None = None
     labels: torch.Tensor | None = None
+    shift_labels: torch.Tensor | None = None
     items: torch.Tensor | None = None
     filled: dict[int, torch.Tensor] = field(default_factory=dict)
     by_caller: bool = False
@@ -138,6 +141,8 @@ class TrainingLoss:
         micro_batch: the one that is trained on now, where the model `makes_logits`.
         domains: what the losses of tokens are added to, if they are told by domain.
         measured: what the losses of tokens are put into, by a forward that is for nothing else.
+        figures: what is summed up of the tokens of a window besides, or of a batch that is evaluated.
+        reweigh: multiplies the loss of each token, by what it is, in training and evaluation.
     """
 
     z_loss: float = 0.0
@@ -145,6 +150,13 @@ class TrainingLoss:
     micro_batch: MicroBatch | None = None
     domains: DomainSums | None = None
     measured: TokenLosses | None = None
+    figures: TokenFigures | None = None
+    reweigh: Reweigh | None = None
+
+    @property
+    def note_choices(self) -> NoteChoices | None:
+        """Who is told what the model thinks of tokens."""
+        return None if self.figures is None or self.measured is not None else self.figures.note_choices
 
     @property
     def note(self) -> NoteLosses | None:

@@ -11,28 +11,15 @@ import torch
 from torch.nn import functional as F
 
 from ..parallel.batch import batch_shape
-
-# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the name that the driver reports.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-}
+from .gpus import gpu_of_driver
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of `device` in FLOP/s, or None if it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    gpu = gpu_of_driver(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.bf16
 
 
 # Names of one thing in the configs of different families.

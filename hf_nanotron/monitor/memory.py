@@ -115,8 +115,7 @@ class RankStep:
     @property
     def text(self) -> Any:
         """The config of the text model, or of its layer with the widest attention."""
-        text = self.config.get_text_config()
-        return max(layer_configs(text), key=_attention_elements, default=text)
+        return _widest(self.config.get_text_config())
 
     @property
     def in_blocks(self) -> bool:
@@ -209,7 +208,7 @@ def gathered_bytes(config: Any, tokens: int, parallel: ParallelConfig, item: int
     """
     if parallel.cp_size == 1 or parallel.cp_mode == "heads":
         return 0
-    text = max(layer_configs(config.get_text_config()), key=_attention_elements, default=config.get_text_config())
+    text = _widest(config.get_text_config())
     elements = _key_value_elements(text)
     heads = max(1, elements // max(1, sum(head_dims(text))) // parallel.tp_size)
     at_once = min(heads, parallel.cp_kv_heads_per_gather or -(-heads // 4))
@@ -238,6 +237,13 @@ def _kept_bytes(config: Any, parallel: ParallelConfig, item: int, policy: str, m
         return outside * item + inside
     cut = tp if parallel.sequence_parallel else 1
     return (2 * hidden // cut + blocks) * item + inside // tp + 8 * (first_of(config, NUM_EXPERTS) or 0)
+
+
+def _widest(text: Any) -> Any:
+    """The config of the layer with the widest attention."""
+    if not getattr(text, "is_heterogeneous", False):
+        return text
+    return max(layer_configs(text), key=_attention_elements, default=text)
 
 
 def _attention_elements(config: Any) -> int:

@@ -113,6 +113,7 @@ class ParallelMesh:
         self.tp_rank, self.cp_rank = self.coordinates.tp, self.coordinates.cp
         self.dp_rank, self.pp_rank = self.coordinates.dp, self.coordinates.pp
         self._groups: dict[str, Group] = {}
+        self._partitions: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._at_close: list[Callable[[], None]] = []
 
         self.tp = self.group("tp", lambda c: (c.pp, c.dp, c.cp))
@@ -155,7 +156,7 @@ class ParallelMesh:
         classes: dict[Hashable, list[int]] = {}
         for rank in range(self.world_size):
             classes.setdefault(key(self.coordinates_of(rank)), []).append(rank)
-        partition = tuple(tuple(ranks) for ranks in classes.values())
+        partition = self._partitions[name] = tuple(tuple(ranks) for ranks in classes.values())
         handle = (name if multiprocessors is not None else "", partition)
         if handle not in self._handles:
             self._handles[handle] = self._new_handle(partition, multiprocessors)
@@ -167,6 +168,10 @@ class ParallelMesh:
     def groups(self) -> Mapping[str, Group]:
         """The groups that have been made, by name; the first of those that share a communicator comes first."""
         return self._groups
+
+    def partition(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks of all groups that have been made under `name`."""
+        return self._partitions[name]
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""

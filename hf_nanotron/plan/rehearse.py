@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from ..models.auto import AutoModelForCausalLM
 from ..monitor.memory import MemoryReport
 from ..parallel.mesh import ParallelMesh
-from ..training_args import NanotronTrainingArguments, parallel_sizes
+from ..training_args import NanotronTrainingArguments
 from .fake_world import fake_world
-from .job import Job
+from .job import Job, parallel_config
+from .narrow import narrow, with_fewer_micro_batches
 from .outline import Outline
 from .roles import Role
-from .trace import Event, Recorder, RoleTrace
+from .trace import JOB, Event, Recorder, RoleTrace
 
 # What a run writes, reports, reads and evaluates besides its steps is no part of a plan.
 PLANNED = {
@@ -28,8 +28,12 @@ PLANNED = {
     "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
     "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,
-    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error",
+    "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error", "batch_size_warmup_start": None,
+    "batch_size_warmup_increment": None, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None,
+    "warmup_steps": 0, "wsd_decay_steps": None, "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
 }  # fmt: skip
+HELD = "stage 2: "  # what ranks are told in the second rehearsal of ZeRO stage 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Rehearsal:
         live: bytes of all tensors when the step began.
         peak: the most bytes of tensors at a time, on the way of layers that are not compiled.
         told: contents of the messages that describe others.
+        layers: decoder layers of each stage of the whole model.
     """
 
     trace: RoleTrace
@@ -50,12 +55,17 @@ class Rehearsal:
     live: int
     peak: int
     told: Mapping[str, torch.Tensor]
+    layers: tuple[int, ...]
 
 
 def rehearse_role(
     job: Job, role: Role, trainer_class: type[Any], told: Mapping[str, torch.Tensor] | None = None
 ) -> Rehearsal:
     """Train one optimizer step as `role.rank`, in this process.
+
+    Of more micro-batches than a period of the schedule takes, as many are run. ZeRO stage 3 is torch's `fully_shard`,
+    which takes no tensors without memory: what its ranks say is that of a narrow copy of the job, and what they hold is
+    that of stage 2, sharded as well.
 
     Args:
         trainer_class: `NanotronTrainer`, or a subclass of it that takes its arguments.
@@ -65,14 +75,35 @@ def rehearse_role(
         ValueError: for what the trainer refuses, with its sentence.
         RuntimeError: in a process that is a rank of a job.
     """
-    recorder = Recorder(dict(told or {}))
-    outline = Outline(recorder.watch, recorder.label)
     with fake_world(role.rank, job.world_size, job.gpus_per_node), tempfile.TemporaryDirectory() as folder:
-        sizes = parallel_sizes(job.arguments)
-        overlaps = {"tp_overlap": sizes.overlaps_tp(torch.device("cuda"))}
-        refused = NanotronTrainingArguments(folder, **{**job.arguments, "use_cpu": True})
-        optim = {"optim": str(getattr(refused.optim, "value", refused.optim)).removesuffix("_fused")}
-        args = NanotronTrainingArguments(folder, **{**job.arguments, **PLANNED, **overlaps, **optim})
+        NanotronTrainingArguments(folder, **{**job.arguments, "use_cpu": True})  # refuses what a run would refuse
+    job = with_fewer_micro_batches(job)
+    if parallel_config(job).zero_stage < 3:
+        done = _run(job, role, trainer_class, told)
+        return replace(done, report=_with_state_on_host(done.report, job))
+    there = {name.removeprefix(HELD): x for name, x in (told or {}).items() if name.startswith(HELD)}
+    held = _run(replace(job, arguments={**job.arguments, "zero_stage": 2}), role, trainer_class, there)
+    said = _run(narrow(job), role, trainer_class, told, has_values=True)
+    report = replace(held.report, parameters=held.report.masters or held.report.parameters, masters=0)
+    report = _with_state_on_host(report, job)
+    both = {**said.told, **{HELD + name: x for name, x in held.told.items()}}
+    return replace(held, trace=said.trace, told=both, report=report)
+
+
+def _run(
+    job: Job,
+    role: Role,
+    trainer_class: type[Any],
+    told: Mapping[str, torch.Tensor] | None,
+    has_values: bool = False,
+) -> Rehearsal:
+    recorder = Recorder(dict(told or {}))
+    outline = Outline(recorder.watch, recorder.label, has_values)
+    with fake_world(role.rank, job.world_size, job.gpus_per_node), tempfile.TemporaryDirectory() as folder:
+        overlaps = parallel_config(job).overlaps_tp(torch.device("cuda"))
+        optim = str(job.arguments.get("optim") or "adamw_torch").removesuffix("_fused")
+        planned = {**PLANNED, "tp_overlap": overlaps, "optim": optim}
+        args = NanotronTrainingArguments(folder, **{**job.arguments, **planned})
         with outline:
             model = AutoModelForCausalLM.from_config(job.config, parallel=args.parallel, parametrization=args.spectral)
             watcher = _Watcher(recorder, outline)
@@ -80,9 +111,17 @@ def rehearse_role(
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
             trainer.train()
-        events = tuple(_with_axes(recorder.events, trainer.mesh))
-        trace = RoleTrace(role, events)
-        return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told)
+        trace = RoleTrace(role, *_by_axis(recorder.events, trainer.mesh))
+        layers = tuple(map(len, trainer.model.layers_of_stage))
+        return Rehearsal(trace, trainer.memory_report, watcher.live, outline.peak, recorder.told, layers)
+
+
+def _with_state_on_host(report: MemoryReport, job: Job) -> MemoryReport:
+    """Of `optim_offload`: this much of masters and moments is in pinned memory, which has no place in a rehearsal."""
+    away = float(job.arguments.get("optim_offload") or 0.0)
+    masters, moments = round(away * report.masters), round(away * report.moments)
+    left = {"masters": report.masters - masters, "moments": report.moments - moments}
+    return replace(report, **left, host=report.host + masters + moments)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -114,10 +153,12 @@ class _Watcher(TrainerCallback):
         self.live = self._outline.peak = self._outline.live
 
 
-def _with_axes(events: list[Event], mesh: ParallelMesh) -> Iterator[Event]:
-    axes: dict[str, str] = {}
+def _by_axis(events: list[Event], mesh: ParallelMesh) -> tuple[tuple[Event, ...], dict[str, Any]]:
+    """The events with the names of their groups, and the ranks of all groups of these names."""
+    names = dict[str, str]()
     for name, group in mesh.groups.items():
         if group.handle is not None:
-            axes.setdefault(group.handle.group_name, name)
-    for event in events:
-        yield dataclasses.replace(event, group=axes.get(event.channel, "job"))
+            names.setdefault(group.handle.group_name, name)
+    named = tuple(replace(event, group=names.get(event.channel, JOB)) for event in events)
+    groups = {name: mesh.partition(name) for name in {event.group for event in named} - {JOB}}
+    return named, {**groups, JOB: (tuple(range(mesh.world_size)),)}

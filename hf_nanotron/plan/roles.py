@@ -30,25 +30,23 @@ class Role:
 
 
 def roles(job: Job) -> list[Role]:
-    """The distinct roles of a job, by their first rank. Each rank has one of them.
+    """The distinct roles of a job; the first is that of rank 0. Each rank has one of them.
 
-    Stages differ by their layers, first and last ones by embedding and head. Along every other axis the first rank and
-    the last one may differ from those between: the first reads for the others and reports, and padding is on the last.
+    Stages differ by their layers and their place in the schedule. Ranks of one stage run the same code on as much, but
+    for those that the first rank of an axis stands for: it reads and reports for others, so in the first and in the
+    last stage it has a role of its own.
 
     Raises:
         ValueError: as `parallel_config`.
     """
     config = parallel_config(job)
-    kinds: dict[tuple[object, ...], list[int]] = {}
+    kinds: dict[tuple[int, bool], list[int]] = {}
     for rank in range(job.world_size):
-        kinds.setdefault(_kind(coordinates_in(config, job.world_size, rank), config, job.world_size), []).append(rank)
-    return [Role(ranks[0], coordinates_in(config, job.world_size, ranks[0]), tuple(ranks)) for ranks in kinds.values()]
+        kinds.setdefault(_kind(coordinates_in(config, job.world_size, rank), config), []).append(rank)
+    found = [(ranks[0] if first else ranks[-1], ranks) for (_, first), ranks in kinds.items()]
+    return [Role(rank, coordinates_in(config, job.world_size, rank), tuple(ranks)) for rank, ranks in found]
 
 
-def _kind(at: Coordinates, config: ParallelConfig, world_size: int) -> tuple[object, ...]:
-    sizes = {"dp": config.dp_size(world_size), "cp": config.cp_size, "tp": config.tp_size}
-    return (at.pp, *(_end(getattr(at, axis), size) for axis, size in sizes.items()))
-
-
-def _end(index: int, size: int) -> str:
-    return "first" if index == 0 else "last" if index == size - 1 else "between"
+def _kind(at: Coordinates, config: ParallelConfig) -> tuple[int, bool]:
+    is_end = at.pp in (0, config.pp_size - 1)
+    return at.pp, not is_end or at.dp == at.cp == at.tp == 0

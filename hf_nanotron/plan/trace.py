@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ OPERATIONS = {
     "recv_": "recv",
 }
 MESSAGES = ("send", "recv")
+JOB = "job"  # the group of torch's that has all ranks
 ACTION = re.compile(r"(forward|backward|weight_gradients) stage=(\d+) micro_batch=(\d+)$")
 
 
@@ -72,17 +73,25 @@ class Event:
     step: int = 0
 
     def __str__(self) -> str:
-        towards = {"send": f" to rank {self.peer}", "recv": f" from rank {self.peer}"}.get(self.op, "")
+        return self.described(self.peer)
+
+    def described(self, peer: int | None) -> str:
+        """In words, of a rank of the role that has another peer than its representative."""
+        towards = {"send": f" to rank {peer}", "recv": f" from rank {peer}"}.get(self.op, "")
         where = f", {self.action} of micro-batch {self.micro_batch} on stage {self.stage}" if self.action else ""
         return f"{self.op}{towards} of {self.bytes:,} bytes of {self.dtype} (step {self.step}{where})"
 
 
 @dataclass(frozen=True)
 class RoleTrace:
-    """What the ranks of a role say, as their representative says it."""
+    """What the ranks of a role say, as their representative says it.
+
+    `groups`: by name, the ranks of all groups of an axis.
+    """
 
     role: Role
     events: tuple[Event, ...]
+    groups: Mapping[str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass
@@ -93,13 +102,14 @@ class Recorder:
     process or in `told`: a pipeline tells the next stage once which tensors will come.
 
     Attributes:
+        others: whether the other ranks are there, and nothing is to be handed over.
         events: in order.
         told: contents of messages of integers and of broadcasts.
         step: of the events that come.
     """
 
     told: dict[str, torch.Tensor] = field(default_factory=dict)
-    names: Callable[[], Mapping[str, str]] = dict
+    others: bool = False
     events: list[Event] = field(default_factory=list)
     step: int = 0
     _labels: list[str] = field(default_factory=list)
@@ -150,7 +160,8 @@ class Recorder:
         tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
         if not any(x.is_meta for x in tensors):
             result = func(*args, **kwargs)
-            self._fill(op, given)
+            if not self.others:
+                self._fill(op, given)
             return result
         # A communication of as many tensors of one element: only its handle is needed.
         small = tree_map_only(torch.Tensor, lambda x: torch.empty(1, dtype=x.dtype), (args, dict(kwargs)))

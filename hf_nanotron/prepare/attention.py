@@ -28,6 +28,7 @@ from ..ops.kernels.attention import flash_attention_4
 from ..parallel.batch import DOMAIN, batch_shape
 from ..parallel.cp.choice import HeadShape
 from ..parallel.dropout_streams import fields_of_chance
+from ..parallel.rehearsal import is_rehearsal
 
 # By what may run: names of `ops.attention.KERNELS`.
 KERNELS: dict[str, tuple[str, ...]] = {"fa4": ("fa4", "flash"), "torch": ("flash",)}
@@ -49,7 +50,8 @@ KNOWN_INPUTS = frozenset(
         DOMAIN,
     )
 )
-BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+# What says again what `position_ids` say, for blocks that read nothing else.
+BOUNDS_OF_STOCK = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def choose_attention(
     if asked == "stock":
         return None, own
     reason = why_stock(anatomy)
+    if reason is None and is_rehearsal() and dtype in HALF and next(model.parameters()).is_meta:
+        return Attention("fa4", takes_documents(model)), "attention: FlashAttention-4"
     if reason is None and (device.type != "cuda" or dtype not in HALF):
         reason = f"it computes in {dtype} on {device.type}; faster kernels need 16 bits on CUDA"
     if reason is not None:
@@ -165,6 +169,8 @@ def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
         if positions.dim() != 2 or positions.shape[1] != length:
             return None
         starts[:, 1:length] = (positions.diff(dim=-1) != 1).cpu()
+        if not _numbers(batch.get("seq_idx"), starts[:, 1:length]):
+            return None
     packed = bool(starts.any())
     starts[:, 0] = True
     if packed and missing:
@@ -172,6 +178,17 @@ def documents_of(batch: dict[str, Any], multiple: int = 1) -> Documents | None:
     ends = torch.tensor([starts.numel()])
     bounds = torch.cat([starts.flatten().nonzero().flatten(), ends]).to(torch.int32)
     return Documents(bounds, int(bounds.diff().max()), packed)
+
+
+def _numbers(indices: Any, starts: torch.Tensor) -> bool:
+    """Whether `indices` `[B, S]`, the number of each token's document, change where `starts` `[B, S - 1]` say; or are
+    not given.
+    """
+    if indices is None:
+        return True
+    if not isinstance(indices, torch.Tensor) or indices.dim() != 2 or indices.shape[1] != starts.shape[1] + 1:
+        return False
+    return torch.equal((indices.diff(dim=-1) != 0).cpu().expand_as(starts), starts)
 
 
 def _is_harmless(mask: torch.Tensor, batch: dict[str, Any]) -> bool:
@@ -248,7 +265,7 @@ def _attend(
             "Use attention='stock'."
         )
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
-    kernel = pick(kernels, Case(query.device.type == "cuda", query.dtype, query.shape[-1], packed, window))
+    kernel = pick(kernels, Case(query.device.type in ("cuda", "meta"), query.dtype, query.shape[-1], packed, window))
     if kernel is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

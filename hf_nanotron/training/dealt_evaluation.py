@@ -31,7 +31,7 @@ class DealtModel:
         asked = any(getattr(model.config.get_text_config(), name, False) for name in OF_EVERY_LAYER)
         if asked or needs_mask(inputs) is not None:
             if model.mesh.cp_rank:  # all have the same losses, of which those of one rank are summed up
-                model.training_loss.domains = None
+                model.training_loss.domains = model.training_loss.figures = None
             return model(**inputs, gather_logits=gather_logits)
         dealt = deal(inputs, model.mesh, self.attention)
         counted, plan, mixture = dealt.pop(COUNTED, None), dealt[CONTEXT], model.mixture

@@ -17,6 +17,7 @@ from ..data.same_data import check_same_data, dataset_of
 from ..data.window_check import WindowCheck
 from ..models.base import ParallelModel
 from ..models.logits import whole_outputs
+from ..models.token_figures import TokenFigures
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..parallel.collectives import all_gather, all_reduce
 from .domains import DomainTotals
@@ -115,6 +116,19 @@ class EvaluationRun:
         finally:
             self._model.training_loss.domains = None
         domains.add(torch.cat((sums.total, sums.total[:, 1:]), 1))
+
+    @contextlib.contextmanager
+    def summing_figures(self, figures: TokenFigures | None, inputs: Any) -> Iterator[TokenFigures | None]:
+        """While a batch is computed: add up `figures` of its tokens, which are those of all ranks afterwards."""
+        if figures is None:
+            yield None
+            return
+        self._model.training_loss.figures = figures
+        try:
+            yield figures
+        finally:
+            self._model.training_loss.figures = None
+        figures.total = all_reduce(figures.own_part([inputs], self.mesh), self.mesh.world)
 
     def with_losses_of_domains(self, output: EvalLoopOutput, prefix: str) -> EvalLoopOutput:
         """And the mean loss of the tokens of each domain. Inside of `over`; all ranks together."""

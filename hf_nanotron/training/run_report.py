@@ -14,6 +14,7 @@ from ..data.fingerprint import unnoticed
 from ..data.loader import FillerBatch
 from ..data.ordered import brings_order
 from ..models.base import ParallelModel
+from ..models.token_figures import TokenFigures
 from ..monitor.flops import squared_lengths
 from ..monitor.memory import (
     MemoryReport,
@@ -46,13 +47,19 @@ class RunReport:
         self.loads: dict[str, torch.Tensor] = {}
 
     def sum_step(
-        self, mesh: ParallelMesh, loss: torch.Tensor, batches: Sequence[dict[str, Any]], is_told_to_stop: bool
+        self,
+        mesh: ParallelMesh,
+        loss: torch.Tensor,
+        batches: Sequence[dict[str, Any]],
+        is_told_to_stop: bool,
+        figures: TokenFigures | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One sum over the job: the loss lives on the last stage, and every rank reports it. All ranks together.
 
         Args:
             loss: this rank's part.
             batches: the window of this rank: whole rows.
+            figures: of the window; they become those of all ranks.
 
         Returns:
             The loss of the step, fp32, and how many ranks were told to stop.
@@ -67,7 +74,11 @@ class RunReport:
         if counts:
             for batch in real:
                 told[2] += to_device(squared_lengths(batch), loss.device)
-        told = all_reduce(told, mesh.world)
+        if figures is None:
+            told = all_reduce(told, mesh.world)
+        else:
+            told = all_reduce(torch.cat((told, figures.own_part(batches, mesh).flatten())), mesh.world)
+            figures.total = told[4:].view_as(figures.total)
         self.throughput.add_tokens(told[1], told[2])
         return told[0].float(), told[3]
 

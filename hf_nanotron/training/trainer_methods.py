@@ -190,6 +190,10 @@ IRRELEVANT: dict[str, Irrelevant] = {
 }
 
 
+# Packages whose methods are known to work together: those of a trainer that names no others (`libraries`).
+LIBRARIES = ("transformers", "hf_nanotron")
+
+
 # ---- Overrides -------------------------------------------------------------------------------------------------
 
 
@@ -244,12 +248,12 @@ def _overrides(trainer: Trainer, name: str) -> Iterator[tuple[Any, str, bool]]:
     """The user's functions of that name, where each is, and whether ours keeps it from being called."""
     holders: list[tuple[Any, str, bool]] = [(vars(trainer), "the trainer itself", True)]
     holders += [(vars(cls), cls.__qualname__, issubclass(cls, Trainer)) for cls in type(trainer).__mro__]
-    hidden = False
+    hidden, libraries = False, getattr(trainer, "libraries", LIBRARIES)
     for namespace, place, is_trainer in holders:
         if name not in namespace:
             continue
         function = _function(namespace[name])
-        if _is_library(function):
+        if _is_library(function, libraries):
             hidden = hidden or not calls_next(function, name)
         elif not hidden or is_trainer:  # a mixin that is no Trainer would not be called behind Trainer either
             yield function, place, hidden
@@ -269,8 +273,8 @@ def _function(value: Any) -> Any:
     return inspect.unwrap(value) if callable(value) else value
 
 
-def _is_library(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).partition(".")[0] in ("transformers", "hf_nanotron")
+def _is_library(function: Any, libraries: tuple[str, ...]) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] in libraries
 
 
 def calls_next(function: Any, name: str) -> bool:

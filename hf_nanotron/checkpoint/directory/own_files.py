@@ -35,7 +35,8 @@ _ALWAYS = (
     rf"{re.escape(MARKER)}(\.tmp)?|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth"
     rf"|{DIRECTORY}/(rank-\d+\.(safetensors|json)|index\.json)(\.tmp)?"
 )
-_ANY = rf"{_ALWAYS}|({re.escape(AVERAGE_FOLDER)}/)?({WEIGHTS}|{TEXTS})"
+_ADAPTERS = r"adapter_(config\.json|model\.safetensors)"
+_ANY = rf"{_ALWAYS}|({re.escape(AVERAGE_FOLDER)}/)?({WEIGHTS}|{TEXTS})|{_ADAPTERS}"
 _TORN = rf"{_ANY}|{'|'.join(map(re.escape, FREE))}"
 # Beside `_ANY`, by which a checkpoint of another program is known.
 _OTHERS = rf"{DIRECTORY}|adapter_.*|(optimizer|scheduler|scaler|pytorch_model.*)\.(pt|bin)|.*\.safetensors"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 from ...parallel.mesh import ParallelMesh
@@ -37,15 +37,22 @@ def write_model_card(trainer: Trainer, mesh: ParallelMesh, path: Path, **fields:
             figures[name] = total
         else:
             figures.pop(name, None)
-    sizes = {
-        "tp_size": mesh.tp_size,
-        "cp_size": mesh.cp_size,
-        "pp_size": mesh.pp_size,
-        "dp_size": mesh.dp_size,
-        "ep_size": mesh.ep_size,
-    }
-    figures.update({name: size for name, size in sizes.items() if size > 1})
+    figures.update(_sizes(mesh))
     task = fields["tasks"] if isinstance(fields["tasks"], str) else fields["tasks"][0]
     text = summary.to_model_card().replace("---\n", f"---\npipeline_tag: {task}\n", 1)
     text = printable(text, secrets_of(vars(trainer.args)))
     path.write_text(f"{text.rstrip()}\n- hf-nanotron {__version__}\n", encoding="utf-8")
+
+
+def add_sizes(path: Path, mesh: ParallelMesh, args: TrainingArguments) -> None:
+    """Add the parallel sizes of a run and our version to a card that another library has written."""
+    text = printable(path.read_text(encoding="utf-8"), secrets_of(vars(args))).rstrip()
+    sizes = ", ".join(f"{name} {size}" for name, size in _sizes(mesh).items())
+    line = f"Trained with hf-nanotron {__version__}" + (f" ({sizes})" if sizes else "")
+    path.write_text(f"{text}\n\n{line}.\n", encoding="utf-8")
+
+
+def _sizes(mesh: ParallelMesh) -> dict[str, int]:
+    """The parallel sizes that are more than one."""
+    names = ("tp_size", "cp_size", "pp_size", "dp_size", "ep_size")
+    return {name: getattr(mesh, name) for name in names if getattr(mesh, name) > 1}

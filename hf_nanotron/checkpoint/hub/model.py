@@ -51,17 +51,19 @@ def load_hub_weights(
             f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
         )
-    if unused := sources.unused:
+    speaks = model.mesh.rank == 0
+    if (unused := sources.unused) and speaks:
         logger.warning(
             f"{directory}: ignoring tensors that the model does not have: {', '.join(unused[:5])} ({len(unused)})."
         )
-    if len(sources.missing) > len(missing):
+    if len(sources.missing) > len(missing) and speaks:
         logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
     # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
     for name, grids in sources.grids.items():
         weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
-    for name, spec in model.shard_specs.items():
-        if parameters is None or name in parameters:
+    wanted = [item for item in model.shard_specs.items() if parameters is None or item[0] in parameters]
+    with logging.tqdm(wanted, desc="Loading weights", unit="tensor", disable=not speaks) as bar:
+        for name, spec in bar:
             part = weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)])
             model.write_parameter(name, warn_nonfinite(name, part, str(directory)))
     if parameters is None:

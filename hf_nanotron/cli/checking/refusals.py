@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ...models.sharding.parallelize import refuse_sizes
+from ...models.sharding.parallelize import refuse_layout
 from ...parallel.mesh import ParallelMesh
 from ...training_args import NanotronTrainingArguments
 
@@ -53,4 +53,4 @@ def refuse(run: RealRun) -> None:
         tp_size=parallel.tp_size, pp_size=parallel.pp_size, cp_size=parallel.cp_size, ep_size=parallel.ep_size,
         parallel=parallel, tp_rank=0, pp_rank=0, rank=0, coordinates=SimpleNamespace(ep=0, tp=0, pp=0),
     )  # fmt: skip
-    refuse_sizes(model, cast(ParallelMesh, ranks))
+    refuse_layout(model, cast(ParallelMesh, ranks))

@@ -33,6 +33,7 @@ class Mixture:
     Attributes:
         loads: what the routers chose since `report` was last called, while `counts_loads`.
         mask: `[B, S]`, 0 for the tokens of the next forward that do not count, or None; set before each forward.
+        share: what the losses of a micro-batch are multiplied by in training; 1 as in Trainer, which adds them up.
     """
 
     def __init__(self, model: PreTrainedModel, mesh: ParallelMesh, plan: Plan) -> None:
@@ -51,6 +52,7 @@ class Mixture:
         self.counts_loads = self.reports_loss = self._is_dealt = False
         self._balancer: BiasBalancer | None = None
         self.mask: torch.Tensor | None = None
+        self.share: float | torch.Tensor = 1.0
 
     def attach(self, model: PreTrainedModel) -> None:
         """Record what the routers that are left in `model` do."""
@@ -118,7 +120,8 @@ class Mixture:
     def loss(self, packed: torch.Tensor, training: bool) -> torch.Tensor:
         """What the last stage adds to the loss of the micro-batch."""
         assert self.losses is not None
-        return self._total(self.losses, packed, training)
+        total = self._total(self.losses, packed, training)
+        return total * self.share if training else total
 
     def aux_loss(self, packed: torch.Tensor, training: bool) -> torch.Tensor:
         """The load-balancing loss without its coefficient: what a stock forward without labels returns."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ...checkpoint.hub.layout import hub_layout
 from ...checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ...parallel.collectives import all_reduce
+from ...parallel.config import ParallelConfig
 from ...parallel.dropout_streams import LayerStreams, fields_of_chance, has_dropout
 from ...parallel.mesh import ParallelMesh
 from ...parallel.pipeline.executor import PipelineExecutor
@@ -64,7 +65,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     _refuse_different_models(model, mesh)
 
     anatomy = dissect(model)
-    _refuse_what_cannot_work(model, mesh)
+    refuse_sizes(model, mesh.parallel)
     if message := weight_hook_message(model.named_parameters()):
         raise ValueError(message)
     cut = Cut.of(model)
@@ -72,7 +73,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     plan = make_plan(anatomy, mesh.tp_size, mesh.ep_size)
     _refuse_what_ranks_would_draw_differently(model, mesh, plan)
     specs = _named_like_the_hub(tensor_specs(anatomy, mesh, plan), tied, anatomy)
-    layers_of_stage = _split_layers(anatomy, mesh)
+    layers_of_stage = layers_by_stage(anatomy, mesh.parallel)
     tensors = model.state_dict(keep_vars=True)
     stage_of = {name: _stage_of(name, anatomy, layers_of_stage) for name in (*specs, *tensors)}
     _refuse_shared_stages(model, stage_of, tied)
@@ -110,6 +111,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     model.streams = _attach_dropout_streams(model, mesh)
     _attach_communication(model, mesh, plan)
     stages = [index for index in range(len(layers_of_stage)) if rank_of_stage(index, mesh.pp_size) == mesh.pp_rank]
+    model.layers_of_stage = tuple(layers_of_stage)
     model.stages = [Stage(model, index, layers_of_stage[index], len(layers_of_stage)) for index in stages]
     model.executor = PipelineExecutor(mesh.pp, mesh.device)
     model.config.architectures = [stock.__name__]
@@ -118,7 +120,7 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     return model
 
 
-def refuse_sizes(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+def refuse_layout(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Refuse what `parallelize` would refuse of the model's sizes, and change nothing.
 
     Args:
@@ -131,12 +133,12 @@ def refuse_sizes(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     if (reason := why_not_causal(model)) is not None:
         raise ValueError(f"{reason}; hf_nanotron only trains causal language models.")
     anatomy = dissect(model)
-    _refuse_what_cannot_work(model, mesh)
+    refuse_sizes(model, mesh.parallel)
     tied = _tied_names(anatomy)
     plan = make_plan(anatomy, mesh.tp_size, mesh.ep_size)
     _refuse_what_ranks_would_draw_differently(model, mesh, plan)
     specs = _named_like_the_hub(tensor_specs(anatomy, mesh, plan), tied, anatomy)
-    layers = _split_layers(anatomy, mesh)
+    layers = layers_by_stage(anatomy, mesh.parallel)
     _refuse_shared_stages(model, {name: _stage_of(name, anatomy, layers) for name in specs}, tied)
 
 
@@ -157,13 +159,13 @@ def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None
         )
 
 
-def _refuse_what_cannot_work(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+def refuse_sizes(model: PreTrainedModel, parallel: ParallelConfig) -> None:
     """Refuse the sizes that a family cannot have."""
     kind = model.config.get_text_config().model_type
     refused = (
-        (mesh.pp_size > 1, NO_PIPELINE, f"pp_size={mesh.pp_size}", "pp_size=1"),
+        (parallel.pp_size > 1, NO_PIPELINE, f"pp_size={parallel.pp_size}", "pp_size=1"),
         (
-            mesh.tp_size > 1 and mesh.parallel.sequence_parallel,
+            parallel.tp_size > 1 and parallel.sequence_parallel,
             NO_SEQUENCE_PARALLEL,
             "sequence_parallel=True",
             "sequence_parallel=False",
@@ -214,18 +216,19 @@ def _named_like_the_hub(specs: dict[str, ShardSpec], tied: dict[str, str], anato
     return named
 
 
-def _split_layers(anatomy: Anatomy, mesh: ParallelMesh) -> tuple[range, ...]:
+def layers_by_stage(anatomy: Anatomy, parallel: ParallelConfig) -> tuple[range, ...]:
+    """The decoder layers of each pipeline stage of a whole model."""
     model = anatomy.model
-    if mesh.pp_size == 1:
+    if parallel.pp_size == 1:
         return (range(model.config.get_text_config().num_hidden_layers),)
     layers = anatomy.decoder_layers()
     costs = [float(sum(p.numel() for p in layer.parameters() if p.dim() > 1)) for layer in layers]
     return split_layers(
         costs,
-        mesh.parallel.num_stages,
+        parallel.num_stages,
         first_cost=EMBEDDING_COST * cast(nn.Embedding, model.get_input_embeddings()).weight.numel(),
         last_cost=float(cast(nn.Linear, model.get_output_embeddings()).weight.numel()),
-        layers_per_stage=mesh.parallel.pp_layers_per_stage,
+        layers_per_stage=parallel.pp_layers_per_stage,
         last_cut=first_shared_layer(layers),
     )
 

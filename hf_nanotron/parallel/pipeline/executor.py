@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from ..batch import batch_shape
 from ..mesh import Group
@@ -16,6 +17,8 @@ from .layout import HEADER_SIZE, Layout, read_header, write_header
 from .schedule import Action, Tick, Transfer
 
 KIND_NAMES = {"F": "forward", "B": "backward", "W": "weight_gradients"}
+# What a trace of torch.profiler calls the work of an action.
+FORWARD, BACKWARD = "hf_nanotron::forward", "hf_nanotron::backward"
 
 Inputs = dict[str, Any]
 Tensors = tuple[torch.Tensor | None, ...]
@@ -104,7 +107,8 @@ class PipelineExecutor:
                     hooks.on_forward(action)
                     stage = by_index[action.stage]
                     received = self._received(flight, action, stage)
-                    output = stage.forward(micro_batches[action.micro_batch], received)
+                    with record_function(FORWARD):
+                        output = stage.forward(micro_batches[action.micro_batch], received)
                     if stage.is_last:
                         outputs[action.micro_batch] = output.loss.detach() if trains else output
                     else:
@@ -112,7 +116,8 @@ class PipelineExecutor:
                     if trains:
                         held[action.stage, action.micro_batch] = (received, (output.loss,) if stage.is_last else output)
                 elif action is not None and action.kind == "W":
-                    hooks.weight_gradients(action)
+                    with record_function(BACKWARD):
+                        hooks.weight_gradients(action)
                 elif action is not None:
                     hooks.before_backward(action)
                     received, output = held.pop((action.stage, action.micro_batch))
@@ -124,7 +129,8 @@ class PipelineExecutor:
                         grads = tuple(next(travelled) if needs_gradient(x) else None for x in output)
                     roots = [(x, g) for x, g in zip(output, grads, strict=True) if needs_gradient(x)]
                     if roots:  # there are none on a first stage that is frozen
-                        torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
+                        with record_function(BACKWARD):
+                            torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
                     hooks.after_backward(action)
                     if received is not None:
                         produced[action] = tuple(_gradient(x) for x in received if needs_gradient(x))

@@ -8,6 +8,7 @@ both issue their transfers in one global order: no rank can wait for a peer that
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def rank_of_stage(stage: int, pp_size: int) -> int:
     return stage % pp_size
 
 
+@functools.lru_cache(maxsize=256)
 def compute_order(
     schedule: str, pp_size: int, virtual_stages: int, num_micro_batches: int
 ) -> tuple[tuple[Action, ...], ...]:

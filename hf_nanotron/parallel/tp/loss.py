@@ -16,6 +16,7 @@ from ...ops.cross_entropy import ABSENT, IGNORE_INDEX, token_statistics, write_g
 from ...ops.linear import WeightGradient, add_product, can_add_product
 from ..collectives import all_reduce
 from ..mesh import Group
+from .choices import NoteChoices, choices
 
 # Where the head and the loss are one, the logits of this many tokens exist at a time. Each chunk reads and writes the
 # weight's fp32 gradient, so few tokens are slow. On an H100, twice as many would be at most 5 % faster.
@@ -27,6 +28,8 @@ TILE = 256  # tokens: matrix products work in whole tiles
 NoteLosses = Callable[[torch.Tensor, torch.Tensor], None]
 # What the loss of each of so many tokens is multiplied by, `[B * S]`, in the place of one over the predicted tokens.
 TokenShares = Callable[[int], torch.Tensor]
+# What the loss of each token is multiplied by, `[T]`, of the losses `[T]`. It has no gradient.
+Reweigh = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _VocabParallelNLL(torch.autograd.Function):
@@ -77,6 +80,8 @@ def causal_lm_loss(
     z_loss: float = 0.0,
     note: NoteLosses | None = None,
     shares: TokenShares | None = None,
+    note_choices: NoteChoices | None = None,
+    reweigh: Reweigh | None = None,
 ) -> torch.Tensor:
     """Next-token loss, as `transformers.loss.ForCausalLMLoss`, over a slice of the vocabulary.
 
@@ -88,6 +93,8 @@ def causal_lm_loss(
         z_loss: coefficient of `log(Z)^2`, added for each predicted token.
         note: is told the loss of each token, the same on every rank of `group`.
         shares: weigh the tokens, instead of the divisor.
+        note_choices: is told what the model thinks of each token, the same on every rank of `group`.
+        reweigh: multiplies the loss of each token, by what it is; `note` is told the losses before.
 
     Returns:
         A scalar in fp32, the same on every rank of `group`.
@@ -98,9 +105,23 @@ def causal_lm_loss(
     losses = nll.masked_fill(~keep, 0.0)
     if note is not None:
         note(losses.detach(), keep)
+    if note_choices is not None:
+        _tell_choices(note_choices, rows.detach(), target, keep, start, group)
+    if reweigh is not None:
+        losses = losses * reweigh(losses.detach())
     if shares is not None:
         return (losses * shares(len(losses)).to(losses.dtype)).sum()
     return losses.sum() / items
+
+
+@torch.no_grad()
+def _tell_choices(
+    note: NoteChoices, logits: torch.Tensor, target: torch.Tensor, keep: torch.Tensor, start: int, group: Group
+) -> None:
+    column = torch.zeros_like(target).masked_fill_(~keep, IGNORE_INDEX)  # no logit is chosen here
+    maximum, total, _ = _over_group(token_statistics(logits, column), group)
+    entropy, is_first = choices(logits, target, maximum, total, start, group)
+    note(entropy.masked_fill(~keep, 0.0), is_first & keep, keep)
 
 
 def predicted_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,6 +177,8 @@ class _Head:
     differentiates: bool
     note: NoteLosses | None
     shares: TokenShares | None
+    note_choices: NoteChoices | None
+    reweigh: Reweigh | None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -183,6 +206,7 @@ class _LinearLoss(torch.autograd.Function):
         # What a token's loss counts in the sum.
         share = keep.to(exact) / items if head.shares is None else head.shares(len(keep)).to(exact) * keep
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        told = None if head.note_choices is None else (torch.zeros_like(losses), torch.zeros_like(keep))
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants[1] and head.sink is None else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if wants[2] and bias is not None else None
@@ -193,6 +217,11 @@ class _LinearLoss(torch.autograd.Function):
             log_total = total.log()
             log_z = log_total + maximum
             losses[part] = log_total + (maximum - chosen) + head.z_loss * log_z.square()
+            if told is not None:
+                of_rows = target[part], maximum, total, head.start, head.group, head.scale
+                told[0][part], told[1][part] = choices(logits, *of_rows)
+            if head.reweigh is not None:
+                share[part] *= head.reweigh(losses[part])
             if not any(wants):
                 del logits
                 continue
@@ -215,7 +244,10 @@ class _LinearLoss(torch.autograd.Function):
         losses.masked_fill_(~keep, 0.0)
         if head.note is not None:
             head.note(losses, keep)
-        return losses.sum() / items if head.shares is None else (losses * share).sum()
+        if told is not None and head.note_choices is not None:
+            head.note_choices(told[0].masked_fill_(~keep, 0.0), told[1] & keep, keep)
+        plain = head.shares is None and head.reweigh is None
+        return losses.sum() / items if plain else (losses * share).sum()
 
     @staticmethod
     @once_differentiable
@@ -287,6 +319,8 @@ def linear_causal_lm_loss(
     weight_gradient: WeightGradient | None = None,
     note: NoteLosses | None = None,
     shares: TokenShares | None = None,
+    note_choices: NoteChoices | None = None,
+    reweigh: Reweigh | None = None,
 ) -> torch.Tensor:
     """`causal_lm_loss` of `scale * (hidden @ weight.T + bias)`, without the logits.
 
@@ -298,7 +332,8 @@ def linear_causal_lm_loss(
         hidden: `[B, S, H]`, the same on every rank of `group`.
         weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
         bias: `[V_local]` or None.
-        labels, start, group, num_items_in_batch, shift_labels, z_loss, note, shares: as in `causal_lm_loss`.
+        labels, start, group, num_items_in_batch, shift_labels, z_loss, note, shares, note_choices, reweigh: as in
+            `causal_lm_loss`.
         chunk: tokens at a time, the same on every rank of `group`; by default see `chunk_size`, for slices of one
             length.
         scale: multiplies the head's output.
@@ -320,6 +355,6 @@ def linear_causal_lm_loss(
         )
     differentiates = torch.is_grad_enabled()
     sink = _early_sink(weight_gradient, weight, hidden.dtype) if differentiates else None
-    head = _Head(start, group, z_loss, scale, chunk, sink, differentiates, note, shares)
+    head = _Head(start, group, z_loss, scale, chunk, sink, differentiates, note, shares, note_choices, reweigh)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return _LinearLoss.apply(rows, weight, bias, target, keep, items, head)

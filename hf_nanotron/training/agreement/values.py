@@ -25,7 +25,8 @@ from ...redaction import printable
 
 # They say how a rank reports, reads or is reached; runs in which they differ train the same.
 MAY_DIFFER = frozenset(
-    "local_rank log_level log_level_replica log_on_each_node disable_tqdm report_to run_name project logging_dir "
+    "local_rank run_log log_level log_level_replica log_on_each_node disable_tqdm report_to run_name project "
+    "logging_dir "
     "trackio_space_id trackio_bucket_id trackio_static_space_id hub_token skip_memory_metrics "
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context do_train do_eval do_predict".split()

@@ -269,7 +269,8 @@ class LossChoice:
 
     def of_batch(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int | None) -> tuple[Any, Any]:
         """Loss and outputs of one batch, as `Trainer.compute_loss` in one process."""
-        of_outputs, mixture = self.of_outputs, self.model.mixture
+        of_outputs, mixture, figures = self.of_outputs, self.model.mixture, self.model.training_loss.figures
+        told = inputs.get("labels"), inputs.get("shift_labels")
         if self.teacher is not None and self.function is not None:
             self.teacher.take(inputs)
         labels = inputs.pop("labels") if of_outputs is not None and "labels" in inputs else None
@@ -277,6 +278,9 @@ class LossChoice:
             inputs = {**inputs, "num_items_in_batch": items}
         with mixture.reporting() if mixture is not None and of_outputs is not None else contextlib.nullcontext():
             outputs = model(**inputs)
+        counts = self.model.makes_logits and self.model.mesh.cp_rank == 0  # context-parallel ranks have the same ones
+        if figures is not None and counts and outputs.get("logits") is not None:
+            figures.note_logits(outputs.logits, *told, self.model.mesh.alone)
         if of_outputs is None or (labels is None and self.function is None):
             return outputs["loss"], outputs
         if outputs.logits.dtype != torch.float32:

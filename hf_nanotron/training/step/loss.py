@@ -51,9 +51,11 @@ class StepLoss:
         if self.takes_items and self.of_batch is None and items is not None:
             inputs["num_items_in_batch"] = items
         longer = {id(value): filled[name] for name, value in batch.items() if filled[name] is not value}
-        micro_batch = MicroBatch(self.share, counts, self.of_outputs, None, items, longer, self.of_batch is not None)
+        calls_model = self.of_batch is not None
+        micro_batch = MicroBatch(self.share, counts, self.of_outputs, items=items, filled=longer, by_caller=calls_model)
         if self.of_outputs is not None:
             micro_batch.labels = labels = inputs.pop("labels", None)
+            micro_batch.shift_labels = inputs.get("shift_labels")
             if self.takes_shifted and labels is not None:
                 targets = shifted(labels, inputs.pop("shift_labels", None))
                 micro_batch.loss = functools.partial(self.of_outputs, shift_labels=targets)

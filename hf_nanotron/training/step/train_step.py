@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
 
 import torch
 
 from ...models.calling import CONTEXT
+from ...models.token_figures import TokenFigures
 from ...models.training_loss import DomainSums
 from ...parallel.cp.plan import ContextPlan
 from ...parallel.pipeline.executor import StepHooks
@@ -17,6 +18,19 @@ from ...prepare.training_state import TrainingState
 from .forward_pass import ForwardPass
 from .loss import StepLoss
 from .window import StepWindow, make_window
+
+
+class ForwardWatch(Protocol):
+    """Looks at the forwards of a step, and not at what a backward computes again."""
+
+    def over(self, micro_batches: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
+        """While a window runs."""
+
+    def begin(self, micro_batch: int) -> None:
+        """The forward of a micro-batch comes next."""
+
+    def end(self) -> None:
+        """A backward comes next."""
 
 
 class TrainStep:
@@ -33,6 +47,8 @@ class TrainStep:
         own_loss: StepLoss | None = None,
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
+        watch: ForwardWatch | None = None,
+        figures: TokenFigures | None = None,
     ) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
 
@@ -45,6 +61,8 @@ class TrainStep:
             domains: is given the losses of the micro-batches' tokens; of an `own_loss`, only where something is
                 predicted.
             teacher: makes its logits of a micro-batch before the loss is computed.
+            watch: looks at what the model's blocks return.
+            figures: is given what else is summed up over the micro-batches' tokens.
 
         Returns:
             This data-parallel rank's share of the mean loss on ranks of the last stage, zero on others.
@@ -60,7 +78,9 @@ class TrainStep:
             plain = domains if own_loss is None else None
             if teacher is not None:
                 stack.enter_context(teacher.over(micro_batches))
-            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher))
+            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher, watch, figures))
+            if watch is not None:
+                stack.enter_context(watch.over(micro_batches))
             for context in window.contexts:
                 stack.enter_context(context)
             losses = model.executor.run(table, window.stages, window.inputs, hooks)
@@ -89,8 +109,12 @@ class TrainingHooks(StepHooks):
         step: int,
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
+        watch: ForwardWatch | None = None,
+        figures: TokenFigures | None = None,
     ) -> None:
+        self.watch = watch
         self.state, self.window, self.step, self.domains, self.teacher = state, window, step, domains, teacher
+        self.figures = figures
         self.splits = state.model.parallel.splits_backward
         ends = "W" if self.splits else "B"  # what computes the weight gradients of a micro-batch
         self.last = {t.action.stage: t.action for t in table if t.action is not None and t.action.kind == ends}
@@ -98,14 +122,14 @@ class TrainingHooks(StepHooks):
     def __enter__(self) -> TrainingHooks:
         if self.state.fp8 is not None:
             self.state.fp8.begin()
-        self.state.model.training_loss.domains = self.domains
+        self.state.model.training_loss.domains, self.state.model.training_loss.figures = self.domains, self.figures
         return self
 
     def __exit__(self, *error: object) -> None:
         state, model = self.state, self.state.model
         if state.observer is not None:
             state.observer.end_forward()
-        model.training_loss.micro_batch = model.training_loss.domains = None
+        model.training_loss.micro_batch = model.training_loss.domains = model.training_loss.figures = None
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
         for stateful in (state.noise, model.streams, state.fp8):
@@ -117,6 +141,8 @@ class TrainingHooks(StepHooks):
         model.training_loss.micro_batch = window.handed[index]
         if self.domains is not None:
             self.domains.index = index
+        if self.figures is not None:
+            self.figures.index = index
         place = index * model.mesh.dp_size + model.mesh.dp_rank  # among all micro-batches of the step
         if self.state.noise is not None:
             plan: ContextPlan | None = window.inputs[index].get(CONTEXT)
@@ -129,10 +155,14 @@ class TrainingHooks(StepHooks):
             self.teacher.begin(index)
         if self.state.observer is not None:
             self.state.observer.begin_forward(place, window.inputs[index])
+        if self.watch is not None:
+            self.watch.begin(index)
 
     def before_backward(self, action: Action) -> None:
         if self.state.observer is not None:
             self.state.observer.end_forward()
+        if self.watch is not None:
+            self.watch.end()
         if self.splits:
             self.state.weights.start_deferring(action.stage, action.micro_batch)
         else:

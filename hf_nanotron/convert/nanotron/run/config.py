@@ -228,6 +228,10 @@ def _parallelism(keys: Keys, training: dict[str, Any]) -> None:
     engine = keys.one_of("parallelism.pp_engine", "afab", ("afab", "1f1b"))
     overlap = keys.take("parallelism.tp_linear_async_communication", False)
     if training["pp_size"] > 1:
+        if engine == "1f1b" and training.get("gradient_accumulation_steps", 1) < training["pp_size"]:
+            # nanotron's runs with fewer micro-batches, in the order that afab has.
+            keys.note("parallelism.pp_engine", "afab: with fewer micro-batches than stages 1f1b gains nothing")
+            engine = "afab"
         training["pp_schedule"] = engine
     if training["tp_size"] > 1:
         training["sequence_parallel"] = mode == "REDUCE_SCATTER"
