@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from family_runs import FAMILIES
+from pool import WorkerPool
 from test_cli import command, one_line
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -142,6 +143,12 @@ def checked(path: str, *argv: str) -> tuple[int, dict[str, Any]]:
     code, out, err = command("check", path, *QUICK, "--json", *argv)
     assert code in (0, 1), err
     return code, json.loads(out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server(pool: WorkerPool) -> None:
+    """The suite's own fork server is there before a check would start one that has imported less."""
+    pool.run(1, os.getpid)
 
 
 # ---- runs ----
