@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,7 @@ def _targets(model: ParallelModel, config: Any) -> tuple[list[tuple[str, int, in
                 f"peft_config: {name!r} is no linear ({type(module).__name__}), whose adapters are not supported; "
                 "leave it out of target_modules."
             )
-        inputs, outputs = module.get_base_layer().in_features, module.get_base_layer().out_features
+        outputs, inputs = cast(nn.Linear, module.get_base_layer()).weight.shape
         found.append((name, inputs, outputs, int(module.r["default"]), float(module.scaling["default"])))
     return found, adapted.peft_config["default"]
 
