@@ -37,9 +37,9 @@ class NanotronSFTConfig(NanotronTrainingArguments, SFTConfig):
             self.bf16 = not self.fp16
         super().__post_init__()
 
-    def check(self) -> None:
+    def check(self, world_size: int | None = None) -> None:
         """As `NanotronTrainingArguments.check`, and the fields of TRL."""
-        super().check()
+        super().check(world_size)
         set_plain_values(self, NanotronSFTConfig)
         check_values(self, NanotronSFTConfig, RULED)
         check_sft_arguments(self)
