@@ -69,7 +69,7 @@ def test_what_a_checkpoint_holds(pool: WorkerPool, tmp_path: Path) -> None:
     stock, found = both(pool, written)
     assert set(stock["in one"]) - set(found["in one"]) == OF_STOCK
     assert set(found["in one"]) - set(stock["in one"]) == OF_OURS
-    assert set(found["in the root"]) - set(stock["in the root"]) == {"_run.json", "_run.lock"}
+    assert set(found["in the root"]) - set(stock["in the root"]) == {"_metrics.jsonl", "_run.json", "_run.lock"}
     assert set(stock["in the root"]) <= set(found["in the root"])
     compared = ("checkpoints", "state", "steps", "weights", "class", "words")
     assert {name: found[name] for name in compared} == {name: stock[name] for name in compared}

@@ -293,11 +293,11 @@ def registered(kit: Kit) -> dict[str, Any]:
     }
 
 
-OWN_CALLBACKS = ["DataProgress", "Throughput", "FreezeGarbage"]
+OWN_CALLBACKS = ["DataProgress", "Throughput", "FreezeGarbage", "StepProfiler", "RunLog"]
 
 
 def test_callbacks_of_a_trainer(pool: WorkerPool) -> None:
-    """Ours has three more, which keep the place in the data, measure speed and freeze garbage."""
+    """Ours has more: the place in the data, speed, garbage, the profile of steps, and the log of a running job."""
     stock, found = both(pool, registered)
     for name in ("before", "after", "bar"):
         assert [each for each in found[name] if each not in OWN_CALLBACKS] == stock[name]
