@@ -52,8 +52,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def job_of(world_size: int, family: str = "llama", tied: bool = False, heads: int = 4, **arguments: Any) -> Job:
     """A tiny model in a layout."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 8, "tie_word_embeddings": tied}
-    config = tiny_config(family, num_hidden_layers=8, **sizes, **(experts if "moe" in family else {}))
+    sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 8}
+    config = tiny_config(
+        family, num_hidden_layers=8, tie_word_embeddings=tied, **sizes, **(experts if "moe" in family else {})
+    )
     given = {"bf16": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": MICRO_BATCHES, **arguments}
     return Job(config, given, world_size, 8, 40)
 

@@ -109,7 +109,7 @@ def _targets(model: ParallelModel, config: Any) -> tuple[list[tuple[str, int, in
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
         skeleton.name_or_path = model.config.name_or_path
         adapted = get_peft_model(skeleton, copy.deepcopy(config))
-    found = []
+    found: list[tuple[str, int, int, int, float]] = []
     for name, module in adapted.base_model.model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -118,8 +118,8 @@ def _targets(model: ParallelModel, config: Any) -> tuple[list[tuple[str, int, in
                 f"peft_config: {name!r} is no linear ({type(module).__name__}), whose adapters are not supported; "
                 "leave it out of target_modules."
             )
-        inputs, outputs = module.get_base_layer().in_features, module.get_base_layer().out_features
-        found.append((name, inputs, outputs, int(module.r["default"]), float(module.scaling["default"])))
+        layer: Any = module
+        found.append((name, layer.in_features, layer.out_features, layer.r["default"], layer.scaling["default"]))
     return found, adapted.peft_config["default"]
 
 
