@@ -15,7 +15,9 @@ import torch
 from contract import Kit, both, lines, said
 from pool import WorkerPool
 from tiny import random_dataset
-from transformers import LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
+
+from hf_nanotron import NanotronTrainingArguments
 
 TESTS = Path(__file__).parent.parent
 PAGE = TESTS.parent / "docs" / "moving" / "from_trainer.md"
@@ -47,7 +49,8 @@ HELD_BY = {
     "fresh weights (`AutoModelForCausalLM.from_config`)": "test_initialize.py::test_every_topology_has_the_same_values",
     "the loss that `training_step` returns":
         "trainer_contract/test_contract_differences.py::test_what_training_step_returns",
-    "`torch_compile`, attention kernels": "test_training_args.py::test_attention_is_chosen_or_stock",
+    "`torch_compile`": "trainer_contract/test_contract_differences.py::test_what_is_compiled_unless_told",
+    "attention kernels": "test_attention.py::test_choice",
     "TF32 under `torch_compile`": "test_training_args.py::test_compiling_does_not_change_precision",
     "an optimizer over the parameters of a stock model, with `tp_size` or `pp_size` above 1":
         "trainer_contract/test_contract_optimizers.py::test_an_optimizer_over_a_stock_model_that_is_cut",
@@ -78,12 +81,12 @@ HELD_BY = {
     "learning rate of the first step of a resume with more `max_steps`":
         "trainer_contract/test_contract_checkpoints.py::test_rates_of_a_resume_with_more_steps",
     "a checkpoint of the stock Trainer": "trainer_contract/test_contract_checkpoints.py::test_a_checkpoint_of_stock",
-    "what `save_total_limit` counts": "test_checkpoint_manager.py::test_torn_older_ones_go_and_foreign_ones_stay",
+    "what `save_total_limit` counts": "test_runs.py::test_each_run_keeps_its_own_number",
     "`save_total_limit=1` with `load_best_model_at_end`":
         "trainer_contract/test_contract_loop.py::test_a_limit_of_one_keeps_the_best_and_the_last",
     "deleting or overwriting a `checkpoint-N`": "test_own_files.py::test_a_users_files_stay",
     "a fresh run in a folder with checkpoints": "test_runs.py::test_start_of_a_run",
-    "two runs in one `output_dir`": "test_runs.py::test_runs_in_one_folder",
+    "two runs in one `output_dir`": "test_runs.py::test_a_second_run_is_refused_on_every_rank",
     "order of the data after a resume": "test_data_cursor.py::test_a_resumed_run_goes_on_with_the_next_sample",
     "`save_model`, `push_to_hub`": "test_ranks_differ.py::test_only_rank_0_comes",
     "`training_args.bin`": "test_secrets.py::test_arguments_are_written_without_secrets",
@@ -142,6 +145,27 @@ def test_labels_of_a_subclass_are_shifted(pool: WorkerPool) -> None:
     stock, found = both(pool, smoothed)
     known, _ = both(pool, as_llama)
     assert found == pytest.approx(known, rel=1e-5) and abs(stock - known) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "asked", "compiles"),
+    [
+        ("cuda", True, None, True),
+        ("cuda", False, None, False),
+        ("cpu", True, None, False),
+        ("cuda", True, False, False),
+    ],
+)
+def test_what_is_compiled_unless_told(
+    device: str, bf16: bool, asked: bool | None, compiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock compiles nothing unless it is told to."""
+    for cls in (TrainingArguments, NanotronTrainingArguments):
+        monkeypatch.setattr(cls, "device", torch.device(device))
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": bf16}
+    assert not TrainingArguments(**values).torch_compile
+    told = {} if asked is None else {"torch_compile": asked}
+    assert NanotronTrainingArguments(**values, **told).torch_compile is compiles
 
 
 class Gradients(TrainerCallback):
