@@ -21,6 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the kill test kills a rank")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full_matrix: repeats what others cover; runs with --full-matrix")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("full_matrix") and not item.config.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: the collections of every stock `Trainer` need not walk through it, 0.2 s each."""
     gc.collect()

@@ -188,7 +188,12 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
     "experts": (
         2,
         {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-        [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "tp_size": 2}), ("packed", {"ep_size": 2, "cp_size": 2})],
+        [("rows", {"ep_size": 2}), ("packed", {"ep_size": 2, "cp_size": 2})],
+    ),
+    "experts that tensor-parallel ranks share": (
+        2,
+        {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        [("packed", {"ep_size": 2, "tp_size": 2})],
     ),
     # Its logits are made, a slice on each rank, since they are capped before the loss.
     "soft-capped": (
@@ -199,7 +204,9 @@ RUNS: dict[str, tuple[int, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = 
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full_matrix] * name.startswith("experts that")) for name in RUNS]
+)
 def test_log_lines(pool: WorkerPool, name: str) -> None:
     """Losses of domains are those of stock logits, and weigh up to the loss; tokens are counted once, on all ranks."""
     world, model, runs = RUNS[name]

@@ -106,7 +106,12 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+REPEATED = ("tp2", "dp4")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full_matrix] * (name in REPEATED)) for name in TOPOLOGIES]
+)
 def test_evaluation_weighs_samples(pool: WorkerPool, name: str) -> None:
     directory, wanted = expected()
     world, sizes = TOPOLOGIES[name]
@@ -195,7 +200,9 @@ def train_one(make: Make, index: int) -> dict[str, Any]:
     return {collator.__name__: {"losses": history.losses, "norms": history.norms}}
 
 
-@pytest.mark.parametrize("sizes", [{"tp_size": 4}, {"tp_size": 2, "pp_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"tp_size": 4}, marks=pytest.mark.full_matrix), {"tp_size": 2, "pp_size": 2}], ids=str
+)
 def test_training_on_rows_that_are_filled_up(pool: WorkerPool, sizes: dict[str, Any]) -> None:
     directory, _ = expected()
     (wanted,) = pool.run(1, train_each, directory, None)

@@ -184,6 +184,7 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
+@pytest.mark.full_matrix  # by default test_stages.py has stages, and test_cli_data.py those of a YAML file
 def test_three_stages_and_longer_rows(pool: WorkerPool, tokens: Path, tmp_path: Path) -> None:
     """Mixtures change, the last with the rate; the second run has the weights, and the rows and theta it is given."""
     decay = "--lr_scheduler_kwargs={num_decay_steps: 1, decay_type: linear}"

@@ -124,16 +124,13 @@ def overwritten(block: nn.Module, width: int, options: dict[str, Any], device: s
     return sum(not torch.equal(now, then) for now, then in pairs)
 
 
+@pytest.mark.full_matrix  # compiles for twenty seconds; by default `test_what_a_backend_is_told` has the options
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.parametrize(
     ("block", "width", "option"), [(Branched, 16, "inplace_buffers"), (Chained, 256, "allow_buffer_reuse")]
 )
-def test_compiled_code_leaves_operands_alone(
-    block: type[nn.Module], width: int, option: str, pytestconfig: pytest.Config
-) -> None:
+def test_compiled_code_leaves_operands_alone(block: type[nn.Module], width: int, option: str) -> None:
     """Each of the options is needed: without it, inductor overwrites what a weight gradient waits for."""
-    if block is Chained and not pytestconfig.getoption("full_matrix"):
-        pytest.skip("runs with --full-matrix")
     options = inductor_options(None, keeps_operands=True)
     assert overwritten(block(), width, options) == 0
     assert overwritten(block(), width, {**options, option: True}) > 0
@@ -148,6 +145,8 @@ def test_compiled_kernels_leave_operands_alone(block: type[nn.Module], width: in
 
 def test_what_a_backend_is_told() -> None:
     assert "inplace_buffers" not in inductor_options("default", keeps_operands=False)
+    kept = inductor_options(None, keeps_operands=True)
+    assert kept["inplace_buffers"] is False and kept["allow_buffer_reuse"] is False
     assert inductor_options("max-autotune-no-cudagraphs", keeps_operands=True)["max_autotune"]
     backend_of("aot_eager", None, keeps_operands=True)
     with pytest.raises(ValueError, match="torch_compile_backend='cudagraphs'.*'inductor' or 'aot_eager'"):

@@ -270,8 +270,9 @@ def losses(kit: Kit) -> dict[str, Any]:
     return said
 
 
-def test_losses(pool: WorkerPool, tmp_path: Path) -> None:
-    said = check_same(pool, losses, tmp_path, (TP2,))
+def test_losses(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
+    """(By default `test_parity.py` and `test_custom_loss.py` have ranks.)"""
+    said = check_same(pool, losses, tmp_path, (TP2,) if more else ())
     whole, parts, own = (said[name][0] for name in ("one batch", "the same in micro-batches", "a function"))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5) and own["loss"] == pytest.approx(
         whole["loss"], rel=1e-5
@@ -373,10 +374,11 @@ def noisy(kit: Kit) -> dict[str, Any]:
     return said
 
 
-def test_noise_on_embeddings(pool: WorkerPool, tmp_path: Path) -> None:
+def test_noise_on_embeddings(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
     """Noise is added while a run goes on, and none is left behind."""
     stock, found = both(pool, noisy)
     for said in (stock, found):
         assert said["noise"][0] != said["plain"][0] and said["noise"][1] == said["plain"][1]
     assert found["noise"] == found["again"]
-    assert ours(pool, noisy, tmp_path, TP2)[0]["noise"][0] == pytest.approx(found["noise"][0], rel=1e-5)
+    if more:
+        assert ours(pool, noisy, tmp_path, TP2)[0]["noise"][0] == pytest.approx(found["noise"][0], rel=1e-5)

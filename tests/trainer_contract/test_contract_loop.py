@@ -53,13 +53,18 @@ def test_a_run_is_as_long(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
     assert steps == [10, 6, 5, 6, 2, 6, 2]
 
 
-def test_a_run_is_as_long_on_data_parallel_ranks(pool: WorkerPool, tmp_path: Path) -> None:
-    check_same(pool, whole_batches, tmp_path, (DP2,))
+def test_a_run_is_as_long_on_data_parallel_ranks(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
+    """By default an epoch whose last round has a batch for one rank alone."""
+    check_same(pool, whole_batches if more else uneven_batches, tmp_path, (DP2,))
 
 
 def whole_batches(kit: Kit) -> dict[str, Any]:
     names = LENGTHS.keys() - {"drop_last"}
     return {name: trained(kit, logging_steps=2, **LENGTHS[name]) for name in sorted(names)}
+
+
+def uneven_batches(kit: Kit) -> dict[str, Any]:
+    return trained(kit, logging_steps=2, **LENGTHS["a batch that the data do not fill"])
 
 
 def dropped(kit: Kit) -> dict[str, Any]:
@@ -169,8 +174,9 @@ def flags(kit: Kit) -> dict[str, Any]:
     return said
 
 
-def test_flags_of_callbacks_act(pool: WorkerPool, tmp_path: Path) -> None:
-    said = check_same(pool, flags, tmp_path, (PP2,))
+def test_flags_of_callbacks_act(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
+    """(By default `test_ranks_differ.py` and `test_flow_agreement.py` have ranks.)"""
+    said = check_same(pool, flags, tmp_path, (PP2,) if more else ())
     assert said["stop"]["events"][-1] == ["on_train_end", 3]
 
 
