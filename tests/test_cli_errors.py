@@ -133,6 +133,19 @@ def test_a_class_of_the_users_own(tmp_path: Path) -> None:
         OwnArguments(output_dir=str(tmp_path), use_cpu=True, max_steps="abc")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_is_one_line_of_a_job(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_nanotron.cli.train.train", interrupted)
+    monkeypatch.setenv("RANK", rank)
+    said = "hf-nanotron: stopped by Ctrl-C\n" if rank == "0" else ""
+    assert command("train", str(tmp_path / "run.yaml")) == (130, "", said)
+    with pytest.raises(KeyboardInterrupt):
+        command("--traceback", "train", str(tmp_path / "run.yaml"))
+
+
 # ---- files ----
 
 NOT_SETTINGS: dict[str, tuple[bytes | None, str]] = {

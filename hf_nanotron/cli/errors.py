@@ -23,6 +23,7 @@ SPEAKING = ("hf_nanotron", "transformers.trainer", "transformers.training_args",
 KINDS = (ValueError, RuntimeError, ArithmeticError, ImportError)
 
 STATUS = 2  # of a command that the user can repair
+INTERRUPTED = 130  # of one that Ctrl-C has ended, as a shell reports it
 KEY = "hf_nanotron/error"
 PATIENCE = timedelta(seconds=5)  # until rank 0 has said what is wrong with it
 
@@ -68,6 +69,12 @@ def report(program: str, error: BaseException) -> None:
     if speaks:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     _hear(speaks)
+
+
+def report_interrupt(program: str) -> None:
+    """Say in one line that Ctrl-C has ended the command. Every rank of a job gets it; rank 0 says so."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr, flush=True)
 
 
 def existing_path(name: str, value: str, what: str) -> str:

@@ -21,7 +21,17 @@ from .average import DESCRIPTION as AVERAGE, add_average_arguments
 from .bench import DESCRIPTION as BENCH, add_bench_arguments
 from .check import DESCRIPTION as CHECK, add_check_arguments
 from .coordinate_check import DESCRIPTION as COORDINATES, add_coordinate_arguments
-from .errors import STATUS, Parser, existing_path, explained, is_for_the_user, process_group, report
+from .errors import (
+    INTERRUPTED,
+    STATUS,
+    Parser,
+    existing_path,
+    explained,
+    is_for_the_user,
+    process_group,
+    report,
+    report_interrupt,
+)
 from .inspect import add_inspect_arguments
 from .launch import DESCRIPTION as LAUNCH, add_launch_arguments
 from .plan import DESCRIPTION as PLAN, add_plan_arguments
@@ -39,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with explained(args.explains) if args.explains and not args.traceback else contextlib.nullcontext():
             args.run(args)
+    except KeyboardInterrupt:
+        if args.traceback:
+            raise
+        report_interrupt(parser.prog)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if args.traceback or not is_for_the_user(error):
             raise
