@@ -25,12 +25,13 @@ NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve everywhere, with or wit
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 PATIENCE = 200.0  # seconds; only what never comes is an error, however slow the machine
 
+# A job that is queued again waits for cred_expire, of which 5 seconds are the least; with less it is 120.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge,cred_expire=1
+AuthInfo=socket={folder}/munge,cred_expire=5
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state

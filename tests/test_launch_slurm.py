@@ -55,8 +55,8 @@ def unbroken(pool: WorkerPool, folder: Path, world_size: int = 2, *overrides: st
     """The losses of the run on as many processes, without a stop."""
     out = folder / "unbroken"
     results = pool.run(
-        world_size, command, "train", str(folder / "run.yaml"), "--output_dir", str(out), "--save_strategy", "no",
-        *overrides,
+        world_size, command, "train", str(folder / "run.yaml"), "--output_dir", json.dumps(str(out)),
+        "--save_strategy", "no", *overrides,
     )  # fmt: skip
     assert all(code == 0 for code, _, _ in results), results
     return losses(out)
@@ -126,7 +126,8 @@ def test_nothing_of_a_cluster_is_left(cluster: SlurmCluster) -> None:
     tests.kill()
     tests.wait()
     cluster.wait(lambda: not Path(folder).exists())
-    assert not slurm_cluster.processes_of(Path(folder)) and cluster.is_idle()
+    assert not slurm_cluster.processes_of(Path(folder))
+    assert cluster.run("sinfo", "--noheader", "--format=%D").split() == ["2"]
 
 
 def test_a_failure_is_shown_and_not_repeated(cluster: SlurmCluster, folder: Path, pytestconfig: pytest.Config) -> None:
