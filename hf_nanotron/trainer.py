@@ -261,7 +261,8 @@ class NanotronTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest committed checkpoint that is undamaged;
-        `"auto"` does so if the run has one, and otherwise starts from the first step.
+        `"auto"` does so if the run has one, and otherwise starts from the first step; `"auto:PATH"` otherwise from
+        that checkpoint.
 
         Raises:
             ValueError: if the named checkpoint is not complete, or there is none at all.
