@@ -31,8 +31,8 @@ def test_a_step_on_a_gpu() -> None:
     events = [
         {"ph": "M", "name": "process_name"},
         event("ProfilerStep#1", "user_annotation", 0, 60),
-        event("hf_nanotron::forward", "user_annotation", 0, 10),
-        event("hf_nanotron::backward", "user_annotation", 10, 30),
+        event("forward stage=0 micro_batch=0", "user_annotation", 0, 10),
+        event("backward stage=0 micro_batch=0", "user_annotation", 10, 30),
         event("Optimizer.step#AdamW.step", "user_annotation", 40, 50),
         *kernel("sm90_xmma_gemm_bf16bf16", 1, 5, 25, 1),
         *kernel("flash_fwd_kernel", 2, 25, 35, 2),

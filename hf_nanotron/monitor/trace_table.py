@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..parallel.pipeline.executor import BACKWARD, FORWARD
+from ..parallel.pipeline.action_names import action_of
 
 PARTS = ("matmul", "attention", "optimizer", "memory_bound", "copies", "communication", "idle")
 PHASES = ("forward", "backward", "optimizer", "other")
@@ -116,13 +116,13 @@ def kind_of(name: str) -> str:
 
 def _phases(spans: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, str]]:
     """When the host was in which phase, in order."""
-    names = {FORWARD: "forward", BACKWARD: "backward"}
     found = []
     for event in spans:
         if event.get("cat") == "user_annotation":
             name = str(event["name"])
-            phase = "optimizer" if name.startswith(OPTIMIZER) else names.get(name)
-            if phase is not None:
+            action = action_of(name)
+            if action is not None or name.startswith(OPTIMIZER):
+                phase = "optimizer" if action is None else "forward" if action.kind == "F" else "backward"
                 found.append((event["ts"], event["ts"] + event["dur"], phase))
     return sorted(found)
 
