@@ -432,7 +432,7 @@ def test_commands_of_the_page(
     assert "weights/model.layers.0.self_attn.q_proj.weight/norm" in details[0]["metrics"]
     (tmp_path / "out-b").symlink_to(run[0])
     watching = [words[1:] for words in lines if words[0] == "hf-nanotron"]
-    assert {words[0] for words in watching} == {"top", "plot"} and len(watching) == 6
+    assert {words[0] for words in watching} == {"top", "plot"} and len(watching) == 7
     for words in watching:
         code, out, err = command(*words)
         assert code == 0 and out and not err, (words, err)

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,12 +175,12 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `metrics` that are numbers, among them the texts "nan", "inf" and "-inf"."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in metrics.items():
-        if value in ("nan", "inf", "-inf"):
-            found[name] = float(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[sys.intern(name)] = value  # one text for all lines
+        elif value in ("nan", "inf", "-inf"):
+            found[sys.intern(name)] = float(value)
     return found
 
 
@@ -196,7 +197,8 @@ def joined(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The log lines of the last training: those of the runs that it was resumed from, as far as they count, first."""
     lines: list[dict[str, Any]] = []
     for run in runs:
-        start = run.begin.get("step", 0)
+        first = run.logs[0]["step"] if run.logs else 1  # of a log without such lines, as that of single tensors is
+        start = run.begin.get("step", first - 1)
         lines = [line for line in lines if line["step"] <= start] if start else []
         lines += run.logs
     return lines
