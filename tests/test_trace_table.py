@@ -64,6 +64,26 @@ def test_a_step_on_a_gpu() -> None:
         table_of([])
 
 
+def test_a_stage_of_a_pipeline_on_the_host() -> None:
+    """Messages are noted in the thread that computes; collectives in threads of their own, with their copies."""
+    events = [
+        event("ProfilerStep#1", "user_annotation", 0, 100),
+        event("gloo:recv", "user_annotation", 0, 20),
+        event("forward stage=1 micro_batch=0", "user_annotation", 0, 50),
+        event("aten::mm", "cpu_op", 20, 50),
+        event("gloo:send", "user_annotation", 50, 80),
+        event("weight_gradients stage=1 micro_batch=0", "user_annotation", 60, 70),
+        event("aten::mm", "cpu_op", 60, 70),
+        event("gloo:all_reduce", "user_annotation", 80, 90, tid=2),
+        event("aten::copy_", "cpu_op", 80, 90, tid=2),
+    ]
+    table = table_of(events)
+    parts = {part: 1e3 * seconds for part, seconds in table["parts"].items() if seconds}
+    assert parts == pytest.approx({"matmul": 40, "communication": 50, "idle": 10})
+    phases = {phase: 1e3 * seconds for phase, seconds in table["phases"].items()}
+    assert phases == pytest.approx({"forward": 50, "backward": 10, "optimizer": 0, "other": 30})
+
+
 def test_each_moment_counts_once() -> None:
     found = sweep([(0, 10, "communication", "forward"), (2, 4, "matmul", "forward"), (3, 6, "matmul", "backward")])
     assert found == {("communication", "forward"): 6, ("matmul", "backward"): 3, ("matmul", "forward"): 1}

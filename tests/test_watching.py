@@ -470,7 +470,8 @@ def test_profiles(run: tuple[Path, list[str]]) -> None:
     assert files == {f"{name}{suffix}" for name in names for suffix in (".trace.json.gz", ".json", ".txt")}
     for name in names:
         with gzip.open(folder / "_profile" / f"{name}.trace.json.gz") as file:
-            actions = {name for e in json.load(file)["traceEvents"] if "micro_batch=" in (name := str(e["name"]))}
+            events = json.load(file)["traceEvents"]
+        actions = {str(e["name"]) for e in events if "micro_batch=" in str(e["name"])}
         assert actions == {f"{kind} stage=0 micro_batch={n}" for kind in ("forward", "backward") for n in (0, 1)}
         table = json.loads((folder / "_profile" / f"{name}.json").read_text())
         assert table["steps"] == (1 if "1-1" in name else 2)
@@ -498,7 +499,8 @@ def test_profiles_of_a_pipeline(pool: WorkerPool, tmp_path: Path, request: pytes
     assert sorted({path.name.split(".")[0] for path in folder.iterdir()}) == names
     for name in names:
         with gzip.open(folder / f"{name}.trace.json.gz") as file:
-            actions = {name for e in json.load(file)["traceEvents"] if "micro_batch=" in (name := str(e["name"]))}
+            events = json.load(file)["traceEvents"]
+        actions = {str(e["name"]) for e in events if "micro_batch=" in str(e["name"])}
         kinds = ("forward", "backward", "weight_gradients")
         assert actions == {f"{kind} stage=1 micro_batch={n}" for kind in kinds for n in range(3)}
         table = json.loads((folder / f"{name}.json").read_text())

@@ -167,7 +167,10 @@ def _host_work(spans: Sequence[Mapping[str, Any]], phases: Sequence[tuple[float,
         work.intervals.append((event["ts"], event["ts"] + event["dur"], "communication", phase))
         work.seconds[str(event["name"])] += event["dur"]
         work.calls[str(event["name"])] += 1
-    aside = {event["tid"] for event in communicating}
+    # Messages are noted in the thread that sends them, which computes as well: the one of the steps.
+    aside = {event["tid"] for event in communicating} - {
+        event["tid"] for event in spans if str(event["name"]).startswith(STEP)
+    }
     threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in spans:
         if event.get("cat") == "cpu_op" and event["tid"] not in aside:
