@@ -71,7 +71,7 @@ def test_a_stage_of_a_pipeline_on_the_host() -> None:
         event("gloo:recv", "user_annotation", 0, 20),
         event("forward stage=1 micro_batch=0", "user_annotation", 0, 50),
         event("aten::mm", "cpu_op", 20, 50),
-        event("gloo:send", "user_annotation", 50, 80),
+        event("gloo:send", "user_annotation", 52, 80),
         event("weight_gradients stage=1 micro_batch=0", "user_annotation", 60, 70),
         event("aten::mm", "cpu_op", 60, 70),
         event("gloo:all_reduce", "user_annotation", 80, 90, tid=2),
@@ -79,9 +79,9 @@ def test_a_stage_of_a_pipeline_on_the_host() -> None:
     ]
     table = table_of(events)
     parts = {part: 1e3 * seconds for part, seconds in table["parts"].items() if seconds}
-    assert parts == pytest.approx({"matmul": 40, "communication": 50, "idle": 10})
+    assert parts == pytest.approx({"matmul": 40, "communication": 48, "idle": 12})
     phases = {phase: 1e3 * seconds for phase, seconds in table["phases"].items()}
-    assert phases == pytest.approx({"forward": 50, "backward": 10, "optimizer": 0, "other": 30})
+    assert phases == pytest.approx({"forward": 50, "backward": 10, "optimizer": 0, "other": 28})
 
 
 def test_each_moment_counts_once() -> None:
