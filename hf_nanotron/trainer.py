@@ -570,11 +570,10 @@ class NanotronTrainer(Trainer):
         if self.doremi is not None and domains is not None:
             self.doremi.weigh(micro_batches, domains)
         teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
-        watch = self._detail.begin_step(step + 1)
         figures = self._new_figures(len(batches))
         if mixture is not None:
             mixture.share = self._share_of_routers(batches)
-        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch, figures)
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, figures)
         self._gradients.run_hooks(self._link)
         self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
@@ -1110,7 +1109,7 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
-        self._detail = MetricsDetail(self.args, model, self.weights)
+        self._detail = MetricsDetail(self.args, self.training_state)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

@@ -26,7 +26,8 @@ from hf_nanotron.plan.rehearse import PLANNED, Rehearsal, Rows, _by_axis, rehear
 from hf_nanotron.plan.roles import Role, roles
 from hf_nanotron.plan.trace import Event, Recorder, RoleTrace
 
-LAYOUT = {"tp_size": 2, "pp_size": 2, "tp_overlap": True}
+WATCHED = {"profile_steps": "10-12", "profile_ranks": "all", "metrics_detail": ["weights", "activations"]}
+LAYOUT = {"tp_size": 2, "pp_size": 2, "tp_overlap": True, **WATCHED}
 MICRO_BATCHES = 5
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp x pp x dp": (8, LAYOUT),

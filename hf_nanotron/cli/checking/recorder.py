@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .records import Activation, Piece, Record
 class Recorder(TrainerCallback):
     """Is put on a trainer before it trains; `record` is complete when the run has ended.
 
-    It is the `ForwardObserver` of the training state, so that it knows which tokens a module is called for.
+    It is a `ForwardObserver` of the training state, so that it knows which tokens a module is called for.
     """
 
     def __init__(self, trainer: NanotronTrainer) -> None:
@@ -40,27 +41,30 @@ class Recorder(TrainerCallback):
             module.register_forward_hook(functools.partial(self.note, name))
             for name, module in recorded_modules(model.anatomy)
         ]
-        trainer.training_state.observer = self
+        trainer.training_state.observers.append(self)
         trainer.add_callback(self)
         if any(parameter.requires_grad for parameter in model.parameters()):
             trainer.add_gradient_hook("*", self.note_gradient)
 
     # ---- of the training state ----
 
-    def begin_step(self, step: int) -> None:
+    @contextlib.contextmanager
+    def over(self, step: int, micro_batches: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         """Weights are written down before the forward: callbacks and the optimizer have done what they do."""
         self.note_weights()
         self.record.activations.append({})
         self.record.gradients.append([])
+        yield
 
-    def begin_forward(self, place: int, inputs: Mapping[str, Any]) -> None:
+    def begin_forward(self, micro_batch: int, inputs: Mapping[str, Any]) -> None:
         rows, tokens = batch_shape(inputs)
         plan: ContextPlan | None = inputs.get(CONTEXT)
         if plan is None:
             self._columns = torch.arange(tokens).expand(rows, tokens)
         else:
             self._columns = plan.parts.places[plan.parts.group.rank].view(rows, -1)
-        self._place = place
+        mesh = self.trainer.mesh
+        self._place = micro_batch * mesh.dp_size + mesh.dp_rank  # among all of the step
 
     def end_forward(self) -> None:
         self._place = None
@@ -100,7 +104,7 @@ class Recorder(TrainerCallback):
         self.note_weights()
         for handle in self._handles:
             handle.remove()
-        self.trainer.training_state.observer = None
+        self.trainer.training_state.observers.remove(self)
 
 
 def recorded_modules(anatomy: Anatomy) -> Iterable[tuple[str, nn.Module]]:
