@@ -212,9 +212,7 @@ def test_stepping_into_a_region_as_the_page_tells(pytestconfig: pytest.Config, t
             for expression in ("type(module).__name__", "tuple(hidden_of(args, kwargs).shape)", "module.training")
         ]
         assert said == ["'LlamaAttention'", "(2, 16, 32)", "True"]
-        client.stop_at(ROOT / "README.md", 1) if False else client.send(
-            "setBreakpoints", source={"path": str(regions)}, breakpoints=[]
-        )
+        client.send("setBreakpoints", source={"path": str(regions)}, breakpoints=[])
         client.send("continue", threadId=thread)
         client.send("disconnect", terminateDebuggee=False)
         client.close()
@@ -238,14 +236,6 @@ def test_dump_of_a_process_that_waits(pytestconfig: pytest.Config) -> None:
         assert "here" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     finally:
         waiting.kill()
-
-
-RECORDED = """\
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-dist.all_reduce(torch.ones(1))
-print(torch._C._distributed_c10d._dump_fr_trace_json(True, True)[:4000])
-"""
 
 
 # ---- several nodes ----
