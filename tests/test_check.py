@@ -55,10 +55,20 @@ FAULTS = {
     "collator": (["tp_size", "1"], r"the loss of step 1 differs"),
     "callback": (["tp_size", "2"], r"model\.norm\.weight differs after the update of step 1, on rank 1 \(tp 1\)"),
     "optimizer": (["tp_size", "2"], r"model\.embed_tokens\.weight differs after the update of step 1"),
+    "local": (["tp_size", "1"], r"one process, micro-batches of 1: the loss of step 1 differs"),
+    "buffer": (["tp_size", "1"], r"the buffer model\.layers\.1\.input_layernorm\.mean differs after step 1, on all"),
+    "dropout": (
+        ["zero_stage", "3"],
+        r"the output of model\.layers\.1\.mlp differs in the forward of step 1, on rank 1",
+    ),
+    "shape": (["tp_size", "2"], r"model\.embed_tokens\.weight differs after the update of step 1"),
+    "hangs": (["tp_size", "2", "--timeout", "8"], r"failed: rank 0, 1 did not finish within 8 s"),
     "none": (["average_tokens_across_devices", "false"], r"the loss of step 1 differs, on all ranks"),
     "module": (["tp_size", "1"], r"the output of model\.layers\.0\.mlp differs in the forward of step 1, on rank 1"),
 }
 SCRIPT = """\
+import time
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -80,6 +90,10 @@ def loss(outputs, labels, num_items_in_batch=None):
     return total / num_items_in_batch * processes  # DistributedDataParallel would divide by them
 
 
+def local(outputs, labels, num_items_in_batch=None):
+    return loss(outputs, labels, (labels != -100).sum() * (dist.get_world_size() if dist.is_initialized() else 1))
+
+
 def masked(rows):
     batch = collate(rows)
     if rank() == 1:
@@ -95,6 +109,44 @@ class Writes(TrainerCallback):
                     parameter.mul_(1 + rank())
 
 
+class Sleeps(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(600 * rank())
+
+
+class Mean(torch.nn.Module):
+    def __init__(self, norm, size):
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("mean", torch.zeros(size))
+
+    def forward(self, hidden):
+        output = self.norm(hidden)
+        self.mean.lerp_(output.detach().mean((0, 1)), 0.1)
+        return output
+
+
+def make_model(config):
+    model = LlamaForCausalLM(config)
+    layer = model.model.layers[1]
+    if FAULT == "buffer":
+        layer.input_layernorm = Mean(layer.input_layernorm, config.hidden_size)
+    if FAULT == "dropout":
+        layer.mlp.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.1))
+    return model
+
+
+class Sized(torch.optim.SGD):
+    elementwise = True  # it is not: a step depends on how much of a tensor a rank has
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(parameter.numel() ** 0.5)
+        return super().step(closure)
+
+
 class Normed(torch.optim.SGD):
     elementwise = True  # it is not: a norm is of the whole tensor
 
@@ -108,6 +160,9 @@ class Normed(torch.optim.SGD):
 
 PARTS = {{
     "loss": {{"compute_loss_func": loss}},
+    "local": {{"compute_loss_func": local}},
+    "hangs": {{"callbacks": [Sleeps()]}},
+    "shape": {{"optimizer_cls_and_kwargs": (Sized, {{"lr": 0.01}})}},
     "collator": {{"data_collator": masked}},
     "callback": {{"callbacks": [Writes()]}},
     "optimizer": {{"optimizer_cls_and_kwargs": (Normed, {{"lr": 0.01}})}},

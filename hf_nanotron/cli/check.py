@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .checking.compare import Compared
     from .checking.job import Job
     from .checking.processes import Ranks
+    from .checking.records import Record
     from .checking.sizes import Layout
 
 DESCRIPTION = """\
@@ -249,6 +250,8 @@ def _compare(ranks: Ranks, single: Job, layouts: Sequence[Layout], count: int, s
             raise SettingsError(str(error)) from None
         found.rows.append(Row(name, 1, failed=str(error)))
         return
+    if reference.has_own_loss and not stock:
+        found.rows.append(_other_micro_batches(ranks, single, reference))
     for index, layout in enumerate(layouts):
         if layout.processes == 1:
             continue
@@ -264,13 +267,36 @@ def _compare(ranks: Ranks, single: Job, layouts: Sequence[Layout], count: int, s
             elif error.is_refusal:
                 raise SettingsError(str(error)) from None
             else:
-                row.failed = f"rank {error.rank}: {error}"
+                row.failed = str(error)
         else:
             row.compared = compare([read_record(path) for path in paths], reference)
         row.seconds = time.monotonic() - begun
         found.rows.append(row)
     if not found.rows:
         found.notes.append("the run has one process, so there is nothing to compare; --layouts compares others with it")
+
+
+def _other_micro_batches(ranks: Ranks, single: Job, reference: Record) -> Row:
+    """One process with the same rows in other micro-batches: the losses of a loss that divides by its own batch differ.
+
+    Layouts do not show it: their micro-batches are the same.
+    """
+    from .checking.compare import compare, without_outputs
+    from .checking.job import read_record, train_rank
+    from .checking.processes import RankError
+
+    rows, count = (single.arguments[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    rows, count = (1, count * rows) if rows > 1 else (count, 1)
+    sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": count}
+    row = Row(f"one process, micro-batches of {rows}", 1)
+    job = single.with_arguments(_made(single.folder.parent / "other"), **sizes)
+    try:
+        found = read_record(ranks.run(1, train_rank, job)[0])
+    except RankError as error:
+        row.failed = str(error)
+    else:
+        row.compared = compare([without_outputs(found)], without_outputs(reference))
+    return row
 
 
 def _speak(ranks: Ranks, function: Any, argument: Any) -> list[Any]:
@@ -395,7 +421,7 @@ def as_text(found: Check) -> str:
             lines += ["", f"{row.name}: {row.compared.first}."]
         elif row.refused is not None or row.failed is not None:
             lines += ["", f"{row.name}: {'refused' if row.refused else 'failed'}: {row.refused or row.failed}"]
-        if row.compared is not None and row.compared.unseen:
+        if row.compared is not None and row.compared.first is None and row.compared.unseen:
             lines += ["", f"{row.name}: not compared: the outputs of {_listed(row.compared.unseen)}, of which no rank "
                       "has a row of features for each token."]  # fmt: skip
     lines += ["", ENDINGS[found.is_same]]

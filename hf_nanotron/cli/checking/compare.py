@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,11 @@ def compare(records: list[Record], reference: Record) -> Compared:
     return Compared(errors, None, unseen)
 
 
+def without_outputs(record: Record) -> Record:
+    """Losses, gradients and weights alone, of runs whose micro-batches differ."""
+    return replace(record, modules=[], shapeless=[], activations=[{} for _ in record.activations])
+
+
 def _unseen(records: list[Record], whole: _Whole) -> tuple[str, ...]:
     """Modules of the reference, in its order, of whose outputs some tokens are in no record."""
     incomplete = set()
@@ -197,7 +202,7 @@ def _buffers(
     if step >= len(whole.record.buffers):
         return
     for name, wanted in whole.record.buffers[step].items():
-        size, errors = float(wanted.norm()), {}
+        size, errors = float(wanted[wanted.isfinite()].norm()), {}
         for record in records:
             if step < len(record.buffers) and (found := record.buffers[step].get(name)) is not None:
                 if found.shape == wanted.shape:

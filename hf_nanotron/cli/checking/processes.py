@@ -37,9 +37,9 @@ class RankError(Exception):
         is_refusal: whether the message alone says what to do, before the work of the job had begun.
     """
 
-    def __init__(self, message: str, rank: int, is_refusal: bool) -> None:
+    def __init__(self, message: str, is_refusal: bool) -> None:
         super().__init__(message)
-        self.rank, self.is_refusal = rank, is_refusal
+        self.is_refusal = is_refusal
 
 
 Failure = tuple[str, bool, bool]  # the message, whether it is for the user, whether the work had begun
@@ -109,12 +109,10 @@ class Ranks:
         if failures:
             speaker = _speaker(failures)
             message, speaks, has_begun = failures[speaker]
-            raise RankError(message, speaker, speaks and not has_begun)
+            raise RankError(f"rank {speaker}: {message}" if has_begun else message, speaks and not has_begun)
         if waiting:
             late = ", ".join(map(str, sorted(waiting.values())))
-            raise RankError(
-                f"rank {late} did not finish within {self.timeout:.0f} s (--timeout)", min(waiting.values()), False
-            )
+            raise RankError(f"rank {late} did not finish within {self.timeout:.0f} s (--timeout)", False)
         return [results[rank] for rank in range(len(ranks))]
 
     def close(self) -> None:

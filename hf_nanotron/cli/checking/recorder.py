@@ -33,6 +33,7 @@ class Recorder(TrainerCallback):
         sizes = {"tp": mesh.tp_size, "cp": mesh.cp_size, "pp": mesh.pp_size, "dp": mesh.dp_size, "ep": mesh.ep_size}
         where = {axis: rank for axis, rank in where.items() if sizes[axis] > 1}
         self.record = Record(mesh.rank, where, [stage.index for stage in model.stages])
+        self.record.has_own_loss = trainer.compute_loss_func is not None
         self.trainer = trainer
         self._place: int | None = None
         self._columns = torch.empty(0, dtype=torch.int64)

@@ -57,6 +57,7 @@ class Record:
         gradients: for each step, before clipping.
         buffers: with fractions, as the weights; of this rank's modules.
         losses, norms: as logged.
+        has_own_loss: whether a script has brought the loss.
         shapeless: names of modules that returned something else than a row of features for each token.
     """
 
@@ -70,4 +71,5 @@ class Record:
     buffers: list[dict[str, torch.Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    has_own_loss: bool = False
     shapeless: list[str] = field(default_factory=list)

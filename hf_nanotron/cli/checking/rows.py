@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...data.padding import PADDING
-from ...data.streaming.token_stream import TokenStream
+from ...data.streaming.lane_stream import LaneStream
 from ...ops.cross_entropy import IGNORE_INDEX
 from ..data import load_data
 from ..data_plan import DataPlan, SetPlan
@@ -41,14 +41,15 @@ def random_rows(count: int, length: int, vocabulary: int, packed: bool) -> list[
 def own_rows(plan: DataPlan, tokenizer: Any, count: int, length: int, vocabulary: int) -> list[Row]:
     """The first `count` rows of the training data, cut after `length` tokens, with ids below `vocabulary`.
 
-    Data of fewer rows begin anew.
+    Of stages: those of the first. Data of fewer rows begin anew.
 
     Raises:
         SettingsError: for data without a row.
     """
-    dataset, _ = load_data(DataPlan(plan.train, None, plan.seed), tokenizer, 0)
+    train = plan.train[0].data if isinstance(plan.train, list) else plan.train
+    dataset, _ = load_data(DataPlan(train, None, plan.seed), tokenizer, 0)
     rows = []
-    for found in dataset if isinstance(dataset, TokenStream) else _in_order(dataset, count):
+    for found in dataset if isinstance(dataset, LaneStream) else _in_order(dataset, count):
         row = {name: torch.as_tensor(found[name]).tolist()[:length] for name in PADDING if name in found}
         row["input_ids"] = [token % vocabulary for token in row["input_ids"]]
         for name in ("labels", "shift_labels"):
