@@ -34,6 +34,7 @@ class Recorder(TrainerCallback):
         sizes = {"tp": mesh.tp_size, "cp": mesh.cp_size, "pp": mesh.pp_size, "dp": mesh.dp_size, "ep": mesh.ep_size}
         where = {axis: rank for axis, rank in where.items() if sizes[axis] > 1}
         self.record = Record(mesh.rank, where, [stage.index for stage in model.stages])
+        self.record.has_own_loss = trainer.compute_loss_func is not None
         self.trainer = trainer
         self._place: int | None = None
         self._columns = torch.empty(0, dtype=torch.int64)
@@ -74,9 +75,11 @@ class Recorder(TrainerCallback):
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The first tensor that `module` returns, if it has one row of features for each token."""
         first = output[0] if isinstance(output, tuple) and output else output
-        if self._place is None or not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        if self._place is None:
             return
         if (found := with_columns(first, self._columns, self.trainer.mesh.tp)) is None:
+            if name not in self.record.shapeless:
+                self.record.shapeless.append(name)
             return
         columns, values = found
         if name not in self.record.modules:
@@ -90,6 +93,7 @@ class Recorder(TrainerCallback):
     def note_weights(self) -> None:
         pieces = [piece_of(s.spec, s.start, s.stop, s.master) for s in self.trainer.weights.segments]
         self.record.weights.append(pieces)
+        self.record.buffers.append(buffers_of(self.trainer.model))
 
     # ---- of the loop ----
 
@@ -119,20 +123,26 @@ def recorded_modules(anatomy: Anatomy) -> Iterable[tuple[str, nn.Module]]:
     return [(name, module) for name, module in named if not isinstance(module, Absent)]
 
 
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the buffers with fractions: counters count what a rank has done, which depends on the layout."""
+    found = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return {name: buffer.detach().float().cpu().clone() for name, buffer in found.items()}
+
+
 def _is_module(model: nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     return leaf in model.get_submodule(owner)._modules
 
 
-def with_columns(
-    output: torch.Tensor, columns: torch.Tensor, tp: Any = None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def with_columns(output: Any, columns: torch.Tensor, tp: Any = None) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(columns, values `[B, tokens, H]`) of an output that has a row of features for each token; None for others.
 
     Args:
         columns: `[B, tokens]`, of the micro-batch as the model is called with it.
         tp: the tensor-parallel group; with sequence parallelism each of its ranks has a part of the tokens.
     """
+    if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+        return None
     rows, tokens = columns.shape
     if output.dim() == 2 and output.shape[0] % rows == 0:
         output = output.view(rows, -1, output.shape[-1])
