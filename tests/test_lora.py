@@ -53,7 +53,11 @@ PLACES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "biases": ("qwen2", {"tp_size": 4}, {"target_modules": "all-linear", "use_rslora": True}),
     "fused": ("phi3", {"tp_size": 2}, {"target_modules": "all-linear", "init_lora_weights": "gaussian"}),
     "fused by heads": ("gpt_neox", {"tp_size": 2}, {"target_modules": "all-linear", "init_lora_weights": False}),
-    "latent attention": ("deepseek_v3", {"tp_size": 2}, {"target_modules": "all-linear"}),
+    "latent attention": (
+        "deepseek_v3",
+        {"tp_size": 2},
+        {"target_modules": "all-linear", "exclude_modules": ["experts"]},
+    ),
     "experts": ("mixtral", {"ep_size": 2}, {"target_modules": ["q_proj", "o_proj"]}),
 }
 
