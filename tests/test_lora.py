@@ -43,6 +43,7 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any]]] = {  # data-parallel ranks, si
 BY_DEFAULT = {"tp 2 pp 2"}  # the resume below has dp 2
 
 
+MLA = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 # The same of adapters in other places: the model, sizes, fields of LoraConfig.
 PLACES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "first layer, pp 2": ("llama", {"pp_size": 2}, {"layers_to_transform": [0]}),
@@ -56,7 +57,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "latent attention": (
         "deepseek_v3",
         {"tp_size": 2},
-        {"target_modules": "all-linear", "exclude_modules": ["experts"]},
+        {"target_modules": MLA},
     ),
     "experts": ("mixtral", {"ep_size": 2}, {"target_modules": ["q_proj", "o_proj"]}),
 }

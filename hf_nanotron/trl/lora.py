@@ -125,7 +125,7 @@ def _targets(model: ParallelModel, config: Any) -> tuple[list[tuple[str, int, in
         if not isinstance(module, LoraLinear) or not isinstance(module.get_base_layer(), nn.Linear):
             raise ValueError(
                 f"peft_config: {name!r} is no linear ({_kind(module)}), whose adapters are not supported; "
-                "leave it out of target_modules, or name it in exclude_modules."
+                "name the linears alone in target_modules."
             )
         layer: Any = module
         found.append((name, layer.in_features, layer.out_features, layer.r["default"], layer.scaling["default"]))
