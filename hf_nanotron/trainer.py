@@ -923,6 +923,11 @@ class NanotronTrainer(Trainer):
             with self._averaged():
                 self._checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters of the model are trained, and saved in place of it."""
+        return False
+
     def _share_of_routers(self, batches: list[dict[str, Any]]) -> float | torch.Tensor:
         """What the losses over routers of each of these micro-batches are multiplied by. All ranks together."""
         return 1.0
@@ -968,7 +973,8 @@ class NanotronTrainer(Trainer):
         self._reports.begin(callbacks, self.args, self.state, self.model, self._checkpointer.run)
 
     def _check_frozen(self) -> None:
-        check_frozen(self.training_state, self.args.save_hub_weights)
+        # Of adapters all is in the training state, and the base in no checkpoint.
+        check_frozen(self.training_state, "always" if self.trains_adapters else self.args.save_hub_weights)
 
     def _check_loss(self) -> None:
         """See `LossChoice.check`; and hooks that would not be called."""
@@ -1067,6 +1073,11 @@ class NanotronTrainer(Trainer):
                 raise ValueError(
                     f"the model was made for {model.parallel}, but the training arguments say {args.parallel}; pass "
                     "`parallel=args.parallel` when you make the model."
+                )
+            if model.adapters and not self.trains_adapters:
+                raise ValueError(
+                    "the model has adapters of another trainer, which this one would not save. Go on with that "
+                    "trainer, or merge them into the base first (PEFT's merge_and_unload) and load the result."
                 )
         else:
             refuse_meta(model)

@@ -139,9 +139,12 @@ def plan_of_trainer(
 
 
 def given_arguments(args: NanotronTrainingArguments) -> dict[str, Any]:
-    """The training arguments that are not the defaults, without `output_dir` and without secrets."""
+    """The training arguments that are not the defaults, without `output_dir` and without secrets.
+
+    A class derived from NanotronTrainingArguments may have other defaults, and fields that a job has not.
+    """
     given = {}
-    for entry in fields(args):
+    for entry in fields(NanotronTrainingArguments):
         value = getattr(args, entry.name)
         value = value.value if isinstance(value, Enum) else value
         default = entry.default.value if isinstance(entry.default, Enum) else entry.default
