@@ -156,7 +156,6 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
 }
 BY_DEFAULT = (
     "dp2 ga4 tied",
-    "dp4 ga1 tied",
     "dp4 replicas2 ga4",
     "dp2 pp2 interleaved ga4 tied",
     "dp2 tp2 pp2 ga4 tied",
