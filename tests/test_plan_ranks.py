@@ -113,7 +113,7 @@ def test_every_rank_has_one_role() -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_layout_hangs(name: str, pool: WorkerPool, pytestconfig: pytest.Config) -> None:
-    if name not in ("ZeRO-3", "zb") and not pytestconfig.getoption("full_matrix"):
+    if name != "ZeRO-3" and not pytestconfig.getoption("full_matrix"):
         pytest.skip("with --full-matrix")
     world_size, layout = LAYOUTS[name]
     job = job_of(world_size, **layout)
@@ -241,7 +241,7 @@ def test_state_of_the_real_trainer_is_that_of_arithmetic(pool: WorkerPool, pytes
     with scripts(["measured"]) as found:
         jobs = {row["name"]: found.measured.job_of(row) for row in found.measured.read("measured_peaks.json")}
     if not pytestconfig.getoption("full_matrix"):
-        jobs = {name: job for name, job in jobs.items() if name in ("8B shape, dp 2, ZeRO-1", "1B, tp 2")}
+        jobs = {name: job for name, job in jobs.items() if name == "1B, tp 2"}
     for name, job in jobs.items():
         real = pool.run(1, fullest, job)[0]
         assert Estimator(job.config).fullest(job).total == pytest.approx(real, rel=0.01), name
