@@ -289,13 +289,15 @@ class NanotronTrainer(Trainer):
     def plan(self, gpu: str | None = None, gpus: int | None = None, **options: Any) -> Plan:
         """What a run of this trainer's model and arguments costs, before it is started (`hf-nanotron plan`).
 
-        Call it in a script that one process runs. Stock arguments and model count; a subclass's overrides do not.
+        In a job, all ranks call it, and rank 0 plans for them. Stock arguments and model count; a subclass's overrides
+        do not.
 
         Args:
-            gpu: kind of GPU, such as `"h100"`; that of this process if None.
+            gpu: kind of GPU, such as `"h100"`; that of `rates`, or else of this process, if None.
             gpus: of the job; as many as there are processes if None.
-            options: `gpus_per_node` (8), `rates` (a file of `hf-nanotron bench --rates`), `sequence_length` (tokens of
-                a row; that of the training data if not given), `run` (False: do not rehearse the ranks).
+            options: `gpus_per_node` (8, or all of fewer), `rates` (a file of `hf-nanotron bench --rates`),
+                `sequence_length` (tokens of a row; that of the training data if not given), `run` (False: do not
+                rehearse the ranks).
 
         Raises:
             ValueError: for a GPU that is not in the table, and in the trainer's words for what cannot run.
