@@ -180,6 +180,36 @@ def redacted(name: str, value: Any, mask: Any = MASK, known: Iterable[str] = ())
     return _redacted_parts(value, mask, known)
 
 
+def holds_secret(value: Any, name: str = "", known: Iterable[str] = ()) -> bool:
+    """Whether what is to be written holds a secret. Unlike what is hidden, a short word in the query of a URL
+    (`?download=true`, `?v=2`) is none.
+
+    Args:
+        value: as for `redacted`.
+        name: of the field.
+        known: as for `printable`.
+    """
+    known = tuple(known)
+    if isinstance(value, Mapping):
+        return any(holds_secret(item, str(key), known) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return any(holds_secret(item, name, known) for item in value)
+    if isinstance(value, str) and not is_secret(name):
+        value = _URL.sub(lambda found: _without_plain_query(found[0]), value)
+    return redacted(name, value, known=known) is not value
+
+
+def _without_plain_query(url: str) -> str:
+    start, _, query = url.partition("?")
+    pairs = [part.partition("=") for part in re.split("[&;]", query)]
+    left = [
+        f"{name}{equals}{value}"
+        for name, equals, value in pairs
+        if is_secret(name) or len(value) >= LEAST or not re.fullmatch(r"[\w.\-]+", f"{name}{value}") or not equals
+    ]
+    return "?".join([start, *(["&".join(left)] if left and query else [])])
+
+
 def hide(text: str, known: Iterable[str]) -> str:
     """`text` without these secrets."""
     for secret in sorted({each for each in known if each}, key=len, reverse=True):

@@ -261,7 +261,8 @@ class NanotronTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest committed checkpoint that is undamaged;
-        `"auto"` does so if the run has one, and otherwise starts from the first step.
+        `"auto"` does so if the run has one, and otherwise starts from the first step; `"auto:PATH"` otherwise from
+        that checkpoint.
 
         Raises:
             ValueError: if the named checkpoint is not complete, or there is none at all.
@@ -288,13 +289,15 @@ class NanotronTrainer(Trainer):
     def plan(self, gpu: str | None = None, gpus: int | None = None, **options: Any) -> Plan:
         """What a run of this trainer's model and arguments costs, before it is started (`hf-nanotron plan`).
 
-        Call it in a script that one process runs. Stock arguments and model count; a subclass's overrides do not.
+        In a job, all ranks call it, and rank 0 plans for them. Stock arguments and model count; a subclass's overrides
+        do not.
 
         Args:
-            gpu: kind of GPU, such as `"h100"`; that of this process if None.
+            gpu: kind of GPU, such as `"h100"`; that of `rates`, or else of this process, if None.
             gpus: of the job; as many as there are processes if None.
-            options: `gpus_per_node` (8), `rates` (a file of `hf-nanotron bench --rates`), `sequence_length` (tokens of
-                a row; that of the training data if not given), `run` (False: do not rehearse the ranks).
+            options: `gpus_per_node` (8, or all of fewer), `rates` (a file of `hf-nanotron bench --rates`),
+                `sequence_length` (tokens of a row; that of the training data if not given), `run` (False: do not
+                rehearse the ranks).
 
         Raises:
             ValueError: for a GPU that is not in the table, and in the trainer's words for what cannot run.
@@ -569,11 +572,10 @@ class NanotronTrainer(Trainer):
         if self.doremi is not None and domains is not None:
             self.doremi.weigh(micro_batches, domains)
         teacher = self._teacher_pass if own_loss is not None and own_loss.of_outputs is not None else None
-        watch = self._detail.begin_step(step + 1)
         figures = self._new_figures(len(batches))
         if mixture is not None:
             mixture.share = self._share_of_routers(batches)
-        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, watch, figures)
+        loss = self._step.run(micro_batches, step, own_loss, domains, teacher, figures)
         self._gradients.run_hooks(self._link)
         self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
@@ -923,6 +925,11 @@ class NanotronTrainer(Trainer):
             with self._averaged():
                 self._checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters of the model are trained, and saved in place of it."""
+        return False
+
     def _share_of_routers(self, batches: list[dict[str, Any]]) -> float | torch.Tensor:
         """What the losses over routers of each of these micro-batches are multiplied by. All ranks together."""
         return 1.0
@@ -968,7 +975,8 @@ class NanotronTrainer(Trainer):
         self._reports.begin(callbacks, self.args, self.state, self.model, self._checkpointer.run)
 
     def _check_frozen(self) -> None:
-        check_frozen(self.training_state, self.args.save_hub_weights)
+        # Of adapters all is in the training state, and the base in no checkpoint.
+        check_frozen(self.training_state, "always" if self.trains_adapters else self.args.save_hub_weights)
 
     def _check_loss(self) -> None:
         """See `LossChoice.check`; and hooks that would not be called."""
@@ -1068,6 +1076,11 @@ class NanotronTrainer(Trainer):
                     f"the model was made for {model.parallel}, but the training arguments say {args.parallel}; pass "
                     "`parallel=args.parallel` when you make the model."
                 )
+            if model.adapters and not self.trains_adapters:
+                raise ValueError(
+                    "the model has adapters of another trainer, which this one would not save. Go on with that "
+                    "trainer, or merge them into the base first (PEFT's merge_and_unload) and load the result."
+                )
         else:
             refuse_meta(model)
             self._mesh = self._mesh or ParallelMesh(args.parallel, args.ddp_timeout_delta)
@@ -1109,7 +1122,7 @@ class NanotronTrainer(Trainer):
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
-        self._detail = MetricsDetail(self.args, model, self.weights)
+        self._detail = MetricsDetail(self.args, self.training_state)
         self._written = WrittenWeights(model, self.weights)
         self._guard = NonFiniteGuard(self.args, model, self.weights, self._checkpointer.where_to_resume)
         self._domains = DomainLog(model, self.train_dataset)

@@ -370,7 +370,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         refuse_removed(arguments)
         # Those that only the devices of the ranks can honour, or that one process has no use for.
         sizes = {entry.name: entry.default for entry in fields(ParallelConfig)}
-        elsewhere = {**sizes, "use_cpu": False, "tf32": None}
+        elsewhere = {**sizes, "use_cpu": False, "tf32": None, "profile_ranks": None}
         args = cls(**{**{name: value for name, value in arguments.items() if name not in elsewhere}, "use_cpu": True})
         for name, default in elsewhere.items():
             setattr(args, name, arguments.get(name, default))
@@ -389,6 +389,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         """
         if dist.is_initialized():
             attend()  # other ranks notice if this one is refused, and ends
+        world_size = _world_size() if world_size is None else world_size
         set_plain_values(self, NanotronTrainingArguments)
         check_values(self, NanotronTrainingArguments, REFUSED)
         check_policy(self)
@@ -445,12 +446,12 @@ class NanotronTrainingArguments(SecretlessArguments):
                 "rank alone; use attention='auto', or cp_size=1."
             )
         check_muon(self)
-        check_watching(self, _world_size())
+        check_watching(self, world_size)
         self._check_fp8()
         self._check_mlp_chunks()
         check_schedules(self)
         self._check_parametrization(optim)
-        self.parallel.expert_copies(_world_size() if world_size is None else world_size)
+        self.parallel.expert_copies(world_size)
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
 
     def _check_fp8(self) -> None:

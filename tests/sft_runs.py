@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, IterableDataset, disable_progress_bars
 from test_chat_dataset import CHATS, MARKED, messages, tokenizer
 from tiny import tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -71,6 +71,10 @@ def texts() -> Dataset:
     return Dataset.from_dict({"text": [f"{chat[-2][1]} and {chat[-1][1]}" for chat in SHORT]})
 
 
+def streamed() -> IterableDataset:
+    return texts().to_iterable_dataset(num_shards=3)
+
+
 # What TRL can do with data and loss -> the data, and the arguments.
 MODES: dict[str, tuple[Any, dict[str, Any]]] = {
     "packing": (chats, {"packing": True, "max_length": 96}),
@@ -82,16 +86,18 @@ MODES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dft": (chats, {"loss_type": "dft", "assistant_only_loss": True}),
     "dft packed": (chats, {"loss_type": "dft", "packing": True, "max_length": 96}),
     "plain": (texts, {"gradient_checkpointing": False}),
+    "streamed": (streamed, {}),
     "label smoothing": (texts, {"label_smoothing_factor": 0.1}),
 }
 
 
-def lora() -> Any:
+def lora(**options: Any) -> Any:
     """Adapters on linears whose outputs are cut, and on those whose inputs are; of several ranks."""
     from peft import LoraConfig
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    return LoraConfig(r=4, lora_alpha=8, target_modules=targets, rank_pattern={"down_proj": 6}, task_type="CAUSAL_LM")
+    own = {"target_modules": targets, "rank_pattern": {"down_proj": 6}, **options}
+    return LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **own)
 
 
 def sft_arguments(**overrides: Any) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def train_stock_sft(checkpoint: str, mode: str, evaluates: bool = False, **overr
         model=checkpoint,
         args=SFTConfig(**sft_arguments(**options, **overrides)),
         train_dataset=data(),
-        eval_dataset=data().select(range(5)) if evaluates else None,
+        eval_dataset=data().take(4 if mode == "streamed" else 5) if evaluates else None,
         callbacks=[log],
     ).train()
     return log
@@ -126,7 +132,7 @@ def train_our_sft(checkpoint: str, mode: str, evaluates: bool = False, **overrid
         model=checkpoint,
         args=NanotronSFTConfig(**sft_arguments(**options, **overrides)),
         train_dataset=data(),
-        eval_dataset=data().select(range(5)) if evaluates else None,
+        eval_dataset=data().take(4 if mode == "streamed" else 5) if evaluates else None,
         callbacks=[log],
     )
     trainer.train()

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,16 @@ from test_cli import command, one_line
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import ParallelConfig
-from hf_nanotron.cli.check import micro_batches
+from hf_nanotron.cli.check import Check, Row, as_text, micro_batches
 from hf_nanotron.cli.checking.arguments import on_cpu, shortened
 from hf_nanotron.cli.checking.compare import TOLERANCE, compare
-from hf_nanotron.cli.checking.processes import RankError, Ranks
+from hf_nanotron.cli.checking.processes import Begun, RankError, Ranks
 from hf_nanotron.cli.checking.records import Activation, Piece, Record
 from hf_nanotron.cli.checking.rows import is_quick, own_rows, random_rows
 from hf_nanotron.cli.checking.script import keywords, load_script
 from hf_nanotron.cli.checking.shrink import chosen_layers, parameters, small_head_counts, smaller
 from hf_nanotron.cli.checking.sizes import Layout, Reduced, covering, least_processes, reduced
+from hf_nanotron.cli.errors import SettingsError
 from hf_nanotron.cli.settings import check_complete, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,10 +55,20 @@ FAULTS = {
     "collator": (["tp_size", "1"], r"the loss of step 1 differs"),
     "callback": (["tp_size", "2"], r"model\.norm\.weight differs after the update of step 1, on rank 1 \(tp 1\)"),
     "optimizer": (["tp_size", "2"], r"model\.embed_tokens\.weight differs after the update of step 1"),
+    "local": (["tp_size", "1"], r"one process, micro-batches of 1: the loss of step 1 differs"),
+    "buffer": (["tp_size", "1"], r"the buffer model\.layers\.1\.input_layernorm\.mean differs after step 1, on all"),
+    "dropout": (
+        ["zero_stage", "3"],
+        r"the output of model\.layers\.1\.mlp differs in the forward of step 1, on rank 1",
+    ),
+    "shape": (["tp_size", "2"], r"model\.embed_tokens\.weight differs after the update of step 1"),
+    "hangs": (["tp_size", "2", "--timeout", "8"], r"failed: rank 0, 1 did not finish within 8 s"),
     "none": (["average_tokens_across_devices", "false"], r"the loss of step 1 differs, on all ranks"),
     "module": (["tp_size", "1"], r"the output of model\.layers\.0\.mlp differs in the forward of step 1, on rank 1"),
 }
 SCRIPT = """\
+import time
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -78,6 +90,10 @@ def loss(outputs, labels, num_items_in_batch=None):
     return total / num_items_in_batch * processes  # DistributedDataParallel would divide by them
 
 
+def local(outputs, labels, num_items_in_batch=None):
+    return loss(outputs, labels, (labels != -100).sum() * (dist.get_world_size() if dist.is_initialized() else 1))
+
+
 def masked(rows):
     batch = collate(rows)
     if rank() == 1:
@@ -93,6 +109,44 @@ class Writes(TrainerCallback):
                     parameter.mul_(1 + rank())
 
 
+class Sleeps(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(600 * rank())
+
+
+class Mean(torch.nn.Module):
+    def __init__(self, norm, size):
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("mean", torch.zeros(size))
+
+    def forward(self, hidden):
+        output = self.norm(hidden)
+        self.mean.lerp_(output.detach().mean((0, 1)), 0.1)
+        return output
+
+
+def make_model(config):
+    model = LlamaForCausalLM(config)
+    layer = model.model.layers[1]
+    if FAULT == "buffer":
+        layer.input_layernorm = Mean(layer.input_layernorm, config.hidden_size)
+    if FAULT == "dropout":
+        layer.mlp.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.1))
+    return model
+
+
+class Sized(torch.optim.SGD):
+    elementwise = True  # it is not: a step depends on how much of a tensor a rank has
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(parameter.numel() ** 0.5)
+        return super().step(closure)
+
+
 class Normed(torch.optim.SGD):
     elementwise = True  # it is not: a norm is of the whole tensor
 
@@ -106,6 +160,9 @@ class Normed(torch.optim.SGD):
 
 PARTS = {{
     "loss": {{"compute_loss_func": loss}},
+    "local": {{"compute_loss_func": local}},
+    "hangs": {{"callbacks": [Sleeps()]}},
+    "shape": {{"optimizer_cls_and_kwargs": (Sized, {{"lr": 0.01}})}},
     "collator": {{"data_collator": masked}},
     "callback": {{"callbacks": [Writes()]}},
     "optimizer": {{"optimizer_cls_and_kwargs": (Normed, {{"lr": 0.01}})}},
@@ -154,13 +211,19 @@ def fork_server(pool: WorkerPool) -> None:
 # ---- runs ----
 
 
-def test_layout_and_one_process_are_as_stock_transformers(tmp_path: Path) -> None:
+def test_layout_and_one_process_are_as_stock_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference is transformers' own model and Trainer; sequence parallelism, tied heads, packed rows, clipping."""
     dataset = {"path": "nowhere/corpus", "text_column": "text", "sequence_length": 4096, "documents": "mask"}
     model = {**LLAMA, "tie_word_embeddings": True}
     path = configuration(tmp_path, model, dataset, tp_size=2, activation_checkpointing=True, lr_scheduler_type="cosine")
+    here, temporary = tmp_path / "here", tmp_path / "temporary"
+    here.mkdir()
+    temporary.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     code, found = checked(path, "--processes", "2", "--against", "transformers")
     assert code == 0 and found["same"], found
+    assert not [*here.iterdir(), *temporary.glob("hf-nanotron-check-*")], "nothing stays"
     assert [row["layout"] for row in found["layouts"]] == ["one process", "tp 2"]
     for row in found["layouts"]:
         assert all(row["errors"][kind] <= limit for kind, limit in TOLERANCE.items())
@@ -237,6 +300,7 @@ def record(rank: int = 0, **where: int) -> Record:
     found.activations.append({"layers.0": [Activation(0, columns, outputs)]})
     found.gradients.append([Piece("w", (2, 3), None, (), 0, 6, gradient)])
     found.weights = [[Piece("w", (2, 3), None, (), 0, 6, weight - 0.1 * step * gradient)] for step in (0, 1)]
+    found.buffers = [{"norm.mean": torch.tensor([1.0, -math.inf])} for _ in range(2)]
     return found
 
 
@@ -261,16 +325,18 @@ def halves(whole: Record) -> list[Record]:
 
 def test_parts_of_ranks_are_compared_with_the_same_parts() -> None:
     result = compare(halves(record()), record())
-    assert result.first is None and max(result.errors.values()) < 1e-6
+    assert result.first is None and max(result.errors.values()) < 1e-6 and not result.unseen
 
 
 CHANGES = {
     "initial weight": (lambda r: r.weights[0][0].values.mul_(1.01), "w", 0),
+    "initial buffer": (lambda r: r.buffers[0]["norm.mean"][:1].mul_(1.01), "norm.mean", 0),
     "activation": (lambda r: r.activations[0]["layers.0"][0].values.mul_(1.01), "layers.0", 1),
     "loss": (lambda r: r.losses.__setitem__(0, 2.01), "", 1),
     "gradient": (lambda r: r.gradients[0][0].values.mul_(1.01), "w", 1),
     "norm": (lambda r: r.norms.__setitem__(0, math.nan), "", 1),
     "weight": (lambda r: r.weights[1][0].values.add_(0.1), "w", 1),
+    "buffer": (lambda r: r.buffers[1]["norm.mean"][:1].mul_(1.01), "norm.mean", 1),
 }
 
 
@@ -292,6 +358,35 @@ def test_a_tensor_that_no_rank_has_differs() -> None:
         own.gradients[0].clear()
     first = compare(ranks, record()).first
     assert first is not None and (first.kind, first.ranks) == ("gradient", (0, 1))
+
+
+def test_outputs_that_no_rank_has_are_told() -> None:
+    """Of a module, or of some of its tokens; and those that one process could not write down either."""
+    whole, ranks = record(), halves(record())
+    whole.shapeless = ["layers.0.router"]
+    ranks[1].activations[0].clear()
+    result = compare(ranks, whole)
+    assert result.first is None and result.unseen == ("layers.0", "layers.0.router")
+    assert result.to_dict()["not_compared"] == ["layers.0", "layers.0.router"]
+    said = as_text(Check("a model", "one process", 1, rows=[Row("tp 2", 2, compared=result)]))
+    assert "\ntp 2: not compared: the outputs of layers.0, layers.0.router, of which no rank has" in said
+
+
+def test_refusals_alone_are_not_called_the_same() -> None:
+    """And what fails is a failure, whether or not another layout was the same."""
+    same, refused = (
+        Row("dp 2", 2, compared=compare(halves(record()), record())),
+        Row("tp 2", 2, refused="tp_size=2 ..."),
+    )
+    failed = Row("cp 2", 2, failed="rank 1: ...")
+    for rows, is_same, ending in (
+        ([], None, "Nothing was compared."),
+        ([refused], None, "Nothing was compared."),
+        ([same, refused], True, "The same on every layout that was compared."),
+        ([same, failed], False, "Not the same."),
+    ):
+        found = Check("a model", "one process", 1, rows=rows)
+        assert found.is_same is is_same and as_text(found).endswith(ending)
 
 
 # ---- smaller models and layouts ----
@@ -407,6 +502,9 @@ def test_rows_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     settings, _ = read_settings(Path("examples/debugging/run.yaml"), ["--dataset.text_column", "text"])
     settings["dataset"]["sequence_length"] = 16
     assert not is_quick(check_complete(settings))  # it would be tokenized first
+    for tokens, there in (("nowhere/tokens", False), (str(tmp_path), True), (str(tmp_path / "*.ds"), False)):
+        settings["dataset"] = {"tokens": tokens, "sequence_length": 16}
+        assert is_quick(check_complete(settings)) is there  # the data of a cluster are not on a laptop
 
 
 def test_random_rows_weigh_differently() -> None:
@@ -440,12 +538,30 @@ def hang(seconds: float) -> int:
 
 def test_a_rank_that_hangs_is_ended() -> None:
     begun = time.monotonic()
-    with Ranks(timeout=3.0) as ranks, pytest.raises(RankError, match=r"^rank (0, )?1 did not finish within 3 s"):
+    expected = pytest.raises(RankError, match=r"^rank (0, )?1 did not finish within 3 s")
+    with Ranks(timeout=3.0) as ranks, expected as raised:
         ranks.run(2, hang, 600.0)
-    assert time.monotonic() - begun < 120
+    assert time.monotonic() - begun < 120 and not raised.value.is_refusal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def refuse_late(has_begun: bool) -> None:
+    try:
+        raise SettingsError("no such size")
+    except SettingsError as error:
+        if has_begun:
+            raise Begun from error
+        raise
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_comes_while_it_trains_is_no_refusal(has_begun: bool) -> None:
+    """Or a fault that makes ranks disagree would be taken for a layout that cannot be."""
+    with Ranks(timeout=60.0) as ranks, pytest.raises(RankError, match=r"no such size$") as raised:
+        ranks.run(1, refuse_late, has_begun)
+    assert raised.value.is_refusal is not has_begun
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_stays_of_an_interrupted_check(
     pytestconfig: pytest.Config, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -470,7 +586,8 @@ def test_nothing_stays_of_an_interrupted_check(
     time.sleep(0.5)
     ranks = [int(Path(f"{began}{rank}").read_text()) for rank in (0, 1)]
     os.kill(running.pid, number)
-    assert running.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    statuses = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+    assert running.wait(60) == statuses[number]
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "ranks are still there"

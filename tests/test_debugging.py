@@ -212,9 +212,7 @@ def test_stepping_into_a_region_as_the_page_tells(pytestconfig: pytest.Config, t
             for expression in ("type(module).__name__", "tuple(hidden_of(args, kwargs).shape)", "module.training")
         ]
         assert said == ["'LlamaAttention'", "(2, 16, 32)", "True"]
-        client.stop_at(ROOT / "README.md", 1) if False else client.send(
-            "setBreakpoints", source={"path": str(regions)}, breakpoints=[]
-        )
+        client.send("setBreakpoints", source={"path": str(regions)}, breakpoints=[])
         client.send("continue", threadId=thread)
         client.send("disconnect", terminateDebuggee=False)
         client.close()
@@ -238,14 +236,6 @@ def test_dump_of_a_process_that_waits(pytestconfig: pytest.Config) -> None:
         assert "here" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     finally:
         waiting.kill()
-
-
-RECORDED = """\
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-dist.all_reduce(torch.ones(1))
-print(torch._C._distributed_c10d._dump_fr_trace_json(True, True)[:4000])
-"""
 
 
 # ---- several nodes ----
@@ -298,6 +288,79 @@ def test_two_agents_of_torchrun_are_two_nodes(pytestconfig: pytest.Config, tmp_p
     finally:
         for agent in agents:
             agent.kill()
+
+
+def typed(line: str, folder: Path, names: dict[str, str], *more: str) -> subprocess.Popen[str]:
+    """A line of torchrun of the page in `folder`, with other words for those of `names`, and more arguments."""
+    words = [names.get(word, word) for word in shlex.split(line, comments=True)]
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *more]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def line_with(part: str) -> str:
+    text = (ROOT / "docs" / "several_nodes.md").read_text(encoding="utf-8")
+    (line,) = [line.strip() for line in text.splitlines() if line.strip().startswith("torchrun ") and part in line]
+    return line
+
+
+def losses(folder: Path) -> dict[int, float]:
+    (state,) = folder.glob("out/trainer_state.json")
+    logged = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
+
+
+def test_what_is_to_be_checked_first(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """One node and two with half the accumulation have the same losses; what two have saved, they resume from."""
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    line, text = line_with("--max_steps 20"), (ROOT / "docs" / "several_nodes.md").read_text(encoding="utf-8")
+    first, second = re.search(r"`(--max_steps 20 --save_steps 10)`, then `([^`]*)`", text).groups()  # type: ignore[union-attr]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for folder in (one, two):
+        folder.mkdir()
+        small_run(folder)
+    layout = ("--tp_size", "1")
+    alone = typed(line, one, {"8": "1"}, *layout)
+    said = alone.communicate(timeout=200)[0]
+    assert alone.returncode == 0, said
+    assert not list(one.glob("out/checkpoint-*"))
+    saves = ("--save_strategy", "steps", "--gradient_accumulation_steps", "1", *layout)
+    for options in (first, second):
+        names = {"node0": "127.0.0.1", "29500": str(free_port()), "8": "1"}
+        by_hand = block("several_nodes.md", "by hand")
+        nodes = [typed(line, two, names, *saves, *options.split()) for line in by_hand]
+        said = nodes[0].communicate(timeout=200)[0] + nodes[1].communicate(timeout=200)[0]
+        assert [node.returncode for node in nodes] == [0, 0], said
+    expected, found = losses(one), losses(two)
+    assert sorted(found) == list(range(1, 31))
+    for step, loss in expected.items():
+        assert abs(found[step] - loss) <= 1e-4 * loss, (step, loss, found[step])
+
+
+def test_torchrun_starts_ranks_again(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """The line for nodes that are equal: a rank dies after a checkpoint, and all go on from there."""
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    folder, names = small_run(tmp_path), {"node0:29500": f"127.0.0.1:{free_port()}", "8": "1"}
+    options = "--max_steps 60 --save_strategy steps --save_steps 10 --tp_size 2".split()
+    line = line_with("--rdzv-backend c10d")
+    nodes = [typed(line, folder, names, *options) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 200
+        while not (folder / "out" / "checkpoint-10" / "training_state").is_dir():
+            assert time.monotonic() < deadline and all(node.poll() is None for node in nodes)
+            time.sleep(0.05)
+        children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text(encoding="utf-8").split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        said = [node.communicate(timeout=200)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], said
+        assert sorted(losses(folder)) == list(range(1, 61))
+    finally:
+        for node in nodes:
+            node.kill()
 
 
 def test_line_for_slurm_is_shell_and_torchrun() -> None:

@@ -19,7 +19,7 @@ import yaml
 from transformers import TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.cli.main import build_parser
+from hf_nanotron.cli.main import build_parser, parse
 from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.version import __version__
 
@@ -106,7 +106,7 @@ def commands(text: str) -> Iterator[list[str]]:
 def test_commands_are_those_of_the_command_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands(text):
         try:
-            args = build_parser().parse_args(words)
+            args = parse(build_parser(), words)
         except SystemExit as end:  # --help and --version
             assert end.code == 0, f"{words}: {capsys.readouterr().err}"
             continue

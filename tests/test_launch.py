@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import yaml
 from pool import WorkerPool
 from test_cli import command, one_line
 from tiny import random_dataset
+from transformers import AutoConfig
 
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.launch import hf_jobs, slurm
@@ -163,6 +165,42 @@ def test_the_example_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "#SBATCH --time=24:00:00" in script and "seq 2 3" in (files / "submit.sh").read_text()
 
 
+ENDS: list[tuple[str, int, str, bool]] = [
+    # What srun does, the status of the script, what it says, and whether the run is finished then.
+    ("exit 0", 0, "the run is finished", True),
+    ("echo 'ValueError: no data' >rank-00000.log; exit 3", 3, "ValueError: no data", False),
+    ("echo 'stopped after step 3 of 8' >rank-00000.log", -15, "saved; the job is queued again", False),
+    ("kill -USR1 $PPID; sleep 0.1; mkdir out/checkpoint-3; exit 1", -15, "saved; the job is queued again", False),
+    ("kill -USR1 $PPID; sleep 0.1; exit 1", 1, "it is not started again", False),
+]
+
+
+@pytest.mark.parametrize(("srun", "status", "says", "is_finished"), ENDS, ids=[srun for srun, *_ in ENDS])
+def test_how_a_job_of_slurm_ends(srun: str, status: int, says: str, is_finished: bool, run_file: Path) -> None:
+    """Its script, with stand-ins for Slurm's programs, in a folder whose name a shell would read otherwise."""
+    place = run_file.parent / "it's $HOME"
+    place.mkdir()
+    folder = written("--slurm", "run.yaml", "--set", "output_dir", "out", "--chdir", str(place))
+    programs = {
+        "srun": srun.replace("rank-", "out/launch/logs/7-0/rank-"),
+        # Slurm ends the script of a job that is queued again.
+        "scontrol": 'case $1 in requeue) kill "$PPID" ;; *) echo node1 ;; esac',
+        "scancel": "exit 0",
+    }
+    for name, text in programs.items():
+        (run_file.parent / name).write_text(f"#!/bin/bash\n{text}\n")
+        (run_file.parent / name).chmod(0o755)
+    slurm_sets = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
+    path = f"{run_file.parent}:{os.environ['PATH']}"
+    run = [str(folder / "job.sh")]
+    done = subprocess.run(run, env={**slurm_sets, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    told = done.stdout.decode()
+    assert done.returncode == status and says in told, told
+    assert (folder / slurm.FINISHED).exists() == is_finished
+    again = subprocess.run(run, env={**slurm_sets, "PATH": path}, capture_output=True, text=True)
+    assert ("the run is finished; remove" in again.stdout) == is_finished
+
+
 def test_nothing_is_overwritten_unasked(run_file: Path) -> None:
     folder = written("--slurm", "run.yaml")
     before = (folder / "job.sh").read_text()
@@ -194,7 +232,15 @@ REFUSED: list[tuple[str, str]] = [
     ("--slurm run.yaml --save-seconds 0", "--save-seconds 0"),
     ("--slurm run.yaml --set save_strategy no", "has nothing to go on from"),
     ("--slurm run.yaml --set save_only_model true", "weights alone"),
-    ("--slurm run.yaml --set resume_from_checkpoint out/checkpoint-3", "'out/checkpoint-3'"),
+    ("--slurm run.yaml --set resume_from_checkpoint out/checkpoint-3", "an output_dir of its own"),
+    ("--slurm run.yaml --set resume_from_checkpoint other/checkpoint-3", "other/checkpoint-3 is not a directory"),
+    ("--slurm run.yaml --set model.revision main", "needs model.name_or_path"),
+    # Keys of the run, as `train` takes them, and slips.
+    ("--slurm run.yaml --nodes 2 --tp_size 3", "does not divide the world size 16"),
+    ("--slurm run.yaml --training.hidden=3", "unknown key training.hidden"),
+    ("--slurm run.yaml --partion gpu", "unrecognized argument --partion; did you mean --partition?"),
+    ("--slurm run.yaml stray", "'stray' is not preceded by a --key"),
+    ("--slurm --max_steps 3 run.yaml", "file not found: 3 (keys such as --max_steps come after CONFIG.yaml)"),
     ("--slurm run.yaml --sbatch time=3", "use --time"),
     ("--slurm run.yaml --sbatch 3", "is not an option of sbatch"),
     ("--slurm run.yaml --venv nowhere", "is no virtual environment"),
@@ -211,6 +257,11 @@ REFUSED: list[tuple[str, str]] = [
     (f"--slurm run.yaml --env HF_TOKEN={TOKEN}", "(option --secret)"),
     (f"--slurm run.yaml --env GREETING={TOKEN}", "looks like a secret"),
     (f"--slurm run.yaml --set hub_token {TOKEN}", "holds a secret"),
+    (f"--slurm run.yaml --hub_token {TOKEN}", "looks like a secret"),
+    ("--slurm run.yaml --sbatch export=WANDB_API_KEY=abc123def", "--sbatch holds a secret"),
+    ("--slurm run.yaml --container docker://me:pass@host/image", "--container holds a secret"),
+    ("--slurm run.yaml --set dataset.path https://host/a.jsonl?token=true", "holds a secret"),
+    ("--slurm run.yaml --setup 'echo a\nb'", "give each with an option"),
     ("--slurm run.yaml --env NCCL_DEBUG", "is not NAME=VALUE"),
     ("--slurm run.yaml --env 1A=2", "no name of a variable"),
     ("--slurm run.yaml --secret not-a-name", "no name of a variable"),
@@ -244,6 +295,74 @@ def test_secrets_of_a_file_are_not_copied(run_file: Path) -> None:
         line = one_line(command("launch", "--slurm", "run.yaml"))
         assert "looks like a secret" in line and TOKEN not in line
         assert not (run_file.parent / "out").exists()
+
+
+def test_what_is_no_secret(run_file: Path) -> None:
+    """A short word in the query of a URL; another one, and a secret of the environment however it is quoted, are."""
+    own, data = settings(run_file.parent), {"text_column": "text", "sequence_length": 8}
+    url = "https://host/a/corpus.jsonl?download=true&v=2"
+    run_file.write_text(yaml.safe_dump({**own, "dataset": {"path": url, **data}}))
+    assert url in (written("--slurm", "run.yaml", "--set", "dataset.name", url) / "job.sh").read_text()
+    for url in ("https://host/a?key=0123456789", "https://host/a?v=2&X-Amz-Signature=ab", "https://me:you@host/a?v=2"):
+        run_file.write_text(yaml.safe_dump({**own, "dataset": {"path": url, **data}}))
+        assert "looks like a secret" in one_line(command("launch", "--slurm", "run.yaml", "--overwrite"))
+
+
+def test_a_secret_of_the_environment_is_found_however_it_is_quoted(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "it's 50% of $x")
+    for argv in (
+        ["--run_name", "it's 50% of $x"],
+        ["--env", "GREETING=it's 50% of $x"],
+        ["--setup", "a it's 50% of $x"],
+    ):
+        assert "secret" in one_line(command("launch", "--slurm", "run.yaml", *argv)), argv
+    run_file.write_text(yaml.safe_dump(settings(run_file.parent, run_name="it's 50% of $x")))
+    assert "secret" in one_line(command("launch", "--slurm", "run.yaml"))
+    assert not (run_file.parent / "out").exists()
+
+
+def test_keys_of_the_run_follow_the_file(run_file: Path) -> None:
+    """As `train` takes them, among the options of the launch; `--set` is another way to write one."""
+    argv = "run.yaml --max_steps 3 --nodes 2 --lr_scheduler_kwargs {} --learning_rate=1e-4 --bf16 --set seed 7"
+    script = (written("--slurm", *argv.split()) / "job.sh").read_text()
+    assert "#SBATCH --nodes=2\n" in script
+    words = "--seed 7 --max_steps 3 --lr_scheduler_kwargs '{}' --learning_rate=1e-4 --bf16 --save_on_signal 120"
+    assert f'train "$config" {words} ' in script
+
+
+def test_paths_begin_where_the_run_starts(run_file: Path) -> None:
+    """Those of the file, of a model or a checkpoint, with --chdir."""
+    there = run_file.parent / "there"
+    (there / "model").mkdir(parents=True)
+    config = AutoConfig.for_model(**{**MODEL, "num_attention_heads": 2})
+    config.save_pretrained(there / "model")
+    own = {"model": {"name_or_path": "./model"}, "dataset": {"path": "data"}, "training": {"output_dir": "out"}}
+    run_file.write_text(yaml.safe_dump({**own, "training": {**own["training"], "tp_size": 4}}))
+    assert "folder not found" in one_line(command("launch", "--slurm", "run.yaml"))
+    line = one_line(command("launch", "--slurm", "run.yaml", "--chdir", "there"))
+    assert "tp_size=4 cannot shard 2 attention heads" in line
+    assert written("--slurm", "run.yaml", "--chdir", "there", "--tp_size", "1") == there / "out" / "launch"
+
+
+def test_texts_of_every_kind_reach_the_run(run_file: Path) -> None:
+    """Names and values that YAML or a shell would read otherwise."""
+    text = 'it\'s "a" $HOME `b` \\n \U0001f600 é # x: y'
+    own = settings(run_file.parent, run_name=text)
+    run_file.write_text(yaml.safe_dump(own, allow_unicode=True), encoding="utf-8")
+    extra = ["--env", f"ON={text}", "--secret", "NO", "--run_name", "'two\n lines'"]
+    for argv, file, key in ((HUB, "hf_jobs.yaml", "env"), (SKY, "skypilot.yaml", "envs")):
+        folder = written(*shlex.split(argv), "--overwrite", *extra)
+        task = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
+        assert task[key]["ON"] == text and "NO" in task["secrets"]
+        if key == "env":
+            assert task["env"]["RUN_YAML"] == run_file.read_text(encoding="utf-8")
+        script = task.get("script") or task["run"]
+        check_shell(script)
+        (words,) = re.findall(r"-m hf_nanotron.cli train \S+ (.*)", script)
+        done = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, text=True)
+        assert "'two\n lines'" in done.stdout.split("\0")
 
 
 def test_slurm_is_absent(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,9 +541,45 @@ def test_auto_starts_and_goes_on(pool: WorkerPool, tmp_path: Path) -> None:
     assert "No valid checkpoint" in one_line(result)
 
 
+def test_auto_begins_at_a_named_checkpoint(pool: WorkerPool, tmp_path: Path) -> None:
+    """A decay that branches off, twice the same command: the second goes on from its own checkpoint, also where the
+    named one is gone."""
+    random_dataset(16).save_to_disk(tmp_path / "data")
+    own = {
+        "use_cpu": True, "save_steps": 1, "logging_steps": 1, "disable_tqdm": True, "max_steps": 2,
+        "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 0},
+    }  # fmt: skip
+    file, out, branch = tmp_path / "run.yaml", tmp_path / "out", tmp_path / "branch"
+    file.write_text(yaml.safe_dump(settings(tmp_path, **own)))
+    argv = ["train", str(file), "--wsd_decay_steps", "2", "--resume_from_checkpoint", f"auto:{out}/checkpoint-2"]
+
+    def logged() -> list[tuple[int, float, float]]:
+        state = json.loads((branch / "trainer_state.json").read_text())
+        return [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in state["log_history"][:4]]
+
+    assert pool.run(1, command, "train", str(file))[0][0] == 0
+    assert "an output_dir of its own" in one_line(pool.run(1, command, *argv)[0])
+    assert pool.run(1, command, *argv, "--output_dir", str(branch))[0][0] == 0
+    first = logged()
+    assert [step for step, *_ in first] == [1, 2, 3, 4] and first[3][2] < first[2][2]
+    launched = ["launch", "--slurm", str(file), *argv[2:], "--output_dir", str(branch), "--chdir", str(tmp_path)]
+    code, printed, err = command(*launched)
+    assert code == 0, err
+    script = Path(printed.splitlines()[0]).with_name("job.sh").read_text()
+    assert f"--resume_from_checkpoint auto:{out}/checkpoint-2\n" in script
+    shutil.rmtree(out)
+    shutil.rmtree(branch / "checkpoint-4")
+    code, _, err = pool.run(1, command, *argv, "--output_dir", str(branch))[0]
+    assert code == 0 and logged() == first, err
+
+
 def test_a_job_is_what_its_file_says() -> None:
     job = Job(
         "n", "", ("--a", "b"), "out", Path("/f"), Path("/w"), 3, 8, False, Environment(), None, 90.5, 1, True, "0"
     )
     assert (job.world_size, job.grace) == (24, 91)
     assert job.train_arguments == ("--a", "b", "--save_on_signal", "90.5", "--resume_from_checkpoint", "auto")
+    values = [
+        replace(job, begins_at=path).train_arguments[-1] for path in ("a/checkpoint-3", "a b: c # d/checkpoint-3")
+    ]
+    assert values[0] == "auto:a/checkpoint-3" and yaml.safe_load(values[1]) == "auto:a b: c # d/checkpoint-3"

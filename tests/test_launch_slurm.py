@@ -38,9 +38,9 @@ def cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run and its data, and a space in its name."""
+    """A folder with a run and its data, and a name that no shell and no Slurm is to read."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    folder = tmp_path / "a run"
+    folder = tmp_path / "it's a `run` of $HOME, 50%j #1"
     random_dataset(600).save_to_disk(folder / "data")
     (folder / "run.yaml").write_text(yaml.safe_dump(settings(folder, **RUN)))
     return folder
@@ -55,8 +55,8 @@ def unbroken(pool: WorkerPool, folder: Path, world_size: int = 2, *overrides: st
     """The losses of the run on as many processes, without a stop."""
     out = folder / "unbroken"
     results = pool.run(
-        world_size, command, "train", str(folder / "run.yaml"), "--output_dir", str(out), "--save_strategy", "no",
-        *overrides,
+        world_size, command, "train", str(folder / "run.yaml"), "--output_dir", json.dumps(str(out)),
+        "--save_strategy", "no", *overrides,
     )  # fmt: skip
     assert all(code == 0 for code, _, _ in results), results
     return losses(out)
@@ -82,10 +82,10 @@ def test_a_job_saves_is_queued_again_and_goes_on(cluster: SlurmCluster, pool: Wo
     first, second = submit(cluster, folder, "--nodes", "2", "--chain", "2", "--save-seconds", "30")
     logs = folder / "out" / "launch" / "logs"
     assert f"Dependency=afterany:{first}" in cluster.run("scontrol", "show", "job", second)
-    cluster.wait(lambda: "'loss'" in text(logs / f"{first}-0" / "rank-00000.log"), 120)
+    cluster.wait(lambda: "'loss'" in text(logs / f"{first}-0" / "rank-00000.log"))
     cluster.run("scancel", "--signal=USR1", "--batch", first)
     expected = unbroken(pool, folder)  # meanwhile
-    cluster.wait(cluster.is_idle, 120)
+    cluster.wait(cluster.is_idle)
 
     told = text(logs / f"{first}.log")
     assert (
@@ -106,12 +106,36 @@ def test_a_job_saves_is_queued_again_and_goes_on(cluster: SlurmCluster, pool: Wo
     assert got == pytest.approx(expected, rel=1e-6) and len(got) == STEPS
 
 
+TESTS_OF_OTHERS = """
+import signal, slurm_cluster
+with slurm_cluster.SlurmCluster() as cluster:
+    print(cluster.folder, cluster.run("sbatch", "--parsable", "--wrap", "sleep 600"), flush=True)
+    signal.pause()
+"""
+
+
+def test_nothing_of_a_cluster_is_left(cluster: SlurmCluster) -> None:
+    """When its tests are killed. Another one, of other tests at the same time, goes on."""
+    tests = subprocess.Popen(
+        [sys.executable, "-c", TESTS_OF_OTHERS], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+    )
+    assert tests.stdout is not None
+    folder, number = tests.stdout.readline().split()
+    there = slurm_cluster.processes_of(Path(folder))
+    assert len(there) >= 4 and int(number) > 0
+    tests.kill()
+    tests.wait()
+    cluster.wait(lambda: not Path(folder).exists())
+    assert not slurm_cluster.processes_of(Path(folder))
+    assert cluster.run("sinfo", "--noheader", "--format=%D").split() == ["2"]
+
+
 def test_a_failure_is_shown_and_not_repeated(cluster: SlurmCluster, folder: Path, pytestconfig: pytest.Config) -> None:
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("with --full-matrix")
     shutil.rmtree(folder / "data")
     (first,) = submit(cluster, folder, "--nodes", "2")
-    cluster.wait(cluster.is_idle, 120)
+    cluster.wait(cluster.is_idle)
     told = text(folder / "out" / "launch" / "logs" / f"{first}.log")
     assert "the run failed with status 1" in told and "dataset.path" in told and "queued again" not in told
     assert not (folder / "out" / "launch" / "finished").exists()

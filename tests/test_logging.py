@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import tempfile
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,8 +112,10 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_log_lines(pool: WorkerPool, name: str) -> None:
+def test_log_lines(pool: WorkerPool, name: str, pytestconfig: pytest.Config) -> None:
     """Every figure on every rank; those that Trainer has equal stock, and throughput follows from the tokens."""
+    if name not in ("dp2", "pp2") and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("--full-matrix")
     world, sizes = TOPOLOGIES[name]
     dp = world // (sizes.get("tp_size", 1) * sizes.get("pp_size", 1))
     ranks = pool.run(world, log_parallel, checkpoint(), sizes, GLOBAL_BATCH // dp)
@@ -311,6 +314,28 @@ def log_packed(directory: str, sizes: dict[str, Any], micro_batches: int) -> tup
     squares = sum(length**2 for documents in PACKED for length in documents)
     cost = flops_per_token(trainer.model.hub_shapes, model.config, squares / (len(PACKED) * LENGTH))
     return trainer.state.log_history[0], cost
+
+
+def say(directory: str, strategy: str) -> Counter[tuple[str, int]]:
+    """What this rank says to others in two steps: collectives, and the ranks that they join."""
+    from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+    from hf_nanotron.plan.outline import Outline
+    from hf_nanotron.plan.trace import Recorder
+
+    recorder = Recorder(others=True)
+    own = {"max_steps": 2, "logging_strategy": strategy, "metrics_detail": "weights", "metrics_detail_steps": 9}
+    args = NanotronTrainingArguments(**training_arguments(**own))
+    model = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+    with Outline(recorder.watch, recorder.label, has_values=True):
+        data = random_dataset(SAMPLES, LENGTH)
+        NanotronTrainer(model=model, args=args, train_dataset=data, data_collator=pad_batch).train()
+    return Counter((event.op, len(event.ranks)) for event in recorder.events)
+
+
+def test_a_log_line_costs_three_gathers(pool: WorkerPool) -> None:
+    """Trainer's of the loss and of the FLOPs, and one of ours with all figures of the ranks; other steps cost none."""
+    silent, telling = (pool.run(2, say, checkpoint(), strategy)[0] for strategy in ("no", "steps"))
+    assert telling - silent == {("all_gather", 2): 2 * 3} and not silent - telling
 
 
 @pytest.mark.parametrize(("sizes", "micro_batches"), [({}, 2), ({"cp_size": 2}, 4)])

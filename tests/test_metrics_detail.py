@@ -145,11 +145,12 @@ def compare(told: list[tuple[int, dict[str, float]]], wanted: list[dict[str, Fig
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
     "zero3": (2, {"zero_stage": 3}),
-    "tp2 pp2 zero2": (8, {"tp_size": 2, "pp_size": 2, "zero_stage": 2}),
+    "tp2 pp2": (4, {"tp_size": 2, "pp_size": 2}),
 }
 MORE: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tp2 pp2 zero2": (8, {"tp_size": 2, "pp_size": 2, "zero_stage": 2}),
     "tp2": (2, {"tp_size": 2}),
     "pp2": (2, {"pp_size": 2}),
     "zero0": (2, {"zero_stage": 0}),

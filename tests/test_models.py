@@ -31,6 +31,7 @@ from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingA
 from hf_nanotron.checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from hf_nanotron.convert.nanotron.convert import hub_to_nanotron, nanotron_to_hub
 from hf_nanotron.convert.sharded import hub_to_sharded, sharded_to_hub
+from hf_nanotron.models.sharding import selfcheck
 from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.models.sharding.unwrap import unwrap
 from hf_nanotron.models.stock.foreign import why_not_causal
@@ -331,3 +332,15 @@ def test_what_is_no_warning(warned: list[str]) -> None:
     ):
         assert warn_nonfinite("w", tensor, "a test") is tensor
     assert not warned
+
+
+def test_a_trial_leaves_buffers_as_they_were() -> None:
+    """A running mean, updated in place or replaced, has seen no batch when training begins."""
+    model = StockAuto.from_config(tiny_config(num_hidden_layers=1))
+    layer = model.model.layers[0]
+    layer.register_buffer("mean", torch.zeros(2))
+    layer.register_buffer("count", torch.zeros(1))
+    with selfcheck._Mode(model):
+        layer.mean.add_(1.0)
+        layer.count = layer.count + 1
+    assert layer.mean.tolist() == [0.0, 0.0] and layer.count.tolist() == [0.0]

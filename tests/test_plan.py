@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,21 @@ import yaml
 from datasets import Dataset
 from pool import WorkerPool
 from tiny import message
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
-from hf_nanotron import NanotronTrainer, NanotronTrainingArguments, ParallelConfig
+from hf_nanotron import (
+    AutoModelForCausalLM as AutoParallelModel,
+    NanotronTrainer,
+    NanotronTrainingArguments,
+    ParallelConfig,
+)
 from hf_nanotron.cli.main import build_parser
 from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.monitor.gpus import find_gpu
@@ -84,7 +97,9 @@ def test_search_runs_the_best_layout_and_writes_it(tmp_path: Path, capsys: pytes
     path, best = write(tmp_path, hub_token="hf_abcdefghijklmnop"), tmp_path / "best.yaml"
     options = ["--gpus", "2", "--gpu", "h100", "--sequence-length", "32", "--search", "--output", str(best), "--json"]
     main(["plan", str(path), *options])
-    found = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err.endswith(f"{best} has the run in this layout, without training.hub_token.\n")
+    found = json.loads(said.out)
     assert set(found) >= KEYS
     assert found["deadlock_free"] is True and found["faults"] == []
     assert found["fits"] and 0 < found["peak_memory_gib"] < 1
@@ -132,6 +147,8 @@ def test_examples_are_planned(
     text = capsys.readouterr().out
     for said in ("memory by rank, GiB", "on the fullest rank", "time of a step", "MFU", "bubble", "GPU hours"):
         assert said in text
+    assert "Not measured: links between more than 2 GPUs of a node and between nodes (90% of the data sheet's)." in text
+    assert text.endswith(f"{picture} has the picture.\n")
     drawn = picture.read_text(encoding="utf-8")
     for said in ("forward", "backward", "idle", "pp rank 0", "activations", "memory by rank"):
         assert said in drawn
@@ -147,7 +164,29 @@ def test_a_trainer_plans_itself(tmp_path: Path) -> None:
     plan = trainer.plan(gpu="h100", gpus=16, run=False)
     assert plan.layout["dp_size"] == 16 and plan.job.sequence_length == 32 and plan.job.tokens_per_step == 16 * 2 * 32
     assert plan.steps == 10 and plan.fits and plan.deadlock_free is None
+    assert "torch_compile" not in plan.job.arguments  # a CPU compiles nothing, and the GPU is another
     assert message(lambda: trainer.plan(run=False)) == "plan needs gpu, such as gpu='h100': this process has none."
+    for wrong in ({"gpus": 0}, {"gpus": "8"}, {"gpus": 12}, {"gpus_per_node": True}, {"sequence_length": 0}):
+        said = message(lambda wrong=wrong: trainer.plan(gpu="h100", run=False, **wrong))
+        assert next(iter(wrong)) in said or "does not divide world_size=12" in said
+
+
+def plan_here(folder: str) -> tuple[dict[str, Any], str]:
+    """Runs on each rank; only the first reads data."""
+    rank = int(os.environ["RANK"])
+    arguments = NanotronTrainingArguments(folder, use_cpu=True, bf16=True, max_steps=10, report_to="none")
+    config = LlamaConfig(**{name: value for name, value in TINY.items() if name != "model_type"})
+    model = AutoParallelModel.from_config(config, parallel=arguments.parallel)
+    data = Dataset.from_dict({"input_ids": [[1] * 32] * 64}) if rank == 0 else [{}] * 64
+    trainer = NanotronTrainer(model=model, args=arguments, train_dataset=data)
+    return trainer.plan(gpu="h100", run=False).as_json(), message(lambda: trainer.plan(gpu="h300", run=False))
+
+
+def test_the_first_rank_plans_for_all(tmp_path: Path, pool: WorkerPool) -> None:
+    first, second = pool.run(2, plan_here, str(tmp_path))
+    assert first == second
+    assert first[0]["gpus"] == 2 and first[0]["sequence_length"] == 32
+    assert first[1].startswith("GPU 'h300' is not in the table")
 
 
 # ---- arithmetic ----
@@ -218,6 +257,16 @@ def test_the_cheapest_change_fits_and_keeps_the_samples() -> None:
     assert cheapest_change(job(DeepseekV3Config(), 8), gpu, rates) is None
 
 
+def test_rows_that_ranks_cannot_share_are_not_shared() -> None:
+    """A search leaves out what the trainer refuses when training starts, in the same words."""
+    config = MambaConfig(vocab_size=512, hidden_size=64, state_size=8, num_hidden_layers=2)
+    weights = ModelWeights(config)
+    assert "cp_size=2 is not supported for MambaForCausalLM: " in (weights.why_not(ParallelConfig(cp_size=2)) or "")
+    assert (
+        weights.why_not(ParallelConfig()) is None and ModelWeights(LLAMA_8B).why_not(ParallelConfig(cp_size=2)) is None
+    )
+
+
 # ---- refusals ----
 
 
@@ -238,12 +287,20 @@ def test_the_cheapest_change_fits_and_keeps_the_samples() -> None:
         (["--output", "x.yaml"], "--output x.yaml needs --search"),
         (["--picture", "x.txt"], "--picture x.txt must end with .png, .svg or .pdf."),
         (["--rates", "none.json"], "the file of rates none.json cannot be read"),
+        (["--gpu", ""], "GPU '' is not in the table"),
+        (["--rates", "h200.json"], "the rates are of h200, and the plan is for h100: measure them on h100"),
+        (["--set", "optim_offload", "2"], "optim_offload=2 must be a fraction of the optimizer's state"),
+        (["--set", "optim_offload", "2", "--search"], "optim_offload=2 must be a fraction"),
+        (["--set", "tp_size", "8"], "cannot shard"),
+        (["--set", "profile_steps", "1-2", "--set", "profile_ranks", "9"], "profile_ranks"),
         (["--model", "m"], "plan needs either CONFIG.yaml or --model."),
         (["--set", "model.name_or_path", "./none", "--set", "model.config", "null"], "'./none': folder"),
     ],
 )
 def test_refusals(options: list[str], says: str, tmp_path: Path) -> None:
     path = write(tmp_path)
+    default_rates("h200").write(tmp_path / "h200.json")
+    options = [str(tmp_path / word) if word == "h200.json" else word for word in options]
     sizes = ["--gpus", "8", "--gpu", "h100", "--sequence-length", "32", "--no-run"]
     assert says in message(lambda: main(["plan", str(path), *sizes, *options]))
 

@@ -23,7 +23,7 @@ from hf_nanotron.monitor.gpus import GPUS, find_gpu
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.parallel.pipeline.schedule import Action, build_table, compute_order
-from hf_nanotron.plan.default_rates import default_rates
+from hf_nanotron.plan.default_rates import assumed_links, default_rates, refuse_other_gpu
 from hf_nanotron.plan.job import Job
 from hf_nanotron.plan.layer_work import WorkTable, seen_keys
 from hf_nanotron.plan.links import collective_seconds
@@ -83,9 +83,9 @@ def test_measured_steps(measured: list[Any]) -> None:
 
 def test_measured_rows_are_those_of_the_notebook() -> None:
     """Each number of tokens/s is printed in the notebook."""
-    with scripts(["plan_accuracy"]) as found:
-        rows = found.plan_accuracy.read()["rows"]
-        text = (found.plan_accuracy.FILE.parent / "NOTEBOOK.md").read_text(encoding="utf-8")
+    with scripts(["measured"]) as found:
+        rows = found.measured.read("measured_rows.json")
+        text = (found.measured.FOLDER / "NOTEBOOK.md").read_text(encoding="utf-8")
     step_alone = [row["name"] for row in rows if f"{row['tokens_per_second']:,}" not in text]
     assert step_alone == ["mixture, ep 2, micro-batches of 1"] and "a step of 726 ms" in text  # said as a time there
     assert all(row["section"] in text for row in rows)
@@ -256,6 +256,27 @@ def test_links_that_were_not_measured() -> None:
     assert step_time(job(), replace(alone, gpu="NVIDIA X1")).mfu is None
 
 
+def test_links_that_were_not_measured_are_named() -> None:
+    assert assumed_links(H200, 2, 8) is None
+    assert assumed_links(H200, 8, 8) == "Not measured: links between more than 2 GPUs of a node."
+    both = "links between more than 2 GPUs of a node and between nodes (90% of the data sheet's)."
+    assert assumed_links(H200, 16, 8) == f"Not measured: {both}"
+    assert assumed_links(default_rates("a100"), 2, 8) == "Not measured: links between GPUs of a node."
+    own = replace(H200, made={"date": "2026-01-01"})
+    assert assumed_links(own, 16, 8) is None
+    inside = replace(own, links=tuple(link for link in own.links if link.place == "inside"))
+    assert assumed_links(inside, 16, 8) == "Not measured: links between nodes (90% of the data sheet's)."
+
+
+def test_rates_of_another_gpu() -> None:
+    refuse_other_gpu(H200, find_gpu("h200"))
+    refuse_other_gpu(replace(H200, gpu="NVIDIA H200"), find_gpu("h200"))
+    refuse_other_gpu(replace(H200, gpu="NVIDIA X1"), find_gpu("h100"))  # the most similar in the table
+    assert "are of h200, and the plan is for h100" in message(lambda: refuse_other_gpu(H200, find_gpu("h100")))
+    cpu = replace(H200, gpu="some CPU", made={"device_type": "cpu"})
+    assert "are of a CPU, and the plan is for h100" in message(lambda: refuse_other_gpu(cpu, find_gpu("h100")))
+
+
 # ---- what is refused ----
 
 
@@ -283,6 +304,8 @@ def test_refusals(tmp_path: Path) -> None:
         ({"products": [{**good["products"][0], "kind": "sideways"}]}, "'sideways'"),
         ({"attention": [{"head_dim": 64}]}, "is damaged"),
         ({"more": 1}, "not 'more'"),
+        ({"gpu": None}, "gpu=None must be of type str"),
+        ({"made": []}, "made=[] must be of type Mapping"),
     ):
         path.write_text(json.dumps({**good, **change}))
         text = message(lambda: load_rates(path))
@@ -304,6 +327,7 @@ def test_names_of_gpus() -> None:
         "AMD Instinct MI325X": "mi325x",
     }.items():
         assert find_gpu(driver).name == name
+    assert find_gpu("h100").bytes_ == 81559 * 2**20  # as nvidia-smi says
     # Vendors' figures relate so: FP8 is twice bf16 on all that have it.
     assert all(gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.03) for gpu in GPUS)
 

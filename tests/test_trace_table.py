@@ -31,8 +31,8 @@ def test_a_step_on_a_gpu() -> None:
     events = [
         {"ph": "M", "name": "process_name"},
         event("ProfilerStep#1", "user_annotation", 0, 60),
-        event("hf_nanotron::forward", "user_annotation", 0, 10),
-        event("hf_nanotron::backward", "user_annotation", 10, 30),
+        event("forward stage=0 micro_batch=0", "user_annotation", 0, 10),
+        event("backward stage=0 micro_batch=0", "user_annotation", 10, 30),
         event("Optimizer.step#AdamW.step", "user_annotation", 40, 50),
         *kernel("sm90_xmma_gemm_bf16bf16", 1, 5, 25, 1),
         *kernel("flash_fwd_kernel", 2, 25, 35, 2),
@@ -62,6 +62,26 @@ def test_a_step_on_a_gpu() -> None:
     assert "matrix products                          45.00   45.0 %" in text
     with pytest.raises(ValueError, match="no profiled step"):
         table_of([])
+
+
+def test_a_stage_of_a_pipeline_on_the_host() -> None:
+    """Messages are noted in the thread that computes; collectives in threads of their own, with their copies."""
+    events = [
+        event("ProfilerStep#1", "user_annotation", 0, 100),
+        event("gloo:recv", "user_annotation", 0, 20),
+        event("forward stage=1 micro_batch=0", "user_annotation", 0, 50),
+        event("aten::mm", "cpu_op", 20, 50),
+        event("gloo:send", "user_annotation", 52, 80),
+        event("weight_gradients stage=1 micro_batch=0", "user_annotation", 60, 70),
+        event("aten::mm", "cpu_op", 60, 70),
+        event("gloo:all_reduce", "user_annotation", 80, 90, tid=2),
+        event("aten::copy_", "cpu_op", 80, 90, tid=2),
+    ]
+    table = table_of(events)
+    parts = {part: 1e3 * seconds for part, seconds in table["parts"].items() if seconds}
+    assert parts == pytest.approx({"matmul": 40, "communication": 48, "idle": 12})
+    phases = {phase: 1e3 * seconds for phase, seconds in table["phases"].items()}
+    assert phases == pytest.approx({"forward": 50, "backward": 10, "optimizer": 0, "other": 28})
 
 
 def test_each_moment_counts_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gzip
 import io
@@ -14,6 +15,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +28,18 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.top import clean, duration, render
+from hf_nanotron.monitor import read_log, run_log
 from hf_nanotron.monitor.history import read_history, tokens_of
 from hf_nanotron.monitor.ranks import OwnTimes, spread
-from hf_nanotron.monitor.read_log import DETAIL_LOG, RUN_LOG, LogReader, joined, process_start, read_runs
+from hf_nanotron.monitor.read_log import (
+    DETAIL_LOG,
+    RUN_LOG,
+    LogReader,
+    joined,
+    process_numbers,
+    process_start,
+    read_runs,
+)
 from hf_nanotron.monitor.run_log import LogFile, plain
 from hf_nanotron.monitor.run_status import status_of
 
@@ -91,7 +102,7 @@ def train(model_dir: str, output_dir: str, fails: int = 0, resume: str | None = 
 
 
 def run_once(model_dir: str, directory: str) -> list[str]:
-    profile = {"profile_steps": "1,3-4", "profile_ranks": "all"}
+    profile = {"profile_steps": "1,3-4", "profile_ranks": "all", "gradient_accumulation_steps": 2}
     return [train(model_dir, directory, eval_strategy="steps", eval_steps=2, **profile)]
 
 
@@ -206,15 +217,67 @@ def test_a_line_is_whole_or_left_out(tmp_path: Path) -> None:
     }
 
 
-def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A link is not followed, and a full or read-only disk is a warning, once."""
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link is not followed, and a full disk is a warning, once; when there is room, the log goes on."""
+    warnings: list[str] = []
+    monkeypatch.setattr(run_log.logger, "warning", warnings.append)
     outside, link = tmp_path / "outside", tmp_path / RUN_LOG
     outside.write_text("mine\n")
     link.symlink_to(outside)
-    log = LogFile(link)
-    for _ in range(2):
-        log.write({"event": "log"})
+    for log, says in ((LogFile(link), "Too many levels"), (LogFile(tmp_path / "full"), "No space left")):
+        for _ in range(3):
+            log.write({"event": "log"})
+            monkeypatch.setattr(os, "write", no_space)
+        monkeypatch.undo()
+        monkeypatch.setattr(run_log.logger, "warning", warnings.append)
+        assert says in warnings.pop() and not warnings
     assert outside.read_text() == "mine\n"
+    log.write({"event": "end"})
+    assert (tmp_path / "full").read_text() == '{"event":"log"}\n{"event":"end"}\n' and not warnings
+
+
+def no_space(handle: int, data: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_secrets_of_arguments_are_not_in_the_log(tmp_path: Path) -> None:
+    """An error of a service may quote a token that no pattern knows."""
+    sizes = dict.fromkeys(("tp_size", "cp_size", "pp_size", "dp_size", "ep_size", "world_size"), 1)
+    mesh: Any = SimpleNamespace(rank=0, device=torch.device("cpu"), **sizes)
+    args = SimpleNamespace(output_dir=str(tmp_path), hub_token="correct-horse", accelerator_config={"key": 1})
+    state = SimpleNamespace(global_step=0, max_steps=3, epoch=None)
+    log = run_log.RunLog(mesh, SimpleNamespace(by_rank={}), 1, "committed.json")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError), log.running(True):
+        log.on_train_begin(args, state, None)
+        log.on_log(args, state, None, logs={"loss": 1.0, "of a user": torch.ones(2)})
+        raise RuntimeError("401 for user correct-horse")
+    (found,) = read_runs(tmp_path / RUN_LOG)
+    assert found.end["error"] == "RuntimeError: 401 for user ***" and found.logs[0]["loss"] == 1.0
+    assert "correct" not in (tmp_path / RUN_LOG).read_text()
+
+
+def test_the_end_of_a_long_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks at the end keeps few lines, parses few, and is told the same; the next look reads what is new."""
+    path, parsed = tmp_path / RUN_LOG, list[bytes]()
+    for run in ("00000001", "00000002"):  # the first one was killed
+        log = LogFile(path)
+        log.write({"event": "begin", "run": run, "time": 0.0, "step": 0, "max_steps": 3000})
+        for step in range(1, 1001):
+            line = {"event": "log", "run": run, "time": 2.0 * step, "step": step}
+            log.write({**line, "metrics": {"loss": 1 / step, "mfu": 0.5}, "epoch": step / 1000})
+            if step % 400 == 0:
+                log.write({**line, "metrics": {"eval_loss": 3 / step}})
+    whole = read_runs(path)
+    parse = read_log.parse_line
+    monkeypatch.setattr(read_log, "parse_line", lambda data: parsed.append(data) or parse(data))
+    reader = LogReader(path, keep=20)
+    for each, known in zip(reader.read(), whole, strict=True):
+        assert len(each.logs) == 20 and each.logs == known.logs[-20:] and each.latest == known.latest
+        assert status_of(each, tmp_path, 2001.0) == status_of(known, tmp_path, 2001.0)
+    assert len(parsed) < 100
+    parsed.clear()
+    LogFile(path).write({"event": "save", "run": "00000002", "time": 2002.0, "step": 1000, "checkpoint": "c"})
+    assert reader.read()[1].saves and len(parsed) == 1
 
 
 # ---- top ----
@@ -229,6 +292,7 @@ def written(folder: Path, *lines: dict[str, Any]) -> Path:
 def test_states_of_a_run(tmp_path: Path) -> None:
     """By hand: 100 steps, one each 2 s, of which 40 are done at second 80."""
     me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    me["numbers"] = process_numbers()
     begin = {"event": "begin", "max_steps": 100, "model": "LlamaForCausalLM", "world_size": 8, "device": "H200", **me}
     logs = [
         {"event": "log", "step": step, "time": 2.0 * step, "metrics": {"loss": 3.0, "mfu": 0.5}}
@@ -247,9 +311,16 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     gone = status(81.0, start="1")  # another process has the number now
     assert gone.state == "dead" and f"process {os.getpid()} is gone" in gone.why and gone.eta is None
     assert status(81.0, start="1", host="elsewhere").state == "running"  # cannot be looked at
+    assert status(81.0, start="1", numbers="pid:[1]").state == "running"  # of a container of this host
     ended = status(9999.0, {"event": "end", "step": 40, "time": 80.5, "status": "stopped"})
     assert ended.state == "stopped" and ended.eta is None
     assert status(81.0, {"event": "save", "step": 40, "checkpoint": "checkpoint-40"}).checkpoint["is_complete"] is None
+    # The clock was set back by ten minutes: the time left is that of the measured steps, and a silence is noticed.
+    later = {"event": "log", "step": 41, "time": -518.0 + 600, "metrics": {"loss": 3.0, "step_time": 1.5}}
+    back = [{**line, "time": line["time"] + 600} for line in logs]
+    runs = read_runs(written(tmp_path, begin, *back, later) / RUN_LOG)
+    assert status_of(runs[0], tmp_path, 83.0).eta == 59 * 1.5
+    assert status_of(runs[0], tmp_path, 282.0).state == "silent"
 
 
 def test_top(run: tuple[Path, list[str]]) -> None:
@@ -267,6 +338,20 @@ def test_top(run: tuple[Path, list[str]]) -> None:
     body = json.loads(command("top", str(folder), "--json")[1])
     assert body["state"] == "finished" and body["step"] == 4 and body["checkpoint"]["is_complete"] is True
     assert body["latest"]["loss"] == read_runs(folder / RUN_LOG)[0].steps[-1]["loss"]
+
+
+def test_top_of_what_is_no_log_of_ours(tmp_path: Path) -> None:
+    """Neither a pipe, on which a reader would wait, nor lines that others made."""
+    os.mkfifo(tmp_path / RUN_LOG)
+    assert "it is no file" in one_line(command("top", str(tmp_path), "--once"))
+    (tmp_path / RUN_LOG).unlink()
+    odd = {"sizes": [1], "max_steps": "many", "parameters": "x", "pid": "p", "host": 3, "device": None, "marker": 7}
+    ranks = {"data_time": {"min": 1, "median": "a", "max": 2, "rank": 0}, "host_time": 3, "probe_time": {}}
+    log = {"event": "log", "step": 3, "metrics": {"loss": "nan", "eval_loss": 10**30}, "epoch": "x", "ranks": ranks}
+    late, huge = {"event": "log", "time": 1e300}, {"event": "log", "step": 10**400}
+    written(tmp_path, {"event": "begin", **odd}, log, {**log, "ranks": [1]}, late, huge, {"event": "save"})
+    code, out, err = command("top", str(tmp_path), "--once")
+    assert code == 0 and not err and "step 3" in out
 
 
 def test_top_says_what_is_missing(tmp_path: Path) -> None:
@@ -347,7 +432,7 @@ def test_commands_of_the_page(
     assert "weights/model.layers.0.self_attn.q_proj.weight/norm" in details[0]["metrics"]
     (tmp_path / "out-b").symlink_to(run[0])
     watching = [words[1:] for words in lines if words[0] == "hf-nanotron"]
-    assert {words[0] for words in watching} == {"top", "plot"} and len(watching) == 6
+    assert {words[0] for words in watching} == {"top", "plot"} and len(watching) == 7
     for words in watching:
         code, out, err = command(*words)
         assert code == 0 and out and not err, (words, err)
@@ -385,7 +470,9 @@ def test_profiles(run: tuple[Path, list[str]]) -> None:
     assert files == {f"{name}{suffix}" for name in names for suffix in (".trace.json.gz", ".json", ".txt")}
     for name in names:
         with gzip.open(folder / "_profile" / f"{name}.trace.json.gz") as file:
-            assert json.load(file)["traceEvents"]
+            events = json.load(file)["traceEvents"]
+        actions = {str(e["name"]) for e in events if "micro_batch=" in str(e["name"])}
+        assert actions == {f"{kind} stage=0 micro_batch={n}" for kind in ("forward", "backward") for n in (0, 1)}
         table = json.loads((folder / "_profile" / f"{name}.json").read_text())
         assert table["steps"] == (1 if "1-1" in name else 2)
         assert sum(table["parts"].values()) == pytest.approx(table["seconds"], rel=1e-6)
@@ -395,6 +482,32 @@ def test_profiles(run: tuple[Path, list[str]]) -> None:
         assert min(table["phases"][phase] for phase in ("forward", "backward", "optimizer")) > 0
         text = (folder / "_profile" / f"{name}.txt").read_text()
         assert "matrix products" in text and "communication, overlapped" in text
+
+
+def profile_pipeline(model_dir: str, directory: str, resume: str | None) -> None:
+    last = {"profile_steps": "2-3,4", "profile_ranks": "1", "gradient_accumulation_steps": 3, "pp_size": 2}
+    train(model_dir, directory, resume=resume, pp_schedule="zb", pp_virtual_stages=1, **last)
+
+
+def test_profiles_of_a_pipeline(pool: WorkerPool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Up to the last step, of the rank that was asked for; a resumed run profiles what is left."""
+    if not request.config.getoption("full_matrix"):
+        pytest.skip("--full-matrix")
+    pool.run(2, profile_pipeline, checkpoint(), str(tmp_path), None)
+    folder = tmp_path / "_profile"
+    names = ["steps-2-3-rank-1", "steps-4-4-rank-1"]
+    assert sorted({path.name.split(".")[0] for path in folder.iterdir()}) == names
+    for name in names:
+        with gzip.open(folder / f"{name}.trace.json.gz") as file:
+            events = json.load(file)["traceEvents"]
+        actions = {str(e["name"]) for e in events if "micro_batch=" in str(e["name"])}
+        kinds = ("forward", "backward", "weight_gradients")
+        assert actions == {f"{kind} stage=1 micro_batch={n}" for kind in kinds for n in range(3)}
+        table = json.loads((folder / f"{name}.json").read_text())
+        assert min(table["phases"][phase] for phase in ("forward", "backward", "optimizer")) > 0
+        (folder / f"{name}.txt").unlink()
+    pool.run(2, profile_pipeline, checkpoint(), str(tmp_path), str(tmp_path / "checkpoint-2"))
+    assert sorted(path.stem for path in folder.glob("*.txt")) == ["steps-3-3-rank-1", "steps-4-4-rank-1"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import re
 import sys
 import typing
@@ -88,14 +89,24 @@ def sft() -> str:
 
 def accuracy() -> str:
     """What a plan predicts beside the steps that were measured."""
+    return _benchmark("plan_accuracy")
+
+
+def memory() -> str:
+    """What a plan predicts beside the peaks that were measured."""
+    return _benchmark("plan_memory")
+
+
+def _benchmark(name: str) -> str:
+    """The summary and table of a script of the benchmarks, which import each other by short names."""
     folder = str(DOCS.parent / "examples" / "benchmarks")
     sys.path.insert(0, folder)
     try:
-        import plan_accuracy
+        script = importlib.import_module(name)
     finally:
         sys.path.remove(folder)
-    rows = plan_accuracy.predict()
-    return f"{plan_accuracy.summary(rows)}\n\n{plan_accuracy.table(rows)}"
+    rows = script.predict()
+    return f"{script.summary(rows)}\n\n{script.table(rows)}"
 
 
 def gpus() -> str:
@@ -105,14 +116,14 @@ def gpus() -> str:
             f"`{gpu.name}`",
             f"{gpu.bf16 / 1e12:,.0f}",
             "" if gpu.fp8 is None else f"{gpu.fp8 / 1e12:,.0f}",
-            f"{gpu.bytes_ / 1e9:.0f}",
+            f"{gpu.bytes_ / 2**30:.1f}",
             f"{gpu.memory / 1e12:.2f}",
             f"{gpu.link / 1e9:.0f}",
             f"{gpu.network / 1e9:g}",
         )
         for gpu in GPUS
     ]
-    return _table(("GPU", "bf16, TFLOP/s", "FP8", "memory, GB", "TB/s", "link, GB/s", "network"), rows)
+    return _table(("GPU", "bf16, TFLOP/s", "FP8", "memory, GiB", "TB/s", "link, GB/s", "network"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -124,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "sft": sft,
     "accuracy": accuracy,
+    "memory": memory,
     "gpus": gpus,
 }
 

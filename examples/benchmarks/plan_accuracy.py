@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shapes import make_config
+import measured
 
 from hf_nanotron.plan.default_rates import default_rates
-from hf_nanotron.plan.job import Job
 from hf_nanotron.plan.step_time import StepTime, step_time
 
-FILE = Path(__file__).parent / "measured_rows.json"
+FILE = "measured_rows.json"
 
 
 @dataclass(frozen=True)
@@ -49,39 +46,14 @@ class Row:
         return self.predicted.exposed_communication + self.predicted.parts.get("bubble", 0.0)
 
 
-def job_of(said: dict[str, Any]) -> Job:
-    """The run that a row was."""
-    arguments = {
-        "bf16": True,
-        "per_device_train_batch_size": said["samples"],
-        "gradient_accumulation_steps": said["micro_batches"],
-        **said["arguments"],
-    }
-    documents = None if said["documents"] is None else tuple(said["documents"])
-    length = said["sequence_length"]
-    return Job(make_config(said["shape"], length), arguments, said["gpus"], 8, length, documents)
-
-
-def read() -> dict[str, Any]:
-    """The file of measured rows."""
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
-
-
 def predict() -> list[Row]:
     """All rows, in their order."""
     rows = []
-    for said in read()["rows"]:
-        job = job_of(said)
-        measured = job.tokens_per_step / job.world_size / said["tokens_per_second"]
-        rows.append(Row(said, measured, step_time(job, default_rates(said["gpu"]))))
+    for said in measured.read(FILE):
+        job = measured.job_of(said)
+        seconds = job.tokens_per_step / job.world_size / said["tokens_per_second"]
+        rows.append(Row(said, seconds, step_time(job, default_rates(said["gpu"]))))
     return rows
-
-
-def errors(rows: Sequence[Row]) -> tuple[float, float]:
-    """Median and largest size of the errors."""
-    sizes = [abs(row.error) for row in rows]
-    return statistics.median(sizes), max(sizes)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -92,27 +64,18 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in sorted(rows, key=lambda row: not row.tests):
         said, known = row.said, row.said["mfu"]
-        name = said["name"] if row.tests else f"*{said['name']}* ({said['use']})"
         mfu = f"{known:.1%}, " if known else ""
         waits = "" if said["waits_ms"] is None else f"{said['waits_ms']:.0f}, {1e3 * row.waits:.0f}"
-        gpu = f"{said['gpus']} {said['gpu'].upper()}"
         lines.append(
-            f"| {gpu} | {name} | {1e3 * row.measured:,.0f} | {1e3 * row.predicted.seconds:,.0f} | {row.error:+.1%} | "
-            f"{mfu}{row.predicted.mfu:.1%} | {waits} |"
+            f"| {measured.label(said)} | {1e3 * row.measured:,.0f} | {1e3 * row.predicted.seconds:,.0f} | "
+            f"{row.error:+.1%} | {mfu}{row.predicted.mfu:.1%} | {waits} |"
         )
     return "\n".join(lines)
 
 
 def summary(rows: Sequence[Row]) -> str:
     """One sentence for each half."""
-    lines = []
-    for what, part in (
-        ("rows that test", [row for row in rows if row.tests]),
-        ("rows that set a figure", [row for row in rows if not row.tests]),
-    ):
-        median, worst = errors(part)
-        lines.append(f"{len(part)} {what}: median error {median:.1%}, largest {worst:.1%}.")
-    return " ".join(lines)
+    return measured.summary((row.tests, row.error) for row in rows)
 
 
 def main() -> None:

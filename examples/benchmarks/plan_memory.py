@@ -1,7 +1,7 @@
 """The memory that a plan predicts, beside the peaks that were measured (`measured_peaks.json`).
 
-    python examples/benchmarks/plan_memory.py            # every row: the real trainer on tensors without memory
-    python examples/benchmarks/plan_memory.py --counted  # and what it counts where layers are not compiled
+    python examples/benchmarks/plan_memory.py         # every row, by arithmetic, as with `hf-nanotron plan --no-run`
+    python examples/benchmarks/plan_memory.py --run   # and by the real trainer on tensors without memory; minutes
 
 Peaks are torch's `max_memory_allocated` of the fullest rank.
 """
@@ -9,95 +9,89 @@ Peaks are torch's `max_memory_allocated` of the fullest rank.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shapes import make_config
+import measured
 
 from hf_nanotron import NanotronTrainer
-from hf_nanotron.plan.job import Job
-from hf_nanotron.plan.memory import RankMemory, rank_memory
+from hf_nanotron.plan.estimate import Estimator
+from hf_nanotron.plan.memory import rank_memory
 from hf_nanotron.plan.processes import rehearse
 from hf_nanotron.plan.roles import roles
 
-FILE = Path(__file__).parent / "measured_peaks.json"
+FILE = "measured_peaks.json"
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured peak and its prediction; `counted` and `reported`: GiB by the other two ways."""
+    """A measured peak and its prediction, in GiB."""
 
     said: dict[str, Any]
-    memory: RankMemory
-    counted: float
-    reported: float
+    predicted: float
+
+    @property
+    def tests(self) -> bool:
+        """Whether nothing in the model was set by it."""
+        return bool(self.said["use"] == "test")
 
     @property
     def error(self) -> float:
-        return self.memory.total / GIB / float(self.said["peak_gib"]) - 1.0
+        """Of the predicted bytes."""
+        return self.predicted / float(self.said["peak_gib"]) - 1.0
 
 
-def job_of(said: dict[str, Any]) -> Job:
-    """The run that a row was."""
-    arguments = {
-        "bf16": True,
-        "per_device_train_batch_size": said["samples"],
-        "gradient_accumulation_steps": said["micro_batches"],
-        **said["arguments"],
-    }
-    documents = None if said["documents"] is None else tuple(said["documents"])
-    length = said["sequence_length"]
-    return Job(make_config(said["shape"], length), arguments, said["gpus"], 8, length, documents)
-
-
-def read() -> list[dict[str, Any]]:
-    """The measured rows."""
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["rows"]
+def predict() -> list[Row]:
+    """All rows, in their order."""
+    rows = []
+    for said in measured.read(FILE):
+        job = measured.job_of(said)
+        rows.append(Row(said, Estimator(job.config).fullest(job).total / GIB))
     return rows
 
 
-def predict(said: dict[str, Any]) -> Row:
-    """One row: the fullest of its ranks."""
-    job = job_of(said)
+def rehearsed(said: dict[str, Any]) -> tuple[float, float]:
+    """GiB of a row by the real trainer's state, and with activations as the rehearsal counts them."""
+    job = measured.job_of(said)
     done = rehearse(job, roles(job), NanotronTrainer)
     fullest = max(done, key=lambda each: rank_memory(job, each).total)
     state = fullest.report.total - fullest.report.activations
-    counted = (state + fullest.peak - fullest.live) / GIB
-    return Row(said, rank_memory(job, fullest), counted, fullest.report.total / GIB)
+    return rank_memory(job, fullest).total / GIB, (state + fullest.peak - fullest.live) / GIB
 
 
-def errors(rows: Sequence[Row]) -> tuple[float, float]:
-    """Median and largest size of the errors."""
-    sizes = [abs(row.error) for row in rows]
-    return statistics.median(sizes), max(sizes)
+def line(row: Row, *more: float) -> str:
+    """A row of the table."""
+    cells = "".join(f" {value:.1f} |" for value in more)
+    return (
+        f"| {measured.label(row.said)} | {row.said['peak_gib']:.1f} | {row.predicted:.1f} | {row.error:+.1%} |{cells}"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: what was measured and predicted, the rows that test first."""
+    lines = ["| GPUs | run | measured, GiB | predicted, GiB | error |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *map(line, sorted(rows, key=lambda row: not row.tests))])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One sentence for each half."""
+    return measured.summary((row.tests, row.error) for row in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="rows whose names have this in them")
-    parser.add_argument("--counted", action="store_true", help="the other two ways, too")
-    options = parser.parse_args()
-    rows = []
-    print("| GPUs | run | measured, GiB | predicted | error |" + (" counted | report |" if options.counted else ""))
-    print("|---|---|---|---|---|" + ("---|---|" if options.counted else ""))
-    for said in read():
-        if options.only and options.only not in said["name"]:
-            continue
-        row = predict(said)
-        rows.append(row)
-        name = said["name"] if said["use"] == "test" else f"*{said['name']}*"
-        line = f"| {said['gpus']} {said['gpu'].upper()} | {name} | {said['peak_gib']:.1f} | "
-        line += f"{row.memory.total / GIB:.1f} | {row.error:+.1%} |"
-        print(line + (f" {row.counted:.1f} | {row.reported:.1f} |" if options.counted else ""), flush=True)
-    for label, some in (("rows that test", [r for r in rows if r.said["use"] == "test"]), ("all rows", rows)):
-        if some:
-            median, worst = errors(some)
-            print(f"\n{label}: {len(some)}, median {median:.1%}, worst {worst:.1%}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose names have this in them")
+    parser.add_argument("--run", action="store_true", help="two more columns: rehearsed, and activations as counted")
+    args = parser.parse_args()
+    rows = [row for row in predict() if args.only in row.said["name"]]
+    if args.run:
+        for row in rows:
+            print(line(row, *rehearsed(row.said)), flush=True)
+    else:
+        print(table(rows))
+    print(summary(rows))
 
 
 if __name__ == "__main__":

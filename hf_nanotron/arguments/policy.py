@@ -260,7 +260,7 @@ _SIZES = "tp_size, pp_size, cp_size, dp_replicate_size and zero_stage"
 _NO_DDP = "there is no DistributedDataParallel wrapper: gradients are reduced in buckets of our own"
 
 
-def _at_least_one(value: Any, _: TrainingArguments) -> bool:
+def at_least_one(value: Any, _: TrainingArguments) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -279,7 +279,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     ),
     "optim_target_modules": Refused((None,), "only the refused GaLore and APOLLO read it", "optim_target_modules=None"),
     "gradient_accumulation_steps": Refused(
-        _at_least_one, "it is the number of micro-batches in a step", "an integer of at least 1"
+        at_least_one, "it is the number of micro-batches in a step", "an integer of at least 1"
     ),
     "label_smoothing_factor": Refused(
         lambda value, _: isinstance(value, int | float) and 0 <= value < 1,
@@ -348,7 +348,7 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
     "ddp_broadcast_buffers": Refused((None, False), _NO_DDP, "None: buffers are built alike on all ranks"),
     "ddp_static_graph": Refused((None, False), _NO_DDP, "None"),
     "ddp_bucket_cap_mb": Refused(
-        lambda value, args: value is None or _at_least_one(value, args),
+        lambda value, args: value is None or at_least_one(value, args),
         "it is the size of a gradient bucket in MiB",
         "an integer of at least 1, or None for 25",
     ),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .checking.compare import Compared
     from .checking.job import Job
     from .checking.processes import Ranks
+    from .checking.records import Record
     from .checking.sizes import Layout
 
 DESCRIPTION = """\
@@ -43,6 +44,8 @@ Exit status: 0 if all is the same, 1 if something differs or fails, 2 for what t
 
 COLUMNS = {"loss": "loss", "norm": "norm", "activation": "activations", "gradient": "gradients", "weight": "weights"}
 DATA = ("auto", "own", "random")
+ENDINGS = {True: "The same on every layout that was compared.", False: "Not the same.", None: "Nothing was compared."}
+MOST_NAMES = 4
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,8 +121,10 @@ class Check:
     rows: list[Row] = field(default_factory=list)
 
     @property
-    def is_same(self) -> bool:
-        return all(row.is_same is not False for row in self.rows)
+    def is_same(self) -> bool | None:
+        """None: nothing was compared."""
+        found = [row.is_same for row in self.rows if row.is_same is not None]
+        return all(found) if found else None
 
     def to_dict(self) -> dict[str, Any]:
         rows = [row.to_dict() for row in self.rows]
@@ -139,16 +144,16 @@ def _run(args: argparse.Namespace) -> None:
             f"check starts its own processes, but this is one of WORLD_SIZE={os.environ['WORLD_SIZE']}: run it without "
             "torchrun."
         )
-    from .checking.processes import ending_on_sigterm
+    from .checking.processes import ending_on_signals
 
     try:
-        with ending_on_sigterm():
+        with ending_on_signals():
             found = check(args)
     except KeyboardInterrupt:
         print("hf-nanotron: check was interrupted; its processes have ended.", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(_finite(found.to_dict()), indent=1) if args.json else as_text(found))
-    if not found.is_same:
+    if found.is_same is False:
         sys.exit(1)
 
 
@@ -226,17 +231,27 @@ def _compare(ranks: Ranks, single: Job, layouts: Sequence[Layout], count: int, s
 
     from .checking.compare import compare
     from .checking.job import read_record, train_rank
+    from .checking.processes import RankError
     from .checking.sizes import as_arguments
     from .checking.stock import train_stock
 
     place = single.folder.parent
     single = replace(single, weights=place / "weights" if stock else None)
-    reference = read_record(_speak(ranks, train_rank, single)[0])
-    if stock:
-        ours = reference
-        stock_job = replace(single, folder=_made(place / "stock"))
-        reference = read_record(_speak(ranks, train_stock, stock_job)[0])
-        found.rows.append(Row("one process", 1, compared=compare([ours], reference)))
+    name = "one process"
+    try:
+        reference = read_record(ranks.run(1, train_rank, single)[0])
+        if stock:
+            name, ours = "transformers", reference
+            stock_job = replace(single, folder=_made(place / "stock"))
+            reference = read_record(ranks.run(1, train_stock, stock_job)[0])
+            found.rows.append(Row("one process", 1, compared=compare([ours], reference)))
+    except RankError as error:
+        if error.is_refusal:
+            raise SettingsError(str(error)) from None
+        found.rows.append(Row(name, 1, failed=str(error)))
+        return
+    if reference.has_own_loss and not stock:
+        found.rows.append(_other_micro_batches(ranks, single, reference))
     for index, layout in enumerate(layouts):
         if layout.processes == 1:
             continue
@@ -246,19 +261,42 @@ def _compare(ranks: Ranks, single: Job, layouts: Sequence[Layout], count: int, s
         begun = time.monotonic()
         try:
             paths = ranks.run(layout.processes, train_rank, job)
-        except Exception as error:
-            if getattr(error, "is_for_the_user", False) and index > 0:
+        except RankError as error:
+            if error.is_refusal and index > 0:
                 row.refused = str(error)
-            elif getattr(error, "is_for_the_user", False):
+            elif error.is_refusal:
                 raise SettingsError(str(error)) from None
             else:
-                row.failed = f"rank {getattr(error, 'rank', 0)}: {error}"
+                row.failed = str(error)
         else:
             row.compared = compare([read_record(path) for path in paths], reference)
         row.seconds = time.monotonic() - begun
         found.rows.append(row)
     if not found.rows:
         found.notes.append("the run has one process, so there is nothing to compare; --layouts compares others with it")
+
+
+def _other_micro_batches(ranks: Ranks, single: Job, reference: Record) -> Row:
+    """One process with the same rows in other micro-batches: the losses of a loss that divides by its own batch differ.
+
+    Layouts do not show it: their micro-batches are the same.
+    """
+    from .checking.compare import compare, without_outputs
+    from .checking.job import read_record, train_rank
+    from .checking.processes import RankError
+
+    rows, count = (single.arguments[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    rows, count = (1, count * rows) if rows > 1 else (count, 1)
+    sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": count}
+    row = Row(f"one process, micro-batches of {rows}", 1)
+    job = single.with_arguments(_made(single.folder.parent / "other"), **sizes)
+    try:
+        found = read_record(ranks.run(1, train_rank, job)[0])
+    except RankError as error:
+        row.failed = str(error)
+    else:
+        row.compared = compare([without_outputs(found)], without_outputs(reference))
+    return row
 
 
 def _speak(ranks: Ranks, function: Any, argument: Any) -> list[Any]:
@@ -383,9 +421,15 @@ def as_text(found: Check) -> str:
             lines += ["", f"{row.name}: {row.compared.first}."]
         elif row.refused is not None or row.failed is not None:
             lines += ["", f"{row.name}: {'refused' if row.refused else 'failed'}: {row.refused or row.failed}"]
-    ending = "The same on every layout." if found.is_same else "Not the same."
-    lines += ["", ending if found.rows else "Nothing was compared."]
+        if row.compared is not None and row.compared.first is None and row.compared.unseen:
+            lines += ["", f"{row.name}: not compared: the outputs of {_listed(row.compared.unseen)}, of which no rank "
+                      "has a row of features for each token."]  # fmt: skip
+    lines += ["", ENDINGS[found.is_same]]
     return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def _finite(value: Any) -> Any:

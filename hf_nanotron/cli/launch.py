@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Write the files of a job that trains as CONFIG.yaml says on several nodes, and with --submit submit it:
 
-  hf-nanotron launch --slurm CONFIG.yaml --nodes 16 --time 24:00:00 --partition gpu --submit
+  hf-nanotron launch --slurm CONFIG.yaml --nodes 16 --time 24:00:00 --partition gpu --submit --max_steps 20000
   hf-nanotron launch --hf-jobs CONFIG.yaml --nodes 2 --flavor h200x8 --image pytorch/pytorch --secret HF_TOKEN
   hf-nanotron launch --skypilot CONFIG.yaml --nodes 2 --accelerator H100
 
-The files are put into OUTPUT_DIR/launch. A file that `hf-nanotron train` would refuse on so many processes is refused
-here, with the same sentence. Before its time limit a job of Slurm saves, is queued again, and goes on.
+After CONFIG.yaml, keys override the file, as with `hf-nanotron train`: --max_steps 20000, --model.name_or_path PATH.
+The files are put into OUTPUT_DIR/launch. Sizes, keys and models that `hf-nanotron train` would refuse on so many
+processes are refused here, with the same sentence. Before its time limit a job of Slurm saves, is queued again, and
+goes on.
 
 --template FILE takes the place of the job's template; --print-template shows ours. A template that begins with
 {% extends "slurm.sh.j2" %} replaces blocks alone."""
@@ -55,7 +57,12 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         "file no GPU is asked for",
     )
     parser.add_argument(
-        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="override a key, as train does"
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="override a key; the same as --KEY VALUE, also where an option of this command has the name",
     )
     parser.add_argument("--time", help="time limit: of sbatch, such as 24:00:00, or of HF Jobs, such as 24h")
     files = parser.add_argument_group("files")
@@ -130,7 +137,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     sky.add_argument(
         "--resource", action="append", default=[], metavar="KEY=VALUE", help="such as use_spot=true; repeatable"
     )
-    parser.set_defaults(run=_launch)
+    parser.set_defaults(run=_launch, takes_keys=True)
 
 
 def _launch(args: argparse.Namespace) -> None:
@@ -157,6 +164,8 @@ def _module(kind: str) -> Any:
 def _check_options(args: argparse.Namespace) -> None:
     if args.config is None:
         raise ValueError("CONFIG.yaml is missing: which run is to be launched?")
+    if args.overrides and not args.config.is_file():
+        raise ValueError(f"file not found: {args.config} (keys such as {args.overrides[0]} come after CONFIG.yaml).")
     for kinds, names in ONLY_FOR.items():
         for name in names.split():
             if args.kind not in kinds and getattr(args, name) not in (None, []):

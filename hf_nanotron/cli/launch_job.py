@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import os
 import re
 import sys
@@ -14,19 +16,24 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ..checkpoint.directory.verify import check
 from ..launch.job import Environment, Job
 from ..models.sharding.parallelize import parallelize
 from ..parallel.mesh import ParallelMesh
 from ..plan.fake_world import fake_world
-from ..redaction import is_secret, printable, redacted
+from ..redaction import hide, holds_secret, printable, secrets_of
+from ..training.checkpointer import AUTO, named_beginning
 from ..training_args import NanotronTrainingArguments
 from ..version import __version__
 from .errors import existing_path, explained
 from .model_config import changed_config, make_config
-from .settings import check_complete, read_settings
-from .train import load_tokenizer
+from .settings import SECTIONS, Settings, check_complete, read_settings
+from .train import check_model_section, load_tokenizer
 
 SAVE_SECONDS = 120.0  # of a file that does not say save_on_signal
+NEVER_WRITTEN = (
+    "which is never written into a file; use an environment variable such as HF_TOKEN, and give its name with --secret"
+)
 
 
 def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: bool) -> Job:
@@ -39,24 +46,33 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
 
     Raises:
         ValueError: with the sentence of `hf-nanotron train` if it would refuse the file on so many processes; for a
-            secret in the file or the overrides; for a run that cannot be resumed but would be.
+            secret in the file or the command line; for a run that cannot be resumed but would be.
     """
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)]
+    workdir = (args.chdir or Path()).absolute()
+    if not workdir.is_dir():
+        raise ValueError(f"--chdir {args.chdir} is not a folder.")
+    overrides = [part for key, value in args.set for part in (f"--{key}", value)] + _keys(args)
     settings, tokenizer = read_settings(args.config, overrides)
-    _refuse_secrets(args.config, redacted("", settings) is not settings, args.set)
+    _refuse_secrets(args, settings)
     check_complete(settings)
     training = settings["training"]
     with explained("training"):
         checked = NanotronTrainingArguments.of_job(args.nodes * processes, **training)
-    config = _model_config(args.kind, settings["model"], tokenizer)
+    with contextlib.chdir(workdir):  # where the paths of the file begin
+        config = _model_config(args.kind, settings["model"], tokenizer, checked)
     if config is not None:
         check_model(config, checked, args.nodes * processes, processes)
-    if resumes:
-        _check_resumable(training.get("resume_from_checkpoint"), checked)
     output_dir = str(checked.output_dir)
-    workdir = (args.chdir or Path()).absolute()
-    if args.chdir is not None and not workdir.is_dir():
-        raise ValueError(f"--chdir {args.chdir} is not a folder.")
+    begins_at = None
+    if resumes:
+        _check_resumable(checked)
+        named = training.get("resume_from_checkpoint")
+        if isinstance(named, str) and not named.startswith(AUTO):
+            named = f"{AUTO}:{named}"
+        with contextlib.chdir(workdir):
+            begins_at = named_beginning(named, output_dir)
+        if begins_at is not None and args.kind == "slurm" and args.container is None:
+            check(workdir / begins_at, deep=False)
     if args.kind != "slurm" and args.folder is None and Path(output_dir).is_absolute():
         raise ValueError(
             f"output_dir={output_dir!r} is a folder of the machines that are rented; say with --folder where the job's "
@@ -78,14 +94,18 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
         chain=args.chain or 1,
         resumes=resumes,
         version=__version__,
+        begins_at=begins_at,
     )
 
 
 # ---- the run ----
 
 
-def _model_config(kind: str, section: dict[str, Any], tokenizer: str | None) -> PreTrainedConfig | None:
+def _model_config(
+    kind: str, section: dict[str, Any], tokenizer: str | None, checked: NanotronTrainingArguments
+) -> PreTrainedConfig | None:
     """Of the model; None where only the machines that are rented can read it."""
+    check_model_section(section, checked)
     if (name := section.get("name_or_path")) is not None:
         if kind != "slurm" and os.path.isabs(name):
             return None
@@ -119,7 +139,7 @@ def check_model(
         os.environ.update(before)
 
 
-def _check_resumable(named: Any, checked: NanotronTrainingArguments) -> None:
+def _check_resumable(checked: NanotronTrainingArguments) -> None:
     if str(getattr(checked.save_strategy, "value", checked.save_strategy)) == "no":
         raise ValueError(
             "training.save_strategy='no': a job that is started again, or comes after another, has nothing to go on "
@@ -129,11 +149,6 @@ def _check_resumable(named: Any, checked: NanotronTrainingArguments) -> None:
         raise ValueError(
             "training.save_only_model=True: a job that is started again, or comes after another, cannot go on from "
             "weights alone. Leave it out, or use with Slurm --no-requeue without --chain."
-        )
-    if named not in (None, True, False, "true", "auto"):
-        raise ValueError(
-            f"training.resume_from_checkpoint={named!r}: a job that is started again, or comes after another, goes on "
-            "from the newest checkpoint of its own run. Use auto, or with Slurm --no-requeue without --chain."
         )
 
 
@@ -162,19 +177,35 @@ def check_output(args: argparse.Namespace, job: Job, mounted: Sequence[str]) -> 
 # ---- the environment ----
 
 
-def _refuse_secrets(path: Path, in_file: bool, overrides: Sequence[Sequence[str]]) -> None:
-    for key, value in overrides:
-        if is_secret(key) or printable(value) != value:
-            raise ValueError(
-                f"--set {printable(key)} holds a secret, which is never written into a file; use an environment "
-                "variable such as HF_TOKEN, and give its name with --secret."
-            )
-    text = path.read_text(encoding="utf-8-sig")
-    if in_file or printable(text) != text:
-        raise ValueError(
-            f"{path} holds what looks like a secret, and its text would be copied into the job's files; use an "
-            "environment variable such as HF_TOKEN, and give its name with --secret."
-        )
+def _keys(args: argparse.Namespace) -> list[str]:
+    """What follows the file, as for `train`. A key that only an option of this command is like is a slip."""
+    own = set(vars(args)) - {"config", "run", "takes_keys", "overrides", "explains", "kind"}
+    for word in args.overrides:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        near = difflib.get_close_matches(name, own, 1, 0.8)
+        if word.startswith("-") and "." not in name and name not in SECTIONS["training"] and near:
+            raise ValueError(f"unrecognized argument {word}; did you mean --{near[0].replace('_', '-')}?")
+    return list(args.overrides)
+
+
+def _refuse_secrets(args: argparse.Namespace, settings: Settings) -> None:
+    """In the command line, the file and what they say together."""
+    known = tuple(secrets_of(os.environ))
+    for key, value in args.set:
+        if holds_secret(value, key, known):
+            raise ValueError(f"--set {printable(key)} holds a secret, {NEVER_WRITTEN}.")
+    for name, value in vars(args).items():
+        if name in ("env", "setup"):  # `Environment` looks at their names and shapes
+            found = any(hide(text, known) != text for text in value)
+        else:
+            found = name not in ("set", "secret", "overrides") and holds_secret(value, known=known)
+        if found:
+            raise ValueError(f"--{name.replace('_', '-')} holds a secret, {NEVER_WRITTEN}.")
+    text = args.config.read_text(encoding="utf-8-sig")
+    if holds_secret(text, known=known):
+        raise ValueError(f"{args.config} holds what looks like a secret, and its text is copied: {NEVER_WRITTEN}.")
+    if holds_secret(settings, known=known) or holds_secret(args.overrides, known=known):
+        raise ValueError(f"{args.config} or what overrides it holds what looks like a secret, {NEVER_WRITTEN}.")
 
 
 def _name(given: str | None, output_dir: str) -> str:

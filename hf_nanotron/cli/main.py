@@ -44,7 +44,7 @@ from .upload import add_upload_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: `sys.argv`). Exits with status 2 after an error that the user can fix."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     had_group = process_group() is not None
     try:
         with explained(args.explains) if args.explains and not args.traceback else contextlib.nullcontext():
@@ -62,6 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     group = process_group()
     if group is not None and not had_group:
         group.destroy_process_group()
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. What `launch` does not know are keys of its run, as `train` takes them."""
+    args, others = parser.parse_known_args(argv)
+    if getattr(args, "takes_keys", False):
+        args.overrides = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:

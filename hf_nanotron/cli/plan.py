@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import os
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from .errors import explained
 from .plotting import check_picture
@@ -39,7 +40,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job, a process for each")
-    machine.add_argument("--gpu", required=True, metavar="NAME", help="kind of GPU, such as h100, h200 or b200")
+    machine.add_argument(
+        "--gpu", metavar="NAME", help="kind of GPU, such as h100, h200 or b200 (default: that of --rates)"
+    )
     machine.add_argument(
         "--nodes", type=int, metavar="N", help="nodes that have them (default: 8 GPUs a node, or all on one)"
     )
@@ -65,37 +68,48 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     _check(args)
     from ..monitor.gpus import find_gpu
-    from ..plan.default_rates import default_rates
+    from ..plan.default_rates import default_rates, refuse_other_gpu
     from ..plan.make import make_plan, search_and_plan
     from ..plan.pictures import draw
     from ..plan.rates import load_rates
     from ..plan.table import as_text, ranking
     from ..trainer import NanotronTrainer
-    from .planned_run import planned_run, write_run
+    from .planned_run import check_run, planned_run, write_run
 
-    gpu = find_gpu(args.gpu)
-    rates = default_rates(gpu) if args.rates is None else load_rates(args.rates)
+    measured = None if args.rates is None else load_rates(args.rates)
+    gpu = find_gpu(args.gpu if measured is None or args.gpu is not None else measured.gpu)
+    rates = measured or default_rates(gpu)
+    refuse_other_gpu(rates, gpu)
     run = planned_run(args, needs_layout=not args.search)
-    options: dict[str, Any] = {"run": not args.no_run, "steps": run.steps, "tokens": args.tokens}
+    check_run(run, args.search)
+    planned = partial(
+        make_plan, gpu=gpu, rates=rates, trainer_class=NanotronTrainer, run=not args.no_run, steps=run.steps,
+        tokens=args.tokens,
+    )  # fmt: skip
     if args.search:
-        found, plan = search_and_plan(run.job, run.rows, gpu, rates, NanotronTrainer, **options)
+        found, plan = search_and_plan(run.job, run.rows, gpu, rates, planned)
         record = {**plan.as_json(), "search": found.as_json()}
         text = f"{ranking(found)}\n\n{as_text(plan)}"
     else:
-        plan = make_plan(run.job, gpu, rates, NanotronTrainer, **options)
+        plan = planned(run.job)
         record, text = plan.as_json(), as_text(plan)
+    print(json.dumps(record, indent=1) if args.json else text, flush=True)
+    # One JSON object is all that is on standard output.
+    notes = sys.stderr if args.json else sys.stdout
+    if args.output is not None:
+        print(f"\n{write_run(args.output, run, plan)}.", file=notes)
     if args.picture is not None:
         with explained(f"--picture {args.picture} cannot be drawn"):
             draw(plan, args.picture)
-    if args.output is not None:
-        text += f"\n\n{write_run(args.output, run, plan)}."
-    print(json.dumps(record, indent=1) if args.json else text)
+        print(f"\n{args.picture} has the picture.", file=notes)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen without torch."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("plan runs in one process, which plays all ranks; start it without torchrun.")
+    if args.gpu is None and args.rates is None:
+        raise ValueError("plan needs --gpu, such as --gpu h100, or --rates of one.")
     if (args.config is None) == (args.model is None):
         raise ValueError("plan needs either CONFIG.yaml or --model.")
     for name in ("gpus", "nodes", "sequence_length", "document_length", "tokens_per_step", "tokens"):

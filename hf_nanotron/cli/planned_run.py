@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import AutoConfig, PretrainedConfig
 
+from ..parallel.config import ParallelConfig
 from ..plan.job import Job, parallel_config
 from ..plan.layouts import DECIDED
+from ..plan.make import NODE
 from ..plan.result import Plan
 from ..plan.table import share
 from ..redaction import redacted
+from ..training_args import NanotronTrainingArguments
 from ..version import __version__
 from .errors import existing_path, explained
+from .launch_job import check_model
 from .model_config import changed_config, make_config
 from .settings import Settings, read_settings, sections_of
-
-NODE = 8  # GPUs of a node, where nothing is said
 
 # Of a run without a file: one row at a time, in bf16.
 FRESH = {"output_dir": "out", "bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -83,6 +85,24 @@ def planned_run(args: argparse.Namespace, needs_layout: bool) -> PlannedRun:
         rows = job.tokens_per_step // length  # refuses a layout that the GPUs do not have
     steps = settings["training"].get("max_steps")
     return PlannedRun(settings, tokenizer, job, rows, steps if isinstance(steps, int) and steps > 0 else None)
+
+
+def check_run(run: PlannedRun, searched: bool) -> None:
+    """Refuse what the trainer would refuse of the arguments and sizes of a run, before anything is searched or run.
+
+    Args:
+        searched: whether its layout is to be found, so that sizes in the file do not count.
+
+    Raises:
+        ValueError: in the trainer's words.
+    """
+    job = run.job
+    sizes = [entry.name for entry in fields(ParallelConfig)] if searched else []
+    arguments = {name: value for name, value in job.arguments.items() if name not in sizes}
+    with explained("training"):
+        checked = NanotronTrainingArguments.of_job(job.world_size, output_dir="out", **arguments)
+    if not searched:
+        check_model(job.config, checked, job.world_size, job.gpus_per_node)
 
 
 def gpus_per_node(args: argparse.Namespace) -> int:

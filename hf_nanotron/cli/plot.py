@@ -28,6 +28,7 @@ PANELS = (
     ("tokens_per_second", "tokens / s"),
 )
 THROUGHPUTS = ("tokens_per_second", "train_tokens_per_second")  # ours, a stock Trainer's
+SHOWN_NAMES = 30  # of metrics, in a message
 DOTS = 40  # points up to which each is marked
 
 
@@ -68,12 +69,18 @@ def _plot(args: argparse.Namespace) -> None:
             )
         for name in args.metric or ():
             if name not in history.names():
-                raise ValueError(f"--metric {name}: {path} has not logged it; it has {', '.join(history.names())}.")
+                raise ValueError(f"--metric {name}: {path} has not logged it; it has {listed(history.names())}.")
     if not args.metric and not any(_has(history, name) for history in histories for name, _ in PANELS):
         raise ValueError(f"{histories[0].source} has no loss, learning rate, gradient norm or throughput to draw yet.")
     with explained(f"--output {args.output} cannot be drawn"):
         draw(histories, labels(args.sources), args.output, args.by, args.metric)
     print(f"{args.output}: {', '.join(str(history.source) for history in histories)}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """`names`, of which there may be thousands, for a message."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..monitor.read_log import RUN_LOG, LogReader, Run, joined
+from ..monitor.read_log import RUN_LOG, SPREAD, LogReader, Run, joined
 from ..monitor.run_status import Status, status_of
 
 DESCRIPTION = """\
@@ -35,6 +35,7 @@ OWN_TIMES = {
 SLOW = 1.5  # times the median of all ranks
 WORTH_NAMING = 0.05  # of a step: what is faster slows nothing
 SHOWN_RUNS = 5  # before the last one
+KEPT = 200  # log lines of each run that are looked at
 ENTER, HOME, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[H\x1b[J", "\x1b[?25h\x1b[?1049l"
 
 
@@ -54,7 +55,7 @@ def _top(args: argparse.Namespace) -> None:
         raise ValueError(f"--interval {args.interval} must be at least 0.1 and at most 86400 seconds.")
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder} is no folder; give the output_dir of a job.")
-    reader = LogReader(args.folder / RUN_LOG)
+    reader = LogReader(args.folder / RUN_LOG, keep=KEPT)
     if args.json or args.once or not sys.stdout.isatty():
         runs = _read(reader)
         if not runs:
@@ -67,12 +68,16 @@ def _top(args: argparse.Namespace) -> None:
     try:
         while True:
             size = shutil.get_terminal_size()
-            runs = _read(reader)
             text = f"{args.folder}: waiting for the first line of a job."
-            if runs:
-                text = render(runs, args.folder, time.time(), size.columns)
+            try:
+                if runs := _read(reader):
+                    text = render(runs, args.folder, time.time(), size.columns)
+            except OSError as error:  # of a file system that is away for a while, say
+                text = f"{reader.path} cannot be read: {error.strerror}"
             lines = [line[: size.columns] for line in text.splitlines()]
-            sys.stdout.write(HOME + "\n".join([*lines[: size.lines - 2], "", "ctrl-C ends this view, not the job"]))
+            sys.stdout.write(
+                HOME + "\n".join([*lines[: max(1, size.lines - 2)], "", "ctrl-C ends this view, not the job"])
+            )
             sys.stdout.flush()
             time.sleep(args.interval)
     except KeyboardInterrupt:
@@ -193,10 +198,9 @@ def _ranks(status: Status) -> list[str]:
     step = status.latest.get("step_time", 0.0)
     lines = [f"{'seconds of ranks':24}{'least':>10}{'median':>10}{'most':>10}   rank"]
     for name, label in OWN_TIMES.items():
-        found = status.ranks.get(name)
-        if not isinstance(found, dict) or not {"min", "median", "max", "rank"} <= set(found):
+        if (found := status.ranks.get(name)) is None:
             continue
-        least, median, most, rank = (float(found[key]) for key in ("min", "median", "max", "rank"))
+        least, median, most, rank = (found[key] for key in SPREAD)
         is_long = name == "probe_time" or most - median > WORTH_NAMING * step
         slow = f"   slow: {most / median:.1f} x the median" if median and most > SLOW * median and is_long else ""
         lines.append(f"{label:24}{least:10.3g}{median:10.3g}{most:10.3g}   {rank:.0f}{slow}")

@@ -74,26 +74,37 @@ def load_tokenizer(name: str | None) -> Any:
         return AutoTokenizer.from_pretrained(name)
 
 
-def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingArguments) -> Any:
-    """The model that the section `model` describes, sharded over the ranks of `args`."""
-    chosen = ("name_or_path", "config", "config_overrides")
-    options = {name: value for name, value in section.items() if name not in chosen}
-    if (name := section.get("name_or_path")) is not None:
+def check_model_section(section: dict[str, Any], args: NanotronTrainingArguments) -> None:
+    """Refuse keys of the section `model` that do not go together, or not with the arguments.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if section.get("name_or_path") is not None:
         if args.spectral is not None:
             raise ValueError(
                 "training.parametrization='spectral' with model.name_or_path: fresh weights follow from it; give "
                 "model.config instead."
             )
+        return
+    if "revision" in section:
+        raise ValueError("model.revision needs model.name_or_path; a config has no revision.")
+    if section.get("config_overrides"):
+        raise ValueError("model.config_overrides needs model.name_or_path; set the fields in model.config.")
+
+
+def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingArguments) -> Any:
+    """The model that the section `model` describes, sharded over the ranks of `args`."""
+    chosen = ("name_or_path", "config", "config_overrides")
+    options = {name: value for name, value in section.items() if name not in chosen}
+    check_model_section(section, args)
+    if (name := section.get("name_or_path")) is not None:
         name = existing_path("model.name_or_path", name, "folder")
         source = {"revision": options["revision"]} if "revision" in options else {}
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             if overrides := section.get("config_overrides"):
                 options["config"] = changed_config(name, overrides, **source)
             return AutoModelForCausalLM.from_pretrained(name, parallel=args.parallel, **options)
-    if "revision" in options:
-        raise ValueError("model.revision needs model.name_or_path; a config has no revision.")
-    if section.get("config_overrides"):
-        raise ValueError("model.config_overrides needs model.name_or_path; set the fields in model.config.")
     config = make_config(section["config"], tokenizer)
     with explained("model"):
         return AutoModelForCausalLM.from_config(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..redaction import is_secret, printable
+from ..redaction import holds_secret, printable
 
 MARGIN = 15  # seconds that a script waits longer than the ranks themselves
 
@@ -48,17 +49,19 @@ class Environment:
                     f"{printable(name)!r} is no name of a variable; it has letters, digits and underscores."
                 )
         for name, value in self.variables.items():
-            if is_secret(name) or printable(value) != value:
+            if holds_secret(value, name):
                 raise ValueError(
                     f"--env {name}=... looks like a secret, which is never written into a file: export it where you "
                     "submit the job, and give its name alone (option --secret)."
                 )
         for line in self.setup:
-            if printable(line) != line:
+            if holds_secret(line):
                 raise ValueError(
                     f"--setup {printable(line)!r}: the line holds a secret, which is never written into a file; use a "
                     "variable, and give its name with --secret."
                 )
+            if "\n" in line or "\r" in line:
+                raise ValueError(f"--setup {line!r} has several lines; give each with an option of its own.")
         if self.venv is not None and self.conda is not None:
             raise ValueError(f"--venv {self.venv} and --conda {self.conda}: only one of them can be activated.")
 
@@ -82,6 +85,7 @@ class Job:
         save_seconds: the run's `save_on_signal`; 0 if signals are left alone.
         chain: jobs, each after the one before.
         resumes: whether each start goes on from the newest checkpoint.
+        begins_at: the checkpoint of another run from which it begins where it has none; None for a fresh start.
         version: of the package that wrote the files.
     """
 
@@ -100,6 +104,7 @@ class Job:
     chain: int
     resumes: bool
     version: str
+    begins_at: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -118,5 +123,7 @@ class Job:
         if self.save_seconds:
             own = ("--save_on_signal", f"{self.save_seconds:g}")
         if self.resumes:
-            own += ("--resume_from_checkpoint", "auto")
+            auto = "auto" if self.begins_at is None else f"auto:{self.begins_at}"
+            plain = re.fullmatch(r"[\w./:\-]+", auto)  # other values are read as YAML
+            own += ("--resume_from_checkpoint", auto if plain else json.dumps(auto, ensure_ascii=False))
         return (*self.overrides, *own)

@@ -50,7 +50,7 @@ def render(name: str, values: Mapping[str, Any], own: Path | None = None) -> str
     environment = Environment(
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(sh=quoted, path=quoted_path, line=one_line, percent=percent, yaml=json.dumps)
+    environment.filters.update(sh=quoted, path=quoted_path, line=one_line, percent=percent, yaml=as_yaml)
     try:
         template = environment.get_template(name) if own is None else environment.from_string(_text(own))
         return template.render(values)
@@ -70,14 +70,24 @@ def _text(path: Path) -> str:
 
 
 def quoted(value: Any) -> str:
-    """As one word of a shell."""
-    return shlex.quote(str(value))
+    """As one word of bash, in one line."""
+    text = str(value)
+    if re.search(r"[\n\r]", text):
+        for plain, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
+            text = text.replace(plain, escaped)
+        return f"$'{text}'"
+    return shlex.quote(text)
 
 
 def quoted_path(value: Any) -> str:
     """As one word of a shell that is a path: `~/` is the home there."""
     home, rest = ("~/", str(value)[2:]) if str(value).startswith("~/") else ("", str(value))
-    return home + shlex.quote(rest)
+    return home + quoted(rest)
+
+
+def as_yaml(value: Any) -> str:
+    """As a value of YAML, in one line. Letters stay as they are: YAML reads no pair of surrogates."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def one_line(value: Any) -> str:

@@ -138,7 +138,9 @@ def files(job: Job, options: SlurmOptions, template: Path | None) -> dict[str, s
     environment = job.environment
     if environment.container is not None:
         # What a node has to see: the job's files, the folder of the run, and that of its checkpoints.
-        own = (job.folder, job.workdir, job.workdir / job.output_dir)
+        own: tuple[Path, ...] = (job.folder, job.workdir, job.workdir / job.output_dir)
+        if job.begins_at is not None:
+            own += (job.workdir / job.begins_at,)
         mounts = dict.fromkeys([*environment.mounts, *(f"{path}:{path}" for path in own)])
         if options.runtime == "pyxis":
             slurm["step_options"] += [

@@ -34,7 +34,12 @@ class Adapter:
     @property
     def names(self) -> tuple[str, str]:
         """Of its two weights in the model."""
-        return f"{self.linear}.lora_A.weight", f"{self.linear}.lora_B.weight"
+        return weights_of(self.linear)
+
+
+def weights_of(linear: str) -> tuple[str, str]:
+    """Names of the two weights of its adapter."""
+    return f"{linear}.lora_A.weight", f"{linear}.lora_B.weight"
 
 
 def attach(model: ParallelModel, adapters: Sequence[Adapter]) -> None:
@@ -45,6 +50,7 @@ def attach(model: ParallelModel, adapters: Sequence[Adapter]) -> None:
     """
     for adapter in adapters:
         _check(model, adapter)
+    model.adapters = {adapter.linear: adapter.scaling for adapter in adapters}
     model.cut.frozen = frozenset(model.weight_shapes)
     model.requires_grad_(False)
     for adapter in adapters:

@@ -100,6 +100,8 @@ class AutoModelForCausalLM:
             ValueError: for a missing or damaged file, for sizes that do not fit, and for unknown arguments.
         """
         mesh = _mesh(parallel, mesh)
+        directory = Path(pretrained_model_name_or_path)
+        _refuse_adapters(directory)
         source = {name: kwargs.pop(name) for name in DOWNLOAD_ARGUMENTS if name in kwargs}
         taken = [name for name in ("dtype", "attn_implementation") if name in kwargs]
         stock_arguments: dict[str, Any] = {name: kwargs.pop(name) for name in taken}
@@ -114,13 +116,13 @@ class AutoModelForCausalLM:
             )
         if stock_arguments.get("dtype", "auto") == "auto":
             stock_arguments["dtype"] = config.dtype or torch.float32
-        directory = Path(pretrained_model_name_or_path)
         if not directory.is_dir():
             directory = Path(
                 snapshot_download(
                     str(pretrained_model_name_or_path), allow_patterns=["*.safetensors", "*.json"], **source
                 )
             )
+            _refuse_adapters(directory)
         model, stock = _build(config, mesh, stock_arguments)
         materialise(model, mesh.device)
         initialise(model, stock, seed=0, parameters=False)
@@ -135,6 +137,16 @@ def _mesh(parallel: ParallelConfig | None, mesh: ParallelMesh | None) -> Paralle
     if mesh is not None and parallel is not None and mesh.parallel != parallel:
         raise ValueError("`mesh` and `parallel` have different sizes; pass only one of them.")
     return mesh or ParallelMesh(parallel or ParallelConfig())
+
+
+def _refuse_adapters(directory: Path) -> None:
+    """transformers would load them into the model."""
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} has adapters (adapter_config.json), which are not loaded into a sharded model. Merge them "
+            "with PEFT (merge_and_unload) and save the result, or move the two adapter files out of the folder of the "
+            "base."
+        )
 
 
 def _base_model(stock: PreTrainedModel, sizes: Spectral, kwargs: dict[str, Any]) -> PreTrainedModel:

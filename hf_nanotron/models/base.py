@@ -108,6 +108,11 @@ class ParallelModel(WholeModel, GenerationMixin):
             raise ValueError(f"save_pretrained of a parallel model does not support {sorted(unknown)}.")
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained(push_to_hub=True): use NanotronTrainer.push_to_hub() instead.")
+        if self.adapters:
+            raise ValueError(
+                "save_pretrained of a model with adapters is not supported: stock models would be loaded without "
+                "them. Use trainer.save_model(), which writes the adapters in PEFT's format."
+            )
         self.mesh.assemble("save_pretrained", f" to {os.fspath(save_directory)}")
         save_hub_model(self, save_directory, kwargs.get("max_shard_size") or "5GB")
 

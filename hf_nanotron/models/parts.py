@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -53,6 +54,7 @@ class ModelParts(PreTrainedModel):
         decorations: what training has put on it.
         fuses_loss: compute the loss together with the head while training, without logits, if the model allows it.
         names_attention: whether the user named its attention, which is kept then.
+        adapters: linear -> scale of its adapter, of the whole model; they are no part of the Hub's model.
         spectral: the parametrization with which its weights were drawn, or None for the stock class's own.
         vocab_sizes: how many logits each tensor-parallel rank computes; one number where the head is not sharded.
         vocab_start: id of the first of ours.
@@ -77,6 +79,7 @@ class ModelParts(PreTrainedModel):
     weights: WeightStore | None = None
     fuses_loss: bool = True
     names_attention: bool = False
+    adapters: Mapping[str, float] = MappingProxyType({})
     spectral: SpectralWeights | None = None
     stock_class: type[PreTrainedModel]
     vocab_sizes: tuple[int, ...]

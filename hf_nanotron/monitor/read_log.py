@@ -5,8 +5,12 @@ A line that is not whole, as a killed run leaves one, is left out; the last line
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +19,11 @@ from typing import Any
 RUN_LOG = "_metrics.jsonl"  # in output_dir; pushes leave out what begins with "_"
 DETAIL_LOG = "_metrics_detail.jsonl"  # beside it, of single tensors
 EVENTS = ("begin", "log", "detail", "save", "end")
+SPREAD = ("min", "median", "max", "rank")  # what a log line says of the ranks' figures
+CHUNK = 1 << 24  # bytes that are read at once
+LATEST = 1e11  # seconds since 1970: later times are none
+OF_LOG = b'{"event":"log","run":"'  # begins the log lines that RunLog writes
+SAME = len(OF_LOG) + 8  # the id of the run included
 
 
 @dataclass
@@ -23,9 +32,11 @@ class Run:
 
     Attributes:
         begin, end: their lines; empty for one that is not there.
-        logs: of the log lines, in order: `step`, `time`, `epoch`, `ranks` and all metrics.
+        logs: of the log lines, in order: `step`, `time`, `epoch`, `ranks` and all metrics; of a reader that keeps few,
+            the last ones.
         saves: of the checkpoints, in order: `step`, `time`, `checkpoint`.
         last: time of the last line.
+        latest: the step and the value that each metric was told last, and `epoch`.
     """
 
     id: str
@@ -34,6 +45,7 @@ class Run:
     saves: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
     last: float = 0.0
+    latest: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -48,10 +60,15 @@ class Run:
 
 
 class LogReader:
-    """The runs of one log, read further at each call."""
+    """The runs of one log, read further at each call.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        keep: log lines of each run that are kept, the last ones, for who looks at the end of a long log again and
+            again; all if None. Of many lines of one kind, those before are not even parsed.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None) -> None:
+        self.path, self.keep = path, keep
         self._forget()
 
     def _forget(self) -> None:
@@ -63,20 +80,29 @@ class LogReader:
         """All runs so far, in the order in which they began.
 
         Raises:
-            OSError: if there is no such file.
+            OSError: if there is no such file, or it is something else than a file.
         """
-        with open(self.path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._place:  # another file
+        with open(self.path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is no file", str(self.path))
+            if (status.st_dev, status.st_ino) != self._file or status.st_size < self._place:  # another file
                 self._forget()
-                self._file = stat.st_dev, stat.st_ino
+                self._file = status.st_dev, status.st_ino
             file.seek(self._place)
-            data = file.read()
-        self._place += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._take(line)
+            while data := file.read(CHUNK):
+                self._place += len(data)
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                for number, line in enumerate(lines):
+                    if self.keep is None or not _is_followed(lines, number, self.keep):
+                        self._take(line)
+                self._trim()
         return list(self._runs.values())
+
+    def _trim(self) -> None:
+        if self.keep is not None:
+            for run in self._runs.values():
+                del run.logs[: -self.keep], run.saves[: -self.keep]
 
     def _take(self, data: bytes) -> None:
         line = parse_line(data)
@@ -84,17 +110,20 @@ class LogReader:
             self.unreadable += bool(data.strip())
             return
         run = self._runs.setdefault(line["run"], Run(line["run"]))
-        run.last = max(run.last, line["time"])
+        run.last = line["time"]  # the clock may have been set back
         if line["event"] == "begin":
-            run.begin, run.end = line, {}
+            run.begin, run.end = known_begin(line), {}
         elif line["event"] == "end":
             run.end = line
         elif line["event"] == "save":
             run.saves.append(line)
         else:
             metrics = line.get("metrics")
-            known: dict[str, Any] = {name: line[name] for name in ("step", "time", "epoch", "ranks") if name in line}
-            run.logs.append(numbers(metrics if isinstance(metrics, Mapping) else {}) | known)
+            found = numbers(metrics if isinstance(metrics, Mapping) else {}) | numbers({"epoch": line.get("epoch")})
+            run.latest |= {name: (line["step"], value) for name, value in found.items()}
+            run.logs.append(
+                {**found, "step": line["step"], "time": line["time"], "ranks": known_ranks(line.get("ranks"))}
+            )
 
 
 def parse_line(data: bytes) -> dict[str, Any] | None:
@@ -108,19 +137,50 @@ def parse_line(data: bytes) -> dict[str, Any] | None:
         and line.get("event") in EVENTS
         and isinstance(line.get("run"), str)
         and type(line.get("step")) is int
+        and 0 <= line["step"] < 2**63
         and type(line.get("time")) in (int, float)
+        and 0 <= line["time"] <= LATEST
     )
     return line if is_ours else None
 
 
+def known_begin(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A `begin` line, without what is of another type than `RunLog` writes."""
+    types = {"max_steps": int, "world_size": int, "parameters": int, "pid": int, "sizes": dict}
+    return {name: value for name, value in line.items() if type(value) is types.get(name, type(value))}
+
+
+def known_ranks(value: Any) -> dict[str, dict[str, float]]:
+    """Figures of ranks (`monitor/ranks.py`), as far as they are whole."""
+    given = value.items() if isinstance(value, dict) else ()
+    found = {name: numbers(figures) for name, figures in given if isinstance(figures, dict)}
+    return {name: figures for name, figures in found.items() if set(SPREAD) <= set(figures)}
+
+
+def _is_followed(lines: Sequence[bytes], number: int, by: int) -> bool:
+    """Whether the line `by` lines later is as well one of the loss of the same run, and says all that this one does."""
+    later = number + by
+    return (
+        later < len(lines)
+        and lines[number].startswith(OF_LOG)
+        and lines[number][:SAME] == lines[later][:SAME]
+        and b'"loss":' in lines[number]
+        and b'"loss":' in lines[later]
+    )
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `metrics` that are numbers, among them the texts "nan", "inf" and "-inf"."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in metrics.items():
-        if value in ("nan", "inf", "-inf"):
-            found[name] = float(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[sys.intern(name)] = value  # one text for all lines
+        elif value in ("nan", "inf", "-inf"):
+            found[sys.intern(name)] = float(value)
     return found
 
 
@@ -137,7 +197,8 @@ def joined(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The log lines of the last training: those of the runs that it was resumed from, as far as they count, first."""
     lines: list[dict[str, Any]] = []
     for run in runs:
-        start = run.begin.get("step", 0)
+        first = run.logs[0]["step"] if run.logs else 1  # of a log without such lines, as that of single tensors is
+        start = run.begin.get("step", first - 1)
         lines = [line for line in lines if line["step"] <= start] if start else []
         lines += run.logs
     return lines
@@ -154,3 +215,10 @@ def process_start(pid: int) -> str | None:
         return None
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
+
+
+def process_numbers() -> str | None:
+    """Which numbers this process sees: those of a container are others than those of its host. None if unknown."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None

@@ -1,7 +1,7 @@
 """The log of a run in its own folder: one JSON object a line, only ever appended, by rank 0.
 
 `begin` (training begins or goes on): `step` (those done before), `max_steps`, `world_size`, `sizes`, `model`,
-`parameters`, `device`, `marker`, and which process it is: `host`, `pid`, `start`.
+`parameters`, `device`, `marker`, and which process it is: `host`, `numbers`, `pid`, `start`.
 `log` (a log line): `step`, `epoch`, `metrics`, and of a line with a loss `ranks` (see `monitor/ranks.py`).
 `save` (a checkpoint): `step`, `checkpoint` (its folder).
 `detail` (of `metrics_detail`, in a file of its own): `step`, `epoch`, `metrics`.
@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
 from ..redaction import printable, secrets_of
-from .read_log import DETAIL_LOG, RUN_LOG, process_start
+from .read_log import DETAIL_LOG, RUN_LOG, process_numbers, process_start
 from .throughput import Throughput
 
 logger = logging.get_logger(__name__)
@@ -42,15 +42,14 @@ LONGEST_ERROR = 500  # characters
 class LogFile:
     """Appends lines to a file. A line is written at once, so that a reader finds at most the last one incomplete.
 
-    A file that cannot be written ends the log with a warning, not the run. Symbolic links are not followed.
+    A line that cannot be written is lost, with one warning for all in a row: the run goes on, and so does its log once
+    there is room again. Symbolic links are not followed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._fails = path, False
 
     def write(self, line: Mapping[str, Any]) -> None:
-        if self._fails:
-            return
         text = json.dumps(plain(line), allow_nan=False, separators=(",", ":")) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +65,11 @@ class LogFile:
             finally:
                 os.close(handle)
         except OSError as error:
+            if not self._fails:
+                logger.warning(f"{self.path} cannot be written ({error.strerror}): lines are lost until it can be.")
             self._fails = True
-            logger.warning(f"{self.path} cannot be written ({error.strerror}): this run has no log from here on.")
+        else:
+            self._fails = False
 
 
 class RunLog(TrainerCallback):
@@ -83,6 +85,7 @@ class RunLog(TrainerCallback):
         self._run = ""
         self._state: Any = None
         self._writes = False
+        self._secrets: list[str] = []
 
     def _write(self, event: str, step: int, file: LogFile | None = None, **fields: Any) -> None:
         if self._file is not None:
@@ -96,7 +99,8 @@ class RunLog(TrainerCallback):
         try:
             yield
         except BaseException as error:
-            text = printable(" ".join(str(error).split()), secrets_of(os.environ))[:LONGEST_ERROR]
+            known = [*secrets_of(os.environ), *self._secrets]
+            text = printable(" ".join(str(error).split()), known)[:LONGEST_ERROR]
             status = {"status": "failed", "error": f"{type(error).__name__}: {text}"}
             raise
         finally:
@@ -112,6 +116,7 @@ class RunLog(TrainerCallback):
             return
         self._file, self._details = (LogFile(Path(args.output_dir, name)) for name in (RUN_LOG, DETAIL_LOG))
         self._run, self._state = secrets.token_hex(4), state
+        self._secrets = list(secrets_of(vars(args)))
         sizes = {name: getattr(self.mesh, f"{name}_size") for name in ("tp", "cp", "pp", "dp", "ep")}
         self._write(
             "begin",
@@ -124,6 +129,7 @@ class RunLog(TrainerCallback):
             device=device_name(self.mesh),
             marker=self.marker,
             host=socket.gethostname(),
+            numbers=process_numbers(),
             pid=os.getpid(),
             start=process_start(os.getpid()),
         )
@@ -151,7 +157,7 @@ def plain(value: Any) -> Any:
         return value
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of a tensor of several elements, too
         return str(value)
     return number if math.isfinite(number) else str(number)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .read_log import Run, process_start
+from .read_log import Run, process_numbers, process_start
 
 RECENT = 20  # log lines, for the speed and the usual time between two lines
 SILENT_SECONDS = 60.0  # a run is not called silent before
@@ -50,12 +50,8 @@ def status_of(run: Run, folder: Path, now: float) -> Status:
     age = max(0.0, now - run.last)
     state, why = _state(run, age)
     max_steps = int(run.begin.get("max_steps") or 0)
-    latest: dict[str, float] = {}
-    latest_step: dict[str, int] = {}
-    for line in run.logs:
-        for name, value in line.items():
-            if name not in ("step", "time", "ranks"):
-                latest[name], latest_step[name] = value, line["step"]
+    latest = {name: value for name, (_, value) in run.latest.items()}
+    latest_step = {name: step for name, (step, _) in run.latest.items()}
     seconds = seconds_per_step(run.steps)
     eta = None
     if state in ("running", "silent") and seconds is not None and max_steps:
@@ -68,7 +64,8 @@ def _state(run: Run, age: float) -> tuple[str, str]:
     if run.end:
         return str(run.end.get("status", "stopped")), str(run.end.get("error", ""))
     begin = run.begin
-    here = begin.get("host") == socket.gethostname() and begin.get("start") is not None
+    here = (begin.get("host"), begin.get("numbers")) == (socket.gethostname(), process_numbers())
+    here = here and begin.get("start") is not None
     if here and process_start(int(begin.get("pid") or 0)) != begin["start"]:
         return "dead", f"its process {begin.get('pid')} is gone, and it has not said that it ended"
     usual = usual_seconds(run)
@@ -87,11 +84,14 @@ def usual_seconds(run: Run) -> float:
 
 
 def seconds_per_step(lines: Sequence[dict[str, Any]]) -> float | None:
-    """By the clock, over the last log lines; by the measured steps, where there is one line alone."""
+    """By the clock, over the last log lines; by the measured steps, where there is one line alone, or the clock was set
+    back.
+    """
     recent = lines[-RECENT - 1 :]
-    if len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
-        return float(recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
-    return recent[-1].get("step_time") if recent else None
+    if not recent:
+        return None
+    seconds, steps = recent[-1]["time"] - recent[0]["time"], recent[-1]["step"] - recent[0]["step"]
+    return float(seconds / steps) if steps > 0 and seconds > 0 else recent[-1].get("step_time")
 
 
 def _last_checkpoint(run: Run, folder: Path) -> dict[str, Any] | None:

@@ -129,9 +129,7 @@ class Throughput(TrainerCallback):
         told = torch.tensor(
             [stalls, self._memory(), *self._own.figures()], dtype=torch.float64, device=self.mesh.device
         )
-        # As integers of the same bits: a rehearsal (plan/outline.py) gives only those values.
-        gathered = all_gather(told.view(torch.int64)[None], self.mesh.world, 0).cpu().numpy()
-        stalls_of_ranks, memory, *own = gathered.view("float64").T.tolist()
+        stalls_of_ranks, memory, *own = all_gather(told[None], self.mesh.world, 0).T.tolist()
         if max(stalls_of_ranks) < seconds:  # all ranks wait for one that collects
             seconds -= max(stalls_of_ranks)
         self.by_rank = {name: spread(by_rank) for name, by_rank in zip(FIGURES, own, strict=True)}

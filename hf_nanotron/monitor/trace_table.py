@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..parallel.pipeline.executor import BACKWARD, FORWARD
+from ..parallel.pipeline.action_names import action_of
 
 PARTS = ("matmul", "attention", "optimizer", "memory_bound", "copies", "communication", "idle")
 PHASES = ("forward", "backward", "optimizer", "other")
@@ -116,13 +116,13 @@ def kind_of(name: str) -> str:
 
 def _phases(spans: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, str]]:
     """When the host was in which phase, in order."""
-    names = {FORWARD: "forward", BACKWARD: "backward"}
     found = []
     for event in spans:
         if event.get("cat") == "user_annotation":
             name = str(event["name"])
-            phase = "optimizer" if name.startswith(OPTIMIZER) else names.get(name)
-            if phase is not None:
+            action = action_of(name)
+            if action is not None or name.startswith(OPTIMIZER):
+                phase = "optimizer" if action is None else "forward" if action.kind == "F" else "backward"
                 found.append((event["ts"], event["ts"] + event["dur"], phase))
     return sorted(found)
 
@@ -167,7 +167,10 @@ def _host_work(spans: Sequence[Mapping[str, Any]], phases: Sequence[tuple[float,
         work.intervals.append((event["ts"], event["ts"] + event["dur"], "communication", phase))
         work.seconds[str(event["name"])] += event["dur"]
         work.calls[str(event["name"])] += 1
-    aside = {event["tid"] for event in communicating}
+    # Messages are noted in the thread that sends them, which computes as well: the one of the steps.
+    aside = {event["tid"] for event in communicating} - {
+        event["tid"] for event in spans if str(event["name"]).startswith(STEP)
+    }
     threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in spans:
         if event.get("cat") == "cpu_op" and event["tid"] not in aside:

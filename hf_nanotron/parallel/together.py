@@ -64,6 +64,28 @@ def all_or_none(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def on_first_rank(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; it may take long. All ranks together.
+
+    Raises:
+        ValueError: on every rank, if `action` does. For other errors as `together`.
+    """
+    if mesh.world_size == 1:
+        return action()
+
+    def attempt() -> T | ValueError | None:
+        try:
+            return action() if mesh.rank == 0 else None
+        except ValueError as error:
+            return ValueError(str(error))
+
+    result = [together_for_long(mesh, what, attempt)]
+    dist.broadcast_object_list(result, src=0, group=mesh.world.handle)
+    if isinstance(result[0], ValueError):
+        raise result[0]
+    return cast(T, result[0])
+
+
 def together_for_long(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     """`together`, for an `action` that may take longer than the timeout of the process group.
 

@@ -2,7 +2,8 @@
 
 The estimate of a run (`monitor/memory.py`) is for layers that are not compiled, and counts what is kept. This one
 follows the schedule's table and adds what a backward needs for itself. Bytes per token were counted on GPUs
-(`tests/test_gpu_recompute.py`), temporaries were fitted to peaks of torch's allocator; `docs/plan.md` has the errors.
+(`tests/test_gpu_recompute.py`), temporaries were fitted to peaks of torch's allocator; `docs/plan_accuracy.md` has the
+errors.
 """
 
 from __future__ import annotations

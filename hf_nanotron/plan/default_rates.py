@@ -88,6 +88,43 @@ def completed(rates: Rates) -> Rates:
     return replace(rates, links=(*rates.links, *(link for link in known if link.place in missing)))
 
 
+def refuse_other_gpu(rates: Rates, gpu: GPU) -> None:
+    """Refuse rates that were measured on another GPU of the table than the one that is planned for.
+
+    Those of a GPU that is not in the table may stand for one that is.
+
+    Raises:
+        ValueError: with both names.
+    """
+    try:
+        own = find_gpu(rates.gpu)
+    except ValueError:
+        if rates.made.get("device_type") != "cpu":
+            return
+        named = "a CPU"
+    else:
+        if own == gpu:
+            return
+        named = own.name
+    raise ValueError(
+        f"the rates are of {named}, and the plan is for {gpu.name}: measure them on {gpu.name} with `hf-nanotron bench "
+        f"--rates OUT.json`, leave them out{'' if named == 'a CPU' else f', or plan for {named}'}."
+    )
+
+
+def assumed_links(rates: Rates, gpus: int, gpus_per_node: int) -> str | None:
+    """Which links of a job of `gpus` GPUs were not measured, in a sentence; None if all were."""
+    own = rates.links if rates.made else ()  # of defaults, pairs were measured alone
+    pairs = 2 if rates.measured and not rates.made else 1
+    inside = max((link.ranks for link in own if link.place == "inside"), default=pairs)
+    said = []
+    if min(gpus, gpus_per_node) > inside:
+        said.append(f"between more than {inside} GPUs of a node" if inside > 1 else "between GPUs of a node")
+    if gpus > gpus_per_node and not any(link.place == "between" for link in own):
+        said.append(f"between nodes ({NETWORK_SHARE:.0%} of the data sheet's)")
+    return None if not said else f"Not measured: links {' and '.join(said)}."
+
+
 def _inside(row: GPU, known: GPU) -> list[LinkRate]:
     """A pair as two H200, larger groups through switches; a link without switches is shared by all."""
     links = [LinkRate(name, 2, INSIDE, rate * row.link / known.link) for name, rate in PAIR.items()]

@@ -25,7 +25,7 @@ class Job:
         documents: lengths of the documents packed into a row, whose sum is `sequence_length`; `None` for whole rows.
 
     Raises:
-        ValueError: for a size that is not at least 1, or documents that do not fill the row.
+        ValueError: for a size that is not at least 1, nodes that are not full, or documents that do not fill the row.
     """
 
     config: PretrainedConfig
@@ -40,6 +40,11 @@ class Job:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        if self.world_size > self.gpus_per_node and self.world_size % self.gpus_per_node:
+            raise ValueError(
+                f"gpus_per_node={self.gpus_per_node} does not divide world_size={self.world_size}; every node has as "
+                "many GPUs."
+            )
         if self.documents is not None and (sum(self.documents) != self.sequence_length or min(self.documents) < 1):
             raise ValueError(
                 f"documents of {sum(self.documents)} tokens together do not fill a row of sequence_length="

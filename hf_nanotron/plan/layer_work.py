@@ -6,12 +6,8 @@ import functools
 import re
 from dataclasses import dataclass
 from math import prod
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from ..models.sharding.parallelize import refuse_sizes
-from ..models.sharding.tensor_shards import tensor_specs
-from ..models.stock.plan import make_plan
 from ..monitor.flops import (
     NOT_MULTIPLIED,
     NUM_EXPERTS,
@@ -23,7 +19,6 @@ from ..monitor.flops import (
     layer_configs,
 )
 from ..parallel.config import ParallelConfig
-from ..parallel.mesh import ParallelMesh
 from .weights import ModelWeights
 
 MIXES = re.compile(r"attn|attention|mixer|mamba|ssm|conv", re.IGNORECASE)
@@ -128,16 +123,7 @@ class WorkTable:
 
     def _count(self, parallel: ParallelConfig) -> tuple[tuple[LayerWork, ...], tuple[int, int], int]:
         weights, anatomy = self.weights, self.weights.anatomy
-        mesh = SimpleNamespace(
-            parallel=parallel,
-            tp_size=parallel.tp_size,
-            ep_size=parallel.ep_size,
-            tp_rank=0,
-            coordinates=SimpleNamespace(ep=0),
-        )
-        refuse_sizes(weights.model, parallel)
-        plan = make_plan(anatomy, parallel.tp_size, parallel.ep_size)
-        specs = tensor_specs(anatomy, cast(ParallelMesh, mesh), plan)
+        specs = weights.specs(parallel)
         text = weights.config.get_text_config()
         configs, start = layer_configs(text), 0
         found: list[LayerWork] = []

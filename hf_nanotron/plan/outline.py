@@ -2,8 +2,9 @@
 
 Large models do not fit into the memory of the machine that plans them, and their values do not matter. So inside of an
 `Outline` every tensor of floating point numbers with more than one element is on the meta device, whatever device the
-code asks for; single numbers, integers and what is computed from them alone are real, so that code that reads them goes
-its usual way. Where code reads a number that was computed from tensors without values, it finds a one.
+code asks for. Single numbers, integers, numbers of 64 bits (figures of ranks, say: no part of a model is of them) and
+what is computed from them alone are real, so that code that reads them goes its usual way. Where code reads a number
+that was computed from tensors without values, it finds a one.
 
 Operators are told apart by the shapes of what they are given: what comes out is looked up, since a model does the same
 many times, and torch's own rules for shapes take most of the time.
@@ -117,7 +118,7 @@ class Outline(TorchDispatchMode):
         """The result of a factory: without memory, if it is of many numbers of floating point."""
         pinned = {"pin_memory": None} if "pin_memory" in kwargs else {}
         made = func(*args, **{**kwargs, "device": META, **pinned})
-        if isinstance(made, torch.Tensor) and made.is_floating_point() and made.numel() > 1:
+        if isinstance(made, torch.Tensor) and _has_no_values(made):
             return self._counted(made)
         return func(*args, **kwargs)
 
@@ -196,6 +197,10 @@ def _looked_at(args: Any, kwargs: Any) -> tuple[bool, Any]:
 
 def _outlined(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
+
+
+def _has_no_values(x: torch.Tensor) -> bool:
+    return x.is_floating_point() and x.numel() > 1 and x.dtype != torch.float64
 
 
 def _is_read(x: torch.Tensor) -> bool:

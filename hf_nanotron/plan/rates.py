@@ -135,8 +135,11 @@ def check_rates(rates: Rates) -> None:
     """Refuse rates that would make nonsense of every plan.
 
     Raises:
-        ValueError: for a figure that is not a positive number, or a list without an entry.
+        ValueError: for a figure that is not a positive number, a list without an entry, or another type.
     """
+    for name, kind in (("gpu", str), ("source", str), ("measured", bool), ("made", Mapping)):
+        if not isinstance(getattr(rates, name), kind):
+            raise ValueError(f"{name}={getattr(rates, name)!r} must be of type {kind.__name__}")
     single = {"memory": rates.memory, "launch": rates.launch, "host_copy": rates.host_copy}
     if rates.fp8 is not None:
         single["fp8"] = rates.fp8

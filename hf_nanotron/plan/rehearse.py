@@ -31,7 +31,8 @@ PLANNED = {
     "optim_offload": 0.0, "batch_size_warmup_tokens": None, "log_level": "error", "batch_size_warmup_start": None,
     "batch_size_warmup_increment": None, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None,
     "warmup_steps": 0, "wsd_decay_steps": None, "dataloader_persistent_workers": False,
-    "dataloader_prefetch_factor": None,
+    "dataloader_prefetch_factor": None, "run_log": False, "profile_steps": None, "profile_ranks": None,
+    "metrics_detail": None, "metrics_detail_steps": None,
 }  # fmt: skip
 HELD = "stage 2: "  # what ranks are told in the second rehearsal of ZeRO stage 3
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..monitor.gpus import GPU
 from ..parallel.config import ParallelConfig
+from .default_rates import assumed_links
 from .job import Job, parallel_config
 from .memory import RankMemory
 from .rates import Rates
@@ -109,6 +110,11 @@ class Plan:
         return self.step.mfu
 
     @property
+    def not_measured(self) -> str | None:
+        """Which links of the job are taken from data sheets, in a sentence; None if all were measured."""
+        return assumed_links(self.rates, self.job.world_size, self.job.gpus_per_node)
+
+    @property
     def deadlock_free(self) -> bool | None:
         """Whether all ranks agree on what they send, and in which order; None if that was not looked at."""
         return None if self.faults is None else not self.faults
@@ -136,6 +142,7 @@ class Plan:
             "gpus": self.job.world_size,
             "nodes": self.job.world_size // self.job.gpus_per_node,
             "rates": self.rates.source,
+            "not_measured": self.not_measured,
             "sequence_length": self.job.sequence_length,
             "tokens_per_step": self.job.tokens_per_step,
             "peak_memory_gib": self.peak_memory_gib,

@@ -222,12 +222,15 @@ def cheapest_recomputation(job: Job, estimator: Estimator, usable: float) -> tup
     return replace(job, arguments={**job.arguments, **choice}), memory
 
 
-def cheapest_change(job: Job, gpu: GPU, rates: Rates) -> Change | None:
+def cheapest_change(job: Job, gpu: GPU, rates: Rates, estimator: Estimator | None = None) -> Change | None:
     """The fewest other arguments with which a job fits that does not; of several, those with the fastest step.
 
     The samples of a step stay. None if three changes at once are not enough.
+
+    Args:
+        estimator: of the job's model, made before.
     """
-    estimator, usable = Estimator(job.config), usable_bytes(gpu)
+    estimator, usable = estimator or Estimator(job.config), usable_bytes(gpu)
     works = WorkTable(estimator.weights)
     rows = job.tokens_per_step // job.sequence_length
     single = list(_changes(job))

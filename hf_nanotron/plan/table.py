@@ -108,6 +108,7 @@ def _time(plan: Plan) -> str:
         f"time of a step, by rates {plan.rates.source}:\n\n{_columns(rows, left=(0,))}\n\n"
         f"MFU {share(step.mfu)}, bubble {step.bubble:.1%}, exposed communication {waits}; "
         f"{plan.tokens_per_second:,.0f} tokens/s, {step.tokens_per_second_per_device:,.0f} on a GPU"
+        + ("" if plan.not_measured is None else f"\n{plan.not_measured}")
     )
 
 

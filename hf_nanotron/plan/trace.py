@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from ..parallel.p2p import BATCH
+from ..parallel.pipeline.action_names import KINDS, action_of
 from .roles import Role
 
 # What operators of torch are called here.
@@ -36,7 +36,6 @@ OPERATIONS = {
 }
 MESSAGES = ("send", "recv")
 JOB = "job"  # the group of torch's that has all ranks
-ACTION = re.compile(r"(forward|backward|weight_gradients) stage=(\d+) micro_batch=(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Recorder:
         largest = max(tensors, key=lambda x: x.numel() * x.itemsize, default=None)
         size = sum(x.numel() * x.itemsize for x in _bulk(given, tensors))
         peer = given.get("dst", given.get("src")) if op in MESSAGES else None
-        found = next((match for label in reversed(self._labels) if (match := ACTION.match(label))), None)
+        found = next((action for label in reversed(self._labels) if (action := action_of(label))), None)
         self.events.append(
             Event(
                 op=op,
@@ -148,9 +147,9 @@ class Recorder:
                 peer=None if peer is None else ranks[peer],
                 batch=self._batches if BATCH in self._labels else None,
                 waits=not given.get("async_op", True) or op in MESSAGES,
-                action=found[1] if found else None,
-                stage=int(found[2]) if found else None,
-                micro_batch=int(found[3]) if found else None,
+                action=KINDS[found.kind] if found else None,
+                stage=found.stage if found else None,
+                micro_batch=found.micro_batch if found else None,
                 step=self.step,
             )
         )

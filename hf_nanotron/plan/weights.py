@@ -18,6 +18,8 @@ from ..models.stock.foreign import why_not_causal
 from ..models.stock.plan import make_plan
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
+from ..parallel.shard_spec import ShardSpec
+from ..prepare.context_attention import refusal, why_not_of_family
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class ModelWeights:
     config: PretrainedConfig
     model: PreTrainedModel = field(init=False, repr=False)
     anatomy: Anatomy = field(init=False, repr=False)
-    _tables: dict[tuple[int, int, bool, bool], _Table | str] = field(init=False, default_factory=dict, repr=False)
+    _tables: dict[tuple[int, int, bool, bool, bool], _Table | str] = field(init=False, default_factory=dict, repr=False)
     _stages: dict[tuple[int, int, Any], tuple[range, ...] | str] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -119,22 +121,30 @@ class ModelWeights:
 
     def _table(self, parallel: ParallelConfig) -> _Table:
         key = (parallel.tp_size, parallel.ep_size, parallel.sequence_parallel and parallel.tp_size > 1)
-        place = (*key, parallel.pp_size > 1)
+        place = (*key, parallel.pp_size > 1, parallel.cp_size > 1)
         if place not in self._tables:
             self._tables[place] = _or_sentence(lambda: self._count(parallel))
         return cast(_Table, _or_raise(self._tables[place]))
 
-    def _count(self, parallel: ParallelConfig) -> _Table:
-        # What is read of a mesh here: sizes, and a rank, of which no shape of the fullest rank depends.
-        mesh = cast(
-            ParallelMesh,
-            SimpleNamespace(
-                parallel=parallel, tp_size=parallel.tp_size, ep_size=parallel.ep_size, tp_rank=0,
-                coordinates=SimpleNamespace(ep=0),
-            ),
+    def specs(self, parallel: ParallelConfig) -> dict[str, ShardSpec]:
+        """How every parameter of the whole model is cut, by its name.
+
+        Raises:
+            ValueError: as the trainer does, for sizes that do not fit the model.
+        """
+        # What is read of a mesh here: sizes, and a rank, on which no shape of the fullest rank depends.
+        mesh = SimpleNamespace(
+            parallel=parallel, tp_size=parallel.tp_size, ep_size=parallel.ep_size, tp_rank=0,
+            coordinates=SimpleNamespace(ep=0),
         )  # fmt: skip
         refuse_sizes(self.model, parallel)
-        specs = tensor_specs(self.anatomy, mesh, make_plan(self.anatomy, parallel.tp_size, parallel.ep_size))
+        if parallel.cp_size > 1 and (reason := why_not_of_family(self.anatomy)) is not None:
+            raise ValueError(refusal(parallel.cp_size, type(self.model), reason))
+        plan = make_plan(self.anatomy, parallel.tp_size, parallel.ep_size)
+        return tensor_specs(self.anatomy, cast(ParallelMesh, mesh), plan)
+
+    def _count(self, parallel: ParallelConfig) -> _Table:
+        specs = self.specs(parallel)
         stacks = [name for name, _ in self.anatomy.layer_stacks()]
         numbers = dict(zip(stacks, _starts(self.anatomy), strict=True))
         count = self.config.get_text_config().num_hidden_layers

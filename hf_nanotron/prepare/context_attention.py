@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..models.base import ParallelModel
 from ..models.calling import CONTEXT
+from ..models.stock.anatomy import Anatomy
 from ..models.stock.families import CONTEXT_PARALLEL, FAST_ATTENTION, NO_CONTEXT_PARALLEL, NO_DOCUMENTS, row_of
 from ..models.stock.mixers import DIVIDED_BY_HEADS
 from ..models.stock.plan import mixes_tokens
@@ -46,9 +47,7 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
         ValueError: for a model whose attention cannot be ours.
     """
     if (reason := why_not(model)) is not None:
-        raise ValueError(
-            f"cp_size={model.mesh.cp_size} is not supported for {model.stock_class.__name__}: {reason}; use cp_size=1."
-        )
+        raise ValueError(refusal(model.mesh.cp_size, model.stock_class, reason))
     kind = "torch"
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device)[0] in (9, 10):
         kind = "fa4" if flash_attention_4()[0] is not None else "torch"
@@ -114,16 +113,25 @@ def _key_value_heads(config: PreTrainedConfig) -> int:
     return heads if hasattr(config, "kv_lora_rank") else getattr(config, "num_key_value_heads", None) or heads
 
 
-def why_not(model: ParallelModel) -> str | None:
-    """Why the rows of `model` cannot be shared by ranks; None if they can."""
-    config = model.config.get_text_config()
-    kind = config.model_type
+def refusal(cp_size: int, stock_class: type, reason: str) -> str:
+    """Of a model whose rows cannot be shared, in a sentence."""
+    return f"cp_size={cp_size} is not supported for {stock_class.__name__}: {reason}; use cp_size=1."
+
+
+def why_not_of_family(anatomy: Anatomy) -> str | None:
+    """Why rows of a family of models cannot be shared by ranks, whatever the sizes; None if they can."""
+    kind = anatomy.model.config.get_text_config().model_type
     if kind in NO_CONTEXT_PARALLEL:
         return NO_CONTEXT_PARALLEL[kind]
-    if (reason := why_stock(model.anatomy, (*FAST_ATTENTION, *CONTEXT_PARALLEL))) is not None:
+    if (reason := why_stock(anatomy, (*FAST_ATTENTION, *CONTEXT_PARALLEL))) is not None:
         return reason
-    if kind in NO_DOCUMENTS:
-        return f"{kind!r} does not hand keyword arguments on to its attention"
+    return f"{kind!r} does not hand keyword arguments on to its attention" if kind in NO_DOCUMENTS else None
+
+
+def why_not(model: ParallelModel) -> str | None:
+    """Why the rows of `model` cannot be shared by ranks; None if they can."""
+    if (reason := why_not_of_family(model.anatomy)) is not None:
+        return reason
     if model.parallel.overlaps_tp(model.mesh.device) and (blocks := _blocks_that_see_rows(model)):
         return f"{type(blocks[0]).__name__} sees whole rows, which are not sent in parts; use tp_overlap=False"
     return _why_not_by_heads(model) if model.parallel.cp_mode == "heads" else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,11 +19,14 @@ from .neftune import EmbeddingNoise
 class ForwardObserver(Protocol):
     """Is told which micro-batch the modules of the model are called for, while they train."""
 
-    def begin_step(self, step: int) -> None:
-        """Optimizer step `step` (from 0) comes next; the weights are those that it computes with."""
+    def over(self, step: int, micro_batches: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
+        """While the window of optimizer step `step` (from 0) runs. All ranks together.
 
-    def begin_forward(self, place: int, inputs: Mapping[str, Any]) -> None:
-        """A forward comes next. `place`: of its micro-batch among all of the step, over all data-parallel ranks."""
+        `micro_batches`: of this data-parallel rank. The weights are those that the step computes with.
+        """
+
+    def begin_forward(self, micro_batch: int, inputs: Mapping[str, Any]) -> None:
+        """The forward of a micro-batch of the window comes next, with what the stages are called with."""
 
     def end_forward(self) -> None:
         """What is called from here on is no forward of a micro-batch: recomputation in a backward, say."""
@@ -40,7 +44,7 @@ class TrainingState:
         noise: what is added to embeddings in this run, or None.
         offload: the host memory of activations, or None.
         host: the masters and the optimizer's state that are on the host, or None.
-        observer: is told of each forward, or None.
+        observers: are told of each forward.
     """
 
     model: ParallelModel
@@ -53,4 +57,4 @@ class TrainingState:
     noise: EmbeddingNoise | None = None
     offload: Transfers | None = None
     host: StateOnHost | None = None
-    observer: ForwardObserver | None = None
+    observers: list[ForwardObserver] = field(default_factory=list)

@@ -47,7 +47,7 @@ from ..training_args import NanotronTrainingArguments
 from .remote import RemoteUploads
 
 logger = logging.get_logger(__name__)
-AUTO = "auto"  # as `resume_from_checkpoint`
+AUTO = "auto"  # as `resume_from_checkpoint`; `auto:PATH` for a run that begins at a checkpoint of another one
 
 
 class Checkpointer:
@@ -98,21 +98,20 @@ class Checkpointer:
     def choose(self, named: str | bool | None) -> str | None:
         """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
 
-        `AUTO` is True if the run has a checkpoint, and a fresh start if it has none yet.
+        `AUTO` is True if the run has a checkpoint, and a fresh start if it has none yet; `auto:PATH` begins there then.
         """
         if not named:
             return None
-        if named is not True and named != AUTO:
-            source = os.fspath(named)
-            check_together(self.mesh, source, deep=False)  # what is read of it is verified then
-            self._saved.add(Path(source).resolve())  # with no step left, what was resumed is not written anew
-            return source
         output_dir = cast(str, self.args.output_dir)
+        begins_at, is_auto = named_beginning(named, output_dir), named == AUTO or str(named).startswith(f"{AUTO}:")
+        if named is not True and not is_auto:
+            return self._take_named(os.fspath(named))
         if self._uploads.store is not None:
             fetch_newest_together(self.mesh, self._uploads.store, output_dir)
-        if named == AUTO and not any_together(self.mesh, output_dir):
-            logger.info(f"{output_dir} has no checkpoint of this run: it starts from the first step.")
-            return None
+        if is_auto and not any_together(self.mesh, output_dir):
+            where = "the first step" if begins_at is None else begins_at
+            logger.info(f"{output_dir} has no checkpoint of this run: it starts from {where}.")
+            return None if begins_at is None else self._take_named(begins_at)
         chosen = choose_together(self.mesh, output_dir, needs=(STATE_INDEX, TRAINER_STATE_NAME))
         if chosen is None:
             others = ", ".join(path.name for path in newest(output_dir)[:5])
@@ -120,6 +119,11 @@ class Checkpointer:
             raise ValueError(f"No valid checkpoint found in output directory ({output_dir}){hint if others else ''}")
         self._saved.add(chosen.resolve())
         return str(chosen)
+
+    def _take_named(self, source: str) -> str:
+        check_together(self.mesh, source, deep=False)  # what is read of it is verified then
+        self._saved.add(Path(source).resolve())  # with no step left, what was resumed is not written anew
+        return source
 
     def note_run(self) -> None:
         """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
@@ -256,6 +260,25 @@ class Checkpointer:
         folders = {Path(cast(str, self.args.output_dir)), *(path.parent for path in self._saved)}
         is_there = checkpoint.resolve().parent in {folder.resolve() for folder in folders}
         return is_there and is_part(self.run, checkpoint)
+
+
+def named_beginning(named: str | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
+    """The checkpoint at which a run begins that goes on from its own ones later: of `auto:PATH`, or a path alone.
+
+    Raises:
+        ValueError: for one in the folder of the run: what comes after it there is of another run, or of this one.
+    """
+    if not isinstance(named, str | os.PathLike) or (text := os.fspath(named)) in (AUTO, ""):
+        return None
+    begins_at = text.removeprefix(f"{AUTO}:")
+    if text != begins_at and not begins_at:
+        raise ValueError("resume_from_checkpoint='auto:' needs a path after the colon, or 'auto' alone.")
+    if text != begins_at and os.path.realpath(Path(begins_at).parent) == os.path.realpath(output_dir):
+        raise ValueError(
+            f"resume_from_checkpoint={text!r}: the checkpoint is in output_dir={os.fspath(output_dir)!r} itself, so "
+            "later ones there would be taken in its place; give the run that begins at it an output_dir of its own."
+        )
+    return begins_at
 
 
 # ---- small files ----

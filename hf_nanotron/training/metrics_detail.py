@@ -22,7 +22,8 @@ from ..models.stand_ins import AbsentEmbedding, AbsentLayer
 from ..monitor.tensor_statistics import TensorStatistics, over
 from ..parallel.batch import ones_like_tokens
 from ..parallel.zero.buckets import is_owner
-from ..parallel.zero.segment import Segment, ShardedWeights
+from ..parallel.zero.segment import Segment
+from ..prepare.training_state import TrainingState
 from ..training_args import NanotronTrainingArguments
 from .step.window import router_mask
 
@@ -31,28 +32,39 @@ PRINTING = ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback")
 
 
 class MetricsDetail:
-    """What `metrics_detail` asks of the steps of a run.
+    """What `metrics_detail` asks of the steps of a run. It is an observer of the forwards of `state`."""
 
-    Args:
-        model, weights: those that are trained.
-    """
-
-    def __init__(self, args: NanotronTrainingArguments, model: ParallelModel, weights: ShardedWeights) -> None:
-        self.args = args
-        self.model, self.weights = model, weights
+    def __init__(self, args: NanotronTrainingArguments, state: TrainingState) -> None:
+        self.args, self.model, self.weights = args, state.model, state.weights
         self._blocks: list[str] | None = None  # of all stages
         self._counted: dict[str, TensorStatistics] = {}  # of the step that runs
+        self._outputs: BlockOutputs | None = None  # of the window that runs
+        state.observers.append(self)
 
-    def begin_step(self, step: int) -> BlockOutputs | None:
-        """Step `step`, from 1, comes next. What watches its forwards, if that is asked for. All ranks together."""
+    @contextlib.contextmanager
+    def over(self, step: int, micro_batches: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         self._counted = {}
         kinds = detail_names(self.args.metrics_detail)
-        if not kinds or step % (self.args.metrics_detail_steps or DETAIL_STEPS):
-            return None
-        self._counted = {kind: self._statistics(kind) for kind in kinds}
+        if kinds and not (step + 1) % (self.args.metrics_detail_steps or DETAIL_STEPS):
+            self._counted = {kind: self._statistics(kind) for kind in kinds}
         if "activations" not in self._counted:
-            return None
-        return BlockOutputs(self.model, self._counted["activations"], bool(self.args.torch_compile))
+            yield
+            return
+        outputs = BlockOutputs(self.model, self._counted["activations"], bool(self.args.torch_compile))
+        with outputs.over(micro_batches):
+            self._outputs = outputs
+            try:
+                yield
+            finally:
+                self._outputs = None
+
+    def begin_forward(self, micro_batch: int, inputs: Mapping[str, Any]) -> None:
+        if self._outputs is not None:
+            self._outputs.begin(micro_batch)
+
+    def end_forward(self) -> None:
+        if self._outputs is not None:
+            self._outputs.end()
 
     def take_gradients(self) -> None:
         """They are complete: summed over micro-batches and ranks, and not clipped yet."""

@@ -7,18 +7,22 @@ Two tables hold every field of `SFTConfig` that `transformers.TrainingArguments`
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..arguments.policy import REFUSED as STOCK_REFUSED, Refused, RefusedKeys
+from ..arguments.policy import REFUSED as STOCK_REFUSED, Refused, RefusedKeys, at_least_one
 from ..models.auto import DOWNLOAD_ARGUMENTS
 from ..redaction import shown
 
 _DATA = "while the data is prepared, by TRL"
 _LOAD = "by AutoModelForCausalLM.from_pretrained, which reads the parts of each rank"
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 
 HONOURED: dict[str, str] = {
     "chat_template_path": "as in TRL; a tokenizer's template may resize the embeddings, so the whole model is loaded "
@@ -43,9 +47,13 @@ HONOURED: dict[str, str] = {
 REFUSED: dict[str, Refused | RefusedKeys] = {
     "model_init_kwargs": RefusedKeys(
         {
-            **dict.fromkeys(
-                (*DOWNLOAD_ARGUMENTS, "dtype", "attn_implementation"),
-                _LOAD,
+            **dict.fromkeys((*DOWNLOAD_ARGUMENTS, "attn_implementation"), _LOAD),
+            "dtype": Refused(
+                lambda value, args: (
+                    value in (None, "auto") or value in DTYPES or str(value) in map(str, DTYPES.values())
+                ),
+                "the weights are those of a causal LM",
+                "'auto', 'float32' (TRL's default) or 'bfloat16'",
             ),
             "device_map": Refused((None,), "each rank has one device", "none"),
             "quantization_config": Refused((None,), "quantised weights cannot be sharded", "bf16=True"),
@@ -65,6 +73,36 @@ REFUSED: dict[str, Refused | RefusedKeys] = {
         (False,),
         "it copies what the whole forward saves, and stages run micro-batch by micro-batch",
         "activation_offload=1 with activation_checkpointing=True",
+    ),
+}
+
+
+def _none_or_one(value: Any, args: Any) -> bool:
+    return value is None or at_least_one(value, args)
+
+
+def _is_padding(value: Any, args: Any) -> bool:
+    """TRL turns text into numbers, after it was checked."""
+    if isinstance(value, str):
+        return value == "auto" or value.lower() in ("none", "null") or (value.isdecimal() and int(value) > 0)
+    return _none_or_one(value, args)
+
+
+# Values of honoured fields that TRL takes without a word, or whose error names neither the field nor the value.
+VALUES: dict[str, Refused] = {
+    "max_length": Refused(
+        lambda value, args: value is None or value >= 2,
+        "it is the tokens that a sample or a packed row may have, and one alone predicts nothing",
+        "an integer of at least 2, or None",
+    ),
+    "pad_to_multiple_of": Refused(
+        _is_padding, "it is a number of tokens", "an integer of at least 1, 'auto' (TRL's default), or None"
+    ),
+    "dataset_num_proc": Refused(_none_or_one, "it is a number of processes", "an integer of at least 1, or None"),
+    "router_aux_loss_coef": Refused(
+        lambda value, args: value is None or 0 <= value < math.inf,
+        "it is what the load-balancing loss is multiplied by",
+        "a number of at least 0, or None for the model's own",
     ),
 }
 
@@ -126,7 +164,8 @@ def check_sft_arguments(args: Any) -> None:
                 f"{name}={shown(name, value)} is refused: this version of TRL has a field that this version of "
                 f"hf_nanotron does not support. Use its default, {defaults[name]!r}, or a newer hf_nanotron."
             )
-    problems += [line for name, rule in TOGETHER.items() for line in rule.problems(name, getattr(args, name), args)]
+    rules = {**VALUES, **TOGETHER}
+    problems += [line for name, rule in rules.items() for line in rule.problems(name, getattr(args, name), args)]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -155,6 +194,7 @@ def _in_words(rule: str | Refused | RefusedKeys) -> str:
     if isinstance(rule, Refused):
         taken = "" if callable(rule.allowed) else f" but for {', '.join(f'`{value!r}`' for value in rule.allowed)}"
         return f"refused{taken}: {rule.reason}; use {rule.instead}"
-    taken = ", ".join(f"`{key}`" for key, of_key in rule.keys.items() if isinstance(of_key, str))
-    refused = "; ".join(f"`{key}`: {of_key.reason}" for key, of_key in rule.keys.items() if isinstance(of_key, Refused))
+    judged = {key: of_key for key, of_key in rule.keys.items() if isinstance(of_key, Refused)}
+    taken = ", ".join(f"`{key}`" for key in rule.keys if key not in judged or callable(judged[key].allowed))
+    refused = "; ".join(f"`{key}`: {of.reason}" for key, of in judged.items() if not callable(of.allowed))
     return f"keys {taken}" + (f"; refused: {refused}" if refused else "; other keys are refused")

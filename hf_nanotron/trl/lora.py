@@ -18,13 +18,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
+from ..checkpoint.files.repository import unlink_links
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
-from ..models.adapters import Adapter, attach, gather
+from ..checkpoint.state.training_state import saved_extra
+from ..models.adapters import Adapter, attach, gather, weights_of
 from ..models.base import ParallelModel
 from ..parallel.together import together
 from ..training_args import NanotronTrainingArguments
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTERS = "adapters"  # their key in the `extra` of a training state
 PREFIX = "base_model.model."  # of PEFT's names
 
 # Fields of LoraConfig that are honoured; of others, the defaults alone.
@@ -32,10 +35,11 @@ HONOURED = frozenset(
     (
         "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern",
         "layers_to_transform", "layers_pattern", "init_lora_weights", "task_type", "peft_type", "auto_mapping",
-        "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "peft_version", "base_model_name_or_path", "revision",
     )
 )  # fmt: skip
 INITIAL = (True, False, "gaussian")
+TASKS = (None, "CAUSAL_LM")
 
 
 def check_lora(config: Any, args: NanotronTrainingArguments) -> None:
@@ -62,6 +66,11 @@ def check_lora(config: Any, args: NanotronTrainingArguments) -> None:
                 f"peft_config: {entry.name}={value!r} is refused: it is not written for linears that are cut over "
                 f"ranks; use {entry.name}={default!r}."
             )
+    if config.task_type not in TASKS:
+        raise ValueError(
+            f"peft_config: task_type={config.task_type!r} is refused: a causal language model is trained; use "
+            "task_type='CAUSAL_LM'."
+        )
     if config.init_lora_weights not in INITIAL:
         raise ValueError(
             f"peft_config: init_lora_weights={config.init_lora_weights!r} is refused: it reads whole weights, and a "
@@ -115,12 +124,17 @@ def _targets(model: ParallelModel, config: Any) -> tuple[list[tuple[str, int, in
             continue
         if not isinstance(module, LoraLinear) or not isinstance(module.get_base_layer(), nn.Linear):
             raise ValueError(
-                f"peft_config: {name!r} is no linear ({type(module).__name__}), whose adapters are not supported; "
-                "leave it out of target_modules."
+                f"peft_config: {name!r} is no linear ({_kind(module)}), whose adapters are not supported; "
+                "name the linears alone in target_modules."
             )
         layer: Any = module
         found.append((name, layer.in_features, layer.out_features, layer.r["default"], layer.scaling["default"]))
     return found, adapted.peft_config["default"]
+
+
+def _kind(module: Any) -> str:
+    """The class of what PEFT has put an adapter on."""
+    return type(module.get_base_layer()).__name__
 
 
 def _drawn(name: str, inputs: int, outputs: int, rank: int, scaling: float, initial: bool | str) -> Adapter:
@@ -136,12 +150,26 @@ def _drawn(name: str, inputs: int, outputs: int, rank: int, scaling: float, init
 
 def adapter_names(model: ParallelModel) -> list[str]:
     """The weights of the adapters of the whole model."""
-    return [name for name in model.hub_shapes if name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    return [name for linear in model.adapters for name in weights_of(linear)]
+
+
+def refuse_base(model: ParallelModel, directory: Path) -> None:
+    """Raise ValueError for the folder of the base model.
+
+    With an `adapter_config.json` in it, transformers would load the adapters whenever it loads the base.
+    """
+    base = Path(str(model.config.name_or_path or ""))
+    if model.config.name_or_path and base.is_dir() and base.resolve() == directory.resolve():
+        raise ValueError(
+            f"{directory} is the folder of the base model, which adapters would become a part of; use another "
+            "output_dir."
+        )
 
 
 def save_adapters(model: ParallelModel, config: Any, directory: Path) -> list[Path]:
     """Write PEFT's two files; returns them on rank 0, which writes. All ranks together."""
     mesh, names = model.mesh, adapter_names(model)
+    refuse_base(model, directory)
     own: Any = gather(model, names)
     parts = [own]
     if mesh.world.handle is not None:
@@ -153,8 +181,7 @@ def save_adapters(model: ParallelModel, config: Any, directory: Path) -> list[Pa
         if mesh.rank != 0:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        for path in paths:  # nothing is written through a link
-            path.unlink(missing_ok=True)
+        unlink_links(directory)
         whole = {name: tensor for part in parts for name, tensor in part.items()}
         entries = [Entry(_peft_name(name), whole[name].dtype, tuple(whole[name].shape)) for name in names]
         write_safetensors(paths[1], entries, iter([whole[name] for name in names]))
@@ -164,6 +191,35 @@ def save_adapters(model: ParallelModel, config: Any, directory: Path) -> list[Pa
 
     together(mesh, f"saving the adapters in {directory}", write)
     return paths if mesh.rank == 0 else []
+
+
+def refuse_adapters_of(checkpoint: str) -> None:
+    """Raise ValueError for a checkpoint of a run with adapters, for a run without."""
+    if (Path(checkpoint) / CONFIG).is_file():
+        raise ValueError(f"{checkpoint} is of a run with adapters: resume it with the peft_config of that run.")
+
+
+def refuse_folder_of_adapters(output_dir: str) -> None:
+    """Raise ValueError for an `output_dir` in which transformers would load adapters in place of a saved model."""
+    if (Path(output_dir) / CONFIG).is_file():
+        raise ValueError(
+            f"output_dir={output_dir!r} holds adapters ({CONFIG}), which transformers would load in place of a model "
+            "that is saved there; use another output_dir, or move the two adapter files."
+        )
+
+
+def compare_adapters(model: ParallelModel, checkpoint: str) -> None:
+    """Raise ValueError for a checkpoint whose adapters are on other linears, or have other scales."""
+    saved = saved_extra(checkpoint).get(ADAPTERS)
+    if saved is None:
+        raise ValueError(f"{checkpoint} is of a run without adapters: resume it without peft_config.")
+    for name in sorted(saved.keys() | model.adapters.keys()):
+        there, here = saved.get(name), model.adapters.get(name)
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} is of another peft_config: the adapter of {name} has the scale {there} there and "
+                f"{here} here (None: no adapter). Resume with the target_modules, lora_alpha and r of the run."
+            )
 
 
 def load_adapters(model: ParallelModel, directory: Path) -> None:

@@ -21,16 +21,20 @@ JINJA = (".jinja", ".j2")
 
 
 def take_up(
-    model: Any, processing_class: Any, args: NanotronSFTConfig
+    model: Any, processing_class: Any, args: NanotronSFTConfig, has_adapters: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, sharded or to be sharded, and its tokenizer, with the chat template of `args.chat_template_path`.
 
     A string is loaded as in TRL, in fp32 unless `model_init_kwargs` says something else, by the parts of this rank.
+    `has_adapters` says whether adapters alone are to be trained.
 
     Raises:
-        ValueError: for a processor of images, or a template that needs a larger vocabulary than a sharded model has.
+        ValueError: for a processor of images, a template that needs a larger vocabulary than a sharded model has, or
+            one whose new tokens nothing would train.
     """
     clones = args.chat_template_path is not None and not is_jinja(args.chat_template_path)
+    if clones and str(args.chat_template_path).endswith(JINJA):
+        raise ValueError(f"chat_template_path={args.chat_template_path!r} is no file.")
     given = as_mapping(args.model_init_kwargs)
     revision = given.get("revision") if isinstance(model, str) else None
     if isinstance(model, str):
@@ -57,7 +61,13 @@ def take_up(
                 "and the model is sharded already; pass the model's id, or a stock model, whose embeddings are resized "
                 "first."
             )
-        model, tokenizer, _ = clone_chat_template(model, tokenizer, str(args.chat_template_path))
+        model, tokenizer, added = clone_chat_template(model, tokenizer, str(args.chat_template_path))
+        if added and has_adapters:
+            raise ValueError(
+                f"chat_template_path={args.chat_template_path!r} with peft_config: its tokenizer adds {len(added)} "
+                "tokens, whose embeddings are of the frozen base and are not saved; use a Jinja file, or a base model "
+                "that has these tokens."
+            )
     return model, tokenizer
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
@@ -24,11 +23,23 @@ from ..models.token_figures import TokenFigures
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together
-from ..trainer import NanotronTrainer
+from ..plan.result import Plan
+from ..trainer import NanotronTrainer, refuse_arguments
 from ..training.agreement.values import check_shared
 from .arguments import check_trainer_arguments
 from .config import NanotronSFTConfig
-from .lora import add_adapters, check_lora, load_adapters, save_adapters
+from .data import check_eval_data, check_train_data
+from .lora import (
+    ADAPTERS,
+    add_adapters,
+    check_lora,
+    compare_adapters,
+    load_adapters,
+    refuse_adapters_of,
+    refuse_base,
+    refuse_folder_of_adapters,
+    save_adapters,
+)
 from .metrics import SFTMetrics
 from .model import is_jinja, take_up
 
@@ -71,20 +82,53 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
         check_trainer_arguments(kwargs, args)
         if lora is not None:
             check_lora(lora, args)
-        _refuse_data(kwargs.get("train_dataset"))
-        model, tokenizer = take_up(model, processing_class, args)
+        else:
+            refuse_folder_of_adapters(str(args.output_dir))
+        refuse_arguments(positional, kwargs)
+        check_train_data(kwargs.get("train_dataset"), args, kwargs.get("formatting_func") is not None)
+        check_eval_data(kwargs.get("eval_dataset"))
+        given = model
+        model, tokenizer = take_up(model, processing_class, args, lora is not None)
         self.lora_config = None
         if lora is not None:
             self._mesh: ParallelMesh | None = None
             model = self._parallel_model(model, args)
+            refuse_base(model, Path(str(args.output_dir)))
             self.lora_config = add_adapters(model, lora, args.seed)
         self._own_forward = vars(model).get("forward")
         self._figures: SFTMetrics | None = None
-        template, args.chat_template_path = args.chat_template_path, _left_to_trl(args.chat_template_path)
+        template, options = args.chat_template_path, args.model_init_kwargs
+        args.chat_template_path = _left_to_trl(template)
+        if isinstance(given, str):  # TRL would warn that they are ignored
+            args.model_init_kwargs = None
         try:
             super().__init__(model, args, *positional, processing_class=tokenizer, **kwargs)
         finally:
-            args.chat_template_path = template
+            args.chat_template_path, args.model_init_kwargs = template, options
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.lora_config is not None
+
+    def plan(self, gpu: str | None = None, gpus: int | None = None, **options: Any) -> Plan:
+        """As `NanotronTrainer.plan`, for rows of `max_length` tokens unless `sequence_length` says otherwise.
+
+        Raises:
+            ValueError: and for adapters, since a plan counts the training of all weights.
+        """
+        if self.trains_adapters:
+            raise ValueError(
+                "plan with peft_config is not supported: it counts the gradients and moments of all weights. Plan the "
+                "same run without peft_config, which takes more memory and time."
+            )
+        options.setdefault("sequence_length", self.args.max_length)
+        return super().plan(gpu, gpus, **options)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL, of data that it prepares."""
+        if not isinstance(eval_dataset, str):
+            check_eval_data(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     # ---- what TRL's constructor leaves on the model ----
 
@@ -129,11 +173,16 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Of a run with adapters they alone: the base is that of the model. Most are in the training state."""
         if self.lora_config is None:
+            refuse = partial(refuse_adapters_of, resume_from_checkpoint)
+            together(self.mesh, "looking for adapters", refuse)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not has_training_state(resume_from_checkpoint):
             read = partial(load_adapters, self.model, Path(resume_from_checkpoint))
             together(self.mesh, "reading the adapters", read)
             self.weights.read_from_model()
+        else:
+            compare = partial(compare_adapters, self.model, resume_from_checkpoint)
+            together(self.mesh, "comparing the adapters", compare)
 
     def _write_model(self, save: Save, with_weights: bool) -> None:
         if self.lora_config is None:
@@ -162,9 +211,10 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
         super().log(logs, start_time)
 
     def extra_state(self) -> dict[str, Any]:
-        """And the tokens that were trained on."""
+        """And the tokens that were trained on, and the adapters."""
         assert self._figures is not None
-        return {**super().extra_state(), SEEN: int(self._figures.tokens)}
+        own = {ADAPTERS: self.model.adapters} if self.trains_adapters else {}
+        return {**super().extra_state(), SEEN: int(self._figures.tokens), **own}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -192,17 +242,3 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
 def _left_to_trl(chat_template_path: str | None) -> str | None:
     """TRL reads Jinja files; a tokenizer's template has been taken by then, and the embeddings been resized."""
     return chat_template_path if chat_template_path is not None and is_jinja(chat_template_path) else None
-
-
-def _refuse_data(dataset: Any) -> None:
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise ValueError(
-            f"train_dataset={type(dataset).__name__} is not a Dataset or IterableDataset of `datasets`, which TRL "
-            "prepares; train tokenized corpora, mixtures and streams of tokens with NanotronTrainer."
-        )
-    sample: Any = next(iter(dataset), {})
-    if images := sorted({"image", "images"} & set(sample)):
-        raise ValueError(
-            f"train_dataset has a column {images[0]!r}: images are not supported, causal LMs are trained on text; drop "
-            "the column, or use TRL's own SFTTrainer."
-        )

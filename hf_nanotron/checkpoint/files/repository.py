@@ -15,7 +15,8 @@ TEXTS = (
 )
 AVERAGE_FOLDER = "ema"  # in a repository: one with the moving average of its weights
 _ARGUMENTS = "training_args.bin"  # of a run, beside its weights and not beside their average
-_REPOSITORY = rf"{WEIGHTS}|{TEXTS}|{re.escape(_ARGUMENTS)}|additional_chat_templates|{AVERAGE_FOLDER}"
+_ADAPTERS = r"adapter_(config\.json|model\.safetensors)"
+_REPOSITORY = rf"{WEIGHTS}|{_ADAPTERS}|{TEXTS}|{re.escape(_ARGUMENTS)}|additional_chat_templates|{AVERAGE_FOLDER}"
 
 
 def unlink_links(directory: Path) -> None:

@@ -18,6 +18,7 @@ from ...models.auto import AutoModelForCausalLM
 from ...trainer import NanotronTrainer
 from ...training_args import NanotronTrainingArguments
 from ..data import collate
+from .processes import Begun
 from .recorder import Recorder
 from .records import Record
 from .rows import Row
@@ -68,8 +69,11 @@ def train_rank(job: Job) -> Path:
     if job.weights is not None:
         trainer.model.save_pretrained(job.weights)
     recorder = Recorder(trainer)
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+    except Exception as error:
+        raise Begun from error
     return write_record(recorder.record, job.folder)
 
 

@@ -26,16 +26,23 @@ GRACE = 3.0  # seconds for the other ranks to say what they have to say, after o
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+class Begun(Exception):
+    """Around an error that came when the work of a job had begun: it is a failure, and no refusal."""
+
+
 class RankError(Exception):
     """A rank has failed.
 
     Attributes:
-        is_for_the_user: whether the message alone says what to do.
+        is_refusal: whether the message alone says what to do, before the work of the job had begun.
     """
 
-    def __init__(self, message: str, rank: int, is_for_the_user: bool) -> None:
+    def __init__(self, message: str, is_refusal: bool) -> None:
         super().__init__(message)
-        self.rank, self.is_for_the_user = rank, is_for_the_user
+        self.is_refusal = is_refusal
+
+
+Failure = tuple[str, bool, bool]  # the message, whether it is for the user, whether the work had begun
 
 
 class Ranks:
@@ -80,7 +87,7 @@ class Ranks:
 
     def _collect(self, ranks: dict[Connection, int]) -> list[Any]:
         results: dict[int, Any] = {}
-        failures: dict[int, tuple[str, bool]] = {}
+        failures: dict[int, Failure] = {}
         waiting, deadline = dict(ranks), time.monotonic() + self.timeout
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -92,7 +99,7 @@ class Ranks:
                 try:
                     good, value = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    good, value = False, ("the process died", False)
+                    good, value = False, ("the process died", False, True)
                 if good:
                     results[rank] = value
                 elif not failures:
@@ -101,13 +108,11 @@ class Ranks:
                     failures[rank] = value
         if failures:
             speaker = _speaker(failures)
-            message, speaks = failures[speaker]
-            raise RankError(message, speaker, speaks)
+            message, speaks, has_begun = failures[speaker]
+            raise RankError(f"rank {speaker}: {message}" if has_begun else message, speaks and not has_begun)
         if waiting:
             late = ", ".join(map(str, sorted(waiting.values())))
-            raise RankError(
-                f"rank {late} did not finish within {self.timeout:.0f} s (--timeout)", min(waiting.values()), True
-            )
+            raise RankError(f"rank {late} did not finish within {self.timeout:.0f} s (--timeout)", False)
         return [results[rank] for rank in range(len(ranks))]
 
     def close(self) -> None:
@@ -120,14 +125,17 @@ class Ranks:
         self.close()
 
 
-def _speaker(failures: dict[int, tuple[str, bool]]) -> int:
+def _speaker(failures: dict[int, Failure]) -> int:
     """The rank whose error is told: one that is written for the user, before those that follow from it."""
     return min(failures, key=lambda rank: (not failures[rank][1], rank))
 
 
 @contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM raise SystemExit in the main thread, so that processes and folders are cleaned up."""
+def ending_on_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise SystemExit in the main thread, so that processes and folders are cleaned up.
+
+    One that is ignored stays so: `nohup` ignores SIGHUP.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -135,11 +143,15 @@ def ending_on_sigterm() -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _serve(
@@ -160,9 +172,10 @@ def _serve(
         _enter(store, rank, world_size, timeout)
         message = True, function(argument)
     except BaseException as error:
-        speaks = is_for_the_user(error)
-        said = " ".join(str(error).split()) if speaks else _told(error)
-        message = False, (said or type(error).__name__, speaks)
+        cause = error.__cause__ if isinstance(error, Begun) and error.__cause__ is not None else error
+        speaks = is_for_the_user(cause)
+        said = " ".join(str(cause).split()) if speaks else _told(cause)
+        message = False, (said or type(cause).__name__, speaks, cause is not error)
     connection.send(message)
     connection.close()
     sys.stdout.flush()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .records import Activation, Piece, Record
 class Recorder(TrainerCallback):
     """Is put on a trainer before it trains; `record` is complete when the run has ended.
 
-    It is the `ForwardObserver` of the training state, so that it knows which tokens a module is called for.
+    It is a `ForwardObserver` of the training state, so that it knows which tokens a module is called for.
     """
 
     def __init__(self, trainer: NanotronTrainer) -> None:
@@ -33,6 +34,7 @@ class Recorder(TrainerCallback):
         sizes = {"tp": mesh.tp_size, "cp": mesh.cp_size, "pp": mesh.pp_size, "dp": mesh.dp_size, "ep": mesh.ep_size}
         where = {axis: rank for axis, rank in where.items() if sizes[axis] > 1}
         self.record = Record(mesh.rank, where, [stage.index for stage in model.stages])
+        self.record.has_own_loss = trainer.compute_loss_func is not None
         self.trainer = trainer
         self._place: int | None = None
         self._columns = torch.empty(0, dtype=torch.int64)
@@ -40,27 +42,30 @@ class Recorder(TrainerCallback):
             module.register_forward_hook(functools.partial(self.note, name))
             for name, module in recorded_modules(model.anatomy)
         ]
-        trainer.training_state.observer = self
+        trainer.training_state.observers.append(self)
         trainer.add_callback(self)
         if any(parameter.requires_grad for parameter in model.parameters()):
             trainer.add_gradient_hook("*", self.note_gradient)
 
     # ---- of the training state ----
 
-    def begin_step(self, step: int) -> None:
+    @contextlib.contextmanager
+    def over(self, step: int, micro_batches: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         """Weights are written down before the forward: callbacks and the optimizer have done what they do."""
         self.note_weights()
         self.record.activations.append({})
         self.record.gradients.append([])
+        yield
 
-    def begin_forward(self, place: int, inputs: Mapping[str, Any]) -> None:
+    def begin_forward(self, micro_batch: int, inputs: Mapping[str, Any]) -> None:
         rows, tokens = batch_shape(inputs)
         plan: ContextPlan | None = inputs.get(CONTEXT)
         if plan is None:
             self._columns = torch.arange(tokens).expand(rows, tokens)
         else:
             self._columns = plan.parts.places[plan.parts.group.rank].view(rows, -1)
-        self._place = place
+        mesh = self.trainer.mesh
+        self._place = micro_batch * mesh.dp_size + mesh.dp_rank  # among all of the step
 
     def end_forward(self) -> None:
         self._place = None
@@ -70,9 +75,11 @@ class Recorder(TrainerCallback):
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The first tensor that `module` returns, if it has one row of features for each token."""
         first = output[0] if isinstance(output, tuple) and output else output
-        if self._place is None or not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        if self._place is None:
             return
         if (found := with_columns(first, self._columns, self.trainer.mesh.tp)) is None:
+            if name not in self.record.shapeless:
+                self.record.shapeless.append(name)
             return
         columns, values = found
         if name not in self.record.modules:
@@ -86,6 +93,7 @@ class Recorder(TrainerCallback):
     def note_weights(self) -> None:
         pieces = [piece_of(s.spec, s.start, s.stop, s.master) for s in self.trainer.weights.segments]
         self.record.weights.append(pieces)
+        self.record.buffers.append(buffers_of(self.trainer.model))
 
     # ---- of the loop ----
 
@@ -100,7 +108,7 @@ class Recorder(TrainerCallback):
         self.note_weights()
         for handle in self._handles:
             handle.remove()
-        self.trainer.training_state.observer = None
+        self.trainer.training_state.observers.remove(self)
 
 
 def recorded_modules(anatomy: Anatomy) -> Iterable[tuple[str, nn.Module]]:
@@ -115,20 +123,26 @@ def recorded_modules(anatomy: Anatomy) -> Iterable[tuple[str, nn.Module]]:
     return [(name, module) for name, module in named if not isinstance(module, Absent)]
 
 
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the buffers with fractions: counters count what a rank has done, which depends on the layout."""
+    found = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return {name: buffer.detach().float().cpu().clone() for name, buffer in found.items()}
+
+
 def _is_module(model: nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     return leaf in model.get_submodule(owner)._modules
 
 
-def with_columns(
-    output: torch.Tensor, columns: torch.Tensor, tp: Any = None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def with_columns(output: Any, columns: torch.Tensor, tp: Any = None) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(columns, values `[B, tokens, H]`) of an output that has a row of features for each token; None for others.
 
     Args:
         columns: `[B, tokens]`, of the micro-batch as the model is called with it.
         tp: the tensor-parallel group; with sequence parallelism each of its ranks has a part of the tokens.
     """
+    if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+        return None
     rows, tokens = columns.shape
     if output.dim() == 2 and output.shape[0] % rows == 0:
         output = output.view(rows, -1, output.shape[-1])

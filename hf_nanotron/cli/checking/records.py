@@ -46,7 +46,8 @@ class Piece:
 
 @dataclass
 class Record:
-    """Of one rank. Lists have an entry for each optimizer step; `weights` one more: those of the end.
+    """Of one rank. Lists have an entry for each optimizer step; `weights` and
+    `buffers` one more: those of the end.
 
     Attributes:
         where: the rank's coordinates, by axis.
@@ -54,7 +55,10 @@ class Record:
         modules: names of recorded modules in the order in which they were first called.
         activations: for each step, module -> its activations.
         gradients: for each step, before clipping.
+        buffers: with fractions, as the weights; of this rank's modules.
         losses, norms: as logged.
+        has_own_loss: whether a script has brought the loss.
+        shapeless: names of modules that returned something else than a row of features for each token.
     """
 
     rank: int
@@ -64,5 +68,8 @@ class Record:
     activations: list[dict[str, list[Activation]]] = field(default_factory=list)
     gradients: list[list[Piece]] = field(default_factory=list)
     weights: list[list[Piece]] = field(default_factory=list)
+    buffers: list[dict[str, torch.Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    has_own_loss: bool = False
+    shapeless: list[str] = field(default_factory=list)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ...data.padding import PADDING
-from ...data.streaming.token_stream import TokenStream
+from ...data.streaming.lane_stream import LaneStream
 from ...ops.cross_entropy import IGNORE_INDEX
 from ..data import load_data
 from ..data_plan import DataPlan, SetPlan
@@ -38,15 +41,15 @@ def random_rows(count: int, length: int, vocabulary: int, packed: bool) -> list[
 def own_rows(plan: DataPlan, tokenizer: Any, count: int, length: int, vocabulary: int) -> list[Row]:
     """The first `count` rows of the training data, cut after `length` tokens, with ids below `vocabulary`.
 
-    Data of fewer rows begin anew.
+    Of stages: those of the first. Data of fewer rows begin anew.
 
     Raises:
         SettingsError: for data without a row.
     """
-    dataset, _ = load_data(DataPlan(plan.train, None, plan.seed), tokenizer, 0)
+    train = plan.train[0].data if isinstance(plan.train, list) else plan.train
+    dataset, _ = load_data(DataPlan(train, None, plan.seed), tokenizer, 0)
     rows = []
-    source = iter(dataset) if isinstance(dataset, TokenStream) else (dataset[i] for i in range(len(dataset)))
-    for found in source:
+    for found in dataset if isinstance(dataset, LaneStream) else _in_order(dataset, count):
         row = {name: torch.as_tensor(found[name]).tolist()[:length] for name in PADDING if name in found}
         row["input_ids"] = [token % vocabulary for token in row["input_ids"]]
         for name in ("labels", "shift_labels"):
@@ -63,15 +66,22 @@ def own_rows(plan: DataPlan, tokenizer: Any, count: int, length: int, vocabulary
     return [rows[index % len(rows)] for index in range(count)]
 
 
+def _in_order(dataset: Any, count: int) -> Iterator[Any]:
+    """The first `count` rows, or all; a mixture that is repeated without end has no length."""
+    with contextlib.suppress(TypeError):
+        count = min(count, len(dataset))
+    return (dataset[index] for index in range(count))
+
+
 def is_quick(plan: DataPlan) -> bool:
-    """Whether the data can be opened without reading all of it first: files of tokens, or a stored set of them."""
+    """Whether the data are here and can be opened without reading all of them first: files of tokens, a stored set."""
     train = plan.train
     if not isinstance(train, SetPlan):
         return False
     options = train.options
     if train.kind == "tokens":
         paths = options["tokens"] if isinstance(options["tokens"], list) else [options["tokens"]]
-        return all("://" not in path for path in paths)
+        return all("://" not in path and glob.glob(os.path.expanduser(path)) for path in paths)
     return train.kind == "path" and "text_column" not in options and os.path.exists(options["path"])
 
 

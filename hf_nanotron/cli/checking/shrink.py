@@ -146,6 +146,9 @@ def _small_fields(
         if (size := _count(values.get(name))) is not None:
             small[name] = min(size, most)
     small |= _experts(values, sizes)
+    if query == "num_heads" and (expand := _count(values.get("expand"))):  # Mamba-2: heads of the widened hidden states
+        small["head_dim"] = expand * small[hidden] // counts[0]
+        small |= {"n_groups": min(2, int(values["n_groups"])), "state_size": 16, "time_step_rank": 8}
     if _count(values.get("mamba_n_heads")):
         inner = int(values.get("mamba_expand") or 2) * small[hidden]
         small |= {"mamba_d_head": 2 * HEAD, "mamba_n_heads": inner // (2 * HEAD), "mamba_d_ssm": inner}

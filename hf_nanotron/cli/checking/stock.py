@@ -25,7 +25,8 @@ from transformers import (
 from ...models.stock.anatomy import dissect
 from ..data import collate
 from .job import Job, quieten, write_record
-from .recorder import recorded_modules, with_columns
+from .processes import Begun
+from .recorder import buffers_of, recorded_modules, with_columns
 from .records import Activation, Piece, Record
 from .script import function, keywords, load_script
 
@@ -75,8 +76,11 @@ def train_stock(job: Job) -> Path:
     callbacks = [*(given.pop("callbacks", None) or ()), recorder]
     trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_list(job.rows), callbacks=callbacks, **given)
     trainer.remove_callback(PrinterCallback)
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+    except Exception as error:
+        raise Begun from error
     return write_record(recorder.record, job.folder)
 
 
@@ -98,9 +102,9 @@ class StockRecorder(TrainerCallback):
 
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
-        if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-            return
         if (found := with_columns(first, self._columns)) is None:
+            if name not in self.record.shapeless:
+                self.record.shapeless.append(name)
             return
         if name not in self.record.modules:
             self.record.modules.append(name)
@@ -136,6 +140,7 @@ class StockRecorder(TrainerCallback):
     def note_weights(self) -> None:
         named = self.model.named_parameters()
         self.record.weights.append([_whole(name, parameter) for name, parameter in named if parameter.requires_grad])
+        self.record.buffers.append(buffers_of(self.model))
 
 
 def _whole(name: str, values: torch.Tensor) -> Piece:

@@ -130,10 +130,12 @@ def _telling_forms(anatomy: Anatomy) -> Iterator[None]:
 
 
 class _Mode:
-    """As while training, but for dropout, which no two forwards share."""
+    """As while training, but for dropout, which no two forwards share. Buffers, such as running means, stay."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.modes = model, [(module, module.training) for module in model.modules()]
+        held = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if buffer is not None]
+        self.buffers = [(module, name, buffer, buffer.clone()) for module, name, buffer in held]
 
     def __enter__(self) -> None:
         self.model.train(not has_dropout(self.model.config))
@@ -141,3 +143,6 @@ class _Mode:
     def __exit__(self, *error: object) -> None:
         for module, training in self.modes:
             module.training = training
+        with torch.no_grad():
+            for module, name, buffer, values in self.buffers:
+                module._buffers[name] = buffer.copy_(values)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
 
 from ..batch import batch_shape
 from ..mesh import Group
 from ..p2p import start_together
+from .action_names import named
 from .layout import HEADER_SIZE, Layout, read_header, write_header
 from .schedule import Action, Tick, Transfer
-
-KIND_NAMES = {"F": "forward", "B": "backward", "W": "weight_gradients"}
-# What a trace of torch.profiler calls the work of an action.
-FORWARD, BACKWARD = "hf_nanotron::forward", "hf_nanotron::backward"
 
 Inputs = dict[str, Any]
 Tensors = tuple[torch.Tensor | None, ...]
@@ -107,8 +102,7 @@ class PipelineExecutor:
                     hooks.on_forward(action)
                     stage = by_index[action.stage]
                     received = self._received(flight, action, stage)
-                    with record_function(FORWARD):
-                        output = stage.forward(micro_batches[action.micro_batch], received)
+                    output = stage.forward(micro_batches[action.micro_batch], received)
                     if stage.is_last:
                         outputs[action.micro_batch] = output.loss.detach() if trains else output
                     else:
@@ -116,8 +110,7 @@ class PipelineExecutor:
                     if trains:
                         held[action.stage, action.micro_batch] = (received, (output.loss,) if stage.is_last else output)
                 elif action is not None and action.kind == "W":
-                    with record_function(BACKWARD):
-                        hooks.weight_gradients(action)
+                    hooks.weight_gradients(action)
                 elif action is not None:
                     hooks.before_backward(action)
                     received, output = held.pop((action.stage, action.micro_batch))
@@ -129,8 +122,7 @@ class PipelineExecutor:
                         grads = tuple(next(travelled) if needs_gradient(x) else None for x in output)
                     roots = [(x, g) for x, g in zip(output, grads, strict=True) if needs_gradient(x)]
                     if roots:  # there are none on a first stage that is frozen
-                        with record_function(BACKWARD):
-                            torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
+                        torch.autograd.backward([x for x, _ in roots], [g for _, g in roots])
                     hooks.after_backward(action)
                     if received is not None:
                         produced[action] = tuple(_gradient(x) for x in received if needs_gradient(x))
@@ -224,14 +216,6 @@ class PipelineExecutor:
             work.wait()
         for key, _, header in headers:
             self._layouts[key] = read_header(header.cpu())
-
-
-def named(action: Action | None) -> contextlib.AbstractContextManager[Any]:
-    """Around an action: profiles and records call it so."""
-    if action is None:
-        return contextlib.nullcontext()
-    name = f"{KIND_NAMES[action.kind]} stage={action.stage} micro_batch={action.micro_batch}"
-    return torch.autograd.profiler.record_function(name)
 
 
 def needs_gradient(x: torch.Tensor | None) -> bool:

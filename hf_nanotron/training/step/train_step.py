@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -18,19 +18,6 @@ from ...prepare.training_state import TrainingState
 from .forward_pass import ForwardPass
 from .loss import StepLoss
 from .window import StepWindow, make_window
-
-
-class ForwardWatch(Protocol):
-    """Looks at the forwards of a step, and not at what a backward computes again."""
-
-    def over(self, micro_batches: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
-        """While a window runs."""
-
-    def begin(self, micro_batch: int) -> None:
-        """The forward of a micro-batch comes next."""
-
-    def end(self) -> None:
-        """A backward comes next."""
 
 
 class TrainStep:
@@ -47,7 +34,6 @@ class TrainStep:
         own_loss: StepLoss | None = None,
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
-        watch: ForwardWatch | None = None,
         figures: TokenFigures | None = None,
     ) -> torch.Tensor:
         """Accumulate and reduce the gradients of one step.
@@ -61,7 +47,6 @@ class TrainStep:
             domains: is given the losses of the micro-batches' tokens; of an `own_loss`, only where something is
                 predicted.
             teacher: makes its logits of a micro-batch before the loss is computed.
-            watch: looks at what the model's blocks return.
             figures: is given what else is summed up over the micro-batches' tokens.
 
         Returns:
@@ -70,17 +55,15 @@ class TrainStep:
         model, weights = self.state.model, self.state.weights
         model.train()
         weights.begin()
-        if self.state.observer is not None:
-            self.state.observer.begin_step(step)
         window = make_window(self.state, micro_batches, own_loss)
         table = self._table(len(micro_batches))
         with ExitStack() as stack:
             plain = domains if own_loss is None else None
             if teacher is not None:
                 stack.enter_context(teacher.over(micro_batches))
-            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher, watch, figures))
-            if watch is not None:
-                stack.enter_context(watch.over(micro_batches))
+            hooks = stack.enter_context(TrainingHooks(self.state, window, table, step, plain, teacher, figures))
+            for observer in self.state.observers:
+                stack.enter_context(observer.over(step, micro_batches))
             for context in window.contexts:
                 stack.enter_context(context)
             losses = model.executor.run(table, window.stages, window.inputs, hooks)
@@ -109,10 +92,8 @@ class TrainingHooks(StepHooks):
         step: int,
         domains: DomainSums | None = None,
         teacher: ForwardPass | None = None,
-        watch: ForwardWatch | None = None,
         figures: TokenFigures | None = None,
     ) -> None:
-        self.watch = watch
         self.state, self.window, self.step, self.domains, self.teacher = state, window, step, domains, teacher
         self.figures = figures
         self.splits = state.model.parallel.splits_backward
@@ -127,8 +108,7 @@ class TrainingHooks(StepHooks):
 
     def __exit__(self, *error: object) -> None:
         state, model = self.state, self.state.model
-        if state.observer is not None:
-            state.observer.end_forward()
+        self._end_forward()
         model.training_loss.micro_batch = model.training_loss.domains = model.training_loss.figures = None
         if model.mixture is not None:
             model.mixture.before_forward(None, None)
@@ -153,16 +133,11 @@ class TrainingHooks(StepHooks):
             model.mixture.before_forward(window.router_masks[index], window.router_tokens[index])
         if self.teacher is not None and action.stage == model.parallel.num_stages - 1:
             self.teacher.begin(index)
-        if self.state.observer is not None:
-            self.state.observer.begin_forward(place, window.inputs[index])
-        if self.watch is not None:
-            self.watch.begin(index)
+        for observer in self.state.observers:
+            observer.begin_forward(index, window.inputs[index])
 
     def before_backward(self, action: Action) -> None:
-        if self.state.observer is not None:
-            self.state.observer.end_forward()
-        if self.watch is not None:
-            self.watch.end()
+        self._end_forward()
         if self.splits:
             self.state.weights.start_deferring(action.stage, action.micro_batch)
         else:
@@ -176,6 +151,10 @@ class TrainingHooks(StepHooks):
 
     def weight_gradients(self, action: Action) -> None:
         self.state.weights.run_deferred(action.stage, action.micro_batch, self._is_last(action))
+
+    def _end_forward(self) -> None:
+        for observer in self.state.observers:
+            observer.end_forward()
 
     def _is_last(self, action: Action) -> bool:
         return action == self.last[action.stage]
