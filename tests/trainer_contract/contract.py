@@ -179,16 +179,19 @@ def said(call: Callable[[], Any]) -> str:
 
 @contextlib.contextmanager
 def heard(name: str = "transformers", level: int = logging.WARNING) -> Iterator[list[str]]:
-    """Log messages of a logger and those below it."""
+    """Log messages of a logger and those below it, whatever an earlier scenario of this process has set."""
     messages: list[str] = []
     handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     logger.addHandler(handler)
     try:
         yield messages
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def run(scenario: Scenario, is_ours: bool, folder: str, sizes: dict[str, int]) -> Any:
