@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from pool import WorkerPool
-from tiny import History, pad_batch, random_dataset, tiny_config, training_arguments
+from tiny import History, checkpoint, pad_batch, random_dataset, training_arguments
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -30,14 +29,6 @@ SEED = 7  # of tiny.training_arguments
 FIRST = 3  # the token that stands for sample 0
 
 Steps = dict[int, list[list[int]]]  # step -> the samples of each micro-batch
-
-
-@functools.cache
-def checkpoint() -> str:
-    directory = tempfile.mkdtemp()
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2)).save_pretrained(directory)
-    return directory
 
 
 def numbered(samples: int = SAMPLES) -> Dataset:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pool import WorkerPool
-from tiny import VOCABULARY, pad_batch, random_dataset, tiny_config, training_arguments
+from tiny import VOCABULARY, checkpoint, pad_batch, random_dataset, tiny_config, training_arguments
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -53,14 +53,6 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.lines.append(dict(logs or {}))
         self.is_first_process.append(state.is_world_process_zero)
-
-
-@functools.cache
-def checkpoint() -> str:
-    directory = tempfile.mkdtemp()
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2)).save_pretrained(directory)
-    return directory
 
 
 def run(trainer_class: type[Trainer], model: Any, args: TrainingArguments) -> tuple[Reporter, dict[str, float]]:

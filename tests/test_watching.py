@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import gzip
 import io
 import json
@@ -23,7 +22,7 @@ import torch
 import yaml
 from pool import JobError, WorkerPool
 from test_cli import FRESH, command, corpus, one_line, write_settings
-from tiny import message, pad_batch, random_dataset, tiny_config, training_arguments
+from tiny import checkpoint, message, pad_batch, random_dataset, training_arguments
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_nanotron import NanotronTrainingArguments
@@ -44,14 +43,6 @@ from hf_nanotron.monitor.run_log import LogFile, plain
 from hf_nanotron.monitor.run_status import status_of
 
 STEPS, LENGTH = 4, 16
-
-
-@functools.cache
-def checkpoint() -> str:
-    directory = tempfile.mkdtemp()
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2)).save_pretrained(directory)
-    return directory
 
 
 class SlowRows(torch.utils.data.Dataset):  # type: ignore[type-arg]

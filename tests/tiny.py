@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -80,6 +81,15 @@ def message(run: Callable[[], Any]) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was raised"
+
+
+@functools.cache
+def checkpoint() -> str:
+    """A saved Llama of two layers, made once in a process."""
+    directory = tempfile.mkdtemp()
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2)).save_pretrained(directory)
+    return directory
 
 
 class History(TrainerCallback):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedConfig, PrinterCallback, set_seed
+from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 from transformers.utils import logging
 
 from ...models.auto import AutoModelForCausalLM
@@ -65,16 +65,25 @@ def train_rank(job: Job) -> Path:
         )
     given = {"data_collator": collate, **keywords(script, model, args)}
     trainer = NanotronTrainer(model=model, args=args, train_dataset=Dataset.from_list(job.rows), **given)
-    trainer.remove_callback(PrinterCallback)
     if job.weights is not None:
         trainer.model.save_pretrained(job.weights)
     recorder = Recorder(trainer)
+    train_silently(trainer)
+    return write_record(recorder.record, job.folder)
+
+
+def train_silently(trainer: Trainer) -> None:
+    """Train, and print nothing: what is printed is the result of `check`.
+
+    Raises:
+        Begun: from what training raised, which is no refusal of its arguments.
+    """
+    trainer.remove_callback(PrinterCallback)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
     except Exception as error:
         raise Begun from error
-    return write_record(recorder.record, job.folder)
 
 
 def quieten() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -24,8 +21,7 @@ from transformers import (
 
 from ...models.stock.anatomy import dissect
 from ..data import collate
-from .job import Job, quieten, write_record
-from .processes import Begun
+from .job import Job, quieten, train_silently, write_record
 from .recorder import buffers_of, recorded_modules, with_columns
 from .records import Activation, Piece, Record
 from .script import function, keywords, load_script
@@ -75,12 +71,7 @@ def train_stock(job: Job) -> Path:
     given = {"data_collator": collate, **keywords(script, model, args)}
     callbacks = [*(given.pop("callbacks", None) or ()), recorder]
     trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_list(job.rows), callbacks=callbacks, **given)
-    trainer.remove_callback(PrinterCallback)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train()
-    except Exception as error:
-        raise Begun from error
+    train_silently(trainer)
     return write_record(recorder.record, job.folder)
 
 
