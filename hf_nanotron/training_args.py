@@ -431,6 +431,8 @@ class NanotronTrainingArguments(SecretlessArguments):
                 "device and would need all masters there; use one of them."
             )
         for pattern in self.no_weight_decay or ():
+            if not pattern:
+                raise ValueError("no_weight_decay has an empty name, which is a part of every weight's; leave it out.")
             try:
                 re.compile(pattern)
             except re.error as error:

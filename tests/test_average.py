@@ -104,3 +104,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert "source and destination are the same" in message(lambda: average([one, two], one))
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         average([one, tmp_path / "nowhere"], out)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert f"{adapter} is an adapter (adapter_config.json), whose factors have no mean" in say(one, adapter)

@@ -376,6 +376,7 @@ def test_settings(tmp_path: Path) -> None:
     )
     overrides = ["--bf16", "--max-steps=20", "--learning_rate", "2e-4", "--pp_layers_per_stage", "[1, 2]"]
     overrides += ["--model.config.model_type", "llama", "--tokenizer", "some/where", "--optim_args", "a=1,b=2"]
+    overrides += ["--output_dir", "/a #1", "--report_to=&b c", "--trackio_space_id", "'#1: b'", "--hub_token", "null"]
     sections, name = cli_train.read_settings(Path(path), overrides)
     assert name == "some/where" and sections["model"] == {"config": {"model_type": "llama"}}
     assert sections["training"] == {
@@ -384,6 +385,10 @@ def test_settings(tmp_path: Path) -> None:
         "adam_epsilon": 1.5e-8,
         "max_steps": 20,
         "run_name": "2024-01-01",
+        "output_dir": "/a #1",
+        "report_to": "&b c",
+        "trackio_space_id": "#1: b",
+        "hub_token": None,
         "bf16": True,
         "weight_decay": 0.1,
         "hub_model_id": "1e",

@@ -121,6 +121,8 @@ def test_weights_without_decay() -> None:
     assert names_to_decay(names[1:], ["A_log", r"\.D$"], names) == [names[3]]
     with pytest.raises(ValueError, match="no_weight_decay: 'embedding' is in the name of no weight; there are embed"):
         names_to_decay(names, ["embedding"], names)
+    with pytest.raises(ValueError, match="no_weight_decay has an empty name"):
+        NanotronTrainingArguments(output_dir="x", use_cpu=True, no_weight_decay=[""])
     with pytest.raises(ValueError, match=r"no_weight_decay: '\(' is no regular expression"):
         NanotronTrainingArguments(output_dir="x", use_cpu=True, no_weight_decay=["("])
 

@@ -194,7 +194,22 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
             )
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        yield key.replace("-", "_"), _parse(value, option)
+        yield key.replace("-", "_"), _value(value, option)
+
+
+def _value(text: str, option: str) -> Any:
+    """What an override means: YAML in brackets, in quotes or with `key: value`, otherwise one word of YAML as it is.
+
+    A file's rest of a line behind ` #` is a comment, and `&a` at the start a name; of a path they are a part.
+    """
+    if text.startswith(("[", "{", '"', "'")) or re.search(r":(\s|$)|\n", text):
+        return _parse(text, option)
+    loader, word = _Loader(""), text.strip()
+    try:
+        tag = loader.resolve(yaml.ScalarNode, word, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, word))
+    finally:
+        loader.dispose()
 
 
 def _check_types(sections: Settings, tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ..checkpoint.hub.weights import FLOATS, HubWeights
 from .folder import TEXTS, WEIGHTS, check_unchanged, copy_files, read_json, refuse_same, write_json, writing
 
+ADAPTER = "adapter_config.json"  # PEFT's
 # Of a config: what says nothing about the model.
 FREE_KEYS = {"transformers_version", "_name_or_path", "use_cache", "dtype", "torch_dtype"}
 
@@ -47,12 +48,17 @@ def average(
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged, the sources are not of one model (config, names, shapes or dtypes differ,
-            naming the first), weights are quantised, or `destination` is in use.
+            naming the first), a source is an adapter, weights are quantised, or `destination` is in use.
     """
     folders, destination = [Path(source) for source in sources], Path(destination)
     shares = _shares(folders, weights)
     for folder in folders:
         refuse_same(folder, destination)
+        if (folder / ADAPTER).is_file() and not (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{folder} is an adapter ({ADAPTER}), whose factors have no mean: the mean of products is another "
+                "matrix. Merge each into its base first (PEFT's merge_and_unload, then save_pretrained)."
+            )
         check_unchanged(folder, (*TEXTS, *WEIGHTS))
     config = _common_config(folders)
     limit, opened = parse_size(max_shard_size), [HubWeights(folder) for folder in folders]
