@@ -1,0 +1,40 @@
+"""Kernels of state-space models and delta rules that transformers takes from other packages where they are installed.
+
+Its modeling files decorate plain functions with the name of a kernel and of the package that has it
+(`integrations/hub_kernels.py` of transformers). Which of both runs is decided when the file is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# Package -> what to install, and the extra that does.
+PACKAGES = {
+    "fla": ("flash-linear-attention", "linear-attention"),
+    "mamba_ssm": ("mamba-ssm", "mamba"),
+    "causal_conv1d": ("causal-conv1d", "mamba"),
+}
+
+
+class Choice(NamedTuple):
+    """`name`: of the kernel. `fallback`: the plain function. `installed`: whether the kernel runs in its place."""
+
+    name: str
+    package: str
+    fallback: Callable[..., Any]
+    installed: bool
+
+
+def choice_of(function: Any) -> Choice | None:
+    """What stands behind a function that may have a kernel; None for any other."""
+    code = getattr(function, "__code__", None)
+    closure = getattr(function, "__closure__", None)
+    if code is None or not closure:
+        return None
+    cells = dict(zip(code.co_freevars, closure, strict=True))
+    if not {"torch_function", "implementation", "package", "func_name"} <= cells.keys():
+        return None
+    held = {name: cell.cell_contents for name, cell in cells.items()}
+    plain = held["torch_function"]
+    return Choice(held["func_name"], held["package"], plain, held["implementation"] is not plain)
