@@ -6,8 +6,11 @@ Its modeling files decorate plain functions with the name of a kernel and of the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from .anatomy import Anatomy
 
 # Package -> what to install, and the extra that does.
 PACKAGES = {
@@ -38,3 +41,23 @@ def choice_of(function: Any) -> Choice | None:
     held = {name: cell.cell_contents for name, cell in cells.items()}
     plain = held["torch_function"]
     return Choice(held["func_name"], held["package"], plain, held["implementation"] is not plain)
+
+
+def kernels_of(anatomy: Anatomy) -> list[str]:
+    """A sentence for the log for each kernel that the layers of a model could use: which one runs, and what to
+    install for a faster one.
+    """
+    files = {type(module).__module__ for _, block in anatomy.blocks() for module in block.modules()}
+    sentences = set()
+    for file in files:
+        for function in vars(sys.modules.get(file, object)).values():
+            choice = choice_of(function)
+            if choice is None or choice.name.endswith(("_update", "_step")) or "recurrent" in choice.name:
+                continue  # of generation, which trains nothing
+            package, extra = PACKAGES.get(choice.package, (choice.package, None))
+            if choice.installed:
+                sentences.add(f"{choice.name}: the kernel of {package}")
+            else:
+                how = f"pip install hf-nanotron[{extra}]" if extra else f"pip install {package}"
+                sentences.add(f"{choice.name}: plain torch, much slower than the kernel of {package} ({how})")
+    return sorted(sentences)
