@@ -28,7 +28,8 @@ from hf_nanotron.prepare.recompute import selective_contexts
 from hf_nanotron.prepare.token_loops import modules_with_loops, token_loop
 
 SAMPLE = ("llama", "mamba", "qwen3_5_text", "minimax", "bamba", "deepseek_v4", "gemma3n_text")
-UNTESTED = ("gemma3n",)  # it needs timm
+UNTESTED = {"gemma3n"}  # it needs timm
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 class Counter(TorchDispatchMode):
@@ -47,12 +48,16 @@ def operators(model: nn.Module, family: str, tokens: int) -> int:
     return counter.number
 
 
-@pytest.mark.parametrize("family", sorted(KNOWN))
-def test_loops_are_found_where_longer_rows_take_more_operators(family: str, pytestconfig: pytest.Config) -> None:
-    if family in UNTESTED or (family not in SAMPLE and not pytestconfig.getoption("full_matrix")):
-        pytest.skip("only with --full-matrix" if family not in UNTESTED else "its vision tower needs another package")
-    lengths = {"max_position_embeddings": 1024} if "max_position_embeddings" in KNOWN[family]["config"] else {}
-    model = tiny_model(family, **lengths).train()
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "any_family" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--full-matrix")
+        metafunc.parametrize("any_family", sorted(KNOWN.keys() - UNTESTED) if everything else SAMPLE)
+
+
+def test_loops_are_found_where_longer_rows_take_more_operators(any_family: str) -> None:
+    family = any_family
+    config = KNOWN[family]["config"]
+    model = tiny_model(family, **{name: 1024 for name in POSITIONS if name in config}).train()
     # Whole chunks of 256 tokens, the largest of any family, so that nothing is padded.
     grows = operators(model, family, 512) > operators(model, family, 256)
     found = [where for _, layer in dissect(model).numbered_layers() for where in modules_with_loops(layer).values()]
@@ -109,25 +114,20 @@ def plain_scan(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def with_kernel(name: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
-    """A module that calls `plain_scan` as transformers' models call their kernels."""
+class Mixer(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return quick_scan(x)  # type: ignore[name-defined]  # noqa: F821  see `with_kernel`
+
+
+def with_kernel(installed: bool, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A module that calls `plain_scan` as transformers' models call what may have a kernel."""
     package = ModuleType("some_kernels")
     if installed:
         package.quick_scan = lambda x: x  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "some_kernels", package)
-    quick_scan = use_kernel_func_from_hub_with_fallback(name, "some_kernels")(plain_scan)
-    monkeypatch.setitem(globals(), "quick_scan", quick_scan)
-
-    class Mixer(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return quick_scan(x)  # type: ignore[name-defined]  # noqa: F821
-
-    Mixer.forward = CALLS_A_KERNEL  # type: ignore[method-assign]
-    return Mixer
-
-
-def CALLS_A_KERNEL(self: nn.Module, x: torch.Tensor) -> torch.Tensor:  # noqa: N802
-    return quick_scan(x)  # type: ignore[name-defined]  # noqa: F821
+    decorate = use_kernel_func_from_hub_with_fallback("quick_scan", "some_kernels")
+    monkeypatch.setitem(globals(), "quick_scan", decorate(plain_scan))
+    return Mixer()
 
 
 @pytest.mark.parametrize("module", [OverTokens(), InAHelper(), OfAFixedLength()], ids=lambda m: type(m).__name__)
@@ -142,7 +142,7 @@ def test_short_loops_do_not_count(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_an_installed_kernel_has_no_loop(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer = with_kernel("quick_scan", installed, monkeypatch)()
+    mixer = with_kernel(installed, monkeypatch)
     choice = choice_of(globals()["quick_scan"])
     assert choice is not None and (choice.package, choice.installed) == ("some_kernels", installed)
     assert (token_loop(mixer) is None) is installed
@@ -178,6 +178,7 @@ def test_large_graphs_run_one_by_one(recomputes: bool, caplog: pytest.LogCapture
     expected = block(x)
     expected = (expected.detach(), torch.autograd.grad(expected.square().sum(), weight)[0])
     assert len(compiled) == 1
+    assert "more than 3, which would take minutes to compile" in caplog.text
     for result in results:
         torch.testing.assert_close(result, expected)
 

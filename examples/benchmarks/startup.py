@@ -6,7 +6,7 @@
 
 A run is a process group of its own (`torchrun`, or one process), in a cache folder that is empty before the first run
 and kept for the next ones (`--runs cold,warm,warm`). `--family` takes the tiny config of a model type from
-`tests/families.json` in the place of a shape, and compiles it at `--sequence-length`.
+`tests/families*.json` in the place of a shape, and compiles it at `--sequence-length`.
 
 Prints one JSON line for each run, of rank 0: seconds since the launch at which Python ran (`python`), the packages were
 imported (`imports`), the process group was there (`arguments`), the model was made (`model`), the trainer was made
@@ -29,7 +29,8 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-FAMILIES = Path(__file__).resolve().parent.parent.parent / "tests" / "families.json"
+TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
+FAMILIES = ("families.json", "families_unplanned.json")
 CLOCKS = {
     "capture": "bytecode_tracing",
     "backend": "OutputGraph.call_user_compiler",
@@ -43,7 +44,8 @@ def config_of(cli: argparse.Namespace) -> Any:
     from transformers import AutoConfig
 
     if cli.family:
-        fields = dict(json.loads(FAMILIES.read_text())[cli.family[0]]["config"])
+        known = {name: row for file in FAMILIES for name, row in json.loads((TESTS / file).read_text()).items()}
+        fields = dict(known[cli.family[0]]["config"])
         for name in ("max_position_embeddings", "n_positions"):
             if name in fields:
                 fields[name] = max(fields[name], cli.sequence_length)

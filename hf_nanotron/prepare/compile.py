@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable, Collection
 from types import MethodType
 from typing import Any
@@ -20,6 +19,7 @@ from ..models.stand_ins import AbsentLayer
 from ..models.stock.anatomy import blocks_of
 from ..models.stock.families import WRITES_WEIGHTS
 from ..parallel.ep.experts import ParallelExperts
+from ..parallel.node import ranks_of_node
 from .checkpointing_switches import SWITCH
 from .compile_cache import one_at_a_time, share_threads
 from .compile_limit import bounded
@@ -61,7 +61,7 @@ def compile_layers(
     """
     keeps_operands = model.parallel.overlaps_tp(model.mesh.device) or model.parallel.splits_backward
     chosen = backend_of(backend, mode, keeps_operands)
-    share_threads(_local_ranks(model.mesh.world_size))
+    share_threads(ranks_of_node())
     parts, loops = divide(compiled_parts(model, recomputed))
     if loops and model.mesh.rank == 0:
         logger.warning(
@@ -153,8 +153,3 @@ def _around_experts(block: nn.Module) -> list[nn.Module]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _local_ranks(world_size: int) -> int:
-    """Ranks on this node, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

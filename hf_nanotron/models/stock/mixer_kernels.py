@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from .anatomy import Anatomy
 
-# Package -> what to install, and the extra that does.
+# Package -> what to install, and the extra that does. fla-core is flash-linear-attention without its models, which
+# would take the place of transformers' own of the same types ("mamba").
 PACKAGES = {
-    "fla": ("flash-linear-attention", "linear-attention"),
+    "fla": ("fla-core", "linear-attention"),
     "mamba_ssm": ("mamba-ssm", "mamba"),
     "causal_conv1d": ("causal-conv1d", "mamba"),
 }
@@ -59,5 +60,5 @@ def kernels_of(anatomy: Anatomy) -> list[str]:
                 sentences.add(f"{choice.name}: the kernel of {package}")
             else:
                 how = f"pip install hf-nanotron[{extra}]" if extra else f"pip install {package}"
-                sentences.add(f"{choice.name}: plain torch, much slower than the kernel of {package} ({how})")
+                sentences.add(f"{choice.name}: plain torch; {package} has a faster kernel ({how})")
     return sorted(sentences)
