@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_runs import tiny_model
+from pool import WorkerPool
 
+from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.prepare import compile_cache
+from hf_nanotron.prepare.compile import backend_of
 from hf_nanotron.prepare.compile_cache import FOLDER, share_threads, turn
 
 
@@ -112,3 +116,26 @@ def test_threads_that_were_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> No
     with torch._inductor.config.patch(compile_threads=16):
         share_threads(8, 8)
         assert torch._inductor.config.compile_threads == 16
+
+
+@pytest.mark.full_matrix
+def test_ranks_take_compiled_code_from_each_other(pool: WorkerPool, tmp_path: Path) -> None:
+    """By the compiler itself: one rank compiles forward and backward, the other takes both as they were traced."""
+    first, second = sorted(pool.run(2, compile_a_layer, str(tmp_path / "cache")))
+    assert (first, second) == ((0, 1), (1, 0))
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+
+
+def compile_a_layer(folder: str) -> tuple[int, int]:
+    """Graphs whose traced forward and backward came from the cache, and those that did not."""
+    from torch._dynamo.utils import counters
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model("llama").train()
+    _, layer = dissect(model).numbered_layers()[0]
+    layer.forward = torch.compile(layer.forward, backend=backend_of("inductor", None, False))
+    model(torch.arange(8)[None], use_cache=False).logits.sum().backward()
+    found = counters["aot_autograd"]
+    return found["autograd_cache_hit"], found["autograd_cache_miss"]
