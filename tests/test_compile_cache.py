@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from family_runs import tiny_model
 from pool import WorkerPool
 
 from hf_nanotron.models.stock.anatomy import dissect
+from hf_nanotron.parallel import node
 from hf_nanotron.prepare import compile_cache
 from hf_nanotron.prepare.compile import backend_of
 from hf_nanotron.prepare.compile_cache import FOLDER, share_threads, turn
@@ -139,3 +141,24 @@ def compile_a_layer(folder: str) -> tuple[int, int]:
     model(torch.arange(8)[None], use_cache=False).logits.sum().backward()
     found = counters["aot_autograd"]
     return found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "local", "number"),
+    [
+        ({"RANK": "5", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "1"}, 0, 1),  # --virtual-local-rank
+        ({"RANK": "4", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0"}, 0, 0),
+        ({"RANK": "5", "LOCAL_WORLD_SIZE": "4"}, 1, 1),
+        ({"RANK": "4", "LOCAL_WORLD_SIZE": "8"}, 0, 0),  # a node of four before one of eight
+        ({}, 0, 0),
+    ],
+)
+def test_ranks_know_their_number_on_the_node(
+    variables: dict[str, str], local: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(node, "PartialState", lambda: argparse.Namespace(local_process_index=local))
+    assert node.rank_on_node() == number

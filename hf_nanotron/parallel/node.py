@@ -1,7 +1,7 @@
 """Where this process stands on its node, as its launcher says.
 
-`torchrun --virtual-local-rank` shows each process its own GPU as the first, and tells all that their `LOCAL_RANK` is 0.
-So the number on the node follows from `RANK`, which torchrun deals node by node.
+`torchrun --virtual-local-rank` shows each process its own GPU as the only one, and tells all that their `LOCAL_RANK` is
+0. Then the number on the node follows from `RANK`, which torchrun deals node by node.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ def ranks_of_node() -> int:
 def rank_on_node() -> int:
     """The number of this process among them, from 0."""
     local: int = PartialState().local_process_index
-    virtual = local == 0 and os.environ.get("LOCAL_RANK") == "0" and "TORCHELASTIC_RUN_ID" in os.environ
-    return int(os.environ["RANK"]) % ranks_of_node() if virtual else local
+    sees_one = os.environ.get("CUDA_VISIBLE_DEVICES", "").isdecimal()
+    return int(os.environ.get("RANK", "0")) % ranks_of_node() if local == 0 and sees_one else local

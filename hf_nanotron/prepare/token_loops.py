@@ -11,9 +11,9 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -47,25 +47,30 @@ def _loop_in(
     if function is None or depth == 0 or (function.__code__, row_sizes) in seen:
         return None
     seen.add((function.__code__, row_sizes))
-    tree = _tree(function.__code__)
-    if tree is None:
+    source = _read(function.__code__)
+    if source is None:
         return None
-    names = _row_sizes(tree, row_sizes)
-    values = _known_numbers(function, module)
-    for node in ast.walk(tree):
-        stop = _end_of_range(node)
-        if stop is not None and (_of_the_row(stop, names) or values(stop) >= LONG):
+    names = _row_sizes(source.assignments, row_sizes)
+    for stop in source.ends:
+        if _of_the_row(stop, names) or _known_number(stop, function, module) >= LONG:
             line = function.__code__.co_firstlineno - 1 + stop.lineno
             file = function.__code__.co_filename.rpartition("/")[2]
             return f"{function.__name__}, line {line} of {file}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            inner = _resolve(node.func, function, module)
-            if inner is not None:
-                found = _loop_in(inner, module, _handed_on(node, inner, names), depth - 1, seen)
-                if found is not None:
-                    return found
+    for call in source.calls:
+        inner = _resolve(call.func, function, module)
+        if inner is not None:
+            found = _loop_in(inner, module, _handed_on(call, inner, names), depth - 1, seen)
+            if found is not None:
+                return found
     return None
+
+
+class Source(NamedTuple):
+    """What is read of a function: its assignments in their order, what its loops over ranges end at, its calls."""
+
+    assignments: tuple[ast.Assign | ast.AnnAssign | ast.NamedExpr, ...]
+    ends: tuple[ast.expr, ...]
+    calls: tuple[ast.Call, ...]
 
 
 def _written_function(called: Any) -> FunctionType | None:
@@ -87,18 +92,21 @@ def _written_function(called: Any) -> FunctionType | None:
 
 
 @functools.cache
-def _tree(code: Any) -> ast.AST | None:
+def _read(code: Any) -> Source | None:
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(code)))
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(code)))))
     except (OSError, SyntaxError, TypeError):
         return None
+    assignments = [node for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr)]
+    ends = [end for end in map(_end_of_range, nodes) if end is not None]
+    calls = tuple(node for node in nodes if isinstance(node, ast.Call))
+    return Source(tuple(sorted(assignments, key=lambda node: node.lineno)), tuple(ends), calls)
 
 
-def _row_sizes(tree: ast.AST, parameters: Iterable[str]) -> frozenset[str]:
+def _row_sizes(assignments: Iterable[Any], parameters: Iterable[str]) -> frozenset[str]:
     """Names that are given sizes of tensors, or numbers made of them."""
     names = set(parameters)
-    assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr)]
-    for node in sorted(assignments, key=lambda node: node.lineno):
+    for node in assignments:
         if node.value is None or not _of_the_row(node.value, names):
             continue
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -145,25 +153,17 @@ def _end_of_range(node: ast.AST) -> ast.expr | None:
     return of.args[0] if len(of.args) == 1 else of.args[1]
 
 
-def _known_numbers(function: FunctionType, module: nn.Module | None) -> Callable[[ast.AST], int]:
+def _known_number(node: ast.AST, function: FunctionType, module: nn.Module | None) -> int:
     """What an expression is, if it is a literal, a parameter's default or a field of the module; else 0."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if isinstance(parameter.default, int)
-    }
-
-    def value(node: ast.AST) -> int:
-        found: Any = 0
-        if isinstance(node, ast.Constant):
-            found = node.value
-        elif isinstance(node, ast.Name):
-            found = defaults.get(node.id, 0)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            found = getattr(module, node.attr, 0)
-        return found if isinstance(found, int) else 0
-
-    return value
+    found: Any = 0
+    if isinstance(node, ast.Constant):
+        found = node.value
+    elif isinstance(node, ast.Name):
+        parameter = inspect.signature(function).parameters.get(node.id)
+        found = None if parameter is None else parameter.default
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        found = getattr(module, node.attr, 0)
+    return found if isinstance(found, int) else 0
 
 
 def _resolve(node: ast.AST, function: FunctionType, module: nn.Module | None) -> Any:
@@ -179,7 +179,7 @@ def _resolve(node: ast.AST, function: FunctionType, module: nn.Module | None) ->
 def _handed_on(call: ast.Call, inner: Any, names: frozenset[str]) -> frozenset[str]:
     """The parameters of `inner` that get sizes of the row in this call."""
     function = _written_function(inner)
-    if function is None:
+    if function is None or not _any_of_the_row((*call.args, *(word.value for word in call.keywords)), names):
         return frozenset()
     parameters = list(inspect.signature(function).parameters)
     if isinstance(inner, MethodType):
