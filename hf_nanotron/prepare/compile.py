@@ -60,7 +60,7 @@ def compile_layers(
     is a block that loops over tokens in Python, or one whose graph is too large; the log says so.
     """
     keeps_operands = model.parallel.overlaps_tp(model.mesh.device) or model.parallel.splits_backward
-    chosen = backend_of(backend, mode, keeps_operands)
+    chosen = backend_of(backend, mode, keeps_operands, model.mesh.pp_rank)
     share_threads(ranks_of_node())
     parts, loops = divide(compiled_parts(model, recomputed))
     if loops and model.mesh.rank == 0:
@@ -84,10 +84,11 @@ def restore_layers(model: ParallelModel) -> None:
 
 
 @functools.cache  # compiled code is kept by its backend: another object would have everything compiled anew
-def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
+def backend_of(name: str, mode: str | None, keeps_operands: bool, pp_rank: int = 0) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs (`rewriting`).
 
-    `keeps_operands`: an operator may keep its inputs after it returns, for a deferred weight gradient.
+    `keeps_operands`: an operator may keep its inputs after it returns, for a deferred weight gradient. `pp_rank`: of
+    this rank; it takes turns with ranks that run the same program, see `one_at_a_time`.
     """
     backend: Any = lookup_backend(name)
     if name == "inductor":
@@ -99,7 +100,7 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
             "tp_overlap=False."
         )
     backend = rewriting(backend)
-    return bounded(one_at_a_time(backend) if name == "inductor" else backend)
+    return bounded(one_at_a_time(backend, f"pp{pp_rank}") if name == "inductor" else backend)
 
 
 def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:

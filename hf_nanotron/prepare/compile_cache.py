@@ -27,17 +27,24 @@ from .compile_passes import Backend
 
 logger = logging.get_logger(__name__)
 
-PATIENCE = 600.0  # seconds; what takes longer is compiled twice
+PATIENCE = 240.0  # seconds; what takes longer is compiled twice. Far below the timeout of collectives
 LOOK_SECONDS = 0.05
 FOLDER = "hf_nanotron_turns"  # in torch's cache folder
 
 
-def one_at_a_time(backend: Backend) -> Backend:
-    """`backend`, which the processes of a cache folder run for a graph one after another, until one has compiled it."""
+def one_at_a_time(backend: Backend, program: str) -> Backend:
+    """`backend`, which the processes of a cache folder run for a graph one after another, until one has compiled it.
+
+    `program`: the same for ranks that come to a graph in the same place of a step. Others must not wait for each other:
+    loading a kernel may wait for the device, and so for what another rank is to send.
+    """
 
     def compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # The backward is compiled with its forward, so that both are in the cache when the turn ends.
-        with turn(name_of(graph_module, inputs)), functorch_config.patch(force_non_lazy_backward_lowering=True):
+        with (
+            turn(f"{program}-{name_of(graph_module, inputs)}"),
+            functorch_config.patch(force_non_lazy_backward_lowering=True),
+        ):
             return backend(graph_module, inputs)
 
     return compile
