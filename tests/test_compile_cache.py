@@ -120,6 +120,15 @@ def test_threads_that_were_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch._inductor.config.compile_threads == 16
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_without_a_cache_nobody_waits(disabled: bool, folder: Path) -> None:
+    backend = compile_cache.one_at_a_time(lambda graph, inputs: graph, "pp0")
+    with torch._inductor.config.patch(force_disable_caches=disabled, fx_graph_cache=True):
+        backend(torch.fx.symbolic_trace(lambda x: x.sin()), [torch.zeros(2)])
+    marks = [path.name for path in (folder / FOLDER).glob("pp0-*.done")]
+    assert len(marks) == (0 if disabled else 1)
+
+
 @pytest.mark.full_matrix
 def test_ranks_take_compiled_code_from_each_other(pool: WorkerPool, tmp_path: Path) -> None:
     """By the compiler itself: one rank compiles forward and backward, the other takes both as they were traced."""

@@ -40,11 +40,11 @@ def one_at_a_time(backend: Backend, program: str) -> Backend:
     """
 
     def compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if inductor_config.force_disable_caches or not inductor_config.fx_graph_cache:
+            return backend(graph_module, inputs)  # there is nothing to take
         # The backward is compiled with its forward, so that both are in the cache when the turn ends.
-        with (
-            turn(f"{program}-{name_of(graph_module, inputs)}"),
-            functorch_config.patch(force_non_lazy_backward_lowering=True),
-        ):
+        at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
+        with turn(f"{program}-{name_of(graph_module, inputs)}"), at_once:
             return backend(graph_module, inputs)
 
     return compile
