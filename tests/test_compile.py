@@ -22,7 +22,13 @@ TOLERANCE = 1e-5
 
 @pytest.mark.parametrize(
     ("family", "sizes"),
-    [("qwen3_moe", {}), ("gemma2", {}), ("deepseek_v3", {}), ("qwen3", {"tp_size": 2, "zero_stage": 1})],
+    [
+        ("qwen3_moe", {}),
+        ("gemma2", {}),
+        ("deepseek_v3", {}),
+        ("qwen3_5_text", {}),
+        ("qwen3", {"tp_size": 2, "zero_stage": 1}),
+    ],
 )
 def test_gradients_are_those_of_stock(pool: WorkerPool, tmp_path: Path, family: str, sizes: dict[str, Any]) -> None:
     path = str(tmp_path / "reference")
@@ -141,3 +147,33 @@ def evaluate_after_compiling() -> int:
     for length in (5, 7, 9):
         model(torch.arange(length)[None] + 3)
     return int(counters["stats"].get("unique_graphs", 0))
+
+
+def test_blocks_with_loops_stay_eager_and_the_log_names_them(pool: WorkerPool) -> None:
+    ((compiled, messages),) = pool.run(1, compile_a_model_with_loops)
+    assert (
+        "Qwen3_5GatedDeltaNet" not in compiled and {"Qwen3_5MLP", "Qwen3_5RMSNorm", "Qwen3_5DecoderLayer"} <= compiled
+    )
+    (message,) = messages
+    assert "Qwen3_5GatedDeltaNet (torch_" in message and "modeling_qwen3_5.py" in message
+
+
+def compile_a_model_with_loops() -> Any:
+    import logging
+
+    from hf_nanotron.models.sharding.parallelize import parallelize
+    from hf_nanotron.parallel.config import ParallelConfig
+    from hf_nanotron.parallel.mesh import ParallelMesh
+    from hf_nanotron.prepare import compile as under_test
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    under_test.logger.addHandler(handler)
+    model = parallelize(tiny_model("qwen3_5_text"), ParallelMesh(ParallelConfig()))
+    under_test.compile_layers(model, "aot_eager", None)
+    under_test.logger.removeHandler(handler)
+    parts = {
+        type(m).__name__ for m in model.modules() if isinstance(vars(m).get("forward"), under_test.CompiledForward)
+    }
+    return parts, messages

@@ -12,14 +12,21 @@ import torch
 from torch import nn
 from torch._dynamo import lookup_backend
 from torch._inductor import list_mode_options
+from transformers.utils import logging
 
 from ..models.base import ParallelModel
 from ..models.stand_ins import AbsentLayer
 from ..models.stock.anatomy import blocks_of
 from ..models.stock.families import WRITES_WEIGHTS
 from ..parallel.ep.experts import ParallelExperts
+from ..parallel.node import ranks_of_node
 from .checkpointing_switches import SWITCH
+from .compile_cache import one_at_a_time, share_threads
+from .compile_limit import bounded
 from .compile_passes import Backend, rewriting
+from .token_loops import modules_with_loops
+
+logger = logging.get_logger(__name__)
 
 # What is handed to an operator stays as it is, for as long as somebody holds it.
 KEEPING = {"allow_buffer_reuse": False, "inplace_buffers": False}
@@ -49,11 +56,19 @@ def compile_layers(
 
     A layer is compiled whole where nothing happens between its blocks; else its blocks are, one by one, and hooks at
     their borders (communication, records of routers) stay outside. Layers of one kind share their graphs. Evaluation
-    and generation, whose shapes change, run the stock forward. Experts are not compiled, shared experts are.
+    and generation, whose shapes change, run the stock forward. Experts are not compiled, shared experts are. Neither
+    is a block that loops over tokens in Python, or one whose graph is too large; the log says so.
     """
     keeps_operands = model.parallel.overlaps_tp(model.mesh.device) or model.parallel.splits_backward
-    chosen = backend_of(backend, mode, keeps_operands)
-    for part in compiled_parts(model, recomputed):
+    chosen = backend_of(backend, mode, keeps_operands, model.mesh.pp_rank)
+    share_threads(ranks_of_node())
+    parts, loops = divide(compiled_parts(model, recomputed))
+    if loops and model.mesh.rank == 0:
+        logger.warning(
+            "torch_compile: blocks with a loop over tokens in Python stay as they are, since a compiler would unroll "
+            "it: " + "; ".join(f"{name} ({where})" for name, where in sorted(loops.items()))
+        )
+    for part in parts:
         compiled = torch.compile(part.forward, backend=chosen)
         part.forward = CompiledForward(part, compiled, part.forward)
     model.decorations.add("compiled layers", restore_layers)
@@ -69,10 +84,11 @@ def restore_layers(model: ParallelModel) -> None:
 
 
 @functools.cache  # compiled code is kept by its backend: another object would have everything compiled anew
-def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
+def backend_of(name: str, mode: str | None, keeps_operands: bool, pp_rank: int = 0) -> Backend:
     """The backend `name` of `torch.compile`, behind the changes that we make to graphs (`rewriting`).
 
-    `keeps_operands`: an operator may keep its inputs after it returns, for a deferred weight gradient.
+    `keeps_operands`: an operator may keep its inputs after it returns, for a deferred weight gradient. `pp_rank`: of
+    this rank; it takes turns with ranks that run the same program, see `one_at_a_time`.
     """
     backend: Any = lookup_backend(name)
     if name == "inductor":
@@ -83,7 +99,8 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool) -> Backend:
             "of deferred weight gradients; use 'inductor' or 'aot_eager', or pp_schedule='1f1b' and "
             "tp_overlap=False."
         )
-    return rewriting(backend)
+    backend = rewriting(backend)
+    return bounded(one_at_a_time(backend, f"pp{pp_rank}") if name == "inductor" else backend)
 
 
 def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:
@@ -103,15 +120,23 @@ def compiled_parts(model: ParallelModel, recomputed: Collection[int] = frozenset
     ]
 
 
+def divide(parts: list[nn.Module]) -> tuple[list[nn.Module], dict[str, str]]:
+    """Those of `parts` without a loop over tokens, and where the others have one, by class."""
+    loops = {part: modules_with_loops(part) for part in parts}
+    without = [part for part in parts if not loops[part]]
+    return without, {type(module).__name__: where for found in loops.values() for module, where in found.items()}
+
+
 def parts_of(layer: nn.Module, recomputes: bool) -> list[nn.Module]:
-    """A decoder layer without a hook or experts inside is one part, else it is several.
+    """A decoder layer without a hook, experts or a loop over tokens inside is one part, else it is several.
 
     One that recomputes activations and writes to its weights is several, too.
     """
     parts = [layer]
     inside = [module for module in layer.modules() if module is not layer]
     writes = recomputes and any(cls.__name__ in WRITES_WEIGHTS for module in inside for cls in type(module).__mro__)
-    if writes or any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside):
+    several = writes or any(_has_hooks(module) or isinstance(module, ParallelExperts) for module in inside)
+    if several or modules_with_loops(layer):
         parts = [part for block in blocks_of(layer).values() for part in _around_experts(block)]
     return [part for part in parts if any(True for _ in part.parameters())]
 

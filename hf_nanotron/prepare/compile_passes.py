@@ -28,24 +28,26 @@ def roll_halves(graph_module: fx.GraphModule) -> None:
     """Compute `cat(-x[..., h:], x[..., :h])` of rotary embeddings as a rotation of `x` times signs, in place.
 
     The same numbers. Its gradient is one read at another place, where that of the slices is a sum of filled-up halves.
+    Torch's own functions alone are put in: a graph with others is not taken from the cache of compiled code.
     """
     graph = graph_module.graph
     for node in graph.nodes:
         x = _rotated(node)
         if x is None:
             continue
-        half = x.meta["example_value"].shape[-1] // 2
+        example = x.meta["example_value"]
+        width, device = example.shape[-1], example.device
         with graph.inserting_before(node):
-            rolled = graph.call_function(torch.roll, (x, half, -1))
-            rotated = graph.call_function(_negate_first, (rolled, half))
+            rolled = graph.call_function(torch.roll, (x, width // 2, -1))
+            place = graph.call_function(torch.arange, (width,), {"device": device})
+            is_first = graph.call_function(torch.lt, (place, width // 2))
+            negated = graph.call_function(torch.neg, (rolled,))
+            rotated = graph.call_function(torch.where, (is_first, negated, rolled))
+        rotated.meta["example_value"] = node.meta["example_value"]
         node.replace_all_uses_with(rotated)
         graph.erase_node(node)  # what it read is left to the compiler, which knows what has effects
     graph.lint()
     graph_module.recompile()
-
-
-def _negate_first(x: torch.Tensor, half: int) -> torch.Tensor:
-    return torch.where(torch.arange(x.shape[-1], device=x.device) < half, -x, x)
 
 
 def _rotated(node: Any) -> Any:
@@ -64,7 +66,8 @@ def _rotated(node: Any) -> Any:
         return None
     width = low[0].meta["example_value"].shape[-1]
     halves = (slice(None, width // 2), slice(width // 2, None))
-    return low[0] if width % 2 == 0 and (low[1], high[1]) == halves else None
+    known = isinstance(width, int) and width % 2 == 0
+    return low[0] if known and (low[1], high[1]) == halves else None
 
 
 def _last_slice(node: Any) -> tuple[Any, slice] | None:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..arguments.policy import as_mapping
 from ..arguments.recompute import RecomputationArguments, layer_numbers, recomputes
 from ..models.base import ParallelModel
+from ..models.stock.mixer_kernels import kernels_of
 from ..optim.offload import StateOnHost
 from ..parallel.together import together
 from .attention import choose_attention
@@ -88,7 +89,7 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
         state.attention, chosen = together(mesh, "sharing rows among ranks (cp_size)", choose)
     else:
         state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
-    logger.info(chosen)
+    logger.info("; ".join((chosen, *kernels_of(model.anatomy))))
     model.training_loss.z_loss = args.z_loss_coefficient
     together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))
     return state

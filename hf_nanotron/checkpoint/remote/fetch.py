@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
+from ...parallel.node import rank_on_node
 from ...parallel.together import together, together_for_long
 from ..directory.retention import newest, run_at_hand, step_of
 from ..directory.runs import Run, latest, run_of, write_record
@@ -306,8 +306,7 @@ def fetch_newest_together(mesh: ParallelMesh, store: RemoteStore, output_dir: St
             seen.touch()
 
     together(mesh, what, leave_trace)
-    is_first = PartialState().local_process_index == 0
-    fetches = mesh.rank == 0 or (is_first and not seen.exists())
+    fetches = mesh.rank == 0 or (rank_on_node() == 0 and not seen.exists())
     together(mesh, what, lambda: None)
     if mesh.rank == 0:
         seen.unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""Processes that share a cache folder compile a graph one after another, until one of them has; none waits for ever."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from family_runs import tiny_model
+from pool import WorkerPool
+
+from hf_nanotron.models.stock.anatomy import dissect
+from hf_nanotron.parallel import node
+from hf_nanotron.prepare import compile_cache
+from hf_nanotron.prepare.compile import backend_of
+from hf_nanotron.prepare.compile_cache import FOLDER, share_threads, turn
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def compile_once(record: Path, seconds: float, dies: bool = False) -> None:
+    with turn("graph", patience=30):
+        with record.open("a") as file:
+            file.write(f"begin {os.getpid()}\n")
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(seconds)
+        with record.open("a") as file:
+            file.write(f"end {os.getpid()}\n")
+
+
+def start(*arguments: object) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=compile_once, args=arguments)
+    process.start()
+    return process
+
+
+def test_one_compiles_and_the_others_follow_at_once(folder: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    processes = [start(record, 0.5) for _ in range(4)]
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    events = [line.split()[0] for line in record.read_text().splitlines()]
+    assert events[:2] == ["begin", "end"]  # nobody else has begun before the first was done
+    assert events.count("begin") == events.count("end") == 4
+    assert events[2:5].count("begin") >= 2  # and then they do not take turns any more
+    assert {path.name for path in folder.iterdir()} == {FOLDER}  # nothing is written elsewhere
+
+
+def test_a_rank_that_dies_while_it_compiles_holds_nobody_up(folder: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    first = start(record, 0.0, True)
+    first.join(30)
+    assert first.exitcode == -signal.SIGKILL
+    begun = time.monotonic()
+    second = start(record, 0.0)
+    second.join(30)
+    assert second.exitcode == 0 and time.monotonic() - begun < 10
+    assert (folder / FOLDER / "graph.done").exists()
+
+
+def test_patience_ends(folder: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "record", 5.0)
+    while not (tmp_path / "record").exists():
+        time.sleep(0.02)
+    begun = time.monotonic()
+    with turn("graph", patience=0.2):
+        assert 0.1 < time.monotonic() - begun < 3
+    process.terminate()
+    process.join(30)
+
+
+def test_without_a_folder_it_compiles_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    reached = False
+    with turn("graph"):
+        reached = True
+    assert reached
+
+
+def test_what_fails_is_not_marked_as_done(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), turn("graph"):
+        raise ZeroDivisionError
+    assert not (folder / FOLDER / "graph.done").exists()
+    with turn("graph", patience=1):  # and the lock is free
+        pass
+    assert (folder / FOLDER / "graph.done").exists()
+
+
+def test_names_differ_by_shape_and_device() -> None:
+    graph = torch.fx.symbolic_trace(lambda x: x.sin())
+    inputs = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, device="meta"), torch.zeros(2, 3).bfloat16()]
+    names = [compile_cache.name_of(graph, [x]) for x in inputs]
+    assert len(set(names)) == 4 and names[0] == compile_cache.name_of(graph, [torch.ones(2, 3)])
+
+
+@pytest.mark.parametrize(("ranks", "cpus", "threads"), [(8, 64, 8), (8, 4, 1), (1, 64, 32), (2, 128, 32)])
+def test_ranks_share_the_cpus(ranks: int, cpus: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    with torch._inductor.config.patch(compile_threads=32):
+        share_threads(ranks, cpus)
+        assert torch._inductor.config.compile_threads == threads
+
+
+def test_threads_that_were_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "16")
+    with torch._inductor.config.patch(compile_threads=16):
+        share_threads(8, 8)
+        assert torch._inductor.config.compile_threads == 16
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_without_a_cache_nobody_waits(disabled: bool, folder: Path) -> None:
+    backend = compile_cache.one_at_a_time(lambda graph, inputs: graph, "pp0")
+    with torch._inductor.config.patch(force_disable_caches=disabled, fx_graph_cache=True):
+        backend(torch.fx.symbolic_trace(lambda x: x.sin()), [torch.zeros(2)])
+    marks = [path.name for path in (folder / FOLDER).glob("pp0-*.done")]
+    assert len(marks) == (0 if disabled else 1)
+
+
+@pytest.mark.full_matrix
+def test_ranks_take_compiled_code_from_each_other(pool: WorkerPool, tmp_path: Path) -> None:
+    """By the compiler itself: one rank compiles forward and backward, the other takes both as they were traced."""
+    first, second = sorted(pool.run(2, compile_a_layer, str(tmp_path / "cache")))
+    assert (first, second) == ((0, 1), (1, 0))
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+
+
+def compile_a_layer(folder: str) -> tuple[int, int]:
+    """Graphs whose traced forward and backward came from the cache, and those that did not."""
+    from torch._dynamo.utils import counters
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model("llama").train()
+    _, layer = dissect(model).numbered_layers()[0]
+    layer.forward = torch.compile(layer.forward, backend=backend_of("inductor", None, False))
+    model(torch.arange(8)[None], use_cache=False).logits.sum().backward()
+    found = counters["aot_autograd"]
+    return found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "local", "number"),
+    [
+        ({"RANK": "5", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "1"}, 0, 1),  # --virtual-local-rank
+        ({"RANK": "4", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0"}, 0, 0),
+        ({"RANK": "5", "LOCAL_WORLD_SIZE": "4"}, 1, 1),
+        ({"RANK": "4", "LOCAL_WORLD_SIZE": "8"}, 0, 0),  # a node of four before one of eight
+        ({}, 0, 0),
+    ],
+)
+def test_ranks_know_their_number_on_the_node(
+    variables: dict[str, str], local: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(node, "PartialState", lambda: argparse.Namespace(local_process_index=local))
+    assert node.rank_on_node() == number
