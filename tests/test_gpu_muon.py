@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_nanotron.ops.kernels.symmetric import quack_kernel, supports, symmetric_product
 from hf_nanotron.ops.newton_schulz import COEFFICIENTS, orthogonalize
 from hf_nanotron.optim.muon import Muon
 
@@ -74,3 +75,34 @@ def test_it_is_torchs() -> None:
         reference.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "inner"), [(512, 256), (1000, 72), (640, 2048)])
+def test_half_of_a_symmetric_product(dtype: torch.dtype, size: int, inner: int) -> None:
+    """Of rows and of columns, and a polynomial of it: as in fp64, and the same above the diagonal as below."""
+    if quack_kernel() is None:
+        pytest.skip("needs quack, and a GPU that it is for")
+    generator = torch.Generator(DEVICE).manual_seed(size)
+    epsilon = torch.finfo(dtype).eps
+    for is_tall in (False, True):
+        shape = (3, inner, size) if is_tall else (3, size, inner)
+        x = (torch.randn(shape, generator=generator, device=DEVICE) / inner**0.5).to(dtype)
+        a, b = (x.mT, x) if is_tall else (x, x.mT)
+        assert supports(a, b)
+        gram = symmetric_product(a, b)
+        assert torch.equal(gram, gram.mT)
+        expected = a.double() @ b.double()
+        assert (gram.double() - expected).norm() < epsilon * expected.norm()
+        found = symmetric_product(gram, gram, gram, alpha=2.0, beta=-4.75, diagonal=3.5)
+        exact = gram.double()
+        expected = 2.0 * exact @ exact - 4.75 * exact + 3.5 * torch.eye(size, device=DEVICE)
+        assert torch.equal(found, found.mT)
+        assert (found.double() - expected).norm() < 2 * epsilon * expected.norm()
+
+
+def test_what_the_kernel_is_not_for() -> None:
+    x = torch.zeros(2, 1024, 512, device=DEVICE, dtype=torch.bfloat16)
+    unaligned, small, fp32 = x[:, :, :510].contiguous(), x[:, :64].contiguous(), x.float()
+    cut = x[:, :, 1:505]
+    assert not any(supports(one, one.mT) for one in (unaligned, small, fp32, cut))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.monitor.memory import MemoryReport
+from hf_nanotron.ops import host_memory
 from hf_nanotron.ops.host_buffers import HostBuffer
 from hf_nanotron.optim.adamw import AdamW
 from hf_nanotron.optim.offload import StateOnHost
@@ -294,3 +296,60 @@ def test_an_optimizer_of_ones_own(pool: WorkerPool) -> None:
     with pytest.raises(JobError, match=r"optim_offload: Counting would step once for each part") as failed:
         pool.run(2, train_with_own, Counting)
     assert set(failed.value.kinds.values()) == {"ValueError"}
+
+
+# ---- The host's memory -----------------------------------------------------------------------------------------
+
+
+def limited(folder: Path, available: int, limit: str) -> dict[str, Path]:
+    """Files that say so, with the kernel's names."""
+    group = folder / "cgroup" / "jobs" / "mine"
+    group.mkdir(parents=True)
+    (folder / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {available // 1024} kB\n")
+    (folder / "self").write_text("0::/jobs/mine\n")
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("5000\n")
+    (group.parent / "memory.max").write_text(limit)
+    (group.parent / "memory.current").write_text("6000\n")
+    (group.parent / "memory.stat").write_text("anon 3000\ninactive_file 2048\n")
+    return {"MEMINFO": folder / "meminfo", "GROUPS": folder / "cgroup", "GROUP": folder / "self"}
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 1 << 20), ("10240", 10240 - 6000 + 2048), ("100", 0)])
+def test_what_a_host_has_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int) -> None:
+    """The least of the host's and of all groups around this process; files in memory can go."""
+    for name, path in limited(tmp_path, 1 << 20, limit).items():
+        monkeypatch.setattr(host_memory, name, path)
+    assert host_memory.available_bytes() == expected
+    (tmp_path / "meminfo").unlink()
+    (tmp_path / "self").unlink()
+    assert host_memory.available_bytes() is None
+
+
+def test_a_host_that_lacks_the_memory_says_so_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = segments_of([100, 300, 50])
+    host = StateOnHost(segments, torch.device("cpu"), 1.0, part_elements=90)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(host_memory, "GROWTH_SECONDS", 0.0)
+    with pytest.raises(MemoryError, match=r"optim_offload: .*the host has 0.00 GiB left, and .* more are needed"):
+        host.reserve(2, torch.float32)
+
+
+def test_a_host_that_grows_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([0, 2**40, 2**40, 2**40, 2**40])
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: next(free))
+    monkeypatch.setattr(host_memory, "CHUNK", 4096)
+    pages = host_memory.make_pages(mmap(-1, 3 * 4096))
+    assert pages.numel() == 3 * 4096 and not pages.any()
+    assert len(list(free)) == 1, "each chunk asks once, and the first twice"
+
+
+def test_reserved_memory_is_what_the_state_gets() -> None:
+    segments = segments_of([100, 300, 50])
+    optimizer = AdamW([segment.master for segment in segments], state_dtype=torch.bfloat16)
+    host = StateOnHost(segments, torch.device("cpu"), 1.0, part_elements=90)
+    OptimizerLink(optimizer, Weights(segments), host)  # type: ignore[arg-type]
+    host.reserve(2, torch.bfloat16)
+    held = host.held
+    optimizer.step()
+    assert host.held == held and not host._reserved

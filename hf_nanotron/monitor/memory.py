@@ -72,14 +72,22 @@ class MemoryReport:
         return f"{' + '.join(parts)} = {self.total / 2**30:.2f} GiB{host}"
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[int, torch.dtype]:
+    """How many tensors of a parameter's size the optimizer's state has, zero for a class that is not in the table, and
+    their dtype.
+    """
+    tensors = STATE_TENSORS.get(type(optimizer).__name__, 0)
+    tensors += sum(bool(optimizer.defaults.get(name)) for name in ADDS_TENSOR if tensors or name == "momentum")
+    dtype: torch.dtype = getattr(optimizer, "state_dtype", torch.float32)
+    return tensors, dtype
+
+
 def moment_bytes(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> int:
     """Bytes of the optimizer's state tensors on this rank; zero for a class that is not in the table.
 
     An optimizer of matrices (`optim/matrix_optimizer.py`) has one fp32 tensor for matrices, and AdamW's for the rest.
     """
-    tensors = STATE_TENSORS.get(type(optimizer).__name__, 0)
-    tensors += sum(bool(optimizer.defaults.get(name)) for name in ADDS_TENSOR if tensors or name == "momentum")
-    dtype: torch.dtype = getattr(optimizer, "state_dtype", torch.float32)
+    tensors, dtype = state_tensors(optimizer)
     if any("kind" in group for group in optimizer.param_groups):
         sizes = [(group["kind"], sum(p.numel() for p in group["params"])) for group in optimizer.param_groups]
         each = {"matrix": 4, "adamw": STATE_TENSORS["AdamW"] * dtype.itemsize}

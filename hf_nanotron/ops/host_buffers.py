@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .host_memory import make_pages
+
 REMEDY = "offload fewer layers (activation_offload=0.5), shorten the sequence, or shard it over more ranks"
 
 
@@ -29,14 +31,14 @@ class HostBuffer:
         try:
             pages = max(1, -(-size // PAGESIZE)) * PAGESIZE
             memory = mmap(-1, pages, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-            self.bytes = torch.frombuffer(memory, dtype=torch.uint8)[:size]
+            self.bytes = make_pages(memory)[:size]
             if device.type == "cuda":
                 runtime: Any = torch.cuda.cudart()
                 code = runtime.cudaHostRegister(self.bytes.data_ptr(), pages, 0)
                 if int(code) != 0:
                     raise RuntimeError(f"cudaHostRegister returned {int(code)}")
                 self._pinned = True
-        except (OSError, RuntimeError) as error:
+        except (MemoryError, OSError, RuntimeError) as error:
             raise MemoryError(f"{str(error).splitlines()[0]}") from error
 
     copied: torch.cuda.Event | None

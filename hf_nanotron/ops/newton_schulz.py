@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from .kernels.symmetric import supports, symmetric_product
+
 # Jordan's: the slope at zero is as large as it can be, so five steps bring all but tiny singular values near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
@@ -26,7 +28,7 @@ def orthogonalize(
 
     The quintic iteration of Muon (Jordan et al. 2024), X <- aX + b(XX^T)X + c(XX^T)^2 X, from X divided by its
     Frobenius norm. On the CPU each is that of `torch.optim.Muon` to the last bit; on a GPU a batch is computed at once,
-    and long matrices in bfloat16 by `iterate_gram`.
+    long matrices in bfloat16 by `iterate_gram`, and half of what is symmetric (`ops/kernels/symmetric.py`).
 
     Args:
         matrices: `[count, rows, columns]`, in the dtype in which to compute. It may be overwritten.
@@ -56,18 +58,43 @@ def _iterate(x: torch.Tensor, steps: int, coefficients: tuple[float, float, floa
     return x
 
 
-def _normalized(x: torch.Tensor) -> torch.Tensor:
-    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    return x / norms.clamp(min=SMALLEST_NORM).to(x.dtype)
+def _normalized(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Each divided by its Frobenius norm; `x` may be overwritten where `dtype` is another one."""
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp_(min=SMALLEST_NORM)
+    if dtype is None or dtype == x.dtype:
+        return x / norms.to(x.dtype)
+    return x.mul_(norms.reciprocal_().to(x.dtype)).to(
+        dtype
+    )  # two passes that torch vectorizes are faster than one that casts
 
 
 def _iterate_batch(x: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
     a, b, c = coefficients
     x = _normalized(x)
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = symmetric(x, x.mT)
+        x = torch.baddbmm(x, symmetric(gram, gram, gram, alpha=c, beta=b), x, beta=a)
     return x
+
+
+def symmetric(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    diagonal: float = 0.0,
+) -> torch.Tensor:
+    """`alpha a b + beta c + diagonal I` of batches of matrices, which is symmetric but for rounding."""
+    if supports(a, b):
+        return symmetric_product(a, b, c, alpha=alpha, beta=beta, diagonal=diagonal)
+    product = torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+    if c is None and alpha != 1.0:
+        product.mul_(alpha)
+    if diagonal:
+        product.diagonal(dim1=1, dim2=2).add_(diagonal)
+    return product
 
 
 def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
@@ -82,16 +109,15 @@ def iterate_gram(x: torch.Tensor, steps: int, coefficients: tuple[float, float, 
     """
     a, b, c = coefficients
     is_tall = x.shape[1] > x.shape[2]
-    dtype, x = x.dtype, _normalized(x).to(torch.float16)
+    dtype, x = x.dtype, _normalized(x, torch.float16)
     parts = max(2, -(-steps // 3))
     for count in ((steps + part) // parts for part in range(parts)):
-        gram, product = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT), None
+        gram, product = symmetric(x.mT, x) if is_tall else symmetric(x, x.mT), None
         for step in range(count):
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            polynomial.diagonal(dim1=1, dim2=2).add_(a)
-            product = polynomial if product is None else torch.bmm(polynomial, product)
+            polynomial = symmetric(gram, gram, gram, alpha=c, beta=b, diagonal=a)
+            product = polynomial if product is None else symmetric(polynomial, product)
             if step + 1 < count:
-                gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
+                gram = symmetric(symmetric(polynomial, gram), polynomial)
         if product is not None:
             x = torch.bmm(x, product) if is_tall else torch.bmm(product, x)
     return x.to(dtype)

@@ -70,6 +70,7 @@ class StateOnHost:
     ) -> None:
         self.device, self.held = device, 0
         self._buffers: list[HostBuffer] = []  # which unpin what is dropped
+        self._reserved: list[HostBuffer] = []
         away, self._staying = _split(segments, fraction)
         self._parts = list(_parts(away, part_elements or PART_ELEMENTS[device.type]))
         on_gpu = device.type == "cuda"
@@ -94,6 +95,17 @@ class StateOnHost:
         """Bytes of the masters on the host."""
         away = (segment for part in self._parts for segment in part.segments if segment.weight is not None)
         return sum(segment.master.numel() * segment.master.element_size() for segment in away)
+
+    def reserve(self, tensors: int, dtype: torch.dtype) -> None:
+        """Take the memory of so many tensors of state for each segment now, before there is any: a host that lacks it
+        says so at the start, and the first step does not wait for it.
+
+        Raises:
+            MemoryError: as when one is made.
+        """
+        for part in self._parts:
+            for _ in range(tensors):
+                self._reserved.append(self._pin(_memory_of(part) * dtype.itemsize))
 
     def on_device(self, optimizer: torch.optim.Optimizer) -> Iterator[list[Segment]]:
         """All segments, part by part, each with its master and state on the device until the next is asked for."""
@@ -183,7 +195,7 @@ class StateOnHost:
     def _home(self, part: Part, kind: str, dtype: torch.dtype, index: int) -> torch.Tensor:
         """The host's memory for one segment of a part. A kind that is new gets memory for all of them."""
         if (kind, dtype) not in part.homes:
-            sizes = [-(-segment.master.numel() // ALIGNMENT) * ALIGNMENT for segment in part.segments]
+            sizes = [_aligned(segment) for segment in part.segments]
             memory = self._take(sum(sizes) * dtype.itemsize).view(dtype)
             pieces = memory.split(sizes)
             part.homes[kind, dtype] = [
@@ -192,6 +204,15 @@ class StateOnHost:
         return part.homes[kind, dtype][index]
 
     def _take(self, size: int) -> torch.Tensor:
+        reserved = next((buffer for buffer in self._reserved if buffer.size == size), None)
+        if reserved is None:
+            reserved = self._pin(size)
+        else:
+            self._reserved.remove(reserved)
+        self._buffers.append(reserved)
+        return reserved.bytes
+
+    def _pin(self, size: int) -> HostBuffer:
         try:
             buffer = HostBuffer(size, self.device)
         except MemoryError as error:
@@ -201,8 +222,16 @@ class StateOnHost:
                 "of it (optim_offload=0.5), use optim_state_dtype='bfloat16', or shard it over more ranks."
             ) from error
         self.held += size
-        self._buffers.append(buffer)
-        return buffer.bytes
+        return buffer
+
+
+def _aligned(segment: Segment) -> int:
+    """Elements that a segment takes of a buffer."""
+    return -(-segment.master.numel() // ALIGNMENT) * ALIGNMENT
+
+
+def _memory_of(part: Part) -> int:
+    return sum(_aligned(segment) for segment in part.segments)
 
 
 def _tensors(optimizer: torch.optim.Optimizer, segment: Segment) -> Iterable[tuple[str, torch.Tensor]]:

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from ..models.base import ParallelModel
+from ..monitor.memory import state_tensors
 from ..optim.build import adopt_optimizer, check_steps_by_parts
 from ..optim.ema import WeightAverage
 from ..optim.matrix_optimizer import MATRIX, MatrixOptimizer
 from ..optim.offload import StateOnHost
 from ..optim.optimizer_link import OptimizerLink
 from ..parallel.collectives import all_reduce
-from ..parallel.together import refuse_together
+from ..parallel.together import refuse_together, together
 from ..parallel.zero.matrix_plan import MatrixLayout
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
@@ -38,6 +39,8 @@ def link_optimizer(
     if link is None or link.optimizer is not optimizer or link.weights is not weights:
         if host is not None:
             check_steps_by_parts(type(optimizer))
+            tensors, dtype = state_tensors(optimizer)
+            together(model.mesh, "taking the host's memory", lambda: host.reserve(tensors, dtype))
         if isinstance(optimizer, MatrixOptimizer):
             attach_matrices(optimizer, model, weights)
         link = OptimizerLink(optimizer, weights, host)

@@ -15,7 +15,7 @@ from ..mesh import Group
 from ..shard_spec import Ranges
 from .matrix_plan import Batch, Held, MatrixLayout, Transfer, Unit, make_plan
 
-BATCH_ELEMENTS = 1 << 25  # of a batch, for each rank
+BATCH_ELEMENTS = 1 << 27  # of a batch, for each rank: eight matrices of 2,048 x 8,192, which fill a GPU
 
 
 class MatrixUpdate(Protocol):
@@ -239,7 +239,7 @@ class WholeMatrices:
                 relative = 1.0 if factor == factors[0] else factor / factors[0]
                 alike.setdefault((unit.group, matrices.shape[1:], relative), []).append((number, index, matrices))
         for (group, _, relative), members in alike.items():
-            stacked = torch.cat([matrices for _, _, matrices in members]) if len(members) > 1 else members[0][2]
+            stacked = _stacked([matrices for _, _, matrices in members])
             found = update.compute(group, stacked)
             if relative != 1.0:
                 found = found * relative
@@ -262,6 +262,20 @@ class WholeMatrices:
                 piece,
                 update.factor(unit.group, *unit.fans()[0]),
             )
+
+
+def _stacked(members: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[count, rows, columns]` of all members: a view where one follows the other in memory, as they have arrived."""
+    first, end = members[0], members[0].data_ptr()
+    for member in members:
+        if not member.is_contiguous() or member.data_ptr() != end:
+            return torch.cat(list(members))
+        end += member.nbytes
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        return torch.cat(list(members))
+    rows, columns = first.shape[1:]
+    return first.as_strided((sum(len(member) for member in members), rows, columns), (rows * columns, columns, 1))
 
 
 def _assembled(unit: Unit, pieces: Sequence[tuple[Transfer, torch.Tensor]]) -> torch.Tensor:
