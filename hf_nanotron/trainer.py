@@ -324,8 +324,7 @@ class NanotronTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Trainer's, from the cursor of the checkpoint on, and with flags that act on all ranks."""
-        is_subclass = type(self).__module__.partition(".")[0] != "hf_nanotron"
-        self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass)
+        self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass(self))
         self._data_order.begin_run(resume_from_checkpoint)
         self._domains = DomainLog(self.model, self.train_dataset, resume_from_checkpoint)
         if self.doremi is not None:
@@ -446,6 +445,7 @@ class NanotronTrainer(Trainer):
         assert self.optimizer is not None
         data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
+        self._checkpointer.reserve(self.model, self.weights, self.optimizer, self._average, not self.trains_adapters)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         together(self.mesh, "opening the reports", self._open_reports)
         return self.model, train_dataloader
@@ -495,6 +495,7 @@ class NanotronTrainer(Trainer):
         loader, checkpoint = kwargs["train_dataloader"], kwargs["resume_from_checkpoint"]
         self._flow.begin_epoch(self.control, self.state.global_step)
         self._windows.begin_epoch(loader)
+        self._checkpointer.hold()
         self._written.take()  # what callbacks wrote when the run or the epoch began
         with self._guard.filtering(), self._gradients.watching(self.mesh, self.callback_handler.callbacks):
             rest = self._data_order.begin_epoch(
@@ -544,7 +545,6 @@ class NanotronTrainer(Trainer):
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
         self._refuse_stray_call()
-        self._checkpointer.finish(wait=False)
         self._windows.before_micro_batch(inputs, self.state.global_step + 1)
         if self.args.include_num_input_tokens_seen != "no":  # Trainer communicates after each micro-batch
             self._windows.read_verdict()
@@ -695,7 +695,7 @@ class NanotronTrainer(Trainer):
         """Writes `checkpoint-N/` by all ranks, and commits it; with `async_save` the training goes on meanwhile."""
         args, step, checkpointer = self.args, self.state.global_step, self._checkpointer
         self._guard.refuse_to_save(f"checkpoint-{step}", step, None if args.save_only_model else self.optimizer)
-        together(self.mesh, "the save before", checkpointer.finish)
+        together(self.mesh, "the save before", lambda: checkpointer.finish_before(step))
         self.store_flos()
         self._domains.settle()
         folder = Path(self._get_output_dir(trial=trial))
@@ -712,6 +712,8 @@ class NanotronTrainer(Trainer):
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
         checkpointer.finish_save(save, self.state.best_model_checkpoint)
+        if self._link is None or self._link.compares or is_subclass(self):
+            checkpointer.hold_weights(self.weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a Hub repository, all ranks together (see `save_hub_model`)."""
@@ -995,7 +997,8 @@ class NanotronTrainer(Trainer):
         return loss_choice
 
     def _examine(self, window: list[Any]) -> None:
-        """Raises for a window that this rank has read and that cannot be trained on."""
+        """Raises for a window that this rank has read and that cannot be trained on, and for a save that has failed."""
+        self._checkpointer.finish(wait=False)
         self._domains.totals.only_named = self._loss_choice.is_own
         self._domains.totals.check(window)
         if self.doremi is not None:
@@ -1013,9 +1016,18 @@ class NanotronTrainer(Trainer):
         """Whether learning rates are those of the arguments."""
         return self._created_lr_scheduler and not is_overridden(self, "create_scheduler")
 
-    def _averaged(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _averaged(self, wanted: bool = True) -> Iterator[None]:
         """Around what the model is to do as the moving average of its weights, if there is one."""
-        return self._average.in_place() if self._average is not None and wanted else contextlib.nullcontext()
+        if self._average is None or not wanted:
+            yield
+            return
+        self._checkpointer.hold()
+        with self._average.in_place():
+            try:
+                yield
+            finally:
+                self._checkpointer.hold()
 
     def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         if self.optimizer_cls_and_kwargs is not None:
@@ -1032,6 +1044,7 @@ class NanotronTrainer(Trainer):
         compares = any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
         host = self.training_state.host
         self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, host, compares)
+        self._link.before_write = self._checkpointer.hold
         return self._link
 
     def _write_own_files(self, save: Save) -> None:
@@ -1128,6 +1141,11 @@ class NanotronTrainer(Trainer):
         self._domains = DomainLog(model, self.train_dataset)
         self._windows = WindowAgreement(self.window_check, self._guard, self._examine)
         self._evaluation = EvaluationRun(self.window_check, self.accelerator, model)
+
+
+def is_subclass(trainer: NanotronTrainer) -> bool:
+    """Whether a user has derived its class: it may do anything between the parts of a step."""
+    return type(trainer).__module__.partition(".")[0] != "hf_nanotron"
 
 
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -122,8 +122,9 @@ def run_with_a_full_disk(output: str, broken_rank: int, asynchronous: bool) -> N
 
 @pytest.mark.parametrize("broken_rank", [0, 1])
 def test_a_failed_background_save_ends_the_run(pool: WorkerPool, start: Path, broken_rank: int) -> None:
-    with pytest.raises(JobError, match=r"checkpoint-3 in the background failed.*No space left on device"):
+    with pytest.raises(JobError, match=r"checkpoint-3 in the background failed.*No space left on device") as error:
         pool.run(2, run_with_a_full_disk, str(start / "out"), broken_rank, True)
+    assert set(error.value.kinds) == {0, 1}
     assert not (start / "out" / "checkpoint-3" / "committed.json").exists()
 
 

@@ -14,12 +14,10 @@ from ...parallel.shard_spec import ShardSpec
 from ...parallel.together import together
 from ..hub.model import held_buffers, is_writer
 from ..hub.sharded_model import ShardedModel
-from .file import StatePiece
+from .file import BUFFER, StatePiece
 from .read import StoredState
 from .slices import Slice
 from .training_state import DIRECTORY
-
-BUFFER = "buffer"
 
 
 def buffer_piece(name: str, buffer: torch.Tensor) -> StatePiece:

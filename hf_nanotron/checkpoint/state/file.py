@@ -31,6 +31,7 @@ DIGEST = "pieces"  # in a file's own metadata: of where in their tensors its pie
 BLOCK_BYTES = 1 << 20  # of one checksum
 MASTER = "master"
 AVERAGE = "ema"
+BUFFER = "buffer"
 
 
 @dataclass
