@@ -35,7 +35,7 @@ from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.file import AVERAGE
-from .checkpoint.state.training_state import DIRECTORY, load_training_state
+from .checkpoint.state.training_state import load_training_state
 from .data.domain_column import domain_names
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
@@ -81,7 +81,14 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.batch_warmup import batch_metrics, with_batch_warmup
-from .training.checkpointer import Checkpointer, load_rest, load_weights, write_companions, write_trainer_state
+from .training.checkpointer import (
+    Checkpointer,
+    generator_files,
+    load_rest,
+    load_weights,
+    write_companions,
+    write_trainer_state,
+)
 from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
@@ -1056,7 +1063,7 @@ class NanotronTrainer(Trainer):
                 save, self.model, self.weights, self.optimizer, self.lr_scheduler, self._average, self.extra_state()
             )
             self._save_rng_state(str(save.directory))
-            (save.directory / DIRECTORY).mkdir(exist_ok=True)
+            save.files += generator_files(save.directory, self.mesh)
         if self.mesh.rank == 0:
             self._write_companions(save.directory)
             write_trainer_state(self.state, (*self.callback_handler.callbacks, self.control), save.directory)

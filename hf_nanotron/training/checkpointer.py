@@ -39,7 +39,7 @@ from ..checkpoint.hub.model import held_buffers, hub_bytes, load_hub_weights, wr
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
 from ..checkpoint.state.buffers import buffer_pieces, load_buffers
-from ..checkpoint.state.training_state import has_training_state, load_masters, state_pieces, state_values
+from ..checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, state_pieces, state_values
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
@@ -219,7 +219,14 @@ class Checkpointer:
         self._began = time.perf_counter()
         if self.args.async_save:
             self._host_copies().begin()
-        together(mesh, f"saving {directory}", lambda: begin(directory) if mesh.rank == 0 else None)
+
+        def make() -> None:
+            if mesh.rank == 0:
+                begin(directory)
+                if not self.args.save_only_model:
+                    (directory / DIRECTORY).mkdir(exist_ok=True)
+
+        together(mesh, f"saving {directory}", make)
         return Save(directory, step, self.args.ddp_timeout, run=self.run.to_dict())
 
     def write_model(self, save: Save, model: ParallelModel, with_weights: bool, folder: str = "") -> None:
@@ -366,6 +373,12 @@ def named_beginning(named: str | bool | None, output_dir: str | os.PathLike[str]
 # ---- small files ----
 
 
+def generator_files(directory: Path, mesh: ParallelMesh) -> list[Path]:
+    """Where Trainer has written the states of this rank's generators: this rank describes them, and rank 0 need not."""
+    name = "rng_state.pth" if mesh.world_size == 1 else f"rng_state_{mesh.rank}.pth"
+    return [path for path in [directory / name] if path.is_file()]
+
+
 def write_companions(args: NanotronTrainingArguments, tokenizer: Any, directory: Path) -> None:
     """Tokenizer, if there is one, and arguments, which are pickled without secrets."""
     if tokenizer is not None:
@@ -394,7 +407,8 @@ def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights)
         return
     trained = {segment.name for segment in weights.segments}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name not in trained]
-    if frozen:
+    has_frozen = all_reduce(torch.tensor(float(bool(frozen)), device=model.mesh.device), model.mesh.world)
+    if has_frozen:  # on another stage, too
         load_hub_weights(model, checkpoint, frozen)
 
 
