@@ -14,6 +14,7 @@ from counting_files import CountingFiles, times_read
 from family_runs import FAMILIES
 from pool import JobError, WorkerPool
 from test_gradients import stock_model
+from test_saving import run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
@@ -134,3 +135,41 @@ def test_what_one_rank_cannot_read_ends_the_load_on_all(pool: WorkerPool, tmp_pa
     with pytest.raises(JobError, match=r"model.safetensors cannot be read \(.*Input/output error") as error:
         pool.run(2, load_where_a_rank_cannot_read, str(tmp_path), broken_rank)
     assert error.value.kinds == {0: "ValueError", 1: "ValueError"}
+
+
+# ---- a resume ----
+
+
+def resume(output: str, overrides: dict[str, Any], step: int) -> tuple[Reads, dict[str, int], list[float]]:
+    """What this rank reads of a checkpoint that it resumes, its calls there, and the losses after it."""
+    checkpoint = f"{output}/checkpoint-{step}"
+    files = CountingFiles(checkpoint)
+    with files.counting():
+        losses, _ = run(output, {**overrides, "save_strategy": "no"}, checkpoint)
+    return files.reads, dict(files.calls), losses
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [(2, {"zero_stage": 0, "bf16": True, "ema_decay": 0.5}), (4, {"zero_stage": 1, "dp_replicate_size": 2})],
+    ids=["copies", "replicas"],
+)
+def test_a_resume_reads_each_byte_of_the_training_state_once(
+    pool: WorkerPool, tmp_path: Path, world: int, sizes: dict[str, Any], pytestconfig: pytest.Config
+) -> None:
+    """Ranks that hold copies of the same state get it from the one that reads it."""
+    if world > 2 and not pytestconfig.getoption("full_matrix"):
+        pytest.skip("with --full-matrix")
+    stock_model("llama").save_pretrained(tmp_path / "start")
+    sizes = {**sizes, "max_steps": 4, "save_steps": 2}
+    expected = pool.run(world, run, str(tmp_path / "out"), sizes)[0][0]
+    results = pool.run(world, resume, str(tmp_path / "out"), sizes, 2)
+    assert all(losses == expected[2:] for *_, losses in results)
+    folder = tmp_path / "out" / "checkpoint-2"
+    reads = [read for of_rank, *_ in results for read in of_rank]
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("training_state/*.safetensors")]
+    assert files
+    for file in files:
+        counts = times_read(folder, file, reads)
+        assert counts.min() == counts.max() == 1, file
+    assert not [file for file, *_ in reads if file.startswith("model")]  # the masters are in the training state

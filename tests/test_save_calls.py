@@ -48,9 +48,9 @@ def count(tmp_path: Path, world: int) -> tuple[Counter[str], Counter[str], int]:
             save.finish(SimpleNamespace(rank=rank, world_size=world))  # type: ignore[arg-type]
         most = max(most, files.calls, key=Counter.total)
     save = save_of(directory, 0, world)
+    (directory / "trainer_state.json").write_text("{}")
     with first.counting():
         save.finish(SimpleNamespace(rank=0, world_size=world))  # type: ignore[arg-type]
-    (directory / "trainer_state.json").write_text("{}")
     return most, first.calls, sum(path.is_file() for path in directory.rglob("*"))
 
 

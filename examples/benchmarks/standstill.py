@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 standstill.py --shape 1b --scratch /tmp/scratch --row zero_stage=1
 
 Loads a Hub checkpoint, trains with two saves on the way and one at the end, compares what the second checkpoint holds
-with the bits that the masters and the optimizer's state had when it was asked for, resumes from it, and compares losses.
-Prints one JSON line on rank 0. Every step is timed alone, on an idle device, so that nothing of a save hides in the step
-before. The disk holds two checkpoints at a time.
+with the bits that the masters and the optimizer's state had when it was asked for, resumes from it, and compares
+losses. Prints one JSON line on rank 0. Every step is timed alone, on an idle device, so that nothing of a save hides in
+the step before. The disk holds two checkpoints at a time.
 """
 
 import argparse

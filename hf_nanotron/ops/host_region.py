@@ -96,7 +96,8 @@ class HostRegion:
     def close(self) -> None:
         """Unpin it. Nothing is copied to it any more."""
         self._closed = True
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # which lets go of this last
+            self._thread.join()
         runtime: Any = torch.cuda.cudart() if self._pinned else None
         while self._pinned:
             runtime.cudaHostUnregister(self._pinned.pop())

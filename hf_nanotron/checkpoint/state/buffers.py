@@ -40,7 +40,7 @@ def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None
     def load() -> None:
         if not model.hub_layout.buffers:
             return
-        with StoredState(Path(directory) / DIRECTORY) as stored:
+        with StoredState(Path(directory) / DIRECTORY, checks_files=model.mesh.rank == 0) as stored:
             for name, buffer in held_buffers(model).items():
                 buffer.copy_(read_buffer(stored, name, tuple(buffer.shape)))
 
