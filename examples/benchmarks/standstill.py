@@ -62,6 +62,7 @@ class Clock(TrainerCallback):
         self.losses: list[float] = []
         self.sums: dict[int, Sums] = {}
         self.profile = cProfile.Profile() if profiles else None
+        self.unpinned: str | None = None  # why the host's memory is not pinned
         self._began, self._saved = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,6 +93,7 @@ class Clock(TrainerCallback):
         if self.profile is not None:
             self.profile.disable()
         self.stood_still.append(time.perf_counter() - self._began)
+        self.unpinned = self.trainer._checkpointer._copies.unpinned
 
     def _sums(self) -> Sums:
         found: Sums = {}
@@ -182,7 +184,7 @@ def run(cli: argparse.Namespace, source: str) -> dict[str, Any]:
         "stood_still_seconds": [round(largest(seconds), 3) for seconds in clock.stood_still],
         "next_step_longer_by_seconds": [round(largest(seconds), 3) for seconds in after],
         "differing_tensors": int(largest(wrong)),
-        "unpinned": None if trainer._checkpointer._copies is None else trainer._checkpointer._copies.unpinned,
+        "unpinned": clock.unpinned,
     }
     losses = clock.losses
     trainer.mesh.close()
