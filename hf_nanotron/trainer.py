@@ -1139,6 +1139,7 @@ class NanotronTrainer(Trainer):
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self.training_state = prepare_training(model, self.args)
         self.weights, self._average = self.training_state.weights, None
+        self.weights.before_write = self._checkpointer.hold
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
 from hf_nanotron.checkpoint.hub import read_once, weights as hub_weights
+from hf_nanotron.parallel.mesh import coordinates_in
 
 Reads = list[tuple[str, int, int]]
 
@@ -113,6 +115,38 @@ def test_rows_of_a_part_lie_where_it_says() -> None:
             assert rows.size == (rows.last - rows.first) * tensors[rows.name].row_bytes
         assert part.size <= 1024 + read_once.ALIGNMENT or len(part.rows) == 1
     assert all((counts == 1).all() for counts in seen.values())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tp_size": 8}, {"tp_size": 8, "pp_size": 4, "cp_size": 2, "dp_replicate_size": 4, "zero_stage": 1}],
+    ids=["tp8", "tp8 pp4 cp2, replicas"],
+)
+def test_a_thousand_ranks_take_turns(sizes: dict[str, Any]) -> None:
+    """In a round each rank of a stage reads once, and what it reads comes to all of them, once to each."""
+    world, parallel = 1024, ParallelConfig(**sizes)
+    copies, shard_size = parallel.weight_copies(world), parallel.shard_size(world)
+    stage = [coordinates_in(parallel, world, rank) for rank in range(world)]
+    stage = [here for here in stage if here.pp == parallel.pp_size - 1]
+    turns = [read_once.turn_of(here, parallel.cp_size, copies) for here in stage]
+    assert sorted(turns) == list(range(len(stage)))
+    peers = {"tp": lambda c: (c.replica, c.shard), "replica": lambda c: (c.tp, c.shard)}
+    peers["shard"] = lambda c: (c.tp, c.replica)
+    for turn in range(0, len(stage), 37):
+        reader = turns.index(turn)
+        has, got = {reader}, Counter({reader: 0})
+        for name in ("tp", "replica", "shard"):
+            members: dict[Any, list[int]] = {}
+            for number, here in enumerate(stage):
+                members.setdefault(peers[name](here), []).append(number)
+            for ranks in members.values():
+                sources = {dict(read_once.ways(turn, stage[r], copies, shard_size)).get(name) for r in ranks}
+                assert len(sources) == 1, "ranks of a group disagree on who sends"
+                if (source := sources.pop()) is not None:
+                    assert ranks[source] in has
+                    got.update(set(ranks) - {ranks[source]})
+                    has.update(ranks)
+        assert has == set(range(len(stage))) and max(got.values()) == 1
 
 
 def load_where_a_rank_cannot_read(source: str, broken_rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class HostRegion:
         self._memory = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to get, and to pin
+        if self._pins and hasattr(mmap, "MADV_DONTFORK"):  # a device would go on with pages that a fork has replaced
+            self._memory.madvise(mmap.MADV_DONTFORK)
+        self._process = os.getpid()
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._thread = threading.Thread(target=self._get_pages, name="host-memory")
         self._thread.start()
@@ -95,6 +99,8 @@ class HostRegion:
 
     def close(self) -> None:
         """Unpin it. Nothing is copied to it any more."""
+        if os.getpid() != self._process:  # a forked worker of a data loader
+            return
         self._closed = True
         if threading.current_thread() is not self._thread:  # which lets go of this last
             self._thread.join()

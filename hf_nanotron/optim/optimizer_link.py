@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.zero.segment import Segment, ShardedWeights
+from ..parallel.zero.segment import Segment, ShardedWeights, nothing
 from .ema import WeightAverage
 from .matrix_optimizer import MatrixOptimizer
 from .offload import StateOnHost
@@ -37,7 +37,7 @@ class OptimizerLink:
         self.overlap = self.skips_next = self.holds_gradients = self.compares = self._steps_parts = False
         self.number = 1
         self.average: WeightAverage | None = None
-        self.before_write: Callable[[], None] = _nothing
+        self.before_write: Callable[[], None] = nothing
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -128,9 +128,6 @@ class OptimizerLink:
             if not self.overlap:
                 self.weights.wait()
         self.skips_next = False
-
-
-def _nothing() -> None: ...
 
 
 def give_gradients(segments: Iterable[Segment]) -> None:

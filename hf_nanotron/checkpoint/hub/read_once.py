@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from ...parallel.mesh import Group, ParallelMesh
+from ...parallel.mesh import Coordinates, Group, ParallelMesh
 from ...parallel.shard_spec import ShardSpec
 from ...parallel.together import all_or_none
 from ..files.disk import check_length
@@ -111,6 +111,22 @@ def plan_parts(tensors: Mapping[str, StoredTensor], names: Iterable[str], most: 
     return parts
 
 
+def turn_of(here: Coordinates, cp_size: int, copies: int) -> int:
+    """When a rank of a stage reads, counted from the beginning of a round: first one of each of the `copies` of the
+    weights, which may be on other hosts.
+    """
+    return here.dp * cp_size + here.cp + here.tp * copies
+
+
+def ways(turn: int, here: Coordinates, copies: int, shard_size: int) -> list[tuple[str, int]]:
+    """The groups over which a rank takes part in handing on what was read in a turn, and who has it in each of them."""
+    tp, copy = divmod(turn, copies)
+    replica, shard = divmod(copy, shard_size)
+    found = [("tp", tp)] if (here.replica, here.shard) == (replica, shard) else []
+    found += [("replica", replica)] if here.shard == shard else []
+    return [*found, ("shard", shard)]
+
+
 class StageReader:
     """Reads a repository with the other ranks of this rank's pipeline stage.
 
@@ -124,8 +140,7 @@ class StageReader:
         self._file: tuple[str, int] | None = None  # the one that is open
         self._failure: Exception | None = None
         self._nonfinite = NonfiniteCount(str(directory))
-        # On every rank, in this order, before any of them is used by some ranks alone.
-        self._groups: tuple[Group, ...] = (mesh.tp, mesh.replica, mesh.shard)
+        self._groups: dict[str, Group] = {"tp": mesh.tp, "replica": mesh.replica, "shard": mesh.shard}
 
     def fill(self, targets: Iterable[Target]) -> None:
         """Fill the `targets` of this rank. All ranks of the job together; of a stage, in the same order.
@@ -139,18 +154,18 @@ class StageReader:
                 of_name.setdefault(name, []).append(target)
                 target.missing += self.contents.tensors[name].rows
         parts = plan_parts(self.contents.tensors, of_name, PART_BYTES)
-        mesh, tp = self.mesh, self.mesh.tp_size
+        mesh = self.mesh
         copies = mesh.dp_size * mesh.cp_size
-        mine = (mesh.dp_rank * mesh.cp_size + mesh.cp_rank) + mesh.tp_rank * copies  # the turn of this rank
+        mine = turn_of(mesh.coordinates, mesh.cp_size, copies)
         bar = logging.tqdm(total=len(parts), desc="Loading weights", unit="part", disable=mesh.rank != 0)
         with bar:
-            for start in range(0, len(parts), copies * tp):
-                turns = parts[start : start + copies * tp]
+            for start in range(0, len(parts), copies * mesh.tp_size):
+                turns = parts[start : start + copies * mesh.tp_size]
                 read = self._read(turns[mine]) if mine < len(turns) else None
                 for turn, part in enumerate(turns):
-                    rank_of_tp, copy = divmod(turn, copies)
                     data = read if read is not None and turn == mine else self._empty(part)
-                    self._hand_on(data, copy, rank_of_tp)
+                    for group, source in ways(turn, mesh.coordinates, copies, mesh.shard_size):
+                        _broadcast(data, self._groups[group], source)
                     for rows in part.rows:
                         values = self._values(rows, data)
                         for target in of_name[rows.name]:
@@ -177,18 +192,6 @@ class StageReader:
 
     def _empty(self, part: Part) -> torch.Tensor:
         return torch.empty(part.size, dtype=torch.uint8, device=self.mesh.device)
-
-    def _hand_on(self, data: torch.Tensor, copy: int, rank_of_tp: int) -> None:
-        """From tensor-parallel rank `rank_of_tp` of a copy of the weights to all ranks of the stage."""
-        mesh = self.mesh
-        replica, shard = divmod(copy, mesh.shard_size)
-        here = mesh.coordinates
-        tp, replicas, shards = self._groups
-        if (here.replica, here.shard) == (replica, shard):
-            _broadcast(data, tp, rank_of_tp)
-        if here.shard == shard:
-            _broadcast(data, replicas, replica)
-        _broadcast(data, shards, shard)
 
     # ---- files ----
 

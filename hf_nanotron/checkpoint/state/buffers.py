@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...parallel.shard_spec import ShardSpec
-from ...parallel.together import together
+from ...parallel.together import all_or_none
 from ..hub.model import held_buffers, is_writer
 from ..hub.sharded_model import ShardedModel
 from .file import BUFFER, StatePiece
@@ -44,7 +44,7 @@ def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None
             for name, buffer in held_buffers(model).items():
                 buffer.copy_(read_buffer(stored, name, tuple(buffer.shape)))
 
-    together(model.mesh, "loading the buffers", load)
+    all_or_none(model.mesh, "loading the buffers", load)
 
 
 def read_buffer(stored: StoredState, name: str, shape: tuple[int, ...]) -> torch.Tensor:

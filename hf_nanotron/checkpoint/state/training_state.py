@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...optim.ema import WeightAverage
 from ...parallel.mesh import Group, ParallelMesh
-from ...parallel.together import together
+from ...parallel.together import all_or_none
 from ...parallel.zero.buckets import is_owner
 from ...parallel.zero.segment import Segment
 from ..files.schema import VALUES, require
@@ -101,7 +101,7 @@ def load_training_state(
                 load_scheduler(scheduler, values["scheduler"], len(optimizer.param_groups), where)
             return values["extra"]
 
-    extra = together(mesh, "loading the training state", load)
+    extra = all_or_none(mesh, "loading the training state", load)
     hand_on(mesh, segments, optimizer, average)
     return extra
 
@@ -121,7 +121,7 @@ def load_masters(
             if average is not None:
                 fill_average(stored, average, run_values(stored)["extra"].get(AVERAGE), mesh.rank == 0, reads)
 
-    together(mesh, "loading the weights", load)
+    all_or_none(mesh, "loading the weights", load)
     hand_on(mesh, segments, None, average)
 
 
