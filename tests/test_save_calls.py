@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from counting_files import CountingFiles
@@ -28,7 +30,8 @@ def save_of(directory: Path, rank: int, world: int) -> Save:
     spec = ShardSpec("weight", (world, 4), 0, even_parts(world, world), rank)
     master = torch.full((4,), float(rank))
     generators = directory / f"rng_state_{rank}.pth"
-    torch.save({"python": (3, (0,), None), "numpy": (), "cpu": torch.get_rng_state()}, generators)
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(states, generators)
     save = Save(directory, 1, 5.0, files=[generators], values=VALUES)
     save.pieces = [StatePiece(spec, 0, 4, {MASTER: master}, {"step": 1})]
     return save
