@@ -61,6 +61,30 @@ def test_tensors_lie_side_by_side_in_a_region(monkeypatch: pytest.MonkeyPatch) -
     assert not region.holds(torch.zeros(3))
 
 
+def test_memory_that_the_host_does_not_pin_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of locked memory, say: what came before stays pinned, until the region goes."""
+    pinned: list[int] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            assert size == 4096
+            pinned.append(address)
+            return 0 if len(pinned) < 3 else 2
+
+        def cudaHostUnregister(self, address: int) -> None:
+            pinned.remove(address)
+
+    monkeypatch.setattr(host_region, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    region = HostRegion(20_000, torch.device("cuda", 0))
+    tensor = region.take(torch.Size([5000]), torch.float32)
+    assert tensor is not None and len(pinned) == 3 and tensor.sum() == 0
+    assert region.unpinned is not None and "returned 2 after 0.00 GiB" in region.unpinned
+    region.close()
+    assert len(pinned) == 1  # of the call that failed
+
+
 def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """If that is less; pages of files that nobody uses can be had, too."""
     whole = free_host_bytes()

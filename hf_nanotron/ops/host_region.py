@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 PIECE_BYTES = 64 << 20  # pinned by one call, during which the driver may keep other threads waiting
+PORTABLE = 1  # cudaHostRegisterPortable: for all devices of the process
 ALIGNMENT = 256  # bytes, of a tensor in the region
 LIMITS = Path("/sys/fs/cgroup")  # of this process's container, on Linux
 
@@ -28,6 +29,7 @@ class HostRegion:
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.unpinned = size, None
         self._pins, self._taken, self._ready = device.type == "cuda", 0, 0
+        self._device = device
         self._pinned: list[int] = []  # addresses
         self._closed = False
         self._grows = threading.Condition()
@@ -45,14 +47,17 @@ class HostRegion:
     unpinned: str | None
 
     def _get_pages(self) -> None:
-        runtime: Any = torch.cuda.cudart() if self._pins else None
+        runtime: Any = None
+        if self._pins:
+            torch.cuda.set_device(self._device)  # of this thread: it would take memory of the first GPU
+            runtime = torch.cuda.cudart()
         for start in range(0, len(self._bytes), PIECE_BYTES):
             if self._closed or not threading.main_thread().is_alive():
                 break
             piece = self._bytes[start : start + PIECE_BYTES]
             piece.zero_()
             if self._pins and self.unpinned is None:
-                code = int(runtime.cudaHostRegister(piece.data_ptr(), PIECE_BYTES, 0))
+                code = int(runtime.cudaHostRegister(piece.data_ptr(), PIECE_BYTES, PORTABLE))
                 if code == 0:
                     self._pinned.append(piece.data_ptr())
                 else:

@@ -280,7 +280,13 @@ class Checkpointer:
         """Write what is left, now or in the background, and commit. The `best` checkpoint is kept in any case."""
         save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
         if self.args.async_save:
-            save.copy_to_host(self._host_copies())
+            copies = self._host_copies()
+            save.copy_to_host(copies)
+            if copies.unpinned is not None:
+                logger.warning_once(
+                    f"async_save: not all host memory could be pinned ({copies.unpinned}), so training waits for copies. "
+                    "Raise the limit of locked memory (ulimit -l unlimited)."
+                )
             self.background.start(save, self.mesh)
             seconds = time.perf_counter() - self._began
             logger.info(

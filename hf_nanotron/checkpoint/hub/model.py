@@ -64,7 +64,8 @@ def load_hub_weights(
         if mesh.rank != 0:
             return None
         weights = HubWeights(directory)
-        return weights.contents(), _find_sources(model, weights)
+        sources = _find_sources(model, weights)
+        return weights.contents(), sources
 
     found = from_rank_0(mesh, all_or_none(mesh, f"looking into {directory}", look))
     assert found is not None
