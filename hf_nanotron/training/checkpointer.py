@@ -284,8 +284,8 @@ class Checkpointer:
             save.copy_to_host(copies)
             if copies.unpinned is not None:
                 logger.warning_once(
-                    f"async_save: not all host memory could be pinned ({copies.unpinned}), so training waits for copies. "
-                    "Raise the limit of locked memory (ulimit -l unlimited)."
+                    f"async_save: not all host memory could be pinned ({copies.unpinned}), so training waits for "
+                    "copies; raise the limit of locked memory (ulimit -l unlimited)."
                 )
             self.background.start(save, self.mesh)
             seconds = time.perf_counter() - self._began

@@ -89,7 +89,7 @@ class Save:
 class BackgroundSaveError(RuntimeError):
     """A checkpoint could not be written in the background."""
 
-    doing = "an asynchronous save"
+    failed = "an asynchronous save failed on rank"  # for the other ranks
 
 
 class BackgroundSave:
