@@ -171,6 +171,18 @@ def test_what_one_rank_cannot_read_ends_the_load_on_all(pool: WorkerPool, tmp_pa
     assert error.value.kinds == {0: "ValueError", 1: "ValueError"}
 
 
+def load_what_one_rank_does_not_see(source: str) -> None:
+    own = source if torch.distributed.get_rank() == 0 else f"{source}-elsewhere"
+    ParallelAuto.from_pretrained(own, parallel=ParallelConfig())
+
+
+def test_a_folder_that_one_rank_does_not_see_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(JobError, match=r"is a folder on 1 of 2 ranks, but not on rank 1 \(host ") as error:
+        pool.run(2, load_what_one_rank_does_not_see, str(tmp_path))
+    assert error.value.kinds == {0: "ValueError", 1: "ValueError"}
+
+
 # ---- a resume ----
 
 
