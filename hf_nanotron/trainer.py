@@ -35,7 +35,7 @@ from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.file import AVERAGE
-from .checkpoint.state.training_state import DIRECTORY, load_training_state
+from .checkpoint.state.training_state import load_training_state
 from .data.domain_column import domain_names
 from .data.loader import DataParallelLoader, FillerBatch
 from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
@@ -81,7 +81,14 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.batch_warmup import batch_metrics, with_batch_warmup
-from .training.checkpointer import Checkpointer, load_rest, load_weights, write_companions, write_trainer_state
+from .training.checkpointer import (
+    Checkpointer,
+    generator_files,
+    load_rest,
+    load_weights,
+    write_companions,
+    write_trainer_state,
+)
 from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
@@ -324,8 +331,7 @@ class NanotronTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Trainer's, from the cursor of the checkpoint on, and with flags that act on all ranks."""
-        is_subclass = type(self).__module__.partition(".")[0] != "hf_nanotron"
-        self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass)
+        self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass(self))
         self._data_order.begin_run(resume_from_checkpoint)
         self._domains = DomainLog(self.model, self.train_dataset, resume_from_checkpoint)
         if self.doremi is not None:
@@ -446,6 +452,7 @@ class NanotronTrainer(Trainer):
         assert self.optimizer is not None
         data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
+        self._checkpointer.reserve(self.model, self.weights, self.optimizer, self._average, not self.trains_adapters)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         together(self.mesh, "opening the reports", self._open_reports)
         return self.model, train_dataloader
@@ -495,6 +502,7 @@ class NanotronTrainer(Trainer):
         loader, checkpoint = kwargs["train_dataloader"], kwargs["resume_from_checkpoint"]
         self._flow.begin_epoch(self.control, self.state.global_step)
         self._windows.begin_epoch(loader)
+        self._checkpointer.hold()
         self._written.take()  # what callbacks wrote when the run or the epoch began
         with self._guard.filtering(), self._gradients.watching(self.mesh, self.callback_handler.callbacks):
             rest = self._data_order.begin_epoch(
@@ -544,7 +552,6 @@ class NanotronTrainer(Trainer):
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
         self._refuse_stray_call()
-        self._checkpointer.finish(wait=False)
         self._windows.before_micro_batch(inputs, self.state.global_step + 1)
         if self.args.include_num_input_tokens_seen != "no":  # Trainer communicates after each micro-batch
             self._windows.read_verdict()
@@ -695,7 +702,7 @@ class NanotronTrainer(Trainer):
         """Writes `checkpoint-N/` by all ranks, and commits it; with `async_save` the training goes on meanwhile."""
         args, step, checkpointer = self.args, self.state.global_step, self._checkpointer
         self._guard.refuse_to_save(f"checkpoint-{step}", step, None if args.save_only_model else self.optimizer)
-        together(self.mesh, "the save before", checkpointer.finish)
+        together(self.mesh, "the save before", lambda: checkpointer.finish_before(step))
         self.store_flos()
         self._domains.settle()
         folder = Path(self._get_output_dir(trial=trial))
@@ -712,6 +719,8 @@ class NanotronTrainer(Trainer):
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
         checkpointer.finish_save(save, self.state.best_model_checkpoint)
+        if self._link is None or self._link.compares or is_subclass(self):
+            checkpointer.hold_weights(self.weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a Hub repository, all ranks together (see `save_hub_model`)."""
@@ -995,7 +1004,8 @@ class NanotronTrainer(Trainer):
         return loss_choice
 
     def _examine(self, window: list[Any]) -> None:
-        """Raises for a window that this rank has read and that cannot be trained on."""
+        """Raises for a window that this rank has read and that cannot be trained on, and for a save that has failed."""
+        self._checkpointer.finish(wait=False)
         self._domains.totals.only_named = self._loss_choice.is_own
         self._domains.totals.check(window)
         if self.doremi is not None:
@@ -1013,9 +1023,18 @@ class NanotronTrainer(Trainer):
         """Whether learning rates are those of the arguments."""
         return self._created_lr_scheduler and not is_overridden(self, "create_scheduler")
 
-    def _averaged(self, wanted: bool = True) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _averaged(self, wanted: bool = True) -> Iterator[None]:
         """Around what the model is to do as the moving average of its weights, if there is one."""
-        return self._average.in_place() if self._average is not None and wanted else contextlib.nullcontext()
+        if self._average is None or not wanted:
+            yield
+            return
+        self._checkpointer.hold()
+        with self._average.in_place():
+            try:
+                yield
+            finally:
+                self._checkpointer.hold()
 
     def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         if self.optimizer_cls_and_kwargs is not None:
@@ -1032,6 +1051,7 @@ class NanotronTrainer(Trainer):
         compares = any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
         host = self.training_state.host
         self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, host, compares)
+        self._link.before_write = self._checkpointer.hold
         return self._link
 
     def _write_own_files(self, save: Save) -> None:
@@ -1043,7 +1063,7 @@ class NanotronTrainer(Trainer):
                 save, self.model, self.weights, self.optimizer, self.lr_scheduler, self._average, self.extra_state()
             )
             self._save_rng_state(str(save.directory))
-            (save.directory / DIRECTORY).mkdir(exist_ok=True)
+            save.files += generator_files(save.directory, self.mesh)
         if self.mesh.rank == 0:
             self._write_companions(save.directory)
             write_trainer_state(self.state, (*self.callback_handler.callbacks, self.control), save.directory)
@@ -1119,6 +1139,7 @@ class NanotronTrainer(Trainer):
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self.training_state = prepare_training(model, self.args)
         self.weights, self._average = self.training_state.weights, None
+        self.weights.before_write = self._checkpointer.hold
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")
@@ -1128,6 +1149,11 @@ class NanotronTrainer(Trainer):
         self._domains = DomainLog(model, self.train_dataset)
         self._windows = WindowAgreement(self.window_check, self._guard, self._examine)
         self._evaluation = EvaluationRun(self.window_check, self.accelerator, model)
+
+
+def is_subclass(trainer: NanotronTrainer) -> bool:
+    """Whether a user has derived its class: it may do anything between the parts of a step."""
+    return type(trainer).__module__.partition(".")[0] != "hf_nanotron"
 
 
 def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

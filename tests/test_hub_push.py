@@ -110,6 +110,11 @@ def check_training_run(
     repo_id, out = f"user/{name}", folder / "out"
     run_worker(hub, folder, "train", backend, repo_id, str(reader.start), str(out), str(tp), str(pp), processes=tp * pp)
 
+    paths = [path for method, path, _ in hub.requests if method == "GET" and repo_id in path]
+    if backend == "hf_nanotron":
+        assert sum(path.endswith("/model.safetensors") for path in paths) == (1 if pp == 1 else 0)
+        assert pp == 1 or sum("/model-00001-of" in path for path in paths) == 1
+        assert sum(path.endswith("/config.json") for path in paths) == 1
     commits = hub.commits(repo_id)
     assert [commit.title for commit in commits] == [
         "initial commit",
@@ -320,6 +325,10 @@ def train(backend: str, repo_id: str, start: str, out: str, tp: str, pp: str) ->
     )
     trainer.train()
     trainer.push_to_hub()
+    if sizes:
+        again = AutoModelForCausalLM.from_pretrained(repo_id, **parallel)  # by all ranks, out of one download
+        ours = dict(trainer.model.named_parameters())
+        assert all(torch.equal(weight, ours[name]) for name, weight in again.named_parameters())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,9 +30,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory import save as save_module
+from hf_nanotron.checkpoint.directory.host_copies import HostCopies
 from hf_nanotron.checkpoint.directory.retention import newest
 from hf_nanotron.checkpoint.directory.runs import RECORD
-from hf_nanotron.training import checkpointer
+from hf_nanotron.training import checkpointer, host_memory
 
 
 class At(TrainerCallback):
@@ -108,8 +111,48 @@ def run_with_writer(output: str, overrides: dict[str, Any], before: Callable[[in
 
 
 def run_with_a_slow_disk(output: str, overrides: dict[str, Any]) -> Any:
-    """Steps are taken while a save is being written: it must not see them."""
-    return run_with_writer(output, overrides, lambda rank: time.sleep(0.7))
+    """Steps are taken while a save is being copied and written: it must not see them."""
+    complete = HostCopies.complete
+
+    def complete_late(self: HostCopies) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.4)
+        complete(self)
+
+    with mock.patch.object(HostCopies, "complete", complete_late):
+        return run_with_writer(output, overrides, lambda rank: time.sleep(0.7))
+
+
+def run_with_a_save_each_step(output: str) -> list[str]:
+    """What rank 0 is told of saves that come before the one before them has ended."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    checkpointer.logger.addHandler(handler)
+    try:
+        run_with_a_slow_disk(output, {"async_save": True, "save_steps": 1, "max_steps": 2})
+    finally:
+        checkpointer.logger.removeHandler(handler)
+    return told
+
+
+def test_a_save_waits_for_the_one_before_and_says_so(pool: WorkerPool, start: Path) -> None:
+    told, others = pool.run(2, run_with_a_save_each_step, str(start / "out"))
+    assert [text for text in told if text.startswith("checkpoint-2 waits for checkpoint-1, whose writing began")]
+    assert not [text for text in others if " waits for " in text]
+    assert {path.name for path in (start / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def run_with_little_memory(output: str) -> None:
+    with mock.patch.object(host_memory, "free_host_bytes", lambda: 1000):
+        run(output, {"async_save": True})
+
+
+def test_copies_that_a_host_has_no_memory_for_are_refused(pool: WorkerPool, start: Path) -> None:
+    said = r"async_save=True: the 2 processes of host .* need .* GiB of host memory .* Save with async_save=False"
+    with pytest.raises(JobError, match=said) as error:
+        pool.run(2, run_with_little_memory, str(start / "out"))
+    assert error.value.kinds == {0: "ValueError", 1: "ValueError"}
 
 
 def run_with_a_full_disk(output: str, broken_rank: int, asynchronous: bool) -> None:
@@ -122,8 +165,9 @@ def run_with_a_full_disk(output: str, broken_rank: int, asynchronous: bool) -> N
 
 @pytest.mark.parametrize("broken_rank", [0, 1])
 def test_a_failed_background_save_ends_the_run(pool: WorkerPool, start: Path, broken_rank: int) -> None:
-    with pytest.raises(JobError, match=r"checkpoint-3 in the background failed.*No space left on device"):
+    with pytest.raises(JobError, match=r"checkpoint-3 in the background failed.*No space left on device") as error:
         pool.run(2, run_with_a_full_disk, str(start / "out"), broken_rank, True)
+    assert set(error.value.kinds) == {0, 1}
     assert not (start / "out" / "checkpoint-3" / "committed.json").exists()
 
 

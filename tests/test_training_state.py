@@ -460,6 +460,8 @@ def simulated_mesh(layout: Layout, rank: int, pp_size: int = 1, pp: int = 0, rep
         rank=0,
         world_size=1,
         world=Group((0,), 0, None),
+        replica=Group((0,), 0, None),
+        expert_replica=Group((0,), 0, None),
         device=torch.device("cpu"),
         parallel=Layout(1, 1),
     )

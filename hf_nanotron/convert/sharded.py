@@ -28,8 +28,8 @@ from ..checkpoint.hub.layout import HubLayout, HubSources, layout_of
 from ..checkpoint.hub.model import parse_size, plan_files, write_repository_weights
 from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ..checkpoint.hub.weights import HubWeights
-from ..checkpoint.state.buffers import BUFFER, buffer_piece, read_buffer
-from ..checkpoint.state.file import MASTER, StatePiece, clear, commit as commit_state, write_rank
+from ..checkpoint.state.buffers import buffer_piece, read_buffer
+from ..checkpoint.state.file import BUFFER, MASTER, StatePiece, clear, commit as commit_state, write_rank
 from ..checkpoint.state.read import StoredState
 from ..checkpoint.state.slices import Slice
 from ..checkpoint.state.training_state import DIRECTORY

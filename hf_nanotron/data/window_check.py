@@ -132,6 +132,7 @@ class PendingWindow:
             order=self.order,
             domains=has_domains(self.window),
             failure=None if self.failure is None else f"{type(self.failure).__name__}: {self.failure}",
+            failed=getattr(self.failure, "failed", FAILED),
         )
 
 
@@ -147,7 +148,10 @@ class WindowReport:
     order: int
     domains: bool
     failure: str | None
+    failed: str  # what has
 
+
+FAILED = "reading the data failed on rank"  # unless the exception has an attribute `failed` that says another thing
 
 WHY = (
     "Each rank runs the script and reads the data itself, and the ranks of a replica (its tensor-, context- and "
@@ -182,7 +186,7 @@ def on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def explain(reports: Sequence[WindowReport], where: str) -> Exception:
     """The error for windows of which ranks tell these `reports`, the same on every rank."""
     if failed := [report for report in reports if report.failure is not None]:
-        return RuntimeError(f"{where}: reading the data failed on rank {failed[0].rank}: {failed[0].failure}")
+        return RuntimeError(f"{where}: {failed[0].failed} {failed[0].rank}: {failed[0].failure}")
     for replica in sorted({report.replica for report in reports}):
         ranks = [report for report in reports if report.replica == replica]
         if different := [report for report in ranks[1:] if report.hashes != ranks[0].hashes]:

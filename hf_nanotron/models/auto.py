@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM as StockAutoModelForCausalLM,
@@ -16,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..checkpoint.hub.fetch import fetch_on_each_host, seen_by_all
 from ..checkpoint.hub.model import load_hub_weights
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
@@ -87,7 +87,8 @@ class AutoModelForCausalLM:
     ) -> ParallelModel:
         """A model with the weights of a Hub repository or a local directory in its format.
 
-        Each rank reads only the bytes of its own part, straight onto its device.
+        All ranks of the job together: each part of a file is read by one of them (`checkpoint/hub/read_once.py`),
+        and a repository is downloaded once for each host.
 
         Args:
             pretrained_model_name_or_path: Hub id or directory.
@@ -105,10 +106,12 @@ class AutoModelForCausalLM:
         source = {name: kwargs.pop(name) for name in DOWNLOAD_ARGUMENTS if name in kwargs}
         taken = [name for name in ("dtype", "attn_implementation") if name in kwargs]
         stock_arguments: dict[str, Any] = {name: kwargs.pop(name) for name in taken}
+        is_folder = seen_by_all(mesh, directory)
+        if not is_folder:
+            directory = fetch_on_each_host(mesh, str(pretrained_model_name_or_path), ["*.json", "*.py"], source)
+            _refuse_adapters(directory)
         if config is None:
-            config, kwargs = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **source, **kwargs
-            )
+            config, kwargs = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **kwargs)
         if kwargs:
             raise ValueError(
                 f"from_pretrained got unknown arguments {sorted(kwargs)}; it accepts "
@@ -116,13 +119,9 @@ class AutoModelForCausalLM:
             )
         if stock_arguments.get("dtype", "auto") == "auto":
             stock_arguments["dtype"] = config.dtype or torch.float32
-        if not directory.is_dir():
-            directory = Path(
-                snapshot_download(
-                    str(pretrained_model_name_or_path), allow_patterns=["*.safetensors", "*.json"], **source
-                )
-            )
-            _refuse_adapters(directory)
+        if not is_folder:
+            patterns = ["*.safetensors", "*.json", "*.py"]
+            directory = fetch_on_each_host(mesh, str(pretrained_model_name_or_path), patterns, source)
         model, stock = _build(config, mesh, stock_arguments)
         materialise(model, mesh.device)
         initialise(model, stock, seed=0, parameters=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+import mmap
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ class HostBuffer:
         self.size, self.copied = size, None
         self._pinned = False
         try:
-            pages = max(1, -(-size // PAGESIZE)) * PAGESIZE
-            memory = mmap(-1, pages, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+            pages = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+            memory = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.bytes = make_pages(memory)[:size]
             if device.type == "cuda":
+                if hasattr(mmap, "MADV_DONTFORK"):  # a device would go on with pages that a fork has replaced
+                    memory.madvise(mmap.MADV_DONTFORK)
                 runtime: Any = torch.cuda.cudart()
                 code = runtime.cudaHostRegister(self.bytes.data_ptr(), pages, 0)
                 if int(code) != 0:

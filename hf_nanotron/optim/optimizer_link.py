@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from ..parallel.zero.segment import Segment, ShardedWeights
+from ..parallel.zero.segment import Segment, ShardedWeights, nothing
 from .ema import WeightAverage
 from .matrix_optimizer import MatrixOptimizer
 from .offload import StateOnHost
@@ -27,6 +27,7 @@ class OptimizerLink:
         compares: read all weights before a step, to detect writes that move no version counter.
         number: of the optimizer step that is next, from 1.
         average: takes in the weights after each step, if there is one.
+        before_write: called before a step writes weights or state.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class OptimizerLink:
         self.overlap = self.skips_next = self.holds_gradients = self.compares = self._steps_parts = False
         self.number = 1
         self.average: WeightAverage | None = None
+        self.before_write: Callable[[], None] = nothing
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -92,6 +94,7 @@ class OptimizerLink:
     def _before(self, *_: Any) -> None:
         if self._steps_parts:
             return
+        self.before_write()
         self.weights.take_written(self.compares)
         if isinstance(self.optimizer, MatrixOptimizer):
             self.optimizer.skips_next = self.skips_next

@@ -64,6 +64,14 @@ def all_or_none(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def from_rank_0(mesh: ParallelMesh, value: T) -> T:
+    """The `value` of rank 0, on every rank. All ranks together."""
+    values = [value]
+    if mesh.world.size > 1:
+        dist.broadcast_object_list(values, src=mesh.world.ranks[0], group=mesh.world.handle)
+    return values[0]
+
+
 def on_first_rank(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
     """What `action` returns on rank 0, on every rank; it may take long. All ranks together.
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed import ReduceOp
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoint.directory.commit import begin
+from ..checkpoint.directory.host_copies import HostCopies, addresses
 from ..checkpoint.directory.retention import (
     any_together,
     check_together,
@@ -31,22 +35,24 @@ from ..checkpoint.directory.save import BackgroundSave, Save
 from ..checkpoint.directory.verify import STATE_INDEX
 from ..checkpoint.files.repository import AVERAGE_FOLDER
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
-from ..checkpoint.hub.model import load_hub_weights, write_hub_config, write_hub_weights
+from ..checkpoint.hub.model import held_buffers, hub_bytes, load_hub_weights, write_hub_config, write_hub_weights
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
 from ..checkpoint.state.buffers import buffer_pieces, load_buffers
-from ..checkpoint.state.training_state import has_training_state, load_masters, state_pieces, state_values
+from ..checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, state_pieces, state_values
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
-from ..parallel.together import together
+from ..parallel.together import refuse_together, together
 from ..parallel.zero.segment import ShardedWeights
 from ..redaction import redacted
 from ..training_args import NanotronTrainingArguments
+from .host_memory import shortage, state_bytes
 from .remote import RemoteUploads
 
 logger = logging.get_logger(__name__)
+MOST_FILE = "5GB"  # of the Hub's weights
 AUTO = "auto"  # as `resume_from_checkpoint`; `auto:PATH` for a run that begins at a checkpoint of another one
 
 
@@ -71,6 +77,8 @@ class Checkpointer:
         self.args, self._uploads, self._on_committed = args, uploads, on_committed
         self.run, self.was_told_to_stop = Run(), False
         self.background = BackgroundSave()
+        self._copies: HostCopies | None = None
+        self._began = 0.0  # the save at hand, in seconds of the host's clock
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
         self._lock = RunLock()
 
@@ -92,8 +100,10 @@ class Checkpointer:
             self._uploads.begin_run(self.run)
             yield source
         finally:
+            self.hold()
             if not self.background.is_busy:  # otherwise until it has written, and the process or the next run ends
                 self._lock.release()
+                self._copies = None
 
     def choose(self, named: str | bool | None) -> str | None:
         """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
@@ -151,6 +161,53 @@ class Checkpointer:
             kept = kept[paths.index(Path(besides).resolve()) + 1 :]
         return f"Resume from {kept[0]}" if kept else "There is no checkpoint before it: start again"
 
+    # ---- memory for copies ----
+
+    def reserve(
+        self,
+        model: ParallelModel,
+        weights: ShardedWeights,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        with_weights: bool,
+    ) -> None:
+        """Begin to get the host's memory that asynchronous saves copy to, and use again. All ranks together.
+
+        Args:
+            with_weights: a checkpoint has the Hub's files of the model.
+
+        Raises:
+            ValueError: on every rank, if a host does not have as much.
+        """
+        args = self.args
+        if not args.async_save or (args.save_strategy == "no" and not args.save_on_signal):
+            return
+        size = state_bytes(weights, optimizer, average, self.mesh)
+        if with_weights and args.save_hub_weights == "always":
+            size += hub_bytes(model, MOST_FILE) * (1 if average is None else 2)
+        copies = self._host_copies()
+        refuse_together(self.mesh, shortage(self.mesh, size - copies.reserved))
+        copies.reserve(size)
+        largest = int(all_reduce(torch.tensor(size, device=self.mesh.device), self.mesh.world, ReduceOp.MAX))
+        logger.info(
+            f"async_save: copies of a checkpoint take up to {largest / 2**30:.2f} GiB of host memory a process."
+        )
+
+    def _host_copies(self) -> HostCopies:
+        if self._copies is None or self._copies.device != self.mesh.device:
+            self._copies = HostCopies(self.mesh.device)
+        return self._copies
+
+    def hold(self) -> None:
+        """Weights or the optimizer's state are about to be written: a save has to have copied them."""
+        if self._copies is not None:
+            self._copies.hold()
+
+    def hold_weights(self, weights: ShardedWeights) -> None:
+        """A user's code may write to the model's weights, which may be the masters themselves."""
+        if self._copies is not None:
+            self._copies.hold(marked=all(segment.weight is not None for segment in weights.segments))
+
     # ---- saving ----
 
     def begin(self, folder: Path, step: int) -> Save | None:
@@ -159,12 +216,23 @@ class Checkpointer:
         if directory.resolve() in self._saved:  # at the end of an epoch, say, that is also a step to save at
             return None
         self._saved.add(directory.resolve())
-        together(mesh, f"saving {directory}", lambda: begin(directory) if mesh.rank == 0 else None)
+        self._began = time.perf_counter()
+        if self.args.async_save:
+            self._host_copies().begin()
+
+        def make() -> None:
+            if mesh.rank == 0:
+                begin(directory)
+                if not self.args.save_only_model:
+                    (directory / DIRECTORY).mkdir(exist_ok=True)
+
+        together(mesh, f"saving {directory}", make)
         return Save(directory, step, self.args.ddp_timeout, run=self.run.to_dict())
 
     def write_model(self, save: Save, model: ParallelModel, with_weights: bool, folder: str = "") -> None:
         """The Hub's files, in a folder of the checkpoint: weights now or, with `async_save`, as copies for later."""
         directory = save.directory / folder
+        in_use, changing = addresses(_in_use(model)), addresses(held_buffers(model).values())
         together(self.mesh, f"saving {directory}", lambda: write_hub_config(model, directory))
         if not with_weights:
             return
@@ -172,10 +240,10 @@ class Checkpointer:
 
         def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
             if self.args.async_save:
-                copies = [
-                    self.background.copies.of(f"{folder}/{entry.name}", tensor)
-                    for entry, tensor in zip(entries, tensors, strict=True)
-                ]
+                copies = []
+                for tensor in tensors:
+                    where = tensor.untyped_storage().data_ptr()
+                    copies.append(self._host_copies().of(tensor, where in changing, where not in in_use))
                 save.writes.append(partial(write_safetensors, path, entries, copies))
                 return
             try:
@@ -189,8 +257,10 @@ class Checkpointer:
             if errors:
                 raise errors[0]
 
-        save.files += write_hub_weights(model, directory, "5GB", write)
+        save.files += write_hub_weights(model, directory, MOST_FILE, write)
         together(self.mesh, f"saving {directory}", raise_error)
+        if self.args.async_save:
+            self._host_copies().mark()
 
     def add_training_state(
         self,
@@ -210,11 +280,30 @@ class Checkpointer:
         """Write what is left, now or in the background, and commit. The `best` checkpoint is kept in any case."""
         save.on_committed = partial(self._retain, keep=() if best is None else (Path(best),))
         if self.args.async_save:
-            save.copy_to_host(self.background.copies)
+            copies = self._host_copies()
+            save.copy_to_host(copies)
+            if copies.unpinned is not None:
+                logger.warning_once(
+                    f"async_save: not all host memory could be pinned ({copies.unpinned}), so training waits for "
+                    "copies; raise the limit of locked memory (ulimit -l unlimited)."
+                )
             self.background.start(save, self.mesh)
+            seconds = time.perf_counter() - self._began
+            logger.info(
+                f"{save.directory.name}: training stood still for {seconds:.2f} s, and goes on while it is saved."
+            )
         else:
             together(self.mesh, f"saving {save.directory}", lambda: save.finish(self.mesh))
             self._on_committed(save.directory)
+
+    def finish_before(self, step: int) -> None:
+        """Before the save of a step: the save before it has ended."""
+        if self.background.is_busy and self.mesh.rank == 0:
+            logger.warning(
+                f"{PREFIX_CHECKPOINT_DIR}-{step} waits for {self.background}: training stands still until it is "
+                "complete. If this comes often, save less often (save_steps)."
+            )
+        self.finish()
 
     def finish(self, wait: bool = True) -> None:
         """Take note of a background save that has ended."""
@@ -262,6 +351,12 @@ class Checkpointer:
         return is_there and is_part(self.run, checkpoint)
 
 
+def _in_use(model: ParallelModel) -> Iterator[torch.Tensor]:
+    """What the model holds: these tensors are not made for a save alone."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def named_beginning(named: str | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
     """The checkpoint at which a run begins that goes on from its own ones later: of `auto:PATH`, or a path alone.
 
@@ -282,6 +377,12 @@ def named_beginning(named: str | bool | None, output_dir: str | os.PathLike[str]
 
 
 # ---- small files ----
+
+
+def generator_files(directory: Path, mesh: ParallelMesh) -> list[Path]:
+    """Where Trainer has written the states of this rank's generators: this rank describes them, and rank 0 need not."""
+    name = "rng_state.pth" if mesh.world_size == 1 else f"rng_state_{mesh.rank}.pth"
+    return [path for path in [directory / name] if path.is_file()]
 
 
 def write_companions(args: NanotronTrainingArguments, tokenizer: Any, directory: Path) -> None:
@@ -312,7 +413,8 @@ def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights)
         return
     trained = {segment.name for segment in weights.segments}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name not in trained]
-    if frozen:
+    has_frozen = all_reduce(torch.tensor(float(bool(frozen)), device=model.mesh.device), model.mesh.world)
+    if has_frozen:  # on another stage, too
         load_hub_weights(model, checkpoint, frozen)
 
 

@@ -18,8 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
-from ..checkpoint.state.read import StoredState
-from ..checkpoint.state.training_state import DIRECTORY, run_values
+from ..checkpoint.state.training_state import DIRECTORY, saved_extra
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
 from ..data.loader import DataParallelLoader, Position, build_loader
@@ -399,7 +398,6 @@ def read_cursor(checkpoint: str) -> Cursor | None:
     folder = Path(checkpoint) / DIRECTORY
     if not folder.is_dir():
         return None
-    with StoredState(folder) as stored:
-        found = run_values(stored)["extra"].get(CURSOR)
+    found = saved_extra(checkpoint).get(CURSOR)
     known = {field.name for field in fields(Cursor)}
     return None if found is None else Cursor(**{key: value for key, value in found.items() if key in known})

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..checkpoint.state.read import StoredState
-from ..checkpoint.state.training_state import DIRECTORY, run_values
+from ..checkpoint.state.training_state import DIRECTORY, saved_extra
 from ..data.domain_column import check_column, domain_names
 from ..models.base import ParallelModel
 from ..models.training_loss import DomainSums
@@ -186,8 +185,7 @@ def read_tokens(checkpoint: str) -> dict[str, int]:
     folder = Path(checkpoint) / DIRECTORY
     if not folder.is_dir():
         return {}
-    with StoredState(folder) as stored:
-        found = run_values(stored)["extra"].get(DOMAINS, {"tokens": {}})
+    found = saved_extra(checkpoint).get(DOMAINS, {"tokens": {}})
     tokens = found.get("tokens") if isinstance(found, dict) else None
     if not isinstance(tokens, dict) or not all(type(n) is int and n >= 0 for n in tokens.values()):
         raise ValueError(f"{checkpoint}: `{DOMAINS}` of its training state holds no tokens by domain, but {found!r}.")

@@ -13,8 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint.state.read import StoredState
-from ..checkpoint.state.training_state import DIRECTORY, run_values
+from ..checkpoint.state.training_state import DIRECTORY, saved_extra
 from ..models.base import ParallelModel
 from ..models.training_loss import DomainSums
 from ..parallel.batch import DOMAIN
@@ -205,8 +204,7 @@ def _stored(checkpoint: str) -> Any:
     folder = Path(checkpoint) / DIRECTORY
     found = None
     if folder.is_dir():
-        with StoredState(folder) as stored:
-            found = run_values(stored)["extra"].get(DOREMI)
+        found = saved_extra(checkpoint).get(DOREMI)
     if found is None:
         raise ValueError(f"{checkpoint} was not written by a run with doremi, so it has no weights of domains.")
     return found

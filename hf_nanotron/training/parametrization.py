@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.state.read import StoredState
-from ..checkpoint.state.training_state import DIRECTORY, has_training_state, run_values
+from ..checkpoint.state.training_state import has_training_state, saved_run_values
 from ..models.base import ParallelModel
 from ..models.spectral.sizes import Spectral
 from ..optim.build import UpdateRule
@@ -67,8 +65,7 @@ def check_resumed(checkpoint: str, model: ParallelModel) -> None:
     """Refuse a training state that another parametrization, or one with another base, has written."""
     if not has_training_state(checkpoint):
         return
-    with StoredState(Path(checkpoint) / DIRECTORY) as stored:
-        values = run_values(stored)
+    values = saved_run_values(checkpoint)
     saved = values["extra"].get(PARAMETRIZATION)
     have = None if model.spectral is None else model.spectral.sizes.to_dict()
     if saved != have and values["optimizer"] is not None:

@@ -149,8 +149,8 @@ OURS: dict[str, Ours] = {
     "evaluation_loop": Ours(
         "joins results over data-parallel ranks alone", "`prediction_step`, `compute_metrics` or super()"
     ),
-    "_load_from_checkpoint": Ours("reads this rank's part of the weights", _RESUME),
-    "_load_best_model": Ours("reads this rank's part of the weights", _RESUME),
+    "_load_from_checkpoint": Ours("reads the weights, by all ranks together", _RESUME),
+    "_load_best_model": Ours("reads the weights, by all ranks together", _RESUME),
     "_load_optimizer_and_scheduler": Ours("reads this rank's part of the training state", _RESUME),
     "hyperparameter_search": Ours("refuses: trials run in one process", "one job for each trial"),
 }

@@ -36,6 +36,7 @@ from .own_files import (
     HIDDEN,
     HIDDEN_BEFORE,
     KEPT,
+    are_plain,
     delete_own,
     delete_trace,
     files_in,
@@ -142,19 +143,15 @@ def commit(directory: StrPath, world_size: int, step: int, timeout: float, run: 
     for rank in range(world_size):
         described = directory / WRITTEN / f"{_stem(rank)}.json"
         files |= require(DESCRIPTION, read_checked(described), described)["files"]
+    there = are_plain(directory)  # of which nothing has to be asked one by one: a directory may have many thousands
     for name, entry in files.items():
-        check_length(inside(directory, name, "a rank"), entry["bytes"], "a rank has described it")
+        path = directory / name if there.get(name) else inside(directory, name, "a rank")
+        check_length(path, entry["bytes"], "a rank has described it")
     kept = directory / WRITTEN / KEPT
     others = unchanged(directory, read_checked(kept)["files"]) if kept.exists() else set()
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if (
-            name not in files
-            and name not in others
-            and path.is_file()
-            and _is_listed(name)
-            and is_inside(directory, path)
-        ):
+    for name in sorted(there.keys() - files.keys() - others):
+        path = directory / name
+        if _is_listed(name) and (there[name] or (path.is_file() and is_inside(directory, path))):
             files[name] = _describe(directory, path)
     free = {name: _describe(directory, directory / name) for name in FREE if _is_new(directory / name, others)}
     if STATE_INDEX not in files and any(fnmatch(name, STATE_FILES) for name in files):

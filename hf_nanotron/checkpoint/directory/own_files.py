@@ -50,6 +50,19 @@ def files_in(directory: Path) -> Iterator[str]:
             yield Path(folder, name).relative_to(directory).as_posix()
 
 
+def are_plain(directory: Path, below: str = "") -> dict[str, bool]:
+    """Names as of `files_in` -> whether each is a file itself, no link. Lists folders, and looks at no file."""
+    found: dict[str, bool] = {}
+    with os.scandir(os.path.join(directory, below)) as entries:
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                found |= are_plain(directory, name)
+            else:
+                found[name] = entry.is_file(follow_symlinks=False)
+    return found
+
+
 def is_from_a_save(name: str) -> bool:
     """Whether a save may write a file of this name."""
     return re.fullmatch(_ANY, name) is not None

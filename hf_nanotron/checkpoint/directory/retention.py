@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
-from ...parallel.together import together
+from ...parallel.together import from_rank_0, together
 from ..files.disk import StrPath
 from .commit import clean, remove
 from .own_files import delete_trace
@@ -136,14 +136,6 @@ def any_together(mesh: ParallelMesh, output_dir: StrPath) -> bool:
         lambda: [path.name for path in candidates(output_dir) if not is_torn(path)] if mesh.rank == 0 else [],
     )
     return bool(from_rank_0(mesh, listed))
-
-
-def from_rank_0(mesh: ParallelMesh, value: T) -> T:
-    """The `value` of rank 0, on every rank. All ranks together."""
-    values = [value]
-    if mesh.world.handle is not None:
-        dist.broadcast_object_list(values, src=mesh.world.ranks[0], group=mesh.world.handle)
-    return values[0]
 
 
 def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, needs: Iterable[str] = ()) -> None:

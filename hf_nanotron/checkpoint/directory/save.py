@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from ...parallel.mesh import ParallelMesh
-from ..state.file import StatePiece, commit as commit_state, write_rank
+from ..state.file import BUFFER, StatePiece, commit as commit_state, write_rank
 from ..state.training_state import DIRECTORY
 from .commit import commit, describe, fail, wait_for_ranks
+from .host_copies import HostCopies
 
 
 @dataclass
@@ -34,18 +36,20 @@ class Save:
     # called on rank 0 with the directory, in the thread that has written it
     on_committed: Callable[[Path], None] | None = None
 
+    copies: HostCopies | None = None  # that have to be complete before anything is written
+
     def copy_to_host(self, copies: HostCopies) -> None:
-        """Make the training state independent of the training that goes on."""
+        """Make the training state independent of the training that goes on, as soon as `copies` are complete."""
         for index, piece in enumerate(self.pieces):
-            name = f"{piece.spec.name}|{piece.start}"
-            tensors = {kind: copies.of(f"{name}|{kind}", tensor) for kind, tensor in piece.tensors.items()}
+            changes = BUFFER in piece.tensors
+            tensors = {kind: copies.of(tensor, changes) for kind, tensor in piece.tensors.items()}
             scalars = {
-                kind: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+                kind: copies.of(value, changes=True) if isinstance(value, torch.Tensor) else value
                 for kind, value in piece.scalars.items()
             }
             self.pieces[index] = replace(piece, tensors=tensors, scalars=scalars)
         self.values = copy.deepcopy(self.values)
-        copies.wait()
+        self.copies = copies
 
     def finish(self, mesh: ParallelMesh) -> None:
         """Write, and on rank 0 commit when all ranks have written. Communicates through files alone.
@@ -53,6 +57,8 @@ class Save:
         A rank that fails raises its own error, and rank 0 learns of it: RuntimeError or TimeoutError there.
         """
         try:
+            if self.copies is not None:
+                self.copies.complete()
             self._write(mesh.rank)
             if mesh.rank == 0:
                 self._commit(mesh.world_size)
@@ -80,26 +86,10 @@ class Save:
         commit(self.directory, world_size, self.step, self.timeout, self.run)
 
 
-class HostCopies:
-    """Copies of tensors on the host, in memory that is kept from save to save.
+class BackgroundSaveError(RuntimeError):
+    """A checkpoint could not be written in the background."""
 
-    Memory that is new to the process costs more to get than to fill; pinned memory, for what lies on a GPU, much more.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[str, torch.Tensor] = {}
-
-    def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of `tensor`, complete after `wait`. The one made before under this name is overwritten."""
-        kept = self._memory.get(name)
-        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._memory[name] = kept
-        return kept.copy_(tensor.detach(), non_blocking=True)
-
-    def wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    failed = "an asynchronous save failed on rank"  # for the other ranks
 
 
 class BackgroundSave:
@@ -109,7 +99,7 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._directory: Path | None = None
-        self.copies = HostCopies()  # of one save at a time
+        self._began = 0.0
 
     def start(self, save: Save, mesh: ParallelMesh) -> None:
         """Begin writing `save`, after the one before has ended."""
@@ -121,7 +111,7 @@ class BackgroundSave:
             except BaseException as error:
                 self._error = error
 
-        self._directory = save.directory
+        self._directory, self._began = save.directory, time.monotonic()
         # Not a daemon: the interpreter waits for a checkpoint that is being written.
         self._thread = threading.Thread(target=run, name=f"save {save.directory.name}")
         self._thread.start()
@@ -130,6 +120,10 @@ class BackgroundSave:
     def is_busy(self) -> bool:
         """Whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    def __str__(self) -> str:
+        name = "" if self._directory is None else self._directory.name
+        return f"{name}, whose writing began {time.monotonic() - self._began:.1f} s ago"
 
     def poll(self) -> Path | None:
         """The directory of a save that has ended since the last call, None if there is none."""
@@ -145,7 +139,7 @@ class BackgroundSave:
         directory, error = self._directory, self._error
         self._thread = self._error = self._directory = None
         if error is not None:
-            raise RuntimeError(
+            raise BackgroundSaveError(
                 f"saving {directory} in the background failed: {type(error).__name__}: {error}. The checkpoints before "
                 "it are untouched."
             ) from error

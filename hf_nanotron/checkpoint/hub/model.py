@@ -6,6 +6,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -18,10 +20,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from ...parallel.mesh import Group
 from ...parallel.shard_spec import ShardSpec
+from ...parallel.together import all_or_none, from_rank_0
 from ..files.repository import WEIGHTS, unlink_links
 from ..files.safetensors_file import Entry, write_safetensors
-from .layout import Part
+from .contents import Contents
+from .layout import HubSources, Part
 from .nonfinite_tensors import warn_nonfinite
+from .read_once import StageReader, Target
 from .sharded_model import ShardedModel
 from .weights import HubWeights
 
@@ -30,39 +35,88 @@ logger = logging.get_logger(__name__)
 
 def load_hub_weights(
     model: ShardedModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
-) -> HubWeights:
-    """Fill `model` from a local Hub repository, each rank reading only the bytes of its own part.
+) -> int:
+    """Fill `model` from a local Hub repository. All ranks of the job together.
+
+    A single process reads the bytes of the model alone. Of several, each part of a file is read by one rank of a
+    pipeline stage, which hands it on to the others (see `read_once.py`).
 
     The repository may have any layout that transformers would load: the one it saves, that of older versions, or the
     model's own names and shapes. One that lacks a parameter, such as the head, is refused. A buffer that is not there
     keeps its value.
 
     Args:
-        parameters: names of those to fill; all of them, and the persistent buffers, if None.
+        parameters: names of those to fill, the same on all ranks of a stage; all of them, and the persistent buffers,
+            if None.
+
+    Returns:
+        Bytes of tensors that this rank has read.
 
     Raises:
-        ValueError: naming the missing or damaged file or the tensors that are missing or of another shape.
+        ValueError: on every rank, naming the missing or damaged file or the tensors that are missing or of another
+            shape.
     """
+    mesh, layout = model.mesh, model.hub_layout
+    if mesh.world_size == 1:
+        return _load_alone(model, directory, parameters)
+
+    def look() -> tuple[Contents, HubSources] | None:
+        if mesh.rank != 0:
+            return None
+        weights = HubWeights(directory)
+        sources = _find_sources(model, weights)
+        return weights.contents(), sources
+
+    found = from_rank_0(mesh, all_or_none(mesh, f"looking into {directory}", look))
+    assert found is not None
+    contents, sources = found
+    reader = StageReader(Path(directory), contents, mesh)
+    reader.fill(_targets(model, sources, parameters))
+    if parameters is None:
+        model.hub_layout = layout.after_loading(sources)
+    return reader.bytes_read
+
+
+def _targets(model: ShardedModel, sources: HubSources, parameters: Collection[str] | None) -> Iterator[Target]:
+    """What this rank fills: its part of parameters and, with all of them, whole buffers."""
+    layout, device = model.hub_layout, model.mesh.device
+    for name, spec in model.shard_specs.items():
+        if parameters is not None and name not in parameters:
+            continue
+        grids, own = sources.grids[layout.tied.get(spec.name, spec.name)], model.get_parameter(name).data
+        if model.weights is None and own.is_contiguous():
+            yield Target(spec, grids, partial(_same, own), _nothing)
+        else:
+            yield Target(spec, grids, partial(_empty, spec, device), partial(model.write_parameter, name))
+    for name, buffer in held_buffers(model).items() if parameters is None else ():
+        if name in sources.grids:
+            spec = ShardSpec(name, layout.shapes[name])
+            yield Target(spec, sources.grids[name], partial(_empty, spec, device), partial(_copy_to, buffer))
+
+
+def _same(tensor: torch.Tensor, _: torch.dtype) -> torch.Tensor:
+    return tensor
+
+
+def _nothing(_: torch.Tensor) -> None: ...
+
+
+def _empty(spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(spec.local_shape, dtype=dtype, device=device)
+
+
+def _copy_to(buffer: torch.Tensor, value: torch.Tensor) -> None:
+    buffer.copy_(value)
+
+
+def _load_alone(
+    model: ShardedModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
+) -> int:
+    """`load_hub_weights` of a single process."""
     weights, layout = HubWeights(directory), model.hub_layout
-    sources = weights.sources(layout)
-    missing = [name for name in sources.missing if name not in layout.buffers]
-    if missing:
-        raise ValueError(
-            f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
-        )
-    speaks = model.mesh.rank == 0
-    if (unused := sources.unused) and speaks:
-        logger.warning(
-            f"{directory}: ignoring tensors that the model does not have: {', '.join(unused[:5])} ({len(unused)})."
-        )
-    if len(sources.missing) > len(missing) and speaks:
-        logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
-    # Every rank checks every tensor: one that failed alone would leave the others waiting for it.
-    for name, grids in sources.grids.items():
-        weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
+    sources = _find_sources(model, weights)
     wanted = [item for item in model.shard_specs.items() if parameters is None or item[0] in parameters]
-    with logging.tqdm(wanted, desc="Loading weights", unit="tensor", disable=not speaks) as bar:
+    with logging.tqdm(wanted, desc="Loading weights", unit="tensor") as bar:
         for name, spec in bar:
             part = weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)])
             model.write_parameter(name, warn_nonfinite(name, part, str(directory)))
@@ -72,7 +126,28 @@ def load_hub_weights(
                 whole = ShardSpec(name, layout.shapes[name])
                 buffer.copy_(weights.read(whole, sources.grids[name], buffer.is_floating_point()))
         model.hub_layout = layout.after_loading(sources)
-    return weights
+    return weights.bytes_read
+
+
+def _find_sources(model: ShardedModel, weights: HubWeights) -> HubSources:
+    """Where the tensors of `model` are, each of which is checked; what is not used is said."""
+    directory, layout = weights.directory, model.hub_layout
+    sources = weights.sources(layout)
+    missing = [name for name in sources.missing if name not in layout.buffers]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
+        )
+    if unused := sources.unused:
+        logger.warning(
+            f"{directory}: ignoring tensors that the model does not have: {', '.join(unused[:5])} ({len(unused)})."
+        )
+    if len(sources.missing) > len(missing):
+        logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
+    for name, grids in sources.grids.items():
+        weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
+    return sources
 
 
 def save_hub_model(
@@ -83,9 +158,9 @@ def save_hub_model(
 ) -> None:
     """Write config, generation config and weights as a standard Hub repository. All ranks of the job together.
 
-    Every pipeline stage writes its own files, at the same time as the others; within a stage one rank writes, and the
-    tensor- and expert-parallel ranks send it their parts one tensor of the model at a time, which is the most it holds
-    besides the model (and one tensor of the file, where the two differ).
+    Every pipeline stage writes its own files, at the same time as the others; within a stage the files are dealt to its
+    ranks, and the tensor- and expert-parallel ranks send the one that writes their parts one tensor of the model at a
+    time, which is the most it holds besides the model (and one tensor of the file, where the two differ).
 
     Args:
         max_shard_size: largest file, bytes or a string such as `"5GB"`. A single larger tensor gets its own file.
@@ -127,26 +202,71 @@ def write_hub_weights(
     max_shard_size: str | int,
     write: Callable[[Path, list[Entry], Iterator[torch.Tensor]], None],
 ) -> list[Path]:
-    """Hand the weights to `write` file by file, on the ranks that write. All ranks together; returns this rank's."""
+    """Hand the weights to `write` file by file, each on the rank that writes it. All ranks together.
+
+    Returns the files of this rank.
+    """
     mesh, layout, written = model.mesh, model.hub_layout, []
-    owners = {name: _owner(model, part) for part in layout.parts for name in part.hub}
-    planned = layout.hub_dtypes(_planned_dtypes(model))
-    files = plan_files(layout.hub_shapes, owners, planned, parse_size(max_shard_size))
+    files, planned = _plan(model, max_shard_size)
     if mesh.rank == 0 and len(files) > 1:
-        _write_index(directory, files, layout.hub_shapes, planned, layout.numel)
+        names_of = {file.name: file.tensors for file in files}
+        _write_index(directory, names_of, layout.hub_shapes, planned, layout.numel)
         written.append(directory / SAFE_WEIGHTS_INDEX_NAME)
-    tensors = _arriving(model, [part for part in layout.parts if owners[part.hub[0]] == mesh.pp_rank])
-    if not is_writer(model):
+    dtypes = layout.hub_dtypes(_held_dtypes(model))
+    for file in files:
+        if file.stage != mesh.pp_rank:
+            continue
+        tensors = _arriving(model, file)
+        if file.writer == mesh.rank:
+            entries = [Entry(name, dtypes[name], layout.hub_shapes[name]) for name in file.tensors]
+            write(directory / file.name, entries, tensors)
+            written.append(directory / file.name)
         for _ in tensors:
             pass
-        return written
-    dtypes = layout.hub_dtypes(_held_dtypes(model))
-    for file_name, names in files.items():
-        if owners[names[0]] == mesh.pp_rank:
-            entries = [Entry(name, dtypes[name], layout.hub_shapes[name]) for name in names]
-            write(directory / file_name, entries, islice(tensors, len(names)))
-            written.append(directory / file_name)
     return written
+
+
+def hub_bytes(model: ShardedModel, max_shard_size: str | int) -> int:
+    """Bytes of the tensors in the files that this rank writes."""
+    (files, planned), shapes = _plan(model, max_shard_size), model.hub_layout.hub_shapes
+    mine = [name for file in files if file.writer == model.mesh.rank for name in file.tensors]
+    return sum(planned[name].itemsize * prod(shapes[name]) for name in mine)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of the Hub's weights.
+
+    Attributes:
+        tensors: in the order in which they are written.
+        stage: the pipeline rank that holds them.
+        writer: the rank of the job that writes them.
+    """
+
+    name: str
+    tensors: list[str]
+    stage: int
+    writer: int
+
+
+def _plan(model: ShardedModel, max_shard_size: str | int) -> tuple[list[HubFile], dict[str, torch.dtype]]:
+    """The files of a model, and the dtypes of the tensors in them. The same on every rank.
+
+    The files of a stage are dealt to its ranks: first to those with different copies of its weights, which may be on
+    other hosts, and then to the tensor-parallel ranks.
+    """
+    mesh, layout = model.mesh, model.hub_layout
+    owners = {name: _owner(model, part) for part in layout.parts for name in part.hub}
+    planned = layout.hub_dtypes(_planned_dtypes(model))
+    names_of = plan_files(layout.hub_shapes, owners, planned, parse_size(max_shard_size))
+    copies, dealt, files = mesh.dp_size * mesh.cp_size, dict.fromkeys(owners.values(), 0), []
+    for name, tensors in names_of.items():
+        stage = owners[tensors[0]]
+        turn, copy = divmod(dealt[stage], copies)
+        rank = (stage * copies + copy) * mesh.tp_size + turn % mesh.tp_size
+        files.append(HubFile(name, tensors, stage, rank))
+        dealt[stage] += 1
+    return files, planned
 
 
 def held_buffers(model: ShardedModel) -> dict[str, torch.Tensor]:
@@ -189,37 +309,40 @@ def _held_dtypes(model: ShardedModel) -> dict[str, torch.dtype]:
     return _planned_dtypes(model) | held
 
 
-def _arriving(model: ShardedModel, parts: list[Part]) -> Iterator[torch.Tensor]:
-    """The Hub's tensors of a stage, one after the other, on the rank that writes; nothing on the others.
+def _arriving(model: ShardedModel, file: HubFile) -> Iterator[torch.Tensor]:
+    """The tensors of a file, one after the other, on the rank that writes it; nothing on the others.
 
     All ranks of the stage iterate together. In each part the tensors of the model are gathered when its first Hub
     tensor is asked for, and let go with the last.
     """
     layout, buffers = model.hub_layout, held_buffers(model)
     held = {layout.tied.get(spec.name, spec.name): name for name, spec in model.shard_specs.items()}
-    for part in parts:
-        whole = {name: buffers[name] if name in buffers else _gathered(model, held[name]) for name in part.model}
-        if is_writer(model):
+    wanted = set(file.tensors)
+    for part in (part for part in layout.parts if not wanted.isdisjoint(part.hub)):
+        whole = {
+            name: buffers[name] if name in buffers else _gathered(model, held[name], file.writer) for name in part.model
+        }
+        if file.writer == model.mesh.rank:
             for name in part.hub:
-                yield layout.tensors[name].made_of(cast(dict[str, torch.Tensor], whole))
+                if name in wanted:
+                    yield layout.tensors[name].made_of(cast(dict[str, torch.Tensor], whole))
         del whole  # before the next ones are made
 
 
-def _gathered(model: ShardedModel, name: str) -> torch.Tensor | None:
+def _gathered(model: ShardedModel, name: str, writer: int) -> torch.Tensor | None:
     """A whole parameter on the rank that writes. All ranks of the stage together."""
     mesh, spec, part = model.mesh, model.shard_specs[name], model.whole_parameter(name)
-    if spec.axis == "ep":
-        return gather_whole(part, spec, mesh.ep) if mesh.coordinates.expert_copy == 0 else None
-    return gather_whole(part, spec, mesh.tp) if mesh.is_first_copy else None
+    group = mesh.ep if spec.axis == "ep" else mesh.tp
+    return gather_whole(part, spec, group, group.ranks.index(writer)) if writer in group.ranks else None
 
 
-def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group) -> torch.Tensor | None:
-    """The whole tensor on the group's first rank (`part` itself where that is all), None on the others."""
+def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group, to: int = 0) -> torch.Tensor | None:
+    """The whole tensor on the group's rank `to` (`part` itself where that is all), None on the others."""
     if spec.dim is None or group.size == 1:
-        return part if group.rank == 0 else None
+        return part if group.rank == to else None
     part = spec.padded(part).contiguous()  # ranks exchange tensors of one shape
-    parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == 0 else None
-    dist.gather(part, parts, dst=group.ranks[0], group=group.handle)
+    parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == to else None
+    dist.gather(part, parts, dst=group.ranks[to], group=group.handle)
     return None if parts is None else spec.assemble(parts)
 
 

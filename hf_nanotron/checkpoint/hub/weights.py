@@ -16,11 +16,11 @@ from ...parallel.shard_spec import ShardSpec
 from ..files.inside import inside
 from ..files.safetensors_file import DTYPES, open_safetensors
 from ..files.schema import HUB_INDEX, load_json, require
+from .contents import AGAIN, Contents, read_contents
 from .layout import HubLayout, HubSources
 from .trace import Grid, Side, Sizes
 
 LARGEST_INDEX = 1 << 30  # bytes
-AGAIN = "fetch it again"
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 
@@ -98,6 +98,12 @@ class HubWeights:
             raise ValueError(
                 f"{self.file_of(name)} has no tensor {name!r}, but {SAFE_WEIGHTS_INDEX_NAME} says so."
             ) from error
+
+    def contents(self) -> Contents:
+        """Where each tensor is."""
+        paths = {name: self.directory / name for name in sorted(set(self._file_of.values()))}
+        found = read_contents(self.directory, paths)
+        return Contents(found.files, {name: found.tensors[name] for name in self._file_of})
 
     def shapes(self) -> dict[str, Sizes]:
         """Name -> shape of every tensor. Reads headers alone."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ...parallel.mesh import ParallelMesh
-from ...parallel.together import refuse_together, together
-from ..directory.retention import from_rank_0, marked_runs, step_of
+from ...parallel.together import from_rank_0, refuse_together, together
+from ..directory.retention import marked_runs, step_of
 from ..directory.run_lock import RunLock
 from ..directory.runs import Run, begin_run, marked_run, read_record
 from ..directory.verify import read_marker

@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 
 from ...parallel.shard_spec import ShardSpec
-from ...parallel.together import together
+from ...parallel.together import all_or_none
 from ..hub.model import held_buffers, is_writer
 from ..hub.sharded_model import ShardedModel
-from .file import StatePiece
+from .file import BUFFER, StatePiece
 from .read import StoredState
 from .slices import Slice
 from .training_state import DIRECTORY
-
-BUFFER = "buffer"
 
 
 def buffer_piece(name: str, buffer: torch.Tensor) -> StatePiece:
@@ -42,11 +40,11 @@ def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None
     def load() -> None:
         if not model.hub_layout.buffers:
             return
-        with StoredState(Path(directory) / DIRECTORY) as stored:
+        with StoredState(Path(directory) / DIRECTORY, checks_files=model.mesh.rank == 0) as stored:
             for name, buffer in held_buffers(model).items():
                 buffer.copy_(read_buffer(stored, name, tuple(buffer.shape)))
 
-    together(model.mesh, "loading the buffers", load)
+    all_or_none(model.mesh, "loading the buffers", load)
 
 
 def read_buffer(stored: StoredState, name: str, shape: tuple[int, ...]) -> torch.Tensor:

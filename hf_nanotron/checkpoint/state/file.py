@@ -7,6 +7,7 @@ reads, on any number of ranks. The header of a file has a digest of where in the
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ DIGEST = "pieces"  # in a file's own metadata: of where in their tensors its pie
 BLOCK_BYTES = 1 << 20  # of one checksum
 MASTER = "master"
 AVERAGE = "ema"
+BUFFER = "buffer"
 
 
 @dataclass
@@ -129,7 +131,8 @@ def commit(directory: StrPath, ranks: int, values: dict[str, Any]) -> None:
     body: dict[str, Any] = {"format": FORMAT, "version": VERSION, "block_bytes": None}
     body |= {"values": encode(values, "training state"), "files": {}, "pieces": [], "scalars": {}}
     written = [directory / f"rank-{rank:05d}.json" for rank in range(ranks)]
-    if missing := [path for path in written if not path.is_file()]:
+    there = set(os.listdir(directory))
+    if missing := [path for path in written if path.name not in there]:
         raise ValueError(f"{missing[0]} is missing: that rank has not written its part of the training state.")
     for path in written:
         part = require(RANK, read_checked(path), path)

@@ -37,6 +37,11 @@ class StateIndex:
     def read(cls, directory: StrPath) -> StateIndex:
         """The index of a `training_state/`. Reads no other file."""
         path = inside(directory, INDEX, str(directory))
+        if not path.is_file():
+            raise ValueError(
+                f"{directory} holds no {INDEX}: saving was not finished, or it is not a training state; use an earlier "
+                "checkpoint."
+            )
         body = require(VERSIONED, read_checked(path), path)
         if body["version"] != VERSION or body["format"] != FORMAT:
             raise ValueError(

@@ -25,8 +25,8 @@ OPEN_FILES = 64  # the system's limit may be as low as 256
 class StoredState:
     """A training state on disk.
 
-    Opening reads the index alone, and checks that the state is complete: that every file is there with its length, and
-    that every tensor is covered. It is the same on every rank, so if one refuses it, all do. `fill` reads.
+    Opening reads the index alone, and checks that the state is complete: that every tensor is covered and, if
+    `checks_files`, that every file is there with its length, which one rank of a job does for all. `fill` reads.
 
     Attributes:
         values: what was given to `commit`.
@@ -36,19 +36,13 @@ class StoredState:
         ValueError: if the state is missing, incomplete or damaged, naming the file.
     """
 
-    def __init__(self, directory: StrPath) -> None:
+    def __init__(self, directory: StrPath, checks_files: bool = True) -> None:
         self.directory = Path(directory)
         self.bytes_read = 0
-        path = self.directory / INDEX
-        if not path.is_file():
-            raise ValueError(
-                f"{self.directory} holds no {INDEX}: saving was not finished, or it is not a training state; use an "
-                "earlier checkpoint."
-            )
         self._index = index = StateIndex.read(self.directory)
         self._block_bytes = index.block_bytes
         self.values = index.values
-        for name, entry in index.files.items():
+        for name, entry in index.files.items() if checks_files else ():
             check_length(index.place(name), entry["bytes"], f"{INDEX} names it", EARLIER)
         self._pieces: dict[str, list[tuple[Slice, Piece]]] = {}
         for piece in (piece for pieces in index.pieces_of.values() for piece in pieces):

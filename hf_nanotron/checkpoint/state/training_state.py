@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from transformers.utils import logging
 
 from ...optim.ema import WeightAverage
-from ...parallel.mesh import ParallelMesh
-from ...parallel.together import together
+from ...parallel.mesh import Group, ParallelMesh
+from ...parallel.together import all_or_none
 from ...parallel.zero.buckets import is_owner
 from ...parallel.zero.segment import Segment
 from ..files.schema import VALUES, require
 from .file import AVERAGE, INDEX, MASTER, StatePiece
+from .index import StateIndex
 from .read import StoredState
 from .saved_values import check_groups, check_scalars, load_scheduler
 from .slices import Slice
@@ -89,15 +92,18 @@ def load_training_state(
                 f"{directory} has no {DIRECTORY}/ (it was saved with save_only_model=True, or by another program); "
                 "start from its weights with from_pretrained instead of resume_from_checkpoint."
             )
-        with StoredState(folder) as stored:
+        with StoredState(folder, checks_files=mesh.rank == 0) as stored:
             values, where = run_values(stored), f"{stored.directory / INDEX}: values['scheduler']"
-            fill_from(stored, segments, optimizer)
-            fill_average(stored, average, values["extra"].get(AVERAGE), mesh.rank == 0)
+            reads = partial(is_reader, mesh)
+            fill_from(stored, segments, optimizer, reads)
+            fill_average(stored, average, values["extra"].get(AVERAGE), mesh.rank == 0, reads)
             if scheduler is not None and values["scheduler"] is not None:
                 load_scheduler(scheduler, values["scheduler"], len(optimizer.param_groups), where)
             return values["extra"]
 
-    return together(mesh, "loading the training state", load)
+    extra = all_or_none(mesh, "loading the training state", load)
+    hand_on(mesh, segments, optimizer, average)
+    return extra
 
 
 def load_masters(
@@ -109,22 +115,63 @@ def load_masters(
     """Restore the fp32 masters and their average alone. All ranks together."""
 
     def load() -> None:
-        with StoredState(Path(directory) / DIRECTORY) as stored:
-            fill_masters(stored, segments)
+        with StoredState(Path(directory) / DIRECTORY, checks_files=mesh.rank == 0) as stored:
+            reads = partial(is_reader, mesh)
+            fill_masters(stored, segments, reads)
             if average is not None:
-                fill_average(stored, average, run_values(stored)["extra"].get(AVERAGE), mesh.rank == 0)
+                fill_average(stored, average, run_values(stored)["extra"].get(AVERAGE), mesh.rank == 0, reads)
 
-    together(mesh, "loading the weights", load)
+    all_or_none(mesh, "loading the weights", load)
+    hand_on(mesh, segments, None, average)
 
 
-def fill_masters(stored: StoredState, segments: Iterable[Segment]) -> None:
+# ---- copies of the same segment on several ranks ----
+
+Reads = Callable[[Segment], bool]
+
+
+def every_rank(_: Segment) -> bool:
+    """Each rank reads all of its segments."""
+    return True
+
+
+def holders(mesh: ParallelMesh, segment: Segment) -> Group:
+    """The ranks that hold copies of a segment: replicas of the ZeRO shards."""
+    return mesh.expert_replica if segment.spec.axis == "ep" else mesh.replica
+
+
+def is_reader(mesh: ParallelMesh, segment: Segment) -> bool:
+    """Whether this rank reads a segment, for all that hold copies of it (`hand_on`)."""
+    return holders(mesh, segment).rank == 0
+
+
+def hand_on(mesh: ParallelMesh, segments: Iterable[Segment], optimizer: Any, average: WeightAverage | None) -> None:
+    """What readers have read, to the ranks that hold copies of it. All ranks together; one tensor at a time."""
+    for index, segment in enumerate(segments):
+        group = holders(mesh, segment)
+        if group.size == 1:
+            continue
+        state = {} if optimizer is None else optimizer.state.get(segment.master, {})
+        kept = [value for _, value in sorted(state.items()) if isinstance(value, torch.Tensor) and value.dim()]
+        for tensor in [segment.master.data, *kept, *([] if average is None else [average.shadows[index]])]:
+            on_device = tensor.to(mesh.device)  # what is at rest on the host, too
+            dist.broadcast(on_device, group.ranks[0], group=group.handle)
+            if on_device is not tensor:
+                tensor.copy_(on_device)
+
+
+def fill_masters(stored: StoredState, segments: Iterable[Segment], reads: Reads = every_rank) -> None:
     """Masters of `segments` from a stored state."""
-    for segment in segments:
+    for segment in filter(reads, segments):
         stored.fill(Slice(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
 
 
 def fill_average(
-    stored: StoredState, average: WeightAverage | None, saved: dict[str, Any] | None, warns: bool = False
+    stored: StoredState,
+    average: WeightAverage | None,
+    saved: dict[str, Any] | None,
+    warns: bool = False,
+    reads: Reads = every_rank,
 ) -> None:
     """The average of a stored state; of one that has none it begins with the weights, which are there by now."""
     if average is None or saved is None:
@@ -139,7 +186,8 @@ def fill_average(
                 logger.warning(f"{stored.directory} holds no moving average: that of this run begins with its weights.")
         return
     for segment, shadow in zip(average.weights.segments, average.shadows, strict=True):
-        stored.fill(Slice(segment.spec, segment.start, segment.stop), AVERAGE, shadow)
+        if reads(segment):
+            stored.fill(Slice(segment.spec, segment.start, segment.stop), AVERAGE, shadow)
     average.updates.fill_(saved["updates"])
 
 
@@ -150,8 +198,13 @@ def run_values(stored: StoredState) -> dict[str, Any]:
 
 def saved_extra(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The `extra` of `state_values`, of the training state of a checkpoint."""
-    with StoredState(Path(directory) / DIRECTORY) as stored:
-        return run_values(stored)["extra"]
+    return saved_run_values(directory)["extra"]
+
+
+def saved_run_values(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """`run_values` of the training state of a checkpoint. Looks at its index alone, not whether its files are there."""
+    index = StateIndex.read(Path(directory) / DIRECTORY)
+    return require(VALUES, index.values, f"{index.path}: values")
 
 
 def has_training_state(directory: str | os.PathLike[str]) -> bool:
@@ -159,11 +212,11 @@ def has_training_state(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / DIRECTORY / INDEX).is_file()
 
 
-def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> None:
+def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, reads: Reads = every_rank) -> None:
     """Masters of `segments`, and of `optimizer` its state and hyper-parameters, from a stored state."""
     saved, name = run_values(stored)["optimizer"], type(optimizer).__name__
     if saved is None:  # converted from the Hub: the optimizer starts afresh
-        fill_masters(stored, segments)
+        fill_masters(stored, segments, reads)
         return
     if saved["class"] != name or len(saved["groups"]) != len(optimizer.param_groups):
         raise ValueError(
@@ -172,6 +225,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
             "the weights with from_pretrained."
         )
     state_device = {segment.master: segment.state_device for segment in segments}
+    read_here = {segment.master for segment in segments if reads(segment)}
     part_of = {segment.master: Slice(segment.spec, segment.start, segment.stop) for segment in segments}
     stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
     check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
@@ -198,9 +252,11 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any) -> N
         count = numbers.stop
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for master, part in part_of.items():
-        stored.fill(part, MASTER, master.data)
+        if master in read_here:
+            stored.fill(part, MASTER, master.data)
         entry = optimizer.state.get(master, {})
         for kind in stored.kinds(part.name).keys() & entry.keys() - OWN_KINDS.keys():
             device = state_device[master] or entry[kind].device
             entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=device)
-            stored.fill(part, kind, entry[kind])
+            if master in read_here:
+                stored.fill(part, kind, entry[kind])

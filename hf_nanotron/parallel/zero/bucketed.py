@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..mesh import ParallelMesh
 from ..shard_spec import ShardSpec
 from .buckets import Bucket, Member, plan_buckets
 from .gradients import GradientBuckets, MemberGradient
-from .segment import Segment
+from .segment import Segment, nothing
 from .written import Place
 
 
@@ -91,6 +91,7 @@ class BucketedWeights:
         bucket_bytes: int,
     ) -> None:
         self.mesh, self.compute_dtype = mesh, compute_dtype
+        self.before_write: Callable[[], None] = nothing
         self._parameters = dict(model.named_parameters())
         buckets = plan_buckets(self._parameters, specs, stage_of, mesh, bucket_bytes)
         for parameter in self._parameters.values():
@@ -226,6 +227,7 @@ class BucketedWeights:
 
     def write(self, name: str, value: torch.Tensor) -> None:
         self.wait()
+        self.before_write()
         with torch.no_grad():
             self._parameters[name].copy_(value)
 
@@ -235,6 +237,7 @@ class BucketedWeights:
             place.take_written(compare)
 
     def read_from_model(self) -> None:
+        self.before_write()
         for weight, master in self._with_masters:
             master.copy_(weight)
 

@@ -7,7 +7,7 @@ arXiv:2304.11277), of which only the public interface is used, and no part of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +24,7 @@ from ..collectives import all_gather
 from ..mesh import Group, ParallelMesh
 from ..shard_spec import ShardSpec
 from .buckets import rest_group, shard_group, spans_stages
-from .segment import Segment
+from .segment import Segment, nothing
 
 
 class _Root(nn.Module):
@@ -87,6 +87,7 @@ class FullyShardedWeights:
         stages = _stages_of_units(model, owned, stage_of)
         self.mesh, self.compute_dtype, self._units = mesh, compute_dtype, units
         self._specs = specs
+        self.before_write: Callable[[], None] = nothing
         if not all(isinstance(module, FSDPModule) for unit in units for module in unit):
             names = {parameter: name for name, parameter in model.named_parameters()}
             groups = [shard_group(specs[names[parameters[0]]], mesh) for parameters in owned]
@@ -235,6 +236,7 @@ class FullyShardedWeights:
         """Set a parameter, and thereby its master, to `value` of `spec.local_shape`."""
         shard = self._parameters[name]
         rows, start = _local(shard), self._first_row(name)
+        self.before_write()
         with torch.no_grad():
             rows.copy_(value[start : start + len(rows)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class Segment:
     state_device: torch.device | None = None
 
 
+def nothing() -> None:
+    """Nobody is to be told."""
+
+
 class WeightStore(Protocol):
     """The owner of a model's weights while it trains, as far as the model has to know it.
 
@@ -44,6 +49,7 @@ class WeightStore(Protocol):
 
     segments: list[Segment]
     compute_dtype: torch.dtype
+    before_write: Callable[[], None]  # called before weights are written from outside of a step
 
     def wait(self) -> None:
         """Wait for weights on their way, so that the model's parameters can be read."""

@@ -1,0 +1,169 @@
+"""Copies on the host of what training goes on with: made while the next step computes, and done before it writes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+
+from ...ops.host_region import HostRegion
+
+MOST_WAITING = 1 << 30  # bytes of tensors on the device that are there only to be copied
+
+
+class HostCopies:
+    """Copies of the tensors of one save at a time, in memory that is used again.
+
+    A tensor on the device is copied by a stream of its own, after all that the device has been told when it is given
+    here; one on the host by the thread that calls `complete`. Until then nobody may write to it: whoever is about to
+    write calls `hold` first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._region: HostRegion | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._on_host: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # to, from
+        self._copies = threading.Lock()  # held by who copies from host to host
+        self._sources: list[torch.Tensor] = []  # on the device; kept until they are copied
+        self._passing: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._passing_bytes = 0
+        self._is_open = False
+        self._marked: torch.cuda.Event | None = None
+
+    def reserve(self, size: int) -> None:
+        """Have so many bytes ready for `of`. A thread gets them; what goes beyond is got when it is needed."""
+        if self._region is None or self._region.size < size:
+            self.release()
+            self._region = HostRegion(size, self.device)
+
+    def release(self) -> None:
+        """Give the memory back. No copy is used any more."""
+        if self._region is not None:
+            self._region.close()
+        self._region = None
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of `reserve`."""
+        return 0 if self._region is None else self._region.size
+
+    @property
+    def unpinned(self) -> str | None:
+        """Why the host has not pinned what was reserved; None if it has."""
+        return None if self._region is None else self._region.unpinned
+
+    # ---- by the thread that trains ----
+
+    def begin(self) -> None:
+        """A new save: copies of the one before are not used any more."""
+        self.complete()  # of one that was broken off
+        self._is_open = True
+        if self._region is not None:
+            self._region.begin()
+
+    def of(self, tensor: torch.Tensor, changes: bool = False, passes: bool = False) -> torch.Tensor:
+        """A copy of `tensor`, whose content is there after `complete`.
+
+        Args:
+            changes: it may be written before the next `hold` (a buffer, a number): the copy is made at once, in the
+                order of what the device is told.
+            passes: nobody else uses it: it was made for this copy.
+        """
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            if passes:
+                return tensor
+            copy = self._empty(tensor)
+            if changes:
+                copy.copy_(tensor)
+            else:
+                self._on_host.append((copy, tensor))
+            return copy
+        copy, source = self._empty(tensor), tensor.contiguous()
+        passes |= source.data_ptr() != tensor.data_ptr()
+        assert self._stream is not None
+        if changes:
+            self._copy(copy, source)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        if changes:
+            return copy
+        with torch.cuda.stream(self._stream):
+            self._copy(copy, source)
+        if passes:
+            self._bound(source)
+        else:
+            self._sources.append(source)
+        return copy
+
+    def mark(self) -> None:
+        """What was given to `of` so far can be held without the rest."""
+        if self._stream is not None:
+            self._marked = torch.cuda.Event()
+            self._marked.record(self._stream)
+
+    def hold(self, marked: bool = False) -> None:
+        """What was given to `of` (before the last `mark`, if `marked`) is about to be written: first it is copied.
+
+        The current stream waits for copies from the device, the host for those from host to host.
+        """
+        if not self._is_open:
+            return
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            if not marked:
+                current.wait_stream(self._stream)
+            elif self._marked is not None:
+                current.wait_event(self._marked)
+        self._copy_on_host()
+
+    # ---- by the thread that writes ----
+
+    def complete(self) -> None:
+        """Wait until all copies are made."""
+        self._copy_on_host()
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._is_open, self._marked = False, None
+        self._sources.clear()
+        self._passing.clear()
+        self._passing_bytes = 0
+
+    # ---- parts ----
+
+    def _empty(self, tensor: torch.Tensor) -> torch.Tensor:
+        taken = None if self._region is None else self._region.take(tensor.shape, tensor.dtype)
+        return torch.empty(tensor.shape, dtype=tensor.dtype) if taken is None else taken
+
+    def _copy(self, copy: torch.Tensor, source: torch.Tensor) -> None:
+        if self._region is not None and self._region.holds(copy):
+            self._region.copy(copy, source)
+        else:
+            copy.copy_(source, non_blocking=True)
+
+    def _bound(self, source: torch.Tensor) -> None:
+        """Keep `source` until it is copied, and wait for older ones if they are many."""
+        copied = torch.cuda.Event()
+        copied.record(self._stream)
+        self._passing.append((copied, source))
+        self._passing_bytes += source.nbytes
+        while self._passing_bytes > MOST_WAITING and len(self._passing) > 1:
+            event, gone = self._passing.popleft()
+            event.synchronize()
+            self._passing_bytes -= gone.nbytes
+
+    def _copy_on_host(self) -> None:
+        """What is left to copy from host to host, by whoever comes to it: nothing is left when this returns."""
+        while True:
+            with self._copies:
+                if not self._on_host:
+                    return
+                target, source = self._on_host.popleft()
+                target.copy_(source)
+
+
+def addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Where the memory is that these tensors lie in."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
