@@ -110,7 +110,7 @@ def test_a_restart_goes_on_from_memory(pool: WorkerPool, start: Path) -> None:
     """With the average, the callback's state and the log; fewer ranks go on from the same parts."""
     sizes = {"ema_decay": 0.9, "gradient_accumulation_steps": 2}
     expected = pool.run(2, train, str(start / "whole"), {**sizes, **UNBROKEN})[0]
-    with pytest.raises(JobError, match="the process died"):
+    with pytest.raises(JobError, match="the process died|Connection closed by peer|Connection reset by peer"):
         pool.run(2, train_and_die, str(start / "out"), sizes, 6)
     assert snapshots(start) == [4, 6] and not list((start / "out").glob("checkpoint-*"))
     (folder,) = (start / "memory").iterdir()
