@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -318,8 +319,6 @@ def test_arguments_that_do_not_go_together(values: dict[str, Any], says: str) ->
 
 
 def train_without_room(output: str, available: int) -> str:
-    from unittest import mock
-
     with mock.patch("hf_nanotron.checkpoint.memory.room.available_memory", return_value=available):
         return message(lambda: train(output, {"memory_snapshot_dir": output + "/../memory"}))
 
@@ -328,3 +327,33 @@ def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(pool: Worke
     for told in pool.run(2, train_without_room, str(start / "out"), 1000):
         assert "of memory available, but two snapshots of its 2 ranks take" in told
     assert "_metrics.jsonl" not in os.listdir(start / "out")
+
+
+def train_in_full_memory(output: str) -> Any:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with mock.patch("hf_nanotron.training.snapshots.write_rank", fail):
+        return train(output, {})[0]
+
+
+def test_a_snapshot_that_cannot_be_written_does_not_end_the_run(pool: WorkerPool, start: Path) -> None:
+    losses = pool.run(1, train_in_full_memory, str(start / "out"))[0]
+    assert sorted(losses) == list(range(1, STEPS + 1)) and not list((start / "memory").iterdir())
+
+
+def train_frozen(output: str) -> str:
+    load = ParallelAuto.from_pretrained
+
+    def frozen(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        model.get_input_embeddings().requires_grad_(False)
+        return model
+
+    with mock.patch.object(ParallelAuto, "from_pretrained", frozen):
+        return message(lambda: train(output, {}))
+
+
+def test_frozen_weights_are_refused(pool: WorkerPool, start: Path) -> None:
+    (told,) = pool.run(1, train_frozen, str(start / "out"))
+    assert "memory_snapshot_steps=2 with 1 frozen parameters (model.embed_tokens.weight, ...)" in told

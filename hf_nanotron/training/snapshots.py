@@ -332,11 +332,11 @@ class SnapshotThreads:
         self._failures: list[BaseException] = []
 
     @contextlib.contextmanager
-    def noting_failure(self, *kinds: type[Exception]) -> Iterator[None]:
-        """What fails in here makes the snapshot fail, not the run; of these kinds, or all."""
+    def noting_failure(self, kind: type[Exception] = Exception) -> Iterator[None]:
+        """What fails in here makes the snapshot fail, not the run."""
         try:
             yield
-        except kinds or (Exception,) as error:
+        except kind as error:
             self._failures.append(error)
 
     def start(self, write: Callable[[], None], targets: list[Wire], sources: list[Wire]) -> None:
