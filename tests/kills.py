@@ -192,7 +192,7 @@ def start_model(folder: Path) -> str:
 
 
 def environment(on_gpus: bool = False) -> dict[str, str]:
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    path = os.pathsep.join(filter(None, (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH"))))
     # A store that an agent shares with its ranks has the addresses of dead ones after a restart.
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -230,7 +230,9 @@ def on_gpus(folder: Path, ranks: int, memory: str) -> int:
     job = Job(folder / "gpus", ranks, training, 40, [(ranks - 1, "forward", 27)], config=LLAMA_1B, length=2048,
               memory=memory)  # fmt: skip
     outcome = job.run()
-    print((job.folder / "log").read_text(errors="replace")[-3000:] if outcome.code else "")
+    if outcome.code != 0:
+        print((job.folder / "log").read_text(errors="replace")[-3000:])
+        return 1
     logged = job.steps_logged()
     times = sorted((time, step) for step, each in logged.items() for time, _ in each)
     took = [(step, time - before) for (before, _), (time, step) in zip(times, times[1:], strict=False)]
@@ -245,7 +247,7 @@ def on_gpus(folder: Path, ranks: int, memory: str) -> int:
     print(
         f"seconds of a step: median {statistics.median(plain):.3f}; with a first snapshot {first}, with others {later}"
     )
-    return outcome.code
+    return 0
 
 
 def main() -> None:
@@ -273,7 +275,11 @@ def main() -> None:
     whole = [Job(folder / f"whole-{name}", args.ranks, {**SCHEDULES[name], **plain}, STEPS) for name in names]
     until = time.monotonic() + args.seconds
     with ThreadPoolExecutor(args.jobs) as executor:
-        expected = dict(zip(names, (outcome.losses for outcome in executor.map(Job.run, whole)), strict=True))
+        unbroken = list(executor.map(Job.run, whole))
+        for outcome in unbroken:
+            if outcome.code != 0:
+                sys.exit((outcome.job.folder / "log").read_text(errors="replace")[-3000:])
+        expected = dict(zip(names, (outcome.losses for outcome in unbroken), strict=True))
         print("| job | schedule | kills | starts from memory | seconds to the next step: median, most | losses |")
         print("|---|---|---|---|---|---|", flush=True)
         runs = {
