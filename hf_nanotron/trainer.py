@@ -99,6 +99,7 @@ from .training.remote import RemoteUploads
 from .training.reporting import Reports, check_reports
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
+from .training.snapshots import MemorySnapshots
 from .training.step.context import check_batch
 from .training.step.custom_loss import LossChoice
 from .training.step.forward_pass import ForwardPass
@@ -177,7 +178,8 @@ class NanotronTrainer(Trainer):
         self._average: WeightAverage | None = None
         self._flow: FlowAgreement | None = None
         self._data_order, self._gradients, self._uploads = DataOrder(args), GradientAccess(), RemoteUploads(args)
-        self._checkpointer = Checkpointer(args, self._uploads, self._push_committed)
+        self._snapshots = MemorySnapshots(args)
+        self._checkpointer = Checkpointer(args, self._uploads, self._snapshots, self._push_committed)
         self._signals, self._schedule = StopSignals(args.save_on_signal), RunSchedule(args)
         self._reports = Reports()
         if model is not None:
@@ -223,7 +225,7 @@ class NanotronTrainer(Trainer):
     @args.setter
     def args(self, value: NanotronTrainingArguments) -> None:
         self._args = value
-        for name in ("_data_order", "_uploads", "_checkpointer", "_guard", "_schedule", "_detail"):
+        for name in ("_data_order", "_uploads", "_snapshots", "_checkpointer", "_guard", "_schedule", "_detail"):
             if (part := vars(self).get(name)) is not None:  # a subclass may assign before it calls `__init__`
                 part.args = value
 
@@ -272,6 +274,7 @@ class NanotronTrainer(Trainer):
         try:
             self.mesh.assemble("train", f" with resume_from_checkpoint={resume_from_checkpoint or None}")
             self._guard.begin_run()
+            self._snapshots.warn_of_restarts(resume_from_checkpoint)
             with self._checkpointer.running(resume_from_checkpoint) as source:
                 log = self._run_log.running(self.args.run_log)
                 with self._schedule.branch(self.mesh, source), self._signals, log:
@@ -453,6 +456,7 @@ class NanotronTrainer(Trainer):
         assert self.optimizer is not None
         data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
+        self._snapshots.check_room(self.optimizer, self._average)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         together(self.mesh, "opening the reports", self._open_reports)
         return self.model, train_dataloader
@@ -657,6 +661,28 @@ class NanotronTrainer(Trainer):
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
                 self._guard.check()
             super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._snapshots.is_due(self.state, self.control, self._data_order):
+            self._take_snapshot()
+
+    def _take_snapshot(self) -> None:
+        """The state of the run, into the memory of the hosts; the training goes on while it is written."""
+        step = self.state.global_step
+        self._guard.check()
+        self._guard.refuse_to_save(f"the memory snapshot of step {step}", step, self.optimizer)
+        self.store_flos()
+        self._domains.settle()
+        self._data_order.share_state(self.train_dataset)
+        self._snapshots.take(self._checkpointer.run, step, self._write_snapshot)
+
+    def _write_snapshot(self, save: Save) -> None:
+        self._write_state(save)
+        number = f"_{self.mesh.rank}" if self.mesh.world_size > 1 else ""
+        save.files.append(save.directory / f"rng_state{number}.pth")
+        if self.mesh.rank == 0:
+            state = copy.copy(self.state)
+            state.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)  # which a save adds to
+            write_trainer_state(state, (*self.callback_handler.callbacks, self.control), save.directory)
+            save.files.append(save.directory / TRAINER_STATE_NAME)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds throughput, memory, loads of experts, domains and uploads to lines with a loss; redacts secrets."""
@@ -1044,16 +1070,20 @@ class NanotronTrainer(Trainer):
     def _write_own_files(self, save: Save) -> None:
         """What this rank can do alone: the small files, and its part of the training state, still in its place."""
         if not self.args.save_only_model:
-            assert self.optimizer is not None
-            self.weights.take_written(compare=self._link is not None and self._link.compares)
-            self._checkpointer.add_training_state(
-                save, self.model, self.weights, self.optimizer, self.lr_scheduler, self._average, self.extra_state()
-            )
-            self._save_rng_state(str(save.directory))
+            self._write_state(save)
             (save.directory / DIRECTORY).mkdir(exist_ok=True)
         if self.mesh.rank == 0:
             self._write_companions(save.directory)
             write_trainer_state(self.state, (*self.callback_handler.callbacks, self.control), save.directory)
+
+    def _write_state(self, save: Save) -> None:
+        """This rank's part of the training state, still in its place, and its random numbers."""
+        assert self.optimizer is not None
+        self.weights.take_written(compare=self._link is not None and self._link.compares)
+        self._checkpointer.add_training_state(
+            save, self.model, self.weights, self.optimizer, self.lr_scheduler, self._average, self.extra_state()
+        )
+        self._save_rng_state(str(save.directory))
 
     def _write_companions(self, directory: Path) -> None:
         """Tokenizer and arguments, by rank 0."""
@@ -1120,12 +1150,14 @@ class NanotronTrainer(Trainer):
         note_frozen(model)
         mesh.set_timeout(self.args.ddp_timeout_delta)
         self.mesh = self.accelerator.mesh = self._checkpointer.mesh = self._uploads.mesh = mesh
+        self._snapshots.mesh, self._snapshots.model = mesh, model
         self.accelerator.model = model
         self.window_check = WindowCheck(mesh, model.vocabulary)
         # Of the parameters that a user's optimizer was made over: sharding them may make others.
         self._names = {p: name for name, p in model.named_parameters()} if self.optimizer else {}
         self.training_state = prepare_training(model, self.args)
         self.weights, self._average = self.training_state.weights, None
+        self._snapshots.weights = self.weights
         self._step = TrainStep(self.training_state)
         self._teacher_pass = self._beside(self._teacher_model, "teacher")
         self._reference_pass = self._beside(None if self.doremi is None else self.doremi.reference, "reference")

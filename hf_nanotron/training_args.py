@@ -23,6 +23,7 @@ from .arguments.policy import REFUSED, as_mapping, check_policy
 from .arguments.recompute import check_recomputation, layer_numbers
 from .arguments.schedules import check_schedules
 from .arguments.secrets import SecretlessArguments
+from .arguments.snapshots import SHARED_MEMORY, check_snapshots
 from .arguments.values import check_values, set_plain_values
 from .arguments.watching import check_watching
 from .models.spectral.sizes import Spectral
@@ -152,6 +153,14 @@ class NanotronTrainingArguments(SecretlessArguments):
         0.0,
         "On SIGTERM or SIGUSR1, save a checkpoint and stop the run; the value is the grace period in seconds. 0 does "
         "not handle signals.",
+    )
+    memory_snapshot_steps: int | None = _option(
+        None,
+        "Optimizer steps from one snapshot of the training state in the memory of its hosts to the next. A restart "
+        "with resume_from_checkpoint auto goes on from there before it looks at the disk. If unset, none.",
+    )
+    memory_snapshot_dir: str = _option(
+        SHARED_MEMORY, "With memory_snapshot_steps, a folder in the memory of each host (tmpfs) for the snapshots."
     )
     overwrite_output_dir: bool | None = _option(
         None,
@@ -464,6 +473,7 @@ class NanotronTrainingArguments(SecretlessArguments):
             )
         check_muon(self)
         check_watching(self, world_size)
+        check_snapshots(self)
         self._check_fp8()
         self._check_mlp_chunks()
         check_schedules(self)

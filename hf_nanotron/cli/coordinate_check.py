@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from ..arguments.snapshots import SHARED_MEMORY
 from .errors import explained
 from .plotting import check_picture
 
@@ -114,6 +115,7 @@ def measure_file(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[di
     with tempfile.TemporaryDirectory() as folder:
         own = {
             "output_dir": folder, "max_steps": args.steps, "lr_scheduler_type": "constant", "warmup_steps": 0,
+            "memory_snapshot_steps": None, "memory_snapshot_dir": SHARED_MEMORY,
             "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "logging_strategy": "no", "gradient_accumulation_steps": 1, "resume_from_checkpoint": None,
             "push_to_hub": False, "remote_checkpoints": None,

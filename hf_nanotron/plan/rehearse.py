@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..arguments.snapshots import SHARED_MEMORY
 from ..models.auto import AutoModelForCausalLM
 from ..monitor.memory import MemoryReport
 from ..parallel.mesh import ParallelMesh
@@ -25,6 +26,7 @@ from .trace import JOB, Event, Recorder, RoleTrace
 # What a run writes, reports, reads and evaluates besides its steps is no part of a plan.
 PLANNED = {
     "max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
+    "memory_snapshot_steps": None, "memory_snapshot_dir": SHARED_MEMORY,
     "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "push_to_hub": False,
     "load_best_model_at_end": False, "remote_checkpoints": None, "save_on_signal": 0.0, "torch_compile": False,
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "async_save": False, "do_eval": False,

@@ -45,6 +45,7 @@ from ..parallel.zero.segment import ShardedWeights
 from ..redaction import redacted
 from ..training_args import NanotronTrainingArguments
 from .remote import RemoteUploads
+from .snapshots import MemorySnapshots
 
 logger = logging.get_logger(__name__)
 AUTO = "auto"  # as `resume_from_checkpoint`; `auto:PATH` for a run that begins at a checkpoint of another one
@@ -55,6 +56,7 @@ class Checkpointer:
 
     Args:
         uploads: what takes committed checkpoints to a store.
+        snapshots: in the memory of hosts, which a restart looks at first.
         on_committed: called on every rank, in the thread that trains, with each checkpoint that is complete.
 
     Attributes:
@@ -66,9 +68,13 @@ class Checkpointer:
     mesh: ParallelMesh
 
     def __init__(
-        self, args: NanotronTrainingArguments, uploads: RemoteUploads, on_committed: Callable[[Path], None]
+        self,
+        args: NanotronTrainingArguments,
+        uploads: RemoteUploads,
+        snapshots: MemorySnapshots,
+        on_committed: Callable[[Path], None],
     ) -> None:
-        self.args, self._uploads, self._on_committed = args, uploads, on_committed
+        self.args, self._uploads, self._snapshots, self._on_committed = args, uploads, snapshots, on_committed
         self.run, self.was_told_to_stop = Run(), False
         self.background = BackgroundSave()
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
@@ -87,10 +93,12 @@ class Checkpointer:
         if saves:
             lock_together(self.mesh, self._lock, output_dir)
         try:
-            source = self.choose(resume_from_checkpoint)
-            self.run = start_run(self.mesh, output_dir, source, args.overwrite_output_dir, store, is_noted=saves)
-            self._uploads.begin_run(self.run)
-            yield source
+            with self._snapshots.running():
+                source, overwrite = self.choose(resume_from_checkpoint), args.overwrite_output_dir
+                is_own = self._snapshots.holds(source)
+                self.run = start_run(self.mesh, output_dir, source, overwrite, store, is_noted=saves, is_own=is_own)
+                self._uploads.begin_run(self.run)
+                yield source
         finally:
             if not self.background.is_busy:  # otherwise until it has written, and the process or the next run ends
                 self._lock.release()
@@ -106,6 +114,11 @@ class Checkpointer:
         begins_at, is_auto = named_beginning(named, output_dir), named == AUTO or str(named).startswith(f"{AUTO}:")
         if named is not True and not is_auto:
             return self._take_named(os.fspath(named))
+        return self._snapshots.choose(lambda: self._choose_on_disk(is_auto, begins_at))
+
+    def _choose_on_disk(self, is_auto: bool, begins_at: str | None) -> str | None:
+        """The newest checkpoint that is undamaged, or where a run without one begins."""
+        output_dir = cast(str, self.args.output_dir)
         if self._uploads.store is not None:
             fetch_newest_together(self.mesh, self._uploads.store, output_dir)
         if is_auto and not any_together(self.mesh, output_dir):

@@ -145,6 +145,7 @@ class DataOrder:
         self._run: RunOrder | None = None  # of the loader that is trained on
         self._taken: RunOrder | None = None  # of the one made last
         self._fingerprint: int | None = None
+        self._loader: Any = None
         self._goes_on = checkpoint is not None and not self.args.ignore_data_skip
         if checkpoint is not None:
             self._resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
@@ -401,6 +402,11 @@ class DataOrder:
         if rest.is_resumed and rest.samples:
             self._rng_checkpoint = checkpoint
         return rest
+
+    @property
+    def is_at_end_of_epoch(self) -> bool:
+        """Whether the step that was done last has read the last sample of its epoch."""
+        return self._cursor is not None and bool(getattr(self._loader, "is_finished", False))
 
     def rng_to_restore(self) -> str | None:
         """Once, when the first window of a resumed epoch has been read: the checkpoint that has the random state.

@@ -40,10 +40,12 @@ def start_run(
     overwrite: bool | None,
     store: RemoteStore | None = None,
     is_noted: bool = True,
+    is_own: bool = False,
 ) -> Run:
     """The run that begins, or goes on, with this `train()`. The same on every rank. Writes nothing.
 
-    `is_noted`: whether the run saves by itself, and so has to agree with what is in the folder. ValueError on every
+    `is_noted`: whether the run saves by itself, and so has to agree with what is in the folder. `is_own`: whether the
+    source is of the run in `output_dir`, though it is somewhere else. ValueError on every
     rank, if there are checkpoints of other runs and `overwrite` says no.
     """
     found: list[Run] = []
@@ -62,7 +64,7 @@ def start_run(
         if not is_noted:
             return None
         places: dict[str, list[str]] = {}
-        if source is not None and _is_in(source, output_dir):
+        if source is not None and (is_own or _is_in(source, output_dir)):
             _tell_of_later(output_dir, run, others, step)
         else:
             places[f"output_dir={os.fspath(output_dir)!r}"] = list(others)

@@ -24,7 +24,14 @@ SILENT: Arguments = {
     "skip_nonfinite_steps": False, "ddp_timeout": 120, "num_train_epochs": 1, "ema_evaluate": False,
 }  # fmt: skip
 
-LEFT_OUT = ("remote_", "hub_", "batch_size_warmup_", "profile_", "metrics_detail")  # beginnings of names
+LEFT_OUT = (
+    "remote_",
+    "hub_",
+    "batch_size_warmup_",
+    "profile_",
+    "metrics_detail",
+    "memory_snapshot_",
+)  # beginnings of names
 
 # What a CPU in fp32 does in another way: key -> (what is replaced, its replacement, why).
 Replacement = tuple[Callable[[Any], bool], Any, str]

@@ -1,0 +1,96 @@
+"""Whether the snapshots of a run fit into the memory of its hosts, asked before the first is written."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+
+from ...parallel.collectives import all_gather
+from ...parallel.mesh import ParallelMesh
+from ...parallel.together import refuse_together, together
+from .folder import OF, PREFIX, MemoryFolder, nbytes_of
+from .hosts import Hosts
+
+GENERATIONS = 2  # the one that is whole, and the one that is being written
+
+
+def check_room(mesh: ParallelMesh, hosts: Hosts, folder: MemoryFolder, nbytes: int) -> None:
+    """Refuse snapshots that do not fit, on every rank, naming the host. All ranks together.
+
+    A host holds two snapshots of its ranks, and of the ranks whose copies it keeps; the copy from which a rank writes
+    takes ordinary memory.
+
+    Args:
+        nbytes: of this rank's part of a snapshot.
+
+    Raises:
+        ValueError: if a host has less room.
+    """
+    every = all_gather(torch.tensor([nbytes], dtype=torch.int64, device=mesh.device), mesh.world, 0).tolist()
+    own = hosts.ranks[hosts.own]
+    kept = [rank for rank, target in hosts.neighbours() if target in own]
+    needed = GENERATIONS * (sum(every[rank] for rank in own) + sum(every[rank] for rank in kept))
+    buffers = sum(every[rank] for rank in own)
+
+    def look() -> str | None:
+        if not hosts.is_leader:
+            return None
+        held, host = folder.nbytes(), socket.gethostname()
+        status = os.statvfs(folder.root)
+        free = status.f_bavail * status.f_frsize + held
+        memory = available_memory()
+        what = f"two snapshots of its {len(own)} ranks"
+        what += f" and of {len(kept)} of the host before it" if kept else ""
+        if needed > free:
+            return (
+                f"memory_snapshot_steps: {folder.root} on host {host} has {_gib(free)} free, but {what} take "
+                f"{_gib(needed)}. Enlarge it (mount -o remount,size=..., or docker run --shm-size), set "
+                f"memory_snapshot_dir to a larger one, or leave memory_snapshot_steps out.{_left_behind(folder)}"
+            )
+        if memory is not None and needed + buffers > memory + held:
+            return (
+                f"memory_snapshot_steps: host {host} has {_gib(memory + held)} of memory available, but {what} take "
+                f"{_gib(needed)}, and copies on their way {_gib(buffers)}. Use more hosts, or leave "
+                f"memory_snapshot_steps out.{_left_behind(folder)}"
+            )
+        return None
+
+    refuse_together(mesh, together(mesh, "looking for room for snapshots", look))
+
+
+def available_memory() -> int | None:
+    """Bytes that processes of this host, or of its container, may still take; None where the system does not say."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def _left_behind(folder: MemoryFolder) -> str:
+    """What runs of this user that do not run any more have left in the same place, in words."""
+    said = []
+    for path in sorted(folder.root.glob(f"{PREFIX}-{os.getuid()}-*")):
+        if path == folder.path:
+            continue
+        try:
+            of = (path / OF).read_text(errors="replace").strip()
+        except OSError:
+            of = "?"
+        said.append(f"{path} ({_gib(nbytes_of(path))}, of output_dir {of})")
+    return f" Other runs have snapshots there: {'; '.join(said[:5])}; delete those that have ended." if said else ""
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

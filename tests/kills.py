@@ -1,0 +1,294 @@
+"""Jobs under `torchrun --max-restarts` whose ranks are killed: their losses, and how long a restart took.
+
+    python tests/kills.py [--ranks 8] [--random 50] [--all] [--jobs 4]
+
+runs the matrix of phases and schedules, then so many kills of a random rank at a random moment, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PHASES = ("start", "resume", "forward", "backward", "reduce", "step", "snapshot", "marker", "save", "evaluation")
+# Of 8 ranks: schedule -> arguments. With other numbers of ranks dp grows or shrinks.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "zero1": {"zero_stage": 1, "gradient_accumulation_steps": 1},
+    "zero3": {"zero_stage": 3, "gradient_accumulation_steps": 1},
+    "1f1b": {"pp_size": 2, "tp_size": 2, "gradient_accumulation_steps": 2},
+    "afab": {"pp_size": 2, "pp_schedule": "afab", "zero_stage": 2, "gradient_accumulation_steps": 2},
+    "interleaved": {
+        "pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2, "gradient_accumulation_steps": 2,
+    },
+    "zb": {"pp_size": 2, "tp_size": 2, "pp_schedule": "zb", "gradient_accumulation_steps": 2},
+}  # fmt: skip
+
+
+@dataclass
+class Job:
+    """A run of so many steps that is killed as `kills` says, and `random_kills` times at random moments."""
+
+    folder: Path
+    ranks: int
+    training: dict[str, Any]
+    steps: int
+    kills: list[tuple[int, str, int]] = field(default_factory=list)
+    random_kills: int = 0
+    pause: float = 0.0
+    seed: int = 0
+    config: dict[str, Any] | None = None  # of a model on GPUs; None for the tiny one on the CPU
+    length: int = 16  # tokens of a sample
+    memory: str | None = None  # for the snapshots; None for a folder of the job
+
+    @property
+    def most_restarts(self) -> int:
+        return len(self.kills) + 2 * self.random_kills
+
+    def run(self, timeout: float = 600.0) -> Outcome:
+        """Start it, kill ranks, wait for its end."""
+        self.folder.mkdir(parents=True)
+        memory = Path(self.memory or self.folder / "memory")
+        memory.mkdir(exist_ok=True)
+        training = {
+            "output_dir": str(self.folder / "out"), "save_strategy": "steps", "save_steps": 10, "save_total_limit": 2,
+            "memory_snapshot_steps": 2, "memory_snapshot_dir": str(memory), "eval_strategy": "steps", "eval_steps": 7,
+            "max_steps": self.steps, "logging_strategy": "steps", **self.training,
+        }  # fmt: skip
+        job = self.folder / "job.json"
+        job.write_text(
+            json.dumps(
+                {
+                    "start": None if self.config else start_model(self.folder.parent), "training": training,
+                    "folder": str(self.folder), "kills": self.kills, "pause": self.pause, "config": self.config,
+                    "samples": 2 * self.ranks * self.steps, "length": self.length,
+                }
+            )
+        )  # fmt: skip
+        with open(self.folder / "log", "wb") as log:
+            process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks),
+                    "--max-restarts", str(self.most_restarts), "--monitor-interval", "0.1",
+                    str(HERE / "killed_run.py"), str(job),
+                ],
+                stdout=log, stderr=log, env=environment(self.config is not None), start_new_session=True,
+            )  # fmt: skip
+            try:
+                killed = self._kill_at_random(process, time.monotonic() + timeout) if self.random_kills else []
+                code = process.wait(timeout)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGTERM)
+                time.sleep(1)
+                raise
+        killed += [float(path.read_text()) for path in self.folder.glob("killed-*")]
+        return Outcome(self, code, sorted(killed))
+
+    def _kill_at_random(self, process: subprocess.Popen[bytes], deadline: float) -> list[float]:
+        """Kill one rank after the other, whatever they do: also while they start."""
+        chance, killed = random.Random(self.seed), []
+        longest, before = 6.0, -1
+        while len(killed) < self.random_kills and process.poll() is None and time.monotonic() < deadline:
+            began = time.monotonic()
+            until = began + chance.random() * longest
+            # Progress between some kills: else the run would never end.
+            while time.monotonic() < until or (len(killed) % 3 == 2 and self._last_step() <= before):
+                time.sleep(0.02)
+                if process.poll() is not None or time.monotonic() > deadline:
+                    return killed
+            before = self._last_step()
+            pid_file = self.folder / f"pid-{chance.randrange(self.ranks)}"
+            try:
+                pid = int(pid_file.read_text())
+                os.kill(pid, signal.SIGKILL)
+            except (FileNotFoundError, ValueError, ProcessLookupError):
+                continue
+            killed.append(time.time())
+            while pid_file.exists() and pid_file.read_text() == str(pid) and process.poll() is None:
+                time.sleep(0.05)  # until the rank is started anew
+            longest = max(longest, 1.3 * (time.monotonic() - began))
+        return killed
+
+    def _last_step(self) -> int:
+        return max(self.steps_logged(), default=-1)
+
+    def steps_logged(self) -> dict[int, list[tuple[float, float]]]:
+        """Step -> (time, loss) of each time that it was logged."""
+        found: dict[int, list[tuple[float, float]]] = {}
+        path = self.folder / "out" / "_metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line that was being written at a kill
+                continue
+            if entry["event"] == "log" and "loss" in entry["metrics"]:
+                found.setdefault(entry["step"], []).append((entry["time"], entry["metrics"]["loss"]))
+        return found
+
+
+@dataclass
+class Outcome:
+    """What came of a job."""
+
+    job: Job
+    code: int
+    killed_at: list[float]  # seconds since 1970
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {step: logged[-1][1] for step, logged in sorted(self.job.steps_logged().items())}
+
+    @property
+    def all_losses(self) -> dict[int, set[float]]:
+        """Also of steps that were made again after a restart."""
+        return {step: {loss for _, loss in logged} for step, logged in sorted(self.job.steps_logged().items())}
+
+    @property
+    def seconds(self) -> list[float]:
+        """From each kill to the end of the next step; of kills before that step, the last counts."""
+        times = sorted(time for logged in self.job.steps_logged().values() for time, _ in logged)
+        found = []
+        for number, killed in enumerate(self.killed_at):
+            later = self.killed_at[number + 1] if number + 1 < len(self.killed_at) else float("inf")
+            after = [each for each in times if each > killed + 0.1]
+            if after and after[0] < later:
+                found.append(after[0] - killed)
+        return found
+
+    @property
+    def from_memory(self) -> int:
+        """How often a start went on from a snapshot."""
+        return (self.job.folder / "log").read_text(errors="replace").count("Going on from the memory snapshot")
+
+
+def start_model(folder: Path) -> str:
+    path = folder / "start"
+    if not path.exists():
+        sys.path.insert(0, str(HERE))
+        from test_gradients import stock_model
+
+        stock_model("llama").save_pretrained(path)
+    return str(path)
+
+
+def environment(on_gpus: bool = False) -> dict[str, str]:
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    # A store that an agent shares with its ranks has the addresses of dead ones after a restart.
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    devices = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**{k: v for k, v in os.environ.items() if k not in dropped}, **own, **devices}
+
+
+def matrix(folder: Path, ranks: int, everything: bool) -> list[tuple[str, Job]]:
+    """Every phase in every schedule; each time another rank, or all ranks one after the other."""
+    jobs = []
+    for number, (name, sizes) in enumerate(SCHEDULES.items()):
+        kills = [
+            (rank, phase, 3 + 4 * i)
+            for i, phase in enumerate(PHASES)
+            for rank in (range(ranks) if everything else [(i + 3 * number) % ranks])
+        ]
+        kills = [(rank, phase, 0 if phase in ("start", "resume") else step) for rank, phase, step in kills]
+        jobs.append((name, Job(folder / f"matrix-{name}", ranks, sizes, 48, kills)))
+    return jobs
+
+
+LLAMA_1B = {
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+    "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def on_gpus(folder: Path, ranks: int, memory: str) -> int:
+    """One process of a Llama-3.2-1B on GPUs dies: seconds to the next step, and what a snapshot costs a step."""
+    training = {
+        "use_cpu": False, "bf16": True, "zero_stage": 1, "per_device_train_batch_size": 2, "save_steps": 1000,
+        "memory_snapshot_steps": 10, "eval_strategy": "no", "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    job = Job(folder / "gpus", ranks, training, 40, [(ranks - 1, "forward", 27)], config=LLAMA_1B, length=2048,
+              memory=memory)  # fmt: skip
+    outcome = job.run()
+    print((job.folder / "log").read_text(errors="replace")[-3000:] if outcome.code else "")
+    logged = job.steps_logged()
+    times = sorted((time, step) for step, each in logged.items() for time, _ in each)
+    took = [(step, time - before) for (before, _), (time, step) in zip(times, times[1:], strict=False)]
+    plain = [seconds for step, seconds in took if step % 10 not in (0, 1) and step > 3]
+    # A snapshot is taken after a step's log line: what it takes is in the next one's time.
+    first, later = [s for step, s in took if step == 11], [s for step, s in took if step in (21, 31)]
+    repeated = [step for step, each in logged.items() if len(each) > 1]
+    spread = max((abs(each[0][1] - each[-1][1]) for each in logged.values()), default=0.0)
+    print(f"exit code {outcome.code}; starts from memory: {outcome.from_memory}; steps made again: {repeated}")
+    print(f"losses of steps made again differ by at most {spread:.2e}")
+    print(f"seconds from the kill to the end of the next step: {[round(each, 1) for each in outcome.seconds]}")
+    print(
+        f"seconds of a step: median {statistics.median(plain):.3f}; with the first snapshot {first}, with others {later}"
+    )
+    return outcome.code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--random", type=int, default=50)
+    parser.add_argument("--all", action="store_true", help="every rank in every phase of every schedule")
+    parser.add_argument("--jobs", type=int, default=4, help="jobs at a time")
+    parser.add_argument("--gpus", type=int, default=0, help="the restart of a Llama-3.2-1B on so many GPUs alone")
+    parser.add_argument("--memory", help="with --gpus: a folder in memory with room for 50 GB")
+    args = parser.parse_args()
+    if args.gpus:
+        sys.exit(on_gpus(Path(tempfile.mkdtemp()), args.gpus, args.memory or "/dev/shm"))
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    start_model(folder)
+    jobs = matrix(folder, args.ranks, args.all)
+    each = -(-args.random // args.jobs)
+    names = list(SCHEDULES)
+    jobs += [
+        (names[i % len(names)], Job(folder / f"random-{i}", args.ranks, SCHEDULES[names[i % len(names)]], 60,
+                                    random_kills=min(each, args.random - i * each), pause=0.1, seed=i))
+        for i in range(args.jobs) if args.random > i * each
+    ]  # fmt: skip
+    plain = {"memory_snapshot_steps": None, "memory_snapshot_dir": "/dev/shm"}
+    whole = [(name, Job(folder / f"whole-{name}", args.ranks, {**SCHEDULES[name], **plain}, 60)) for name in names]
+    with ThreadPoolExecutor(args.jobs) as executor:
+        unbroken = list(executor.map(lambda item: item[1].run().losses, whole))
+        # The schedule of learning rates has the length of the run.
+        shorter = [
+            (name, Job(folder / f"short-{name}", args.ranks, {**SCHEDULES[name], **plain}, 48)) for name in names
+        ]
+        short = list(executor.map(lambda item: item[1].run().losses, shorter))
+        expected = {(name, 60): losses for name, losses in zip(names, unbroken, strict=True)}
+        expected |= {(name, 48): losses for name, losses in zip(names, short, strict=True)}
+        outcomes = list(executor.map(lambda item: (item[0], item[1].run()), jobs))
+    print("| job | schedule | kills | starts from memory | seconds to the next step: median, most | losses |")
+    print("|---|---|---|---|---|---|")
+    failed = False
+    for name, outcome in outcomes:
+        same = outcome.code == 0 and all(
+            each == {expected[name, outcome.job.steps][step]} for step, each in outcome.all_losses.items()
+        ) and len(outcome.losses) == outcome.job.steps  # fmt: skip
+        failed |= not same
+        seconds = outcome.seconds or [float("nan")]
+        said = "equal, bit for bit" if same else f"DIFFER (exit code {outcome.code}, {outcome.job.folder})"
+        print(
+            f"| {outcome.job.folder.name} | {name} | {len(outcome.killed_at)} | {outcome.from_memory} | "
+            f"{statistics.median(seconds):.1f}, {max(seconds):.1f} | {said} |"
+        )
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
