@@ -73,7 +73,7 @@ def test_what_is_not_whole_does_not_count(clock: argparse.Namespace) -> None:
 
 
 def test_lost_nodes(clock: argparse.Namespace) -> None:
-    """Where each failure takes one of two nodes for long, a shrunk job runs at half its speed, one with spares at all."""
+    """Where each failure takes one of two nodes for long, a shrunk job has half its speed, one with spares all."""
     cluster = clock.Cluster(1.0, 1e6, nodes=2, nodes_lost=1.0, repair=1e12)
     shrunk = clock.Strategy("x", 10, 0.0, 0.0)
     spared = replace(shrunk, spares=10**6)

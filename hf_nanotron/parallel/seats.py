@@ -1,7 +1,8 @@
 """Which processes of a job train, and as which ranks: the others are spares.
 
-A process that is unfit (its GPU does not answer) has no seat. Processes of one node sit next to each other, and the
-tensor- and context-parallel ranks of a row on one node, as long as there are enough nodes for that.
+A process that is unfit (its GPU does not answer) has no seat. Processes of one node sit next to each other. Where the
+tensor- and context-parallel ranks of a row are on one node in the whole job, they stay on one: what is left on a node
+when its rows are full are spares, and dp shrinks rather than that a row crosses the network.
 """
 
 from __future__ import annotations
@@ -70,22 +71,25 @@ def seats_for(parallel: ParallelConfig, max_dp_size: int | None, processes: Sequ
     if max_dp_size is None:
         return [process.number for process in processes]
     fit = [process for process in processes if process.unfit is None]
+    rows = _whole_rows(processes, parallel.tp_size * parallel.cp_size)
+    seated = rows if len(rows) >= parallel.model_parallel_size else fit
     try:
-        size = training_size(parallel, max_dp_size, len(fit))
+        size = training_size(parallel, max_dp_size, len(seated))
     except ValueError as error:
         unfit = "; ".join(f"{process}: {process.unfit}" for process in processes if process.unfit is not None)
         raise ValueError(f"{error}{f' Unfit: {unfit}.' if unfit else ''}") from None
-    row = parallel.tp_size * parallel.cp_size
-    rows = [process.number for process in _whole_rows(fit, row)]
-    return (rows if len(rows) >= size else [process.number for process in fit])[:size]
+    return [process.number for process in seated[:size]]
 
 
-def _whole_rows(fit: Iterable[Process], row: int) -> list[Process]:
-    """Of each node as many as fill rows; nodes that fill none are left out."""
+def _whole_rows(processes: Iterable[Process], row: int) -> list[Process]:
+    """Of each node as many fit processes as fill rows; none at all if rows cross nodes anyway."""
     found: list[Process] = []
-    for _, group in groupby(fit, lambda process: process.node):
+    for _, group in groupby(processes, lambda process: process.node):
         node = list(group)
-        found += node[: len(node) - len(node) % row]
+        if len(node) % row:
+            return []
+        fit = [process for process in node if process.unfit is None]
+        found += fit[: len(fit) - len(fit) % row]
     return found
 
 
