@@ -264,13 +264,10 @@ def refused_two() -> str:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts agents of torchrun with a small run; what is left of them is killed."""
-    sections = yaml.safe_load((ROOT / "examples" / "debugging" / "run.yaml").read_text(encoding="utf-8"))
-    sections["dataset"]["path"] = str(ROOT / "examples" / "debugging" / "rows.jsonl")
-    sections["training"] |= {
-        "output_dir": str(tmp_path / "out"), "max_dp_size": 3, "tp_size": 1, "max_steps": 300, "save_strategy": "steps",
-        "save_steps": 20, "save_total_limit": 2, "per_device_train_batch_size": 1, "resume_from_checkpoint": "auto",
-    }  # fmt: skip
+    """Starts agents of torchrun with the run of `examples/faults`; what is left of them is killed."""
+    sections = yaml.safe_load((ROOT / "examples" / "faults" / "run.yaml").read_text(encoding="utf-8"))
+    sections["dataset"]["path"] = str(ROOT / sections["dataset"]["path"])
+    sections["training"]["output_dir"] = str(tmp_path / "out")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     agents: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -325,6 +322,7 @@ def test_a_spare_takes_the_place(job: Callable[..., subprocess.Popen[bytes]], tm
     os.kill(workers(agent)[1], signal.SIGKILL)
     assert agent.wait(200) == 0, (tmp_path / "log-0").read_text()[-3000:]
     assert check_run(tmp_path) == [3, 3]
+    assert "Going on from the memory snapshot of step" in (tmp_path / "log-0").read_text()
     assert "3 of 4 processes train; 1 are spares." in (tmp_path / "log-0").read_text()
 
 
