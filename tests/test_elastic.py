@@ -21,6 +21,7 @@ import torch.distributed as dist
 import yaml
 from pool import WorkerPool
 from test_batch_warmup import Sizes
+from test_cli import command, one_line
 from test_ordered_training import StopAt, token_set, write_corpus
 from tiny import History, checkpoint, message, pad_batch, random_dataset, train_stock, training_arguments
 
@@ -253,6 +254,34 @@ def test_refusals(pool: WorkerPool) -> None:
     assert args.processes_that_train(72) == 64 and args.processes_that_train(60) == 56
     with pytest.raises(ValueError, match="but only 7 can train"):
         NanotronTrainingArguments.of_job(7, **training_arguments(max_dp_size=8, tp_size=8))
+
+
+def test_launch_and_plan(tmp_path: Path) -> None:
+    """Jobs with restarts, and a plan that is told the processes that train."""
+    sections = yaml.safe_load((ROOT / "examples" / "faults" / "run.yaml").read_text(encoding="utf-8"))
+    sections["training"] |= {"output_dir": str(tmp_path / "out"), "max_dp_size": 8}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    slurm = ("launch", "--slurm", str(path), "--nodes", "5", "--gpus-per-node", "2", "--overwrite")
+    code, _, err = command(*slurm, "--max-restarts", "9", "--min-nodes", "3")
+    assert code == 0, err
+    script = (tmp_path / "out" / "launch" / "job.sh").read_text(encoding="utf-8")
+    assert "--nnodes 3:5 --nproc-per-node 2 --max-restarts 9 " in script and "#SBATCH --no-kill" in script
+    assert "--kill-on-bad-exit=0 --no-kill" in script and "--resume_from_checkpoint auto" in script
+    assert subprocess.run(["bash", "-n", tmp_path / "out" / "launch" / "job.sh"], check=False).returncode == 0
+    assert command(*slurm)[0] == 0
+    script = (tmp_path / "out" / "launch" / "job.sh").read_text(encoding="utf-8")
+    assert "--nnodes 5 --nproc-per-node 2 \\\n" in script and "no-kill" not in script
+    for words, said in (
+        (("--min-nodes", "3"), "--min-nodes 3 needs --max-restarts"),
+        (("--min-nodes", "6", "--max-restarts", "1"), "--min-nodes 6 is more than --nodes 5"),
+        (("--max-restarts", "-1"), "--max-restarts -1 must be at least 0"),
+        (("--min-nodes", "1", "--max-restarts", "1", "--tp_size", "4"), "but only 2 can train"),
+    ):
+        assert said in one_line(command(*slurm, *words)), words
+    plan = ("plan", str(path), "--gpu", "h100", "--gpus", "10", "--sequence-length", "16")
+    assert "max_dp_size=8 trains on 8 GPUs, not 10: plan with --gpus 8" in one_line(command(*plan))
+    assert "leave it out" in one_line(command(*plan, "--search"))
 
 
 def refused_two() -> str:

@@ -3,15 +3,15 @@
     python examples/benchmarks/failures.py
     python examples/benchmarks/failures.py --gpus 16384 --hours-between-failures 3.1 --parameters 405e9 --seeds 500
 
-Failures come at exponential times, also while the job restarts. After one the job stands for `restart` seconds, and goes
-on behind the newest snapshot that was whole. Then
+Failures come at exponential times, also while the job restarts. After one it stands for `restart` seconds, and goes on
+behind the newest snapshot that was whole. Then
 
     goodput = optimizer steps that count x seconds of a step without failures / seconds that have passed
 
 where a step counts if it was not lost. Printed are the median over the seeds, and from the 5th to the 95th percentile.
-In the simple case (no lag, one kind of failure) the mean is Daly's closed form (Daly 2006, A higher order estimate of
-the optimum checkpoint interval for restart dumps, equation 20), and the best interval about Young's (Young 1974, A first
-order approximation to the optimum checkpoint interval): `closed_form`, `best_interval`. Needs nothing but Python.
+Without lag, and with one kind of failure, the mean is Daly's closed form (J. T. Daly, A higher order estimate of the
+optimum checkpoint interval for restart dumps, 2006), and the best interval about Young's (J. W. Young, A first order
+approximation to the optimum checkpoint interval, 1974): `closed_form`, `best_interval`. Needs nothing but Python.
 """
 
 from __future__ import annotations
