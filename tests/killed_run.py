@@ -58,8 +58,9 @@ from hf_nanotron.training.step.train_step import TrainingHooks  # noqa: E402
 
 torch.set_num_threads(1)
 PARTS = {
-    "forward": (TrainingHooks, "on_forward"), "backward": (TrainingHooks, "before_backward"), "save": (save, "write_rank"),
-    "snapshot": (snapshots, "write_rank"), "marker": (snapshots, "write_part"), "resume": (snapshots, "make_checkpoint"),
+    "forward": (TrainingHooks, "on_forward"), "backward": (TrainingHooks, "before_backward"),
+    "save": (save, "write_rank"), "snapshot": (snapshots, "write_rank"), "marker": (snapshots, "write_part"),
+    "resume": (snapshots, "make_checkpoint"),
 }  # fmt: skip
 for name, (owner, attribute) in PARTS.items():
     setattr(owner, attribute, dying(name, getattr(owner, attribute)))
@@ -87,9 +88,10 @@ def main() -> None:
     else:
         config = AutoConfig.for_model(**JOB["config"])
         model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
+    rows = random_dataset(JOB["samples"], JOB["length"])
     trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=random_dataset(JOB["samples"], JOB["length"]), eval_dataset=random_dataset(8, seed=1),
-        data_collator=pad_batch, callbacks=[Phases()],
+        model=model, args=args, train_dataset=rows, eval_dataset=random_dataset(8, seed=1), data_collator=pad_batch,
+        callbacks=[Phases()],
     )  # fmt: skip
     trainer.weights.finish = dying("reduce", trainer.weights.finish)  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint="auto")

@@ -235,7 +235,7 @@ def on_gpus(folder: Path, ranks: int, memory: str) -> int:
     print(f"losses of steps made again differ by at most {spread:.2e}")
     print(f"seconds from the kill to the end of the next step: {[round(each, 1) for each in outcome.seconds]}")
     print(
-        f"seconds of a step: median {statistics.median(plain):.3f}; with the first snapshot {first}, with others {later}"
+        f"seconds of a step: median {statistics.median(plain):.3f}; with a first snapshot {first}, with others {later}"
     )
     return outcome.code
 

@@ -1,50 +1,83 @@
-"""Snapshots in the memory of hosts: a restart goes on from them, with the same samples, and losses equal bit for bit."""
+"""Snapshots in the memory of hosts: a restart goes on from them with the same samples, and losses equal bit for bit."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pool import JobError, WorkerPool
 from test_gradients import stock_model
-from tiny import History, pad_batch, random_dataset, training_arguments
+from tiny import message, pad_batch, random_dataset, training_arguments
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.arguments.snapshots import SHARED_MEMORY
+from hf_nanotron.checkpoint.directory.runs import begin_run
+from hf_nanotron.checkpoint.files.disk import CHUNK_BYTES
+from hf_nanotron.checkpoint.memory.folder import MemoryFolder, part_name, snapshot_name, write_part
+from hf_nanotron.checkpoint.memory.hosts import Hosts
+from hf_nanotron.checkpoint.memory.transfer import receive_files, send_files
+from hf_nanotron.training import snapshots as snapshots_module
+
+STEPS = 7
+UNBROKEN = {"memory_snapshot_steps": None, "memory_snapshot_dir": SHARED_MEMORY}
 
 
-class Dies(TrainerCallback):
-    """Breaks off at the beginning of a step, on every rank."""
+class Counts(TrainerCallback, ExportableState):
+    """A callback with a state, which counts steps; the run breaks off at the beginning of step `dies_at`, from 1."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    # Of the last run of this process; a callback that is restored is another one.
+    began = -1
+    dies_at: int | None = None
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"count": self.count}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        Counts.began = state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step + 1 == self.dies_at:
             raise RuntimeError("the cable was pulled")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.count += 1
 
-def run(output: str, overrides: dict[str, Any], dies_at: int | None = None, resume: str | None = "auto") -> Any:
-    """Losses by step, of this call of `train`."""
-    values = {"save_strategy": "steps", "save_steps": 100, "max_steps": 7, "memory_snapshot_steps": 2, **overrides}
-    values.setdefault("memory_snapshot_dir", str(Path(output).parent / "memory"))
+
+def train(output: str, overrides: dict[str, Any], dies_at: int | None = None, dataset: Any = None) -> Any:
+    """Losses by step, steps of this call of `train`, those that the callback counted, and the best checkpoint."""
+    folder = Path(output).parent
+    values = {"save_strategy": "steps", "save_steps": 100, "max_steps": STEPS, "memory_snapshot_steps": 2, **overrides}
+    values = {"memory_snapshot_dir": str(folder / "memory"), "restore_callback_states_from_checkpoint": True, **values}
     args = NanotronTrainingArguments(**training_arguments(output_dir=output, **values))
-    model = ParallelAuto.from_pretrained(str(Path(output).parent / "start"), parallel=args.parallel)
-    history = History()
-    callbacks = [history] if dies_at is None else [history, Dies(dies_at)]
+    model = ParallelAuto.from_pretrained(str(folder / "start"), parallel=args.parallel)
+    Counts.dies_at = dies_at
     trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=random_dataset(64), eval_dataset=random_dataset(8, seed=1),
-        data_collator=pad_batch, callbacks=callbacks,
+        model=model, args=args, train_dataset=dataset or random_dataset(64), eval_dataset=random_dataset(8, seed=1),
+        data_collator=pad_batch, callbacks=[Counts()],
     )  # fmt: skip
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    finally:
-        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-        (Path(output).parent / f"began-{os.environ.get('RANK', 0)}").write_text(str(7 - len(history.losses)))
-        trainer.mesh.close()
-    return losses
+    trainer.train(resume_from_checkpoint="auto")
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    counted = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Counts)).count
+    best = trainer.state.best_model_checkpoint
+    trainer.mesh.close()
+    return losses, Counts.began, counted, best
+
+
+def break_off(
+    pool: WorkerPool, world: int, output: Path, overrides: dict[str, Any], step: int, run: Any = train
+) -> None:
+    with pytest.raises(JobError, match="the cable was pulled"):
+        pool.run(world, run, str(output), overrides, step)
 
 
 @pytest.fixture
@@ -54,16 +87,194 @@ def start(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def snapshots(folder: Path) -> list[int]:
+    """The steps of the snapshots that lie in a memory, whole or not."""
+    found = (folder / "memory").glob("hf_nanotron-*/*-*/")
+    return sorted(int(path.name.rpartition("-")[2]) for path in found if not path.name.startswith("resumed"))
+
+
+def train_and_die(output: str, overrides: dict[str, Any], step: int) -> None:
+    """Rank 1 is killed when its part of the snapshot of a step lacks its marker alone."""
+    write_part = snapshots_module.write_part
+
+    def die(directory: Path, part: Any, *rest: Any) -> None:
+        if part[1:3] == (step, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_part(directory, part, *rest)
+
+    snapshots_module.write_part = die  # of a process that does not live on
+    train(output, overrides)
+
+
 def test_a_restart_goes_on_from_memory(pool: WorkerPool, start: Path) -> None:
-    expected = pool.run(
-        2, run, str(start / "whole"), {"memory_snapshot_steps": None, "memory_snapshot_dir": "/dev/shm"}
-    )[0]
-    with pytest.raises(JobError, match="the cable was pulled"):
-        pool.run(2, run, str(start / "out"), {}, 5)
-    assert not list((start / "out").glob("checkpoint-*"))
-    assert len(list((start / "memory").iterdir())) == 1
-    found = pool.run(2, run, str(start / "out"), {})[0]
-    print(found, expected)
-    assert found == expected
-    assert (start / "began-0").read_text() == "4"
-    assert not list((start / "memory").iterdir())
+    """With the average, the callback's state and the log; fewer ranks go on from the same parts."""
+    sizes = {"ema_decay": 0.9, "gradient_accumulation_steps": 2}
+    expected = pool.run(2, train, str(start / "whole"), {**sizes, **UNBROKEN})[0]
+    with pytest.raises(JobError, match="the process died|Connection closed by peer|Connection reset by peer"):
+        pool.run(2, train_and_die, str(start / "out"), sizes, 6)
+    assert snapshots(start) == [4, 6] and not list((start / "out").glob("checkpoint-*"))
+    (folder,) = (start / "memory").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    shutil.copytree(start / "memory", start / "kept")
+    shutil.copytree(start / "out", start / "kept-out")
+    losses, began, counted, _ = pool.run(2, train, str(start / "out"), sizes)[0]
+    assert (losses, began, counted) == (expected[0], 4, expected[2])
+    assert not list((start / "memory").iterdir()), "the run ended well"
+    shutil.rmtree(start / "memory")
+    shutil.rmtree(start / "out")
+    (start / "kept").rename(start / "memory")
+    (start / "kept-out").rename(start / "out")
+    losses, began, *_ = pool.run(1, train, str(start / "out"), {**sizes, "gradient_accumulation_steps": 4})[0]
+    assert began == 4 and losses == pytest.approx(expected[0], rel=1e-5)
+
+
+def train_and_damage(output: str) -> list[Any]:
+    """One process breaks off and starts again, each time after something has happened to its snapshots."""
+    told: list[Any] = []
+
+    def broken(step: int, **overrides: Any) -> None:
+        with pytest.raises(RuntimeError, match="the cable was pulled"):
+            train(output, {"save_steps": 3, **overrides}, step)
+
+    broken(4)  # a snapshot of step 2, a checkpoint of step 3
+    broken(6)  # and a snapshot of step 4
+    told.append(Counts.began)
+    (newest,) = (Path(output).parent / "memory").glob("*/*-4/training_state/rank-00000.safetensors")
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    broken(5)  # the snapshot of step 4 is damaged, and is made again
+    told.append(Counts.began)
+    broken(7)  # after a snapshot and a checkpoint of step 6
+    told.append(Counts.began)
+    return [*told, train(output, {"save_steps": 3})[:2]]
+
+
+def test_what_is_newest_and_whole_is_taken(pool: WorkerPool, start: Path) -> None:
+    expected = pool.run(1, train, str(start / "whole"), UNBROKEN)[0][0]
+    (told,) = pool.run(1, train_and_damage, str(start / "out"))
+    assert told == [3, 3, 4, (expected, 6)]
+
+
+# ---- hosts ----
+
+
+def train_on_hosts(output: str, overrides: dict[str, Any], dies_at: int | None = None, size: int = 2) -> Any:
+    """Each `size` ranks have a memory of their own."""
+    before = os.getcwd()
+    host = Path(output).parent / f"host-{int(os.environ['RANK']) // size}"
+    (host / "memory").mkdir(parents=True, exist_ok=True)
+    os.chdir(host)
+    try:
+        return train(output, {"memory_snapshot_dir": "memory", **overrides}, dies_at)
+    finally:
+        os.chdir(before)
+
+
+def test_a_host_that_is_gone_is_restored_by_its_neighbour(pool: WorkerPool, start: Path) -> None:
+    sizes = {"tp_size": 2}
+    expected = pool.run(4, train, str(start / "whole"), {**sizes, **UNBROKEN})[0][0]
+    break_off(pool, 4, start / "out", sizes, 6, train_on_hosts)
+    shutil.rmtree(start / "host-1")  # and comes back with nothing
+    losses, began, *_ = pool.run(4, train_on_hosts, str(start / "out"), sizes)[0]
+    assert (losses, began) == (expected, 4)
+
+
+def test_every_host_has_a_neighbour_and_pairs_meet_in_one_order() -> None:
+    for sizes in [(2, 2), (3, 1, 2), (1, 1, 1, 1, 1), (4,)]:
+        bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        ranks = tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+        hosts = Hosts(ranks, 0)
+        kept = hosts.neighbours()
+        host_of = {rank: number for number, each in enumerate(ranks) for rank in each}
+        assert [rank for rank, _ in kept] == ([] if len(sizes) == 1 else list(range(bounds[-1])))
+        assert all(host_of[target] == (host_of[rank] + 1) % len(sizes) for rank, target in kept)
+        assert {frozenset(pair) for pair in kept} == {frozenset(pair) for pair in hosts.pairs()}
+
+
+class Pipe:
+    """A wire that holds what was sent until it is received."""
+
+    def __init__(self) -> None:
+        self.sent = bytearray()
+
+    def send(self, data: bytes | bytearray) -> None:
+        self.sent += data
+
+    def receive(self, size: int) -> memoryview:
+        data, self.sent = bytes(self.sent[:size]), self.sent[size:]
+        return memoryview(data)
+
+
+def test_files_are_sent_in_chunks_and_stay_in_their_folder(tmp_path: Path) -> None:
+    source, target, pipe = tmp_path / "a", tmp_path / "b", Pipe()
+    (source / "inner").mkdir(parents=True)
+    target.mkdir()
+    data = torch.arange((CHUNK_BYTES + 40) // 4, dtype=torch.int32).numpy().tobytes()
+    (source / "inner" / "large").write_bytes(data)
+    (source / "empty").touch()
+    send_files(pipe, source, ["inner/large", "empty"], 3)
+    assert receive_files(pipe, target) == (3, ["inner/large", "empty"]) and not pipe.sent
+    assert (target / "inner" / "large").read_bytes() == data and (target / "empty").read_bytes() == b""
+    send_files(pipe, source / "inner", ["../empty"], None)
+    with pytest.raises(ValueError, match="another rank names '../empty'"):
+        receive_files(pipe, target)
+
+
+# ---- parts ----
+
+
+def test_a_torn_part_is_none(tmp_path: Path) -> None:
+    folder, run = MemoryFolder(tmp_path, tmp_path / "out"), begin_run([])
+    assert folder.acquire() is None and folder.parts() == []
+    directory = folder.snapshot(snapshot_name(run, 4))
+    for rank in range(3):
+        (directory / "training_state").mkdir(parents=True, exist_ok=True)
+        (directory / f"file-{rank}").write_bytes(b"some bytes")
+        write_part(directory, (run, 4, rank, 3), [f"file-{rank}"], [])
+    assert [part.rank for part in folder.parts()] == [0, 1, 2]
+    (directory / "file-1").write_bytes(b"some")  # it was cut off
+    marker = directory / part_name(2)
+    marker.write_bytes(marker.read_bytes()[:-9])
+    assert [(part.rank, part.step, part.world_size, part.run) for part in folder.parts()] == [(0, 4, 3, run)]
+    folder.keep([])
+    assert folder.names() == [] and folder.path.is_dir()
+    folder.delete()
+    assert not folder.path.exists()
+
+
+def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
+    folder = MemoryFolder(tmp_path, tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    folder.path.symlink_to(tmp_path / "elsewhere")
+    assert "belongs to user" in message(folder.check)
+    assert "is not a folder of this host" in message(MemoryFolder(tmp_path / "none", "out").check)
+
+
+# ---- arguments and room ----
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"memory_snapshot_steps": 0}, "memory_snapshot_steps=0 must be at least 1"),
+        ({"memory_snapshot_steps": 5, "save_strategy": "no"}, "memory_snapshot_steps=5 with save_strategy='no'"),
+        ({"memory_snapshot_dir": "/mnt/ram"}, "memory_snapshot_dir='/mnt/ram' needs memory_snapshot_steps"),
+    ],
+)
+def test_arguments_that_do_not_go_together(values: dict[str, Any], says: str) -> None:
+    values = {"save_strategy": "steps", **values}
+    assert says in message(lambda: NanotronTrainingArguments(**training_arguments(**values)))
+
+
+def train_without_room(output: str, available: int) -> str:
+    from unittest import mock
+
+    with mock.patch("hf_nanotron.checkpoint.memory.room.available_memory", return_value=available):
+        return message(lambda: train(output, {"memory_snapshot_dir": output + "/../memory"}))
+
+
+def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(pool: WorkerPool, start: Path) -> None:
+    for told in pool.run(2, train_without_room, str(start / "out"), 1000):
+        assert "of memory available, but two snapshots of its 2 ranks take" in told
+    assert "_metrics.jsonl" not in os.listdir(start / "out")

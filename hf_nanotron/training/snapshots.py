@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -17,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..checkpoint.directory.retention import from_rank_0, is_part, newest, run_at_hand, step_of
+from ..checkpoint.directory.retention import from_rank_0, is_checkpoint_name, is_part, newest, run_at_hand, step_of
 from ..checkpoint.directory.runs import Run
 from ..checkpoint.directory.save import HostCopies, Save
 from ..checkpoint.files.checked import write_checked
@@ -169,7 +170,8 @@ class MemorySnapshots:
         if newest_on_disk > snapshots[0].step:
             with contextlib.suppress(ValueError):  # on all ranks: it is damaged, and there is no other
                 chosen = on_disk()
-            newest_on_disk = -1 if chosen is None else step_of(Path(chosen).name)
+            newest_on_disk = step_of(Path(chosen).name) if chosen and is_checkpoint_name(Path(chosen).name) else -1
+        began = time.monotonic()
         for snapshot in snapshots:
             if snapshot.step < newest_on_disk:
                 break
@@ -183,7 +185,8 @@ class MemorySnapshots:
             if mesh.rank == 0:
                 said = "none" if newest_on_disk < 0 else f"of step {newest_on_disk}"
                 logger.warning(
-                    f"Going on from the memory snapshot of step {snapshot.step}; the newest checkpoint on disk: {said}."
+                    f"Going on from the memory snapshot of step {snapshot.step} (ready after "
+                    f"{time.monotonic() - began:.1f} s); the newest checkpoint on disk: {said}."
                 )
             return source
         return on_disk() if chosen is None else chosen

@@ -63,7 +63,7 @@ class MemoryFolder:
     """
 
     def __init__(self, root: StrPath, output_dir: StrPath) -> None:
-        self.root, self._output_dir = Path(root), os.path.realpath(output_dir)
+        self.root, self._output_dir = Path(os.path.abspath(root)), os.path.realpath(output_dir)
         digest = sha256(self._output_dir.encode(errors="surrogateescape")).hexdigest()[:12]
         self.path = self.root / f"{PREFIX}-{os.getuid()}-{digest}"
         self._lock = RunLock()
