@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import os
 import secrets
 import signal
 import socket
@@ -180,8 +181,11 @@ def wait_as_spare(meeting: Meeting, grace: float) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: told.append(time.monotonic()))
     logger.info(f"process {meeting.number} is a spare.")
-    while not meeting.store.check(["ended"]):
-        if told and time.monotonic() > told[0] + grace:
-            sys.exit(128 + signal.SIGTERM)
-        time.sleep(SPARE_SECONDS)
+    with contextlib.suppress(RuntimeError):  # the process that holds the store has ended: well, or torchrun ends all
+        while not meeting.store.check(["ended"]):
+            if told and time.monotonic() > told[0] + grace:
+                sys.exit(128 + signal.SIGTERM)
+            time.sleep(SPARE_SECONDS)
+    if meeting.processes[meeting.number].unfit is not None:
+        os._exit(0)  # its device may keep it from ending in any other way
     sys.exit(0)
