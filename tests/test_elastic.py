@@ -346,7 +346,7 @@ def check_run(folder: Path, steps: int = 300) -> list[int]:
 def test_a_spare_takes_the_place(job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     """Four processes, of which three train: one of these dies. All are started again, and three train on."""
     agent = job("--standalone", "--max-restarts", "2", "--nproc-per-node", "4")
-    wait_for(lambda: (tmp_path / "out" / "checkpoint-20" / "committed.json").exists())
+    wait_for(lambda: len(logged(tmp_path)) > 30)
     assert len(workers(agent)) == 4
     os.kill(workers(agent)[1], signal.SIGKILL)
     assert agent.wait(200) == 0, (tmp_path / "log-0").read_text()[-3000:]
@@ -367,11 +367,12 @@ def test_a_lost_node_shrinks_dp(job: Callable[..., subprocess.Popen[bytes]], tmp
     first = job(*options)
     time.sleep(1.0)  # so that the first has the store
     second = job(*options)
-    wait_for(lambda: (tmp_path / "out" / "checkpoint-20" / "committed.json").exists())
+    wait_for(lambda: len(logged(tmp_path)) > 30)
     lost = workers(second)
     second.kill()
     for worker in lost:
         os.kill(worker, signal.SIGKILL)
     assert first.wait(200) == 0, (tmp_path / "log-0").read_text()[-3000:]
     assert check_run(tmp_path) == [3, 2]
+    assert "Going on from the memory snapshot of step" in (tmp_path / "log-0").read_text()
     assert "the data-parallel size is 2 instead of max_dp_size=3" in (tmp_path / "log-0").read_text()
