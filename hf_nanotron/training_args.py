@@ -581,6 +581,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             return processes
         if self.max_dp_size < 1:
             raise ValueError(f"max_dp_size={self.max_dp_size} must be at least 1, or None.")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                f"max_dp_size={self.max_dp_size} with average_tokens_across_devices=False: the loss of a step would "
+                "depend on how many ranks its samples are dealt to; use average_tokens_across_devices=True."
+            )
         return training_size(self.parallel, self.max_dp_size, processes)
 
     def _take_seat(self) -> None:

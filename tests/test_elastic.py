@@ -223,6 +223,29 @@ def test_a_step_has_the_same_samples_at_any_size(pool: WorkerPool, tmp_path: Pat
     assert close(losses, expected), (losses, expected)
 
 
+WIDE = {
+    "pp": {"pp_size": 2},
+    "zb": {"pp_size": 2, "pp_schedule": "zb"},
+    "tp": {"tp_size": 2},
+    "cp": {"cp_size": 2},
+    "zero3": {"zero_stage": 3},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1.6},
+}  # fmt: skip
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("name", WIDE)
+def test_every_layout_shrinks(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+    """On three of four replicas as on four, where fillers are in each step."""
+    layout = ParallelConfig(**{key: value for key, value in WIDE[name].items() if key.endswith(("_size", "_schedule"))})
+    results = []
+    for dp in (4, 3):
+        world = dp * layout.model_parallel_size
+        results.append(pool.run(world, run, checkpoint(), str(tmp_path / str(dp)), None, None, STEPS, WIDE[name])[0])
+    assert close(results[1][0], results[0][0]), results
+    assert results[1][2] == results[0][2]
+
+
 @pytest.mark.parametrize("kind", ["warmup", "stages"])
 def test_stages_shrink(pool: WorkerPool, tmp_path: Path, kind: str) -> None:
     """A batch that grows, and stages with their own: on three of four ranks as on four."""
@@ -246,6 +269,8 @@ def refused(**values: Any) -> str:
 
 def test_refusals(pool: WorkerPool) -> None:
     assert "max_dp_size=0 must be at least 1, or None." in refused(max_dp_size=0)
+    said = refused(max_dp_size=2, average_tokens_across_devices=False)
+    assert "max_dp_size=2 with average_tokens_across_devices=False: the loss of a step would depend" in said
     for said in pool.run(3, refused_two):
         assert "max_dp_size=2 leaves 1 of 3 processes without a place" in said and "Start 2 processes" in said
     args = NanotronTrainingArguments.of_job(
