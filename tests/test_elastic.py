@@ -387,11 +387,9 @@ def test_a_lost_node_shrinks_dp(job: Callable[..., subprocess.Popen[bytes]], tmp
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}")
-    conf = ("--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2")
-    options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", *rendezvous, *conf)
-    first = job(*options)
-    time.sleep(1.0)  # so that the first has the store
-    second = job(*options)
+    conf = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2"
+    options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", *rendezvous)
+    first, second = (job(*options, "--rdzv-conf", f"{conf},is_host={host}") for host in ("true", "false"))
     wait_for(lambda: len(logged(tmp_path)) > 30)
     lost = workers(second)
     second.kill()
