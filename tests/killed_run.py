@@ -72,7 +72,8 @@ class Phases(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         global STEP
         STEP = state.global_step + 1
-        time.sleep(JOB.get("pause", 0.0))
+        if JOB["pause"] and not (FOLDER / "calm").exists():  # so that a run is not over before its kills
+            time.sleep(JOB["pause"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dying("step")()

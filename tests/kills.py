@@ -1,6 +1,6 @@
 """Jobs under `torchrun --max-restarts` whose ranks are killed: their losses, and how long a restart took.
 
-    python tests/kills.py [--ranks 8] [--random 50] [--all] [--jobs 4]
+    python tests/kills.py [--ranks 8] [--random 50] [--all] [--jobs 4] [--seconds 400]
 
 runs the matrix of phases and schedules, then so many kills of a random rank at a random moment, and prints a table.
 """
@@ -8,6 +8,7 @@ runs the matrix of phases and schedules, then so many kills of a random rank at 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+STEPS = 48
 PHASES = ("start", "resume", "forward", "backward", "reduce", "step", "snapshot", "marker", "save", "evaluation")
 # Of 8 ranks: schedule -> arguments. With other numbers of ranks dp grows or shrinks.
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -86,13 +88,19 @@ class Job:
                 ],
                 stdout=log, stderr=log, env=environment(self.config is not None), start_new_session=True,
             )  # fmt: skip
+            killed, code = [], None
             try:
-                killed = self._kill_at_random(process, time.monotonic() + timeout) if self.random_kills else []
+                if self.random_kills:
+                    killed = self._kill_at_random(process, time.monotonic() + timeout)
+                    (self.folder / "calm").touch()
                 code = process.wait(timeout)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGTERM)
-                time.sleep(1)
-                raise
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                if process.poll() is None:  # torchrun ends its ranks
+                    process.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(40)
         killed += [float(path.read_text()) for path in self.folder.glob("killed-*")]
         return Outcome(self, code, sorted(killed))
 
@@ -143,7 +151,7 @@ class Outcome:
     """What came of a job."""
 
     job: Job
-    code: int
+    code: int | None  # None for one that took too long
     killed_at: list[float]  # seconds since 1970
 
     @property
@@ -202,7 +210,7 @@ def matrix(folder: Path, ranks: int, everything: bool) -> list[tuple[str, Job]]:
             for rank in (range(ranks) if everything else [(i + 3 * number) % ranks])
         ]
         kills = [(rank, phase, 0 if phase in ("start", "resume") else step) for rank, phase, step in kills]
-        jobs.append((name, Job(folder / f"matrix-{name}", ranks, sizes, 48, kills)))
+        jobs.append((name, Job(folder / f"matrix-{name}", ranks, sizes, STEPS, kills)))
     return jobs
 
 
@@ -246,6 +254,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=50)
     parser.add_argument("--all", action="store_true", help="every rank in every phase of every schedule")
     parser.add_argument("--jobs", type=int, default=4, help="jobs at a time")
+    parser.add_argument("--seconds", type=float, default=400, help="for all jobs; a job that takes longer is ended")
     parser.add_argument("--gpus", type=int, default=0, help="the restart of a Llama-3.2-1B on so many GPUs alone")
     parser.add_argument("--memory", help="with --gpus: a folder in memory with room for 50 GB")
     args = parser.parse_args()
@@ -254,40 +263,40 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     start_model(folder)
     jobs = matrix(folder, args.ranks, args.all)
-    each = -(-args.random // args.jobs)
-    names = list(SCHEDULES)
-    jobs += [
-        (names[i % len(names)], Job(folder / f"random-{i}", args.ranks, SCHEDULES[names[i % len(names)]], 60,
-                                    random_kills=min(each, args.random - i * each), pause=0.1, seed=i))
-        for i in range(args.jobs) if args.random > i * each
-    ]  # fmt: skip
+    each, names = -(-args.random // args.jobs), list(SCHEDULES)
+    shares = [min(each, args.random - i * each) for i in range(args.jobs) if args.random > i * each]
+    for i, share in enumerate(shares):
+        name = names[i % len(names)]
+        sizes = SCHEDULES[name]
+        jobs.append((name, Job(folder / f"random-{i}", args.ranks, sizes, STEPS, [], share, pause=0.5, seed=i)))
     plain = {"memory_snapshot_steps": None, "memory_snapshot_dir": "/dev/shm"}
-    whole = [(name, Job(folder / f"whole-{name}", args.ranks, {**SCHEDULES[name], **plain}, 60)) for name in names]
+    whole = [Job(folder / f"whole-{name}", args.ranks, {**SCHEDULES[name], **plain}, STEPS) for name in names]
+    until = time.monotonic() + args.seconds
     with ThreadPoolExecutor(args.jobs) as executor:
-        unbroken = list(executor.map(lambda item: item[1].run().losses, whole))
-        # The schedule of learning rates has the length of the run.
-        shorter = [
-            (name, Job(folder / f"short-{name}", args.ranks, {**SCHEDULES[name], **plain}, 48)) for name in names
-        ]
-        short = list(executor.map(lambda item: item[1].run().losses, shorter))
-        expected = {(name, 60): losses for name, losses in zip(names, unbroken, strict=True)}
-        expected |= {(name, 48): losses for name, losses in zip(names, short, strict=True)}
-        outcomes = list(executor.map(lambda item: (item[0], item[1].run()), jobs))
-    print("| job | schedule | kills | starts from memory | seconds to the next step: median, most | losses |")
-    print("|---|---|---|---|---|---|")
-    failed = False
-    for name, outcome in outcomes:
-        same = outcome.code == 0 and all(
-            each == {expected[name, outcome.job.steps][step]} for step, each in outcome.all_losses.items()
-        ) and len(outcome.losses) == outcome.job.steps  # fmt: skip
-        failed |= not same
-        seconds = outcome.seconds or [float("nan")]
-        said = "equal, bit for bit" if same else f"DIFFER (exit code {outcome.code}, {outcome.job.folder})"
-        print(
-            f"| {outcome.job.folder.name} | {name} | {len(outcome.killed_at)} | {outcome.from_memory} | "
-            f"{statistics.median(seconds):.1f}, {max(seconds):.1f} | {said} |"
-        )
-    sys.exit(int(failed))
+        expected = dict(zip(names, (outcome.losses for outcome in executor.map(Job.run, whole)), strict=True))
+        print("| job | schedule | kills | starts from memory | seconds to the next step: median, most | losses |")
+        print("|---|---|---|---|---|---|", flush=True)
+        runs = {
+            executor.submit(lambda job: job.run(max(1.0, until - time.monotonic())), job): name for name, job in jobs
+        }
+        failed = sum(not tell(runs[run], run.result(), expected[runs[run]]) for run in as_completed(runs))
+    sys.exit(int(failed > 0))
+
+
+def tell(name: str, outcome: Outcome, expected: dict[int, float]) -> bool:
+    """Print a job's row; whether its losses are those of the unbroken run, also of steps that were made again."""
+    job = outcome.job
+    is_same = outcome.code == 0 and outcome.all_losses == {step: {loss} for step, loss in expected.items()}
+    seconds = outcome.seconds or [float("nan")]
+    so_far = all(each == {expected[step]} for step, each in outcome.all_losses.items())
+    said = "equal, bit for bit" if is_same else f"{len(outcome.losses)} of {job.steps} steps, equal: {so_far}"
+    said += "" if is_same else f", exit code {outcome.code}, {job.folder}"
+    print(
+        f"| {job.folder.name} | {name} | {len(outcome.killed_at)} | {outcome.from_memory} | "
+        f"{statistics.median(seconds):.1f}, {max(seconds):.1f} | {said} |",
+        flush=True,
+    )
+    return is_same
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_a_kill_in_each_phase(folder: Path, expected: dict[int, float], kills: l
 
 def test_kills_at_random(folder: Path, expected: dict[int, float], request: pytest.FixtureRequest) -> None:
     kills = request.config.getoption("--kills")
-    check(Job(folder / "random", RANKS, SIZES, 16, random_kills=kills, pause=0.3).run(), expected)
+    check(Job(folder / "random", RANKS, SIZES, 16, random_kills=kills, pause=0.5).run(), expected)
 
 
 def test_the_matrix_has_every_phase_rank_and_schedule() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,7 +13,11 @@ import pytest
 import torch
 from pool import JobError, WorkerPool
 from test_gradients import stock_model
+from test_ordered_training import token_set
+from test_stream_training import stream
+from test_token_stream import write_shards
 from tiny import message, pad_batch, random_dataset, training_arguments
+from token_files import documents, write_ds
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -23,6 +28,7 @@ from hf_nanotron.checkpoint.files.disk import CHUNK_BYTES
 from hf_nanotron.checkpoint.memory.folder import MemoryFolder, part_name, snapshot_name, write_part
 from hf_nanotron.checkpoint.memory.hosts import Hosts
 from hf_nanotron.checkpoint.memory.transfer import receive_files, send_files
+from hf_nanotron.data import Mixture
 from hf_nanotron.training import snapshots as snapshots_module
 
 STEPS = 7
@@ -53,8 +59,18 @@ class Counts(TrainerCallback, ExportableState):
         self.count += 1
 
 
-def train(output: str, overrides: dict[str, Any], dies_at: int | None = None, dataset: Any = None) -> Any:
-    """Losses by step, steps of this call of `train`, those that the callback counted, and the best checkpoint."""
+def data_of(folder: Path, kind: str) -> dict[str, Any]:
+    if kind == "rows":
+        return {"train_dataset": random_dataset(64), "data_collator": pad_batch}
+    if kind == "stream":
+        return {"train_dataset": stream(str(folder))}
+    sets = {name: token_set(str(folder), name, 16, documents="cross", seed=5) for name in ("web", "code")}
+    return {"train_dataset": Mixture(sets, {"web": 0.7, "code": 0.3}, max_epochs=4, when_exhausted="redistribute")}
+
+
+def train(output: str, overrides: dict[str, Any], dies_at: int | None = None, kind: str = "rows") -> Any:
+    """Losses by step, the step after which `train` began, steps that the callback counted, and the best checkpoint."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # has data workers
     folder = Path(output).parent
     values = {"save_strategy": "steps", "save_steps": 100, "max_steps": STEPS, "memory_snapshot_steps": 2, **overrides}
     values = {"memory_snapshot_dir": str(folder / "memory"), "restore_callback_states_from_checkpoint": True, **values}
@@ -62,8 +78,7 @@ def train(output: str, overrides: dict[str, Any], dies_at: int | None = None, da
     model = ParallelAuto.from_pretrained(str(folder / "start"), parallel=args.parallel)
     Counts.dies_at = dies_at
     trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=dataset or random_dataset(64), eval_dataset=random_dataset(8, seed=1),
-        data_collator=pad_batch, callbacks=[Counts()],
+        model=model, args=args, eval_dataset=random_dataset(8, seed=1), callbacks=[Counts()], **data_of(folder, kind),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint="auto")
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -154,6 +169,41 @@ def test_what_is_newest_and_whole_is_taken(pool: WorkerPool, start: Path) -> Non
     expected = pool.run(1, train, str(start / "whole"), UNBROKEN)[0][0]
     (told,) = pool.run(1, train_and_damage, str(start / "out"))
     assert told == [3, 3, 4, (expected, 6)]
+
+
+GROWS = {"batch_size_warmup_tokens": 16 * 16, "batch_size_warmup_start": 4, "batch_size_warmup_increment": 2}
+BEST = {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "load_best_model_at_end": True, "async_save": True}
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "eval_strategy": "epoch", "gradient_accumulation_steps": 8}
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize(
+    ("world", "kind", "overrides", "began"),
+    [
+        (4, "rows", {"zero_stage": 3}, 4),
+        (4, "rows", {"zero_stage": 2, "dp_replicate_size": 2}, 4),
+        (4, "rows", {"pp_size": 2, "tp_size": 2, "gradient_accumulation_steps": 2, "bf16": True}, 4),
+        (2, "rows", {"optim": "muon", "muon_dtype": "float32", "ema_decay": 0.9}, 4),
+        (2, "rows", {"optim_offload": 0.5, "optim_state_dtype": "bfloat16"}, 4),
+        (2, "rows", BEST, 4),
+        (2, "rows", EPOCHS, 4),
+        (2, "rows", {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}, 4),
+        (2, "tokens", {"gradient_accumulation_steps": 4, **GROWS}, 4),
+        (2, "stream", {"gradient_accumulation_steps": 2}, 4),
+    ],
+)
+def test_every_kind_of_run_goes_on(
+    pool: WorkerPool, start: Path, world: int, kind: str, overrides: dict[str, Any], began: int
+) -> None:
+    for seed, name in enumerate(("web", "code")):
+        write_ds(start / f"{name}.ds", documents(40, seed))
+    write_shards(start)
+    expected = pool.run(world, train, str(start / "whole"), {**overrides, **UNBROKEN}, None, kind)[0]
+    with pytest.raises(JobError, match="the cable was pulled"):
+        pool.run(world, train, str(start / "out"), overrides, 6, kind)
+    found = pool.run(world, train, str(start / "out"), overrides, None, kind)[0]
+    assert found[:3] == (expected[0], began, expected[2])
+    assert (found[3] or "").rpartition("/")[2] == (expected[3] or "").rpartition("/")[2]
 
 
 # ---- hosts ----

@@ -366,6 +366,7 @@ BEYOND_SIZES |= {"attention", "max_skipped_steps", "no_weight_decay"}
 BEYOND_SIZES |= {"fp8", "fp8_skip_layers", "overwrite_output_dir"}
 BEYOND_SIZES |= {"ema_decay", "ema_start_step", "ema_evaluate", "wsd_decay_steps"}
 BEYOND_SIZES |= {"batch_size_warmup_tokens", "batch_size_warmup_start", "batch_size_warmup_increment"}
+BEYOND_SIZES |= {"memory_snapshot_steps", "memory_snapshot_dir"}
 BEYOND_SIZES |= {"metrics_detail", "metrics_detail_steps", "profile_steps", "profile_ranks", "run_log"}
 
 

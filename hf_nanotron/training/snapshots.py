@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 import time
@@ -20,9 +21,10 @@ from transformers.utils import logging
 
 from ..checkpoint.directory.retention import from_rank_0, is_checkpoint_name, is_part, newest, run_at_hand, step_of
 from ..checkpoint.directory.runs import Run
-from ..checkpoint.directory.save import HostCopies, Save
+from ..checkpoint.directory.save import Save
 from ..checkpoint.files.checked import write_checked
 from ..checkpoint.hub.model import held_buffers
+from ..checkpoint.memory.copies import StateCopies
 from ..checkpoint.memory.folder import MemoryFolder, part_name, read_part, snapshot_name, write_part
 from ..checkpoint.memory.hosts import Hosts, find_hosts
 from ..checkpoint.memory.resume import VALUES, Snapshot, find_snapshots, make_checkpoint
@@ -63,7 +65,7 @@ class MemorySnapshots:
 
     def __init__(self, args: NanotronTrainingArguments) -> None:
         self.args = args
-        self._copies = HostCopies()
+        self._copies = StateCopies()
         self._folder: MemoryFolder | None = None
         self._hosts: Hosts | None = None
         self._wires: dict[int, Wire] = {}
@@ -223,6 +225,7 @@ class MemorySnapshots:
         every = sum(segment.master.numel() for segment in segments)
         state = 4 * every + moment_bytes(optimizer, self.weights) + (0 if average is None else average.nbytes)
         check_room(self.mesh, self._hosts, self._folder, state * own // max(1, every))
+        together(self.mesh, "connecting neighbouring hosts for memory snapshots", self._connect)
 
     def is_due(self, state: TrainerState, control: TrainerControl, data_order: DataOrder) -> bool:
         """Whether to take a snapshot now, after what Trainer does at the end of a step or of an epoch.
@@ -250,22 +253,23 @@ class MemorySnapshots:
         assert folder is not None and hosts is not None
         self._settle()
         self._taken_at, name = step, snapshot_name(run, step)
+        threads = self._writing = SnapshotThreads(name, self.mesh.rank, folder)
 
         def make_place() -> None:
-            if hosts.is_leader:
-                folder.keep([self._whole])
-                (folder.snapshot(name) / DIRECTORY).mkdir(mode=0o700, parents=True)
+            with threads.noting_failure(OSError):
+                if hosts.is_leader:
+                    folder.keep([self._whole])
+                    (folder.snapshot(name) / DIRECTORY).mkdir(mode=0o700, parents=True)
 
         together(self.mesh, f"beginning the memory snapshot of step {step}", make_place)
         save = Save(folder.snapshot(name), step, self.args.ddp_timeout)
-        threads = self._writing = SnapshotThreads(name, self.mesh.rank, folder)
-        with threads.noting_failure():
+        with threads.noting_failure(OSError):  # no room, say
             write_own(save)
         nbytes = sum(tensor.nbytes for piece in save.pieces for tensor in piece.tensors.values())
         if not self._has_room:
             check_room(self.mesh, hosts, folder, nbytes)
             self._has_room = True
-        save.copy_to_host(self._copies)
+        save.pieces, save.values = self._copies.of(save.pieces), copy.deepcopy(save.values)
         part = run, step, self.mesh.rank, self.mesh.world_size
         targets = [target for rank, target in hosts.neighbours() if rank == self.mesh.rank]
         sources = [rank for rank, target in hosts.neighbours() if target == self.mesh.rank]
@@ -304,9 +308,15 @@ class MemorySnapshots:
             timeout = timedelta(seconds=self.args.ddp_timeout)
             for pair in hosts.pairs():
                 if mesh.rank in pair:
-                    handle: Any = dist.new_group(
-                        list(pair), timeout=timeout, backend="gloo", use_local_synchronization=True
-                    )
+                    try:
+                        handle: Any = dist.new_group(
+                            list(pair), timeout=timeout, backend="gloo", use_local_synchronization=True
+                        )
+                    except RuntimeError as error:
+                        raise RuntimeError(
+                            f"memory_snapshot_steps: ranks {pair[0]} and {pair[1]}, of neighbouring hosts, cannot "
+                            f"connect by gloo ({error}); GLOO_SOCKET_IFNAME=eth0 (or its like) names the interface."
+                        ) from error
                     other = pair[0] if pair[1] == mesh.rank else pair[1]
                     self._wires[other] = Wire(other, handle, torch.device("cpu"))
                     mesh.at_close(_destroying(handle))
@@ -322,11 +332,11 @@ class SnapshotThreads:
         self._failures: list[BaseException] = []
 
     @contextlib.contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """What fails in here makes the snapshot fail, not the run."""
+    def noting_failure(self, *kinds: type[Exception]) -> Iterator[None]:
+        """What fails in here makes the snapshot fail, not the run; of these kinds, or all."""
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as error:
+        except kinds or (Exception,) as error:
             self._failures.append(error)
 
     def start(self, write: Callable[[], None], targets: list[Wire], sources: list[Wire]) -> None:
