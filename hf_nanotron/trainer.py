@@ -365,7 +365,10 @@ class NanotronTrainer(Trainer):
             collate = self._collator(dataset, description)
         else:
             dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
-        loader = make_loader(self.args, self.model.mesh, dataset, sampler, collate, batch_size, is_training)
+        step_batches = self._data_order.step_batches if is_training else None
+        loader = make_loader(
+            self.args, self.model.mesh, dataset, sampler, collate, batch_size, is_training, step_batches
+        )
         if dataloader_key is not None and self.args.dataloader_persistent_workers:
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader
@@ -404,6 +407,10 @@ class NanotronTrainer(Trainer):
         sizes = self._train_batch_size, batch
         epochs, max_steps = self._data_order.plan(dataloader, self.train_dataset, *sizes, epochs, max_steps)
         return epochs, *counts, batch, rounds, max_steps
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The same at every data-parallel size that `max_dp_size` allows."""
+        return self._train_batch_size * self._data_order.step_batches
 
     def get_tp_size(self) -> int:
         """Ranks that see the same batch: what Trainer divides by wherever it counts batches by the world size."""
@@ -688,7 +695,7 @@ class NanotronTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
             logs.update(self._domains.metrics(lambda: self._data_order.consumed))
-            logs.update(batch_metrics(self.args))
+            logs.update(batch_metrics(self.args, self._data_order.step_samples))
             logs.update({} if self.doremi is None else self.doremi.metrics())
             self._guard.filter_logs(logs)
             logs.update(self._uploads.metrics())

@@ -29,7 +29,10 @@ from .arguments.watching import check_watching
 from .models.spectral.sizes import Spectral
 from .ops.fp8 import RECIPES
 from .parallel.config import ParallelConfig, refuse_removed
+from .parallel.meeting import meet, meets, open_group, take, wait_as_spare
+from .parallel.own_device import own_device, why_unfit
 from .parallel.roll_call import attend
+from .parallel.seats import seats_for, tell, training_size
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,12 @@ class NanotronTrainingArguments(SecretlessArguments):
     )
     ep_size: int = _option(1, "Ranks that share the experts (expert parallelism).")
     dp_replicate_size: int = _option(1, "Copies of the ZeRO shards among the data-parallel ranks (hybrid sharding).")
+    max_dp_size: int | None = _option(
+        None,
+        "Most data-parallel ranks that train. Further processes of the job are spares, which take the place of others "
+        "when torchrun starts them anew. With fewer, gradient_accumulation_steps grows, so that a step has the same "
+        "samples. If unset, all processes train.",
+    )
     zero_stage: int = _option(
         1,
         "What data-parallel ranks shard: 0 nothing, 1 optimizer state and fp32 master weights, 2 also gradients, 3 "
@@ -336,6 +345,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         self.activation_checkpointing_layers = layer_numbers(self.activation_checkpointing_layers)
         self.check()
         check_launch(os.environ)
+        self._take_seat()
         expected_world_size = _world_size()
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if getattr(self, name) is not None:
@@ -379,7 +389,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         refuse_removed(arguments)
         # Those that only the devices of the ranks can honour, or that one process has no use for.
         sizes = {entry.name: entry.default for entry in fields(ParallelConfig)}
-        elsewhere = {**sizes, "use_cpu": False, "tf32": None, "profile_ranks": None}
+        elsewhere = {**sizes, "use_cpu": False, "tf32": None, "profile_ranks": None, "max_dp_size": None}
         args = cls(**{**{name: value for name, value in arguments.items() if name not in elsewhere}, "use_cpu": True})
         for name, default in elsewhere.items():
             setattr(args, name, arguments.get(name, default))
@@ -398,9 +408,16 @@ class NanotronTrainingArguments(SecretlessArguments):
         """
         if dist.is_initialized():
             attend()  # other ranks notice if this one is refused, and ends
-        world_size = _world_size() if world_size is None else world_size
         set_plain_values(self, NanotronTrainingArguments)
         check_values(self, NanotronTrainingArguments, REFUSED)
+        processes = _world_size() if world_size is None else world_size
+        is_here, world_size = world_size is None, self.processes_that_train(processes)
+        if is_here and world_size != processes and not meets(os.environ, True):
+            raise ValueError(
+                f"max_dp_size={self.max_dp_size} leaves {processes - world_size} of {processes} processes without a "
+                "place: only a job of torchrun has spares, and only where NanotronTrainingArguments open the process "
+                f"group. Start {world_size} processes, or make the arguments before the group is opened."
+            )
         check_policy(self)
         check_recomputation(self)
         for name, choices in CHOICES.items():
@@ -550,6 +567,49 @@ class NanotronTrainingArguments(SecretlessArguments):
     def dp_size(self) -> int:
         """Data-parallel size: the number of model replicas, each with its own samples."""
         return self.parallel.dp_size(self.world_size)
+
+    @property
+    def full_dp_size(self) -> int:
+        """The data-parallel size at which `gradient_accumulation_steps` is what the arguments say."""
+        return self.max_dp_size or self.dp_size
+
+    def processes_that_train(self, processes: int) -> int:
+        """Of so many that torchrun starts, and that are all well.
+
+        Raises:
+            ValueError: if they are too few, or `max_dp_size` is not a positive number.
+        """
+        if self.max_dp_size is None:
+            return processes
+        if self.max_dp_size < 1:
+            raise ValueError(f"max_dp_size={self.max_dp_size} must be at least 1, or None.")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                f"max_dp_size={self.max_dp_size} with average_tokens_across_devices=False: the loss of a step would "
+                "depend on how many ranks its samples are dealt to; use average_tokens_across_devices=True."
+            )
+        return training_size(self.parallel, self.max_dp_size, processes)
+
+    def _take_seat(self) -> None:
+        """Under torchrun, which may have started the job before: find the other processes, and who of them trains.
+
+        A spare does not come back from here.
+        """
+        takes = self.max_dp_size is not None
+        if not meets(os.environ, takes):
+            return
+        device = None if self.use_cpu or not torch.accelerator.is_available() else own_device()
+        meeting = meet(os.environ, self.ddp_timeout_delta, why_unfit(device) if takes and device else None)
+        seats = seats_for(self.parallel, self.max_dp_size, meeting.processes)
+        if self.max_dp_size is not None and meeting.number == 0:
+            tell(self.parallel, self.max_dp_size, meeting.processes, seats)
+        number = take(seats, meeting, os.environ)
+        if number is None:
+            wait_as_spare(meeting, self.save_on_signal)
+        if device is not None:
+            torch.accelerator.set_device_index(device)
+        backend = self.ddp_backend or ("gloo" if device is None else dist.get_default_backend_for_device(device))
+        open_group(meeting, number, len(seats), backend, self.ddp_timeout_delta)
 
     @property
     def gradient_bucket_bytes(self) -> int:

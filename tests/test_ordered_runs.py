@@ -68,8 +68,11 @@ def train(
     dp, micro = split
     values = {"max_steps": STEPS, "num_train_epochs": 1, "dataloader_drop_last": False, "accept_changed_data": False}
     parallel = SimpleNamespace(check_micro_batches=lambda number: None)
-    args: Any = SimpleNamespace(gradient_accumulation_steps=batch // dp // micro, parallel=parallel, **values | given)
-    run = RunOrder(args, dataset, cursor, 0)
+    rounds = batch // dp // micro
+    args: Any = SimpleNamespace(
+        gradient_accumulation_steps=rounds, parallel=parallel, full_dp_size=dp, **values | given
+    )
+    run = RunOrder(args, dataset, cursor, 0, rounds * dp)
     run.resume(compares_times=True)
     run.plan(micro, dp)
     steps: list[list[tuple[str, int]]] = []

@@ -353,6 +353,7 @@ def test_remote_limits(build: Any) -> None:
 
 
 BEYOND_SIZES = {"optim_state_dtype", "skip_nonfinite_steps", "save_hub_weights", "async_save", "save_on_signal"}
+BEYOND_SIZES |= {"max_dp_size"}
 BEYOND_SIZES |= {"optim_offload", "ema_decay", "ema_start_step", "ema_evaluate"}
 BEYOND_SIZES |= {"remote_checkpoints", "remote_keep_local", "remote_pending_limit", "remote_min_free_gb"}
 BEYOND_SIZES |= {"remote_retry_seconds", "remote_retry_max_seconds", "remote_start_timeout", "remote_wait_timeout"}

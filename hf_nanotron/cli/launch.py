@@ -31,7 +31,7 @@ KINDS = ("slurm", "hf_jobs", "skypilot")
 ONLY_FOR = {
     ("slurm",): (
         "partition account qos constraint exclusive cpus_per_node sbatch requeue save_seconds chain module "
-        "container container_runtime conda"
+        "container container_runtime conda min_nodes"
     ),
     ("hf_jobs",): "flavor image namespace attempts",
     ("skypilot",): "accelerator resource image_id",
@@ -63,6 +63,13 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("KEY", "VALUE"),
         help="override a key; the same as --KEY VALUE, also where an option of this command has the name",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times that torchrun starts the ranks anew after a failure, without the job ending (default: %(default)s)",
     )
     parser.add_argument("--time", help="time limit: of sbatch, such as 24:00:00, or of HF Jobs, such as 24h")
     files = parser.add_argument_group("files")
@@ -113,6 +120,12 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--cpus-per-node", type=int, metavar="N", help="cores of a node")
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="another option, such as mail-type=END"
+    )
+    slurm.add_argument(
+        "--min-nodes",
+        type=int,
+        metavar="N",
+        help="go on with as few when nodes are lost, with --max-restarts and training.max_dp_size (default: --nodes)",
     )
     slurm.add_argument("--chain", type=int, metavar="N", help="jobs, each after the one before (default: 1)")
     slurm.add_argument(
@@ -171,7 +184,9 @@ def _check_options(args: argparse.Namespace) -> None:
             if args.kind not in kinds and getattr(args, name) not in (None, []):
                 flags = " and ".join(f"--{kind.replace('_', '-')}" for kind in kinds)
                 raise ValueError(f"--{name.replace('_', '-')} is for {flags}, not for --{args.kind.replace('_', '-')}.")
-    for name in ("nodes", "gpus_per_node", "chain", "attempts", "port"):
+    if args.max_restarts < 0:
+        raise ValueError(f"--max-restarts {args.max_restarts} must be at least 0.")
+    for name in ("nodes", "min_nodes", "gpus_per_node", "chain", "attempts", "port"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1.")
@@ -190,7 +205,7 @@ def _launch_slurm(args: argparse.Namespace) -> None:
     from .launch_job import read_job, require_secrets
 
     requeue = args.requeue is not False
-    resumes = requeue or (args.chain or 1) > 1
+    resumes = requeue or (args.chain or 1) > 1 or args.max_restarts > 0
     job = read_job(args, args.gpus_per_node or 8, resumes, may_save=True)
     options = slurm.SlurmOptions(
         partition=args.partition,
@@ -234,7 +249,12 @@ def _launch_hf_jobs(args: argparse.Namespace) -> None:
     devices = hf_jobs.devices_of(args.flavor)
     if None not in (devices, args.gpus_per_node) and devices != args.gpus_per_node:
         raise ValueError(f"--flavor {args.flavor} has {devices} GPUs, but --gpus-per-node is {args.gpus_per_node}.")
-    job = read_job(args, args.gpus_per_node or devices or 1, resumes=(args.attempts or 1) > 1, may_save=False)
+    job = read_job(
+        args,
+        args.gpus_per_node or devices or 1,
+        resumes=(args.attempts or 1) > 1 or args.max_restarts > 0,
+        may_save=False,
+    )
     if (devices is None) != job.on_cpu:
         raise ValueError(
             f"--flavor {args.flavor} has {devices or 'no'} GPUs, but training.use_cpu={job.on_cpu}: the run and the "

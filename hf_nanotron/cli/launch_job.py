@@ -61,7 +61,7 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
     with contextlib.chdir(workdir):  # where the paths of the file begin
         config = _model_config(args.kind, settings["model"], tokenizer, checked)
     if config is not None:
-        check_model(config, checked, args.nodes * processes, processes)
+        check_model(config, checked, checked.processes_that_train(args.nodes * processes), processes)
     output_dir = str(checked.output_dir)
     begins_at = None
     if resumes:
@@ -95,6 +95,8 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
         resumes=resumes,
         version=__version__,
         begins_at=begins_at,
+        max_restarts=args.max_restarts,
+        min_nodes=_min_nodes(args, checked, processes),
     )
 
 
@@ -137,6 +139,29 @@ def check_model(
     finally:  # accelerate sets variables for the ranks of a node, which a job is not to take from here
         os.environ.clear()
         os.environ.update(before)
+
+
+def _min_nodes(args: argparse.Namespace, checked: NanotronTrainingArguments, processes: int) -> int:
+    """Of a job that goes on where nodes are lost.
+
+    Raises:
+        ValueError: if it could not: without restarts, without `max_dp_size`, or with too few processes.
+    """
+    least = args.nodes if args.min_nodes is None else args.min_nodes
+    if least == args.nodes:
+        return int(args.nodes)
+    if least > args.nodes:
+        raise ValueError(f"--min-nodes {least} is more than --nodes {args.nodes}.")
+    if not args.max_restarts:
+        raise ValueError(f"--min-nodes {least} needs --max-restarts, such as 100: torchrun starts the ranks anew.")
+    if checked.max_dp_size is None:
+        raise ValueError(
+            f"--min-nodes {least} needs training.max_dp_size: without it the samples of a step would change with the "
+            "number of nodes."
+        )
+    with explained(f"--min-nodes {least}"):
+        checked.processes_that_train(least * processes)
+    return int(least)
 
 
 def _check_resumable(checked: NanotronTrainingArguments) -> None:

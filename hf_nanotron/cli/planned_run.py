@@ -76,7 +76,8 @@ def planned_run(args: argparse.Namespace, needs_layout: bool) -> PlannedRun:
     length = _sequence_length(args, settings)
     if args.config is None or "sequence_length" in settings["dataset"]:
         settings["dataset"]["sequence_length"] = length
-    training = {key: value for key, value in settings["training"].items() if key != "output_dir"}
+    training = {key: value for key, value in settings["training"].items() if key not in ("output_dir", "max_dp_size")}
+    _check_dp_size(args, settings["training"], needs_layout)
     job = Job(config, _without_secrets(training), args.gpus, gpus_per_node(args), length, _documents(args, length))
     if args.tokens_per_step is not None:
         job = _with_tokens(job, args.tokens_per_step, needs_layout)
@@ -85,6 +86,22 @@ def planned_run(args: argparse.Namespace, needs_layout: bool) -> PlannedRun:
         rows = job.tokens_per_step // length  # refuses a layout that the GPUs do not have
     steps = settings["training"].get("max_steps")
     return PlannedRun(settings, tokenizer, job, rows, steps if isinstance(steps, int) and steps > 0 else None)
+
+
+def _check_dp_size(args: argparse.Namespace, training: dict[str, Any], needs_layout: bool) -> None:
+    """Refuse `max_dp_size` in a search, and GPUs of which it would leave some, or that shrink the layout."""
+    if (most := training.get("max_dp_size")) is None:
+        return
+    if not needs_layout:
+        raise ValueError(f"--search with training.max_dp_size={most}: the search finds that size; leave it out.")
+    with explained("training"):
+        checked = NanotronTrainingArguments.of_job(args.gpus, **training)
+    size = checked.full_dp_size * checked.parallel.model_parallel_size
+    if size != args.gpus:
+        raise ValueError(
+            f"training.max_dp_size={most} trains on {size} GPUs, not {args.gpus}: plan with --gpus {size}, without its "
+            "spares; or leave it out, with the gradient_accumulation_steps of fewer ranks."
+        )
 
 
 def check_run(run: PlannedRun, searched: bool) -> None:

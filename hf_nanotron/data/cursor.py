@@ -50,6 +50,16 @@ class Cursor:
             )
 
 
+def rounds_of(batches: int, dp_size: int, step_batches: int | None = None) -> int:
+    """Rounds that deal so many micro-batches, one to each rank. Where `step_batches` are those of an optimizer step, a
+    round ends with the step.
+    """
+    if step_batches is None:
+        return math.ceil(batches / dp_size)
+    steps, rest = divmod(batches, step_batches)
+    return steps * math.ceil(step_batches / dp_size) + math.ceil(rest / dp_size)
+
+
 @dataclass(frozen=True)
 class EpochShape:
     """How an epoch of `samples` is cut: micro-batches, rounds of one for each rank, windows of rounds."""
@@ -59,16 +69,17 @@ class EpochShape:
     dp_size: int
     window: int
     drop_last: bool
+    step_batches: int | None = None  # micro-batches of a window over all ranks, if its last round does not reach all
 
     @property
     def global_batch(self) -> int:
-        return self.batch_size * self.dp_size * self.window
+        return self.batch_size * (self.step_batches or self.dp_size * self.window)
 
     def rounds(self, start: int = 0) -> int:
         """Micro-batches of each rank from sample `start` to the end; a short last round counts."""
         left = max(self.samples - start, 0)
         batches = left // self.batch_size if self.drop_last else math.ceil(left / self.batch_size)
-        return math.ceil(batches / self.dp_size)
+        return rounds_of(batches, self.dp_size, self.step_batches)
 
     def steps(self, start: int = 0) -> int:
         """Optimizer steps from sample `start` to the end."""

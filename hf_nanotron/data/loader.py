@@ -3,7 +3,8 @@
 The order is that of a stock `transformers.Trainer` in one process: batch `k` of the epoch goes to data-parallel rank `k
 % dp_size`, so an optimizer step sees the same samples for every `dp_size` at the same global batch. If the last round
 does not reach every rank, the others get a filler of one sample without labels, which adds nothing to loss or gradient;
-no sample is seen twice.
+no sample is seen twice. The same holds for the last round of each optimizer step, where the micro-batches of a step do
+not divide among the ranks (`step_batches`).
 
 In a run that may be resumed, each batch records where its round ends (`Position`). Loaders prefetch, so the position is
 that of the last batch yielded.
@@ -24,8 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSam
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..ops.cross_entropy import IGNORE_INDEX
-from .cursor import why_not_resumable
+from .cursor import rounds_of, why_not_resumable
 from .hashing import combined, of_the_model, sample_hash
+from .legs import RunSampler
 
 
 class Position(NamedTuple):
@@ -75,17 +77,33 @@ class DataParallelBatchSampler(Sampler[list[int]]):
     """Every `dp_size`-th batch of `sampler` (in the order of one process), the same number on every rank.
 
     `seed` plus the epoch seeds `sampler.generator`, unless the sampler has its own `set_epoch`. The next iteration, and
-    only that, begins at `start`.
+    only that, begins at `start`. `step_batches` are those of an optimizer step over all ranks, at which a round ends; a
+    leg of a run has its own number.
     """
 
     start: Position | None = None
     epoch: int | None = None
 
     def __init__(
-        self, sampler: Sampler[int], batch_size: int, dp_rank: int, dp_size: int, drop_last: bool, seed: int
+        self,
+        sampler: Sampler[int],
+        batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        drop_last: bool,
+        seed: int,
+        step_batches: int | None = None,
     ) -> None:
         self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self._step_batches = dp_rank, dp_size, step_batches
+
+    @property
+    def step_batches(self) -> int | None:
+        """None where a step needs no rounds of its own."""
+        batches = self._step_batches
+        if batches is not None and isinstance(self.sampler, RunSampler) and self.sampler.legs:
+            batches = self.sampler.leg.batch // self.batch_size
+        return None if batches is None or batches % self.dp_size == 0 else batches
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -97,13 +115,14 @@ class DataParallelBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         samples = len(self.sampler)  # type: ignore[arg-type]
         batches = samples // self.batch_size if self.drop_last else math.ceil(samples / self.batch_size)
-        return math.ceil(batches / self.dp_size)
+        return rounds_of(batches, self.dp_size, self.step_batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, None
         samples = start.samples if start else 0
         indices = islice(self.sampler, samples, None)
-        for share in deal(batched(indices, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
+        batches = batched(indices, self.batch_size, self.drop_last)
+        for share in deal(batches, self.dp_rank, self.dp_size, self.step_batches):
             samples += share.end.samples
             share.end, share.epoch = Position(samples), self.epoch
             yield share
@@ -119,10 +138,17 @@ class DataParallelStream(IterableDataset):
     start: Position | None = None
 
     def __init__(
-        self, dataset: Any, batch_size: int, dp_rank: int, dp_size: int, drop_last: bool, positions: bool = False
+        self,
+        dataset: Any,
+        batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        drop_last: bool,
+        positions: bool = False,
+        step_batches: int | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self.step_batches = dp_rank, dp_size, step_batches
         self.has_states = positions and why_not_resumable(dataset) is None
         self._epoch = torch.tensor(-1).share_memory_()  # also for a worker process that outlives an epoch
 
@@ -146,7 +172,8 @@ class DataParallelStream(IterableDataset):
                     f"the checkpoint's state of the stream is not valid for a {type(source).__name__} "
                     f"({type(error).__name__}: {error}); use an earlier checkpoint."
                 ) from error
-        for share in deal(batched(source, self.batch_size, self.drop_last), self.dp_rank, self.dp_size):
+        batches = batched(source, self.batch_size, self.drop_last)
+        for share in deal(batches, self.dp_rank, self.dp_size, self.step_batches):
             samples += share.end.samples
             # Nothing behind the round has been read yet.
             share.end = Position(samples, source.state_dict() if self.has_states else None)
@@ -174,25 +201,28 @@ def batched(items: Any, size: int, drop_last: bool) -> Iterator[list[Any]]:
         yield batch
 
 
-def deal(batches: Iterator[list[Any]], rank: int, size: int) -> Iterator[Share]:
+def deal(batches: Iterator[list[Any]], rank: int, size: int, step_batches: int | None = None) -> Iterator[Share]:
     """Batch `k` to rank `k % size`; in a last, incomplete round the ranks left out get a `Filler`.
 
-    The `end` of a share counts only the samples of its round. A round is yielded before the next one is read.
+    With `step_batches`, `k` is counted anew after each so many batches, so that a round ends there, too. The `end` of a
+    share counts only the samples of its round. A round is yielded before the next one is read.
     """
     last: list[Any] = []
     mine: Share | None = None
-    position = samples = first = 0
+    position = samples = first = in_step = 0
     for batch in batches:
         if position == 0 and size > 1:
             first = sample_hash(of_the_model(batch[0]))
         if position == rank:
             mine = Share(batch)
-        last, position, samples = batch, position + 1, samples + len(batch)
-        if position == size:
-            assert mine is not None
-            mine.end, mine.ends_round, mine.first = Position(samples), rank == size - 1, first
+        last, position, samples, in_step = batch, position + 1, samples + len(batch), in_step + 1
+        ends_step = in_step == step_batches
+        if position == size or ends_step:
+            mine = mine if mine is not None else Filler(last[:1])
+            mine.end, mine.ends_round, mine.first = Position(samples), rank == position - 1, first
             yield mine
             mine, position, samples = None, 0, 0
+            in_step = 0 if ends_step else in_step
     if position:
         mine = mine if mine is not None else Filler(last[:1])
         mine.end, mine.ends_round, mine.first = Position(samples), rank == position - 1, first
@@ -363,12 +393,14 @@ def build_loader(
     drop_last: bool,
     seed: int,
     positions: bool = False,
+    step_batches: int | None = None,
     **kwargs: Any,
 ) -> DataParallelLoader:
     """The loader of one data-parallel rank; all ranks of one model replica build the same.
 
     `sampler` is None for an `IterableDataset`; `positions` keeps `DataParallelLoader.position`, to resume from;
-    `kwargs` are for `torch.utils.data.DataLoader`.
+    `step_batches`, if given, are the micro-batches of an optimizer step over all ranks; `kwargs` are for
+    `torch.utils.data.DataLoader`.
     """
     if isinstance(dataset, IterableDataset):
         if kwargs.get("num_workers", 0) > 1:
@@ -377,8 +409,8 @@ def build_loader(
                 "read a part of the stream and change its order; use dataloader_num_workers=0 or 1, or a "
                 "hf_nanotron.data.TokenStream."
             )
-        stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions)
+        stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions, step_batches)
         return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)
     sampler = SequentialSampler(dataset) if sampler is None else sampler
-    batches = DataParallelBatchSampler(sampler, batch_size, dp_rank, dp_size, drop_last, seed)
+    batches = DataParallelBatchSampler(sampler, batch_size, dp_rank, dp_size, drop_last, seed, step_batches)
     return DataParallelLoader(_MarkedDataset(dataset), collate, positions, batch_sampler=batches, **kwargs)

@@ -85,6 +85,8 @@ class Job:
         save_seconds: the run's `save_on_signal`; 0 if signals are left alone.
         chain: jobs, each after the one before.
         resumes: whether each start goes on from the newest checkpoint.
+        max_restarts: how often torchrun starts the ranks anew after a failure, without the job ending.
+        min_nodes: with which it goes on when others are lost; 0 for all.
         begins_at: the checkpoint of another run from which it begins where it has none; None for a fresh start.
         version: of the package that wrote the files.
     """
@@ -105,6 +107,22 @@ class Job:
     resumes: bool
     version: str
     begins_at: str | None = None
+    max_restarts: int = 0
+    min_nodes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.min_nodes:
+            object.__setattr__(self, "min_nodes", self.nodes)
+
+    @property
+    def nnodes(self) -> str:
+        """As torchrun takes it."""
+        return str(self.nodes) if self.min_nodes == self.nodes else f"{self.min_nodes}:{self.nodes}"
+
+    @property
+    def restart_options(self) -> str:
+        """Further options of torchrun, with a space before each."""
+        return f" --max-restarts {self.max_restarts}" if self.max_restarts else ""
 
     @property
     def world_size(self) -> int:

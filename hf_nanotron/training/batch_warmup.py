@@ -15,16 +15,14 @@ def with_batch_warmup(dataset: Any, args: NanotronTrainingArguments) -> Any:
     if args.batch_size_warmup_tokens is None or dataset is None:
         return dataset
     start = cast(int, args.batch_size_warmup_start)
-    full = args.per_device_train_batch_size * args.dp_size * args.gradient_accumulation_steps
+    full = args.per_device_train_batch_size * args.full_dp_size * args.gradient_accumulation_steps
     increment = args.batch_size_warmup_increment or start
     return warm_up_batch_size(dataset, start, full, args.batch_size_warmup_tokens, increment)
 
 
-def batch_metrics(args: NanotronTrainingArguments) -> dict[str, float]:
+def batch_metrics(args: NanotronTrainingArguments, step_samples: int) -> dict[str, float]:
     """The samples of a step at the moment, for the log of a run whose batch grows."""
-    if args.batch_size_warmup_tokens is None:
-        return {}
-    return {"batch_size": args.per_device_train_batch_size * args.dp_size * args.gradient_accumulation_steps}
+    return {} if args.batch_size_warmup_tokens is None else {"batch_size": step_samples}
 
 
 @contextlib.contextmanager

@@ -46,8 +46,17 @@ def make_loader(
     collate: Any,
     batch_size: int,
     is_training: bool,
+    step_batches: int | None = None,
 ) -> DataParallelLoader:
-    """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`."""
+    """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`.
+
+    Args:
+        step_batches: micro-batches of an optimizer step over all ranks, for training.
+
+    Raises:
+        ValueError: for a stream of lanes that does not divide among the ranks.
+    """
+    is_uneven = step_batches is not None and step_batches % mesh.dp_size != 0
     workers: dict[str, Any] = {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory and mesh.device.type == "cuda",
@@ -56,6 +65,13 @@ def make_loader(
         "multiprocessing_context": args.dataloader_multiprocessing_context,
     }
     if isinstance(dataset, LaneStream) and dataset.epochs is None:
+        if is_uneven:
+            raise ValueError(
+                f"a step has {step_batches} micro-batches, which do not divide among {mesh.dp_size} data-parallel "
+                f"ranks, and a {type(dataset).__name__} deals all ranks the same number of rows; use a "
+                "gradient_accumulation_steps x max_dp_size that all sizes to which the run may shrink divide, or a "
+                "TokenDataset."
+            )
         return build_lane_loader(dataset, collate, batch_size, mesh.dp_rank, mesh.dp_size, positions=True, **workers)
     # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
@@ -69,6 +85,7 @@ def make_loader(
         args.dataloader_drop_last,
         data_seed(args),
         positions=is_training,
+        step_batches=None if is_uneven is False and isinstance(dataset, IterableDataset) else step_batches,
         worker_init_fn=seeding if is_training and not isinstance(dataset, IterableDataset) else None,
         **workers,
     )
@@ -91,14 +108,38 @@ class DataOrder:
 
     def __init__(self, args: NanotronTrainingArguments) -> None:
         self.args = args
-        self.begin_run(None)
+        self._given: int | None = None
+        self._forget(None)
 
     def begin_run(self, checkpoint: str | None) -> None:
-        """Forget the run before, and read the cursor of the checkpoint that this one resumes, if any."""
+        """Forget the run before, and read the cursor of the checkpoint that this one resumes, if any.
+
+        Until `end_run`, `gradient_accumulation_steps` of the arguments is what this rank takes part in: more than given
+        where the run has fewer data-parallel ranks than `max_dp_size`.
+        """
+        self._forget(checkpoint)
+        self._given = self.args.gradient_accumulation_steps
+        self.args.gradient_accumulation_steps = -(-self.step_batches // self.args.dp_size)
+
+    @property
+    def step_batches(self) -> int:
+        """Micro-batches of an optimizer step over all data-parallel ranks, at any number of them."""
+        given = self.args.gradient_accumulation_steps if self._given is None else self._given
+        return given * self.args.full_dp_size
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of an optimizer step over all data-parallel ranks; at present, of a run whose stages have others."""
+        if (run := self._run) is not None:
+            return run.legs[min(max(self._epoch, run.first.number), run.last.number)].batch
+        return self.step_batches * self.args.per_device_train_batch_size
+
+    def _forget(self, checkpoint: str | None) -> None:
         self._cursor: Cursor | None = None
         self._resumed: Cursor | None = None
         self._resumed_step = 0
         self._rest: Resumption | None = None
+        self._epoch = 0
         self._rng_checkpoint: str | None = None
         self._run: RunOrder | None = None  # of the loader that is trained on
         self._taken: RunOrder | None = None  # of the one made last
@@ -111,19 +152,20 @@ class DataOrder:
 
     def end_run(self) -> None:
         """Give the arguments back as they were."""
-        if self._run is not None:
-            self._run.end()
+        if self._given is not None:
+            self.args.gradient_accumulation_steps, self._given = self._given, None
 
     @property
     def users_accumulation(self) -> int:
         """`gradient_accumulation_steps` as given; a stage may have its own."""
-        return self.args.gradient_accumulation_steps if self._run is None else self._run.users_accumulation
+        return self.args.gradient_accumulation_steps if self._given is None else self._given
 
     def take(self, dataset: Any) -> Any:
         """What a loader is to read of a training dataset: a copy, where its samples are those of a run."""
         if not is_run(dataset):
             return dataset
-        self._taken = RunOrder(self.args, dataset, self._resumed, 0 if self._goes_on else self._resumed_step)
+        step = 0 if self._goes_on else self._resumed_step
+        self._taken = RunOrder(self.args, dataset, self._resumed, step, self.step_batches)
         return self._taken.dataset
 
     @property
@@ -307,7 +349,8 @@ class DataOrder:
                 epochs = cursor.epoch
         else:
             accumulation, drops = args.gradient_accumulation_steps, args.dataloader_drop_last
-            shape = EpochShape(order["samples"], batch_size, self._mesh.dp_size, accumulation, drops)
+            sizes = batch_size, self._mesh.dp_size, accumulation
+            shape = EpochShape(order["samples"], *sizes, drops, self.step_batches)
             self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
             epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
         before = cursor.order.get(FINGERPRINT)

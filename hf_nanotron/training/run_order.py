@@ -39,25 +39,26 @@ class RunOrder:
     """The samples of a `Mixture`, `Stages` or another dataset with `state_dict(samples)`, from a checkpoint's on.
 
     Each leg is an epoch to Trainer: the only one of a mixture, or a stage. Where a stage has a global batch size of its
-    own, `gradient_accumulation_steps` of the arguments is what that takes, until `end`.
+    own, `gradient_accumulation_steps` of the arguments is what that takes, until the run ends.
 
     Args:
         dataset: of the user; it stays as it is.
         cursor: of the checkpoint that is resumed, if there is one.
         step: of the run, before it.
+        step_batches: micro-batches of a step over all ranks, unless a stage has its own number.
 
     Attributes:
         dataset: a copy, which goes on behind the cursor once `resume` was called.
         sampler: reads the legs.
-        users_accumulation: `gradient_accumulation_steps` of the arguments as given.
     """
 
-    def __init__(self, args: NanotronTrainingArguments, dataset: Any, cursor: Cursor | None, step: int) -> None:
-        self.args, self.cursor, self.step = args, cursor, step
+    def __init__(
+        self, args: NanotronTrainingArguments, dataset: Any, cursor: Cursor | None, step: int, step_batches: int
+    ) -> None:
+        self.args, self.cursor, self.step, self.step_batches = args, cursor, step, step_batches
         self.dataset = copy.copy(dataset)
         self.begin = int(getattr(dataset, "begin", 0))
         self.sampler = RunSampler(self.dataset, self.begin)
-        self.users_accumulation = args.gradient_accumulation_steps
 
     def resume(self, compares_times: bool) -> None:
         """Go on behind the cursor, if there is one.
@@ -93,7 +94,7 @@ class RunOrder:
         """
         args = self.args
         self.batch_size, self.dp_size = batch_size, dp_size
-        size = batch_size * dp_size * self.users_accumulation
+        size = batch_size * self.step_batches
         if isinstance(self.dataset, Stages):
             legs = self._plan_stages(self.dataset, size)
         else:
@@ -102,7 +103,8 @@ class RunOrder:
         self.accumulations = {}
         for leg in legs:
             what = f"stage {leg.number}" if isinstance(self.dataset, Stages) else "the run"
-            self.accumulations[leg.number] = accumulation(leg.batch, batch_size, dp_size, what)
+            full = accumulation(leg.batch, batch_size, args.full_dp_size, what)
+            self.accumulations[leg.number] = -(-full * args.full_dp_size // dp_size)
             try:
                 args.parallel.check_micro_batches(self.accumulations[leg.number])
             except ValueError as error:
@@ -137,8 +139,8 @@ class RunOrder:
             if end is not None and end < wanted:
                 last = (
                     self.step
-                    + EpochShape(end, self.batch_size, self.dp_size, 1, args.dataloader_drop_last).steps(self.begin)
-                    // self.users_accumulation
+                    + EpochShape(end, self.batch_size, 1, 1, args.dataloader_drop_last).steps(self.begin)
+                    // self.step_batches
                 )
                 why = self.dataset.why_it_ends(end) if hasattr(self.dataset, "why_it_ends") else "it has no more."
                 logger.warning(
@@ -155,7 +157,7 @@ class RunOrder:
                 )
             length = len(self.dataset)
             whole = EpochShape(
-                length, self.batch_size, self.dp_size, self.users_accumulation, args.dataloader_drop_last
+                length, self.batch_size, 1, self.step_batches, args.dataloader_drop_last, self.step_batches
             )
             wanted = min(math.ceil(whole.steps() * args.num_train_epochs) * size, length)  # whole steps, as in Trainer
         return Leg(0, self.step, self.begin, max(wanted, self.begin), size, self.begin)
@@ -168,7 +170,8 @@ class RunOrder:
 
     def _shape(self, leg: Leg) -> EpochShape:
         window = self.accumulations[leg.number]
-        return EpochShape(leg.stop, self.batch_size, self.dp_size, window, self.args.dataloader_drop_last)
+        sizes = self.batch_size, self.dp_size, window
+        return EpochShape(leg.stop, *sizes, self.args.dataloader_drop_last, leg.batch // self.batch_size)
 
     def training_values(self) -> tuple[int, int, int, int, int, int, int]:
         """What `Trainer.set_initial_training_values` returns."""
@@ -208,10 +211,6 @@ class RunOrder:
             return None
         data = self.dataset
         return Consumed(tuple(data.names), data.counts(samples), data.tokens(samples), data.epochs(samples))
-
-    def end(self) -> None:
-        """Give the arguments back as they were."""
-        self.args.gradient_accumulation_steps = self.users_accumulation
 
 
 def data_state(dataset: Any, samples: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ LEFT_OUT = (
     "profile_",
     "metrics_detail",
     "memory_snapshot_",
+    "max_dp_size",
 )  # beginnings of names
 
 # What a CPU in fp32 does in another way: key -> (what is replaced, its replacement, why).
