@@ -89,6 +89,7 @@ from .training.domains import DomainLog
 from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
+from .training.log_line import LogLine
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
 from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
@@ -202,6 +203,7 @@ class NanotronTrainer(Trainer):
         together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
+        self._log_line = LogLine((self.throughput, self._uploads))
         self.callback_handler.callbacks.insert(0, self.throughput)  # before a user's, which may evaluate or save
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
@@ -641,7 +643,7 @@ class NanotronTrainer(Trainer):
 
     # ---- log, evaluate, save ----
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
         assert self._flow is not None
         self._log_detail(self._detail.end_step())
@@ -649,18 +651,25 @@ class NanotronTrainer(Trainer):
             control = self.control
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
                 self._guard.check()
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if control.should_log and self.state.global_step > self._globalstep_last_logged:
+                self._log_line.exchange(self.args, self.mesh, tr_loss, self.current_flos)
+            try:
+                super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+            finally:
+                self._log_line.end(self.args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds throughput, memory, loads of experts, domains and uploads to lines with a loss; redacts secrets."""
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
-            logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
+            of_ranks = self._log_line.of_ranks
+            self._log_line.end(self.args)
+            logs.update(self._report.metrics(self.model, self.args.moe_log_loads, of_ranks))
             logs.update(self._domains.metrics(lambda: self._data_order.consumed))
             logs.update(batch_metrics(self.args))
             logs.update({} if self.doremi is None else self.doremi.metrics())
             self._guard.filter_logs(logs)
-            logs.update(self._uploads.metrics())
+            logs.update(self._uploads.metrics(of_ranks))
         correct_speed(logs, self._evaluation.rounds)
         for name in [name for name, value in logs.items() if isinstance(value, str)]:
             logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
@@ -677,8 +686,10 @@ class NanotronTrainer(Trainer):
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
-        self.current_flos /= self.get_tp_size()  # type: ignore[assignment]
+        of_all = self._log_line.take_flos()
+        self.current_flos = (self.current_flos if of_all is None else of_all) / self.get_tp_size()  # type: ignore[assignment]
         super().store_flos()
+        self.args.counts_alone = False
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; flags that were set meanwhile act on all ranks."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 from transformers.utils import logging as hub_logging
 
 from .arguments.base_order import check_base_order, check_defaults
@@ -519,6 +520,23 @@ class NanotronTrainingArguments(SecretlessArguments):
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
         return parallel_sizes(vars(self))
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """transformers', by which Trainer decides whether to exchange figures; not while it is given those of all."""
+        return ParallelMode.NOT_PARALLEL if self.counts_alone else super().parallel_mode
+
+    @property
+    def counts_alone(self) -> bool:
+        """Whether Trainer makes a log line of figures that the ranks have exchanged already."""
+        return "_counts_alone" in vars(self)
+
+    @counts_alone.setter
+    def counts_alone(self, value: bool) -> None:
+        if value:
+            vars(self)["_counts_alone"] = True
+        else:
+            vars(self).pop("_counts_alone", None)
 
     @property
     def spectral(self) -> Spectral | None:

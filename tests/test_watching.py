@@ -129,7 +129,9 @@ def test_the_slow_rank_is_named(run: tuple[Path, list[str]]) -> None:
     for line in found.steps:
         times = line["ranks"]["data_time"]
         assert times["rank"] == 1 and times["max"] >= 0.03 and times["min"] < times["max"]
-        assert set(line["ranks"]) == {"data_time", "host_time", "probe_time"}
+        assert set(line["ranks"]) == {"step_time", "data_time", "host_time", "probe_time"}
+        steps = line["ranks"]["step_time"]
+        assert steps["min"] <= steps["median"] <= steps["max"] < 1.5 * steps["min"] + 0.03 and steps["min"] >= 0.02
     text = render([found], folder, time.time())
     (row,) = [line for line in text.splitlines() if line.startswith("reading data")]
     assert " 1   slow: " in row

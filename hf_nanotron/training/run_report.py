@@ -82,9 +82,14 @@ class RunReport:
         self.throughput.add_tokens(told[1], told[2])
         return told[0].float(), told[3]
 
-    def metrics(self, model: ParallelModel, log_loads: str) -> dict[str, float]:
-        """What a log line with a loss says besides. All ranks together."""
-        metrics = self.throughput.report()
+    def metrics(
+        self, model: ParallelModel, log_loads: str, of_ranks: Mapping[str, Sequence[float]] | None = None
+    ) -> dict[str, float]:
+        """What a log line with a loss says besides. All ranks together.
+
+        `of_ranks`: see `Throughput.report`.
+        """
+        metrics = self.throughput.report(of_ranks)
         if self.loads and model.mixture is not None:
             metrics |= model.mixture.report(self.loads, log_loads)
             self.loads = {}
