@@ -66,6 +66,7 @@ from .optim.optimizer_link import OptimizerLink
 from .parallel.batch import DOMAIN
 from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
+from .parallel.run_watch import Limits, RunWatch
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
 from .plan.make import plan_of_trainer
@@ -95,6 +96,7 @@ from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
+from .training.phases import IN_STEP, PHASES
 from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
 from .training.reporting import Reports, check_reports
@@ -276,7 +278,7 @@ class NanotronTrainer(Trainer):
             self._guard.begin_run()
             with self._checkpointer.running(resume_from_checkpoint) as source:
                 log = self._run_log.running(self.args.run_log)
-                with self._schedule.branch(self.mesh, source), self._signals, log:
+                with self._watch(), self._schedule.branch(self.mesh, source), self._signals, log:
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()
@@ -767,12 +769,14 @@ class NanotronTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on every rank."""
         self.mesh.assemble("evaluate", samples_in_words(self.eval_dataset if eval_dataset is None else eval_dataset))
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        with self._watch():
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Trainer's, on every rank; its speed is that of all ranks."""
         self.mesh.assemble("predict", samples_in_words(test_dataset))
-        output = super().predict(test_dataset, *args, **kwargs)
+        with self._watch():
+            output = super().predict(test_dataset, *args, **kwargs)
         correct_speed(output.metrics or {}, self._evaluation.rounds)
         return output
 
@@ -980,6 +984,12 @@ class NanotronTrainer(Trainer):
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
         whose = type(self).__name__
         return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher_pass)
+
+    def _watch(self) -> RunWatch:
+        """While it is entered, a rank that is gone ends the others, and a stall is told."""
+        timeout = self.args.stall_timeout
+        limits = Limits(self.args.stall_warning, float(self.args.ddp_timeout if timeout is None else timeout))
+        return RunWatch(self.mesh, limits, PHASES, lambda phase: self.state.global_step + (phase in IN_STEP))
 
     def _open_reports(self) -> None:
         callbacks = self.callback_handler.callbacks

@@ -300,6 +300,16 @@ class NanotronTrainingArguments(SecretlessArguments):
     run_log: bool = _option(
         True, "Write what log lines say to _metrics.jsonl in output_dir, which hf-nanotron top and plot read."
     )
+    stall_warning: float = _option(
+        60.0,
+        "Seconds without progress after which rank 0 says where every rank is and which one the others wait for; 0 for "
+        "never.",
+    )
+    stall_timeout: float | None = _option(
+        None,
+        "Seconds without progress of any rank, while some wait for others, after which the run ends on all ranks. If "
+        "unset, ddp_timeout.",
+    )
     torch_compile: bool | None = _option(  # type: ignore[assignment]
         None,
         "Compile decoder layers for training. If unset, on CUDA with bf16, where it is faster.",
@@ -405,6 +415,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             )
         if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
             raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
+        if self.stall_timeout is not None and self.stall_timeout > self.ddp_timeout:
+            raise ValueError(
+                f"stall_timeout={self.stall_timeout:g} is above ddp_timeout={self.ddp_timeout}, after which a "
+                "collective ends the run in any case; make ddp_timeout longer, or leave stall_timeout unset."
+            )
         if self.remote_retry_max_seconds < self.remote_retry_seconds:
             raise ValueError(
                 f"remote_retry_max_seconds={self.remote_retry_max_seconds:g} is below remote_retry_seconds="
