@@ -47,6 +47,7 @@ from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
 from .models.token_figures import TokenFigures
 from .monitor.garbage import FreezeGarbage
+from .monitor.health import check_health
 from .monitor.memory import MemoryReport
 from .monitor.run_log import RunLog
 from .monitor.throughput import Throughput
@@ -279,6 +280,8 @@ class NanotronTrainer(Trainer):
             with self._checkpointer.running(resume_from_checkpoint) as source:
                 log = self._run_log.running(self.args.run_log)
                 with self._watch(), self._schedule.branch(self.mesh, source), self._signals, log:
+                    if self.args.health_check:
+                        check_health(self.mesh)
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()

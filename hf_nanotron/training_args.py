@@ -300,6 +300,11 @@ class NanotronTrainingArguments(SecretlessArguments):
     run_log: bool = _option(
         True, "Write what log lines say to _metrics.jsonl in output_dir, which hf-nanotron top and plot read."
     )
+    health_check: bool = _option(
+        False,
+        "Before the first step, compare the speed of all devices and links (2 s on GPUs), and name what is slower than "
+        "the others or computes other numbers.",
+    )
     stall_warning: float = _option(
         60.0,
         "Seconds without progress after which rank 0 says where every rank is and which one the others wait for; 0 for "

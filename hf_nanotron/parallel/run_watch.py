@@ -134,7 +134,7 @@ class RunWatch:
 
     def _is_due(self, now: float, quiet: float) -> bool:
         rank = self.mesh.rank
-        if rank >= DEPUTIES or rank and now - self._heard_at < DEPUTY_SECONDS:
+        if rank >= DEPUTIES or rank and self._heard_at > self._moved_at:
             return False  # somebody asks already
         first = min(max(self.limits.warning, PATIENCE * self._longest) or math.inf, self.limits.timeout)
         return quiet >= (self._ask_at if self._told_at else first) + rank * DEPUTY_SECONDS
