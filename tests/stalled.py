@@ -3,8 +3,9 @@
     python tests/stalled.py RANKS FOLDER SCENARIO ...
 
 Each scenario is JSON: `phase` and `rank` of the blow, `how` (seconds of sleep, "kill", "stop", "raise"), and perhaps
-`sizes`, `args`, `asleep` (ranks whose thread sleeps in a callback meanwhile) and `timeout`. What rank R says is in
-FOLDER/NUMBER-R.txt; a line of JSON for each scenario tells the exit codes and the seconds from the blow to each end.
+`sizes`, `args`, `asleep` (ranks whose thread sleeps in a callback meanwhile), `timeout`, and `gpu` (one for each
+rank). What rank R says is in FOLDER/NUMBER-R.txt; a line of JSON for each scenario tells the exit codes and the seconds
+from the blow to each end.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def train(scenario: dict[str, Any], rank: int, folder: str) -> None:
 
     settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     settings |= {"output_dir": folder, "gradient_accumulation_steps": 2, "ddp_timeout": 100, "stall_warning": 1}
+    if scenario.get("gpu"):
+        settings |= {"use_cpu": False, "bf16": True, "torch_compile": False, "log_level": "info"}
     args = NanotronTrainingArguments(**training_arguments(**settings | scenario.get("args", {})), **scenario["sizes"])
     set_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=4))
@@ -132,10 +135,12 @@ def run(scenario: dict[str, Any], ranks: int, folder: Path, number: int) -> dict
             os.dup2(said, 2)
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="stalled", CUDA_VISIBLE_DEVICES="",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="stalled",
             )  # fmt: skip
+            if not scenario.get("gpu"):
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
             train(scenario, rank, str(folder / f"out-{number}"))
-            sys.exit(0)
+            sys.exit(0)  # as a script ends
         running[process] = rank
     until = time.time() + scenario.get("limit", 60)
     while running and time.time() < until:

@@ -1,8 +1,8 @@
 """Is a GPU slow or wrong, or a link slow? Measured before the first step, and compared with the median of the job.
 
-Each rank multiplies matrices, copies memory, and exchanges messages with its neighbours: with the ranks beside it on its
-host, and with the rank of its place on the hosts before and after. Products are of small integers, so that every device
-must get the same numbers.
+Each rank multiplies matrices, copies memory, and exchanges messages with its neighbours: with the ranks beside it on
+its host, and with the rank of its place on the hosts before and after. Products are of small integers, so that every
+device must get the same numbers.
 """
 
 from __future__ import annotations
@@ -224,9 +224,8 @@ def _summary(
     of_ranks: Mapping[str, Sequence[float]], links: Mapping[tuple[str, int, int], float], seconds: float
 ) -> str:
     def said(rates: Sequence[float], unit: float, what: str) -> str:
-        return (
-            f"{min(rates) / unit:.3g} to {max(rates) / unit:.3g} {what} (median {statistics.median(rates) / unit:.3g})"
-        )
+        least, median, most = (value / unit for value in (min(rates), statistics.median(rates), max(rates)))
+        return f"{least:.3g} to {most:.3g} {what} (median {median:.3g})"
 
     parts = [
         f"products {said(of_ranks['products'], 1e12, 'TFLOP/s')}",

@@ -101,6 +101,8 @@ class Neighbours:
             for each in (wake, self._listener, *self._strangers, *(line.connection for line in self._lines)):
                 selector.register(each, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in selector.select(seconds)]
+        if wake in ready:
+            wake.recv(64)
         if self._listener in ready:
             self._accept()
         for connection in [stranger for stranger in self._strangers if stranger in ready]:

@@ -77,6 +77,7 @@ class RunWatch:
         self._thread, self._over = threading.get_ident(), threading.Event()
         self._moved_at = time.monotonic()
         self._seen: tuple[int, tuple[int, ...]] = (0, ())
+        self._leaves = False
         self._longest = 0.0  # pause that has ended by itself
         self._asked: tuple[int, float] | None = None  # number of the question, and when
         self._ask_at, self._told_at = 0.0, 0.0
@@ -97,6 +98,8 @@ class RunWatch:
             return
         if (lost := self._wait_for_news(trace)) is not None:
             error.add_note(f"{lost}.")
+            if not self._leaves:
+                logger.error(f"rank {self.mesh.rank}: {lost}.")
         self._presence.failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
     def _wait_for_news(self, trace: TracebackType | None) -> Lost | None:
@@ -160,18 +163,13 @@ class RunWatch:
         with contextlib.suppress(AttributeError, RuntimeError, KeyError, ValueError):
             for group, known_as in list(dist.distributed_c10d._world.pg_names.items()):
                 ranks_of[str(known_as)] = tuple(dist.get_process_group_ranks(group))
-        found = {}
-        for name, call in calls.items():
-            ranks = ranks_of.get(name)
-            if ranks is None:
-                found[f"group {name}"] = call
-                continue
-            axis = "all ranks" if len(ranks) == self.mesh.world_size else known.get(ranks, f"group {name}")
+        labels: dict[str, str] = {}
+        for name, ranks in sorted(ranks_of.items()):
+            axis = "all ranks" if len(ranks) == self.mesh.world_size else known.get(ranks, "a group")
             label = axis if axis == "all ranks" else f"{axis} (ranks {_shortly(ranks)})"
-            while label in found:
-                label += "'"
-            found[label] = call
-        return found
+            labels[name] = f"{label}, communicator {name}" if label in labels.values() else label
+        # torch still has those of groups that were destroyed.
+        return {labels.get(name, name): call for name, call in calls.items() if name in labels or not labels}
 
     def _collect(self, store: Any, now: float) -> None:
         assert self._asked is not None and self._presence is not None
@@ -207,6 +205,7 @@ class RunWatch:
             self._over.set()
             self.on_lost(lost)
             return
+        self._leaves = True
         where = f"in {here.place} ({here.phase or 'outside'} of step {self.step(here.phase)})"
         logger.error(f"rank {self.mesh.rank} leaves, {where}: {why}")
         if self._over.wait(GRACE):

@@ -45,7 +45,13 @@ def table(states: Mapping[int, RankState | None]) -> str:
     rows: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for rank, state in sorted(states.items()):
         rows[_row(state)].append(rank)
-    shown = sorted(rows.items(), key=lambda row: (len(row[1]), row[1]))[:LINES]  # the odd one first
+
+    def order(row: tuple[tuple[str, ...], list[int]]) -> tuple[bool, int, list[int]]:
+        """First those that do not wait, then the odd ones."""
+        state = states[row[1][0]]
+        return state is not None and state.is_waiting, len(row[1]), row[1]
+
+    shown = sorted(rows.items(), key=order)[:LINES]
     cells = [("ranks", "step", "phase", "collective", "place"), *((in_short(who), *row) for row, who in shown)]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in cells]
