@@ -89,7 +89,7 @@ STALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("evaluation", "all_reduce|all_gather", {}),
     ("forward", "all_gather|all_reduce", {"zero_stage": 3}),
     ("forward", "message", {"pp_size": 2}),
-    ("backward", "all_reduce|all_gather|reduce_scatter", {"tp_size": 2}),
+    ("forward", "all_reduce|all_gather|reduce_scatter", {"tp_size": 2}),
 ]
 DEFAULT = 3
 
@@ -99,7 +99,7 @@ def test_a_stall_names_rank_and_collective(pool: WorkerPool, tmp_path: Path, pyt
     import re
 
     chosen = STALLS if pytestconfig.getoption("full_matrix") else STALLS[:DEFAULT]
-    after = {"data": 6, "save": 1}
+    after = {"data": 4, "save": 1}  # in the second step
     scenarios = [
         {"phase": phase, "rank": 1, "how": 4.5, "after": after.get(phase, 2), "sizes": sizes}
         for phase, _, sizes in chosen

@@ -52,12 +52,16 @@ def counts() -> tuple[int, ...]:
 def last_calls() -> dict[str, Call]:
     """By the name of the process group (`ProcessGroup.group_name`); of groups that had one lately."""
     found: dict[str, Call] = {}
+    made: dict[str, Any] = {}  # of groups of one name, which of those that this process has had
     for dump in _DUMPS:
         for entry in _read(dump, True).get("entries", ()):
             if entry.get("is_p2p"):
                 continue
             name, number = str(entry["process_group"][0]), int(entry["collective_seq_id"])
             is_pending = not entry.get("retired") and entry.get("state") != "completed"
+            if made.setdefault(name, entry.get("pg_id")) != entry.get("pg_id"):
+                made[name] = entry.get("pg_id")
+                found.pop(name, None)
             known = found.get(name)
             begun = number if known is None else max(number, known.begun)
             if known is not None and (known.is_pending or number < known.number):

@@ -208,8 +208,7 @@ class RollCall:
                     self._hear_news(store)
                     store.set(f"answer/{self.rank}", json.dumps({"question": question, **self._where()}))
                     answered = question
-                if (watch := self.watch) is not None:
-                    watch.look(store, question)
+                self._watch_over(store, question)
         except (RuntimeError, OSError, ValueError) as error:  # the job is over, and its store gone
             logger.debug(f"rank {self.rank} no longer answers: {error}")
         finally:
@@ -217,6 +216,11 @@ class RollCall:
                 neighbours.close(self.failure)
             for end in self._wake:
                 end.close()
+
+    def _watch_over(self, store: Any, question: int) -> None:
+        """In a method of its own, so that the thread holds no run, with its mesh, between two looks."""
+        if (watch := self.watch) is not None:
+            watch.look(store, question)
 
     def _listen(self, neighbours: Neighbours | None) -> list[Lost]:
         if neighbours is None:

@@ -95,6 +95,7 @@ class RunWatch:
         self._presence.watch = self._outer
         if error is None:
             self._presence.failure = ""
+            self._end_pause(time.monotonic())
             return
         if (lost := self._wait_for_news(trace)) is not None:
             error.add_note(f"{lost}.")

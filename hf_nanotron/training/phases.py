@@ -8,6 +8,8 @@ _TRAINER = f"{_OWN}.trainer"
 # Module and function. The innermost of a stack counts.
 PHASES: dict[tuple[str, str], str] = {
     (_TRAINER, "_prepare_for_training"): "start",
+    (_TRAINER, "set_initial_training_values"): "start",
+    (f"{_OWN}.monitor.health", "check_health"): "health check",
     (_TRAINER, "_load_from_checkpoint"): "resume",
     (_TRAINER, "_load_optimizer_and_scheduler"): "resume",
     (_TRAINER, "get_batch_samples"): "data",
@@ -35,5 +37,17 @@ PHASES: dict[tuple[str, str], str] = {
 
 # Those of the step after the last that is done.
 IN_STEP = frozenset(
-    ("start", "resume", "data", "step", "forward", "transfer", "backward", "reduce", "gradient norm", "update")
+    (
+        "start",
+        "health check",
+        "resume",
+        "data",
+        "step",
+        "forward",
+        "transfer",
+        "backward",
+        "reduce",
+        "gradient norm",
+        "update",
+    )
 )
