@@ -119,13 +119,14 @@ def train(scenario: dict[str, Any], rank: int, folder: str) -> None:
         else:
             layer.register_full_backward_hook(lambda *_: blow.at("backward"))
     if blow.phase == "reduce":
-        finish = trainer.weights.finish
+        reducing = trainer.weights.gradients  # called by the weights' own `finish`
+        finish = reducing.finish
 
         def late() -> None:
             blow.at("reduce")
             finish()
 
-        trainer.weights.finish = late  # type: ignore[method-assign]
+        reducing.finish = late  # type: ignore[method-assign]
     trainer.train()
     print("TRAINED", flush=True)
 
