@@ -11,6 +11,7 @@ from the blow to each end.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -21,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import preloaded  # noqa: F401
 import torch
 from forked import free_port
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
@@ -182,6 +182,8 @@ def run(scenario: dict[str, Any], ranks: int, folder: Path, number: int) -> dict
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # of an extra, where there is a GPU; what comes before it is there
+        import preloaded  # noqa: F401
     for number, text in enumerate(sys.argv[3:]):
         scenario = {"sizes": {}, **json.loads(text)}
         print(json.dumps(run(scenario, int(sys.argv[1]), Path(sys.argv[2]), number)), flush=True)
