@@ -47,6 +47,7 @@ from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
 from .models.token_figures import TokenFigures
 from .monitor.garbage import FreezeGarbage
+from .monitor.health import check_health
 from .monitor.memory import MemoryReport
 from .monitor.run_log import RunLog
 from .monitor.throughput import Throughput
@@ -66,6 +67,7 @@ from .optim.optimizer_link import OptimizerLink
 from .parallel.batch import DOMAIN
 from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
+from .parallel.run_watch import Limits, RunWatch
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
 from .plan.make import plan_of_trainer
@@ -96,11 +98,13 @@ from .training.domains import DomainLog
 from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
+from .training.log_line import LogLine
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
 from .training.metrics_detail import MetricsDetail, without_printing
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
+from .training.phases import IN_STEP, PHASES
 from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
 from .training.reporting import Reports, check_reports
@@ -211,6 +215,7 @@ class NanotronTrainer(Trainer):
         together(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
+        self._log_line = LogLine((self.throughput, self._uploads))
         self.callback_handler.callbacks.insert(0, self.throughput)  # before a user's, which may evaluate or save
         self._garbage = FreezeGarbage()
         self.add_callback(self._garbage)
@@ -284,7 +289,9 @@ class NanotronTrainer(Trainer):
             self._snapshots.warn_of_restarts(resume_from_checkpoint)
             with self._checkpointer.running(resume_from_checkpoint) as source:
                 log = self._run_log.running(self.args.run_log)
-                with self._schedule.branch(self.mesh, source), self._signals, log:
+                with self._watch(), self._schedule.branch(self.mesh, source), self._signals, log:
+                    if self.args.health_check:
+                        check_health(self.mesh)
                     result = super().train(source, *args, **kwargs)
                     self._uploads.wait(self._signals)
                 self.weights.wait()
@@ -659,7 +666,7 @@ class NanotronTrainer(Trainer):
 
     # ---- log, evaluate, save ----
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
         assert self._flow is not None
         self._log_detail(self._detail.end_step())
@@ -667,7 +674,12 @@ class NanotronTrainer(Trainer):
             control = self.control
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
                 self._guard.check()
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if control.should_log and self.state.global_step > self._globalstep_last_logged:
+                self._log_line.exchange(self.args, self.mesh, tr_loss, self.current_flos)
+            try:
+                super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+            finally:
+                self._log_line.end(self.args)
         if self._snapshots.is_due(self.state, self.control, self._data_order):
             self._take_snapshot()
 
@@ -693,12 +705,14 @@ class NanotronTrainer(Trainer):
         """Adds throughput, memory, loads of experts, domains and uploads to lines with a loss; redacts secrets."""
         self.weights.wait()  # callbacks that look at the weights find the new ones
         if "loss" in logs:
-            logs.update(self._report.metrics(self.model, self.args.moe_log_loads))
+            of_ranks = self._log_line.of_ranks
+            self._log_line.end(self.args)
+            logs.update(self._report.metrics(self.model, self.args.moe_log_loads, of_ranks))
             logs.update(self._domains.metrics(lambda: self._data_order.consumed))
             logs.update(batch_metrics(self.args, self._data_order.step_samples))
             logs.update({} if self.doremi is None else self.doremi.metrics())
             self._guard.filter_logs(logs)
-            logs.update(self._uploads.metrics())
+            logs.update(self._uploads.metrics(of_ranks))
         correct_speed(logs, self._evaluation.rounds)
         for name in [name for name, value in logs.items() if isinstance(value, str)]:
             logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
@@ -715,8 +729,10 @@ class NanotronTrainer(Trainer):
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
-        self.current_flos /= self.get_tp_size()  # type: ignore[assignment]
+        of_all = self._log_line.take_flos()
+        self.current_flos = (self.current_flos if of_all is None else of_all) / self.get_tp_size()  # type: ignore[assignment]
         super().store_flos()
+        self.args.counts_alone = False
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; flags that were set meanwhile act on all ranks."""
@@ -796,12 +812,14 @@ class NanotronTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on every rank."""
         self.mesh.assemble("evaluate", samples_in_words(self.eval_dataset if eval_dataset is None else eval_dataset))
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        with self._watch():
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Trainer's, on every rank; its speed is that of all ranks."""
         self.mesh.assemble("predict", samples_in_words(test_dataset))
-        output = super().predict(test_dataset, *args, **kwargs)
+        with self._watch():
+            output = super().predict(test_dataset, *args, **kwargs)
         correct_speed(output.metrics or {}, self._evaluation.rounds)
         return output
 
@@ -1009,6 +1027,12 @@ class NanotronTrainer(Trainer):
         asked = self.compute_loss_func, self.label_smoother, self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga
         whose = type(self).__name__
         return LossChoice(self.model, self.args, self.compute_loss, is_overridden, whose, *asked, self._teacher_pass)
+
+    def _watch(self) -> RunWatch:
+        """While it is entered, a rank that is gone ends the others, and a stall is told."""
+        timeout = self.args.stall_timeout
+        limits = Limits(self.args.stall_warning, float(self.args.ddp_timeout if timeout is None else timeout))
+        return RunWatch(self.mesh, limits, PHASES, lambda phase: self.state.global_step + (phase in IN_STEP))
 
     def _open_reports(self) -> None:
         callbacks = self.callback_handler.callbacks

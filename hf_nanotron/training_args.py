@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 from transformers.utils import logging as hub_logging
 
 from .arguments.base_order import check_base_order, check_defaults
@@ -317,6 +318,21 @@ class NanotronTrainingArguments(SecretlessArguments):
     run_log: bool = _option(
         True, "Write what log lines say to _metrics.jsonl in output_dir, which hf-nanotron top and plot read."
     )
+    health_check: bool = _option(
+        False,
+        "Before the first step, compare the speed of all devices and links (2 s on GPUs), and name what is slower than "
+        "the others or computes other numbers.",
+    )
+    stall_warning: float = _option(
+        60.0,
+        "Seconds without progress after which rank 0 says where every rank is and which one the others wait for; 0 for "
+        "never.",
+    )
+    stall_timeout: float | None = _option(
+        None,
+        "Seconds without progress of any rank, while some wait for others, after which the run ends on all ranks. If "
+        "unset, ddp_timeout.",
+    )
     torch_compile: bool | None = _option(  # type: ignore[assignment]
         None,
         "Compile decoder layers for training. If unset, on CUDA with bf16, where it is faster.",
@@ -430,6 +446,11 @@ class NanotronTrainingArguments(SecretlessArguments):
             )
         if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
             raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
+        if self.stall_timeout is not None and self.stall_timeout > self.ddp_timeout:
+            raise ValueError(
+                f"stall_timeout={self.stall_timeout:g} is above ddp_timeout={self.ddp_timeout}, after which a "
+                "collective ends the run in any case; make ddp_timeout longer, or leave stall_timeout unset."
+            )
         if self.remote_retry_max_seconds < self.remote_retry_seconds:
             raise ValueError(
                 f"remote_retry_max_seconds={self.remote_retry_max_seconds:g} is below remote_retry_seconds="
@@ -548,6 +569,23 @@ class NanotronTrainingArguments(SecretlessArguments):
     def parallel(self) -> ParallelConfig:
         """The sizes of the run, for models and meshes."""
         return parallel_sizes(vars(self))
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """transformers', by which Trainer decides whether to exchange figures; not while it is given those of all."""
+        return ParallelMode.NOT_PARALLEL if self.counts_alone else super().parallel_mode
+
+    @property
+    def counts_alone(self) -> bool:
+        """Whether Trainer makes a log line of figures that the ranks have exchanged already."""
+        return "_counts_alone" in vars(self)
+
+    @counts_alone.setter
+    def counts_alone(self, value: bool) -> None:
+        if value:
+            vars(self)["_counts_alone"] = True
+        else:
+            vars(self).pop("_counts_alone", None)
 
     @property
     def spectral(self) -> Spectral | None:

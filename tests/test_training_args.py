@@ -349,6 +349,15 @@ def test_remote_limits(build: Any) -> None:
     build(remote_start_timeout=0, remote_wait_timeout=0, remote_pending_limit=1, remote_min_free_gb=0.5)
 
 
+def test_stall_limits(build: Any) -> None:
+    for name, value, least in (("stall_warning", -1.0, 0), ("stall_timeout", 9.0, 10), ("stall_timeout", 0.0, 10)):
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least {least}"):
+            build(**{name: value})
+    with pytest.raises(ValueError, match="stall_timeout=90 is above ddp_timeout=60, after which a collective ends"):
+        build(stall_timeout=90, ddp_timeout=60)
+    build(stall_warning=0, stall_timeout=10)
+
+
 # ---- Sizes -----------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +377,7 @@ BEYOND_SIZES |= {"ema_decay", "ema_start_step", "ema_evaluate", "wsd_decay_steps
 BEYOND_SIZES |= {"batch_size_warmup_tokens", "batch_size_warmup_start", "batch_size_warmup_increment"}
 BEYOND_SIZES |= {"memory_snapshot_steps", "memory_snapshot_dir"}
 BEYOND_SIZES |= {"metrics_detail", "metrics_detail_steps", "profile_steps", "profile_ranks", "run_log"}
+BEYOND_SIZES |= {"health_check", "stall_warning", "stall_timeout"}
 
 
 def test_sizes_are_the_fields_of_parallel_config() -> None:

@@ -41,6 +41,7 @@ from hf_nanotron.monitor.read_log import (
 )
 from hf_nanotron.monitor.run_log import LogFile, plain
 from hf_nanotron.monitor.run_status import status_of
+from hf_nanotron.monitor.stragglers import Stragglers
 
 STEPS, LENGTH = 4, 16
 
@@ -129,10 +130,28 @@ def test_the_slow_rank_is_named(run: tuple[Path, list[str]]) -> None:
     for line in found.steps:
         times = line["ranks"]["data_time"]
         assert times["rank"] == 1 and times["max"] >= 0.03 and times["min"] < times["max"]
-        assert set(line["ranks"]) == {"data_time", "host_time", "probe_time"}
+        assert set(line["ranks"]) == {"step_time", "data_time", "host_time", "probe_time"}
+        steps = line["ranks"]["step_time"]
+        assert steps["min"] <= steps["median"] <= steps["max"] < 1.5 * steps["min"] + 0.03 and steps["min"] >= 0.02
     text = render([found], folder, time.time())
     (row,) = [line for line in text.splitlines() if line.startswith("reading data")]
     assert " 1   slow: " in row
+
+
+def test_a_rank_that_stays_slow_is_told_once() -> None:
+    """In the third line in a row; again after it was not slow; nothing that slows no step."""
+    told = Stragglers()
+
+    def line(most: float, rank: int = 3) -> str | None:
+        return told.note({"data_time": spread([0.1, 0.1, 0.1, *(most if i == rank else 0.1 for i in (3, 4))])}, 1.0)
+
+    assert [line(0.3) for _ in range(5)][:2] == [None, None]
+    assert line(0.1) is None
+    found = [line(0.3) for _ in range(4)]
+    assert [text is None for text in found] == [True, True, False, True]
+    assert found[2] is not None and "rank 3 (reading data, a step)" in found[2] and "slow: 3.0 x the median" in found[2]
+    assert [line(0.3, rank) for rank in (3, 4, 3, 4, 3, 4)] == [None] * 6  # never the same one
+    assert all(told.note({"data_time": spread([0.01, 0.01, 0.04])}, 1.0) is None for _ in range(4))
 
 
 def test_spread_and_own_times() -> None:

@@ -76,6 +76,8 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("moe_bias_update_rate", "z_loss_coefficient"), RATE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "muon_momentum"), SHARE),
     "muon_ns_steps": Limit(1, below=100),
+    "stall_warning": COUNT,
+    "stall_timeout": Limit(10),  # ranks take seconds to say where they are, and healthy ones stand still longer
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "num_train_epochs": Limit(0, excluded=True, unless=lambda args: args.max_steps > 0),
     "logging_steps": _interval("logging_strategy"),

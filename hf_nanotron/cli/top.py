@@ -14,8 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..monitor.read_log import RUN_LOG, SPREAD, LogReader, Run, joined
+from ..monitor.read_log import RUN_LOG, LogReader, Run, joined
 from ..monitor.run_status import Status, status_of
+from ..monitor.stragglers import table
 
 DESCRIPTION = """\
 Show a job in the terminal, from the log that it writes into its output_dir: steps, loss, learning rate, tokens/s, MFU,
@@ -27,13 +28,6 @@ memory, which rank is slow, the last checkpoint, and when it will be done.
 It reads files alone, so that it works from any machine that sees the folder, also for a job that has ended."""
 
 SPARKS, PLAIN_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-OWN_TIMES = {
-    "data_time": "reading data, a step",
-    "host_time": "processor time, a step",
-    "probe_time": "one matrix product",
-}
-SLOW = 1.5  # times the median of all ranks
-WORTH_NAMING = 0.05  # of a step: what is faster slows nothing
 SHOWN_RUNS = 5  # before the last one
 KEPT = 200  # log lines of each run that are looked at
 ENTER, HOME, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[H\x1b[J", "\x1b[?25h\x1b[?1049l"
@@ -195,16 +189,7 @@ def _checkpoint(status: Status, now: float) -> str:
 
 def _ranks(status: Status) -> list[str]:
     """What ranks do alone, and which one is slow."""
-    step = status.latest.get("step_time", 0.0)
-    lines = [f"{'seconds of ranks':24}{'least':>10}{'median':>10}{'most':>10}   rank"]
-    for name, label in OWN_TIMES.items():
-        if (found := status.ranks.get(name)) is None:
-            continue
-        least, median, most, rank = (found[key] for key in SPREAD)
-        is_long = name == "probe_time" or most - median > WORTH_NAMING * step
-        slow = f"   slow: {most / median:.1f} x the median" if median and most > SLOW * median and is_long else ""
-        lines.append(f"{label:24}{least:10.3g}{median:10.3g}{most:10.3g}   {rank:.0f}{slow}")
-    return lines
+    return table(status.ranks, status.latest.get("step_time", 0.0))
 
 
 def _short(run: Run, folder: Path, now: float) -> str:

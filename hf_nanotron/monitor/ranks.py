@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..parallel.collectives import all_gather
+from ..parallel.mesh import ParallelMesh
+
 # Side of the matrices of the probe, by type of device: about a millisecond or less.
 PROBE_SIZES = {"cuda": 2048, "cpu": 160}
 REPEATS = 3
-FIGURES = ("data_time", "host_time", "probe_time")
+FIGURES = ("data_time", "host_time", "probe_time")  # of `OwnTimes`
 
 
 class OwnTimes:
@@ -90,6 +93,23 @@ class OwnTimes:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+def exchange(mesh: ParallelMesh, figures: Mapping[str, float | torch.Tensor]) -> dict[str, list[float]]:
+    """The figures of all ranks by name, each in the order of the ranks, in one gather. All ranks together.
+
+    Args:
+        figures: numbers, or tensors of one element, which may still be under way on the device; the same names
+            everywhere. They travel in fp64.
+    """
+    numbers = torch.tensor(
+        [0.0 if isinstance(value, torch.Tensor) else value for value in figures.values()], dtype=torch.float64
+    ).to(mesh.device)
+    for index, value in enumerate(figures.values()):
+        if isinstance(value, torch.Tensor):
+            numbers[index] = value.detach().reshape(())
+    columns = all_gather(numbers[None], mesh.world, 0).T.tolist()
+    return dict(zip(figures, columns, strict=True))
 
 
 def spread(by_rank: Sequence[float]) -> dict[str, float]:

@@ -7,16 +7,15 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from ..parallel.collectives import all_gather
 from ..parallel.mesh import ParallelMesh
 from .flops import flops_per_token, peak_flops
-from .ranks import FIGURES, OwnTimes, spread
+from .ranks import FIGURES, OwnTimes, exchange, spread
 
 FULL_COLLECTION = 2  # the generation that walks through all objects
 
@@ -118,28 +117,37 @@ class Throughput(TrainerCallback):
             self._open_stalls.append((self._collecting, self._now()))
             self._collecting = None
 
-    def report(self) -> dict[str, float]:
-        """Figures since the last report; empty if no step ended since. All ranks call it together."""
+    def own_figures(self) -> dict[str, float]:
+        """What this rank has measured since the last report, for `report`. The host waits for the last step."""
+        if self._cuda and self._intervals:
+            self._intervals[-1][1].synchronize()
+        own = dict(zip(FIGURES, self._own.figures(), strict=True))
+        seconds, stalls = self._seconds(self._intervals), self._seconds(self._stalls)
+        return {"seconds": seconds, "stalls": stalls, "memory": self._memory(), **own}
+
+    def report(self, of_ranks: Mapping[str, Sequence[float]] | None = None) -> dict[str, float]:
+        """Figures since the last report; empty if no step ended since. All ranks call it together.
+
+        Args:
+            of_ranks: the `own_figures` of all ranks, by name; they are exchanged here if not given.
+        """
         if not self._intervals:
             return {}
-        if self._cuda:
-            self._intervals[-1][1].synchronize()
-        seconds, stalls, steps = self._seconds(self._intervals), self._seconds(self._stalls), self._steps
+        if of_ranks is None:
+            of_ranks = exchange(self.mesh, self.own_figures())
+        steps, seconds, stalls = self._steps, of_ranks["seconds"][self.mesh.rank], max(of_ranks["stalls"])
         tokens, squares = (0.0, 0.0) if self._counts is None else self._counts.tolist()
-        told = torch.tensor(
-            [stalls, self._memory(), *self._own.figures()], dtype=torch.float64, device=self.mesh.device
-        )
-        stalls_of_ranks, memory, *own = all_gather(told[None], self.mesh.world, 0).T.tolist()
-        if max(stalls_of_ranks) < seconds:  # all ranks wait for one that collects
-            seconds -= max(stalls_of_ranks)
-        self.by_rank = {name: spread(by_rank) for name, by_rank in zip(FIGURES, own, strict=True)}
+        if stalls < seconds:  # all ranks wait for one that collects
+            seconds -= stalls
+        step_times = [of_rank / steps for of_rank in of_ranks["seconds"]]
+        self.by_rank = {"step_time": spread(step_times), **{name: spread(of_ranks[name]) for name in FIGURES}}
         self._clear()
         per_device = tokens / seconds / self.mesh.world_size
         figures = {
             "step_time": seconds / steps,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_device": per_device,
-            "peak_memory_gib": max(memory) / 2**30,
+            "peak_memory_gib": max(of_ranks["memory"]) / 2**30,
         }
         if self.peak is not None:
             flops = flops_per_token(self.shapes, self.config, squares / max(tokens, 1))

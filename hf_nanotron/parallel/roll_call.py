@@ -13,17 +13,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from transformers.utils import logging
 
+from .neighbours import Lost, Neighbours
 from .rehearsal import is_rehearsal
 
 logger = logging.get_logger(__name__)
@@ -36,8 +39,23 @@ STUCK_AFTER = {"collective": 1.5, "library": 8.0}
 LIBRARIES = ("hf_nanotron", "accelerate", "transformers")
 
 
+class Watch(Protocol):
+    """What is looked at once a second while a run goes on (`RunWatch`)."""
+
+    def look(self, store: Any, question: int) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
 class RollCall:
-    """This process as the other ranks see it, by a prefix of the process group's store."""
+    """This process as the other ranks see it, by a prefix of the process group's store.
+
+    Attributes:
+        watch: of the run that goes on.
+        lost: the first rank of the job that is gone.
+        end: why the run is to end on all ranks.
+        failure: what has ended the run of this rank.
+    """
 
     def __init__(self, store: Any, rank: int) -> None:
         self.job = store
@@ -47,6 +65,11 @@ class RollCall:
         self._caller = threading.get_ident()
         self._stamp, self._since = 0, 0.0
         self._stop = threading.Event()
+        self._wake = socket.socketpair()
+        self.watch: Watch | None = None
+        self.lost: Lost | None = None
+        self.end: str | None = None
+        self.failure = ""
         # A connection of its own: the other may be held by a rendezvous that waits for ever.
         connection = self._store.clone()
         self._answering = threading.Thread(target=self._answer, args=(connection,), daemon=True)
@@ -153,25 +176,73 @@ class RollCall:
         return hopeless, working
 
     def _answered(self, rank: int, question: int) -> dict[str, Any] | None:
-        """The answer of `rank` to this question or a later one."""
-        if self._store.check([f"left/{rank}"]):
+        return self.answered(self._store, rank, question)
+
+    def answered(self, store: Any, rank: int, question: int) -> dict[str, Any] | None:
+        """The answer of `rank` to this question or a later one; None if there is none yet."""
+        if store.check([f"left/{rank}"]):
             return {"waits_for": ENDED}
-        if not self._store.check([f"answer/{rank}"]):
+        if not store.check([f"answer/{rank}"]):
             return None
-        answer = json.loads(self._store.get(f"answer/{rank}"))
+        answer: dict[str, Any] = json.loads(store.get(f"answer/{rank}"))
         return answer if answer["question"] >= question else None
 
     # ---- where this one is ----
 
     def _answer(self, store: Any) -> None:
-        """The thread that answers."""
-        with contextlib.suppress(RuntimeError):  # the job is over, and its store gone
+        """The thread that answers, and that hears when a neighbour is gone."""
+        neighbours = None
+        try:
             answered = store.add("asked", 0)
-            while not self._stop.wait(1.0) and _job_store() is self.job:
+            size = dist.get_world_size()
+            one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+            neighbours = Neighbours(store, self.rank, size, one_host) if size > 1 else None
+            while not self._stop.is_set() and _job_store() is self.job:
+                for lost in self._listen(neighbours):
+                    if _job_store() is self.job:
+                        self._tell_of(store, lost)
+                if self._stop.is_set() or _job_store() is not self.job:
+                    break
                 question = store.add("asked", 0)
                 if question != answered:
+                    self._hear_news(store)
                     store.set(f"answer/{self.rank}", json.dumps({"question": question, **self._where()}))
                     answered = question
+                self._watch_over(store, question)
+        except (RuntimeError, OSError, ValueError) as error:  # the job is over, and its store gone
+            logger.debug(f"rank {self.rank} no longer answers: {error}")
+        finally:
+            if neighbours is not None:
+                neighbours.close(self.failure)
+            for end in self._wake:
+                end.close()
+
+    def _watch_over(self, store: Any, question: int) -> None:
+        """In a method of its own, so that the thread holds no run, with its mesh, between two looks."""
+        if (watch := self.watch) is not None:
+            watch.look(store, question)
+
+    def _listen(self, neighbours: Neighbours | None) -> list[Lost]:
+        if neighbours is None:
+            self._stop.wait(1.0)
+            return []
+        return list(neighbours.wait(1.0, self._wake[0]))
+
+    def _tell_of(self, store: Any, lost: Lost) -> None:
+        """All ranks of one that is gone. The first that is told of counts."""
+        if lost.is_sure:
+            store.set(f"left/{lost.rank}", "1")
+        key = "lost" if lost.is_sure else "unreachable"
+        store.compare_set(key, "", json.dumps([lost.rank, lost.host, lost.reason, lost.is_sure]))
+        store.add("asked", 1)
+        self._hear_news(store)
+
+    def _hear_news(self, store: Any) -> None:
+        for key in ("lost", "unreachable"):
+            if (self.lost is None or not self.lost.is_sure) and store.check([key]):
+                self.lost = Lost(*json.loads(store.get(key)))
+        if self.end is None and store.check(["end"]):
+            self.end = store.get("end").decode()
 
     def _where(self) -> dict[str, Any]:
         """What the thread that calls us is doing, and for how many seconds it has been at that place."""
@@ -180,11 +251,12 @@ class RollCall:
         now = time.monotonic()
         if stamp != self._stamp:
             self._stamp, self._since = stamp, now
-        return {"waits_for": self._waits_for, "kind": kind, "place": place, "seconds": now - self._since}
+        state = {} if (watch := self.watch) is None else {"state": watch.state()}
+        return {"waits_for": self._waits_for, "kind": kind, "place": place, "seconds": now - self._since, **state}
 
     def _leave(self) -> None:
         """At the end of the process."""
-        self._stop.set()
+        self._halt()
         self._answering.join(2.0)
         with contextlib.suppress(RuntimeError):
             if _job_store() is self.job:
@@ -192,8 +264,13 @@ class RollCall:
 
     def close(self) -> None:
         """For a process that goes on to another job."""
-        self._stop.set()
+        self._halt()
         atexit.unregister(self._leave)
+
+    def _halt(self) -> None:
+        self._stop.set()
+        with contextlib.suppress(OSError):
+            self._wake[1].send(b".")
 
 
 ENDED = "has ended"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from ..checkpoint.remote.bar import UploadBar
 from ..checkpoint.remote.retry import Backoff
 from ..checkpoint.remote.store import RemoteStore
 from ..checkpoint.remote.upload import Uploader
+from ..monitor.ranks import exchange
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together, together_for_long
@@ -22,6 +24,7 @@ from .signals import StopSignals
 
 logger = logging.get_logger(__name__)
 LOOK_SECONDS = 0.2  # between two looks whether all is uploaded
+FIGURES = ("remote_pending_checkpoints", "remote_retries", "remote_failing_seconds")
 MARGIN = 0.2  # of the grace after a signal, in which the run ends
 
 
@@ -67,21 +70,23 @@ class RemoteUploads:
             self.uploader.run = run
             self.uploader.submit_existing()
 
-    def metrics(self) -> dict[str, float]:
+    def own_figures(self) -> dict[str, float]:
         """How many checkpoints wait, how many attempts have failed, and for how long all have. Known to rank 0."""
         if self.store is None:
             return {}
-        values = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
-        if self.uploader is not None:
-            retry = self.uploader.store.retry
-            known = [len(self.uploader.pending()), retry.retries, retry.failing_seconds]
-            values = torch.tensor(known, dtype=torch.float64, device=self.mesh.device)
-        pending, retries, seconds = all_reduce(values, self.mesh.world).tolist()
-        return {
-            "remote_pending_checkpoints": int(pending),
-            "remote_retries": int(retries),
-            "remote_failing_seconds": round(seconds, 1),
-        }
+        if self.uploader is None:
+            return dict.fromkeys(FIGURES, 0.0)
+        retry = self.uploader.store.retry
+        return dict(zip(FIGURES, (len(self.uploader.pending()), retry.retries, retry.failing_seconds), strict=True))
+
+    def metrics(self, of_ranks: Mapping[str, Sequence[float]] | None = None) -> dict[str, float]:
+        """The `own_figures` of all ranks (exchanged here if not given) as a log line says them. All ranks together."""
+        if self.store is None:
+            return {}
+        if of_ranks is None:
+            of_ranks = exchange(self.mesh, self.own_figures())
+        pending, retries, seconds = (sum(of_ranks[name]) for name in FIGURES)
+        return dict(zip(FIGURES, (int(pending), int(retries), round(seconds, 1)), strict=True))
 
     def wait(self, signals: StopSignals) -> None:
         """Until all is uploaded, `remote_wait_timeout` is over, or a signal leaves no more time. Then say what is

@@ -25,6 +25,7 @@ from ..monitor.memory import (
     moment_bytes,
     offloaded_bytes,
 )
+from ..monitor.stragglers import Stragglers
 from ..monitor.throughput import Throughput
 from ..ops.host_copy import to_device
 from ..optim.ema import WeightAverage
@@ -45,6 +46,7 @@ class RunReport:
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
         self.loads: dict[str, torch.Tensor] = {}
+        self._stragglers = Stragglers()
 
     def sum_step(
         self,
@@ -82,9 +84,18 @@ class RunReport:
         self.throughput.add_tokens(told[1], told[2])
         return told[0].float(), told[3]
 
-    def metrics(self, model: ParallelModel, log_loads: str) -> dict[str, float]:
-        """What a log line with a loss says besides. All ranks together."""
-        metrics = self.throughput.report()
+    def metrics(
+        self, model: ParallelModel, log_loads: str, of_ranks: Mapping[str, Sequence[float]] | None = None
+    ) -> dict[str, float]:
+        """What a log line with a loss says besides. All ranks together.
+
+        `of_ranks`: see `Throughput.report`.
+        """
+        metrics = self.throughput.report(of_ranks)
+        if metrics and model.mesh.rank == 0 and model.mesh.world_size > 1:
+            told = self._stragglers.note(self.throughput.by_rank, metrics["step_time"])
+            if told is not None:
+                logger.warning(told)
         if self.loads and model.mixture is not None:
             metrics |= model.mixture.report(self.loads, log_loads)
             self.loads = {}
