@@ -135,7 +135,7 @@ def _gated_mlp_backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     flat, flat_grad = input.reshape(-1, input.shape[-1]), grad.reshape(-1, grad.shape[-1])
     weights = (gate, up, down)
     sums = [_Sum(weight, key, back) for weight, key, back in zip(weights, keys, returned, strict=True)]
-    grad_input, inner = torch.empty_like(flat), gate.shape[0]
+    grad_input, inner = flat.new_empty(flat.shape), gate.shape[0]
     for start in range(0, flat.shape[0], rows):
         part = slice(start, start + rows)
         both = _gate_and_up(flat[part], gate, up)
@@ -153,7 +153,7 @@ def _(*inputs: Any) -> tuple[torch.Tensor, ...]:
     _, input, *rest = inputs
     returned, weights = rest[-3], rest[:3]
     found = (w.new_empty(w.shape) if back else input.new_empty(0) for w, back in zip(weights, returned, strict=True))
-    return torch.empty_like(input).contiguous(), *found
+    return input.new_empty(input.shape), *found
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -26,7 +26,6 @@ from ..stock.families import (
     LOCAL_QUERY_HEADS,
     QUERY_GROUPS,
     QUERY_HEADS,
-    TAKES_FP32,
 )
 from ..stock.plan import Plan, is_experts
 
@@ -218,8 +217,6 @@ def swap_layers(
         if module is not None:
             _become_parallel(name, module, style, specs, mesh)
     for name, module in model.named_modules():
-        for leaf in TAKES_FP32.get(type(module).__name__, ()):
-            module.get_submodule(leaf).register_forward_pre_hook(_in_dtype_of_weight)
         if is_experts(module):
             cut = any(path.startswith(name + ".") for path in plan.styles)
             module.__class__ = experts_class(cast(Any, type(module)))
@@ -232,10 +229,6 @@ def swap_layers(
             module.__class__ = Linear
         elif type(module) is nn.Embedding:
             module.__class__ = Embedding
-
-
-def _in_dtype_of_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (args[0].to(cast(torch.Tensor, module.weight).dtype), *args[1:])
 
 
 def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:

@@ -198,10 +198,6 @@ WHOLE_HEAD: dict[str, str] = {
     "inkling2_text": "the logits are trimmed to an unpadded vocabulary",
 }
 
-# Class of a module -> linear layers inside it that stock models keep in fp32 and hand fp32 to. In 16 bits, a model here
-# has all its weights in them (with fp32 masters), so their input takes the dtype of the weight.
-TAKES_FP32: dict[str, tuple[str, ...]] = {"Inkling2LoopMessageGate": ("forget_gate_proj", "message_gate_proj")}
-
 # ---- sequence parallelism ----
 
 # Blocks without cut weights that mix tokens, by a part of their class's name: tokens are gathered in front of them, and

@@ -1,0 +1,467 @@
+"""Every family through the whole Trainer in bf16, beside stock Trainer: the default, packed, recomputed and in FP8.
+
+    python tests/family_walk.py --out walk.jsonl --workers 30          # all families, on the GPUs that are visible
+    python tests/family_walk.py --out walk.jsonl --families llama jamba --modes default fp8
+    python tests/family_walk.py --out walk.jsonl --summary             # what the file holds
+
+A case is one family in one mode: four steps of a small model with the default arguments and `bf16=True`, which compiles
+on a GPU. Stock Trainer takes the same steps in bf16 and in fp32, once for a family. Each case is one line of the file,
+written when it is done; a case that the file holds is not run again. A worker that dies or takes longer than `--limit`
+seconds is a case that failed, and the next one gets a new worker. The exit status is 1 if a case is not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import queue
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MODES = ("default", "packed", "recompute", "fp8")
+STEPS, ROWS = 4, 2
+DOCUMENTS = (37, 5, 49)  # tokens of each document of a packed row; other rows are one document of as many tokens
+LENGTH = sum(DOCUMENTS)  # odd: no kernel gets what it would like best
+
+# How far a case may be from stock Trainer in bf16: the largest difference of a loss, and that of the first gradient
+# norm, relative; but stock's own difference from fp32 excuses as much again.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "default": (0.01, 0.02),
+    "packed": (0.01, 0.02),
+    "recompute": (0.01, 0.02),
+    "fp8": (0.03, 0.15),
+}
+
+# ---- sizes: those of tests/families.json are for CPUs. Heads of 64 features are what the kernels of GPUs take ----
+
+FACTOR = 4
+WIDER = re.compile(
+    r"(\w*hidden_size\w*|d_model|n_embd|\w*intermediate_size\w*|ffn_dim|\w*ffn_hidden_size|n_inner|block_ff_dim"
+    r"|(?!mamba_)\w*head_dim|\w+_lora_rank|\w+_rope_head_dim|\w+_nope_head_dim|rotary_dim|dim_model_base"
+    r"|word_embed_proj_dim|query_pre_attn_scalar|moe_latent_size|ple_embed_dim|mamba_d_ssm|mamba_n_heads"
+    r"|mamba_num_heads|\w*max_position_embeddings|n_positions|n_ctx|max_seq_len|mrope_section)"
+)
+TOWERS = ("vision_config", "audio_config", "vq_config")  # which see no input here
+SHARED = ("adapter_out_dim",)  # of a tower: the width of the text model
+
+
+def wider(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config with `FACTOR` times the features, and as many layers, heads and experts."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in TOWERS and value is not None:
+            found[name] = {**value, **{one: _times(value[one]) for one in SHARED if one in value}}
+        elif isinstance(value, dict):
+            found[name] = wider(value)
+        elif WIDER.fullmatch(name):
+            found[name] = _times(value)
+        else:
+            found[name] = value
+    return found
+
+
+def _times(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_times(one) for one in value]
+    return value * FACTOR if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+# ---- one case, in a worker ----
+
+
+@dataclass
+class Figures:
+    """Of the steps of one run: losses, and gradient norms before clipping."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    first_step: float = 0.0
+
+
+@dataclass
+class Case:
+    """A line of the file.
+
+    Args:
+        state: `"ok"`, `"off"` (too far from stock), `"refused"`, `"failed"` or `"no stock"` (stock Trainer fails).
+        loss: largest relative difference of a loss from stock's in bf16; `norm`: that of the first gradient norm.
+        loss_from_fp32, norm_from_fp32: the same from stock's in fp32; `stock_loss`, `stock_norm`: of stock in bf16.
+        seconds: of all four steps, `first_step` of the first, which compiles.
+        figures: of this run; `stock`: by `"bf16"` and `"fp32"`.
+    """
+
+    family: str
+    mode: str
+    state: str
+    reason: str = ""
+    loss: float = 0.0
+    norm: float = 0.0
+    loss_from_fp32: float = 0.0
+    norm_from_fp32: float = 0.0
+    stock_loss: float = 0.0
+    stock_norm: float = 0.0
+    seconds: float = 0.0
+    first_step: float = 0.0
+    graphs: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)
+    stock: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def build(family: str) -> Any:
+    """The stock model, the same in every process, with the attention that transformers chooses."""
+    import torch
+    from family_runs import KNOWN
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = wider(KNOWN[family]["config"])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing stays at zero or one, where a wrong gradient could hide
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+def rows(family: str, packed: bool) -> Any:
+    import torch
+    from datasets import Dataset
+    from family_runs import KNOWN
+
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 100, (STEPS * ROWS, LENGTH), generator=generator).tolist()
+    extra: dict[str, Any] = {}
+    if packed:
+        extra["position_ids"] = [place for length in DOCUMENTS for place in range(length)]
+    if "token_type_ids" in KNOWN[family].get("inputs", ()):
+        extra["token_type_ids"] = [0] * LENGTH
+    return Dataset.from_list([{"input_ids": row, "labels": row, **extra} for row in ids])
+
+
+def train(family: str, trainer_class: Any, arguments_class: Any, packed: bool, **arguments: Any) -> Figures:
+    """`STEPS` steps under `arguments`, all others being default but for what would write files."""
+    import torch
+    from transformers import TrainerCallback, default_data_collator
+
+    figures = Figures()
+    started = time.perf_counter()
+
+    class Record(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                figures.losses.append(float(logs["loss"]))
+                figures.norms.append(float(logs["grad_norm"]))
+                figures.first_step = figures.first_step or time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments_class(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=ROWS,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            seed=7,
+            **arguments,
+        )
+        trainer = trainer_class(
+            model=build(family),
+            args=args,
+            train_dataset=rows(family, packed),
+            data_collator=default_data_collator,
+            callbacks=[Record()],
+        )
+        try:
+            trainer.train()
+        finally:
+            mesh = getattr(trainer, "mesh", None)
+            if mesh is not None:
+                mesh.close()
+    figures.seconds = time.perf_counter() - started
+    return figures
+
+
+def stock_figures(family: str, packed: bool) -> dict[str, Figures]:
+    """Of stock Trainer in bf16 and in fp32."""
+    from transformers import Trainer, TrainingArguments
+
+    precisions = {"bf16": True, "fp32": False}
+    return {name: train(family, Trainer, TrainingArguments, packed, bf16=half) for name, half in precisions.items()}
+
+
+def own_arguments(mode: str, compile_backend: str | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"bf16": True}
+    if compile_backend is not None:
+        arguments |= {"torch_compile": True, "torch_compile_backend": compile_backend}
+    if mode == "recompute":
+        arguments["gradient_checkpointing"] = True
+    if mode == "fp8":
+        arguments["fp8"] = "tensorwise"
+    return arguments
+
+
+def run_case(family: str, mode: str, stock: dict[str, Any] | None, compile_backend: str | None) -> Case:
+    """One case. `stock`: the figures that an earlier case of the family has found, if one has."""
+    import torch
+    import transformers
+
+    from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+
+    packed = mode == "packed"
+    case = Case(family, mode, "failed")
+    case.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if torch.cuda.is_available():
+        case.versions["device"] = torch.cuda.get_device_name()
+    try:
+        case.stock = stock or {name: asdict(found) for name, found in stock_figures(family, packed).items()}
+    except Exception as error:  # whatever a model says of its own loss, shapes or packages
+        case.state, case.reason = "no stock", _sentence(error)
+        return case
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        arguments = own_arguments(mode, compile_backend)
+        found = train(family, NanotronTrainer, NanotronTrainingArguments, packed, **arguments)
+    except ValueError as error:
+        case.state, case.reason = ("refused" if _is_refusal(error) else "failed"), _sentence(error)
+        return case
+    except Exception as error:
+        case.reason = _sentence(error)
+        return case
+    case.figures, case.seconds, case.first_step = asdict(found), found.seconds, found.first_step
+    case.graphs = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return judged(case)
+
+
+def judged(case: Case) -> Case:
+    """`case` with its differences from stock, and whether they are within the bounds of its mode."""
+    bf16, fp32 = case.stock["bf16"], case.stock["fp32"]
+    case.loss, case.norm = _differences(case.figures, bf16)
+    case.loss_from_fp32, case.norm_from_fp32 = _differences(case.figures, fp32)
+    case.stock_loss, case.stock_norm = _differences(bf16, fp32)
+    loss, norm = BOUNDS[case.mode]
+    right = case.loss <= loss + case.stock_loss and case.norm <= norm + case.stock_norm
+    case.state = "ok" if right else "off"
+    case.reason = "" if right else f"loss {case.loss:.2%} and gradient norm {case.norm:.2%} from stock's in bf16"
+    return case
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    """Largest relative difference of the losses, and that of the first norm; infinite if a number is missing."""
+    if len(one["losses"]) != STEPS or len(other["losses"]) != STEPS:
+        return float("inf"), float("inf")
+    losses = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(one["losses"], other["losses"], strict=True))
+    norm = abs(one["norms"][0] - other["norms"][0]) / max(other["norms"][0], 1e-6)
+    return (losses, norm) if losses == losses and norm == norm else (float("inf"), float("inf"))
+
+
+def _is_refusal(error: ValueError) -> bool:
+    """Whether a sentence of ours says that a mode is not for a model; not any error of a wrong value."""
+    return str(error).startswith(("fp8=", "activation_checkpointing", "gradient_checkpointing"))
+
+
+def _sentence(error: BaseException) -> str:
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        name = Path(trace.tb_frame.f_code.co_filename)
+        if name.parts[-2:-1] and ("hf_nanotron" in name.parts or "models" in name.parts):
+            frames.append(f"{name.parent.name}/{name.name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" + (f" [{' > '.join(frames[-3:])}]" if frames else "")
+
+
+def work(compile_backend: str | None) -> None:
+    """Cases from stdin, one a line, and their rows to stdout, until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in sys.stdin:
+        job = json.loads(line)
+        case = run_case(job["family"], job["mode"], job["stock"], compile_backend)
+        gc.collect()
+        answers.write(json.dumps(asdict(case)) + "\n")
+        answers.flush()
+
+
+# ---- the walk ----
+
+
+class Worker:
+    """A process that runs one case after another, until it dies or is too slow."""
+
+    def __init__(self, number: int, gpus: int, options: list[str], logs: Path) -> None:
+        self._log = (logs / f"worker{number}.log").open("a")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # the workers are as many as the cores
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", *options]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, env=environment, **pipes)
+        self.uses = 0
+
+    def run(self, job: Mapping[str, Any], limit: float) -> dict[str, Any] | str:
+        """The row of a case, or why there is none."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.uses += 1
+        try:
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return "the process died before it began"
+        ready, _, _ = select.select([self._process.stdout], [], [], limit)
+        if not ready:
+            return f"it took more than {limit:.0f} s"
+        line = self._process.stdout.readline()
+        if not line:
+            return f"the process died with exit status {self._process.wait()}: {self._last_words()}"
+        row: dict[str, Any] = json.loads(line)
+        return row
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        lines = Path(self._log.name).read_text(errors="replace").splitlines()
+        said = [line.strip() for line in lines[-200:] if "Error" in line or "error" in line or "Fatal" in line]
+        return said[-1][:300] if said else "nothing"
+
+
+def walk(jobs: Iterable[tuple[str, str]], cli: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run `jobs` in order on `cli.workers` workers and append their rows to `cli.out` as they come."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    options = ["--compile", cli.compile] if cli.compile else []
+    waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    found, lock = read(cli.out), threading.Lock()
+    stock = {_reference(row["family"], row["mode"]): row["stock"] for row in found if row.get("stock")}
+    for job in jobs:
+        waiting.put(job)
+    deadline = time.monotonic() + cli.seconds
+    logs = Path(tempfile.mkdtemp(prefix="family-walk-"))
+
+    def serve(number: int) -> None:
+        worker = None
+        while time.monotonic() < deadline:
+            try:
+                family, mode = waiting.get_nowait()
+            except queue.Empty:
+                break
+            worker = worker or Worker(number, gpus, options, logs)
+            reference = _reference(family, mode)
+            limit = min(cli.limit + (40 if worker.uses == 0 else 0), max(1.0, deadline - time.monotonic()))
+            began = time.monotonic()
+            row = worker.run({"family": family, "mode": mode, "stock": stock.get(reference)}, limit)
+            if isinstance(row, str):
+                worker.close()
+                worker = None
+                if time.monotonic() >= deadline:
+                    break  # the walk is over: nothing is known of this case
+                row = asdict(Case(family, mode, "failed", row, seconds=time.monotonic() - began))
+            with lock:
+                if row["stock"]:
+                    stock[reference] = row["stock"]
+                found.append(row)
+                with cli.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{len(found):4d} {line_of(row)}", flush=True)
+            if row["state"] == "failed" and "CUDA" in row["reason"] and worker is not None:
+                worker.close()  # an error of the device stays with its process
+                worker = None
+        if worker is not None:
+            worker.close()
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(cli.workers)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _reference(family: str, mode: str) -> tuple[str, bool]:
+    return family, mode == "packed"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    figures = f"loss {row['loss']:.1e} norm {row['norm']:.1e} fp32 {row['norm_from_fp32']:.1e}"
+    figures += f" stock {row['stock_norm']:.1e} {row['seconds']:.0f} s {row['graphs']} graphs"
+    return f"{row['family']} {row['mode']} {row['state']} {row['reason'][:300] or figures}"
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """Counts of each mode, and the cases that are not right."""
+    lines = []
+    for mode in MODES:
+        states = Counter(row["state"] for row in found if row["mode"] == mode)
+        lines.append(f"{mode:10s} " + ", ".join(f"{number} {state}" for state, number in states.most_common()))
+    wrong = [row for row in found if row["state"] in ("off", "failed")]
+    return "\n".join([*lines, *(line_of(row) for row in wrong)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("walk.jsonl"))
+    parser.add_argument("--families", nargs="+", help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds of one case")
+    parser.add_argument("--seconds", type=float, default=1e9, help="of all; later cases wait for another call")
+    parser.add_argument("--compile", help="backend of torch.compile, where it is not the default (on a CPU)")
+    parser.add_argument("--again", nargs="*", help="run these states of the file again, such as: failed off")
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    cli = parser.parse_args()
+    if cli.worker:
+        work(cli.compile)
+        return
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    if cli.again:
+        kept = [row for row in read(cli.out) if row["state"] not in cli.again]
+        cli.out.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    found = read(cli.out)
+    if not cli.summary:
+        from family_runs import KNOWN
+
+        done = {(row["family"], row["mode"]) for row in found}
+        families = cli.families or list(KNOWN)
+        jobs = [(family, mode) for mode in cli.modes for family in families if (family, mode) not in done]
+        found = walk(jobs, cli)
+    print(summary(found))
+    sys.exit(any(row["state"] in ("off", "failed") for row in found))
+
+
+if __name__ == "__main__":
+    main()
