@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...ops.embedding import Embedding
 from ...ops.linear import Linear
+from ...ops.mixed_dtypes import mixed_class
 from ...parallel.ep.experts import ParallelExperts, experts_class
 from ...parallel.mesh import ParallelMesh
 from ...parallel.shard_spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
@@ -24,6 +25,7 @@ from ..stock.families import (
     KEY_HEADS,
     LOCAL_KEY_HEADS,
     LOCAL_QUERY_HEADS,
+    MIXES_DTYPES,
     QUERY_GROUPS,
     QUERY_HEADS,
 )
@@ -225,6 +227,8 @@ def swap_layers(
                 experts.group = mesh.ep
             else:
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
+        elif type(module).__name__ in MIXES_DTYPES:
+            module.__class__ = mixed_class(type(module))
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward
             module.__class__ = Linear
         elif type(module) is nn.Embedding:

@@ -198,6 +198,10 @@ WHOLE_HEAD: dict[str, str] = {
     "inkling2_text": "the logits are trimmed to an unpadded vocabulary",
 }
 
+# Classes of blocks that multiply states by buffers (decay rates), which stay in fp32 in a model of 16 bits: they run
+# under autocast, as all of a stock model does in `bf16=True`.
+MIXES_DTYPES = ("MiniMaxLightningAttention",)
+
 # ---- sequence parallelism ----
 
 # Blocks without cut weights that mix tokens, by a part of their class's name: tokens are gathered in front of them, and
