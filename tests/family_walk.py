@@ -373,7 +373,7 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # the workers are as many as the cores
             "TOKENIZERS_PARALLELISM": "false",
-            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",  # FlashAttention-4 compiles a kernel once, not in each worker
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",  # a kernel is compiled once, not in each worker
         }
         if waits:
             environment["CUDA_LAUNCH_BLOCKING"] = "1"
