@@ -2,7 +2,7 @@
 
     python tests/family_walk.py --out walk.jsonl --workers 30          # all families, on the GPUs that are visible
     python tests/family_walk.py --out walk.jsonl --families llama jamba --modes default fp8
-    python tests/family_walk.py --out walk.jsonl --summary             # what the file holds
+    python tests/family_walk.py --out walk.jsonl --summary --record    # what the file holds, for the documentation
 
 A case is one family in one mode: four steps of a small model with the default arguments and `bf16=True`, which compiles
 on a GPU. Stock Trainer takes the same steps in bf16 and in fp32, once for a family. Each case is one line of the file,
@@ -507,6 +507,64 @@ def summary(found: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(line_of(row) for row in wrong)])
 
 
+# ---- what is kept of a walk, and the table of the documentation ----
+
+RECORD = HERE / "data" / "family_walk.jsonl"
+KEPT = ("family", "mode", "state", "reason", "loss", "stock_loss", "graphs", "seconds", "versions")
+ERRORS = ("gradient_error", "weight_error")
+
+
+def compact(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the single losses and norms."""
+
+    def errors(figures: Mapping[str, Any]) -> dict[str, float]:
+        return {name: round(figures[name], 5) for name in ERRORS if name in figures}
+
+    kept = {name: round(row[name], 5) if isinstance(row[name], float) else row[name] for name in KEPT}
+    return {**kept, "figures": errors(row["figures"]), "stock": {"bf16": errors(row["stock"].get("bf16", {}))}}
+
+
+def record(found: Iterable[Mapping[str, Any]], path: Path = RECORD) -> None:
+    """Write the rows of a walk, by family and mode; those of `path` that it has not run stay."""
+    rows_of = {(row["family"], row["mode"]): row for row in [*read(path), *map(compact, found)]}
+    path.write_text("".join(json.dumps(rows_of[key]) + "\n" for key in sorted(rows_of)))
+
+
+def table(found: Iterable[Mapping[str, Any]]) -> str:
+    """Counts, and a line for each family, in Markdown."""
+    by_family: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in found:
+        by_family.setdefault(row["family"], {})[row["mode"]] = row
+    reasons: dict[str, int] = {}
+    counts = [
+        f"{mode:10s} " + ", ".join(f"{count} {state}" for state, count in states.most_common())
+        for mode in MODES
+        if (states := Counter(modes[mode]["state"] for modes in by_family.values() if mode in modes))
+    ]
+    lines = [
+        "```text",
+        *counts,
+        "```",
+        "",
+        f"| family | stock | {' | '.join(MODES)} |",
+        "|---|---|" + "---|" * len(MODES),
+    ]
+    for family, modes in by_family.items():
+        half = next((row["stock"]["bf16"] for row in modes.values() if row["stock"].get("bf16")), {})
+        stock = f"{half['gradient_error']:.1%}" if half else ""
+        lines.append(f"| `{family}` | {stock} | {' | '.join(_cell(modes.get(mode), reasons) for mode in MODES)} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())])
+
+
+def _cell(row: Mapping[str, Any] | None, reasons: dict[str, int]) -> str:
+    if row is None:
+        return "not run"
+    if row["state"] == "ok":
+        return f"{row['figures']['gradient_error']:.1%}"
+    reason = re.sub(r" \[[^]]*\]$", "", row["reason"])
+    return f"{row['state']} ({reasons.setdefault(reason, len(reasons) + 1)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("walk.jsonl"))
@@ -518,6 +576,7 @@ def main() -> None:
     parser.add_argument("--compile", help="backend of torch.compile, where it is not the default (on a CPU)")
     parser.add_argument("--again", nargs="*", help="run these states of the file again, such as: failed off")
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}, of which the page is made")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     cli = parser.parse_args()
     if cli.worker:
@@ -536,6 +595,8 @@ def main() -> None:
         jobs = [(family, mode) for mode in cli.modes for family in families if (family, mode) not in done]
         found = walk(jobs, cli)
     print(summary(found))
+    if cli.record:
+        record(found)
     sys.exit(any(row["state"] in ("off", "failed") for row in found))
 
 
