@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...ops.embedding import Embedding
+from ...ops.layer_norm import LayerNorm
 from ...ops.linear import Linear
 from ...ops.mixed_dtypes import mixed_class
 from ...parallel.ep.experts import ParallelExperts, experts_class
@@ -228,11 +229,13 @@ def swap_layers(
             else:
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
         elif type(module).__name__ in MIXES_DTYPES:
-            module.__class__ = mixed_class(type(module))
+            module.__class__ = mixed_class(cast(Any, type(module)))
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward
             module.__class__ = Linear
         elif type(module) is nn.Embedding:
             module.__class__ = Embedding
+        elif type(module) is nn.LayerNorm:
+            module.__class__ = LayerNorm
 
 
 def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:
