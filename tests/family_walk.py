@@ -40,8 +40,8 @@ LENGTH = sum(DOCUMENTS)  # odd: no kernel gets what it would like best
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a case may be from stock Trainer in fp32, besides `times` what stock's bf16 is: twice in bf16, and sixteen
-    times in FP8, whose numbers have four bits less.
+    """How far a case may be from stock Trainer in fp32, besides `times` what stock's bf16 is: twice in bf16, and
+    sixteen times in FP8, whose numbers have four bits less.
 
     Some models lose much by any rounding: Gemma 4 does not scale the products of normed queries and keys, so that a new
     model's softmax is nearly a maximum; weights alone that are rounded to bf16 turn half of its gradient.
