@@ -49,6 +49,15 @@ def test_what_is_wrong(mode: str, losses: list[float], gradient: float, weight: 
     assert found.reason.startswith(says) and bool(found.reason) == bool(says)
 
 
+def test_stock_may_fail_in_bf16() -> None:
+    stock = {"fp32": figures([4.0] * STEPS)}
+    rows = [
+        Case("llama", "default", "failed", figures=figures([4.0] * STEPS, error), stock=stock) for error in (0.2, 0.3)
+    ]
+    assert [judged(row).state for row in rows] == ["ok", "off"]
+    assert "| `llama` | fails | off (1) |" in table(map(asdict, rows))
+
+
 def test_errors_of_gradients() -> None:
     exact = {"large": torch.full((4,), 10.0), "small": torch.full((4,), 0.5), "tied": torch.zeros(4)}
     found = Figures()
