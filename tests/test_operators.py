@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from hf_nanotron.ops import attention, fp8, fp8_linear, gated_mlp, linear
+from hf_nanotron.ops.layer_norm import LayerNorm
 from hf_nanotron.ops.operands import is_readable, readable
+from hf_nanotron.parallel.mesh import Group
+from hf_nanotron.parallel.tp.loss import linear_causal_lm_loss
 
 Form = Callable[[torch.Tensor], torch.Tensor]
 
@@ -116,6 +119,20 @@ def test_a_linear_rounds_its_input_to_its_weight(given: torch.dtype, kept: torch
     out.sum().backward()
     assert out.dtype == kept and x.grad is not None and x.grad.dtype == given
     torch.testing.assert_close(out, torch.nn.functional.linear(x.to(kept), made.weight, made.bias))
+
+
+def test_others_round_their_input_to_their_weight() -> None:
+    x = random(5, 24).requires_grad_()
+    weights = [random(*shape, seed=3).bfloat16().requires_grad_() for shape in ((20, 24), (20, 24), (24, 20))]
+    out = gated_mlp.gated_mlp(x, (weights[0], weights[1], weights[2]), (None, None, None), 4, "silu")
+    assert out.dtype == torch.bfloat16
+    norm = LayerNorm(24, dtype=torch.bfloat16)
+    normed = norm(x)
+    assert normed.dtype == torch.bfloat16 and LayerNorm(24, elementwise_affine=False)(x).dtype == torch.float32
+    loss = linear_causal_lm_loss(x[None], weights[0], None, torch.arange(5)[None], 0, Group((0,), 0, None))
+    (out.sum() + normed.sum() + loss).backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert all(weight.grad is not None and weight.grad.dtype == torch.bfloat16 for weight in weights)
 
 
 @forms

@@ -41,7 +41,7 @@ def gated_mlp(
     rows: int,
     activation: str,
 ) -> torch.Tensor:
-    """A gated MLP without biases: `[..., H] -> [..., H]`.
+    """A gated MLP without biases: `[..., H] -> [..., H]`, in the dtype of the weights.
 
     Args:
         weights: of gate and up, `[I, H]`, and of down, `[H, I]`.
@@ -49,6 +49,7 @@ def gated_mlp(
         rows: of a block.
         activation: one of `ACTIVATIONS`.
     """
+    input = input.to(weights[0].dtype)
     output: torch.Tensor = torch.ops.hf_nanotron.gated_mlp(input, *weights, *keys, rows, activation)
     return output
 
