@@ -19,7 +19,7 @@ from hf_nanotron.models.weight_roles import weight_roles
 
 # Tables whose rows are an exception each: by the class of a module, or by the type of the model.
 EXCEPTIONS = (
-    *("CARRIES", "FUSED_PARTS", "RETURNS_TUPLE", "SUMS_BEFORE", "TAKES_FP32", "TOKEN_ARGUMENTS"),
+    *("CARRIES", "FUSED_PARTS", "MIXES_DTYPES", "RETURNS_TUPLE", "SUMS_BEFORE", "TOKEN_ARGUMENTS"),
     *("WHOLE_WITH", "WRITES_WEIGHTS", "NO_PIPELINE", "NO_SEQUENCE_PARALLEL", "SEQUENCE_DIM", "WHOLE_HEAD"),
 )
 

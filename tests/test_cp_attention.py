@@ -18,6 +18,7 @@ import torch.distributed as dist
 from benchmark_scripts import scripts
 from pool import WorkerPool
 from test_attention import masked
+from test_operators import CHECKS, FORMS
 from torch._dynamo.utils import counters
 
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
@@ -330,23 +331,26 @@ def test_what_cannot_run_is_refused(pool: WorkerPool) -> None:
             assert message in found
 
 
-def checked_operators() -> None:
+def checked_operators(forms: list[str]) -> None:
     group = own_group()
     rows = ROWS["packed"]
     layout = device_layout(plan(bounds_of(rows), 1, LENGTH, group.size), group.rank, CPU)
-    q, k, v = (torch.randn(1, LENGTH // group.size, h, 8, requires_grad=True) for h in (4, 2, 2))
-    name = dist.group.WORLD.group_name
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (q, k, v, *layout.calls[None], *layout.exchanges[None], 0.3, None, "by_document", 1, name)
-    torch.library.opcheck(torch.ops.hf_nanotron.attention_cp.default, arguments, test_utils=checks)
-    x = torch.randn(1, LENGTH // group.size, group.size, 6, requires_grad=True)
-    y = torch.randn(1, LENGTH, 6, requires_grad=True)
-    for operator, value in ((torch.ops.hf_nanotron.cp_to_heads, x), (torch.ops.hf_nanotron.cp_to_tokens, y)):
-        torch.library.opcheck(operator.default, (value, layout.places, name), test_utils=checks)
+    name, here = dist.group.WORLD.group_name, LENGTH // group.size
+    for form in (FORMS[name] for name in forms):
+        q, k, v, grad = (form(torch.randn(1, here, heads, 8)).requires_grad_() for heads in (4, 2, 2, 4))
+        said = (*layout.calls[None], *layout.exchanges[None], 0.3, None, "by_document", 1, name)
+        torch.library.opcheck(torch.ops.hf_nanotron.attention_cp.default, (q, k, v, *said), test_utils=CHECKS)
+        given = [x.detach() for x in (grad, q, k, v)]
+        found = torch.ops.hf_nanotron.attention_cp(*given[1:], *said)
+        backward = torch.ops.hf_nanotron.attention_cp_backward.default
+        torch.library.opcheck(backward, (*given, *found, *said), test_utils=CHECKS)
+        x, y = form(torch.randn(1, here, group.size, 6)), form(torch.randn(1, LENGTH, 6))
+        for operator, value in ((torch.ops.hf_nanotron.cp_to_heads, x), (torch.ops.hf_nanotron.cp_to_tokens, y)):
+            torch.library.opcheck(operator.default, (value.requires_grad_(), layout.places, name), test_utils=CHECKS)
 
 
-def test_operators_are_what_they_say_to_a_compiler(pool: WorkerPool) -> None:
-    pool.run(2, checked_operators)
+def test_operators_are_what_they_say_to_a_compiler(pool: WorkerPool, pytestconfig: pytest.Config) -> None:
+    pool.run(2, checked_operators, [*FORMS] if pytestconfig.getoption("full_matrix") else ["inner"])
 
 
 def compiled_graphs(mode: str) -> tuple[float, list[int]]:

@@ -176,7 +176,9 @@ def test_a_wrong_reduction_cannot_pass(pool: WorkerPool, tmp_path: Path, family:
             assert errors["gradient"] > 1000 * TOLERANCE["gradient"] and errors["norm"] > TOLERANCE["norm"]
 
 
-@pytest.mark.parametrize("family", [name for name in ("inkling2_text", "inkling2_loop_text") if name in KNOWN])
+@pytest.mark.parametrize(
+    "family", [name for name in ("inkling2_text", "inkling2_loop_text", "minimax") if name in KNOWN]
+)
 def test_layers_that_stock_keeps_in_fp32(pool: WorkerPool, family: str) -> None:
     """A model with all its weights in bfloat16 computes, though its stock code hands fp32 to some layers."""
     ((rounded, exact),) = pool.run(1, losses_by_precision, family)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from test_attention import masked
+from test_operators import FORMS
 
 from hf_nanotron.ops.attention import attention
 from hf_nanotron.ops.kernels.attention import flash_attention_4
+from hf_nanotron.ops.linear import Linear, add_product, can_add_product
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -145,3 +147,61 @@ def test_training(packing: bool, compiled: bool) -> None:
     assert none is None and chosen is not None and late == 0
     for expected, found in zip([*stock, *norms], [*losses, *our_norms], strict=True):
         assert abs(found / expected - 1) < GRADIENT
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", ["fa4", "flash"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_operands_of_any_form(form: str, kernel: str, documents: bool) -> None:
+    """Other strides and addresses, of operands and of the gradient: the bits of contiguous copies."""
+    needs(kernel)
+    rows, length, dim, heads = 2, 91, 64, (8, 2, 2)  # odd: nothing is aligned by accident
+    generator = torch.Generator().manual_seed(7)
+    tensors = [torch.randn(rows, length, n, dim, generator=generator).to(BF16).to(DEVICE) for n in (*heads, 8)]
+    odd = [FORMS[form](x) for x in tensors]
+    bounds = packed(rows, length) if documents else None
+    longest = None if bounds is None else bounds.diff().max()
+    device_bounds = None if bounds is None else bounds.to(DEVICE)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = attention(*inputs, kernel, dim**-0.5, None, device_bounds, longest)
+        return [found, *torch.autograd.grad(found, inputs, grad)]
+
+    expected = run(*(x.contiguous().clone() for x in odd))
+    for mine, theirs in zip(run(*odd), expected, strict=True):
+        assert error(mine, theirs.cpu().double()) < 1e-3  # sums of dQ are in no fixed order
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_of_any_form(form: str) -> None:
+    """In bf16, with a gate of four features beside wide layers, compiled: a compiler relies on strides of results."""
+
+    class Total:
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.sum = torch.zeros(weight.shape, device=DEVICE)
+
+        def takes_product(self, dtype: torch.dtype) -> bool:
+            return can_add_product(self.sum, dtype)
+
+        def add_product(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
+            add_product(self.sum, grad_output, input, overwrite=False)
+
+    for features in (4, 5, 64):
+        torch.manual_seed(0)
+        layer = Linear(96, features, bias=False, device=DEVICE, dtype=BF16)
+        total = Total(layer.weight)
+        layer.accumulate_into(total)
+        x = FORMS[form](torch.randn(3, 91, 96, device=DEVICE, dtype=BF16))
+        grad = torch.randn(3, 91, features, device=DEVICE, dtype=BF16)
+
+        def compute(x: torch.Tensor, layer: Linear = layer) -> torch.Tensor:
+            return (layer(x * 1.0) * 2.0).sin()
+
+        inputs = [x.detach().requires_grad_() for _ in range(2)]
+        compute(inputs[0]).backward(grad)
+        eager = total.sum.clone()
+        total.sum.zero_()
+        torch.compile(compute, dynamic=False)(inputs[1]).backward(grad)
+        assert error(total.sum, eager.cpu().double()) < 2e-2
+        assert error(inputs[1].grad, inputs[0].grad.cpu().double()) < 2e-2

@@ -97,14 +97,26 @@ def memory() -> str:
     return _benchmark("plan_memory")
 
 
-def _benchmark(name: str) -> str:
-    """The summary and table of a script of the benchmarks, which import each other by short names."""
-    folder = str(DOCS.parent / "examples" / "benchmarks")
-    sys.path.insert(0, folder)
+def families_on_gpus() -> str:
+    """Every family through the Trainer, as it was walked on a GPU."""
+    walk = _script("tests", "family_walk")
+    rows: str = walk.table(walk.read(walk.RECORD))
+    return rows
+
+
+def _script(folder: str, name: str) -> Any:
+    """A script of the project, whose folder has others that it imports by short names."""
+    path = str(DOCS.parent / folder)
+    sys.path.insert(0, path)
     try:
-        script = importlib.import_module(name)
+        return importlib.import_module(name)
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(path)
+
+
+def _benchmark(name: str) -> str:
+    """The summary and table of a script of the benchmarks."""
+    script = _script("examples/benchmarks", name)
     rows = script.predict()
     return f"{script.summary(rows)}\n\n{script.table(rows)}"
 
@@ -137,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "memory": memory,
     "gpus": gpus,
+    "families_on_gpus": families_on_gpus,
 }
 
 

@@ -1,23 +1,27 @@
-"""Losses of one small Llama on real text, from one seed, under several training arguments: what does precision cost?
+"""Losses of one small model on real text, from one seed, under several training arguments: what does precision cost?
 
     python real_text_loss.py --row name=bf16 --row fp8=tensorwise --row fp8=rowwise --row name=again --out losses.json
+    python real_text_loss.py --model gemma4 --row name=ours --row name=fp32,trainer=stock,bf16=false \\
+        --row name=autocast,trainer=stock
 
 Every row begins from the same weights and reads the same samples in the same order; the first row is the one that the
-others are compared with. Each `--row` holds fields of `NanotronTrainingArguments` and may have a `name`. Prints the
+others are compared with. Each `--row` holds fields of `NanotronTrainingArguments` and may have a `name`; with
+`trainer=stock` it trains with transformers' own Trainer, whose `bf16=true` is autocast, in one process. Prints the
 mean loss of each ten steps, the mean of the last twenty, and its relative difference; a row beyond `--limit` makes the
 exit status 1. A row with the arguments of the first shows the noise. Works under torchrun.
 
-The model has 110 M parameters (12 layers of 768, 32,768 byte pairs, tied); 200 steps of 32 samples of 1,024 tokens
-read about 20 MB, once.
+The Llama has 110 M parameters (12 layers of 768, 32,768 byte pairs, tied), the Gemma 4 113 M; 200 steps of 32 samples
+of 1,024 tokens read about 20 MB, once.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,15 @@ import transformers
 from datasets import Dataset
 from real_text import blocks, byte_pairs, documents
 from rows import label, parse_row
-from transformers import LlamaConfig, TrainerCallback, default_data_collator
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 
@@ -74,7 +86,7 @@ def differences(rows: Mapping[str, Sequence[float]], last: int = LAST) -> dict[s
     return table
 
 
-def make_config(cli: argparse.Namespace) -> LlamaConfig:
+def llama(cli: argparse.Namespace) -> PreTrainedConfig:
     return LlamaConfig(
         vocab_size=cli.vocabulary,
         hidden_size=cli.hidden_size,
@@ -87,8 +99,37 @@ def make_config(cli: argparse.Namespace) -> LlamaConfig:
     )
 
 
+def gemma4(cli: argparse.Namespace) -> PreTrainedConfig:
+    """As the small Gemma 4 are: every third layer sees all, the last third shares keys and values, and each layer has
+    an embedding of its own.
+    """
+    kinds = ["full_attention" if index % 3 == 2 else "sliding_attention" for index in range(cli.layers)]
+    return AutoConfig.for_model(
+        "gemma4_text",
+        vocab_size=cli.vocabulary,
+        vocab_size_per_layer_input=cli.vocabulary,
+        hidden_size=cli.hidden_size,
+        hidden_size_per_layer_input=16,
+        intermediate_size=cli.hidden_size * 8 // 3,
+        num_hidden_layers=cli.layers,
+        num_attention_heads=cli.hidden_size // 64,
+        num_key_value_heads=max(1, cli.hidden_size // 256),
+        head_dim=64,
+        global_head_dim=128,
+        sliding_window=256,
+        layer_types=kinds,
+        num_kv_shared_layers=cli.layers // 3,
+        max_position_embeddings=cli.sequence_length,
+        tie_word_embeddings=True,
+    )
+
+
+MODELS: dict[str, Callable[[argparse.Namespace], PreTrainedConfig]] = {"llama": llama, "gemma4": gemma4}
+
+
 def train(row: dict[str, Any], samples: Dataset, cli: argparse.Namespace) -> list[float]:
     """The loss of each step of one row."""
+    is_stock = row.get("trainer", "nanotron") == "stock"
     gpu = torch.cuda.is_available()
     fields = {
         "output_dir": tempfile.mkdtemp(),
@@ -107,23 +148,42 @@ def train(row: dict[str, Any], samples: Dataset, cli: argparse.Namespace) -> lis
         "bf16": gpu,
         "use_cpu": not gpu,
     }
-    args = NanotronTrainingArguments(**{**fields, **{key: row[key] for key in row if key != "name"}})
+    fields |= {key: row[key] for key in row if key not in ("name", "trainer")}
+    args = TrainingArguments(**fields) if is_stock else NanotronTrainingArguments(**fields)
     transformers.set_seed(cli.seed)
-    model = AutoModelForCausalLM.from_config(make_config(cli), parallel=args.parallel)
-    record = Losses()
-    trainer = NanotronTrainer(
-        model=model, args=args, train_dataset=samples, data_collator=default_data_collator, callbacks=[record]
-    )
-    trainer.callback_handler.pop_callback(transformers.trainer_callback.PrinterCallback)
-    trainer.train()
-    trainer.mesh.close()
+    config = MODELS[cli.model](cli)
+    model = AutoModelForCausalLM.from_config(config, parallel=getattr(args, "parallel", None))
+    mesh = model.mesh
+    with contextlib.closing(mesh):
+        if is_stock:
+            model = as_stock(model, config)
+        record = Losses()
+        trainer = (Trainer if is_stock else NanotronTrainer)(
+            model=model, args=args, train_dataset=samples, data_collator=default_data_collator, callbacks=[record]
+        )
+        trainer.callback_handler.pop_callback(transformers.trainer_callback.PrinterCallback)
+        trainer.train()
     return record.values
+
+
+def as_stock(model: Any, config: PreTrainedConfig) -> Any:
+    """The stock model with the weights of ours, which are drawn in another order.
+
+    Raises:
+        ValueError: there are several processes, each with a part of the weights.
+    """
+    if model.mesh.world_size > 1:
+        raise ValueError("trainer=stock trains in one process; start the script without torchrun.")
+    stock = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stock.load_state_dict(model.state_dict())
+    return stock
 
 
 def make_parser(description: str | None, steps: int, megabytes: float) -> argparse.ArgumentParser:
     """Options of the model, its text and its rows; `steps` and `megabytes` are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", help="fields of the training arguments, such as fp8=rowwise")
+    parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--per-device-train-batch-size", type=int, default=32)

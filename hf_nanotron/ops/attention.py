@@ -86,11 +86,6 @@ BACKWARD_SCHEMA = (
 )
 
 
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """`x`, with the elements of a head side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _problem(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,7 +103,7 @@ def _problem(
 def _attention(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value, bounds, longest, scale, window, kernel = inputs
     problem = _problem(query, key, bounds, longest, scale, window)
-    output, sums = KERNELS[kernel].forward(_rows_of(query), _rows_of(key), _rows_of(value), problem)
+    output, sums = KERNELS[kernel].forward(query, key, value, problem)
     return output.contiguous(), sums.contiguous()
 
 
@@ -126,8 +121,8 @@ def _(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _attention_backward(*inputs: Any) -> Gradients:
     grad, query, key, value, output, sums, bounds, longest, scale, window, kernel = inputs
     problem = _problem(query, key, bounds, longest, scale, window)
-    saved = Saved(_rows_of(query), _rows_of(key), _rows_of(value), output, sums)
-    return KERNELS[kernel].backward(_rows_of(grad), saved, problem)
+    dq, dk, dv = KERNELS[kernel].backward(grad, Saved(query, key, value, output, sums), problem)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @_attention_backward.register_fake

@@ -31,6 +31,7 @@ def token_statistics(
     if _has_kernel(logits):
         maximum, total, chosen = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device)
         if logits.numel():
+            target = target.contiguous()
             with torch.cuda.device_of(logits):
                 _statistics_kernel[(len(logits),)](
                     logits, target, maximum, total, chosen, *_layout(logits), scale, BLOCK=BLOCK, num_warps=WARPS
@@ -59,6 +60,7 @@ def write_gradient(
     """
     if _has_kernel(logits):
         if logits.numel():
+            target, maximum, factor, weight = (x.contiguous() for x in (target, maximum, factor, weight))
             with torch.cuda.device_of(logits):
                 _gradient_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
                     logits, target, maximum, factor, weight, *_layout(logits), scale, BLOCK=BLOCK, num_warps=WARPS

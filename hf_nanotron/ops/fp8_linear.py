@@ -202,9 +202,9 @@ class Fp8Linear(Linear):
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         key = self._fp8_key
         trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad and input.requires_grad
-        if key is None or not trains or input.dtype != self.weight.dtype or not input.numel():
+        if key is None or not trains or not input.is_floating_point() or not input.numel():
             return super().linear(input, bias)
-        x = input.flatten(0, -2)
+        x = input.reshape(-1, input.shape[-1]).to(self.weight.dtype)
         row_scale, column_scale = scales(x, self.recipe)
         rows, columns = torch.ops.hf_nanotron.fp8_quantize(x.detach(), row_scale, column_scale)
         out = torch.ops.hf_nanotron.fp8_linear(x, rows, columns, row_scale, column_scale, self.weight, bias, key)

@@ -41,7 +41,7 @@ def gated_mlp(
     rows: int,
     activation: str,
 ) -> torch.Tensor:
-    """A gated MLP without biases: `[..., H] -> [..., H]`.
+    """A gated MLP without biases: `[..., H] -> [..., H]`, in the dtype of the weights.
 
     Args:
         weights: of gate and up, `[I, H]`, and of down, `[H, I]`.
@@ -49,6 +49,7 @@ def gated_mlp(
         rows: of a block.
         activation: one of `ACTIVATIONS`.
     """
+    input = input.to(weights[0].dtype)
     output: torch.Tensor = torch.ops.hf_nanotron.gated_mlp(input, *weights, *keys, rows, activation)
     return output
 
@@ -135,7 +136,7 @@ def _gated_mlp_backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     flat, flat_grad = input.reshape(-1, input.shape[-1]), grad.reshape(-1, grad.shape[-1])
     weights = (gate, up, down)
     sums = [_Sum(weight, key, back) for weight, key, back in zip(weights, keys, returned, strict=True)]
-    grad_input, inner = torch.empty_like(flat), gate.shape[0]
+    grad_input, inner = flat.new_empty(flat.shape), gate.shape[0]
     for start in range(0, flat.shape[0], rows):
         part = slice(start, start + rows)
         both = _gate_and_up(flat[part], gate, up)
@@ -153,7 +154,7 @@ def _(*inputs: Any) -> tuple[torch.Tensor, ...]:
     _, input, *rest = inputs
     returned, weights = rest[-3], rest[:3]
     found = (w.new_empty(w.shape) if back else input.new_empty(0) for w, back in zip(weights, returned, strict=True))
-    return torch.empty_like(input).contiguous(), *found
+    return input.new_empty(input.shape), *found
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, None, None]:
         input, weight = ctx.saved_tensors
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = _sum_of_rows(grad) if ctx.needs_input_grad[2] else None
         _add_product(ctx.total, grad, input, ctx.products)
         return grad @ weight if ctx.needs_input_grad[0] else None, None, grad_bias, None, None
 
@@ -81,6 +81,10 @@ def _multiply(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products | None
 ) -> torch.Tensor:
     return F.linear(input, weight, bias) if products is None else products.multiply(input, weight, bias)
+
+
+def _sum_of_rows(grad: torch.Tensor) -> torch.Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 def _add_product(total: WeightGradient, grad: torch.Tensor, input: torch.Tensor, products: Products | None) -> None:
@@ -102,12 +106,12 @@ def total_of(key: torch.Tensor) -> WeightGradient:
 
 @torch.library.custom_op("hf_nanotron::linear", mutates_args=())
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-    return _multiply(input, weight, bias, _products.get(int(key.item())))
+    return _multiply(input, weight, bias, _products.get(int(key.item()))).contiguous()
 
 
 @_linear.register_fake
-def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
-    return F.linear(input, weight, bias)
+def _(input: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 # It returns the gradient of the input, and also adds that of the weight to its memory. A compiler may remove an
@@ -116,12 +120,12 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: 
 def _linear_backward(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     number = int(key.item())
     _add_product(_totals[number], grad, input, _products.get(number))
-    return grad @ weight
+    return (grad @ weight).contiguous()
 
 
 @_linear_backward.register_fake
 def _(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(input)
+    return input.new_empty(input.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -132,14 +136,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
     input, weight, key = ctx.saved_tensors
     grad_input = torch.ops.hf_nanotron.linear_backward(grad, input, weight, key)
-    return grad_input, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None, None
+    return grad_input, None, _sum_of_rows(grad) if ctx.needs_input_grad[2] else None, None
 
 
 _linear.register_autograd(_gradients, setup_context=_keep)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that adds its weight gradient to `weight_gradient`, if it has one, instead of returning it."""
+    """`nn.Linear` that adds its weight gradient to `weight_gradient`, if it has one, instead of returning it.
+
+    An input of another floating-point dtype is rounded to that of the weight, as autocast does: blocks of a model in
+    bf16 that compute in fp32 inside (a recurrence, a gate) hand fp32 to the next layer.
+    """
 
     weight_gradient: WeightGradient | None = None
     products: Products | None = None  # set before `accumulate_into`
@@ -164,6 +172,9 @@ class Linear(nn.Linear):
         return {name: value for name, value in vars(self).items() if name not in ("weight_gradient", "_key")}
 
     def linear(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`input @ weight.T + bias`, of `[..., in]`, in the dtype of the weight."""
+        if input.dtype != self.weight.dtype and input.is_floating_point():
+            input = input.to(self.weight.dtype)
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         # The operator also where products overlap with communication: selective checkpointing recognizes it.
         if torch.compiler.is_compiling() or self.products is not None:

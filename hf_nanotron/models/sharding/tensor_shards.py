@@ -12,7 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...ops.embedding import Embedding
+from ...ops.layer_norm import LayerNorm
 from ...ops.linear import Linear
+from ...ops.mixed_dtypes import mixed_class
 from ...parallel.ep.experts import ParallelExperts, experts_class
 from ...parallel.mesh import ParallelMesh
 from ...parallel.shard_spec import Ranges, ShardSpec, even_parts, head_parts, joined_parts
@@ -24,9 +26,9 @@ from ..stock.families import (
     KEY_HEADS,
     LOCAL_KEY_HEADS,
     LOCAL_QUERY_HEADS,
+    MIXES_DTYPES,
     QUERY_GROUPS,
     QUERY_HEADS,
-    TAKES_FP32,
 )
 from ..stock.plan import Plan, is_experts
 
@@ -218,8 +220,6 @@ def swap_layers(
         if module is not None:
             _become_parallel(name, module, style, specs, mesh)
     for name, module in model.named_modules():
-        for leaf in TAKES_FP32.get(type(module).__name__, ()):
-            module.get_submodule(leaf).register_forward_pre_hook(_in_dtype_of_weight)
         if is_experts(module):
             cut = any(path.startswith(name + ".") for path in plan.styles)
             module.__class__ = experts_class(cast(Any, type(module)))
@@ -228,14 +228,14 @@ def swap_layers(
                 experts.group = mesh.ep
             else:
                 experts.adds_bias = mesh.tp_rank == 0 or not cut
+        elif type(module).__name__ in MIXES_DTYPES:
+            module.__class__ = mixed_class(cast(Any, type(module)))
         elif type(module) is nn.Linear:  # uncut: the same layer, with our backward
             module.__class__ = Linear
         elif type(module) is nn.Embedding:
             module.__class__ = Embedding
-
-
-def _in_dtype_of_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (args[0].to(cast(torch.Tensor, module.weight).dtype), *args[1:])
+        elif type(module) is nn.LayerNorm:
+            module.__class__ = LayerNorm
 
 
 def _present(model: nn.Module, name: str, absent: tuple[type, ...]) -> nn.Module | None:

@@ -198,9 +198,9 @@ WHOLE_HEAD: dict[str, str] = {
     "inkling2_text": "the logits are trimmed to an unpadded vocabulary",
 }
 
-# Class of a module -> linear layers inside it that stock models keep in fp32 and hand fp32 to. In 16 bits, a model here
-# has all its weights in them (with fp32 masters), so their input takes the dtype of the weight.
-TAKES_FP32: dict[str, tuple[str, ...]] = {"Inkling2LoopMessageGate": ("forget_gate_proj", "message_gate_proj")}
+# Classes of blocks that multiply states by buffers (decay rates), which stay in fp32 in a model of 16 bits: they run
+# under autocast, as all of a stock model does in `bf16=True`.
+MIXES_DTYPES = ("MiniMaxLightningAttention",)
 
 # ---- sequence parallelism ----
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..operands import readable
+
 
 class Problem(NamedTuple):
     """The arguments of a kernel besides its tensors, `[B, S, heads, D]`.
@@ -67,7 +69,7 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Kernel(NamedTuple):
-    """One way to compute attention.
+    """One way to compute attention, of operands with any strides and addresses.
 
     Args:
         forward: `(q, k, v, problem)` -> the output `[B, S, heads, D]` and the log-sum-exp of the scores.
@@ -113,7 +115,7 @@ def _fa4_arguments(problem: Problem) -> dict[str, Any]:
 
 def _fa4_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
     module = _fa4()
-    shape = (*q.shape[:3], v.shape[-1])
+    shape, (q, k, v) = (*q.shape[:3], v.shape[-1]), map(readable, (q, k, v))
     if problem.bounds is not None:
         q, k, v = _flat(q, k, v)
     output, sums = module._flash_attn_fwd(q, k, v, return_lse=True, **_fa4_arguments(problem))[:2]
@@ -121,8 +123,8 @@ def _fa4_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Pro
 
 
 def _fa4_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
-    q, k, v, output, sums = saved
     module = _fa4()
+    grad, q, k, v, output, sums = map(readable, (grad, *saved))
     shapes = [x.shape for x in (q, k, v)]
     if problem.bounds is not None:
         grad, q, k, v, output = _flat(grad, q, k, v, output)
@@ -140,7 +142,7 @@ def _fa4_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradien
 
 
 def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Forward:
-    shape = (*q.shape[:3], v.shape[-1])
+    shape, (q, k, v) = (*q.shape[:3], v.shape[-1]), map(readable, (q, k, v))
     output, sums, *_ = torch.ops.aten._flash_attention_forward(
         *_flat(q, k, v), *_flash_bounds(problem, q, k), 0.0, True, False, scale=problem.scale, **_flash_window(problem)
     )
@@ -148,7 +150,7 @@ def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: P
 
 
 def _flash_backward(grad: torch.Tensor, saved: Saved, problem: Problem) -> Gradients:
-    q, k, v, output, sums = saved
+    grad, q, k, v, output, sums = map(readable, (grad, *saved))
     bounds, shapes = _flash_bounds(problem, q, k), [x.shape for x in (q, k, v)]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     grad, q, k, v, output = _flat(grad, q, k, v, output)
@@ -217,7 +219,7 @@ def _by_document_backward(grad: torch.Tensor, saved: Saved, problem: Problem) ->
     heads = q.shape[2]
     every_q, every_k, every_v, every_grad, every_output = _flat(q, k, v, grad, output)
     exact = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (every_q, every_k, every_v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (every_q, every_k, every_v))
     for queries, keys in _blocks(problem, q, k):
         one_q, one_grad, one_output = (_heads_first(x[queries], heads) for x in (every_q, every_grad, every_output))
         one_k, one_v = (_heads_first(x[keys], heads) for x in (every_k, every_v))

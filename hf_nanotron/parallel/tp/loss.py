@@ -330,7 +330,7 @@ def linear_causal_lm_loss(
 
     Args:
         hidden: `[B, S, H]`, the same on every rank of `group`.
-        weight: `[V_local, H]`, of the dtype of `hidden`; it may be freed after the call.
+        weight: `[V_local, H]`, to whose dtype `hidden` is rounded; it may be freed after the call.
         bias: `[V_local]` or None.
         labels, start, group, num_items_in_batch, shift_labels, z_loss, note, shares, note_choices, reweigh: as in
             `causal_lm_loss`.
@@ -353,6 +353,7 @@ def linear_causal_lm_loss(
             f"{target.numel()} labels for hidden states of shape {tuple(hidden.shape)}: the fused loss needs one label "
             "per position."
         )
+    hidden = hidden.to(weight.dtype)
     differentiates = torch.is_grad_enabled()
     sink = _early_sink(weight_gradient, weight, hidden.dtype) if differentiates else None
     head = _Head(start, group, z_loss, scale, chunk, sink, differentiates, note, shares, note_choices, reweigh)
