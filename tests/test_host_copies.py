@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from hf_nanotron.checkpoint.directory.host_copies import HostCopies
 from hf_nanotron.ops import host_region
-from hf_nanotron.ops.host_region import HostRegion, free_host_bytes
+from hf_nanotron.ops.host_region import HostRegion
 
 CPU = torch.device("cpu")
 
@@ -83,16 +82,3 @@ def test_memory_that_the_host_does_not_pin_is_used(monkeypatch: pytest.MonkeyPat
     assert region.unpinned is not None and "returned 2 after 0.00 GiB" in region.unpinned
     region.close()
     assert len(pinned) == 1  # of the call that failed
-
-
-def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """If that is less; pages of files that nobody uses can be had, too."""
-    whole = free_host_bytes()
-    assert whole is None or whole > 0
-    monkeypatch.setattr(host_region, "LIMITS", tmp_path)
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    assert free_host_bytes() != 300
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.stat").write_text("active_file 5\ninactive_file 60\n")
-    assert free_host_bytes() == 360

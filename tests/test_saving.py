@@ -144,7 +144,7 @@ def test_a_save_waits_for_the_one_before_and_says_so(pool: WorkerPool, start: Pa
 
 
 def run_with_little_memory(output: str) -> None:
-    with mock.patch.object(host_memory, "free_host_bytes", lambda: 1000):
+    with mock.patch.object(host_memory, "available_bytes", lambda: 1000):
         run(output, {"async_save": True})
 
 

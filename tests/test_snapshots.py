@@ -319,7 +319,7 @@ def test_arguments_that_do_not_go_together(values: dict[str, Any], says: str) ->
 
 
 def train_without_room(output: str, available: int) -> str:
-    with mock.patch("hf_nanotron.checkpoint.memory.room.available_memory", return_value=available):
+    with mock.patch("hf_nanotron.checkpoint.memory.room.available_bytes", return_value=available):
         return message(lambda: train(output, {"memory_snapshot_dir": output + "/../memory"}))
 
 

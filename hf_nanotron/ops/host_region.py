@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch
 PIECE_BYTES = 64 << 20  # pinned by one call, during which the driver may keep other threads waiting
 PORTABLE = 1  # cudaHostRegisterPortable: for all devices of the process
 ALIGNMENT = 256  # bytes, of a tensor in the region
-LIMITS = Path("/sys/fs/cgroup")  # of this process's container, on Linux
 
 
 class HostRegion:
@@ -116,23 +114,3 @@ class HostRegion:
     def __del__(self) -> None:
         if hasattr(self, "_thread"):
             self.close()
-
-
-def free_host_bytes() -> int | None:
-    """Bytes of host memory that this machine, or the container of this process, has left; None if it does not say."""
-    found = []
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    most, used = _lines(LIMITS / "memory.max"), _lines(LIMITS / "memory.current")
-    if most and used and most[0].isdigit() and used[0].isdigit():
-        cached = [int(line.split()[1]) for line in _lines(LIMITS / "memory.stat") if line.startswith("inactive_file ")]
-        found.append(max(0, int(most[0]) - int(used[0]) + sum(cached)))
-    return min(found, default=None)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -8,7 +8,8 @@ import zlib
 import torch
 
 from ..monitor.memory import moment_bytes
-from ..ops.host_region import ALIGNMENT, free_host_bytes
+from ..ops.host_memory import available_bytes
+from ..ops.host_region import ALIGNMENT
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_gather
 from ..parallel.mesh import ParallelMesh
@@ -38,7 +39,7 @@ def shortage(mesh: ParallelMesh, size: int) -> str | None:
     host = zlib.crc32(socket.gethostname().encode())
     own = torch.tensor([[host, max(0, size)]], dtype=torch.int64, device=mesh.device)
     sizes = [needed for name, needed in all_gather(own, mesh.world, 0).tolist() if name == host]
-    free = free_host_bytes()
+    free = available_bytes()
     if free is None or sum(sizes) <= free:
         return None
     return (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import torch
 
+from ...ops.host_memory import available_bytes
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import ParallelMesh
 from ...parallel.together import refuse_together, together
@@ -41,7 +41,7 @@ def check_room(mesh: ParallelMesh, hosts: Hosts, folder: MemoryFolder, nbytes: i
         held, host = folder.nbytes(), socket.gethostname()
         status = os.statvfs(folder.root)
         free = status.f_bavail * status.f_frsize + held
-        memory = available_memory()
+        memory = available_bytes()
         what = f"two snapshots of its {len(own)} ranks"
         what += f" and of {len(kept)} of the host before it" if kept else ""
         if needed > free:
@@ -59,23 +59,6 @@ def check_room(mesh: ParallelMesh, hosts: Hosts, folder: MemoryFolder, nbytes: i
         return None
 
     refuse_together(mesh, together(mesh, "looking for room for snapshots", look))
-
-
-def available_memory() -> int | None:
-    """Bytes that processes of this host, or of its container, may still take; None where the system does not say."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
-            found.append(max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
 
 
 def _left_behind(folder: MemoryFolder) -> str:
