@@ -141,7 +141,7 @@ def any_together(mesh: ParallelMesh, output_dir: StrPath) -> bool:
 def from_rank_0(mesh: ParallelMesh, value: T) -> T:
     """The `value` of rank 0, on every rank. All ranks together."""
     values = [value]
-    if mesh.world.handle is not None:
+    if mesh.world.size > 1:
         dist.broadcast_object_list(values, src=mesh.world.ranks[0], group=mesh.world.handle)
     return values[0]
 
@@ -160,7 +160,7 @@ def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, ne
         return None
 
     faults = [together(mesh, f"checking {directory}", find_fault)]
-    if mesh.world.handle is not None:
+    if mesh.world.size > 1:
         mine, faults = faults[0], [None] * mesh.world.size
         dist.all_gather_object(faults, mine, group=mesh.world.handle)
     if fault := next(filter(None, faults), None):

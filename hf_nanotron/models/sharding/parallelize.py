@@ -261,7 +261,7 @@ def _held_stage(stage: int, spec: ShardSpec, mesh: ParallelMesh) -> int:
 
 def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Make a whole model the same on every rank, as DistributedDataParallel does: each may have drawn its own."""
-    if mesh.world.handle is None:
+    if mesh.world.size == 1:
         return
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
