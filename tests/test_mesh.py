@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -19,8 +20,8 @@ from hf_nanotron import NanotronTrainer, ParallelConfig
 from hf_nanotron.parallel.collectives import all_reduce
 from hf_nanotron.parallel.group import Group
 from hf_nanotron.parallel.mesh import ParallelMesh
+from hf_nanotron.plan import rehearse
 from hf_nanotron.plan.fake_world import fake_world
-from hf_nanotron.plan.rehearse import rehearse_role
 from hf_nanotron.plan.roles import roles
 
 # Layouts of large jobs: ranks, sizes, and communicators that a rank holds before it trains, beside the job's own.
@@ -189,29 +190,26 @@ def test_groups_are_made_again_in_a_renewed_job(pool: WorkerPool) -> None:
 # ---- a whole step ----
 
 
-class Counting(NanotronTrainer):
-    """Notes the process groups there are at each micro-batch, and at the end of the run."""
-
-    found: list[int] = []
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.found.append(len(self.mesh._communicators.present()))
-        return super().training_step(*args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.found.clear()
-        result = super().train(*args, **kwargs)
-        self.found.append(len(self.mesh._communicators.present()))
-        return result
-
-
 def made_in_steps(world: int, layout: dict[str, Any]) -> list[list[int]]:
-    """Runs in a worker: of one rank of each role."""
+    """Runs in a worker: for one rank of each role, its process groups when a step begins and when the run is over."""
     job, found, told = job_of(world, **layout), [], None
-    for role in roles(job):
-        done = rehearse_role(job, role, Counting, told)
-        told = told or done.told
-        found.append(list(Counting.found))
+    begin, end = rehearse._Watcher.on_step_begin, rehearse._by_axis
+    counts: list[int] = []
+
+    def noted(action: Callable[..., Any]) -> Callable[..., Any]:
+        def both(*args: Any, **kwargs: Any) -> Any:
+            counts.append(len(dist.distributed_c10d._world.pg_map))
+            return action(*args, **kwargs)
+
+        return both
+
+    with mock.patch.multiple(rehearse, _by_axis=noted(end)):
+        with mock.patch.multiple(rehearse._Watcher, on_step_begin=noted(begin)):
+            for role in roles(job):
+                counts.clear()
+                done = rehearse.rehearse_role(job, role, NanotronTrainer, told)
+                told = told or done.told
+                found.append(list(counts))
     return found
 
 
@@ -220,8 +218,8 @@ def test_no_step_makes_a_group(name: str, pool: WorkerPool, pytestconfig: pytest
     """A communicator that connects while kernels of others wait may wait for them, and they for it."""
     if name != "experts, ep, tp, pp" and not pytestconfig.getoption("full_matrix"):
         pytest.skip("with --full-matrix")
-    for counts in pool.run(1, made_in_steps, *LAYOUTS[name])[0]:
-        assert len(counts) > 2 and len(set(counts)) == 1
+    for begun, *ended in pool.run(1, made_in_steps, *LAYOUTS[name])[0]:
+        assert ended and set(ended) == {begun} and begun >= 1
 
 
 def collectives(worlds: list[int], layout: dict[str, Any]) -> list[dict[str, Any]]:
@@ -230,7 +228,7 @@ def collectives(worlds: list[int], layout: dict[str, Any]) -> list[dict[str, Any
     for world in worlds:
         job = job_of(world, heads=8, **layout)
         began = time.perf_counter()
-        events = rehearse_role(job, roles(job)[0], NanotronTrainer).trace.events
+        events = rehearse.rehearse_role(job, roles(job)[0], NanotronTrainer).trace.events
         counts: dict[tuple[str, int], int] = {}
         for event in events:
             key = event.op, min(event.step, 1)
