@@ -299,6 +299,7 @@ def _chunks_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int
 def fullest(report: MemoryReport, mesh: ParallelMesh) -> tuple[int, MemoryReport]:
     """The rank with the largest total and its report. All ranks together."""
     own = torch.tensor([astuple(report)], dtype=torch.int64, device=mesh.device)
-    every = [MemoryReport(*row) for row in all_gather(own, mesh.world, 0).tolist()]
-    rank = max(range(len(every)), key=lambda rank: every[rank].total)
-    return rank, every[rank]
+    every = all_gather(own, mesh.world, 0)
+    totals = every.sum(1) - every[:, [entry.name for entry in fields(report)].index("host")]
+    rank = int(totals.argmax())  # of the first, if several have as much
+    return rank, MemoryReport(*every[rank].tolist())

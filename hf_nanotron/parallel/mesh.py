@@ -9,23 +9,29 @@ and sums of gradients are taken over `dp` and `cp` together. Samples are dealt o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from .communicators import Communicators
 from .config import ParallelConfig
-from .gone_meshes import Handles, meshes_of_job
+from .gone_meshes import meshes_of_job
+from .group import Group as Group
 from .roll_call import attend
 
 # The public name of newer torch, where the private one warns.
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 MULTIPROCESSORS_OF_A_FEW_NUMBERS = 1
+
+# What ranks of one group have in common: one or more numbers, of one rank or of all ranks at once.
+Key = Callable[["Coordinates"], Any]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Coordinates:
 
 def coordinates_in(parallel: ParallelConfig, world_size: int, rank: int) -> Coordinates:
     """Where `rank` stands in a job of `world_size` ranks."""
+    return _coordinates(parallel, world_size, rank)
+
+
+def _coordinates(parallel: ParallelConfig, world_size: int, rank: Any) -> Coordinates:
+    """Of one rank, or of an array of them, with an array for each coordinate."""
     copies, shard_size = parallel.weight_copies(world_size), parallel.shard_size(world_size)
     rest, tp = divmod(rank, parallel.tp_size)
     pp, copy = divmod(rest, copies)
@@ -55,24 +66,6 @@ def coordinates_in(parallel: ParallelConfig, world_size: int, rank: int) -> Coor
     replica, shard = divmod(copy, shard_size)
     expert_copy, ep = divmod(copy * parallel.tp_size + tp, parallel.ep_size)
     return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, shard=shard, replica=replica, ep=ep, expert_copy=expert_copy)
-
-
-@dataclass(frozen=True)
-class Group:
-    """A set of ranks that communicate. `handle` is None for a group of one, whose collectives do nothing."""
-
-    ranks: tuple[int, ...]
-    rank: int
-    handle: dist.ProcessGroup | None
-    handles: Handles | None = field(default=None, repr=False, compare=False)  # are destroyed when nothing holds them
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
-        """A copy of a model communicates in the same groups."""
-        return self
 
 
 class ParallelMesh:
@@ -84,6 +77,10 @@ class ParallelMesh:
     ranks of a pipeline stage, which together see a row) and `model` (all ranks that read the same samples). Experts
     have axes over the `dp`, `cp` and `tp` ranks of a pipeline stage: `ep` (neighbours with different experts), and
     `expert_shard` and `expert_replica`, which correspond to `shard` and `replica`.
+
+    Those that every step uses are connected here, all at once. Others are when `connect` is told of them, or else when
+    they are used first. Groups of the same ranks share a communicator, which executes in order; that of all ranks is
+    the job's own, torch's default one.
 
     Raises:
         ValueError: if the sizes do not divide the world size.
@@ -99,10 +96,10 @@ class ParallelMesh:
         self._timeout = timeout
         # Before the groups are made: ranks of other sizes would wait for each other in them.
         self.assemble("making a parallel model or a NanotronTrainer", f" with {parallel}")
-        self._handles = Handles()
+        self._communicators = Communicators(self.device, timeout)
         if self.world_size > 1:
-            meshes_of_job().destroy_gone()
-            meshes_of_job().add(self._handles)
+            meshes_of_job().destroy_gone(self.device)
+            meshes_of_job().add(self._communicators)
         self.dp_size = parallel.dp_size(self.world_size)
         self.shard_size = parallel.shard_size(self.world_size)
         self.ep_size = parallel.ep_size
@@ -112,8 +109,9 @@ class ParallelMesh:
         self.coordinates = self.coordinates_of(self.rank)
         self.tp_rank, self.cp_rank = self.coordinates.tp, self.coordinates.cp
         self.dp_rank, self.pp_rank = self.coordinates.dp, self.coordinates.pp
+        self._everywhere = _coordinates(parallel, self.world_size, np.arange(self.world_size))
         self._groups: dict[str, Group] = {}
-        self._partitions: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self._keys: dict[str, Key] = {}
         self._at_close: list[Callable[[], None]] = []
 
         self.tp = self.group("tp", lambda c: (c.pp, c.dp, c.cp))
@@ -127,8 +125,10 @@ class ParallelMesh:
         # Ranks that hold the same shard of a weight, where its gradient is a sum over more than the replicas: of parts
         # that the tp ranks have, or of two uses, on the first and on the last stage.
         self.partial = self.group("partial", lambda c: (c.pp, c.shard))
-        ends = (0, self.pp_size - 1)
-        self.tied = self.group("tied", lambda c: (c.tp, c.shard) if c.pp in ends else (c.pp, c.dp, c.cp, c.tp))
+        last = self.pp_size - 1
+        self.tied = self.group(
+            "tied", lambda c: (c.tp, c.shard, *_unless((c.pp == 0) | (c.pp == last), c.pp, c.replica))
+        )
         self.every_stage = self.group("every_stage", lambda c: (c.tp, c.shard))
         self.ep = self.group("ep", lambda c: (c.pp, c.expert_copy))
         # Which set of ZeRO shards of the experts a rank has a part of, and which part.
@@ -139,39 +139,48 @@ class ParallelMesh:
         # All ranks again, for numbers that the host reads while weights are still being updated and gathered.
         early = MULTIPROCESSORS_OF_A_FEW_NUMBERS if self.device.type == "cuda" else None
         self.early = self.group("early", lambda c: 0, early)
-        self.alone = Group((self.rank,), 0, None)
+        self.alone = Group((self.rank,), 0)
+        self.connect(self.world, self.tp, self.cp, self.pp, self.dp, self.shard, self.replica, self.early)
 
     def coordinates_of(self, rank: int) -> Coordinates:
         return coordinates_in(self.parallel, self.world_size, rank)
 
-    def group(self, name: str, key: Callable[[Coordinates], Hashable], multiprocessors: int | None = None) -> Group:
-        """The group of ranks whose coordinates share this rank's `key`, made on first use of `name`. A collective
-        operation.
+    def _is_end(self, stage: Any) -> Any:
+        """Whether a pipeline rank, or each of an array of them, is the first or the last."""
+        return (stage == 0) | (stage == self.pp_size - 1)
+
+    def group(self, name: str, key: Key, multiprocessors: int | None = None) -> Group:
+        """The group of ranks whose coordinates share this rank's `key`, by `name`. Nothing is communicated.
 
         Groups of the same ranks share a communicator, which executes in order. With `multiprocessors`, a group has its
         own, of high priority, which takes no more than these of the GPU: it does not wait for others or for kernels.
+
+        Args:
+            key: of the coordinates of one rank, whose numbers make a number or several; also of those of all ranks,
+                which are arrays.
         """
-        if name in self._groups:
-            return self._groups[name]
-        classes: dict[Hashable, list[int]] = {}
-        for rank in range(self.world_size):
-            classes.setdefault(key(self.coordinates_of(rank)), []).append(rank)
-        partition = self._partitions[name] = tuple(tuple(ranks) for ranks in classes.values())
-        handle = (name if multiprocessors is not None else "", partition)
-        if handle not in self._handles:
-            self._handles[handle] = self._new_handle(partition, multiprocessors)
-        mine = tuple(classes[key(self.coordinates)])
-        self._groups[name] = Group(mine, mine.index(self.rank), self._handles[handle], self._handles)
+        if name not in self._groups:
+            mine = np.ones(self.world_size, dtype=bool)
+            for of_all, own in zip(_numbers(key(self._everywhere)), _numbers(key(self.coordinates)), strict=True):
+                mine &= of_all == own
+            ranks = tuple(np.flatnonzero(mine).tolist())
+            self._keys[name] = key
+            connection = self._communicators.of(name, ranks, multiprocessors) if len(ranks) > 1 else None
+            self._groups[name] = Group(ranks, ranks.index(self.rank), connection=connection)
         return self._groups[name]
 
     @property
     def groups(self) -> Mapping[str, Group]:
-        """The groups that have been made, by name; the first of those that share a communicator comes first."""
+        """The groups by name; the first of those that share a communicator comes first."""
         return self._groups
 
     def partition(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """The ranks of all groups that have been made under `name`."""
-        return self._partitions[name]
+        """The ranks of all groups of this name."""
+        columns = [np.broadcast_to(column, self.world_size) for column in _numbers(self._keys[name](self._everywhere))]
+        classes: dict[tuple[int, ...], list[int]] = {}
+        for rank, key in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+            classes.setdefault(key, []).append(rank)
+        return tuple(map(tuple, classes.values()))
 
     def kv_replicas(self, replicas: int) -> Group:
         """Ranks with the same shard of the same key-value head, which `replicas` neighbours on the tp axis hold."""
@@ -179,30 +188,21 @@ class ParallelMesh:
 
     def alone_with_handle(self) -> dist.ProcessGroup:
         """A process group of this rank alone, for torch's own code, which takes no `Group`. Made on first use."""
-        if "alone" not in self._handles:
-            new: Any = dist.new_group([self.rank], use_local_synchronization=True)
-            self._handles["alone"] = new
-        return cast(dist.ProcessGroup, self._handles["alone"])
+        return self._communicators.of("alone", (self.rank,)).handle
 
-    def _new_handle(
-        self, partition: tuple[tuple[int, ...], ...], multiprocessors: int | None
-    ) -> dist.ProcessGroup | None:
-        handle = None
-        for ranks in partition:
-            if len(ranks) == 1:
-                continue
-            options: Any = None
-            if multiprocessors is not None and self.device.type == "cuda":
-                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-                options.config.max_ctas = multiprocessors
-            # Newer torch says that it may return a number, which ranks outside of the group get.
-            new: Any = dist.new_group(list(ranks), timeout=self._timeout, pg_options=options)
-            if self.rank in ranks:
-                handle = new
-        if handle is not None and self.device.type == "cuda":
-            # NCCL connects on first use, and a first use that is point-to-point must not wait for absent ranks.
-            dist.all_reduce(torch.zeros(1, device=self.device), group=handle)
-        return handle
+    def connect(self, *groups: Group) -> None:
+        """Make the communicators of `groups` that are to be used, at once. A collective operation of their members.
+
+        Ranks that share several of them name these in the same order.
+        """
+        if connections := [group.connection for group in groups if group.connection is not None]:
+            self._communicators.make(connections)
+
+    def renew(self) -> None:
+        """Forget the process groups, of a job that was aborted and whose default process group was made anew: groups
+        make theirs again when they are used. All ranks together.
+        """
+        self._communicators.renew()
 
     def assemble(self, call: str, detail: str = "", group: Group | None = None) -> None:
         """Wait until every rank (of `group`, if given) has come to the same `call` with the same `detail`."""
@@ -212,9 +212,9 @@ class ParallelMesh:
 
     def set_timeout(self, timeout: timedelta) -> None:
         """How long a collective of this mesh may take before the job is taken down."""
-        self._timeout = timeout
-        for handle in self._handles.present():
-            _set_timeout(timeout, handle)
+        self._timeout = self._communicators.timeout = timeout
+        for group in {group.connection.made for group in self._groups.values() if group.connection} - {None}:
+            _set_timeout(timeout, group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelMesh:
         """A copy of a model stands where the model stands."""
@@ -248,5 +248,13 @@ class ParallelMesh:
         """Destroy the process groups of this mesh (not the default one). The mesh cannot be used afterwards."""
         while self._at_close:
             self._at_close.pop()()
-        self._handles.destroy()
-        self._groups.clear()
+        self._communicators.destroy()
+
+
+def _numbers(key: Any) -> tuple[Any, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _unless(condition: Any, *numbers: Any) -> tuple[Any, ...]:
+    """`numbers` where the condition is false, of one rank or of arrays; what no number is where it is true."""
+    return tuple(np.where(condition, -1, number) for number in numbers)

@@ -41,7 +41,7 @@ def refuse_together(mesh: ParallelMesh, message: str | None) -> None:
     if not all_reduce(torch.tensor(float(message is not None), device=mesh.device), mesh.world):
         return
     messages: list[str | None] = [message]
-    if mesh.world.handle is not None:
+    if mesh.world.size > 1:
         messages = [None] * mesh.world.size
         dist.all_gather_object(messages, message, group=mesh.world.handle)
     raise ValueError(next(found for found in messages if found is not None))

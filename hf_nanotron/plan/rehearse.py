@@ -160,8 +160,8 @@ def _by_axis(events: list[Event], mesh: ParallelMesh) -> tuple[tuple[Event, ...]
     """The events with the names of their groups, and the ranks of all groups of these names."""
     names = dict[str, str]()
     for name, group in mesh.groups.items():
-        if group.handle is not None:
-            names.setdefault(group.handle.group_name, name)
+        if group.connection is not None and group.connection.made is not None:
+            names.setdefault(group.connection.made.group_name, name)
     named = tuple(replace(event, group=names.get(event.channel, JOB)) for event in events)
     groups = {name: mesh.partition(name) for name in {event.group for event in named} - {JOB}}
     return named, {**groups, JOB: (tuple(range(mesh.world_size)),)}

@@ -9,6 +9,7 @@ import torch
 from ..models.base import ParallelModel
 from ..parallel.collectives import all_reduce
 from ..parallel.zero.bucketed import BucketedWeights
+from ..parallel.zero.buckets import groups_of_weights
 from ..parallel.zero.fully_sharded import FullyShardedWeights
 from ..parallel.zero.segment import ShardedWeights
 from .gather_units import gather_units
@@ -35,6 +36,8 @@ def shard_weights(model: ParallelModel, compute_dtype: torch.dtype, bucket_bytes
         model.weights.close()
     model.executor.forget_layouts()
     mesh, units = model.mesh, gather_units(model)
+    trained = [model.shard_specs[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
+    mesh.connect(*groups_of_weights(trained, mesh))  # not in the middle of a backward
     if mesh.parallel.zero_stage == 3 and mesh.shard_size > 1:
         weights: ShardedWeights = FullyShardedWeights(
             model, units, model.shard_specs, model.stage_of, mesh, compute_dtype

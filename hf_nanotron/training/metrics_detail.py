@@ -95,7 +95,7 @@ class MetricsDetail:
         if self._blocks is None:
             own, mesh = list(watched_blocks(self.model)), self.model.mesh
             told: list[list[str]] = [own] * mesh.pp_size
-            if mesh.pp.handle is not None:
+            if mesh.pp.size > 1:
                 dist.all_gather_object(told, own, group=mesh.pp.handle)
             self._blocks = list(dict.fromkeys(name for each in told for name in each))
         return self._blocks

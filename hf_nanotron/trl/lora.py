@@ -172,7 +172,7 @@ def save_adapters(model: ParallelModel, config: Any, directory: Path) -> list[Pa
     refuse_base(model, directory)
     own: Any = gather(model, names)
     parts = [own]
-    if mesh.world.handle is not None:
+    if mesh.world.size > 1:
         parts = [None] * mesh.world_size if mesh.rank == 0 else []
         dist.gather_object(own, parts if mesh.rank == 0 else None, dst=0, group=mesh.world.handle)
     paths = [directory / CONFIG, directory / WEIGHTS]

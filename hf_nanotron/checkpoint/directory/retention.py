@@ -152,7 +152,7 @@ def check_together(mesh: ParallelMesh, directory: StrPath, deep: bool = True, ne
         return None
 
     faults = [together(mesh, f"checking {directory}", find_fault)]
-    if mesh.world.handle is not None:
+    if mesh.world.size > 1:
         mine, faults = faults[0], [None] * mesh.world.size
         dist.all_gather_object(faults, mine, group=mesh.world.handle)
     if fault := next(filter(None, faults), None):

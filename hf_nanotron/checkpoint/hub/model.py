@@ -412,5 +412,5 @@ def parse_size(size: str | int) -> int:
 
 
 def _barrier(group: Group) -> None:
-    if group.handle is not None:
+    if group.size > 1:
         dist.barrier(group=group.handle)

@@ -46,6 +46,8 @@ class Mixture:
         parted = mesh.parallel.sequence_parallel or bool(plan.spread)
         self._sees_part = mesh.tp_size > 1 and parted and not all(r.name.startswith(inside) for r in whole)
         self._loads_group = mesh.group("loads", lambda c: 0 if self._sees_part else c.tp)
+        # Not in the middle of a forward.
+        mesh.connect(mesh.ep, mesh.row if self._sees_part else mesh.cp, self._loads_group)
         self._has_stock_loss = hasattr(model, "router_aux_loss_coef")
         self.routers: list[Router] = []
         self.experts: list[ParallelExperts] = []

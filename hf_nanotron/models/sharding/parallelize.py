@@ -81,8 +81,6 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     layout = hub_layout(model)
     roles = weight_roles(anatomy)
     owners = {name: rank_of_stage(stage_of[name], mesh.pp_size) for name in hub_shapes}
-    for replicas in sorted({spec.replicas for spec in specs.values() if spec.axis == "tp"} - {1}):
-        mesh.kv_replicas(replicas)  # here, where every rank does, also one whose layers are frozen
 
     mixture = make_mixture(model, mesh, plan)
     head_is_hooked = bool(users_hooks(cast(nn.Module, model.get_output_embeddings())))
@@ -261,7 +259,7 @@ def _held_stage(stage: int, spec: ShardSpec, mesh: ParallelMesh) -> int:
 
 def _take_weights_of_rank_0(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     """Make a whole model the same on every rank, as DistributedDataParallel does: each may have drawn its own."""
-    if mesh.world.handle is None:
+    if mesh.world.size == 1:
         return
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:

@@ -78,7 +78,7 @@ def try_whole(model: PreTrainedModel, mesh: ParallelMesh) -> Trial | None:
         return float(output.loss)
 
     loss = torch.tensor(together(mesh, "a forward of the whole model", run), dtype=torch.float64, device=mesh.device)
-    if mesh.world.handle is not None:
+    if mesh.world.size > 1:
         dist.broadcast(loss, 0, group=mesh.world.handle)
     return Trial(tuple(sorted(code)), ids.to(mesh.device), float(loss))
 

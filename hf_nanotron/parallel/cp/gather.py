@@ -34,7 +34,7 @@ MOST_GROUPS = 4
 
 def name_of(group: Group) -> str:
     """What operators get in place of a group."""
-    return "" if group.handle is None else group.handle.group_name
+    return "" if (handle := group.handle) is None else handle.group_name
 
 
 def group_of(name: str) -> Group:

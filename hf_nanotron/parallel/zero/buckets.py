@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -75,6 +76,12 @@ def rest_group(spec: ShardSpec, mesh: ParallelMesh) -> Group:
 def shard_group(spec: ShardSpec, mesh: ParallelMesh) -> Group:
     """Ranks over which ZeRO spreads a parameter."""
     return mesh.expert_shard if spec.axis == "ep" else mesh.shard
+
+
+def groups_of_weights(specs: Iterable[ShardSpec], mesh: ParallelMesh) -> list[Group]:
+    """All groups in which the weights of `specs` and their gradients are communicated, in one order on all ranks."""
+    used = {group for spec in specs for group in (shard_group(spec, mesh), rest_group(spec, mesh))}
+    return [group for group in mesh.groups.values() if group in used]
 
 
 def spans_stages(spec: ShardSpec, mesh: ParallelMesh) -> bool:

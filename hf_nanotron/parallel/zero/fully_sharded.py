@@ -80,7 +80,7 @@ class FullyShardedWeights:
         mesh: ParallelMesh,
         compute_dtype: torch.dtype,
     ) -> None:
-        if mesh.shard.handle is None:
+        if mesh.shard.size == 1:
             raise ValueError("fully sharded weights need at least two data-parallel ranks.")
         units = [unit for unit in units if any(True for module in unit for _ in module.parameters())]
         owned = _owned_parameters(model, units)

@@ -1,0 +1,206 @@
+"""Process groups that their members make alone, and NCCL communicators that connect side by side.
+
+`torch.distributed.new_group` is a call of all ranks for each group of each of them, which at ten thousand ranks is
+thousands of calls. With `use_local_synchronization` the members alone call it, but they meet under a name that torch
+counts: ranks that have made different numbers of groups would wait for each other for ever, and a group made after
+another was destroyed would read what that one left in the store. So the name is given here, and the store's prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from .group import Connection
+from .rehearsal import is_rehearsal
+
+Reference = weakref.ref[dist.ProcessGroup]
+
+
+class Communicators:
+    """The process groups of one mesh. Whatever uses one holds this.
+
+    Attributes:
+        number: of the mesh, the same on all ranks and of no other mesh of the job.
+        timeout: of collectives of groups that are made from now on.
+        references: what is left here of the groups that were made, the oldest first; torch holds them.
+    """
+
+    def __init__(self, device: torch.device, timeout: timedelta | None) -> None:
+        self.device, self.timeout = device, timeout
+        self.number = 0
+        self.references: list[Reference] = []
+        self._connections: dict[tuple[tuple[int, ...], int | None], Connection] = {}
+        self._generation = 0
+        self._is_closed = False
+
+    def of(self, name: str, ranks: tuple[int, ...], multiprocessors: int | None = None) -> Connection:
+        """The connection of these ranks, one and the same for all names; `multiprocessors` sets one apart."""
+        key = ranks, multiprocessors
+        if key not in self._connections:
+            self._connections[key] = Connection(name, ranks, multiprocessors, self.make)
+        return self._connections[key]
+
+    def present(self) -> list[dist.ProcessGroup]:
+        """The process groups that there are, without the job's own."""
+        return [made for reference in self.references if (made := reference()) is not None]
+
+    def make(self, connections: Sequence[Connection]) -> None:
+        """Make the process groups of those that have none. A collective operation of their members.
+
+        Raises:
+            RuntimeError: after `destroy`.
+        """
+        wanted = [connection for connection in dict.fromkeys(connections) if connection.made is None]
+        job = [connection for connection in wanted if self._is_of_job(connection)]
+        for connection in job:
+            connection.made = dist.group.WORLD
+        wanted = [connection for connection in wanted if connection.made is None]
+        if wanted and self._is_closed:
+            raise RuntimeError(f"the mesh was closed, and its group {wanted[0].name} is used; make a mesh anew.")
+        on_gpu = self.device.type == "cuda" and not is_rehearsal()
+        lanes: dict[bool, list[dist.ProcessGroup]] = {False: [], True: []}
+        store = _job_store()
+        for apart in sorted({connection.multiprocessors is not None for connection in wanted}):
+            # Lanes wait for keys of the store at the same time, and a connection to it holds one wait.
+            own = dist.PrefixStore(self._prefix, store.clone() if on_gpu else store)
+            for connection in wanted:
+                if (connection.multiprocessors is not None) == apart:
+                    connection.made = self._make_one(connection, own)
+                    self.references.append(weakref.ref(connection.made))
+                    lanes[apart].append(connection.made)
+        if on_gpu and (wanted or job):
+            connect_side_by_side(list(lanes.values()), job[0].made if job else None, self.device)
+
+    def destroy(self) -> None:
+        """Destroy them, for good."""
+        for made in self.present():
+            dist.destroy_process_group(made)
+        self._is_closed = True
+        self._forget()
+
+    def renew(self) -> None:
+        """Leave them all to whoever has destroyed them: they are made anew when they are used, under the same names.
+
+        For a job whose default process group was made anew. To be called on all of its ranks as often.
+        """
+        self._generation += 1
+        self._forget()
+
+    def _forget(self) -> None:
+        for connection in self._connections.values():
+            connection.made = None
+        self.references.clear()
+
+    def _is_of_job(self, connection: Connection) -> bool:
+        return connection.multiprocessors is None and len(connection.ranks) == dist.get_world_size()
+
+    @property
+    def _prefix(self) -> str:
+        return f"mesh {self.number} {self._generation}"
+
+    def _make_one(self, connection: Connection, store: Any) -> dist.ProcessGroup:
+        ranks, options = connection.ranks, None
+        if connection.multiprocessors is not None:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options.config.max_ctas = connection.multiprocessors
+        # Of the ranks, not of the axis: others of the group may use it under another name first.
+        digest = hashlib.sha1(" ".join(map(str, ranks)).encode(), usedforsecurity=False).hexdigest()[:16]
+        name = f"mesh_{self.number}_{digest}" + ("_apart" if options else "")
+        return make_process_group(ranks, store, name, self.timeout, options, connection.name)
+
+
+def _job_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def make_process_group(
+    ranks: Sequence[int], store: Any, name: str, timeout: timedelta | None, options: Any = None, description: str = ""
+) -> dist.ProcessGroup:
+    """A process group of these ranks, of the backend of the default one. A collective operation of `ranks` alone.
+
+    Args:
+        ranks: of the job, ascending, with this one among them.
+        store: where they meet; nobody else may have used this name in it.
+        name: is to be the same on all of them, and no other group of this process may have it.
+        timeout: of its collectives; None is the backend's default.
+        options: of the backend.
+        description: what profiles and torch's flight recorder call it.
+    """
+    c10d = dist.distributed_c10d
+    backend = dist.get_backend()
+    with _no_bound_device():
+        group, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(dist.get_rank()),
+            list(ranks),
+            backend,
+            store,
+            cast(Any, name),
+            backend_options=options,
+            timeout=c10d._get_default_timeout(cast(Any, backend)) if timeout is None else timeout,
+            group_desc=description or name,
+        )
+    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
+    return cast(dist.ProcessGroup, group)
+
+
+@contextlib.contextmanager
+def _no_bound_device() -> Iterator[None]:
+    """Where a script has bound its job to a device, torch would split the job's communicator for each group, which is
+    a call of all ranks.
+    """
+    default = cast(dist.ProcessGroup, dist.group.WORLD)
+    bound = default.bound_device_id
+    if bound is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
+
+
+def connect_side_by_side(
+    lanes: Sequence[Sequence[dist.ProcessGroup]], first: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Let NCCL connect new process groups, which it would do when each is used first, one after another.
+
+    A first use that is a message between two ranks would wait for the others of the group, and one in the middle of a
+    step may wait for kernels that wait for it.
+
+    Args:
+        lanes: new groups. Those of a lane connect in order, which is to be the same on all ranks; the lanes do so at
+            the same time, so each needs a connection of its own to the store.
+        first: a group that is connected, or connects in this thread meanwhile.
+    """
+
+    def connect(lane: Sequence[dist.ProcessGroup]) -> None:
+        with torch.cuda.device(device):
+            for group in lane:
+                group._get_backend(device).eager_connect_single_device(device)
+
+    ones = torch.ones(1 + sum(map(len, lanes)), device=device)
+    sums = []
+    with ThreadPoolExecutor(max(1, len(lanes)), "connect") as threads:
+        running = [threads.submit(connect, lane) for lane in lanes if lane]
+        if first is not None:
+            sums.append(dist.all_reduce(ones[:1], group=first, async_op=True))
+        for lane in running:
+            lane.result()
+    # Kernels of several communicators that connect at the same time could wait for each other: they come afterwards, in
+    # one order on all ranks.
+    groups = [group for lane in lanes for group in lane]
+    sums += [dist.all_reduce(ones[i : i + 1], group=group, async_op=True) for i, group in enumerate(groups, 1)]
+    for each in sums:
+        each.wait()
+    torch.cuda.synchronize(device)
