@@ -27,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ LENGTH = sum(DOCUMENTS)  # odd: no kernel gets what it would like best
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a case may be from stock Trainer in fp32, besides `times` what stock's bf16 is: twice in bf16, and
-    sixteen times in FP8, whose numbers have four bits less.
+    """How far a case may be from stock Trainer in fp32, besides `times` what stock's bf16 is.
+
+    Twice in bf16: ours also rounds what stock's autocast keeps, such as the residual. Sixteen times in FP8, which
+    keeps four bits of a number where bf16 keeps eight, so that its roundings are sixteen times as large.
 
     Some models lose much by any rounding: Gemma 4 does not scale the products of normed queries and keys, so that a new
     model's softmax is nearly a maximum; weights alone that are rounded to bf16 turn half of its gradient.
@@ -60,7 +62,7 @@ class Bounds:
 
 BF16 = Bounds(loss=0.01, gradient=0.02, weight=0.1, times=2)
 UNKNOWN = {"gradient_error": 0.1, "weight_error": 0.1}  # taken for those of stock in bf16 where stock fails there
-FP8 = Bounds(loss=0.01, gradient=0.1, weight=0.3, times=16)
+FP8 = replace(BF16, times=16)
 BOUNDS = {"default": BF16, "packed": BF16, "fp8": FP8, "recompute": BF16}
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from family_runs import tiny_model
 from pool import WorkerPool
+from torch._inductor.exc import InductorError
 
+from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.models.stock.anatomy import dissect
 from hf_nanotron.parallel import node
+from hf_nanotron.parallel.config import ParallelConfig
+from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.prepare import compile_cache
-from hf_nanotron.prepare.compile import backend_of
+from hf_nanotron.prepare.compile import CompiledForward, backend_of, compile_layers
 from hf_nanotron.prepare.compile_cache import FOLDER, share_threads, turn
 
 
@@ -32,6 +40,9 @@ def compile_once(record: Path, seconds: float, dies: bool = False) -> None:
         with record.open("a") as file:
             file.write(f"begin {os.getpid()}\n")
         if dies:
+            if os.fork() == 0:  # a process of the compiler that lives on
+                time.sleep(15)
+                os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds)
         with record.open("a") as file:
@@ -69,15 +80,24 @@ def test_a_rank_that_dies_while_it_compiles_holds_nobody_up(folder: Path, tmp_pa
     assert (folder / FOLDER / "graph.done").exists()
 
 
-def test_patience_ends(folder: Path, tmp_path: Path) -> None:
-    process = start(tmp_path / "record", 5.0)
+def test_patience_ends_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped while it compiles holds up another once, and not for each of its graphs."""
+    monkeypatch.setattr(compile_cache, "PATIENCE", 1.0)
+    monkeypatch.setattr(compile_cache, "name_of", lambda graph, inputs: "graph")
+    process = start(tmp_path / "record", 30.0)
     while not (tmp_path / "record").exists():
         time.sleep(0.02)
-    begun = time.monotonic()
-    with turn("graph", patience=0.2):
-        assert 0.1 < time.monotonic() - begun < 3
-    process.terminate()
+    (folder / FOLDER / "graph.lock").rename(folder / FOLDER / "pp0-graph.lock")
+    backend = compile_cache.one_at_a_time(lambda graph, inputs: graph, "pp0")
+    seconds = []
+    for _ in range(3):
+        begun = time.monotonic()
+        backend(torch.fx.symbolic_trace(lambda x: x.sin()), [])
+        seconds.append(time.monotonic() - begun)
+        (folder / FOLDER / "pp0-graph.done").unlink()
+    process.kill()
     process.join(30)
+    assert 0.9 < seconds[0] < 10 and max(seconds[1:]) < 0.9
 
 
 def test_without_a_folder_it_compiles_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +107,62 @@ def test_without_a_folder_it_compiles_alone(tmp_path: Path, monkeypatch: pytest.
     with turn("graph"):
         reached = True
     assert reached
+
+
+def compile_on_a_full_disk(folder: str) -> tuple[list[float], list[float], list[str]]:
+    """Gradients, those of the function as it is, and what was said."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    compile_cache.logger.addHandler(handler)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        function = torch.compile(double_sine, backend=backend_of("inductor", None, False))
+        gradients = []
+        for one in (function, double_sine):
+            x = torch.arange(8.0, requires_grad=True)
+            one(x).sum().backward()
+            assert x.grad is not None
+            gradients.append(x.grad.tolist())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        compile_cache.logger.removeHandler(handler)
+    return gradients[0], gradients[1], said
+
+
+def double_sine(x: torch.Tensor) -> torch.Tensor:
+    return (x.sin() * 2).cumsum(0)
+
+
+def test_on_a_full_disk_blocks_run_uncompiled(pool: WorkerPool, tmp_path: Path) -> None:
+    """None of the compiler's files may have a byte."""
+    ((found, expected, said),) = pool.run(1, compile_on_a_full_disk, str(tmp_path / "cache"))
+    assert found == pytest.approx(expected)
+    assert any("TORCHINDUCTOR_CACHE_DIR says where the files go" in sentence for sentence in said)
+
+
+def test_without_a_folder_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    model = parallelize(tiny_model("llama"), ParallelMesh(ParallelConfig()))
+    compile_layers(model, "inductor", None)
+    assert not any(isinstance(part.forward, CompiledForward) for part in model.modules())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("no kernel")])
+def test_other_errors_of_a_compiler_end_the_run(error: Exception) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise InductorError(error, None)
+
+    run = compile_cache.where_files_can_be_written(backend)
+    graph = torch.fx.symbolic_trace(lambda x: x.sin())
+    if isinstance(error, OSError):
+        assert torch.equal(run(graph, [torch.ones(2)])(torch.ones(2)), torch.ones(2).sin())
+    else:
+        with pytest.raises(InductorError, match="no kernel"):
+            run(graph, [torch.ones(2)])
 
 
 def test_what_fails_is_not_marked_as_done(folder: Path) -> None:

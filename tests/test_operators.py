@@ -7,13 +7,19 @@ strides of its results, which compiled code relies on), and its gradient with an
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
+import pkgutil
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import hf_nanotron.ops
+import hf_nanotron.parallel.cp
 from hf_nanotron.ops import attention, fp8, fp8_linear, gated_mlp, linear
 from hf_nanotron.ops.layer_norm import LayerNorm
 from hf_nanotron.ops.operands import is_readable, readable
@@ -194,6 +200,17 @@ def test_fp8(form: str, recipe: str) -> None:
     of_grad = torch.ops.hf_nanotron.fp8_quantize(grad, *grad_scales)
     said = (*of_grad, *grad_scales, columns, scales[1], made.weight.detach(), key)
     check(torch.ops.hf_nanotron.fp8_linear_backward, *said, checks=checks)
+
+
+def test_every_operator_is_checked() -> None:
+    """Here, and those of context parallelism, which need ranks, in `test_cp_attention.py`."""
+    for package in (hf_nanotron.ops, hf_nanotron.parallel.cp):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_nanotron::")}
+    sources = [Path(__file__), Path(__file__).with_name("test_cp_attention.py")]
+    checked = {name for path in sources for name in re.findall(r"ops\.hf_nanotron\.(\w+)", path.read_text())}
+    assert names >= {"linear", "attention_backward", "cp_to_tokens"} and names == checked
 
 
 def test_what_a_kernel_reads() -> None:

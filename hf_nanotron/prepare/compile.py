@@ -21,7 +21,7 @@ from ..models.stock.families import WRITES_WEIGHTS
 from ..parallel.ep.experts import ParallelExperts
 from ..parallel.node import ranks_of_node
 from .checkpointing_switches import SWITCH
-from .compile_cache import one_at_a_time, share_threads
+from .compile_cache import has_folder, one_at_a_time, share_threads, where_files_can_be_written
 from .compile_limit import bounded
 from .compile_passes import Backend, rewriting
 from .token_loops import modules_with_loops
@@ -59,6 +59,8 @@ def compile_layers(
     and generation, whose shapes change, run the stock forward. Experts are not compiled, shared experts are. Neither
     is a block that loops over tokens in Python, or one whose graph is too large; the log says so.
     """
+    if not has_folder():
+        return
     keeps_operands = model.parallel.overlaps_tp(model.mesh.device) or model.parallel.splits_backward
     chosen = backend_of(backend, mode, keeps_operands, model.mesh.pp_rank)
     share_threads(ranks_of_node())
@@ -100,7 +102,9 @@ def backend_of(name: str, mode: str | None, keeps_operands: bool, pp_rank: int =
             "tp_overlap=False."
         )
     backend = rewriting(backend)
-    return bounded(one_at_a_time(backend, f"pp{pp_rank}") if name == "inductor" else backend)
+    if name == "inductor":
+        backend = where_files_can_be_written(one_at_a_time(backend, f"pp{pp_rank}"))
+    return bounded(backend)
 
 
 def inductor_options(mode: str | None, keeps_operands: bool) -> dict[str, Any]:

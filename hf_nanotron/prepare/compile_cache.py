@@ -3,21 +3,26 @@
 Torch keeps what it has compiled in `TORCHINDUCTOR_CACHE_DIR` (by default `torchinductor_USER` in the folder for
 temporary files), and a later run finds it there. Ranks that start at once would all compile the same graph at once. So
 the first that comes to a graph compiles it while the others wait, and take it from the cache. They wait for a lock of
-the operating system, which ends with the process that holds it, and not longer than `PATIENCE`.
+the operating system, which ends with the process that holds it, and `PATIENCE` at most: who has waited in vain once
+does not wait any more. A folder in which nothing can be written costs the compiled code, not the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import fx
+from torch._dynamo import lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -38,40 +43,102 @@ def one_at_a_time(backend: Backend, program: str) -> Backend:
     `program`: the same for ranks that come to a graph in the same place of a step. Others must not wait for each other:
     loading a kernel may wait for the device, and so for what another rank is to send.
     """
+    patience = PATIENCE
 
     def compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal patience
         if inductor_config.force_disable_caches or not inductor_config.fx_graph_cache:
             return backend(graph_module, inputs)  # there is nothing to take
         # The backward is compiled with its forward, so that both are in the cache when the turn ends.
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
-        with turn(f"{program}-{name_of(graph_module, inputs)}"), at_once:
+        with turn(f"{program}-{name_of(graph_module, inputs)}", patience) as came, at_once:
+            patience = patience if came else 0.0
             return backend(graph_module, inputs)
 
     return compile
 
 
+def has_folder() -> bool:
+    """Whether torch's cache folder is there or can be made, without which `torch.compile` fails; else a warning says
+    what happens.
+    """
+    try:
+        cache_dir()
+    except OSError as error:
+        _warn_of(error)
+        return False
+    return True
+
+
+def where_files_can_be_written(backend: Backend) -> Backend:
+    """`backend`; where it cannot write its code, the operators of a graph run one by one, and a warning says so."""
+
+    def compile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return backend(graph_module, inputs)
+        except (OSError, BackendCompilerFailed) as error:
+            cause = getattr(error, "inner_exception", error)
+            if not isinstance(cause, OSError):
+                raise
+            _warn_of(cause)
+        return lookup_backend("eager")(graph_module, list(inputs))
+
+    return compile
+
+
+def _warn_of(error: OSError) -> None:
+    logger.warning_once(
+        f"torch_compile: blocks are not compiled, since the compiler's files cannot be written ({error}). Their "
+        "operators run one by one, which is slower. TORCHINDUCTOR_CACHE_DIR says where the files go."
+    )
+
+
 @contextlib.contextmanager
-def turn(name: str, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the lock called `name`, the first time that anything of that name is done in this cache folder."""
+def turn(name: str, patience: float = PATIENCE) -> Iterator[bool]:
+    """Hold the lock called `name`, the first time that anything of that name is done in this cache folder.
+
+    Yields False if `patience`, in seconds, has ended: then several do it at once.
+    """
+    done: Path | None = None
+    handle: int | None = None
+    came = True
     try:
         folder = Path(cache_dir()) / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        done, lock = folder / f"{name}.done", FileLock(folder / f"{name}.lock", fallback_to_soft=False)
+        done = folder / f"{name}.done"
         if not done.exists():
-            lock.acquire(timeout=patience, poll_interval=LOOK_SECONDS)
-            if done.exists():
-                lock.release()
-    except (OSError, Timeout, NotImplementedError) as error:
-        logger.warning(f"compiling without waiting for other ranks: {type(error).__name__}: {error}")
-        yield
-        return
+            handle = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            came = _lock(handle, patience)
+            if came and done.exists():  # by now; the others need not wait for us
+                os.close(handle)
+                handle = None
+    except OSError as error:  # a folder of another user, a full disk, a file system without locks
+        logger.warning_once(f"compiling without waiting for other ranks: {type(error).__name__}: {error}")
     try:
-        yield
-        if lock.is_locked:
+        yield came
+        if handle is not None and done is not None:
             with contextlib.suppress(OSError):
                 done.touch()
     finally:
-        lock.release(force=True)
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(handle)  # which ends the lock
+
+
+def _lock(handle: int, patience: float) -> bool:
+    """Whether the lock on an open file came in time. A forked process has no part in it, as it would with `flock`."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() >= end:
+            logger.warning(f"compiling without waiting for other ranks any longer: one took more than {patience:.0f} s")
+            return False
+        time.sleep(LOOK_SECONDS)
 
 
 def name_of(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str:
