@@ -157,15 +157,6 @@ def test_flash_attention_4_is_called_right_with_more_keys(monkeypatch: pytest.Mo
     torch.testing.assert_close(*results)
 
 
-def test_operator_is_what_it_says_to_a_compiler() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, LENGTH, h, 8, generator=generator, requires_grad=True) for h in (4, 2, 2))
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for bounds, longest in ((None, None), (bounds_of(ROWS), torch.tensor(9))):
-        arguments = (q, k, v, bounds, longest, 0.3, None, "by_document")
-        torch.library.opcheck(torch.ops.hf_nanotron.attention.default, arguments, test_utils=checks)
-
-
 @pytest.mark.parametrize(
     ("case", "kernel"),
     [

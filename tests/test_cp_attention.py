@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmark_scripts import scripts
 from pool import WorkerPool
 from test_attention import masked
-from test_operators import CHECKS, FORMS
+from test_operators import FORMS, check
 from torch._dynamo.utils import counters
 
 from hf_nanotron.ops.kernels.attention import KERNELS, Problem, Saved
@@ -339,14 +339,13 @@ def checked_operators(forms: list[str]) -> None:
     for form in (FORMS[name] for name in forms):
         q, k, v, grad = (form(torch.randn(1, here, heads, 8)).requires_grad_() for heads in (4, 2, 2, 4))
         said = (*layout.calls[None], *layout.exchanges[None], 0.3, None, "by_document", 1, name)
-        torch.library.opcheck(torch.ops.hf_nanotron.attention_cp.default, (q, k, v, *said), test_utils=CHECKS)
+        check(torch.ops.hf_nanotron.attention_cp, q, k, v, *said)
         given = [x.detach() for x in (grad, q, k, v)]
         found = torch.ops.hf_nanotron.attention_cp(*given[1:], *said)
-        backward = torch.ops.hf_nanotron.attention_cp_backward.default
-        torch.library.opcheck(backward, (*given, *found, *said), test_utils=CHECKS)
+        check(torch.ops.hf_nanotron.attention_cp_backward, *given, *found, *said)
         x, y = form(torch.randn(1, here, group.size, 6)), form(torch.randn(1, LENGTH, 6))
         for operator, value in ((torch.ops.hf_nanotron.cp_to_heads, x), (torch.ops.hf_nanotron.cp_to_tokens, y)):
-            torch.library.opcheck(operator.default, (value.requires_grad_(), layout.places, name), test_utils=CHECKS)
+            check(operator, value.requires_grad_(), layout.places, name)
 
 
 def test_operators_are_what_they_say_to_a_compiler(pool: WorkerPool, pytestconfig: pytest.Config) -> None:

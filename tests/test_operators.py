@@ -1,7 +1,7 @@
 """Our operators take operands with any strides and addresses, and say truly what their results look like.
 
-`torch.library.opcheck` compares an operator with its schema, with what it promises to a compiler (shapes, dtypes and
-strides of its results, which compiled code relies on), and its gradient with and without a compiler.
+`check` compares an operator with its schema and with what it promises to a compiler: shapes, dtypes and strides of its
+results, which compiled code relies on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import hf_nanotron.ops
 import hf_nanotron.parallel.cp
@@ -82,6 +84,24 @@ class Total:
 
 def check(operator: Any, *operands: Any, checks: tuple[str, ...] = CHECKS) -> None:
     torch.library.opcheck(operator, operands, test_utils=checks)
+    check_strides(operator, *operands)
+
+
+def check_strides(operator: Any, *operands: Any) -> None:
+    """As opcheck does, but not that of torch 2.11."""
+    given = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, operands)
+    with FakeTensorMode() as mode:
+        promised = operator(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, given))
+    assert strides(operator(*given)) == strides(promised), operator
+
+
+def strides(results: Any) -> list[list[int]]:
+    """Of each tensor, along the dimensions of more than one element, which are all that matter."""
+
+    def of(x: torch.Tensor) -> list[int]:
+        return [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
+
+    return [of(x) for x in pytree.tree_leaves(results)]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -200,6 +220,16 @@ def test_fp8(form: str, recipe: str) -> None:
     of_grad = torch.ops.hf_nanotron.fp8_quantize(grad, *grad_scales)
     said = (*of_grad, *grad_scales, columns, scales[1], made.weight.detach(), key)
     check(torch.ops.hf_nanotron.fp8_linear_backward, *said, checks=checks)
+
+
+def test_other_strides_than_promised_are_found() -> None:
+    turned = torch.library.custom_op(
+        "test_operators::turned", lambda x: x.clone().t(), mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    turned.register_fake(lambda x: x.new_empty(x.shape[::-1]))
+    with pytest.raises(AssertionError, match="turned"):
+        check_strides(turned, random(2, 3))
+    check_strides(turned, random(1, 3))
 
 
 def test_every_operator_is_checked() -> None:
