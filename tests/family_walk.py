@@ -46,7 +46,7 @@ class Bounds:
     keeps four bits of a number where bf16 keeps eight, so that its roundings are sixteen times as large.
 
     Some models lose much by any rounding: Gemma 4 does not scale the products of normed queries and keys, so that a new
-    model's softmax is nearly a maximum; weights alone that are rounded to bf16 turn half of its gradient.
+    model's softmax is nearly a maximum; docs/families_on_gpus.md has figures.
 
     Args:
         loss: relative, the largest of all steps.
