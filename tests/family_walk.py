@@ -606,6 +606,8 @@ def main() -> None:
 
         done = {(row["family"], row["mode"]) for row in found}
         families = cli.families or list(KNOWN)
+        if unknown := [family for family in families if family not in KNOWN]:
+            parser.error(f"--families {' '.join(unknown)}: no tested family of this transformers")
         jobs = [(family, mode) for mode in cli.modes for family in families if (family, mode) not in done]
         found = walk(jobs, cli)
     print(summary(found))

@@ -14,7 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from family_walk import MODES, STEPS, Case, Figures, Worker, compare, judged, read, record, run_case, table, walk, wider
+from family_walk import (
+    MODES,
+    STEPS,
+    Case,
+    Figures,
+    Worker,
+    compare,
+    judged,
+    main,
+    read,
+    record,
+    run_case,
+    table,
+    walk,
+    wider,
+)
 from pool import WorkerPool
 
 NEEDS_TIMM = "gemma3n"
@@ -85,6 +100,17 @@ def test_the_record_keeps_what_was_not_run_again(tmp_path: Path) -> None:
     page = table(read(path))
     assert "| `llama` | 1.0% | 1.2% | off (1) | not run | not run |" in page
     assert "1. loss 25.00% from fp32 (stock 0.50%)" in page
+
+
+def test_a_family_that_is_not_known_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["family_walk.py", "--out", str(tmp_path / "walk.jsonl"), "--families", "llama", "lama"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "--families lama: no tested family" in capsys.readouterr().err
 
 
 def test_wider_configs() -> None:
