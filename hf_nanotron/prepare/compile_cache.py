@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -78,12 +79,25 @@ def where_files_can_be_written(backend: Backend) -> Backend:
             return backend(graph_module, inputs)
         except (OSError, BackendCompilerFailed) as error:
             cause = getattr(error, "inner_exception", error)
-            if not isinstance(cause, OSError):
+            if not isinstance(cause, OSError):  # a program that it calls fails in its own words
+                cause = _error_of_writing()
+            if cause is None:
                 raise
             _warn_of(cause)
         return lookup_backend("eager")(graph_module, list(inputs))
 
     return compile
+
+
+def _error_of_writing() -> OSError | None:
+    """What a MiB in a folder of the compiler fails with, if it does."""
+    try:
+        for folder in (cache_dir(), tempfile.gettempdir()):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(2**20))
+    except OSError as error:
+        return error
+    return None
 
 
 def _warn_of(error: OSError) -> None:
@@ -136,7 +150,8 @@ def _lock(handle: int, patience: float) -> bool:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
         if time.monotonic() >= end:
-            logger.warning(f"compiling without waiting for other ranks any longer: one took more than {patience:.0f} s")
+            if patience:
+                logger.warning(f"compiling without other ranks from now on: one holds the turn for {patience:.0f} s")
             return False
         time.sleep(LOOK_SECONDS)
 
