@@ -151,18 +151,25 @@ def test_without_a_folder_nothing_is_compiled(tmp_path: Path, monkeypatch: pytes
     assert not any(isinstance(part.forward, CompiledForward) for part in model.modules())
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("no kernel")])
-def test_other_errors_of_a_compiler_end_the_run(error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "has_room"),
+    [(OSError(errno.ENOSPC, "No space left"), True), (RuntimeError("g++ failed"), False), (RuntimeError("g++"), True)],
+)
+def test_other_errors_of_a_compiler_end_the_run(
+    error: Exception, has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise InductorError(error, None)
 
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / ("cache" if has_room else "file/cache")))
     run = compile_cache.where_files_can_be_written(backend)
     graph = torch.fx.symbolic_trace(lambda x: x.sin())
-    if isinstance(error, OSError):
-        assert torch.equal(run(graph, [torch.ones(2)])(torch.ones(2)), torch.ones(2).sin())
-    else:
-        with pytest.raises(InductorError, match="no kernel"):
+    if isinstance(error, RuntimeError) and has_room:
+        with pytest.raises(InductorError, match=r"g\+\+"):
             run(graph, [torch.ones(2)])
+    else:
+        assert torch.equal(run(graph, [torch.ones(2)])(torch.ones(2)), torch.ones(2).sin())
 
 
 def test_what_fails_is_not_marked_as_done(folder: Path) -> None:
