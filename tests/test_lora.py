@@ -209,13 +209,13 @@ class BreakOff(TrainerCallback):
             raise RuntimeError("the cable was pulled")
 
 
-def run_with_snapshots(folder: str, at: int | None) -> tuple[dict[int, float], int]:
+def run_with_snapshots(base: str, folder: str, at: int | None) -> tuple[dict[int, float], int]:
     """Losses by step, also those before the snapshot that the run went on from."""
     save = {"output_dir": f"{folder}/out", "save_strategy": "steps", "save_steps": 100, "memory_snapshot_steps": 2}
     sizes = {**COMMON, **save, "memory_snapshot_dir": f"{folder}/memory", "max_steps": 6}
     ends = BreakOff(at)
     trainer = NanotronSFTTrainer(
-        chat_checkpoint(),
+        base,
         NanotronSFTConfig(**sft_arguments(**sizes)),
         train_dataset=chats(),
         callbacks=[ends],
@@ -229,10 +229,10 @@ def run_with_snapshots(folder: str, at: int | None) -> tuple[dict[int, float], i
 def test_a_run_goes_on_from_memory(pool: WorkerPool, tmp_path: Path) -> None:
     for name in ("whole", "broken"):
         (tmp_path / name / "memory").mkdir(parents=True)
-    expected, _ = pool.run(2, run_with_snapshots, str(tmp_path / "whole"), None)[0]
+    expected, _ = pool.run(2, run_with_snapshots, chat_checkpoint(), str(tmp_path / "whole"), None)[0]
     with pytest.raises(JobError, match="the cable was pulled"):
-        pool.run(2, run_with_snapshots, str(tmp_path / "broken"), 6)
-    assert pool.run(2, run_with_snapshots, str(tmp_path / "broken"), None)[0] == (expected, 4)
+        pool.run(2, run_with_snapshots, chat_checkpoint(), str(tmp_path / "broken"), 6)
+    assert pool.run(2, run_with_snapshots, chat_checkpoint(), str(tmp_path / "broken"), None)[0] == (expected, 4)
 
 
 def refuse(options: dict[str, Any] | None = None, **fields: Any) -> str:
