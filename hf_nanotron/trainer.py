@@ -85,10 +85,10 @@ from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.batch_warmup import batch_metrics, with_batch_warmup
 from .training.checkpointer import (
     Checkpointer,
-    generator_files,
     load_rest,
     load_weights,
     write_companions,
+    write_generators,
     write_trainer_state,
 )
 from .training.data_fit import check_evaluable, fitted
@@ -470,7 +470,6 @@ class NanotronTrainer(Trainer):
         data = self.train_dataset, self._average, (self._teacher_pass, self._reference_pass)
         self.memory_report = report_memory(self.args, self.training_state, self.optimizer, *data)
         self._checkpointer.reserve(self.model, self.weights, self.optimizer, self._average, not self.trains_adapters)
-        self._snapshots.check_room(self.optimizer, self._average)
         together(self.mesh, "noting which run is at hand", self._checkpointer.note_run)
         together(self.mesh, "opening the reports", self._open_reports)
         return self.model, train_dataloader
@@ -692,6 +691,7 @@ class NanotronTrainer(Trainer):
         self._domains.settle()
         self._data_order.share_state(self.train_dataset)
         self._snapshots.take(self._checkpointer.run, step, self._write_snapshot)
+        self._hold_for_users()
 
     def _write_snapshot(self, save: Save) -> None:
         self._write_state(save)
@@ -766,8 +766,12 @@ class NanotronTrainer(Trainer):
         self._data_order.share_state(self.train_dataset)
         together(self.mesh, f"saving {save.directory}", lambda: self._write_own_files(save))
         checkpointer.finish_save(save, self.state.best_model_checkpoint)
+        self._hold_for_users()
+
+    def _hold_for_users(self) -> None:
+        """Before code that may write to the weights, if there is any."""
         if self._link is None or self._link.compares or is_subclass(self):
-            checkpointer.hold_weights(self.weights)
+            self._checkpointer.hold_weights(self.weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a Hub repository, all ranks together (see `save_hub_model`)."""
@@ -1124,8 +1128,7 @@ class NanotronTrainer(Trainer):
         self._checkpointer.add_training_state(
             save, self.model, self.weights, self.optimizer, self.lr_scheduler, self._average, self.extra_state()
         )
-        self._save_rng_state(str(save.directory))
-        save.files += generator_files(save.directory, self.mesh)
+        save.files += write_generators(self._save_rng_state, save.directory, self.mesh)
 
     def _write_companions(self, directory: Path) -> None:
         """Tokenizer and arguments, by rank 0."""

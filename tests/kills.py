@@ -1,6 +1,6 @@
 """Jobs under `torchrun --max-restarts` whose ranks are killed: their losses, and how long a restart took.
 
-    python tests/kills.py [--ranks 8] [--random 50] [--all] [--jobs 4] [--seconds 400]
+    python tests/kills.py [--ranks 8] [--random 50] [--all] [--schedules zero3 zb] [--jobs 4] [--seconds 400]
 
 runs the matrix of phases and schedules, then so many kills of a random rank at a random moment, and prints a table.
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,24 +194,33 @@ def start_model(folder: Path) -> str:
 
 def environment(on_gpus: bool = False) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH"))))
-    # A store that an agent shares with its ranks has the addresses of dead ones after a restart.
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    dropped = (
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     devices = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return {**{k: v for k, v in os.environ.items() if k not in dropped}, **own, **devices}
 
 
-def matrix(folder: Path, ranks: int, everything: bool) -> list[tuple[str, Job]]:
+def matrix(
+    folder: Path, ranks: int, everything: bool, schedules: Sequence[str] = tuple(SCHEDULES)
+) -> list[tuple[str, Job]]:
     """Every phase in every schedule; each time another rank, or all ranks one after the other."""
     jobs = []
-    for number, (name, sizes) in enumerate(SCHEDULES.items()):
+    for number, name in enumerate(schedules):
         kills = [
             (rank, phase, 3 + 4 * i)
             for i, phase in enumerate(PHASES)
             for rank in (range(ranks) if everything else [(i + 3 * number) % ranks])
         ]
         kills = [(rank, phase, 0 if phase in ("start", "resume") else step) for rank, phase, step in kills]
-        jobs.append((name, Job(folder / f"matrix-{name}", ranks, sizes, STEPS, kills)))
+        jobs.append((name, Job(folder / f"matrix-{name}", ranks, SCHEDULES[name], STEPS, kills)))
     return jobs
 
 
@@ -255,6 +265,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--random", type=int, default=50)
     parser.add_argument("--all", action="store_true", help="every rank in every phase of every schedule")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--jobs", type=int, default=4, help="jobs at a time")
     parser.add_argument("--seconds", type=float, default=400, help="for all jobs; a job that takes longer is ended")
     parser.add_argument("--gpus", type=int, default=0, help="the restart of a Llama-3.2-1B on so many GPUs alone")
@@ -264,8 +275,8 @@ def main() -> None:
         sys.exit(on_gpus(Path(tempfile.mkdtemp()), args.gpus, args.memory or "/dev/shm"))
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     start_model(folder)
-    jobs = matrix(folder, args.ranks, args.all)
-    each, names = -(-args.random // args.jobs), list(SCHEDULES)
+    jobs = matrix(folder, args.ranks, args.all, args.schedules)
+    each, names = -(-args.random // args.jobs), args.schedules
     shares = [min(each, args.random - i * each) for i in range(args.jobs) if args.random > i * each]
     for i, share in enumerate(shares):
         name = names[i % len(names)]

@@ -381,6 +381,21 @@ def test_a_spare_takes_the_place(job: Callable[..., subprocess.Popen[bytes]], tm
 
 
 @pytest.mark.full_matrix
+def test_the_whole_job_is_killed_and_started_again(job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    """torchrun and all that it has started: the next start goes on from the memory of the host."""
+    options = ("--standalone", "--nproc-per-node", "3")
+    agent = job(*options)
+    wait_for(lambda: len(logged(tmp_path)) > 30)
+    ranks = workers(agent)
+    for process in (agent.pid, *ranks):
+        os.kill(process, signal.SIGKILL)
+    agent.wait()
+    assert job(*options).wait(200) == 0, (tmp_path / "log-1").read_text()[-3000:]
+    assert check_run(tmp_path) == [3, 3]
+    assert "Going on from the memory snapshot of step" in (tmp_path / "log-1").read_text()
+
+
+@pytest.mark.full_matrix
 def test_a_lost_node_shrinks_dp(job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     """Two nodes with two processes each; one is gone for good. The other goes on alone with the same batches."""
     with socket.socket() as probe:

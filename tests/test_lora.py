@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
-from pool import WorkerPool
+from pool import JobError, WorkerPool
 from safetensors.torch import load_file
 from sft_runs import MODES, Log, chat_checkpoint, chats, lora, sft_arguments
 from test_chat_dataset import MARKED, tokenizer
@@ -193,6 +193,46 @@ def test_a_run_goes_on_at_other_sizes(pool: WorkerPool, tmp_path: Path) -> None:
         assert got == pytest.approx(column(expected, name), rel=TOLERANCE["norm"])
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4"]
     assert torch.allclose(logits(tmp_path / "checkpoint-4"), logits(folder), atol=1e-3)
+
+
+class BreakOff(TrainerCallback):
+    """Says the step after which a run began, and breaks it off at the beginning of step `at`, from 1."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.began = at, -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.at:
+            raise RuntimeError("the cable was pulled")
+
+
+def run_with_snapshots(base: str, folder: str, at: int | None) -> tuple[dict[int, float], int]:
+    """Losses by step, also those before the snapshot that the run went on from."""
+    save = {"output_dir": f"{folder}/out", "save_strategy": "steps", "save_steps": 100, "memory_snapshot_steps": 2}
+    sizes = {**COMMON, **save, "memory_snapshot_dir": f"{folder}/memory", "max_steps": 6}
+    ends = BreakOff(at)
+    trainer = NanotronSFTTrainer(
+        base,
+        NanotronSFTConfig(**sft_arguments(**sizes)),
+        train_dataset=chats(),
+        callbacks=[ends],
+        peft_config=lora(),
+    )
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.mesh.close()
+    return {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}, ends.began
+
+
+def test_a_run_goes_on_from_memory(pool: WorkerPool, tmp_path: Path) -> None:
+    for name in ("whole", "broken"):
+        (tmp_path / name / "memory").mkdir(parents=True)
+    expected, _ = pool.run(2, run_with_snapshots, chat_checkpoint(), str(tmp_path / "whole"), None)[0]
+    with pytest.raises(JobError, match="the cable was pulled"):
+        pool.run(2, run_with_snapshots, chat_checkpoint(), str(tmp_path / "broken"), 6)
+    assert pool.run(2, run_with_snapshots, chat_checkpoint(), str(tmp_path / "broken"), None)[0] == (expected, 4)
 
 
 def refuse(options: dict[str, Any] | None = None, **fields: Any) -> str:

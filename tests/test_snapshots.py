@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.arguments.snapshots import SHARED_MEMORY
 from hf_nanotron.checkpoint.directory.runs import begin_run
+from hf_nanotron.checkpoint.directory.verify import MARKER
 from hf_nanotron.checkpoint.files.disk import CHUNK_BYTES
 from hf_nanotron.checkpoint.memory.folder import MemoryFolder, part_name, snapshot_name, write_part
 from hf_nanotron.checkpoint.memory.hosts import Hosts
@@ -207,6 +208,17 @@ def test_every_kind_of_run_goes_on(
     assert (found[3] or "").rpartition("/")[2] == (expected[3] or "").rpartition("/")[2]
 
 
+def test_a_best_checkpoint_that_was_not_complete(pool: WorkerPool, start: Path) -> None:
+    """The run would load it in the end, so an older snapshot is taken."""
+    overrides = {**BEST, "async_save": False}
+    expected = pool.run(1, train, str(start / "whole"), {**overrides, **UNBROKEN})[0]
+    break_off(pool, 1, start / "out", overrides, 6)
+    assert snapshots(start) == [2, 4]
+    (start / "out" / "checkpoint-3" / MARKER).unlink()
+    losses, began, _, best = pool.run(1, train, str(start / "out"), overrides)[0]
+    assert (losses, began) == (expected[0], 2) and Path(best).name == Path(expected[3]).name
+
+
 # ---- hosts ----
 
 
@@ -229,6 +241,17 @@ def test_a_host_that_is_gone_is_restored_by_its_neighbour(pool: WorkerPool, star
     shutil.rmtree(start / "host-1")  # and comes back with nothing
     losses, began, *_ = pool.run(4, train_on_hosts, str(start / "out"), sizes)[0]
     assert (losses, began) == (expected, 4)
+
+
+def test_fewer_hosts_go_on_from_what_is_left(pool: WorkerPool, start: Path) -> None:
+    """The parts of a host that is gone for good are those that the one before it, here the only other, has."""
+    expected = pool.run(4, train, str(start / "whole"), UNBROKEN)[0][0]
+    break_off(pool, 4, start / "out", {}, 6, train_on_hosts)
+    shutil.rmtree(start / "host-0")
+    (start / "host-1").rename(start / "host-0")  # the ranks that are left count from 0
+    fewer = {"gradient_accumulation_steps": 2}
+    losses, began, *_ = pool.run(2, train_on_hosts, str(start / "out"), fewer)[0]
+    assert began == 4 and losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_host_has_a_neighbour_and_pairs_meet_in_one_order() -> None:
@@ -310,6 +333,7 @@ def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
     [
         ({"memory_snapshot_steps": 0}, "memory_snapshot_steps=0 must be at least 1"),
         ({"memory_snapshot_steps": 5, "save_strategy": "no"}, "memory_snapshot_steps=5 with save_strategy='no'"),
+        ({"memory_snapshot_steps": 5, "save_only_model": True}, "memory_snapshot_steps=5 with save_only_model=True"),
         ({"memory_snapshot_dir": "/mnt/ram"}, "memory_snapshot_dir='/mnt/ram' needs memory_snapshot_steps"),
     ],
 )
@@ -329,17 +353,70 @@ def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(pool: Worke
     assert "_metrics.jsonl" not in os.listdir(start / "out")
 
 
-def train_in_full_memory(output: str) -> Any:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+def train_in_full_memory(output: str, what: str) -> Any:
+    """Losses by step; in memory that is full, for `what` rank 0 writes of the snapshots of steps 4 and 6."""
+    owner, name = {"state": (snapshots_module, "write_rank"), "random numbers": (torch, "save")}[what]
+    write = getattr(owner, name)
 
-    with mock.patch("hf_nanotron.training.snapshots.write_rank", fail):
-        return train(output, {})[0]
+    def fail(*given: Any) -> None:
+        text = str(given[what != "state"])
+        if "/memory/" in text and "-2/" not in f"{text}/" and os.environ["RANK"] == "0":
+            if what == "state":
+                raise OSError(28, "No space left on device")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch's words
+        write(*given)
+
+    with mock.patch.object(owner, name, fail):
+        return train(output, {}, STEPS)[0]
 
 
-def test_a_snapshot_that_cannot_be_written_does_not_end_the_run(pool: WorkerPool, start: Path) -> None:
-    losses = pool.run(1, train_in_full_memory, str(start / "out"))[0]
-    assert sorted(losses) == list(range(1, STEPS + 1)) and not list((start / "memory").iterdir())
+@pytest.mark.parametrize("what", ["state", "random numbers"])
+def test_a_snapshot_that_cannot_be_written_does_not_end_the_run(pool: WorkerPool, start: Path, what: str) -> None:
+    """The last one that could be written is kept, and gone on from."""
+    expected = pool.run(2, train, str(start / "whole"), UNBROKEN)[0][0]
+    with pytest.raises(JobError, match="the cable was pulled"):
+        pool.run(2, train_in_full_memory, str(start / "out"), what)
+    losses, began, *_ = pool.run(2, train, str(start / "out"), {})[0]
+    assert (losses, began) == (expected, 2) and not list((start / "memory").iterdir())
+
+
+def train_other(output: str) -> str:
+    """What a start with another model says, which would go on from a snapshot of this one."""
+    stock_model("llama", hidden_size=64).save_pretrained(Path(output).parent / "start")
+    return message(lambda: train(output, {}))
+
+
+def test_a_snapshot_of_another_model_is_refused(pool: WorkerPool, start: Path) -> None:
+    break_off(pool, 1, start / "out", {}, 6)
+    (told,) = pool.run(1, train_other, str(start / "out"))
+    assert "/memory/hf_nanotron-" in told and "shape" in told
+    shutil.rmtree(start / "out")  # a fresh run then
+    assert pool.run(1, train, str(start / "out"), {})[0][1] == 0
+
+
+def train_beside(output: str) -> str:
+    """What a second run of an output_dir says, and one with its own beside it does."""
+    folder = MemoryFolder(Path(output).parent / "memory", output)
+    pid = os.fork()
+    if pid == 0:  # a lock excludes other processes
+        folder.acquire()
+        (folder.path / "held").touch()
+        signal.pause()
+    try:
+        while not (folder.path / "held").exists():
+            pass
+        told = message(lambda: train(output, {}))
+        train(f"{output}-of-its-own", {})
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return told
+
+
+def test_two_runs_on_one_host(pool: WorkerPool, start: Path) -> None:
+    (told,) = pool.run(1, train_beside, str(start / "out"))
+    assert "the memory snapshots of this output_dir are in use: a run on host" in told
+    assert len(list((start / "memory").iterdir())) == 1  # of the other run
 
 
 def train_frozen(output: str) -> str:

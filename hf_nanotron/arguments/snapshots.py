@@ -14,6 +14,7 @@ class SnapshotArguments(Protocol):
     memory_snapshot_dir: str
     memory_snapshot_steps: int | None
     save_strategy: Any
+    save_only_model: bool
 
 
 def check_snapshots(args: SnapshotArguments) -> None:
@@ -40,4 +41,9 @@ def check_snapshots(args: SnapshotArguments) -> None:
         raise ValueError(
             f"memory_snapshot_steps={steps} with save_strategy='no': snapshots are lost with their hosts, and a run "
             "goes on from its last checkpoint then; use save_strategy='steps', or leave memory_snapshot_steps out."
+        )
+    if args.save_only_model:
+        raise ValueError(
+            f"memory_snapshot_steps={steps} with save_only_model=True: snapshots are lost with their hosts, and a run "
+            "cannot go on from such checkpoints then; leave one of the two out."
         )

@@ -67,6 +67,11 @@ class HostRegion:
             self._ready = len(self._bytes)
             self._grows.notify_all()
 
+    @property
+    def awaited(self) -> int:
+        """Bytes that the thread has still to get."""
+        return max(self.size - self._ready, 0)
+
     def begin(self) -> None:
         """What was taken before is not used any more."""
         self._taken = 0

@@ -48,7 +48,7 @@ from ..parallel.together import refuse_together, together
 from ..parallel.zero.segment import ShardedWeights
 from ..redaction import redacted
 from ..training_args import NanotronTrainingArguments
-from .host_memory import shortage, state_bytes
+from .host_memory import shortage, state_bytes, warn_of_unpinned
 from .remote import RemoteUploads
 from .snapshots import MemorySnapshots
 
@@ -184,7 +184,8 @@ class Checkpointer:
         average: WeightAverage | None,
         with_weights: bool,
     ) -> None:
-        """Begin to get the host's memory that asynchronous saves copy to, and use again. All ranks together.
+        """Begin to get the host's memory that asynchronous saves and snapshots copy to, and use again. All ranks
+        together.
 
         Args:
             with_weights: a checkpoint has the Hub's files of the model.
@@ -194,6 +195,7 @@ class Checkpointer:
         """
         args = self.args
         if not args.async_save or (args.save_strategy == "no" and not args.save_on_signal):
+            self._snapshots.reserve(optimizer, average, awaited=0)
             return
         size = state_bytes(weights, optimizer, average, self.mesh)
         if with_weights and args.save_hub_weights == "always":
@@ -205,6 +207,7 @@ class Checkpointer:
         logger.info(
             f"async_save: copies of a checkpoint take up to {largest / 2**30:.2f} GiB of host memory a process."
         )
+        self._snapshots.reserve(optimizer, average, awaited=copies.awaited)
 
     def _host_copies(self) -> HostCopies:
         if self._copies is None or self._copies.device != self.mesh.device:
@@ -212,14 +215,18 @@ class Checkpointer:
         return self._copies
 
     def hold(self) -> None:
-        """Weights or the optimizer's state are about to be written: a save has to have copied them."""
+        """Weights or the optimizer's state are about to be written: saves and snapshots have to have copied them."""
         if self._copies is not None:
             self._copies.hold()
+        self._snapshots.hold()
 
     def hold_weights(self, weights: ShardedWeights) -> None:
         """A user's code may write to the model's weights, which may be the masters themselves."""
+        are_apart = all(segment.weight is not None for segment in weights.segments)
         if self._copies is not None:
-            self._copies.hold(marked=all(segment.weight is not None for segment in weights.segments))
+            self._copies.hold(marked=are_apart)
+        if not are_apart:
+            self._snapshots.hold()
 
     # ---- saving ----
 
@@ -295,11 +302,7 @@ class Checkpointer:
         if self.args.async_save:
             copies = self._host_copies()
             save.copy_to_host(copies)
-            if copies.unpinned is not None:
-                logger.warning_once(
-                    f"async_save: not all host memory could be pinned ({copies.unpinned}), so training waits for "
-                    "copies; raise the limit of locked memory (ulimit -l unlimited)."
-                )
+            warn_of_unpinned(copies, "async_save")
             self.background.start(save, self.mesh)
             seconds = time.perf_counter() - self._began
             logger.info(
@@ -392,8 +395,17 @@ def named_beginning(named: str | bool | None, output_dir: str | os.PathLike[str]
 # ---- small files ----
 
 
-def generator_files(directory: Path, mesh: ParallelMesh) -> list[Path]:
-    """Where Trainer has written the states of this rank's generators: this rank describes them, and rank 0 need not."""
+def write_generators(write: Callable[[str], None], directory: Path, mesh: ParallelMesh) -> list[Path]:
+    """The states of this rank's generators, as Trainer's method writes them: this rank describes them, and rank 0 need
+    not.
+
+    Raises:
+        OSError: if there is no room for them, where `torch.save` raises a RuntimeError.
+    """
+    try:
+        write(str(directory))
+    except RuntimeError as error:
+        raise OSError(f"the random numbers' states could not be written into {directory}: {error}") from error
     name = "rng_state.pth" if mesh.world_size == 1 else f"rng_state_{mesh.rank}.pth"
     return [path for path in [directory / name] if path.is_file()]
 

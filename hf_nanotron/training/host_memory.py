@@ -1,4 +1,4 @@
-"""What the copies of an asynchronous save take of the host's memory, and whether the host has it."""
+"""What copies of the training state take of the host's memory, and whether the host has it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import socket
 import zlib
 
 import torch
+from transformers.utils import logging
 
+from ..checkpoint.directory.host_copies import HostCopies
 from ..monitor.memory import moment_bytes
 from ..ops.host_memory import available_bytes
 from ..ops.host_region import ALIGNMENT
@@ -16,6 +18,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.zero.buckets import is_owner
 from ..parallel.zero.segment import ShardedWeights
 
+logger = logging.get_logger(__name__)
 TENSORS = 8  # of a segment, each at an aligned place: master, average, the optimizer's own, and numbers
 
 
@@ -48,3 +51,12 @@ def shortage(mesh: ParallelMesh, size: int) -> str | None:
         "leave the Hub's weights to the last checkpoint (save_hub_weights='last'), or divide the optimizer's state "
         "over more ranks (zero_stage=1, more GPUs)."
     )
+
+
+def warn_of_unpinned(copies: HostCopies, option: str) -> None:
+    """Once, if copies that `option` makes are slow."""
+    if copies.unpinned is not None:
+        logger.warning_once(
+            f"{option}: not all host memory could be pinned ({copies.unpinned}), so training waits for copies; raise "
+            "the limit of locked memory (ulimit -l unlimited)."
+        )

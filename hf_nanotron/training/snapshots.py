@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import threading
 import time
@@ -19,12 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
 
+from ..checkpoint.directory.host_copies import HostCopies
 from ..checkpoint.directory.retention import from_rank_0, is_checkpoint_name, is_part, newest, run_at_hand, step_of
 from ..checkpoint.directory.runs import Run
 from ..checkpoint.directory.save import Save
 from ..checkpoint.files.checked import write_checked
 from ..checkpoint.hub.model import held_buffers
-from ..checkpoint.memory.copies import StateCopies
 from ..checkpoint.memory.folder import MemoryFolder, part_name, read_part, snapshot_name, write_part
 from ..checkpoint.memory.hosts import Hosts, find_hosts
 from ..checkpoint.memory.resume import VALUES, Snapshot, find_snapshots, make_checkpoint
@@ -35,15 +34,14 @@ from ..checkpoint.state.slices import Slice
 from ..checkpoint.state.training_state import DIRECTORY
 from ..checkpoint.state.values import encode
 from ..models.base import ParallelModel
-from ..monitor.memory import moment_bytes
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import refuse_together, together
-from ..parallel.zero.buckets import is_owner
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
 from .data_order import DataOrder
+from .host_memory import state_bytes, warn_of_unpinned
 
 logger = logging.get_logger(__name__)
 
@@ -51,9 +49,9 @@ logger = logging.get_logger(__name__)
 class MemorySnapshots:
     """The snapshots of a trainer's runs, with `memory_snapshot_steps`; without it nothing happens and nothing is asked.
 
-    In the training thread a snapshot is copied to ordinary memory of the host; a thread writes it into shared memory,
-    and other threads exchange copies with the neighbouring hosts. The snapshot before is deleted when the next begins
-    and all ranks know that this one is whole, so that at any time one is.
+    A snapshot is copied to memory of the process while the next step computes (`hold`); a thread writes it into shared
+    memory, and other threads exchange copies with the neighbouring hosts. The snapshot before is deleted when the next
+    begins and all ranks know that this one is whole, so that at any time one is.
 
     Attributes:
         mesh, model, weights: of the model at hand; given by the trainer.
@@ -65,7 +63,8 @@ class MemorySnapshots:
 
     def __init__(self, args: NanotronTrainingArguments) -> None:
         self.args = args
-        self._copies = StateCopies()
+        self._copies: HostCopies | None = None
+        self._expected = 0  # bytes of this rank's part
         self._folder: MemoryFolder | None = None
         self._hosts: Hosts | None = None
         self._wires: dict[int, Wire] = {}
@@ -73,7 +72,7 @@ class MemorySnapshots:
         self._whole = ""  # the name of the newest snapshot that all ranks know to be whole
         self._taken_at = self._held_back = -1  # steps
         self._writing: SnapshotThreads | None = None
-        self._has_room = False
+        self._is_first = True  # of this run, the next snapshot
 
     @property
     def is_on(self) -> bool:
@@ -96,12 +95,14 @@ class MemorySnapshots:
         self._refuse(lambda: _in_use(folder) if hosts.is_leader else None)
         self._folder, self._hosts, self._whole = folder, hosts, ""
         self._taken_at = self._held_back = -1
-        self._has_room = False
+        self._is_first = True
         try:
             yield
             self._settle()
             together(mesh, "deleting the memory snapshots", lambda: folder.delete() if hosts.is_leader else None)
         finally:
+            self.hold()
+            self._copies = None  # what is still written has them
             folder.release()
             self._folder = self._hosts = None
 
@@ -206,8 +207,11 @@ class MemorySnapshots:
 
     # ---- taking ----
 
-    def check_room(self, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
-        """Refuse snapshots that will not fit, before the first step. All ranks together.
+    def reserve(self, optimizer: torch.optim.Optimizer, average: WeightAverage | None, awaited: int) -> None:
+        """Refuse snapshots that will not fit, before the first step; get the memory for copies. All ranks together.
+
+        Args:
+            awaited: bytes of memory that this process is about to get for something else.
 
         Raises:
             ValueError: on every rank; also for frozen weights, which a snapshot would lack.
@@ -220,11 +224,12 @@ class MemorySnapshots:
                 f"({frozen[0]}, ...): they are in the Hub files of checkpoints only, which a snapshot does not have; "
                 "leave memory_snapshot_steps out."
             )
-        segments = self.weights.segments
-        own = sum(segment.master.numel() for segment in segments if is_owner(segment.spec, self.mesh))
-        every = sum(segment.master.numel() for segment in segments)
-        state = 4 * every + moment_bytes(optimizer, self.weights) + (0 if average is None else average.nbytes)
-        check_room(self.mesh, self._hosts, self._folder, state * own // max(1, every))
+        buffers = sum(buffer.nbytes for buffer in held_buffers(self.model).values())
+        self._expected = size = state_bytes(self.weights, optimizer, average, self.mesh) + buffers
+        check_room(self.mesh, self._hosts, self._folder, size, size + awaited)
+        if self._copies is None or self._copies.device != self.mesh.device:
+            self._copies = HostCopies(self.mesh.device)
+        self._copies.reserve(size)
         together(self.mesh, "connecting neighbouring hosts for memory snapshots", self._connect)
 
     def is_due(self, state: TrainerState, control: TrainerControl, data_order: DataOrder) -> bool:
@@ -265,11 +270,13 @@ class MemorySnapshots:
         save = Save(folder.snapshot(name), step, self.args.ddp_timeout)
         with threads.noting_failure(OSError):  # no room, say
             write_own(save)
-        nbytes = sum(tensor.nbytes for piece in save.pieces for tensor in piece.tensors.values())
-        if not self._has_room:
-            check_room(self.mesh, hosts, folder, nbytes)
-            self._has_room = True
-        save.pieces, save.values = self._copies.of(save.pieces), copy.deepcopy(save.values)
+        copies = self._copies
+        assert copies is not None
+        if self._is_first:
+            self._check_size(save)
+        copies.begin()
+        save.copy_to_host(copies)
+        warn_of_unpinned(copies, "memory_snapshot_steps")
         part = run, step, self.mesh.rank, self.mesh.world_size
         targets = [target for rank, target in hosts.neighbours() if rank == self.mesh.rank]
         sources = [rank for rank, target in hosts.neighbours() if target == self.mesh.rank]
@@ -277,6 +284,21 @@ class MemorySnapshots:
         threads.start(
             partial(write_snapshot, save, part), [wires[rank] for rank in targets], [wires[rank] for rank in sources]
         )
+
+    def _check_size(self, save: Save) -> None:
+        """Of an optimizer whose state nobody knew before it was there. All ranks together."""
+        assert self._folder is not None and self._hosts is not None and self._copies is not None
+        self._is_first = False
+        nbytes = sum(tensor.nbytes for piece in save.pieces for tensor in piece.tensors.values())
+        is_larger = torch.tensor(float(nbytes > self._expected), device=self.mesh.device)
+        if all_reduce(is_larger, self.mesh.world):
+            awaited = max(nbytes - self._copies.reserved, 0) + self._copies.awaited
+            check_room(self.mesh, self._hosts, self._folder, nbytes, awaited)
+
+    def hold(self) -> None:
+        """Masters or the optimizer's state are about to be written: a snapshot has to have copied them."""
+        if self._copies is not None:
+            self._copies.hold()
 
     def _settle(self) -> None:
         """Wait for the snapshot that is being written, and learn whether it is whole on all hosts. All ranks together.
@@ -344,13 +366,13 @@ class SnapshotThreads:
         directory, marker = self._folder.snapshot(self.name), part_name(self._rank)
 
         def write_and_send() -> None:
+            names: list[str] = []
             with self.noting_failure():
                 if not self._failures:
                     write()
-            is_whole = not self._failures
-            names = [*read_part(directory / marker).files, marker] if is_whole else []  # the marker last
+                    names = [*read_part(directory / marker).files, marker]  # the marker last
             for wire in targets:  # also after a failure, or the other side would wait
-                self._begin(partial(send_files, wire, directory, names, is_whole), is_own=False)
+                self._begin(partial(send_files, wire, directory, names, bool(names)), is_own=False)
 
         def receive(wire: Wire) -> None:
             is_whole, _ = receive_files(wire, directory)
@@ -391,6 +413,8 @@ def write_snapshot(save: Save, part: tuple[Run, int, int, int]) -> None:
         part: run, step, rank and number of ranks.
     """
     directory, rank = save.directory, part[2]
+    if save.copies is not None:
+        save.copies.complete()
     write_rank(directory / DIRECTORY, rank, save.pieces)
     own = [f"{DIRECTORY}/rank-{rank:05d}.{kind}" for kind in ("json", "safetensors")]
     own = [name for name in own if (directory / name).is_file()]

@@ -51,6 +51,11 @@ class HostCopies:
         return 0 if self._region is None else self._region.size
 
     @property
+    def awaited(self) -> int:
+        """Bytes of `reserve` that the host has not given yet."""
+        return 0 if self._region is None else self._region.awaited
+
+    @property
     def unpinned(self) -> str | None:
         """Why the host has not pinned what was reserved; None if it has."""
         return None if self._region is None else self._region.unpinned

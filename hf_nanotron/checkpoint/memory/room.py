@@ -17,7 +17,7 @@ from .hosts import Hosts
 GENERATIONS = 2  # the one that is whole, and the one that is being written
 
 
-def check_room(mesh: ParallelMesh, hosts: Hosts, folder: MemoryFolder, nbytes: int) -> None:
+def check_room(mesh: ParallelMesh, hosts: Hosts, folder: MemoryFolder, nbytes: int, awaited: int) -> None:
     """Refuse snapshots that do not fit, on every rank, naming the host. All ranks together.
 
     A host holds two snapshots of its ranks, and of the ranks whose copies it keeps; the copy from which a rank writes
@@ -25,15 +25,17 @@ def check_room(mesh: ParallelMesh, hosts: Hosts, folder: MemoryFolder, nbytes: i
 
     Args:
         nbytes: of this rank's part of a snapshot.
+        awaited: of ordinary memory that this process has still to get, for that copy among others.
 
     Raises:
         ValueError: if a host has less room.
     """
-    every = all_gather(torch.tensor([nbytes], dtype=torch.int64, device=mesh.device), mesh.world, 0).tolist()
+    asked = torch.tensor([[nbytes, awaited]], dtype=torch.int64, device=mesh.device)
+    every, others = zip(*all_gather(asked, mesh.world, 0).tolist(), strict=True)
     own = hosts.ranks[hosts.own]
     kept = [rank for rank, target in hosts.neighbours() if target in own]
     needed = GENERATIONS * (sum(every[rank] for rank in own) + sum(every[rank] for rank in kept))
-    buffers = sum(every[rank] for rank in own)
+    buffers = sum(others[rank] for rank in own)
 
     def look() -> str | None:
         if not hosts.is_leader:
