@@ -241,7 +241,7 @@ def share(first: int, second: int) -> Callable[[Any], None]:
     return change
 
 
-def embedded_dataset(samples: int = 11, length: int = 16) -> Dataset:
+def embedded_dataset(samples: int = 5, length: int = 16) -> Dataset:
     """Rows of embeddings in the place of ids."""
     generator = torch.Generator().manual_seed(1)
     return Dataset.from_list(

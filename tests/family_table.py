@@ -26,7 +26,7 @@ from hf_nanotron.models.stock.plan import make_plan, mixes_tokens
 from hf_nanotron.parallel.cp.attention import MODES as CP_MODES
 
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
-ONE_STEP, TWO_STEPS = (2,), (4, 2)  # micro-batches of each
+ONE_STEP, TWO_STEPS = (2,), (2, 2)  # micro-batches of each
 ONE: dict[str, Any] = {"micro_batches": ONE_STEP}
 TWO: dict[str, Any] = {"micro_batches": TWO_STEPS}
 DENSE: dict[str, dict[str, Any]] = {

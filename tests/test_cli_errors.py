@@ -425,10 +425,15 @@ def run(*argv: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*start, *argv], capture_output=True, text=True, timeout=240, env=environment)
 
 
+@pytest.mark.full_matrix
 def test_one_process(tmp_path: Path) -> None:
+    """`test_a_job_says_it_once` has ranks; all messages are in `test_commands`."""
     done = run("train", fresh(tmp_path), "--learning_rate", "abc")
     assert done.returncode == 2 and not done.stdout
     assert one_line((2, "", done.stderr)).endswith("learning_rate='abc' must be a number.")
+
+
+def test_traceback(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="file not found"):  # for Python to print
         command("--traceback", "train", str(tmp_path / "absent.yaml"))
 
@@ -446,5 +451,5 @@ def test_a_job_says_it_once(tmp_path: Path, overrides: list[str], says: str, pyt
         pytest.skip("runs with --full-matrix")
     done = run("train", fresh(tmp_path), "--tp_size=2", *overrides, processes=2)
     lines = [line for line in done.stderr.splitlines() if "hf-nanotron: error: " in line]
-    assert len(lines) == 1 and says in lines[0], done.stderr[-3000:]
+    assert len(lines) == 1 and says in lines[0] and not done.stdout, done.stderr[-3000:]
     assert done.returncode == 2

@@ -29,8 +29,7 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 ALONE: list[dict[str, Any]] = [{}, SELECTIVE | COMPILED]
 TWO: list[dict[str, Any]] = [
     {"tp_size": 2, **FULL},
-    {"zero_stage": 1},
-    {"zero_stage": 2},
+    {"zero_stage": 2},  # `PARTS` has stage 1
     {"pp_size": 2, "gradient_accumulation_steps": 2},
     {"tp_size": 2, "tp_overlap": True},
 ]

@@ -338,7 +338,9 @@ def replacing(sizes: dict[str, Any]) -> dict[str, str | None]:
     return {action.__name__: run(action) for action in actions}
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tp_size": 2}, {"zero_stage": 1}], ids=label)
+@pytest.mark.parametrize(
+    "sizes", [{}, pytest.param({"tp_size": 2}, marks=pytest.mark.full_matrix), {"zero_stage": 1}], ids=label
+)
 def test_replaced_weights_are_refused(pool: WorkerPool, sizes: dict[str, Any]) -> None:
     messages = agree(pool.run(world_of(sizes)[0], replacing, sizes))
     assert "model.norm.weight was replaced by another parameter" in messages["parameter"]

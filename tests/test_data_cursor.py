@@ -264,7 +264,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, list[dict[str, A
         EPOCHS,
         size(2, 1, 2),
         4,
-        [size(1, 4, 1, 2), size(4, 1, 1), size(1, 2, 2, pp_size=2), size(1, 3, 1), size(2, 3, 1), size(4, 1, 2)],
+        [size(1, 4, 1, 2), size(4, 1, 1), size(1, 2, 2, pp_size=2), size(2, 3, 1)],
     ),
     "end of epoch": ("rows", EPOCHS, size(1, 4, 1), 6, [size(2, 2, 1), size(1, 5, 1)]),
     "sequential": (

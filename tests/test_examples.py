@@ -203,7 +203,7 @@ def test_a_mixture_in_stages(pool: WorkerPool, tmp_path: Path) -> None:
     """The script and the YAML file are one run, on one rank and two; rows and batch change with the stage."""
     example = EXAMPLES / "mixture_and_stages"
     prepare = load("mixture_prepare", example / "prepare.py")
-    prepare.main(["--output-dir", str(tmp_path), "--max-chars", "200000", "--vocab-size", "384"])
+    prepare.main(["--output-dir", str(tmp_path), "--max-chars", "150000", "--vocab-size", "320"])
     log, *_ = pool.run(1, train_mixture, str(tmp_path))
     settings = yaml.safe_load((example / "run.yaml").read_text().replace(" out/", f" {tmp_path}/"))
     settings["dataset"]["stages"][1]["start_tokens"] = 3072

@@ -103,12 +103,16 @@ def test_nanotron_trainer_pushes(
 def check_training_run(
     hub: HubServer, reader: Reader, name: str, folder: Path, backend: str, tp: int = 1, pp: int = 1
 ) -> list[float]:
-    """Train and push in worker processes, check every commit against the checkpoints on disk, then load from the Hub.
+    """Train and push in other processes, check every commit against the checkpoints on disk, then load from the Hub.
 
     Returns the logits of the model as it is on the Hub at the end.
     """
     repo_id, out = f"user/{name}", folder / "out"
-    run_worker(hub, folder, "train", backend, repo_id, str(reader.start), str(out), str(tp), str(pp), processes=tp * pp)
+    arguments = [backend, repo_id, str(reader.start), str(out), str(tp), str(pp)]
+    if backend == "hf_nanotron":
+        run_worker(hub, folder, "train", *arguments, processes=tp * pp)
+    else:
+        reader.ask(train=arguments)
 
     paths = [path for method, path, _ in hub.requests if method == "GET" and repo_id in path]
     if backend == "hf_nanotron":
@@ -196,7 +200,7 @@ def stop(worker: subprocess.Popen[bytes]) -> None:
 class Reader:
     """A process with stock transformers only that loads models from the Hub or from disk, one after the other.
 
-    It also makes the model and tokenizer that every run starts from, in ``start``.
+    It also makes the model and tokenizer that every run starts from, in ``start``, and trains with stock Trainer.
     """
 
     def __init__(self, hub: HubServer, folder: Path) -> None:
@@ -220,7 +224,7 @@ class Reader:
             assert stream is not None
             stream.close()
 
-    def ask(self, **request: str) -> dict[str, Any]:
+    def ask(self, **request: str | list[str]) -> dict[str, Any]:
         """Send one request and wait for its answer."""
         assert self.process.stdin is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -239,7 +243,7 @@ class Reader:
 
 
 def read(start: str) -> None:
-    """Worker: make the starting model, then answer requests to load a model, a JSON object a line."""
+    """Worker: make the starting model, then answer requests to load a model or to train, a JSON object a line."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -264,7 +268,12 @@ def read(start: str) -> None:
     LlamaForCausalLM(LlamaConfig(**heads, **sizes, **tokens)).save_pretrained(start)
     print(json.dumps({"start": start}), file=out, flush=True)
     for line in sys.stdin:
-        source = json.loads(line)["load"]
+        request = json.loads(line)
+        if "train" in request:
+            train(*request["train"])
+            print(json.dumps({}), file=out, flush=True)
+            continue
+        source = request["load"]
         assert "hf_nanotron" not in sys.modules, "what is on the Hub has to load with stock transformers alone"
         model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
         with torch.no_grad():

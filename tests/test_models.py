@@ -39,7 +39,7 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 
 Figures = tuple[list[float], list[float], float]
 
-TP, PP, DP = {"tp_size": 2}, {"pp_size": 2}, {"gradient_accumulation_steps": 2}
+TP, PP, DP = {"tp_size": 2}, {"pp_size": 2}, {"gradient_accumulation_steps": 1}
 TOPOLOGIES = {"tp": TP, "pp": PP, "dp": DP}
 
 # What is handed over -> on which topologies it is trained.
@@ -76,13 +76,13 @@ def figures(cls: type[Any], args: Any, model: Any, data: Any, collate: Any) -> F
 
 
 def options(**overrides: Any) -> dict[str, Any]:
-    """Three steps of up to four micro-batches over 11 samples: the last window is short, and dp 2 has a filler."""
-    return training_arguments(**{"max_steps": 3, "gradient_accumulation_steps": 4, **overrides})
+    """Three steps of up to two micro-batches over five samples: the last window is short, and dp 2 has a filler."""
+    return training_arguments(**{"max_steps": 3, "gradient_accumulation_steps": 2, **overrides})
 
 
 def stock(model: Any, data: Any = None, collate: Any = pad_batch) -> Figures:
     args = TrainingArguments(**options(average_tokens_across_devices=False))
-    return figures(StockTrainer, args, unwrap(model), data or random_dataset(11), collate)
+    return figures(StockTrainer, args, unwrap(model), data or random_dataset(5), collate)
 
 
 def parallel(name: str) -> dict[str, Figures]:
@@ -90,7 +90,7 @@ def parallel(name: str) -> dict[str, Figures]:
     for case, (build, where) in CASES.items():
         if name in where.split():
             args = NanotronTrainingArguments(**options(**TOPOLOGIES[name]))
-            found[case] = figures(NanotronTrainer, args, build(), random_dataset(11), pad_batch)
+            found[case] = figures(NanotronTrainer, args, build(), random_dataset(5), pad_batch)
     args = NanotronTrainingArguments(**options(**TOPOLOGIES[name]))
     found["embeddings"] = figures(NanotronTrainer, args, make(), custom.embedded_dataset(), custom.stack)
     return found

@@ -189,7 +189,9 @@ def test_rows_of_a_host_by_budget(bench: argparse.Namespace, tmp_path: Path, mon
 IGNORE = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 
 
-@pytest.mark.parametrize("ignoring", ["", IGNORE], ids=["heeding", "ignoring"])
+@pytest.mark.parametrize(
+    "ignoring", [pytest.param("", marks=pytest.mark.full_matrix), IGNORE], ids=["heeding", "ignoring"]
+)
 def test_a_stopped_row_leaves_no_worker(bench: argparse.Namespace, tmp_path: Path, ignoring: str) -> None:
     """torchrun gives each worker a session of its own: killing its group would leave them on the GPUs."""
     script = tmp_path / "sleeps.py"

@@ -106,7 +106,7 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-REPEATED = ("tp2", "dp4")
+REPEATED = ("one process", "tp2", "dp4")  # "dp2" and "pp2" meet the same batches
 
 
 @pytest.mark.parametrize(

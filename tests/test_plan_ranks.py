@@ -26,7 +26,7 @@ from hf_nanotron.plan.roles import Role, roles
 from hf_nanotron.plan.trace import Event, Recorder, RoleTrace
 
 WATCHED = {"profile_steps": "10-12", "profile_ranks": "all", "metrics_detail": ["weights", "activations"]}
-LAYOUT = {"tp_size": 2, "pp_size": 2, "tp_overlap": True, **WATCHED}
+LAYOUT = {"tp_size": 2, "pp_size": 2, "tp_overlap": True, "layers": 4, **WATCHED}
 MICRO_BATCHES = 5
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp x pp x dp": (8, LAYOUT),
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp, heads": (4, {"cp_size": 2, "cp_mode": "heads"}),
     "ZeRO-0": (4, {"zero_stage": 0}),
     "ZeRO-2, replicas": (8, {"zero_stage": 2, "dp_replicate_size": 2}),
-    "ZeRO-3": (4, {"zero_stage": 3}),
+    "ZeRO-3": (4, {"zero_stage": 3, "layers": 2}),
     "ZeRO-3, tp, replicas": (8, {"zero_stage": 3, "tp_size": 2, "dp_replicate_size": 2}),
     "no sequence parallelism": (4, {"tp_size": 2, "sequence_parallel": False}),
     "tied, pp": (4, {"pp_size": 2, "tied": True}),
@@ -49,12 +49,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def job_of(world_size: int, family: str = "llama", tied: bool = False, heads: int = 4, **arguments: Any) -> Job:
+def job_of(
+    world_size: int, family: str = "llama", tied: bool = False, heads: int = 4, layers: int = 8, **arguments: Any
+) -> Job:
     """A tiny model in a layout."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 8}
     config = tiny_config(
-        family, num_hidden_layers=8, tie_word_embeddings=tied, **sizes, **(experts if "moe" in family else {})
+        family, num_hidden_layers=layers, tie_word_embeddings=tied, **sizes, **(experts if "moe" in family else {})
     )
     given = {"bf16": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": MICRO_BATCHES, **arguments}
     return Job(config, given, world_size, 8, 40)

@@ -78,24 +78,28 @@ MORE = [  # `test_compiled_layers_that_write_to_their_weights` has the family th
     Case("gemma3n_text", policy="full", layers=(0, 2), backend="aot_eager"),
 ]
 TWO = [
-    Case("llama", {"tp_size": 2}),
     Case("llama", {"tp_size": 2, "sequence_parallel": False}),
     Case("llama", {"tp_size": 2}, "full", (1,)),
     Case("llama", {"pp_size": 2}, layers=(1,)),
     Case("llama", {"zero_stage": 3}),
     Case("llama", {"tp_size": 2}, "all_but_attention"),
     Case("qwen3_moe", {"ep_size": 2}, "all_but_attention"),
-    Case("qwen3_moe", {"ep_size": 2}),
     Case("qwen3_moe", {"tp_size": 2, "ep_size": 2}),
     Case("llama", {"tp_size": 2, "tp_overlap": True}),
     Case("llama", {"tp_size": 2}, backend="aot_eager"),
 ]
+MORE_ON_TWO = [Case("llama", {"tp_size": 2}), Case("qwen3_moe", {"ep_size": 2})]
 
 
 @pytest.mark.parametrize(
     ("ranks", "cases"),
-    [(1, ONE), (2, TWO), pytest.param(1, MORE, marks=pytest.mark.full_matrix)],
-    ids=["one", "two", "one more"],
+    [
+        (1, ONE),
+        (2, TWO),
+        pytest.param(1, MORE, marks=pytest.mark.full_matrix),
+        pytest.param(2, MORE_ON_TWO, marks=pytest.mark.full_matrix),
+    ],
+    ids=["one", "two", "one more", "two more"],
 )
 def test_gradients_are_those_of_stock(pool: WorkerPool, tmp_path: Path, ranks: int, cases: list[Case]) -> None:
     for family in {case.family for case in cases}:
@@ -446,18 +450,20 @@ def run_trainers(checkpoint: str) -> tuple[list[list[int]], list[bool], list[int
     return counted, switched, hooks
 
 
-def test_compiled_layers_that_write_to_their_weights(pool: WorkerPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "values", [pytest.param(FULL, marks=pytest.mark.full_matrix), KEEPING], ids=["full", "selective"]
+)
+def test_compiled_layers_that_write_to_their_weights(pool: WorkerPool, tmp_path: Path, values: dict[str, Any]) -> None:
     tiny_model("gemma3n_text").save_pretrained(tmp_path)
     expected = train_stock(str(tmp_path), random_dataset(4), max_steps=1)
-    for histories in pool.run(1, train_compiled, str(tmp_path)):
-        for history in histories:
-            assert history.losses == pytest.approx(expected.losses, rel=1e-6)
-            assert history.norms == pytest.approx(expected.norms, rel=1e-5)
+    for history in pool.run(1, train_compiled, str(tmp_path), values):
+        assert history.losses == pytest.approx(expected.losses, rel=1e-6)
+        assert history.norms == pytest.approx(expected.norms, rel=1e-5)
 
 
-def train_compiled(checkpoint: str) -> list[History]:
+def train_compiled(checkpoint: str, values: dict[str, Any]) -> History:
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
-    return [train_parallel(checkpoint, random_dataset(4), **compiled, **values) for values in (FULL, KEEPING)]
+    return train_parallel(checkpoint, random_dataset(4), **compiled, **values)
 
 
 def test_layers_that_are_not_there(pool: WorkerPool) -> None:

@@ -82,6 +82,7 @@ OPERATIONS = {  # of an upload: whether it takes the checkpoint with the large f
 KINDS = ("500", "503", "reset", "expired", "denied", "no bucket", "slow", "hang", "truncated", "stale")
 # Only bodies are cut off, only listings are stale, and each request that hangs takes seconds here.
 ONLY = {"truncated": ("put", "marker", "part"), "stale": ("list",), "hang": ("put", "part", "head")}
+ONLY["slow"] = ("put", "part", "get", "list")  # no request is told from another
 REPEATED = ("503", "denied")  # uploads meet them as "500" and "expired": with --full-matrix
 HARMLESS = ("slow", "stale", "reset")  # the last one is sometimes repeated by the HTTP client itself
 

@@ -137,8 +137,9 @@ def resumed_by_default(family: str, saved_on: str) -> list[str]:
     return itself + ([names[(index + 5) % len(names)]] if not dropout or saved_on in ("dp2 zero1", "pp2") else [])
 
 
-# These stages of ZeRO go on on themselves next to another axis too, and dropout does not know the stage.
-REPEATED = [("llama", name) for name in ("dp2 zero2", "dp2 zero3", "dp4 zero3")]
+# These stages of ZeRO go on on themselves next to another axis too, or are one of two without shards; and dropout does
+# not know the stage.
+REPEATED = [("llama", name) for name in ("dp2 zero0", "dp2 zero2", "dp2 zero3", "dp4 zero3")]
 
 
 @pytest.mark.parametrize(("family", "saved_on"), [(f, name) for f, (_, names) in FAMILIES.items() for name in names])

@@ -310,7 +310,9 @@ def losses_of(log: list[dict[str, float]]) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "asynchronous", [pytest.param(False, marks=pytest.mark.full_matrix), True], ids=["sync", "async"]
+)
 def test_a_killed_rank_loses_nothing(start: Path, asynchronous: bool, request: pytest.FixtureRequest) -> None:
     """A rank is killed at a random moment of a save, `--kills` times in a row; every restart goes on from the newest
     committed checkpoint, and the losses of all steps are those of the run that nobody killed."""
