@@ -23,14 +23,13 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, RemoveColumnsCollator
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
 
 from .arguments.base_order import check_base_order
 from .checkpoint.directory.save import Save
 from .checkpoint.directory.verify import MARKER
-from .checkpoint.files.repository import AVERAGE_FOLDER, copy_average, drop_average, unlink_link, unlink_links
+from .checkpoint.files.repository import AVERAGE_FOLDER, drop_average, prepare_push, unlink_link
 from .checkpoint.hub.card import write_model_card
 from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
@@ -38,12 +37,9 @@ from .checkpoint.state.file import AVERAGE
 from .checkpoint.state.training_state import load_training_state
 from .data.domain_column import domain_names
 from .data.loader import DataParallelLoader, FillerBatch
-from .data.ordered import COLUMNS, brings_order, is_run, stack, wrapped
-from .data.streaming.lane_stream import LaneStream
+from .data.ordered import brings_order, is_run
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel
-from .models.sharding.parallelize import parallelize
-from .models.sharding.selfcheck import compare, try_whole
 from .models.sharding.unwrap import refuse_meta, unwrap
 from .models.token_figures import TokenFigures
 from .monitor.garbage import FreezeGarbage
@@ -56,7 +52,6 @@ from .optim.build import (
     adopt_optimizer,
     build_optimizer,
     check_elementwise,
-    check_scheduler,
     names_to_decay,
     optimizer_choice,
 )
@@ -64,16 +59,14 @@ from .optim.ema import WeightAverage
 from .optim.gradients import GradientHook, GradientPart, HookHandle
 from .optim.norm import global_norm
 from .optim.optimizer_link import OptimizerLink
-from .parallel.batch import DOMAIN
 from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
-from .parallel.run_watch import Limits, RunWatch
+from .parallel.run_watch import RunWatch
 from .parallel.together import together
 from .parallel.zero.segment import ShardedWeights
 from .plan.make import plan_of_trainer
 from .plan.result import Plan
 from .prepare.checkpointing_switches import note_switches
-from .prepare.frozen import check_tokenizer, freeze
 from .prepare.mlp_chunks import refuse_hooks
 from .prepare.setup import check_frozen, end_run, prepare_training, start_run
 from .prepare.training_state import TrainingState
@@ -85,38 +78,44 @@ from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.batch_warmup import batch_metrics, with_batch_warmup
 from .training.checkpointer import (
     Checkpointer,
+    copied_state,
     load_rest,
     load_weights,
+    taking_states,
     write_companions,
     write_generators,
     write_trainer_state,
 )
+from .training.collating import collator_of
+from .training.constructor import check_given
 from .training.data_fit import check_evaluable, fitted
 from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
 from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
 from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
-from .training.gradients import GradientAccess, WrittenWeights, check_model, note_frozen, users_callbacks
+from .training.given_models import check_parallel, frozen_beside, place_in_words, shard_stock
+from .training.gradients import GradientAccess, WrittenWeights, check_model, may_write_weights, note_frozen
 from .training.log_line import LogLine
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
-from .training.metrics_detail import MetricsDetail, without_printing
+from .training.metrics_detail import MetricsDetail, tell_callbacks
 from .training.nonfinite import NonFiniteGuard
 from .training.optimizer import group_of, link_optimizer, make_average, matrix_layouts
 from .training.parametrization import check_parametrization, check_resumed, parametrization_state, update_rules
-from .training.phases import IN_STEP, PHASES
+from .training.phases import watch_run
 from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
-from .training.reporting import Reports, check_reports
+from .training.reporting import Reports
 from .training.run_report import RunReport, logs_next, report_memory
 from .training.signals import StopSignals
 from .training.snapshots import MemorySnapshots
+from .training.step.calls import refuse_missing, refuse_stray
 from .training.step.context import check_batch
 from .training.step.custom_loss import LossChoice
 from .training.step.forward_pass import ForwardPass
 from .training.step.micro_batches import Window, make_micro_batches
 from .training.step.train_step import TrainStep
-from .training.trainer_methods import LIBRARIES, check_methods, is_overridden
+from .training.trainer_methods import LIBRARIES, check_methods, is_overridden, is_subclass
 from .training_args import NanotronTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -167,17 +166,7 @@ class NanotronTrainer(Trainer):
         doremi: DoReMi | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, NanotronTrainingArguments):
-            raise ValueError(
-                f"NanotronTrainer needs `args` of type NanotronTrainingArguments, which hold the parallel sizes, not "
-                f"{type(args).__name__}."
-            )
-        args.check()
-        check_reports(args)
-        refuse_arguments(positional, kwargs)
-        check_methods(self)
-        if not is_overridden(self, "create_scheduler") and not any(kwargs.get("optimizers") or ()):
-            check_scheduler(args)
+        args = check_given(self, args, positional, kwargs)
         self._mesh: ParallelMesh | None = None
         if model is not None:
             model = self._parallel_model(model, args)
@@ -217,17 +206,11 @@ class NanotronTrainer(Trainer):
         self._report = RunReport(self.throughput)
         self._log_line = LogLine((self.throughput, self._uploads))
         self.callback_handler.callbacks.insert(0, self.throughput)  # before a user's, which may evaluate or save
-        self._garbage = FreezeGarbage()
-        self.add_callback(self._garbage)
-        self._profiler = StepProfiler(self.mesh, self.throughput)
-        self.add_callback(self._profiler)
+        self._garbage, self._profiler = FreezeGarbage(), StepProfiler(self.mesh, self.throughput)
         self._run_log = RunLog(self.mesh, self.throughput, self.model.num_parameters(), MARKER)
-        self.add_callback(self._run_log)
-        logger.info(
-            f"mesh: tp {self.mesh.tp_size} x cp {self.mesh.cp_size} x pp {self.mesh.pp_size} x dp {self.mesh.dp_size}; "
-            "stages of this rank: "
-            + ", ".join(f"{s.index} (layers {s.layers.start}-{s.layers.stop - 1})" for s in self.model.stages)
-        )
+        for callback in (self._garbage, self._profiler, self._run_log):
+            self.add_callback(callback)
+        logger.info(place_in_words(self.model))
 
     @property  # type: ignore[override]
     def args(self) -> NanotronTrainingArguments:
@@ -369,7 +352,9 @@ class NanotronTrainer(Trainer):
             dataset = self._data_order.take(dataset) if is_training else dataset
         sampler = sampler_fn(dataset) if sampler_fn is not None else None  # it may read a column that goes next
         if brings_order(dataset) or isinstance(dataset, Dataset) or not hasattr(dataset, "column_names"):
-            collate = self._collator(dataset, description)
+            drop = partial(self._get_collator_with_removed_columns, description=description)
+            is_default = self.data_collator is self._default_collator
+            collate = collator_of(dataset, self.data_collator, is_default, drop)
         else:
             dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
         step_batches = self._data_order.step_batches if is_training else None
@@ -379,20 +364,6 @@ class NanotronTrainer(Trainer):
         if dataloader_key is not None and self.args.dataloader_persistent_workers:
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
         return loader
-
-    def _collator(self, dataset: Any, description: str) -> Callable[[list[Any]], Any]:
-        """Trainer's, which drops columns that `forward` does not name: not of datasets that bring their order, or of a
-        part of one, and not domains that have names.
-        """
-        parts = wrapped(dataset)
-        ordered = all(brings_order(part) or isinstance(part, LaneStream) for part in parts)
-        named = any(getattr(part, "domain_names", None) is not None for part in parts)
-        collate = stack if ordered and self.data_collator is self._default_collator else self.data_collator
-        collate = self._get_collator_with_removed_columns(collate, description=description)
-        if isinstance(collate, RemoveColumnsCollator):
-            kept = COLUMNS if ordered else (DOMAIN,) if named else ()
-            collate.signature_columns = [*collate.signature_columns, *kept]
-        return collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """By `data_seed` alone, at any sizes; groups by length as the run began."""
@@ -433,13 +404,8 @@ class NanotronTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """Trainer's, with an error that says what to do."""
-        try:
+        with taking_states():
             super()._load_callback_state()
-        except (TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{TRAINER_STATE_NAME} holds a state that its callback does not take ({error}); set "
-                "restore_callback_states_from_checkpoint=False, or use an earlier checkpoint."
-            ) from error
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -568,7 +534,7 @@ class NanotronTrainer(Trainer):
 
         Returns the mean loss of the whole step, over all ranks, with the last micro-batch, and zero before.
         """
-        self._refuse_stray_call()
+        refuse_stray(self.is_in_train, self._stepped == self.state.global_step)
         self._windows.before_micro_batch(inputs, self.state.global_step + 1)
         if self.args.include_num_input_tokens_seen != "no":  # Trainer communicates after each micro-batch
             self._windows.read_verdict()
@@ -582,7 +548,7 @@ class NanotronTrainer(Trainer):
         """A whole step but for the optimizer's part: micro-batches, schedule, hooks, norm, verdict, report."""
         assert self._link is not None
         step, mixture, batches = self.state.global_step, self.model.mixture, [batch for batch, _ in window]
-        has_items = self._check_labels(window)
+        has_items = self._windows.has_items(window, lambda: self._loss_choice.needs_labels)
         loss_choice = self._follow_loss()
         micro_batches = make_micro_batches(
             window, self._prepare_inputs, self.training_state, loss_choice.is_mean_of_means
@@ -656,11 +622,7 @@ class NanotronTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         """Over the whole model, before clipping."""
-        if self._stepped != self.state.global_step:
-            raise ValueError(
-                "training_step did not call super() for the last micro-batch of this step, with which the step runs. "
-                "To leave a batch out, give it labels of -100."
-            )
+        refuse_missing(self._stepped == self.state.global_step)
         return self._norm
 
     # ---- log, evaluate, save ----
@@ -668,7 +630,9 @@ class NanotronTrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Trainer's, by the flags of all ranks, and not after a step whose gradient ends the run."""
         assert self._flow is not None
-        self._log_detail(self._detail.end_step())
+        if detail := self._detail.end_step():
+            self.weights.wait()
+            self.control = tell_callbacks(self.callback_handler, self.args, self.state, self.control, detail)
         for _ in self._flow.turns(lambda: self.control, self.state.global_step):
             control = self.control
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
@@ -696,10 +660,8 @@ class NanotronTrainer(Trainer):
     def _write_snapshot(self, save: Save) -> None:
         self._write_state(save)
         if self.mesh.rank == 0:
-            state = copy.copy(self.state)
-            state.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)  # which a save adds to
-            write_trainer_state(state, (*self.callback_handler.callbacks, self.control), save.directory)
-            save.files.append(save.directory / TRAINER_STATE_NAME)
+            holders = *self.callback_handler.callbacks, self.control
+            save.files.append(write_trainer_state(copied_state(self.state), holders, save.directory))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds throughput, memory, loads of experts, domains and uploads to lines with a loss; redacts secrets."""
@@ -717,15 +679,6 @@ class NanotronTrainer(Trainer):
         for name in [name for name, value in logs.items() if isinstance(value, str)]:
             logs[name] = redacted(name, logs[name])  # log lines become part of every checkpoint
         super().log(logs, start_time)
-
-    def _log_detail(self, metrics: dict[str, float]) -> None:
-        """Hand statistics of single tensors to callbacks. They are too many for the history in each checkpoint."""
-        if metrics:
-            self.weights.wait()
-            with without_printing(self.callback_handler):
-                self.control = self.callback_handler.call_event(
-                    "on_log", self.args, self.state, self.control, logs=metrics
-                )
 
     def store_flos(self) -> None:
         """Trainer sums over all ranks; those that see the same batch count once."""
@@ -781,7 +734,7 @@ class NanotronTrainer(Trainer):
         check_shared(self.mesh, directory, "output_dir")
         save_hub_model(self.model, directory)
         if self._average is not None:
-            with self._averaged():
+            with self._checkpointer.averaged(self._average):
                 save_hub_model(self.model, directory / AVERAGE_FOLDER)
         elif self.mesh.rank == 0:
             drop_average(directory)
@@ -842,7 +795,8 @@ class NanotronTrainer(Trainer):
         """
         has_own_loss = self._loss_choice.is_own
         evaluation = self._evaluation.over(dataloader, description, has_own_loss)
-        with self._averaged(self.args.ema_evaluate), self._guard.evaluating(), evaluation as announced:
+        averaged = self._checkpointer.averaged(self._average if self.args.ema_evaluate else None)
+        with averaged, self._guard.evaluating(), evaluation as announced:
             output = super().evaluation_loop(
                 announced, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -984,7 +938,7 @@ class NanotronTrainer(Trainer):
         """The Hub's files of a checkpoint, by all ranks together."""
         self._checkpointer.write_model(save, self.model, with_weights)
         if with_weights and self._average is not None:
-            with self._averaged():
+            with self._checkpointer.averaged(self._average):
                 self._checkpointer.write_model(save, self.model, with_weights, AVERAGE_FOLDER)
 
     @property
@@ -998,32 +952,6 @@ class NanotronTrainer(Trainer):
 
     # ---- parts of the overrides ----
 
-    def _refuse_stray_call(self) -> None:
-        """`training_step` is for Trainer's loop, once for each batch."""
-        if not self.is_in_train:
-            raise ValueError(
-                "training_step was called outside of train(): it collects the micro-batches of a step, and runs the "
-                "pipeline over all of them. Call train(max_steps=...), or model.eval() and the model for a loss alone."
-            )
-        if self._stepped == self.state.global_step:
-            raise ValueError(
-                "training_step was called again after the last micro-batch of a step, whose gradients are reduced by "
-                "then. Call super().training_step once for each batch; use gradient_accumulation_steps for more."
-            )
-
-    def _check_labels(self, window: Window) -> bool:
-        """Whether the predicted tokens of a window are counted, which takes `labels`."""
-        inputs, items = window[-1]
-        if isinstance(items, torch.Tensor):
-            return True
-        self._windows.read_verdict()  # of what is wrong with the data, rather than of this
-        if self._loss_choice.needs_labels or self._windows.counted:
-            raise ValueError(
-                f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
-                "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
-            )
-        return False
-
     @property
     def _loss_choice(self) -> LossChoice:
         """Whose loss is trained now."""
@@ -1034,9 +962,7 @@ class NanotronTrainer(Trainer):
 
     def _watch(self) -> RunWatch:
         """While it is entered, a rank that is gone ends the others, and a stall is told."""
-        timeout = self.args.stall_timeout
-        limits = Limits(self.args.stall_warning, float(self.args.ddp_timeout if timeout is None else timeout))
-        return RunWatch(self.mesh, limits, PHASES, lambda phase: self.state.global_step + (phase in IN_STEP))
+        return watch_run(self.mesh, self.args, lambda: self.state.global_step)
 
     def _open_reports(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -1082,19 +1008,6 @@ class NanotronTrainer(Trainer):
         """Whether learning rates are those of the arguments."""
         return self._created_lr_scheduler and not is_overridden(self, "create_scheduler")
 
-    @contextlib.contextmanager
-    def _averaged(self, wanted: bool = True) -> Iterator[None]:
-        """Around what the model is to do as the moving average of its weights, if there is one."""
-        if self._average is None or not wanted:
-            yield
-            return
-        self._checkpointer.hold()
-        with self._average.in_place():
-            try:
-                yield
-            finally:
-                self._checkpointer.hold()
-
     def _optimizer_choice(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         if self.optimizer_cls_and_kwargs is not None:
             return self.optimizer_cls_and_kwargs
@@ -1106,9 +1019,7 @@ class NanotronTrainer(Trainer):
 
     def _link_optimizer(self) -> OptimizerLink:
         """See `link_optimizer`. New weights are compared if a callback is called before the next forward."""
-        events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
-        compares = any(users_callbacks(self.callback_handler.callbacks, event) for event in events)
-        host = self.training_state.host
+        compares, host = may_write_weights(self.callback_handler.callbacks), self.training_state.host
         self._link = link_optimizer(self._link, self.optimizer, self.model, self.weights, host, compares)
         self._link.before_write = self._checkpointer.hold
         return self._link
@@ -1142,34 +1053,19 @@ class NanotronTrainer(Trainer):
         """With `push_to_hub`."""
         if self.args.push_to_hub:
             if self.is_world_process_zero():
-                output_dir = Path(cast(str, self.args.output_dir))
-                unlink_links(output_dir)
                 is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
                 is_pushed = self.args.hub_strategy != "end" and (self.args.hub_always_push or not is_busy)
-                if is_pushed:  # Trainer copies the weights then
-                    copy_average(directory, output_dir)
+                prepare_push(directory, Path(cast(str, self.args.output_dir)), is_pushed)
             self._push_from_checkpoint(str(directory))
 
     def _parallel_model(self, model: PreTrainedModel, args: NanotronTrainingArguments) -> ParallelModel:
         model = unwrap(model)
         if isinstance(model, ParallelModel):
-            if model.parallel != args.parallel:
-                raise ValueError(
-                    f"the model was made for {model.parallel}, but the training arguments say {args.parallel}; pass "
-                    "`parallel=args.parallel` when you make the model."
-                )
-            if model.adapters and not self.trains_adapters:
-                raise ValueError(
-                    "the model has adapters of another trainer, which this one would not save. Go on with that "
-                    "trainer, or merge them into the base first (PEFT's merge_and_unload) and load the result."
-                )
+            check_parallel(model, args, self.trains_adapters)
         else:
             refuse_meta(model)
             self._mesh = self._mesh or ParallelMesh(args.parallel, args.ddp_timeout_delta)
-            trial = try_whole(model, self._mesh)
-            model = parallelize(model, self._mesh)
-            model.to(self._mesh.device)  # type: ignore[arg-type]
-            compare(model, trial)
+            model = shard_stock(model, self._mesh)
         if model.streams is not None:
             model.streams.seed = args.seed
         return model
@@ -1178,14 +1074,8 @@ class NanotronTrainer(Trainer):
         """A frozen model that sees the windows which the model at hand trains on."""
         if model is None:
             return None
-        frozen, args = self._parallel_model(model, self.args), self.args
-        together(
-            self.mesh,
-            f"comparing tokenizers with the {what}'s",
-            lambda: check_tokenizer(frozen, self.processing_class, what),
-        )
-        prepared = freeze(frozen, self.model, args.bf16, args.attention, what)
-        return ForwardPass(prepared, self.model.own_columns - frozen.own_columns)
+        frozen = self._parallel_model(model, self.args)
+        return frozen_beside(frozen, self.model, self.args, self.processing_class, what)
 
     def _take_up_model(self) -> None:
         """Prepare, train, watch and evaluate the model at hand: `model_init` makes a new one for each run."""
@@ -1213,24 +1103,3 @@ class NanotronTrainer(Trainer):
         self._domains = DomainLog(model, self.train_dataset)
         self._windows = WindowAgreement(self.window_check, self._guard, self._examine)
         self._evaluation = EvaluationRun(self.window_check, self.accelerator, model)
-
-
-def is_subclass(trainer: NanotronTrainer) -> bool:
-    """Whether a user has derived its class: it may do anything between the parts of a step."""
-    return type(trainer).__module__.partition(".")[0] != "hf_nanotron"
-
-
-def refuse_arguments(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse the Trainer arguments that cannot be honoured."""
-    if positional:
-        raise ValueError("NanotronTrainer takes `model` and `args` by position and the rest by name.")
-    if kwargs.get("optimizer_cls_and_kwargs") is not None:
-        check_elementwise(kwargs["optimizer_cls_and_kwargs"][0], "optimizer_cls_and_kwargs")
-    optimizer, scheduler = kwargs.get("optimizers") or (None, None)
-    if optimizer is not None:
-        check_elementwise(type(optimizer), "optimizers")
-    elif scheduler is not None:
-        raise ValueError(
-            "optimizers=(None, scheduler): a scheduler sets the learning rate of the optimizer it was made for. Pass "
-            "both, or `lr_scheduler_type` with `lr_scheduler_kwargs`."
-        )

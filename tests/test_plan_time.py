@@ -25,9 +25,11 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.parallel.pipeline.schedule import Action, build_table, compute_order
 from hf_nanotron.plan.default_rates import assumed_links, default_rates, refuse_other_gpu
 from hf_nanotron.plan.job import Job
+from hf_nanotron.plan.layer_time import optimizer_seconds
 from hf_nanotron.plan.layer_work import WorkTable, seen_keys
 from hf_nanotron.plan.links import collective_seconds
 from hf_nanotron.plan.measure_rates import groups_to_measure, measure_rates
+from hf_nanotron.plan.options import Options
 from hf_nanotron.plan.rates import LinkRate, load_rates, product_seconds
 from hf_nanotron.plan.schedule_time import play
 from hf_nanotron.plan.step_time import step_time
@@ -89,6 +91,17 @@ def test_measured_rows_are_those_of_the_notebook() -> None:
     step_alone = [row["name"] for row in rows if f"{row['tokens_per_second']:,}" not in text]
     assert step_alone == ["mixture, ep 2, micro-batches of 1"] and "a step of 726 ms" in text  # said as a time there
     assert all(row["section"] in text for row in rows)
+
+
+def test_a_state_on_the_host_takes_what_was_measured() -> None:
+    """An optimizer's step over 10^9 elements with fp32 moments ("The optimizer's state on the host"), on one H200."""
+    on_device = Options(
+        item=2, compiled=True, fp8=False, fp8_skipped=frozenset(), policy="none", recomputed=None, offload=0.0,
+        mlp_chunks=False, optimizer="adamw_torch_fused", moment=4, state_offload=0.0, capacity=False,
+    )  # fmt: skip
+    on_host = replace(on_device, state_offload=1.0)
+    assert optimizer_seconds(H200, on_device, 1e9, list, 1) == pytest.approx(0.008, rel=0.2)
+    assert optimizer_seconds(H200, on_host, 1e9, list, 1) == pytest.approx(0.264, rel=0.05)
 
 
 def test_parts_and_timeline_add_up(measured: list[Any]) -> None:

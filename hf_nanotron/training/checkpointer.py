@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -220,6 +221,19 @@ class Checkpointer:
             self._copies.hold()
         self._snapshots.hold()
 
+    @contextlib.contextmanager
+    def averaged(self, average: WeightAverage | None) -> Iterator[None]:
+        """Around what the model is to do as the moving average of its weights, if there is one."""
+        if average is None:
+            yield
+            return
+        self.hold()
+        with average.in_place():
+            try:
+                yield
+            finally:
+                self.hold()
+
     def hold_weights(self, weights: ShardedWeights) -> None:
         """A user's code may write to the model's weights, which may be the masters themselves."""
         are_apart = all(segment.weight is not None for segment in weights.segments)
@@ -417,8 +431,15 @@ def write_companions(args: NanotronTrainingArguments, tokenizer: Any, directory:
     torch.save(args, directory / "training_args.bin")
 
 
-def write_trainer_state(state: TrainerState, holders: Iterable[Any], directory: Path) -> None:
-    """Step, log history and the states of `holders` (callbacks, control), as Trainer writes them."""
+def copied_state(state: TrainerState) -> TrainerState:
+    """For `write_trainer_state`, which adds to it, where the run's own is to stay as it is."""
+    found = copy.copy(state)
+    found.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
+    return found
+
+
+def write_trainer_state(state: TrainerState, holders: Iterable[Any], directory: Path) -> Path:
+    """Step, log history and the states of `holders` (callbacks, control), as Trainer writes them: the file."""
     for holder in holders:
         if isinstance(holder, ExportableState):
             name, own = type(holder).__name__, redacted("", holder.state(), None)
@@ -427,7 +448,21 @@ def write_trainer_state(state: TrainerState, holders: Iterable[Any], directory: 
                 states[name].append(own)
             else:
                 states[name] = own
-    state.save_to_json(str(directory / TRAINER_STATE_NAME))
+    path = directory / TRAINER_STATE_NAME
+    state.save_to_json(str(path))
+    return path
+
+
+@contextlib.contextmanager
+def taking_states() -> Iterator[None]:
+    """Around what hands the callbacks their states, with an error that says what to do."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{TRAINER_STATE_NAME} holds a state that its callback does not take ({error}); set "
+            "restore_callback_states_from_checkpoint=False, or use an earlier checkpoint."
+        ) from error
 
 
 def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights) -> None:

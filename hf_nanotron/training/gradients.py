@@ -126,6 +126,13 @@ def note_frozen(model: ParallelModel) -> None:
     model.cut.frozen = frozenset(name for name, votes in zip(names, told, strict=True) if votes < 0)
 
 
+def may_write_weights(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether a user's callback is called between an update and the next forward."""
+    events = ("on_optimizer_step", "on_step_end", "on_step_begin", "on_epoch_begin", "on_epoch_end", "on_save")
+    every = list(callbacks)
+    return any(users_callbacks(every, event) for event in events)
+
+
 def users_callbacks(callbacks: Iterable[TrainerCallback], event: str) -> list[TrainerCallback]:
     """Those that a user has written, and that do something at `event`."""
     return [

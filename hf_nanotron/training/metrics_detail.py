@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..arguments.watching import DETAIL_STEPS, detail_names
 from ..models.base import ParallelModel
@@ -180,6 +180,15 @@ def counted_tokens(batch: dict[str, Any], multiple: int) -> torch.Tensor:
         mask = ones_like_tokens(batch) if mask is None or mask.dim() != 2 else mask
         mask = F.pad(mask, (0, -mask.shape[1] % multiple))
     return mask
+
+
+def tell_callbacks(
+    handler: Any, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float]
+) -> TrainerControl:
+    """Hand statistics of single tensors to callbacks. They are too many for the history in each checkpoint."""
+    with without_printing(handler):
+        told: TrainerControl = handler.call_event("on_log", args, state, control, logs=metrics)
+    return told
 
 
 @contextlib.contextmanager

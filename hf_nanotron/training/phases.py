@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ..parallel.mesh import ParallelMesh
+from ..parallel.run_watch import Limits, RunWatch
+from ..training_args import NanotronTrainingArguments
+
 _OWN = "hf_nanotron"
 _TRAINER = f"{_OWN}.trainer"
 
@@ -51,3 +57,10 @@ IN_STEP = frozenset(
         "update",
     )
 )
+
+
+def watch_run(mesh: ParallelMesh, args: NanotronTrainingArguments, steps: Callable[[], int]) -> RunWatch:
+    """Around what a rank does by these phases. `steps` says how many optimizer steps are done."""
+    timeout = args.ddp_timeout if args.stall_timeout is None else args.stall_timeout
+    limits = Limits(args.stall_warning, float(timeout))
+    return RunWatch(mesh, limits, PHASES, lambda phase: steps() + (phase in IN_STEP))

@@ -244,6 +244,11 @@ def is_overridden(trainer: Trainer, name: str) -> bool:
     return any(not is_hidden for _, _, is_hidden in _overrides(trainer, name))
 
 
+def is_subclass(trainer: Trainer) -> bool:
+    """Whether a user has derived its class: it may do anything between the parts of a step."""
+    return type(trainer).__module__.partition(".")[0] != "hf_nanotron"
+
+
 def _overrides(trainer: Trainer, name: str) -> Iterator[tuple[Any, str, bool]]:
     """The user's functions of that name, where each is, and whether ours keeps it from being called."""
     holders: list[tuple[Any, str, bool]] = [(vars(trainer), "the trainer itself", True)]

@@ -24,8 +24,9 @@ from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together
 from ..plan.result import Plan
-from ..trainer import NanotronTrainer, refuse_arguments
+from ..trainer import NanotronTrainer
 from ..training.agreement.values import check_shared
+from ..training.constructor import refuse_arguments
 from .arguments import check_trainer_arguments
 from .config import NanotronSFTConfig
 from .data import check_eval_data, check_train_data

@@ -51,6 +51,13 @@ def drop_average(directory: Path) -> None:
         folder.rmdir()
 
 
+def prepare_push(checkpoint: Path, folder: Path, is_pushed: bool) -> None:
+    """A folder that Trainer is about to push, into which it copies the weights of a checkpoint if `is_pushed`."""
+    unlink_links(folder)
+    if is_pushed:
+        copy_average(checkpoint, folder)
+
+
 def copy_average(source: Path, target: Path) -> None:
     """The average of one repository, if it has one, in the place of that of another."""
     drop_average(target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,23 @@ class WindowAgreement:
         if across_devices:
             return to_device(pending.count, device)
         return to_device(torch.tensor(max(count, 1) * self.check.mesh.dp_size), device)
+
+    def has_items(self, window: Sequence[tuple[dict[str, Any], Any]], needs_labels: Callable[[], bool]) -> bool:
+        """Whether the predicted tokens of a step's window are counted, which takes `labels`.
+
+        Args:
+            needs_labels: whether the loss that is trained does.
+        """
+        inputs, items = window[-1]
+        if isinstance(items, torch.Tensor):
+            return True
+        self.read_verdict()  # of what is wrong with the data, rather than of this
+        if needs_labels() or self.counted:
+            raise ValueError(
+                f"the batches have no `labels` (they have {sorted(inputs)}); tokenise with labels, or use "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+            )
+        return False
 
     def before_micro_batch(self, inputs: Any, step: int) -> None:
         """Tell of `inputs`, if that is not done yet: an overridden `get_batch_samples` may have read them."""
