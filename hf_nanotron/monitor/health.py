@@ -84,7 +84,7 @@ class Odd:
 def check_health(mesh: ParallelMesh) -> list[Odd]:
     """Measure, and have rank 0 log what is found: a line, and a warning for what is odd. All ranks together.
 
-    A GPU takes 2 s or less. Nothing is odd in a job of one process, which has nothing to compare.
+    Nothing is odd in a job of one process, which has nothing to compare.
 
     Returns:
         What is odd, the same on every rank.
