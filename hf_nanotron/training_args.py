@@ -320,8 +320,8 @@ class NanotronTrainingArguments(SecretlessArguments):
     )
     health_check: bool = _option(
         False,
-        "Before the first step, compare the speed of all devices and links (2 s on GPUs), and name what is slower than "
-        "the others or computes other numbers.",
+        "Before the first step, compare the speed of all devices and links, and name what is slower than the others or "
+        "computes other numbers.",
     )
     stall_warning: float = _option(
         60.0,

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -16,7 +17,10 @@ from pool import WorkerPool
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, Trainer as StockTrainer, TrainerCallback, TrainingArguments, set_seed
 
+from hf_nanotron import ParallelConfig
 from hf_nanotron.arguments.launch import check_launch
+from hf_nanotron.parallel import roll_call
+from hf_nanotron.parallel.mesh import ParallelMesh
 
 STEPS = 6
 
@@ -336,3 +340,21 @@ def alone(directory: str) -> None:
 
 def test_others_wait_elsewhere(pool: WorkerPool, tmp_path: Path) -> None:
     pool.run(2, alone, str(tmp_path))
+
+
+def questions(seconds: float) -> int:
+    """How often ranks are asked where they are while the last of four, in another block than the first, is away."""
+    mesh = ParallelMesh(ParallelConfig())
+    store = dist.PrefixStore("roll_call", dist.distributed_c10d._get_default_store())
+    mesh.assemble("to begin")
+    before = store.add("asked", 0)
+    with mock.patch.object(roll_call, "BLOCK", 2):
+        if mesh.rank == 3:
+            time.sleep(seconds)
+        mesh.assemble("to meet")
+    return int(store.add("asked", 0)) - before
+
+
+def test_one_rank_asks_for_all_that_wait(pool: WorkerPool) -> None:
+    """Each of three would have asked by then, every two seconds."""
+    assert all(1 <= count <= 2 for count in pool.run(4, questions, 6.5))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stalled
+import torch.distributed as dist
 from pool import WorkerPool
 
 from hf_nanotron.parallel import flight_record, run_watch
 from hf_nanotron.parallel.flight_record import Call
+from hf_nanotron.parallel.neighbours import Neighbours
 from hf_nanotron.parallel.stall_table import RankState, in_short, table, verdict
 from hf_nanotron.training.phases import IN_STEP, PHASES
 
@@ -82,8 +85,8 @@ def stall(directory: str, scenarios: list[dict[str, Any]]) -> list[tuple[list[st
 
 STALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("forward", "all_reduce", {}),
-    ("save", "all_reduce", {}),
     ("data", "all_gather|all_reduce", {}),  # of the second step
+    ("save", "all_reduce", {}),
     ("backward", "all_reduce|reduce_scatter", {"zero_stage": 2}),
     ("reduce", "all_reduce|reduce_scatter", {}),
     ("evaluation", "all_reduce|all_gather", {}),
@@ -91,7 +94,7 @@ STALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("forward", "message", {"pp_size": 2}),
     ("forward", "all_reduce|all_gather|reduce_scatter", {"tp_size": 2}),
 ]
-DEFAULT = 3
+DEFAULT = 1
 
 
 def test_a_stall_names_rank_and_collective(pool: WorkerPool, tmp_path: Path, pytestconfig: pytest.Config) -> None:
@@ -124,6 +127,25 @@ def line_of(text: str) -> int:
 
 
 # ---- ranks that die ----
+
+
+def test_strangers_at_the_door() -> None:
+    """Whoever connects without the token is sent away, whatever it says; the neighbour's goodbye is heard."""
+    store, wake = dist.HashStore(), socket.socketpair()
+    first, second = (Neighbours(store, rank, 2, one_host=True) for rank in (0, 1))
+    words = ["", "1", "1 é", "é", "x " + "0" * 32, "1 " + "0" * 32, "1 " * 200]
+    strangers = [socket.create_connection(("127.0.0.1", first._door(0)["port"])) for _ in words]
+    for stranger, said in zip(strangers, words, strict=True):
+        stranger.sendall(said.encode("utf-8"))
+    for _ in range(len(words) + 2):
+        assert not list(first.wait(0.02, wake[0])) and not list(second.wait(0.02, wake[0]))
+    assert len(first._lines) == len(second._lines) == 2 and len(first._strangers) <= 1
+    second.close("ValueError: a fault")
+    heard = {lost.reason for _ in range(4) for lost in first.wait(0.1, wake[0])}  # its words, and then its end
+    assert heard == {"ValueError: a fault"}
+    first.close("")
+    for each in (*strangers, *wake):
+        each.close()
 
 
 def strike(pool: WorkerPool, folder: Path, *scenarios: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:

@@ -1,11 +1,12 @@
-"""How long process groups take at the start of a job on GPUs: one after another, and side by side.
+"""How long process groups take at the start of a job on GPUs: as torch makes them, and as a mesh does.
 
     torchrun --nproc-per-node 2 group_start.py
     torchrun --nproc-per-node 2 group_start.py --bind --losses tp_size=2
 
-Rank 0 prints one line of JSON: seconds of as many communicators of all ranks, made by `new_group` and connected by a
-first sum each, or connected in lanes at the same time; seconds of a mesh; with `--losses`, the losses of a tiny model
-in that layout, which say that a step is right.
+Rank 0 prints a line of JSON for each part when it is done, so that a run that stands still says where: seconds of the
+job's first sum, of a mesh, of as many communicators of all ranks made by `new_group` and by a mesh's way, each with a
+first sum; with `--losses`, the losses of a tiny model in that layout, which say that a step is right. A first step
+compiles: that takes longest.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from hf_nanotron.parallel.communicators import connect_side_by_side, make_process_group
+from hf_nanotron.parallel.communicators import make_process_group
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 
@@ -36,21 +38,26 @@ def timed(action: Callable[[], object]) -> float:
     return round(float(seconds), 3)
 
 
-def in_turn(count: int) -> None:
-    """As `new_group` and first use do it."""
+def use(group: dist.ProcessGroup | None) -> None:
+    """As a mesh connects a group."""
+    dist.all_reduce(torch.ones(1, device="cuda"), group=group)
+    torch.cuda.synchronize()
+
+
+def by_new_group(count: int) -> None:
     for _ in range(count):
-        dist.all_reduce(torch.ones(1, device="cuda"), group=dist.new_group(list(range(dist.get_world_size()))))
+        use(dist.new_group(list(range(dist.get_world_size()))))
 
 
-def side_by_side(count: int, lanes: int) -> None:
-    """As a mesh does it."""
-    ranks, store = range(dist.get_world_size()), dist.distributed_c10d._get_default_store()
-    made: list[list[dist.ProcessGroup]] = []
-    for lane in range(lanes):
-        own = dist.PrefixStore(f"lane {lanes} {lane}", store.clone())
-        names = [f"{lanes} {lane} {i}" for i in range(count // lanes)]
-        made.append([make_process_group(ranks, own, name, None) for name in names])
-    connect_side_by_side(made, None, torch.device("cuda", torch.cuda.current_device()))
+def by_members(count: int) -> None:
+    store = dist.PrefixStore("group_start", dist.distributed_c10d._get_default_store())
+    for number in range(count):
+        use(make_process_group(range(dist.get_world_size()), store, f"group_start {number}", None))
+
+
+def tell(**found: object) -> None:
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
 
 
 def losses(layout: dict[str, int]) -> list[float]:
@@ -61,8 +68,9 @@ def losses(layout: dict[str, int]) -> list[float]:
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = LlamaConfig(vocab_size=512, num_hidden_layers=4, **sizes)
+    folder = os.path.join(tempfile.gettempdir(), "group_start")
     args = NanotronTrainingArguments(
-        "/tmp/group_start", max_steps=3, logging_steps=1, per_device_train_batch_size=2, bf16=True, learning_rate=1e-3,
+        folder, max_steps=3, logging_steps=1, per_device_train_batch_size=2, bf16=True, learning_rate=1e-3,
         gradient_accumulation_steps=4, save_strategy="no", report_to="none", disable_tqdm=True, **layout,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -87,19 +95,14 @@ def main() -> None:
     dist.init_process_group("nccl", device_id=device if given.bind else None)
     dist.all_reduce(torch.ones(1, device=device))
     torch.cuda.synchronize()
-    found: dict[str, object] = {"ranks": dist.get_world_size(), "bound": given.bind}
-    found["job"] = round(time.perf_counter() - began, 3)
+    tell(ranks=dist.get_world_size(), bound=given.bind, job=round(time.perf_counter() - began, 3))
     meshes: list[ParallelMesh] = []
     layout = {name: int(size) for name, _, size in (item.partition("=") for item in given.losses or [])}
-    found["mesh"] = timed(lambda: meshes.append(ParallelMesh(ParallelConfig(**layout))))  # type: ignore[arg-type]
-    found[f"{given.groups} in turn"] = timed(lambda: in_turn(given.groups))
-    found[f"{given.groups} in one lane"] = timed(lambda: side_by_side(given.groups, 1))
-    found[f"{given.groups} in two lanes"] = timed(lambda: side_by_side(given.groups, 2))
-    found[f"{given.groups} all at once"] = timed(lambda: side_by_side(given.groups, given.groups))
+    tell(mesh=timed(lambda: meshes.append(ParallelMesh(ParallelConfig(**layout)))))  # type: ignore[arg-type]
+    tell(groups=given.groups, by_new_group=timed(lambda: by_new_group(given.groups)))
+    tell(groups=given.groups, by_members=timed(lambda: by_members(given.groups)))
     if given.losses is not None:
-        found["losses"] = losses(layout)
-    if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
+        tell(losses=losses(layout))
     dist.destroy_process_group()
 
 

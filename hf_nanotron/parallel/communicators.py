@@ -1,4 +1,4 @@
-"""Process groups that their members make alone, and NCCL communicators that connect side by side.
+"""Process groups that their members make alone, in one order on all of them.
 
 `torch.distributed.new_group` is a call of all ranks for each group of each of them, which at ten thousand ranks is
 thousands of calls. With `use_local_synchronization` the members alone call it, but they meet under a name that torch
@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, cast
 
@@ -56,29 +55,23 @@ class Communicators:
     def make(self, connections: Sequence[Connection]) -> None:
         """Make the process groups of those that have none. A collective operation of their members.
 
+        Each is made when the one before is connected, and those that ranks have in common in one order on all of them,
+        whatever the order of `connections`: else ranks could wait for each other in a circle.
+
         Raises:
             RuntimeError: after `destroy`.
         """
-        wanted = [connection for connection in dict.fromkeys(connections) if connection.made is None]
-        job = [connection for connection in wanted if self._is_of_job(connection)]
-        for connection in job:
-            connection.made = dist.group.WORLD
-        wanted = [connection for connection in wanted if connection.made is None]
-        if wanted and self._is_closed:
-            raise RuntimeError(f"the mesh was closed, and its group {wanted[0].name} is used; make a mesh anew.")
-        on_gpu = self.device.type == "cuda" and not is_rehearsal()
-        lanes: dict[bool, list[dist.ProcessGroup]] = {False: [], True: []}
-        store = _job_store()
-        for apart in sorted({connection.multiprocessors is not None for connection in wanted}):
-            # Lanes wait for keys of the store at the same time, and a connection to it holds one wait.
-            own = dist.PrefixStore(self._prefix, store.clone() if on_gpu else store)
-            for connection in wanted:
-                if (connection.multiprocessors is not None) == apart:
-                    connection.made = self._make_one(connection, own)
-                    self.references.append(weakref.ref(connection.made))
-                    lanes[apart].append(connection.made)
-        if on_gpu and (wanted or job):
-            connect_side_by_side(list(lanes.values()), job[0].made if job else None, self.device)
+        wanted = {connection for connection in connections if connection.made is None}
+        for connection in sorted(wanted, key=lambda each: (len(each.ranks), each.ranks, each.multiprocessors or 0)):
+            if self._is_of_job(connection):
+                connection.made = dist.group.WORLD
+            elif self._is_closed:
+                raise RuntimeError(f"the mesh was closed, and its group {connection.name} is used; make a mesh anew.")
+            else:
+                connection.made = self._make_one(connection)
+                self.references.append(weakref.ref(connection.made))
+            if self.device.type == "cuda" and not is_rehearsal():
+                _connect(connection.made, self.device)
 
     def destroy(self) -> None:
         """Destroy them, for good."""
@@ -103,11 +96,7 @@ class Communicators:
     def _is_of_job(self, connection: Connection) -> bool:
         return connection.multiprocessors is None and len(connection.ranks) == dist.get_world_size()
 
-    @property
-    def _prefix(self) -> str:
-        return f"mesh {self.number} {self._generation}"
-
-    def _make_one(self, connection: Connection, store: Any) -> dist.ProcessGroup:
+    def _make_one(self, connection: Connection) -> dist.ProcessGroup:
         ranks, options = connection.ranks, None
         if connection.multiprocessors is not None:
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -115,11 +104,9 @@ class Communicators:
         # Of the ranks, not of the axis: others of the group may use it under another name first.
         digest = hashlib.sha1(" ".join(map(str, ranks)).encode(), usedforsecurity=False).hexdigest()[:16]
         name = f"mesh_{self.number}_{digest}" + ("_apart" if options else "")
+        prefix = f"mesh {self.number} {self._generation}"
+        store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         return make_process_group(ranks, store, name, self.timeout, options, connection.name)
-
-
-def _job_store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def make_process_group(
@@ -131,22 +118,21 @@ def make_process_group(
         ranks: of the job, ascending, with this one among them.
         store: where they meet; nobody else may have used this name in it.
         name: is to be the same on all of them, and no other group of this process may have it.
-        timeout: of its collectives; None is the backend's default.
+        timeout: of its collectives; None is torch's default, half an hour.
         options: of the backend.
         description: what profiles and torch's flight recorder call it.
     """
     c10d = dist.distributed_c10d
-    backend = dist.get_backend()
     with _no_bound_device():
         group, _ = c10d._new_process_group_helper(
             len(ranks),
             ranks.index(dist.get_rank()),
             list(ranks),
-            backend,
+            dist.get_backend(),
             store,
             cast(Any, name),
             backend_options=options,
-            timeout=c10d._get_default_timeout(cast(Any, backend)) if timeout is None else timeout,
+            timeout=timeout or dist.default_pg_timeout,
             group_desc=description or name,
         )
     c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
@@ -170,37 +156,11 @@ def _no_bound_device() -> Iterator[None]:
         default.bound_device_id = bound
 
 
-def connect_side_by_side(
-    lanes: Sequence[Sequence[dist.ProcessGroup]], first: dist.ProcessGroup | None, device: torch.device
-) -> None:
-    """Let NCCL connect new process groups, which it would do when each is used first, one after another.
+def _connect(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Let NCCL connect a process group, which it would do when it is used first.
 
     A first use that is a message between two ranks would wait for the others of the group, and one in the middle of a
     step may wait for kernels that wait for it.
-
-    Args:
-        lanes: new groups. Those of a lane connect in order, which is to be the same on all ranks; the lanes do so at
-            the same time, so each needs a connection of its own to the store.
-        first: a group that is connected, or connects in this thread meanwhile.
     """
-
-    def connect(lane: Sequence[dist.ProcessGroup]) -> None:
-        with torch.cuda.device(device):
-            for group in lane:
-                group._get_backend(device).eager_connect_single_device(device)
-
-    ones = torch.ones(1 + sum(map(len, lanes)), device=device)
-    sums = []
-    with ThreadPoolExecutor(max(1, len(lanes)), "connect") as threads:
-        running = [threads.submit(connect, lane) for lane in lanes if lane]
-        if first is not None:
-            sums.append(dist.all_reduce(ones[:1], group=first, async_op=True))
-        for lane in running:
-            lane.result()
-    # Kernels of several communicators that connect at the same time could wait for each other: they come afterwards, in
-    # one order on all ranks.
-    groups = [group for lane in lanes for group in lane]
-    sums += [dist.all_reduce(ones[i : i + 1], group=group, async_op=True) for i, group in enumerate(groups, 1)]
-    for each in sums:
-        each.wait()
+    dist.all_reduce(torch.ones(1, device=device), group=group)
     torch.cuda.synchronize(device)

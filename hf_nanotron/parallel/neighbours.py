@@ -156,8 +156,8 @@ class Neighbours:
         """Only the rank before has the token."""
         self._strangers.remove(connection)
         with contextlib.suppress(OSError, ValueError):
-            rank, _, token = connection.recv(100).decode().strip().partition(" ")
-            if secrets.compare_digest(token, self._token) and int(rank) in (self.before, self.next):
+            rank, _, token = connection.recv(100).strip().partition(b" ")
+            if secrets.compare_digest(token, self._token.encode()) and int(rank) in (self.before, self.next):
                 self._lines.append(_Line(int(rank), _probed(connection)))
                 return
         connection.close()

@@ -5,7 +5,8 @@ that announces another call ends both at once. A rank that does not arrive is as
 process answers once a second: one that has ended, or waits itself, will never arrive, and the call fails; one that is
 busy (downloading, reading data, writing a file) is waited for.
 
-The store holds one set of keys for the current call and one number per rank. Training steps are not announced.
+The store holds one set of keys for the current call and one number per rank. A rank leaves asking to one that does,
+so that the store has no more to do where thousands wait. Training steps are not announced.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .rehearsal import is_rehearsal
 logger = logging.get_logger(__name__)
 
 ASK_AFTER = 2.0  # seconds until the first rank that waits asks for the others; each of the next waits longer by as much
+BLOCK = 128  # ranks whose arrivals are counted together, so that who asks reads few numbers
 WARN_AFTER = 10.0
 # A rank that stands at one place of these kinds for so many seconds waits for ranks that do not come. Outside of
 # torch's collectives it may wait for its GPU, which waits for a collective.
@@ -108,23 +110,35 @@ class RollCall:
                 f"ranks make different calls: rank {first} calls {theirs}, rank {self.rank} calls {ours}. Each must "
                 "be made on every rank, in the same order and with the same arguments.",
             )
+        store.add(f"{key}/block {ranks.index(self.rank) // BLOCK}", 1)
         arrived = store.add(f"{key}/arrived", 1)
         if arrived == len(ranks):
             store.set(f"{key}/done", "1")
-            for leaf in ("name", "arrived", "done"):  # nobody reads those of the call before any more
+            # Nobody reads those of the call before any more.
+            blocks = [f"block {block}" for block in range(-(-len(ranks) // BLOCK))]
+            for leaf in ("name", "arrived", "done", "asked", *blocks):
                 store.delete_key(f"{scope}/{number - 1}/{leaf}")
-        began, warned, ask_at = time.monotonic(), False, ASK_AFTER * arrived
+        limit, turn = timeout.total_seconds(), ASK_AFTER * arrived
+        began, warned, ask_at, asked = time.monotonic(), False, min(turn, limit), 0
         while not self._is_there(f"{key}/done"):
             waited = time.monotonic() - began
             if waited < ask_at:
                 continue
+            if (questions := store.add(f"{key}/asked", 0)) != asked:  # of others
+                if waited > limit:
+                    came = f"{store.add(f'{key}/arrived', 0):,} of {len(ranks):,} ranks"
+                    raise RuntimeError(f"{name} must be called on every rank; after {waited:.0f} s only {came} came.")
+                asked, ask_at = questions, min(waited + turn, limit)
+                continue
+            asked = store.add(f"{key}/asked", 1)
             hopeless, working = self._ask(scope, number, ranks)
             missing = {**hopeless, **working}
             what = "; ".join(f"rank {rank} {where}" for rank, where in sorted(missing.items())[:8])
-            came = ", ".join(str(rank) for rank in ranks if rank not in missing)
+            here = [str(rank) for rank in ranks if rank not in missing]
+            came = f"rank {', '.join(here)}" if len(here) <= 16 else f"{len(here):,} of {len(ranks):,} ranks"
             if missing and (not working or any(where == ENDED for where in hopeless.values())):
-                self._end(key, f"{name} must be called on every rank; only rank {came} came: {what}.")
-            if waited > timeout.total_seconds():
+                self._end(key, f"{name} must be called on every rank; only {came} came: {what}.")
+            if waited > limit:
                 raise RuntimeError(f"{name} must be called on every rank; after {waited:.0f} s {what}.")
             if waited > WARN_AFTER and not warned:
                 logger.warning(f"{name} waits for other ranks: {what}.")
@@ -156,7 +170,10 @@ class RollCall:
     def _ask(self, scope: str, number: int, ranks: Sequence[int]) -> tuple[dict[int, str], dict[int, str]]:
         """Ranks that have not come: those that never will, and those that are at work, with where they are."""
         store, question = self._store, self._store.add("asked", 1)
-        absent = [rank for rank in ranks if store.add(f"{scope}/at/{rank}", 0) < number]
+        blocks = [ranks[first : first + BLOCK] for first in range(0, len(ranks), BLOCK)]
+        counts = [store.add(f"{scope}/{number}/block {at}", 0) for at in range(len(blocks))]
+        open_ones = [block for block, count in zip(blocks, counts, strict=True) if count < len(block)]
+        absent = [rank for block in open_ones for rank in block if store.add(f"{scope}/at/{rank}", 0) < number]
         until = time.monotonic() + 1.5  # a little more than the time between two looks of those who answer
         while time.monotonic() < until and any(self._answered(rank, question) is None for rank in absent):
             time.sleep(0.1)
