@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoint.directory.commit import begin
-from ..checkpoint.directory.host_copies import HostCopies, addresses
+from ..checkpoint.directory.host_copies import HostCopies, Source, addresses
 from ..checkpoint.directory.retention import (
     any_together,
     check_together,
@@ -251,12 +251,13 @@ class Checkpointer:
             return
         errors: list[Exception] = []
 
+        def source_of(tensor: torch.Tensor) -> Source:
+            where = tensor.untyped_storage().data_ptr()
+            return Source.CHANGES if where in changing else Source.KEPT if where in in_use else Source.OWN
+
         def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
             if self.args.async_save:
-                copies = []
-                for tensor in tensors:
-                    where = tensor.untyped_storage().data_ptr()
-                    copies.append(self._host_copies().of(tensor, where in changing, where not in in_use))
+                copies = self._host_copies().of((tensor, source_of(tensor)) for tensor in tensors)
                 save.writes.append(partial(write_safetensors, path, entries, copies))
                 return
             try:
