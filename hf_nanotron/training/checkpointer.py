@@ -39,7 +39,8 @@ from ..checkpoint.hub.model import held_buffers, hub_bytes, load_hub_weights, wr
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
 from ..checkpoint.state.buffers import buffer_pieces, load_buffers
-from ..checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, state_pieces, state_values
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import DIRECTORY, load_masters, read_index, state_pieces, state_values
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
@@ -87,6 +88,7 @@ class Checkpointer:
         self._began = 0.0  # the save at hand, in seconds of the host's clock
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
         self._lock = RunLock()
+        self._read: tuple[str, StateIndex | None] | None = None  # of the checkpoint that is being resumed
 
     # ---- one call of `train` ----
 
@@ -106,8 +108,10 @@ class Checkpointer:
                 is_own = self._snapshots.holds(source)
                 self.run = start_run(self.mesh, output_dir, source, overwrite, store, is_noted=saves, is_own=is_own)
                 self._uploads.begin_run(self.run)
+                self._read = None if source is None else (source, read_index(self.mesh, source))
                 yield source
         finally:
+            self._read = None
             self.hold()
             if not self.background.is_busy:  # otherwise until it has written, and the process or the next run ends
                 self._lock.release()
@@ -148,8 +152,17 @@ class Checkpointer:
         self._saved.add(Path(source).resolve())  # with no step left, what was resumed is not written anew
         return source
 
+    def index_of(self, checkpoint: str | None) -> StateIndex | None:
+        """Of its training state; None if it has none. All ranks together; read once for the one that is resumed."""
+        if checkpoint is None:
+            return None
+        if self._read is not None and self._read[0] == checkpoint:
+            return self._read[1]
+        return read_index(self.mesh, checkpoint)
+
     def note_run(self) -> None:
         """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
+        self._read = None  # it is large
         if self.args.save_strategy != "no" and self.mesh.rank == 0:
             write_record(cast(str, self.args.output_dir), self.run, this_process())
             if self._uploads.uploader is not None:
@@ -419,9 +432,11 @@ def write_trainer_state(state: TrainerState, holders: Iterable[Any], directory: 
     state.save_to_json(str(directory / TRAINER_STATE_NAME))
 
 
-def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights) -> None:
-    """Those that are not in the training state, which follows with the optimizer: the frozen ones, or all."""
-    if not has_training_state(checkpoint):
+def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights, index: StateIndex | None) -> None:
+    """Those that are not in the training state of this `index`, which follows with the optimizer: the frozen ones, or
+    all.
+    """
+    if index is None:
         load_hub_weights(model, checkpoint)
         weights.read_from_model()
         return
@@ -432,15 +447,21 @@ def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights)
         load_hub_weights(model, checkpoint, frozen)
 
 
-def load_rest(checkpoint: str, model: ParallelModel, weights: ShardedWeights, average: WeightAverage | None) -> None:
+def load_rest(
+    checkpoint: str,
+    model: ParallelModel,
+    weights: ShardedWeights,
+    average: WeightAverage | None,
+    index: StateIndex | None,
+) -> None:
     """After `load_weights`, where no optimizer goes on: what the training state has, and the average."""
-    if has_training_state(checkpoint):
-        load_masters(checkpoint, model.mesh, weights.segments, average)
-        load_buffers(checkpoint, model)
+    if index is not None:
+        load_masters(checkpoint, model.mesh, weights.segments, average, index)
+        load_buffers(checkpoint, model, index)
         weights.publish()
         weights.wait()
     elif average is not None and (folder := Path(checkpoint) / AVERAGE_FOLDER).is_dir():
         with average.in_place():
-            load_weights(str(folder), model, weights)
+            load_weights(str(folder), model, weights, None)
     elif average is not None:
         average.restart()
