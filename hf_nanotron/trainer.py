@@ -272,7 +272,8 @@ class NanotronTrainer(Trainer):
             self._snapshots.warn_of_restarts(resume_from_checkpoint)
             with self._checkpointer.running(resume_from_checkpoint) as source:
                 log = self._run_log.running(self.args.run_log)
-                with self._watch(), self._schedule.branch(self.mesh, source), self._signals, log:
+                index = self._checkpointer.index_of(source)
+                with self._watch(), self._schedule.branch(self.mesh, source, index), self._signals, log:
                     if self.args.health_check:
                         check_health(self.mesh)
                     result = super().train(source, *args, **kwargs)
@@ -312,8 +313,10 @@ class NanotronTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Reads this rank's part of the weights that are not in the training state."""
-        together(self.mesh, "comparing parametrizations", partial(check_resumed, resume_from_checkpoint, self.model))
-        load_weights(resume_from_checkpoint, self.model, self.weights)
+        index = self._checkpointer.index_of(resume_from_checkpoint)
+        check = partial(check_resumed, resume_from_checkpoint, index, self.model)
+        together(self.mesh, "comparing parametrizations", check)
+        load_weights(resume_from_checkpoint, self.model, self.weights, index)
 
     def _inner_training_loop(
         self,
@@ -325,12 +328,13 @@ class NanotronTrainer(Trainer):
     ) -> Any:
         """Trainer's, from the cursor of the checkpoint on, and with flags that act on all ranks."""
         self._flow = FlowAgreement(self.model.mesh, self.callback_handler.callbacks, is_subclass(self))
-        self._data_order.begin_run(resume_from_checkpoint)
-        self._domains = DomainLog(self.model, self.train_dataset, resume_from_checkpoint)
+        index = self._checkpointer.index_of(resume_from_checkpoint)
+        self._data_order.begin_run(resume_from_checkpoint, index)
+        self._domains = DomainLog(self.model, self.train_dataset, index)
         if self.doremi is not None:
             assert self._reference_pass is not None
             names, proxy = domain_names(self.train_dataset), ForwardPass(self.training_state)
-            self.doremi.begin_run(names, proxy, self._reference_pass, resume_from_checkpoint)
+            self.doremi.begin_run(names, proxy, self._reference_pass, resume_from_checkpoint, index)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
 
     # ---- data ----
@@ -466,14 +470,15 @@ class NanotronTrainer(Trainer):
         if checkpoint is not None:
             assert self.optimizer is not None
             self.weights.wait()
-            state = self.optimizer, self.lr_scheduler, self._average
+            index = self._checkpointer.index_of(checkpoint)
+            state = self.optimizer, self.lr_scheduler, self._average, index
             extra = load_training_state(checkpoint, self.mesh, self.weights.segments, *state)
             if self.doremi is None and self.mesh.rank == 0:
                 warn_without_doremi(extra, os.fspath(checkpoint))
             if self._has_own_schedule:
                 saved, warns = extra.get(SCHEDULE), self.mesh.rank == 0
                 self._schedule.resume(saved, self.lr_scheduler, os.fspath(checkpoint), warns)
-            load_buffers(checkpoint, self.model)
+            load_buffers(checkpoint, self.model, index)
             self.weights.publish()
             self._guard.refuse_to_resume(checkpoint, self.optimizer)
 
@@ -762,7 +767,7 @@ class NanotronTrainer(Trainer):
         self._checkpointer.finish()
         self.weights.wait()
         self._load_from_checkpoint(best)
-        load_rest(best, self.model, self.weights, self._average)
+        load_rest(best, self.model, self.weights, self._average, self._checkpointer.index_of(best))
 
     # ---- evaluation and prediction ----
 

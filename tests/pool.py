@@ -69,7 +69,7 @@ class WorkerPool:
         waiting = dict(connections)
         while waiting:
             # Ranks that fail together are all heard; ranks that wait for a failed one are not waited for.
-            ready = wait(list(waiting), timeout=2.0 if failures else TIMEOUT)
+            ready = wait(list(waiting), timeout=5.0 if failures else TIMEOUT)
             if not ready:
                 break
             for connection in ready:

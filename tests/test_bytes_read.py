@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
 from hf_nanotron.checkpoint.hub import read_once, weights as hub_weights
+from hf_nanotron.checkpoint.hub.model import load_hub_weights
 from hf_nanotron.parallel.mesh import coordinates_in
 
 Reads = list[tuple[str, int, int]]
@@ -183,6 +184,29 @@ def test_a_folder_that_one_rank_does_not_see_is_refused(pool: WorkerPool, tmp_pa
     assert error.value.kinds == {0: "ValueError", 1: "ValueError"}
 
 
+def load_other_parameters(source: str, order: bool) -> None:
+    parallel, rank = ParallelConfig(tp_size=2), torch.distributed.get_rank()
+    model = ParallelAuto.from_config(AutoConfig.from_pretrained(source), parallel)
+    names = [name for name, _ in model.named_parameters()][: 3 if order else 3 + rank % 2]
+    grids = read_once.StageReader.fill
+
+    def fill(self: read_once.StageReader, targets: Any) -> None:
+        grids(self, reversed(list(targets)) if order and rank % 2 else targets)
+
+    with mock.patch.object(read_once.StageReader, "fill", fill):
+        load_hub_weights(model, source, names)
+
+
+@pytest.mark.parametrize("order", [False, True], ids=["names", "order"])
+def test_ranks_of_a_stage_that_load_other_parameters_are_refused(pool: WorkerPool, tmp_path: Path, order: bool) -> None:
+    """Each would wait for what the other does not read."""
+    stock_model("llama").save_pretrained(tmp_path)
+    said = "ranks 0 and 1 load the same tensors in different orders" if order else "rank 1 loads '.*', and rank 0 does"
+    with pytest.raises(JobError, match=f"{said}.* of one pipeline stage") as error:
+        pool.run(2, load_other_parameters, str(tmp_path), order)
+    assert error.value.kinds == {0: "ValueError", 1: "ValueError"}
+
+
 # ---- a resume ----
 
 
@@ -219,3 +243,5 @@ def test_a_resume_reads_each_byte_of_the_training_state_once(
         counts = times_read(folder, file, reads)
         assert counts.min() == counts.max() == 1, file
     assert not [file for file, *_ in reads if file.startswith("model")]  # the masters are in the training state
+    index = times_read(folder, "training_state/index.json", reads)  # by one rank for its checksum, by one for all
+    assert index.min() >= 1 and index.max() <= 2

@@ -36,6 +36,7 @@ from hf_nanotron.convert.nanotron.convert import nanotron_to_hub
 from hf_nanotron.convert.nanotron.format import step_folder
 from hf_nanotron.training.checkpointer import Checkpointer
 from hf_nanotron.training.remote import RemoteUploads
+from hf_nanotron.training.snapshots import MemorySnapshots
 
 NAMES = [name for name in ESCAPES if isinstance(name, str)]
 SECRET = "of nobody else"
@@ -378,7 +379,7 @@ def test_links_out_are_neither_committed_nor_uploaded_nor_copied(tmp_path: Path)
 def test_the_best_checkpoint_is_one_of_the_run(tmp_path: Path) -> None:
     """`trainer_state.json` names it by a whole path, which Trainer would load."""
     args: Any = SimpleNamespace(output_dir=str(tmp_path / "out"))
-    checkpointer = Checkpointer(args, RemoteUploads(args), on_committed=print)
+    checkpointer = Checkpointer(args, RemoteUploads(args), MemorySnapshots(args), on_committed=print)
     checkpointer._saved.add(tmp_path / "old/checkpoint-2")
     for folder, step in (("out", 3), ("old", 1), ("other", 3), ("out", 4)):
         directory = tmp_path / folder / f"checkpoint-{step}"

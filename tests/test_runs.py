@@ -42,6 +42,7 @@ from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.training.checkpointer import Checkpointer
 from hf_nanotron.training.remote import RemoteUploads
+from hf_nanotron.training.snapshots import MemorySnapshots
 
 X, Y = Run("x", "x", 100.0), Run("y", "y", 200.0)
 
@@ -257,9 +258,9 @@ def test_start_of_a_run(tmp_path: Path, told: list[str]) -> None:
 def make_checkpointer(output_dir: Path) -> Checkpointer:
     """Without a trainer."""
     args = NanotronTrainingArguments(output_dir=str(output_dir), use_cpu=True)
-    uploads = RemoteUploads(args)
-    checkpointer = Checkpointer(args, uploads, on_committed=lambda directory: None)
-    checkpointer.mesh = uploads.mesh = ParallelMesh(ParallelConfig())
+    uploads, snapshots = RemoteUploads(args), MemorySnapshots(args)
+    checkpointer = Checkpointer(args, uploads, snapshots, on_committed=lambda directory: None)
+    checkpointer.mesh = uploads.mesh = snapshots.mesh = ParallelMesh(ParallelConfig())
     return checkpointer
 
 

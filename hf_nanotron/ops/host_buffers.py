@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class HostBuffer:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.copied = size, None
-        self._pinned = False
+        self._pinned, self._process = False, os.getpid()
         try:
             pages = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
             memory = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -46,7 +47,7 @@ class HostBuffer:
     copied: torch.cuda.Event | None
 
     def __del__(self) -> None:
-        if getattr(self, "_pinned", False):
+        if getattr(self, "_pinned", False) and os.getpid() == self._process:  # not in a worker of a data loader
             if self.copied is not None:
                 self.copied.synchronize()
             runtime: Any = torch.cuda.cudart()

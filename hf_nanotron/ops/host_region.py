@@ -39,6 +39,7 @@ class HostRegion:
             self._memory.madvise(mmap.MADV_DONTFORK)
         self._process = os.getpid()
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._address = self._bytes.data_ptr()
         self._thread = threading.Thread(target=self._get_pages, name="host-memory")
         self._thread.start()
 
@@ -83,20 +84,24 @@ class HostRegion:
         if end > self.size:
             return None
         self._taken = -(-end // ALIGNMENT) * ALIGNMENT
-        with self._grows:
-            self._grows.wait_for(lambda: self._ready >= end)
+        if self._ready < end:
+            with self._grows:
+                self._grows.wait_for(lambda: self._ready >= end)
         return self._bytes[start:end].view(dtype).view(shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is one of `take`."""
-        return tensor.untyped_storage().data_ptr() == self._bytes.untyped_storage().data_ptr()
+        return 0 <= tensor.data_ptr() - self._address < len(self._bytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Start to copy `source` (contiguous, on the device) to a tensor of `take`.
 
         By pieces: a copy is to touch memory that one call has pinned.
         """
-        begin = target.data_ptr() - self._bytes.data_ptr()
+        begin = target.data_ptr() - self._address
+        if begin % PIECE_BYTES + target.nbytes <= PIECE_BYTES:
+            target.copy_(source, non_blocking=True)
+            return
         flat, given = target.view(-1), source.reshape(-1)
         done, item = 0, target.element_size()
         while done < flat.numel():

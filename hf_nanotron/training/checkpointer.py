@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoint.directory.commit import begin
-from ..checkpoint.directory.host_copies import HostCopies, addresses
+from ..checkpoint.directory.host_copies import HostCopies, Source, addresses
 from ..checkpoint.directory.retention import (
     any_together,
     check_together,
@@ -40,7 +40,8 @@ from ..checkpoint.hub.model import held_buffers, hub_bytes, load_hub_weights, wr
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
 from ..checkpoint.state.buffers import buffer_pieces, load_buffers
-from ..checkpoint.state.training_state import DIRECTORY, has_training_state, load_masters, state_pieces, state_values
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import DIRECTORY, load_masters, read_index, state_pieces, state_values
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
@@ -88,6 +89,7 @@ class Checkpointer:
         self._began = 0.0  # the save at hand, in seconds of the host's clock
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
         self._lock = RunLock()
+        self._read: tuple[str, StateIndex | None] | None = None  # of the checkpoint that is being resumed
 
     # ---- one call of `train` ----
 
@@ -107,8 +109,10 @@ class Checkpointer:
                 is_own = self._snapshots.holds(source)
                 self.run = start_run(self.mesh, output_dir, source, overwrite, store, is_noted=saves, is_own=is_own)
                 self._uploads.begin_run(self.run)
+                self._read = None if source is None else (source, read_index(self.mesh, source))
                 yield source
         finally:
+            self._read = None
             self.hold()
             if not self.background.is_busy:  # otherwise until it has written, and the process or the next run ends
                 self._lock.release()
@@ -149,8 +153,17 @@ class Checkpointer:
         self._saved.add(Path(source).resolve())  # with no step left, what was resumed is not written anew
         return source
 
+    def index_of(self, checkpoint: str | None) -> StateIndex | None:
+        """Of its training state; None if it has none. All ranks together; read once for the one that is resumed."""
+        if checkpoint is None:
+            return None
+        if self._read is not None and self._read[0] == checkpoint:
+            return self._read[1]
+        return read_index(self.mesh, checkpoint)
+
     def note_run(self) -> None:
         """In the folder and the store, by rank 0, when nothing but the first step can still fail."""
+        self._read = None  # it is large
         if self.args.save_strategy != "no" and self.mesh.rank == 0:
             write_record(cast(str, self.args.output_dir), self.run, this_process())
             if self._uploads.uploader is not None:
@@ -272,12 +285,13 @@ class Checkpointer:
             return
         errors: list[Exception] = []
 
+        def source_of(tensor: torch.Tensor) -> Source:
+            where = tensor.untyped_storage().data_ptr()
+            return Source.CHANGES if where in changing else Source.KEPT if where in in_use else Source.OWN
+
         def write(path: Path, entries: list[Entry], tensors: Iterator[torch.Tensor]) -> None:
             if self.args.async_save:
-                copies = []
-                for tensor in tensors:
-                    where = tensor.untyped_storage().data_ptr()
-                    copies.append(self._host_copies().of(tensor, where in changing, where not in in_use))
+                copies = self._host_copies().of((tensor, source_of(tensor)) for tensor in tensors)
                 save.writes.append(partial(write_safetensors, path, entries, copies))
                 return
             try:
@@ -465,9 +479,11 @@ def taking_states() -> Iterator[None]:
         ) from error
 
 
-def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights) -> None:
-    """Those that are not in the training state, which follows with the optimizer: the frozen ones, or all."""
-    if not has_training_state(checkpoint):
+def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights, index: StateIndex | None) -> None:
+    """Those that are not in the training state of this `index`, which follows with the optimizer: the frozen ones, or
+    all.
+    """
+    if index is None:
         load_hub_weights(model, checkpoint)
         weights.read_from_model()
         return
@@ -478,15 +494,21 @@ def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights)
         load_hub_weights(model, checkpoint, frozen)
 
 
-def load_rest(checkpoint: str, model: ParallelModel, weights: ShardedWeights, average: WeightAverage | None) -> None:
+def load_rest(
+    checkpoint: str,
+    model: ParallelModel,
+    weights: ShardedWeights,
+    average: WeightAverage | None,
+    index: StateIndex | None,
+) -> None:
     """After `load_weights`, where no optimizer goes on: what the training state has, and the average."""
-    if has_training_state(checkpoint):
-        load_masters(checkpoint, model.mesh, weights.segments, average)
-        load_buffers(checkpoint, model)
+    if index is not None:
+        load_masters(checkpoint, model.mesh, weights.segments, average, index)
+        load_buffers(checkpoint, model, index)
         weights.publish()
         weights.wait()
     elif average is not None and (folder := Path(checkpoint) / AVERAGE_FOLDER).is_dir():
         with average.in_place():
-            load_weights(str(folder), model, weights)
+            load_weights(str(folder), model, weights, None)
     elif average is not None:
         average.restart()

@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
-from ..checkpoint.state.training_state import DIRECTORY, saved_extra
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import saved_extra
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
 from ..data.loader import DataParallelLoader, Position, build_loader
@@ -111,13 +112,13 @@ class DataOrder:
         self._given: int | None = None
         self._forget(None)
 
-    def begin_run(self, checkpoint: str | None) -> None:
-        """Forget the run before, and read the cursor of the checkpoint that this one resumes, if any.
+    def begin_run(self, checkpoint: str | None, index: StateIndex | None = None) -> None:
+        """Forget the run before, and take the cursor of the checkpoint that this one resumes, if any, from its `index`.
 
         Until `end_run`, `gradient_accumulation_steps` of the arguments is what this rank takes part in: more than given
         where the run has fewer data-parallel ranks than `max_dp_size`.
         """
-        self._forget(checkpoint)
+        self._forget(checkpoint, index)
         self._given = self.args.gradient_accumulation_steps
         self.args.gradient_accumulation_steps = -(-self.step_batches // self.args.dp_size)
 
@@ -134,7 +135,7 @@ class DataOrder:
             return run.legs[min(max(self._epoch, run.first.number), run.last.number)].batch
         return self.step_batches * self.args.per_device_train_batch_size
 
-    def _forget(self, checkpoint: str | None) -> None:
+    def _forget(self, checkpoint: str | None, index: StateIndex | None = None) -> None:
         self._cursor: Cursor | None = None
         self._resumed: Cursor | None = None
         self._resumed_step = 0
@@ -148,7 +149,7 @@ class DataOrder:
         self._goes_on = checkpoint is not None and not self.args.ignore_data_skip
         if checkpoint is not None:
             self._resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
-            self._resumed = read_cursor(checkpoint) if self._goes_on else None
+            self._resumed = read_cursor(index) if self._goes_on else None
 
     def end_run(self) -> None:
         """Give the arguments back as they were."""
@@ -442,11 +443,8 @@ class DataProgress(TrainerCallback):
         self.data_order.end_step(state)
 
 
-def read_cursor(checkpoint: str) -> Cursor | None:
+def read_cursor(index: StateIndex | None) -> Cursor | None:
     """Of a checkpoint; None if it has no training state, or one without a cursor."""
-    folder = Path(checkpoint) / DIRECTORY
-    if not folder.is_dir():
-        return None
-    found = saved_extra(checkpoint).get(CURSOR)
+    found = saved_extra(index).get(CURSOR)
     known = {field.name for field in fields(Cursor)}
     return None if found is None else Cursor(**{key: value for key, value in found.items() if key in known})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..checkpoint.state.training_state import DIRECTORY, saved_extra
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import saved_extra
 from ..data.domain_column import check_column, domain_names
 from ..models.base import ParallelModel
 from ..models.training_loss import DomainSums
@@ -120,13 +120,13 @@ class DomainLog:
 
     Args:
         dataset: that is trained on.
-        checkpoint: that the run resumes: its tokens are those of the run.
+        index: of the training state that the run resumes: its tokens are those of the run.
     """
 
-    def __init__(self, model: ParallelModel, dataset: Any, checkpoint: str | None = None) -> None:
+    def __init__(self, model: ParallelModel, dataset: Any, index: StateIndex | None = None) -> None:
         self.totals = DomainTotals(model, dataset)
         self._line: dict[str, list[float]] = {}  # since the last log line
-        self._tokens = {} if checkpoint is None else read_tokens(checkpoint)
+        self._tokens = {} if index is None else read_tokens(index)
         self._has_losses = True  # since the last log line
 
     def end_step(self, sums: DomainSums | None, has_losses: bool, loss: torch.Tensor, filters: bool) -> None:
@@ -180,15 +180,12 @@ class DomainLog:
         return {DOMAINS: {"tokens": dict(self._tokens)}} if self._tokens else {}
 
 
-def read_tokens(checkpoint: str) -> dict[str, int]:
+def read_tokens(index: StateIndex) -> dict[str, int]:
     """The tokens of each domain that a checkpoint has been trained on."""
-    folder = Path(checkpoint) / DIRECTORY
-    if not folder.is_dir():
-        return {}
-    found = saved_extra(checkpoint).get(DOMAINS, {"tokens": {}})
+    found = saved_extra(index).get(DOMAINS, {"tokens": {}})
     tokens = found.get("tokens") if isinstance(found, dict) else None
     if not isinstance(tokens, dict) or not all(type(n) is int and n >= 0 for n in tokens.values()):
-        raise ValueError(f"{checkpoint}: `{DOMAINS}` of its training state holds no tokens by domain, but {found!r}.")
+        raise ValueError(f"{index.path}: `{DOMAINS}` holds no tokens by domain, but {found!r}.")
     return {str(name): number for name, number in tokens.items()}
 
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint.state.training_state import DIRECTORY, saved_extra
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import saved_extra
 from ..models.base import ParallelModel
 from ..models.training_loss import DomainSums
 from ..parallel.batch import DOMAIN
@@ -142,9 +142,14 @@ class DoReMi:
         self._run: DomainWeights | None = None
 
     def begin_run(
-        self, names: Sequence[str] | None, proxy: ForwardPass, reference: ForwardPass, checkpoint: str | None
+        self,
+        names: Sequence[str] | None,
+        proxy: ForwardPass,
+        reference: ForwardPass,
+        checkpoint: str | None,
+        index: StateIndex | None,
     ) -> None:
-        """Start, or go on from a checkpoint. Called by the trainer, on every rank.
+        """Start, or go on from a checkpoint, whose training state has this index. Called by the trainer, on every rank.
 
         Raises:
             ValueError: for data without names of domains, or a checkpoint of other ones.
@@ -159,7 +164,7 @@ class DoReMi:
         self._proxy, self._reference = proxy, reference
         run = DomainWeights(names, self.rate, self.smoothing, proxy.model.mesh.device)
         if checkpoint is not None:
-            run.load(_stored(checkpoint), checkpoint)
+            run.load(_stored(checkpoint, index), checkpoint)
         self._run = run
 
     def weigh(self, micro_batches: Sequence[dict[str, Any]], domains: DomainSums) -> None:
@@ -200,11 +205,8 @@ class DoReMi:
         return {DOREMI: self._weights.state()}
 
 
-def _stored(checkpoint: str) -> Any:
-    folder = Path(checkpoint) / DIRECTORY
-    found = None
-    if folder.is_dir():
-        found = saved_extra(checkpoint).get(DOREMI)
+def _stored(checkpoint: str, index: StateIndex | None) -> Any:
+    found = saved_extra(index).get(DOREMI)
     if found is None:
         raise ValueError(f"{checkpoint} was not written by a run with doremi, so it has no weights of domains.")
     return found

@@ -20,7 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoint.directory.verify import read_marker
-from ..checkpoint.state.training_state import has_training_state, saved_extra
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import saved_extra
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import together
 from ..training_args import NanotronTrainingArguments
@@ -47,8 +48,9 @@ class RunSchedule:
         self.decay: tuple[int, int] | None = None
 
     @contextlib.contextmanager
-    def branch(self, mesh: ParallelMesh, checkpoint: str | None) -> Iterator[None]:
-        """With `wsd_decay_steps`: for the time of the context the arguments are those of a decay from the checkpoint.
+    def branch(self, mesh: ParallelMesh, checkpoint: str | None, index: StateIndex | None) -> Iterator[None]:
+        """With `wsd_decay_steps`: for the time of the context the arguments are those of a decay from the checkpoint,
+        which has a training state of this `index`.
 
         Raises:
             ValueError: on every rank, without a checkpoint, or for one whose rate is not that of a stable run.
@@ -57,7 +59,7 @@ class RunSchedule:
         own = args.max_steps, args.warmup_steps, args.lr_scheduler_kwargs
         if args.wsd_decay_steps is not None:
             steps = args.wsd_decay_steps
-            first, warmup = together(mesh, "reading the schedule", lambda: decay_of(checkpoint, steps))
+            first, warmup = together(mesh, "reading the schedule", lambda: decay_of(checkpoint, index, steps))
             kwargs = dict(own[2]) if isinstance(own[2], Mapping) else {}
             kwargs.pop("num_stable_steps", None)
             args.max_steps, args.warmup_steps = first + steps, warmup
@@ -150,7 +152,7 @@ def stable_steps(args: NanotronTrainingArguments, max_steps: int) -> tuple[int, 
     return warmup, max_steps - kwargs.get("num_decay_steps", 0) if stable is None else warmup + stable
 
 
-def decay_of(checkpoint: str | None, steps: int) -> tuple[int, int]:
+def decay_of(checkpoint: str | None, index: StateIndex | None, steps: int) -> tuple[int, int]:
     """Where a decay of so many steps begins, and the steps of the warm-up before: at the checkpoint, or where it did.
 
     Raises:
@@ -163,12 +165,12 @@ def decay_of(checkpoint: str | None, steps: int) -> tuple[int, int]:
             f"the end of a run of its own use lr_scheduler_kwargs={{'num_decay_steps': {steps}}}."
         )
     step = int(read_marker(checkpoint)["step"])
-    if not has_training_state(checkpoint):
+    if index is None:
         raise ValueError(
             f"{asked}: {checkpoint} has no training_state/ (it was saved with save_only_model=True, or by another "
             "program), so no run goes on from it; resume a checkpoint that has one."
         )
-    saved = saved_extra(checkpoint).get(KEY)
+    saved = saved_extra(index).get(KEY)
     name = Path(checkpoint).name or PREFIX_CHECKPOINT_DIR
     if saved is None:
         raise ValueError(

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.state.training_state import has_training_state, saved_run_values
+from ..checkpoint.state.index import StateIndex
+from ..checkpoint.state.training_state import saved_run_values
 from ..models.base import ParallelModel
 from ..models.spectral.sizes import Spectral
 from ..optim.build import UpdateRule
@@ -61,11 +62,11 @@ def parametrization_state(model: ParallelModel) -> dict[str, Any]:
     return {} if model.spectral is None else {PARAMETRIZATION: model.spectral.sizes.to_dict()}
 
 
-def check_resumed(checkpoint: str, model: ParallelModel) -> None:
-    """Refuse a training state that another parametrization, or one with another base, has written."""
-    if not has_training_state(checkpoint):
+def check_resumed(checkpoint: str, index: StateIndex | None, model: ParallelModel) -> None:
+    """Refuse a training state, of this `index`, that another parametrization, or one with another base, has written."""
+    if index is None:
         return
-    values = saved_run_values(checkpoint)
+    values = saved_run_values(index)
     saved = values["extra"].get(PARAMETRIZATION)
     have = None if model.spectral is None else model.spectral.sizes.to_dict()
     if saved != have and values["optimizer"] is not None:

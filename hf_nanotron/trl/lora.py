@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from ..checkpoint.files.repository import unlink_links
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
+from ..checkpoint.state.index import StateIndex
 from ..checkpoint.state.training_state import saved_extra
 from ..models.adapters import Adapter, attach, gather, weights_of
 from ..models.base import ParallelModel
@@ -208,9 +209,9 @@ def refuse_folder_of_adapters(output_dir: str) -> None:
         )
 
 
-def compare_adapters(model: ParallelModel, checkpoint: str) -> None:
-    """Raise ValueError for a checkpoint whose adapters are on other linears, or have other scales."""
-    saved = saved_extra(checkpoint).get(ADAPTERS)
+def compare_adapters(model: ParallelModel, checkpoint: str, index: StateIndex) -> None:
+    """Raise ValueError for a checkpoint whose adapters, by its `index`, are on other linears or have other scales."""
+    saved = saved_extra(index).get(ADAPTERS)
     if saved is None:
         raise ValueError(f"{checkpoint} is of a run without adapters: resume it without peft_config.")
     for name in sorted(saved.keys() | model.adapters.keys()):

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from ..checkpoint.directory.save import Save
 from ..checkpoint.files.repository import unlink_link
 from ..checkpoint.hub.card import add_sizes
-from ..checkpoint.state.training_state import has_training_state, saved_extra
+from ..checkpoint.state.training_state import saved_extra
 from ..data.loader import FillerBatch
 from ..models.token_figures import TokenFigures
 from ..parallel.collectives import all_reduce
@@ -177,12 +177,12 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
             refuse = partial(refuse_adapters_of, resume_from_checkpoint)
             together(self.mesh, "looking for adapters", refuse)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif not has_training_state(resume_from_checkpoint):
+        elif (index := self._checkpointer.index_of(resume_from_checkpoint)) is None:
             read = partial(load_adapters, self.model, Path(resume_from_checkpoint))
             together(self.mesh, "reading the adapters", read)
             self.weights.read_from_model()
         else:
-            compare = partial(compare_adapters, self.model, resume_from_checkpoint)
+            compare = partial(compare_adapters, self.model, resume_from_checkpoint, index)
             together(self.mesh, "comparing the adapters", compare)
 
     def _write_model(self, save: Save, with_weights: bool) -> None:
@@ -219,8 +219,9 @@ class NanotronSFTTrainer(NanotronTrainer, SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and has_training_state(checkpoint) and self._figures is not None:
-            self._figures.tokens.fill_(float(saved_extra(checkpoint).get(SEEN, 0)))
+        if checkpoint is not None and self._figures is not None:
+            if (index := self._checkpointer.index_of(checkpoint)) is not None:
+                self._figures.tokens.fill_(float(saved_extra(index).get(SEEN, 0)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in TRL, with a model card in `output_dir`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 
@@ -13,12 +15,28 @@ from ...ops.host_region import HostRegion
 MOST_WAITING = 1 << 30  # bytes of tensors on the device that are there only to be copied
 
 
+class Source(Enum):
+    """What becomes of a tensor after it was given to be copied."""
+
+    KEPT = "written after the next `hold`"
+    CHANGES = "written at any time (a buffer): copied at once, in the order of what the device is told"
+    OWN = "nobody else uses it: it was made for this copy"
+
+
+@dataclass
+class Batch:
+    """Copies from the device that are started together: to, from, and what becomes of it; bytes of those of its own."""
+
+    copies: list[tuple[torch.Tensor, torch.Tensor, Source]] = field(default_factory=list)
+    own: int = 0
+
+
 class HostCopies:
     """Copies of the tensors of one save at a time, in memory that is used again.
 
-    A tensor on the device is copied by a stream of its own, after all that the device has been told when it is given
-    here; one on the host by the thread that calls `complete`. Until then nobody may write to it: whoever is about to
-    write calls `hold` first.
+    A tensor on the device is copied by a stream of its own, after all that the device has been told when `of` returns;
+    one on the host by the thread that calls `complete`. Until then nobody may write to it: whoever is about to write
+    calls `hold` first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +46,7 @@ class HostCopies:
         self._on_host: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # to, from
         self._copies = threading.Lock()  # held by who copies from host to host
         self._sources: list[torch.Tensor] = []  # on the device; kept until they are copied
-        self._passing: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._passing: deque[tuple[torch.cuda.Event, list[torch.Tensor], int]] = deque()  # copied, what, bytes
         self._passing_bytes = 0
         self._is_open = False
         self._marked: torch.cuda.Event | None = None
@@ -69,39 +87,29 @@ class HostCopies:
         if self._region is not None:
             self._region.begin()
 
-    def of(self, tensor: torch.Tensor, changes: bool = False, passes: bool = False) -> torch.Tensor:
-        """A copy of `tensor`, whose content is there after `complete`.
+    def of(self, tensors: Iterable[tuple[torch.Tensor, Source]]) -> list[torch.Tensor]:
+        """A copy of each of `tensors`, whose content is there after `complete`.
 
-        Args:
-            changes: it may be written before the next `hold` (a buffer, a number): the copy is made at once, in the
-                order of what the device is told.
-            passes: nobody else uses it: it was made for this copy.
+        From a device they are copied batch by batch: what a batch has in common is done once for it. A batch ends with
+        the last tensor, or when much memory is there only to be copied.
         """
-        tensor = tensor.detach()
-        if tensor.device.type == "cpu":
-            if passes:
-                return tensor
-            copy = self._empty(tensor)
-            if changes:
-                copy.copy_(tensor)
-            else:
-                self._on_host.append((copy, tensor))
-            return copy
-        copy, source = self._empty(tensor), tensor.contiguous()
-        passes |= source.data_ptr() != tensor.data_ptr()
-        assert self._stream is not None
-        if changes:
-            self._copy(copy, source)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        if changes:
-            return copy
-        with torch.cuda.stream(self._stream):
-            self._copy(copy, source)
-        if passes:
-            self._bound(source)
-        else:
-            self._sources.append(source)
-        return copy
+        copies: list[torch.Tensor] = []
+        batch = Batch()
+        for tensor, source in tensors:
+            tensor = tensor.detach()
+            if tensor.device.type == "cpu":
+                copies.append(self._of_host(tensor, source))
+                continue
+            flat = tensor.contiguous()
+            if source is Source.OWN or flat.data_ptr() != tensor.data_ptr():
+                source, batch.own = Source.OWN, batch.own + flat.nbytes
+            copies.append(self._empty(flat))
+            batch.copies.append((copies[-1], flat, source))
+            if batch.own >= MOST_WAITING // 4:
+                self._send(batch)
+                batch = Batch()
+        self._send(batch)
+        return copies
 
     def mark(self) -> None:
         """What was given to `of` so far can be held without the rest."""
@@ -138,9 +146,37 @@ class HostCopies:
 
     # ---- parts ----
 
+    def _of_host(self, tensor: torch.Tensor, source: Source) -> torch.Tensor:
+        if source is Source.OWN:
+            return tensor
+        copy = self._empty(tensor)
+        if source is Source.CHANGES:
+            copy.copy_(tensor)
+        else:
+            self._on_host.append((copy, tensor))
+        return copy
+
     def _empty(self, tensor: torch.Tensor) -> torch.Tensor:
         taken = None if self._region is None else self._region.take(tensor.shape, tensor.dtype)
         return torch.empty(tensor.shape, dtype=tensor.dtype) if taken is None else taken
+
+    def _send(self, batch: Batch) -> None:
+        """Start the copies of a batch: what changes in the current stream, the rest in our own, which waits for it."""
+        if not batch.copies:
+            return
+        assert self._stream is not None
+        current = torch.cuda.current_stream(self.device)
+        for copy, source, kind in batch.copies:
+            if kind is Source.CHANGES:
+                self._copy(copy, source)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for copy, source, kind in batch.copies:
+                if kind is not Source.CHANGES:
+                    self._copy(copy, source)
+        self._sources += [source for _, source, kind in batch.copies if kind is Source.KEPT]
+        if batch.own:
+            self._bound([source for _, source, kind in batch.copies if kind is Source.OWN], batch.own)
 
     def _copy(self, copy: torch.Tensor, source: torch.Tensor) -> None:
         if self._region is not None and self._region.holds(copy):
@@ -148,16 +184,17 @@ class HostCopies:
         else:
             copy.copy_(source, non_blocking=True)
 
-    def _bound(self, source: torch.Tensor) -> None:
-        """Keep `source` until it is copied, and wait for older ones if they are many."""
+    def _bound(self, sources: list[torch.Tensor], size: int) -> None:
+        """Keep `sources` until they are copied, and wait for older ones if they are many."""
         copied = torch.cuda.Event()
         copied.record(self._stream)
-        self._passing.append((copied, source))
-        self._passing_bytes += source.nbytes
+        self._passing.append((copied, sources, size))
+        self._passing_bytes += size
         while self._passing_bytes > MOST_WAITING and len(self._passing) > 1:
-            event, gone = self._passing.popleft()
+            event, gone, size = self._passing.popleft()
             event.synchronize()
-            self._passing_bytes -= gone.nbytes
+            self._passing_bytes -= size
+            gone.clear()
 
     def _copy_on_host(self) -> None:
         """What is left to copy from host to host, by whoever comes to it: nothing is left when this returns."""

@@ -17,7 +17,7 @@ from ...parallel.mesh import ParallelMesh
 from ..state.file import BUFFER, StatePiece, commit as commit_state, write_rank
 from ..state.training_state import DIRECTORY
 from .commit import commit, describe, fail, wait_for_ranks
-from .host_copies import HostCopies
+from .host_copies import HostCopies, Source
 
 
 @dataclass
@@ -40,14 +40,14 @@ class Save:
 
     def copy_to_host(self, copies: HostCopies) -> None:
         """Make the training state independent of the training that goes on, as soon as `copies` are complete."""
+        kinds = [Source.CHANGES if BUFFER in piece.tensors else Source.KEPT for piece in self.pieces]
+        given = zip(self.pieces, kinds, strict=True)
+        tensors = iter(copies.of((tensor, kind) for piece, kind in given for tensor in piece.tensors.values()))
+        numbers = iter(_copies_of_numbers(self.pieces, copies))
         for index, piece in enumerate(self.pieces):
-            changes = BUFFER in piece.tensors
-            tensors = {kind: copies.of(tensor, changes) for kind, tensor in piece.tensors.items()}
-            scalars = {
-                kind: copies.of(value, changes=True) if isinstance(value, torch.Tensor) else value
-                for kind, value in piece.scalars.items()
-            }
-            self.pieces[index] = replace(piece, tensors=tensors, scalars=scalars)
+            copied = {kind: next(tensors) for kind in piece.tensors}
+            scalars = {k: next(numbers) if isinstance(v, torch.Tensor) else v for k, v in piece.scalars.items()}
+            self.pieces[index] = replace(piece, tensors=copied, scalars=scalars)
         self.values = copy.deepcopy(self.values)
         self.copies = copies
 
@@ -84,6 +84,19 @@ class Save:
             wait_for_ranks(self.directory, world_size, self.timeout)
             commit_state(self.directory / DIRECTORY, world_size, self.values)
         commit(self.directory, world_size, self.step, self.timeout, self.run)
+
+
+def _copies_of_numbers(pieces: list[StatePiece], copies: HostCopies) -> list[torch.Tensor]:
+    """Of what an optimizer counts up in tensors without dimensions: one copy for all of a device and dtype."""
+    numbers = [value for piece in pieces for value in piece.scalars.values() if isinstance(value, torch.Tensor)]
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, number in enumerate(numbers):
+        alike.setdefault((number.device, number.dtype), []).append(place)
+    joined = [torch.stack([numbers[place].detach() for place in places]) for places in alike.values()]
+    found = dict[int, torch.Tensor]()
+    for places, copied in zip(alike.values(), copies.of((each, Source.OWN) for each in joined), strict=True):
+        found.update(zip(places, copied.unbind(), strict=True))
+    return [found[place] for place in range(len(numbers))]
 
 
 class BackgroundSaveError(RuntimeError):

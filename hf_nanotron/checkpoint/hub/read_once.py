@@ -9,6 +9,7 @@ each stage that needs it, and no rank holds more than one part beside the model.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
+from ...parallel.collectives import all_reduce
 from ...parallel.mesh import Coordinates, Group, ParallelMesh
 from ...parallel.shard_spec import ShardSpec
 from ...parallel.together import all_or_none
@@ -146,13 +148,14 @@ class StageReader:
         """Fill the `targets` of this rank. All ranks of the job together; of a stage, in the same order.
 
         Raises:
-            ValueError: on every rank, for a file that one of them cannot read.
+            ValueError: on every rank, for a file that one of them cannot read, or if ranks of a stage fill others.
         """
         of_name: dict[str, list[Target]] = {}
         for target in targets:
             for name in dict.fromkeys(grid.name for grid in target.grids):
                 of_name.setdefault(name, []).append(target)
                 target.missing += self.contents.tensors[name].rows
+        self._compare(list(of_name))
         parts = plan_parts(self.contents.tensors, of_name, PART_BYTES)
         mesh = self.mesh
         copies = mesh.dp_size * mesh.cp_size
@@ -174,6 +177,22 @@ class StageReader:
         self._close()
         all_or_none(mesh, f"reading {self.directory}", self._raise)
         self._nonfinite.warn()
+
+    def _compare(self, names: list[str]) -> None:
+        """Refuse ranks of a stage that want other tensors than its first one: they would wait for each other."""
+        mesh = self.mesh
+        own = zlib.crc32("\n".join(names).encode())
+        least = torch.full((2, mesh.pp_size), 1 << 40, dtype=torch.int64)
+        least[:, mesh.pp_rank] = torch.tensor([own, -own])
+        first, last = all_reduce(least.to(mesh.device), mesh.world, dist.ReduceOp.MIN).tolist()
+        if first == [-value for value in last]:
+            return
+        of_ranks: list[tuple[int, list[str]]] = [(mesh.pp_rank, names)] * mesh.world.size
+        dist.all_gather_object(of_ranks, (mesh.pp_rank, names), group=mesh.world.handle)
+        for rank, (stage, wanted) in enumerate(of_ranks):
+            one = next(other for other, (its, _) in enumerate(of_ranks) if its == stage)
+            if wanted != of_ranks[one][1]:
+                raise ValueError(f"{self.directory}: {_difference(rank, wanted, one, of_ranks[one][1])}")
 
     def _values(self, rows: Rows, data: torch.Tensor) -> torch.Tensor:
         """Rows as they lie in a part, in the shape and dtype of their tensor."""
@@ -235,6 +254,18 @@ class StageReader:
         if self._file is not None:
             os.close(self._file[1])
         self._file = None
+
+
+def _difference(rank: int, wanted: list[str], other: int, others: list[str]) -> str:
+    names = sorted(set(wanted) ^ set(others))
+    more, less = (rank, other) if names and names[0] in wanted else (other, rank)
+    what = f"ranks {other} and {rank} load the same tensors in different orders"
+    if names:
+        what = f"rank {more} loads {names[0]!r}, and rank {less} does not"
+    return (
+        f"{what}, though they are of one pipeline stage, whose ranks read for each other; give them the same "
+        "parameters to load (the same requires_grad, where the rest comes from a training state)."
+    )
 
 
 def _broadcast(data: torch.Tensor, group: Group, source: int) -> None:

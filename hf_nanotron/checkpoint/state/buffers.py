@@ -15,6 +15,7 @@ from ...parallel.together import all_or_none
 from ..hub.model import held_buffers, is_writer
 from ..hub.sharded_model import ShardedModel
 from .file import BUFFER, StatePiece
+from .index import StateIndex
 from .read import StoredState
 from .slices import Slice
 from .training_state import DIRECTORY
@@ -34,13 +35,16 @@ def buffer_pieces(model: ShardedModel) -> list[StatePiece]:
     return [buffer_piece(name, buffer) for name, buffer in held_buffers(model).items() if owners[name] == rank]
 
 
-def load_buffers(directory: str | os.PathLike[str], model: ShardedModel) -> None:
-    """Restore the persistent buffers of `model` from the training state of a checkpoint. All ranks together."""
+def load_buffers(directory: str | os.PathLike[str], model: ShardedModel, index: StateIndex | None = None) -> None:
+    """Restore the persistent buffers of `model` from the training state of a checkpoint. All ranks together.
+
+    `index`: of that state, if it has been read.
+    """
 
     def load() -> None:
         if not model.hub_layout.buffers:
             return
-        with StoredState(Path(directory) / DIRECTORY, checks_files=model.mesh.rank == 0) as stored:
+        with StoredState(Path(directory) / DIRECTORY, model.mesh.rank == 0, index) as stored:
             for name, buffer in held_buffers(model).items():
                 buffer.copy_(read_buffer(stored, name, tuple(buffer.shape)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ...optim.norm import first_of
+from ...parallel.collectives import all_reduce
 from ...parallel.zero.segment import ShardedWeights
 from ..hub.model import held_buffers
 from ..hub.sharded_model import ShardedModel
@@ -20,8 +22,8 @@ def first_nonfinite(
 ) -> tuple[str, int] | None:
     """The first weight or persistent buffer, in model order, with an element that is not finite in the compute dtype.
 
-    All ranks together, the same on each. The host waits for the device once. `weights` has the masters of what is
-    trained; the rest is read from `model`, and the optimizer's state of each weight is looked at after all weights.
+    All ranks together, the same on each. The host waits for the device once if all is well. `weights` has the masters
+    of what is trained; the rest is read from `model`, and the optimizer's state is looked at after all weights.
 
     Returns what it is ("the weight 'lm_head.weight'") and the lowest rank that holds such an element, or None.
     """
@@ -40,14 +42,22 @@ def first_nonfinite(
         for value in state.values():
             if isinstance(value, torch.Tensor) and value.dim() > 0 and value.is_floating_point():
                 named.append((_state(segment.spec.name), value.detach(), torch.finfo(value.dtype).max))
-    named = [entry for entry in named if entry[1].numel()]
-    bad: list[str] = []
-    if named:
-        norms = _largest([tensor for _, tensor, _ in named], model.mesh.device)
-        fits = torch.stack([norm.double() <= limit for norm, (*_, limit) in zip(norms, named, strict=True)])
-        bad = [what for (what, *_), fit in zip(named, fits.tolist(), strict=True) if not fit]
+    alike: dict[tuple[torch.dtype, float], list[tuple[str, torch.Tensor]]] = {}
+    for what, tensor, limit in named:
+        if tensor.numel():
+            alike.setdefault((tensor.dtype, limit), []).append((what, tensor))
+    device = model.mesh.device
+    bad = [torch.zeros(0, dtype=torch.bool, device=device)]
+    for (_, limit), entries in alike.items():
+        norms = torch.stack(_largest([tensor for _, tensor in entries], device))
+        bad.append(~(norms.double() <= limit))
+    is_bad = torch.cat(bad)
+    if not all_reduce(is_bad.any().float(), model.mesh.world, dist.ReduceOp.MAX):
+        return None
+    looked_at = [what for entries in alike.values() for what, _ in entries]
+    here = [what for what, found in zip(looked_at, is_bad.tolist(), strict=True) if found]
     names = list(dict.fromkeys([*model.hub_shapes, *sorted(model.hub_layout.buffers)]))
-    return first_of(bad, [*map(_weight, names), *map(_state, names)], model.mesh)
+    return first_of(here, [*map(_weight, names), *map(_state, names)], model.mesh)
 
 
 def _largest(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -42,7 +42,12 @@ class StateIndex:
                 f"{directory} holds no {INDEX}: saving was not finished, or it is not a training state; use an earlier "
                 "checkpoint."
             )
-        body = require(VERSIONED, read_checked(path), path)
+        return cls.of(path, read_checked(path))
+
+    @classmethod
+    def of(cls, path: Path, body: Any) -> StateIndex:
+        """What `path` held."""
+        require(VERSIONED, body, path)
         if body["version"] != VERSION or body["format"] != FORMAT:
             raise ValueError(
                 f"{path} has format {show(body['format'])}, version {body['version']}; this program reads {FORMAT!r}, "

@@ -25,8 +25,9 @@ OPEN_FILES = 64  # the system's limit may be as low as 256
 class StoredState:
     """A training state on disk.
 
-    Opening reads the index alone, and checks that the state is complete: that every tensor is covered and, if
-    `checks_files`, that every file is there with its length, which one rank of a job does for all. `fill` reads.
+    Opening reads the index alone, if it is not given, and checks that the state is complete: that every tensor is
+    covered and, if `checks_files`, that every file is there with its length, which one rank of a job does for all.
+    `fill` reads.
 
     Attributes:
         values: what was given to `commit`.
@@ -36,10 +37,10 @@ class StoredState:
         ValueError: if the state is missing, incomplete or damaged, naming the file.
     """
 
-    def __init__(self, directory: StrPath, checks_files: bool = True) -> None:
+    def __init__(self, directory: StrPath, checks_files: bool = True, index: StateIndex | None = None) -> None:
         self.directory = Path(directory)
         self.bytes_read = 0
-        self._index = index = StateIndex.read(self.directory)
+        self._index = index = StateIndex.read(self.directory) if index is None else index
         self._block_bytes = index.block_bytes
         self.values = index.values
         for name, entry in index.files.items() if checks_files else ():

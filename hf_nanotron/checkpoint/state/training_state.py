@@ -15,9 +15,11 @@ from transformers.utils import logging
 
 from ...optim.ema import WeightAverage
 from ...parallel.mesh import Group, ParallelMesh
-from ...parallel.together import all_or_none
+from ...parallel.together import all_or_none, from_rank_0
 from ...parallel.zero.buckets import is_owner
 from ...parallel.zero.segment import Segment
+from ..files.checked import read_checked
+from ..files.inside import inside
 from ..files.schema import VALUES, require
 from .file import AVERAGE, INDEX, MASTER, StatePiece
 from .index import StateIndex
@@ -78,11 +80,14 @@ def load_training_state(
     optimizer: Any,
     scheduler: Any,
     average: WeightAverage | None = None,
+    index: StateIndex | None = None,
 ) -> dict[str, Any]:
     """Restore masters, optimizer, scheduler and average from what a job of any layout has written. All ranks together.
 
     The model's own parameters follow with `ShardedWeights.publish`. If this fails, masters and optimizer may hold a
     part of the checkpoint: load another one, or stop. Returns the `extra` of `state_values`.
+
+    `index`: of the state, if it has been read.
     """
     folder = Path(directory) / DIRECTORY
 
@@ -92,7 +97,7 @@ def load_training_state(
                 f"{directory} has no {DIRECTORY}/ (it was saved with save_only_model=True, or by another program); "
                 "start from its weights with from_pretrained instead of resume_from_checkpoint."
             )
-        with StoredState(folder, checks_files=mesh.rank == 0) as stored:
+        with StoredState(folder, mesh.rank == 0, index) as stored:
             values, where = run_values(stored), f"{stored.directory / INDEX}: values['scheduler']"
             reads = partial(is_reader, mesh)
             fill_from(stored, segments, optimizer, reads)
@@ -111,11 +116,12 @@ def load_masters(
     mesh: ParallelMesh,
     segments: Iterable[Segment],
     average: WeightAverage | None = None,
+    index: StateIndex | None = None,
 ) -> None:
     """Restore the fp32 masters and their average alone. All ranks together."""
 
     def load() -> None:
-        with StoredState(Path(directory) / DIRECTORY, checks_files=mesh.rank == 0) as stored:
+        with StoredState(Path(directory) / DIRECTORY, mesh.rank == 0, index) as stored:
             reads = partial(is_reader, mesh)
             fill_masters(stored, segments, reads)
             if average is not None:
@@ -196,20 +202,31 @@ def run_values(stored: StoredState) -> dict[str, Any]:
     return require(VALUES, stored.values, f"{stored.directory / INDEX}: values")
 
 
-def saved_extra(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `extra` of `state_values`, of the training state of a checkpoint."""
-    return saved_run_values(directory)["extra"]
+def read_index(mesh: ParallelMesh, checkpoint: str | os.PathLike[str]) -> StateIndex | None:
+    """The index of a checkpoint's training state, which rank 0 reads for all; None if it has none. All ranks together.
+
+    Looks at the index alone, not whether the files that it names are there.
+    """
+    folder = Path(checkpoint) / DIRECTORY
+
+    def read() -> dict[str, Any] | None:
+        there = mesh.rank == 0 and (folder / INDEX).is_file()
+        return read_checked(inside(folder, INDEX, str(folder))) if there else None
+
+    body = from_rank_0(mesh, all_or_none(mesh, f"reading {folder / INDEX}", read))
+    if body is None:
+        return None
+    return all_or_none(mesh, f"reading {folder / INDEX}", lambda: StateIndex.of(folder / INDEX, body))
 
 
-def saved_run_values(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """`run_values` of the training state of a checkpoint. Looks at its index alone, not whether its files are there."""
-    index = StateIndex.read(Path(directory) / DIRECTORY)
+def saved_extra(index: StateIndex | None) -> dict[str, Any]:
+    """The `extra` of `state_values`; nothing for a checkpoint without a training state."""
+    return {} if index is None else saved_run_values(index)["extra"]
+
+
+def saved_run_values(index: StateIndex) -> dict[str, Any]:
+    """`run_values` of a training state."""
     return require(VALUES, index.values, f"{index.path}: values")
-
-
-def has_training_state(directory: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint holds one."""
-    return (Path(directory) / DIRECTORY / INDEX).is_file()
 
 
 def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, reads: Reads = every_rank) -> None:
