@@ -49,9 +49,9 @@ def test_one_sum_over_the_job(
 
 
 def test_loads_are_reported_once() -> None:
-    throughput: Any = SimpleNamespace(report=lambda: {"step_time": 2.0})
+    throughput: Any = SimpleNamespace(report=lambda of_ranks: {"step_time": 2.0})
     mixture = SimpleNamespace(report=lambda loads, which: {f"load_{which}": loads["layer"].item()})
-    report, model = RunReport(throughput), SimpleNamespace(mixture=mixture)
+    report, model = RunReport(throughput), SimpleNamespace(mixture=mixture, mesh=SimpleNamespace(rank=0, world_size=1))
     report.loads = {"layer": torch.tensor(3.0)}
     assert report.metrics(model, "all") == {"step_time": 2.0, "load_all": 3.0}  # type: ignore[arg-type]
     assert report.metrics(model, "all") == {"step_time": 2.0}  # type: ignore[arg-type]
