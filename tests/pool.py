@@ -129,7 +129,11 @@ def _serve(connection: Connection) -> None:
 
 def _enter(rank: int, world_size: int, store: tuple[int, str]) -> None:
     import torch.distributed as dist
+    from datasets import enable_progress_bars
+    from transformers.utils.logging import enable_progress_bar
 
+    enable_progress_bar()  # a job before may have switched them off
+    enable_progress_bars()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
