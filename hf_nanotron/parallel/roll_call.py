@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 ASK_AFTER = 2.0  # seconds until the first rank that waits asks for the others; each of the next waits longer by as much
 BLOCK = 128  # ranks whose arrivals are counted together, so that who asks reads few numbers
 WARN_AFTER = 10.0
+LEAVE_SECONDS = 10.0  # for the thread that answers, at the end of the process: many exit at once on a busy host
 # A rank that stands at one place of these kinds for so many seconds waits for ranks that do not come. Outside of
 # torch's collectives it may wait for its GPU, which waits for a collective.
 STUCK_AFTER = {"collective": 1.5, "library": 8.0}
@@ -274,7 +275,8 @@ class RollCall:
     def _leave(self) -> None:
         """At the end of the process."""
         self._halt()
-        self._answering.join(2.0)
+        # A thread that comes back from torch's store when the interpreter is gone ends the process by SIGABRT.
+        self._answering.join(LEAVE_SECONDS)
         with contextlib.suppress(RuntimeError):
             if _job_store() is self.job:
                 self._store.set(f"left/{self.rank}", "1")
