@@ -21,13 +21,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import host_table
 import throughput
 import torch
-from one_host import read
+from one_host import asked_for, parser_of_rows, read
 from rows import MICRO, STEPS, packings
 from shapes import SHAPES, make_config
 
@@ -260,30 +259,15 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="default: all")
+    parser = parser_of_rows(__doc__, "long_host.jsonl")
     parser.add_argument("--shape", choices=SHAPES, help="default: 8b; 8b-10 on two GPUs")
     parser.add_argument("--divide", type=int, default=1, help="all lengths by this, for a dry run")
-    parser.add_argument("--only", help="names of rows, separated by commas")
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="do not trace a step")
-    parser.add_argument("--budget", type=float, default=530.0, help="seconds of the whole call")
-    parser.add_argument("--out", type=Path, default=Path("long_host.jsonl"))
-    parser.add_argument("--plan", action="store_true", help="print what would run, and exit")
-    parser.add_argument("--table", type=Path, metavar="JSONL", help="print these results as Markdown, and exit")
     return parser
 
 
 def chosen(cli: argparse.Namespace) -> list[Row]:
-    """The rows for this number of GPUs, or those that `--only` names.
-
-    Raises:
-        ValueError: it names one that there is not.
-    """
-    there = {row.name: row for row in ROWS if row.gpus == cli.gpus}
-    names = [name.strip() for name in cli.only.split(",")] if cli.only else list(there)
-    if unknown := [name for name in names if name not in there]:
-        raise ValueError(f"--only {unknown[0]!r}: no row for {cli.gpus} GPUs; there are {', '.join(there)}.")
-    return [there[name] for name in names]
+    """The rows to run; a ValueError as `asked_for`."""
+    return asked_for({row.name: row for row in ROWS if row.gpus == cli.gpus}, cli, "row")
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import plot
 import throughput
@@ -50,6 +50,7 @@ from layouts import (
 from rows import MICRO, STEPS
 from shapes import SHAPES
 
+T = TypeVar("T")
 COMPILED = 2 / 3  # of the estimated activations is what compiled layers kept on one GPU: 132 of 209 kB a token, 8B
 TOKENS_OF_A_GPU = 131_072  # in a step: 1 M on eight
 FINISH_SECONDS = 10.0  # for the table and the plot, and for a row that takes longer than reckoned
@@ -204,9 +205,21 @@ def is_done(item: Planned, results: Mapping[tuple[str, str], Mapping[str, Any]])
     return ran(result) and (result["sequence_length"], samples_per_step(result)) == step
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_rows(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The arguments of a script that runs a table's rows as long as its budget lasts, and goes on in a next call."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="default: all")
+    parser.add_argument("--only", help="names of rows, separated by commas")
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="do not trace a step")
+    parser.add_argument("--budget", type=float, default=530.0, help="seconds of the whole call")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--plan", action="store_true", help="print what would run, and exit")
+    parser.add_argument("--table", type=Path, metavar="JSONL", help="print these results as Markdown, and exit")
+    return parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = parser_of_rows(__doc__, "one_host.jsonl")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--moe-shape", choices=SHAPES, default="moe-30b-a3b")
     parser.add_argument("--sequence-length", type=int, default=8192)
@@ -215,27 +228,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup-steps", type=int, default=3, help="the first optimizer step falls into the second")
     parser.add_argument("--timed-steps", type=int, default=2)
     parser.add_argument("--profiled-steps", type=int, default=1)
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="do not trace a step")
-    parser.add_argument("--only", help="names of layouts, separated by commas")
-    parser.add_argument("--budget", type=float, default=530.0, help="seconds of the whole call")
     parser.add_argument("--together", action="store_true", help="the rows of a shape in one process group")
-    parser.add_argument("--out", type=Path, default=Path("one_host.jsonl"))
-    parser.add_argument("--plan", action="store_true", help="print what would run, and exit")
-    parser.add_argument("--table", type=Path, metavar="JSONL", help="print these results as Markdown, and exit")
     return parser
 
 
-def chosen(cli: argparse.Namespace) -> list[Layout]:
-    """The layouts for this number of GPUs, or those that `--only` names.
+def asked_for(there: Mapping[str, T], cli: argparse.Namespace, what: str) -> list[T]:
+    """Those of the rows for this number of GPUs that `--only` names; all without it.
 
     Raises:
         ValueError: it names one that there is not.
     """
-    there = {layout.name: layout for layout in LAYOUTS if layout.gpus == cli.gpus}
     names = [name.strip() for name in cli.only.split(",")] if cli.only else list(there)
     if unknown := [name for name in names if name not in there]:
-        raise ValueError(f"--only {unknown[0]!r}: no layout for {cli.gpus} GPUs; there are {', '.join(there)}.")
+        raise ValueError(f"--only {unknown[0]!r}: no {what} for {cli.gpus} GPUs; there are {', '.join(there)}.")
     return [there[name] for name in names]
+
+
+def chosen(cli: argparse.Namespace) -> list[Layout]:
+    """The layouts to run; a ValueError as `asked_for`."""
+    return asked_for({layout.name: layout for layout in LAYOUTS if layout.gpus == cli.gpus}, cli, "layout")
 
 
 def finish(results: Sequence[Mapping[str, Any]], out: Path) -> int:
