@@ -7,9 +7,6 @@ device must get the same numbers.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
 import statistics
 import time
 from collections import Counter
@@ -22,6 +19,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from ..parallel.mesh import ParallelMesh
+from ..parallel.node import host_number, rank_on_node
 from ..parallel.p2p import start_together
 from .ranks import exchange
 
@@ -92,8 +90,7 @@ def check_health(mesh: ParallelMesh) -> list[Odd]:
     began = time.perf_counter()
     sizes = SIZES.get(mesh.device.type, SIZES["cpu"])
     own = _device_figures(mesh.device, sizes)
-    own["host"] = float(int(hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12], 16))
-    own["local"] = float(os.environ.get("LOCAL_RANK", 0))
+    own["host"], own["local"] = float(host_number()), float(rank_on_node())
     of_ranks = exchange(mesh, own)
     places = list(zip(of_ranks["host"], of_ranks["local"], strict=True))
     links: dict[tuple[str, int, int], float] = {}

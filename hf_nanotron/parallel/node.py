@@ -1,4 +1,4 @@
-"""Where this process stands on its node, as its launcher says.
+"""Where this process stands on its node, as its launcher says, and which host that is.
 
 `torchrun --virtual-local-rank` shows each process its own GPU as the only one, and tells all that their `LOCAL_RANK` is
 0. Then the number on the node follows from `RANK`, which torchrun deals node by node.
@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 
 from accelerate import PartialState
 
@@ -21,3 +23,8 @@ def rank_on_node() -> int:
     local: int = PartialState().local_process_index
     sees_one = os.environ.get("CUDA_VISIBLE_DEVICES", "").isdecimal()
     return int(os.environ.get("RANK", "0")) % ranks_of_node() if local == 0 and sees_one else local
+
+
+def host_number() -> int:
+    """A number of 48 bits for the name of this host, which tensors of float64 and int64 carry to other ranks."""
+    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:6], "big")

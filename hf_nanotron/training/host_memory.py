@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import zlib
 
 import torch
 from transformers.utils import logging
@@ -15,6 +14,7 @@ from ..ops.host_region import ALIGNMENT
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_gather
 from ..parallel.mesh import ParallelMesh
+from ..parallel.node import host_number
 from ..parallel.zero.buckets import is_owner
 from ..parallel.zero.segment import ShardedWeights
 
@@ -39,7 +39,7 @@ def shortage(mesh: ParallelMesh, size: int) -> str | None:
 
     All ranks together; None if there is enough, or nobody knows.
     """
-    host = zlib.crc32(socket.gethostname().encode())
+    host = host_number()
     own = torch.tensor([[host, max(0, size)]], dtype=torch.int64, device=mesh.device)
     sizes = [needed for name, needed in all_gather(own, mesh.world, 0).tolist() if name == host]
     free = available_bytes()
