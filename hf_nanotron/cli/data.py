@@ -16,7 +16,8 @@ from ..data.streaming.stream_mixture import StreamMixture
 from ..data.streaming.token_stream import TokenStream
 from ..data.tokenize.chat_dataset import ChatDataset
 from ..data.tokens.mixture import Mixture
-from ..data.tokens.stages import Stage, Stages
+from ..data.tokens.stage import Stage
+from ..data.tokens.stages import Stages
 from ..data.tokens.token_dataset import TokenDataset
 from ..ops.cross_entropy import IGNORE_INDEX
 from ..redaction import printable

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .tokenize.chat_dataset import ChatDataset
     from .tokenize.corpus import tokenize_corpus
     from .tokens.mixture import Mixture
-    from .tokens.stages import Stage, Stages
+    from .tokens.stage import Stage
+    from .tokens.stages import Stages
     from .tokens.token_dataset import TokenDataset
     from .tokens.token_file import TokenFile
 
@@ -32,7 +33,7 @@ __all__ = [
 _HOME = {
     "ChatDataset": ".tokenize.chat_dataset",
     "Mixture": ".tokens.mixture",
-    "Stage": ".tokens.stages",
+    "Stage": ".tokens.stage",
     "Stages": ".tokens.stages",
     "StreamMixture": ".streaming.stream_mixture",
     "TokenDataset": ".tokens.token_dataset",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .mixture import Mixture
-from .stages import Stage, Stages
+from .stage import Stage
+from .stages import Stages
 from .token_dataset import TokenDataset
 
 
