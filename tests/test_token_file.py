@@ -17,7 +17,8 @@ from hf_nanotron.data.tokens.byte_ranges import BlockCache, RemoteFile
 from hf_nanotron.data.tokens.documents import EndsInFile, scan
 from hf_nanotron.data.tokens.file_map import map_file
 from hf_nanotron.data.tokens.sorted_ints import SortedInts
-from hf_nanotron.data.tokens.token_file import TokenFile, open_token_files, parse_metadata
+from hf_nanotron.data.tokens.token_file import TokenFile, open_token_files
+from hf_nanotron.data.tokens.token_formats import parse_metadata
 
 
 def edges_of(docs: list[list[int]]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..tokens.token_file import UNKNOWN_TOKENIZER
+from ..tokens.token_formats import UNKNOWN_TOKENIZER
 
 COPY_BYTES = 64 * 2**20
 ENDS = (".loss", ".index", ".metadata", "")  # of what belongs to a shard; the tokens last, in which order it appears

@@ -1,56 +1,29 @@
-"""Files of token ids: datatrove's and nanoset's `.ds`, Megatron's `.bin` with `.idx`, and `.npy`.
-
-`NAME.ds` (datatrove 0.10, `pipeline/tokens/tokenizer.py`) holds ids alone, little-endian, of two or four bytes. Beside
-it may stand
-
-    NAME.ds.index     uint64, little-endian: for each document its end in tokens, exclusive, ascending
-    NAME.ds.loss      one byte a token, 1 where it is trained on
-    NAME.ds.metadata  text: `tokenizer|bytes of an id`, the number of tokens, that number in words
-
-`.idx` is described in `megatron_index`; `.npy` is NumPy's own format, of one dimension.
-"""
+"""Token ids of one file, and how files of them are opened."""
 
 from __future__ import annotations
 
-import io
-import os
-import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ...redaction import printable_url
-from .byte_ranges import (
-    AnyFile,
-    BlockCache,
-    LocalFile,
-    RemoteFile,
-    Stat,
-    expand,
-    is_remote,
-    list_folder,
-    local_path,
-    read_ranges,
-    stat_files,
+from .byte_ranges import AnyFile, BlockCache, read_ranges
+from .documents import SCAN_TOKENS, Documents
+from .megatron_index import parse_header
+from .token_formats import (
+    Layout,
+    datatrove_layout,
+    given_dtype,
+    head_spans,
+    megatron_layout,
+    names_of_heads,
+    npy_layout,
+    opened,
+    tail_spans,
 )
-from .documents import SCAN_TOKENS, Documents, EndsInFile, SequencesInFile
-from .megatron_index import HEADER_BYTES, MegatronIndex, parse_header
-from .sorted_ints import SortedInts
-
-KINDS = (".ds", ".bin", ".npy")
-TOKEN_SIZES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
-NPY_HEADER = 4096  # bytes that are read of it
-UNKNOWN_TOKENIZER = "Unknown Tokenizer"  # what datatrove writes where it was given none
-
-
-class Metadata(NamedTuple):
-    """What a `.ds.metadata` says; None for what it leaves out."""
-
-    tokenizer: str | None
-    token_size: int | None
-    tokens: int | None
+from .token_paths import KINDS, Group, find_groups
 
 
 @dataclass
@@ -170,269 +143,41 @@ def open_token_files(
         FileNotFoundError: if there is no such file, or a folder has none.
         ValueError: if a file is not what its name says; each says which.
     """
-    given = _given_dtype(token_size, dtype)
+    given = given_dtype(token_size, dtype)
     cache = cache or BlockCache(options=dict(storage_options or {}))
-    groups = [g for path in ([paths] if isinstance(paths, str) else paths) for g in _groups(str(path), cache.options)]
+    names = [paths] if isinstance(paths, str) else paths
+    groups = [group for path in names for group in find_groups(str(path), cache.options)]
     if not groups:
         raise FileNotFoundError("no path was given: name files of tokens, or folders of them.")
-    heads = iter(read_ranges([span for group in groups for span in _head_spans(group)], cache.options))
-    found: list[dict[str, bytes]] = [{name: next(heads) for name in _heads(group)} for group in groups]
-    indices = {
-        number: parse_header(head[".idx"], printable_url(group[".idx"].path), group[".idx"].size)
-        for number, (group, head) in enumerate(zip(groups, found, strict=True))
-        if ".idx" in group
-    }
-    tails = iter(read_ranges([s for n, index in indices.items() for s in _tail_spans(groups[n], index)], cache.options))
+    layouts = _layouts(groups, given, cache)
     files = []
-    for number, (group, head) in enumerate(zip(groups, found, strict=True)):
-        if number in indices:
-            ends = [int.from_bytes(next(tails), "little") for _ in range(4)] if indices[number].sequences else None
-            files.append(_megatron(group, indices[number], ends, cache))
-        elif ".npy" in group:
-            files.append(_npy(group, head[".npy"], cache))
-        else:
-            files.append(_datatrove(group, head, given, cache))
+    for group, layout in zip(groups, layouts, strict=True):
+        main = next(group[kind] for kind in KINDS if kind in group)
+        files.append(TokenFile(main.path, opened(main, cache), *layout, vocab_size, version=main.version))
     check_agreement(files)
-    for file in files:
-        file.vocab_size = vocab_size
     return files
 
 
-def parse_metadata(text: str, path: str) -> Metadata:
-    """Read a `.ds.metadata`. datatrove writes the size twice where it knows no tokenizer.
-
-    Raises:
-        ValueError: if a size or a number is none.
-    """
-    lines = text.splitlines() or [""]
-    parts = lines[0].split("|")
-    name = parts[0].strip()
-    try:
-        size = int(parts[-1]) if len(parts) > 1 else None
-        tokens = int(lines[1]) if len(lines) > 1 and lines[1].strip() else None
-    except ValueError:
-        raise ValueError(f"{path} is no metadata of datatrove's: {text[:80]!r}") from None
-    if size is not None and size not in TOKEN_SIZES:
-        raise ValueError(f"{path}: ids of {size} bytes cannot be; they have {_sizes()}.")
-    return Metadata(name if name not in ("", UNKNOWN_TOKENIZER) else None, size, tokens)
-
-
-def _sizes() -> str:
-    return ", ".join(map(str, TOKEN_SIZES))
-
-
-def _given_dtype(token_size: int | None, dtype: Any) -> np.dtype | None:
-    if token_size is not None and token_size not in TOKEN_SIZES:
-        raise ValueError(f"token_size={token_size!r} cannot be; an id has {_sizes()} bytes.")
-    if dtype is None:
-        return None if token_size is None else np.dtype(TOKEN_SIZES[token_size])
-    found = np.dtype(dtype)
-    if found.kind not in "iu":
-        raise ValueError(f"dtype={dtype!r} cannot be; ids are integers.")
-    if token_size is not None and found.itemsize != token_size:
-        raise ValueError(f"token_size={token_size} and dtype={found.name} contradict each other.")
-    if found != found.newbyteorder("<"):
-        raise ValueError(f"dtype={dtype!r} cannot be; the ids of a .ds file are little-endian.")
-    return found
-
-
-Group = dict[str, Stat]  # what belongs to one file, by the ends of their names
-
-
-def _groups(path: str, options: dict[str, Any]) -> list[Group]:
-    """The files that a path stands for, each with what stands beside it."""
-    if _is_pattern(path):
-        matches = [match for match in expand(path, options) if match.endswith(KINDS)]
-        groups = [group for match in matches if (group := _single(match, options))]  # none of a folder
-        if not groups:
-            raise FileNotFoundError(f"{printable_url(path)} matches no {_kinds()} file.")
-        return groups
-    if path.endswith(KINDS) and (group := _single(path, options)):
-        return [group]
-    listed = list_folder(path, options)
-    if listed is None:
-        if group := _single(path + ".bin", options):
-            return [group]
-        if stat_files([path], options):
-            raise ValueError(
-                f"{printable_url(path)} is no {_kinds()} file; hf-nanotron tokenize makes .ds files of texts."
-            )
-        raise FileNotFoundError(f"{printable_url(path)}: there is no such file or folder.")
-    names = sorted(name for name in listed if name.endswith(KINDS))
-    kinds = sorted({name[name.rindex(".") :] for name in names})
-    if not names:
-        raise FileNotFoundError(
-            f"the folder {printable_url(path)} holds no {_kinds()} file; those of its subfolders are not looked for."
-        )
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the folder {printable_url(path)} holds {' and '.join(kinds)} files; name those of one kind "
-            f"({printable_url(path).rstrip('/')}/*{kinds[0]})."
-        )
-    return [_with_siblings(name, listed) for name in names]
-
-
-def _is_pattern(path: str) -> bool:
-    """A local name may have the marks of a pattern in it, too."""
-    exists = not is_remote(path) and any(os.path.exists(local_path(path) + end) for end in ("", ".bin"))
-    return any(mark in path for mark in "*?[") and not exists
-
-
-def _kinds() -> str:
-    return ", ".join(KINDS[:-1]) + f" or {KINDS[-1]}"
-
-
-def _single(path: str, options: dict[str, Any]) -> Group | None:
-    names = {path: path, **{name: name for name in _siblings(path).values()}}
-    found = stat_files(list(names), options)
-    return _with_siblings(path, found) if path in found else None
-
-
-def _siblings(path: str) -> dict[str, str]:
-    if path.endswith(".ds"):
-        return {end: path + end for end in (".index", ".loss", ".metadata")}
-    return {".idx": path[: -len(".bin")] + ".idx"} if path.endswith(".bin") else {}
-
-
-def _with_siblings(name: str, listed: dict[str, Stat]) -> Group:
-    kind = name[name.rindex(".") :]
-    group = {kind: listed[name], **{end: listed[other] for end, other in _siblings(name).items() if other in listed}}
-    if kind == ".bin" and ".idx" not in group:
-        raise FileNotFoundError(
-            f"{printable_url(listed[name].path)} has no .idx beside it, which would say where its sequences begin and "
-            "how wide its ids are. Ids alone can be read as a .ds file."
-        )
-    return group
-
-
-def _heads(group: Group) -> list[str]:
-    """Whose beginning, or end, is read at once."""
-    return [end for end in (".metadata", ".index", ".idx", ".npy") if end in group]
-
-
-def _head_spans(group: Group) -> Iterator[tuple[str, int, int]]:
-    for end in _heads(group):
-        path, size, _ = group[end]
-        if end == ".index":
-            yield path, max(size - 8, 0), size
+def _layouts(groups: Sequence[Group], given: np.dtype | None, cache: BlockCache) -> list[Layout]:
+    """That of each file. The beginnings of all are read at once, and then the ends of all `.idx`."""
+    read = iter(read_ranges([span for group in groups for span in head_spans(group)], cache.options))
+    heads: list[dict[str, bytes]] = [{name: next(read) for name in names_of_heads(group)} for group in groups]
+    indices = {
+        number: parse_header(head[".idx"], printable_url(group[".idx"].path), group[".idx"].size)
+        for number, (group, head) in enumerate(zip(groups, heads, strict=True))
+        if ".idx" in group
+    }
+    tails = iter(read_ranges([s for n, index in indices.items() for s in tail_spans(groups[n], index)], cache.options))
+    layouts = []
+    for number, (group, head) in enumerate(zip(groups, heads, strict=True)):
+        if number in indices:
+            ends = [int.from_bytes(next(tails), "little") for _ in range(4)] if indices[number].sequences else None
+            layouts.append(megatron_layout(group, indices[number], ends, cache))
+        elif ".npy" in group:
+            layouts.append(npy_layout(group, head[".npy"]))
         else:
-            yield path, 0, min(size, HEADER_BYTES if end == ".idx" else NPY_HEADER)
-
-
-def _tail_spans(group: Group, index: MegatronIndex) -> Iterator[tuple[str, int, int]]:
-    """The last sequence's length and offset, and the first and the last document index."""
-    path, last = group[".idx"].path, index.sequences - 1
-    if last >= 0:
-        yield path, index.lengths_at + 4 * last, index.lengths_at + 4 * last + 4
-        yield path, index.pointers_at + 8 * last, index.pointers_at + 8 * last + 8
-        docs = index.documents
-        yield path, index.documents_at, index.documents_at + (8 if docs else 0)
-        yield path, index.documents_at + 8 * max(docs - 1, 0), index.documents_at + 8 * docs
-
-
-def _opened(stat: Stat, cache: BlockCache) -> AnyFile:
-    return RemoteFile(stat.path, stat.size, cache) if is_remote(stat.path) else LocalFile(stat.path, stat.size)
-
-
-def _count(stat: Stat, dtype: np.dtype) -> int:
-    if stat.size % dtype.itemsize:
-        raise ValueError(
-            f"{printable_url(stat.path)}: {stat.size} bytes are no whole number of ids of {dtype.itemsize} bytes; it "
-            "is cut off, or its ids have another width."
-        )
-    return stat.size // dtype.itemsize
-
-
-def _datatrove(group: Group, head: dict[str, bytes], given: np.dtype | None, cache: BlockCache) -> TokenFile:
-    main = group[".ds"]
-    shown = printable_url(main.path)
-    text = head.get(".metadata", b"").decode("utf-8", "replace")
-    said = parse_metadata(text, f"{shown}.metadata") if ".metadata" in group else Metadata(None, None, None)
-    if given is not None and said.token_size not in (None, given.itemsize):
-        raise ValueError(
-            f"{shown}.metadata says that an id has {said.token_size} bytes, and {given.itemsize} were asked for."
-        )
-    if given is None and said.token_size is None:
-        raise ValueError(
-            f"{shown} does not say how wide its ids are, and no .metadata with it does: pass token_size=2 "
-            "(vocabularies up to 65,536) or token_size=4."
-        )
-    dtype = given if given is not None else np.dtype(TOKEN_SIZES[said.token_size or 0])
-    tokens = _count(main, dtype)
-    if said.tokens not in (None, tokens):
-        raise ValueError(
-            f"{shown} has {tokens} tokens, and its .metadata says {said.tokens}; one of them is of another file."
-        )
-    documents: Documents | None = None
-    if ".index" in group:
-        index = group[".index"]
-        if index.size % 8:
-            raise ValueError(f"{shown}.index: {index.size} bytes are no whole number of ends of eight bytes.")
-        last = int.from_bytes(head[".index"], "little")
-        if last > tokens:
-            raise ValueError(f"{shown}.index: its last document ends at token {last}, and the file has {tokens}.")
-        documents = EndsInFile(SortedInts(_opened(index, cache), 0, index.size // 8), tokens, last)
-    loss = group.get(".loss")
-    if loss is not None and loss.size != tokens:
-        raise ValueError(
-            f"{shown}.loss has {loss.size} bytes, and the file {tokens} tokens; it must have one for each."
-        )
-    return TokenFile(
-        main.path,
-        _opened(main, cache),
-        dtype,
-        0,
-        tokens,
-        documents,
-        _opened(loss, cache) if loss else None,
-        said.tokenizer,
-        version=main.version,
-    )
-
-
-def _megatron(group: Group, index: MegatronIndex, ends: list[int] | None, cache: BlockCache) -> TokenFile:
-    main, idx = group[".bin"], group[".idx"]
-    shown = printable_url(idx.path)
-    tokens = _count(main, index.dtype)
-    length, pointer, first, last = ends or [0, 0, 0, 0]
-    if pointer + length * index.dtype.itemsize != main.size:
-        raise ValueError(
-            f"{shown}: its last sequence ends at byte {pointer + length * index.dtype.itemsize} of "
-            f"{printable_url(main.path)}, which has {main.size} bytes; they are not of one pair."
-        )
-    documents = None
-    if index.documents > 1:
-        if first != 0 or last != index.sequences:
-            raise ValueError(
-                f"{shown}: its documents reach from sequence {first} to {last}, instead of 0 to {index.sequences}."
-            )
-        file = _opened(idx, cache)
-        documents = SequencesInFile(
-            SortedInts(file, index.pointers_at, index.sequences, index.dtype.itemsize),
-            SortedInts(file, index.documents_at, index.documents),
-            tokens,
-        )
-    return TokenFile(main.path, _opened(main, cache), index.dtype, 0, tokens, documents, version=main.version)
-
-
-def _npy(group: Group, head: bytes, cache: BlockCache) -> TokenFile:
-    main = group[".npy"]
-    shown = printable_url(main.path)
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"{shown} is no .npy file that can be read ({error}).") from None
-    if len(shape) != 1 or dtype.kind not in "iu":
-        raise ValueError(f"{shown} holds {dtype.name} of shape {shape}; ids are integers in one dimension.")
-    if stream.tell() + shape[0] * dtype.itemsize != main.size:
-        raise ValueError(
-            f"{shown}: {shape[0]} ids of {dtype.itemsize} bytes and a header of {stream.tell()} are not its "
-            f"{main.size} bytes; it is cut off."
-        )
-    return TokenFile(main.path, _opened(main, cache), dtype, stream.tell(), shape[0], version=main.version)
+            layouts.append(datatrove_layout(group, head, given, cache))
+    return layouts
 
 
 def check_agreement(files: Sequence[TokenFile]) -> None:
