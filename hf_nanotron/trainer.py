@@ -76,26 +76,19 @@ from .training.agreement.flow import FlowAgreement
 from .training.agreement.values import check_shared, compare_ranks, values_of
 from .training.agreement.windows import WindowAgreement, evaluated_tokens
 from .training.batch_warmup import batch_metrics, with_batch_warmup
-from .training.checkpointer import (
-    Checkpointer,
-    copied_state,
-    load_rest,
-    load_weights,
-    taking_states,
-    write_companions,
-    write_generators,
-    write_trainer_state,
-)
+from .training.checkpointer import Checkpointer
 from .training.collating import collator_of
 from .training.constructor import check_given
 from .training.data_fit import check_evaluable, fitted
-from .training.data_order import CURSOR, DataOrder, DataProgress, make_loader
+from .training.data_order import CURSOR, DataOrder, DataProgress
 from .training.dealt_evaluation import DealtModel
 from .training.domains import DomainLog
 from .training.doremi import DoReMi, check_domains, check_doremi, warn_without_doremi
 from .training.evaluation import EvaluationRun, correct_speed, samples_in_words
 from .training.given_models import check_parallel, frozen_beside, place_in_words, shard_stock
 from .training.gradients import GradientAccess, WrittenWeights, check_model, may_write_weights, note_frozen
+from .training.load_weights import load_rest, load_weights
+from .training.loaders import make_loader
 from .training.log_line import LogLine
 from .training.lr_schedule import KEY as SCHEDULE, RunSchedule
 from .training.metrics_detail import MetricsDetail, tell_callbacks
@@ -107,7 +100,9 @@ from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
 from .training.reporting import Reports
 from .training.run_report import RunReport, logs_next, report_memory
+from .training.samplers import eval_sampler
 from .training.signals import StopSignals
+from .training.small_files import copied_state, taking_states, write_companions, write_generators, write_trainer_state
 from .training.snapshots import MemorySnapshots
 from .training.step.calls import refuse_missing, refuse_stray
 from .training.step.context import check_batch
@@ -378,7 +373,7 @@ class NanotronTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         """By `data_seed` alone, at any sizes."""
-        return self._data_order.eval_sampler(eval_dataset, self.processing_class)
+        return eval_sampler(self.args, eval_dataset, self.processing_class)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Trainer's; of a resumed run, with the epochs and steps that its remaining samples take."""

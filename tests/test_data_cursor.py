@@ -27,7 +27,8 @@ from hf_nanotron.data.cursor import Cursor, EpochShape, resume_at, why_not_resum
 from hf_nanotron.data.loader import Position, build_loader
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
-from hf_nanotron.training.data_order import DataOrder, make_loader
+from hf_nanotron.training.data_order import DataOrder
+from hf_nanotron.training.loaders import make_loader
 
 # ---- the arithmetic ----
 

@@ -162,7 +162,7 @@ def _rows(args: argparse.Namespace, settings: Any, tokenizer: Any, training: Any
         shape = (args.rows, args.sequence_length)
         rows: list[list[int]] = torch.randint(0, config.vocab_size, shape, generator=generator).tolist()
         return rows
-    from ..training.data_order import data_seed
+    from ..training.loaders import data_seed
     from .data import load_data
     from .settings import check_complete
 

@@ -22,7 +22,7 @@ from ..models.sharding.parallelize import parallelize
 from ..parallel.mesh import ParallelMesh
 from ..plan.fake_world import fake_world
 from ..redaction import hide, holds_secret, printable, secrets_of
-from ..training.checkpointer import AUTO, named_beginning
+from ..training.beginnings import AUTO, named_beginning
 from ..training_args import NanotronTrainingArguments
 from ..version import __version__
 from .errors import existing_path, explained

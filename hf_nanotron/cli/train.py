@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, set_seed
 
 from ..models.auto import AutoModelForCausalLM
 from ..trainer import NanotronTrainer
-from ..training.data_order import data_seed
 from ..training.doremi import DoReMi
+from ..training.loaders import data_seed
 from ..training.reporting import check_reports
 from ..training_args import NanotronTrainingArguments
 from .data import collate, load_data

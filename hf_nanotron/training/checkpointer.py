@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ import torch
 from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -34,29 +33,27 @@ from ..checkpoint.directory.run_lock import RunLock, this_process
 from ..checkpoint.directory.runs import KEY, Run, write_record
 from ..checkpoint.directory.save import BackgroundSave, Save
 from ..checkpoint.directory.verify import STATE_INDEX
-from ..checkpoint.files.repository import AVERAGE_FOLDER
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
-from ..checkpoint.hub.model import held_buffers, hub_bytes, load_hub_weights, write_hub_config, write_hub_weights
+from ..checkpoint.hub.model import held_buffers, hub_bytes, write_hub_config, write_hub_weights
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
-from ..checkpoint.state.buffers import buffer_pieces, load_buffers
+from ..checkpoint.state.buffers import buffer_pieces
 from ..checkpoint.state.index import StateIndex
-from ..checkpoint.state.training_state import DIRECTORY, load_masters, read_index, state_pieces, state_values
+from ..checkpoint.state.training_state import DIRECTORY, read_index, state_pieces, state_values
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import refuse_together, together
 from ..parallel.zero.segment import ShardedWeights
-from ..redaction import redacted
 from ..training_args import NanotronTrainingArguments
+from .beginnings import is_auto, named_beginning
 from .host_memory import shortage, state_bytes, warn_of_unpinned
 from .remote import RemoteUploads
 from .snapshots import MemorySnapshots
 
 logger = logging.get_logger(__name__)
 MOST_FILE = "5GB"  # of the Hub's weights
-AUTO = "auto"  # as `resume_from_checkpoint`; `auto:PATH` for a run that begins at a checkpoint of another one
 
 
 class Checkpointer:
@@ -121,22 +118,22 @@ class Checkpointer:
     def choose(self, named: str | bool | None) -> str | None:
         """The checkpoint to resume: the one that is named; for True the newest that is undamaged; None for neither.
 
-        `AUTO` is True if the run has a checkpoint, and a fresh start if it has none yet; `auto:PATH` begins there then.
+        `auto` is True if the run has a checkpoint, and a fresh start if it has none yet; `auto:PATH` begins there then.
         """
         if not named:
             return None
         output_dir = cast(str, self.args.output_dir)
-        begins_at, is_auto = named_beginning(named, output_dir), named == AUTO or str(named).startswith(f"{AUTO}:")
-        if named is not True and not is_auto:
+        begins_at, goes_on = named_beginning(named, output_dir), is_auto(named)
+        if named is not True and not goes_on:
             return self._take_named(os.fspath(named))
-        return self._snapshots.choose(lambda: self._choose_on_disk(is_auto, begins_at))
+        return self._snapshots.choose(lambda: self._choose_on_disk(goes_on, begins_at))
 
-    def _choose_on_disk(self, is_auto: bool, begins_at: str | None) -> str | None:
+    def _choose_on_disk(self, goes_on: bool, begins_at: str | None) -> str | None:
         """The newest checkpoint that is undamaged, or where a run without one begins."""
         output_dir = cast(str, self.args.output_dir)
         if self._uploads.store is not None:
             fetch_newest_together(self.mesh, self._uploads.store, output_dir)
-        if is_auto and not any_together(self.mesh, output_dir):
+        if goes_on and not any_together(self.mesh, output_dir):
             where = "the first step" if begins_at is None else begins_at
             logger.info(f"{output_dir} has no checkpoint of this run: it starts from {where}.")
             return None if begins_at is None else self._take_named(begins_at)
@@ -399,116 +396,3 @@ def _in_use(model: ParallelModel) -> Iterator[torch.Tensor]:
     """What the model holds: these tensors are not made for a save alone."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def named_beginning(named: str | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
-    """The checkpoint at which a run begins that goes on from its own ones later: of `auto:PATH`, or a path alone.
-
-    Raises:
-        ValueError: for one in the folder of the run: what comes after it there is of another run, or of this one.
-    """
-    if not isinstance(named, str | os.PathLike) or (text := os.fspath(named)) in (AUTO, ""):
-        return None
-    begins_at = text.removeprefix(f"{AUTO}:")
-    if text != begins_at and not begins_at:
-        raise ValueError("resume_from_checkpoint='auto:' needs a path after the colon, or 'auto' alone.")
-    if text != begins_at and os.path.realpath(Path(begins_at).parent) == os.path.realpath(output_dir):
-        raise ValueError(
-            f"resume_from_checkpoint={text!r}: the checkpoint is in output_dir={os.fspath(output_dir)!r} itself, so "
-            "later ones there would be taken in its place; give the run that begins at it an output_dir of its own."
-        )
-    return begins_at
-
-
-# ---- small files ----
-
-
-def write_generators(write: Callable[[str], None], directory: Path, mesh: ParallelMesh) -> list[Path]:
-    """The states of this rank's generators, as Trainer's method writes them: this rank describes them, and rank 0 need
-    not.
-
-    Raises:
-        OSError: if there is no room for them, where `torch.save` raises a RuntimeError.
-    """
-    try:
-        write(str(directory))
-    except RuntimeError as error:
-        raise OSError(f"the random numbers' states could not be written into {directory}: {error}") from error
-    name = "rng_state.pth" if mesh.world_size == 1 else f"rng_state_{mesh.rank}.pth"
-    return [path for path in [directory / name] if path.is_file()]
-
-
-def write_companions(args: NanotronTrainingArguments, tokenizer: Any, directory: Path) -> None:
-    """Tokenizer, if there is one, and arguments, which are pickled without secrets."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    torch.save(args, directory / "training_args.bin")
-
-
-def copied_state(state: TrainerState) -> TrainerState:
-    """For `write_trainer_state`, which adds to it, where the run's own is to stay as it is."""
-    found = copy.copy(state)
-    found.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
-    return found
-
-
-def write_trainer_state(state: TrainerState, holders: Iterable[Any], directory: Path) -> Path:
-    """Step, log history and the states of `holders` (callbacks, control), as Trainer writes them: the file."""
-    for holder in holders:
-        if isinstance(holder, ExportableState):
-            name, own = type(holder).__name__, redacted("", holder.state(), None)
-            states = cast(dict[str, Any], state.stateful_callbacks)
-            if isinstance(states.get(name), list):
-                states[name].append(own)
-            else:
-                states[name] = own
-    path = directory / TRAINER_STATE_NAME
-    state.save_to_json(str(path))
-    return path
-
-
-@contextlib.contextmanager
-def taking_states() -> Iterator[None]:
-    """Around what hands the callbacks their states, with an error that says what to do."""
-    try:
-        yield
-    except (TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{TRAINER_STATE_NAME} holds a state that its callback does not take ({error}); set "
-            "restore_callback_states_from_checkpoint=False, or use an earlier checkpoint."
-        ) from error
-
-
-def load_weights(checkpoint: str, model: ParallelModel, weights: ShardedWeights, index: StateIndex | None) -> None:
-    """Those that are not in the training state of this `index`, which follows with the optimizer: the frozen ones, or
-    all.
-    """
-    if index is None:
-        load_hub_weights(model, checkpoint)
-        weights.read_from_model()
-        return
-    trained = {segment.name for segment in weights.segments}
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name not in trained]
-    has_frozen = all_reduce(torch.tensor(float(bool(frozen)), device=model.mesh.device), model.mesh.world)
-    if has_frozen:  # on another stage, too
-        load_hub_weights(model, checkpoint, frozen)
-
-
-def load_rest(
-    checkpoint: str,
-    model: ParallelModel,
-    weights: ShardedWeights,
-    average: WeightAverage | None,
-    index: StateIndex | None,
-) -> None:
-    """After `load_weights`, where no optimizer goes on: what the training state has, and the average."""
-    if index is not None:
-        load_masters(checkpoint, model.mesh, weights.segments, average, index)
-        load_buffers(checkpoint, model, index)
-        weights.publish()
-        weights.wait()
-    elif average is not None and (folder := Path(checkpoint) / AVERAGE_FOLDER).is_dir():
-        with average.in_place():
-            load_weights(str(folder), model, weights, None)
-    elif average is not None:
-        average.restart()

@@ -1,4 +1,4 @@
-"""The data of a training run: loaders, samplers, and the cursor by which a run goes on with the next sample."""
+"""The samples of a training run, and the cursor by which it goes on with the next one."""
 
 from __future__ import annotations
 
@@ -8,95 +8,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from ..checkpoint.state.index import StateIndex
 from ..checkpoint.state.training_state import saved_extra
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
-from ..data.loader import DataParallelLoader, Position, build_loader
+from ..data.loader import DataParallelLoader, Position
 from ..data.ordered import brings_order, is_run
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
-from ..data.streaming.lane_loader import build_lane_loader
 from ..data.streaming.lane_stream import LaneStream, joined
 from ..parallel.mesh import ParallelMesh
 from ..parallel.together import all_or_none
 from ..training_args import NanotronTrainingArguments
 from .batch_warmup import naming_sizes
+from .loaders import data_seed
 from .run_order import Consumed, RunOrder, accept_changes, data_state
+from .samplers import train_sampler
 
 logger = logging.get_logger(__name__)
 
 CURSOR = "data_cursor"  # its key in the `extra` of a training state
 NO_CURSOR = f"the checkpoint does not say which samples it was trained on; {ANEW}."
-
-
-def make_loader(
-    args: NanotronTrainingArguments,
-    mesh: ParallelMesh,
-    dataset: Any,
-    sampler: Sampler[int] | None,
-    collate: Any,
-    batch_size: int,
-    is_training: bool,
-    step_batches: int | None = None,
-) -> DataParallelLoader:
-    """A loader by the training arguments, for batches of one rank over the data-parallel ranks of `mesh`.
-
-    Args:
-        step_batches: micro-batches of an optimizer step over all ranks, for training.
-
-    Raises:
-        ValueError: for a stream of lanes that does not divide among the ranks.
-    """
-    is_uneven = step_batches is not None and step_batches % mesh.dp_size != 0
-    workers: dict[str, Any] = {
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory and mesh.device.type == "cuda",
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-    }
-    if isinstance(dataset, LaneStream) and dataset.epochs is None:
-        if is_uneven:
-            raise ValueError(
-                f"a step has {step_batches} micro-batches, which do not divide among {mesh.dp_size} data-parallel "
-                f"ranks, and a {type(dataset).__name__} deals all ranks the same number of rows; use a "
-                "gradient_accumulation_steps x max_dp_size that all sizes to which the run may shrink divide, or a "
-                "TokenDataset."
-            )
-        return build_lane_loader(dataset, collate, batch_size, mesh.dp_rank, mesh.dp_size, positions=True, **workers)
-    # As Trainer's, with data-parallel ranks for processes: those of a replica draw the same.
-    seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.dp_rank)
-    loader = build_loader(
-        dataset,
-        sampler,
-        collate,
-        batch_size,
-        mesh.dp_rank,
-        mesh.dp_size,
-        args.dataloader_drop_last,
-        data_seed(args),
-        positions=is_training,
-        step_batches=None if is_uneven is False and isinstance(dataset, IterableDataset) else step_batches,
-        worker_init_fn=seeding if is_training and not isinstance(dataset, IterableDataset) else None,
-        **workers,
-    )
-    loader.device = None if is_training or mesh.device.type == "cpu" else mesh.device
-    return loader
-
-
-def data_seed(args: NanotronTrainingArguments) -> int:
-    """Of the order of the samples."""
-    return args.data_seed if args.data_seed is not None else args.seed
 
 
 class DataOrder:
@@ -176,49 +113,18 @@ class DataOrder:
             return None
         return self._run.consumed(self._cursor.samples)
 
-    # ---- samplers ----
-
     def train_sampler(
         self, dataset: Any, global_batch: Callable[[], int], tokenizer: Any = None
     ) -> Sampler[int] | None:
-        """None for a stream. The tokenizer knows which column has the lengths."""
-        if isinstance(dataset, IterableDataset):
-            return None
-        if brings_order(dataset) and self.args.train_sampling_strategy == "group_by_length":
-            raise ValueError(
-                f"train_sampling_strategy='group_by_length' with a {type(dataset).__name__}: it brings its order, in "
-                "which it is read. Leave train_sampling_strategy out."
-            )
-        if self._taken is not None and dataset is self._taken.dataset:
-            return self._taken.sampler
-        if brings_order(dataset) or self.args.train_sampling_strategy == "sequential":
-            return SequentialSampler(dataset)
-        if self.args.train_sampling_strategy == "group_by_length":
-            return self._length_sampler(dataset, self._length_group(global_batch()), tokenizer)
-        return SeedableRandomSampler(dataset, data_seed=data_seed(self.args))
+        """See `samplers.train_sampler`; of a run that is resumed, groups by length are as it began."""
+        run = self._taken if self._taken is not None and dataset is self._taken.dataset else None
+        group = partial(self._length_group, global_batch)
+        return train_sampler(self.args, dataset, None if run is None else run.sampler, group, tokenizer)
 
-    def eval_sampler(self, dataset: Any, tokenizer: Any = None) -> Sampler[int] | None:
-        """None for a stream."""
-        if isinstance(dataset, IterableDataset):
-            return None
-        if self.args.train_sampling_strategy == "group_by_length" and not brings_order(dataset):
-            return self._length_sampler(dataset, self.args.eval_batch_size, tokenizer)
-        return SequentialSampler(dataset)
-
-    def _length_sampler(self, dataset: Any, batch_size: int, tokenizer: Any) -> LengthGroupedSampler:
-        column = self.args.length_column_name
-        return LengthGroupedSampler(
-            batch_size,
-            dataset=dataset,
-            lengths=list(dataset[column]) if column in getattr(dataset, "column_names", ()) else None,
-            model_input_name=getattr(tokenizer, "model_input_names", [None])[0],
-            generator=torch.Generator().manual_seed(data_seed(self.args)),
-        )
-
-    def _length_group(self, global_batch: int) -> int:
+    def _length_group(self, global_batch: Callable[[], int]) -> int:
         """Samples that are sorted by length together: the global batch with which the run began."""
         saved = self._resumed.order.get("group") if self._resumed is not None else None
-        return saved or global_batch
+        return saved or global_batch()
 
     # ---- the cursor ----
 
@@ -263,7 +169,7 @@ class DataOrder:
             "kind": kind,
             "samples": len(loader.dataset),  # type: ignore[arg-type]
             "data_seed": None if kind == "sequential" else data_seed(self.args),
-            "group": self._length_group(global_batch) if kind == "group_by_length" else None,
+            "group": self._length_group(lambda: global_batch) if kind == "group_by_length" else None,
             FINGERPRINT: None if brings_order(dataset) else self._fingerprint,  # which have an identity
         }
 
@@ -335,34 +241,47 @@ class DataOrder:
                 lambda: accept_changes(saved, dataset, args, self._mesh.rank == 0),
             )
         cursor.check(order)
-        if self._is_stream:
-            refused = refused or (
-                cursor.refused or "the checkpoint has no state of it" if cursor.state is None else None
-            )
-            if cursor.samples and refused:
-                raise ValueError(
-                    f"cannot resume in epoch {cursor.epoch} after sample {cursor.samples}: {refused}; or {ANEW}."
-                )
-            # Trainer counts the epoch of a stream as `max_steps` steps.
-            in_epoch = max_steps * args.gradient_accumulation_steps
-            self._rest = Resumption(cursor.epoch, cursor.samples, in_epoch, max_steps, epochs, max_steps)
-            if cursor.step >= max_steps:
-                epochs = cursor.epoch
-        else:
-            accumulation, drops = args.gradient_accumulation_steps, args.dataloader_drop_last
-            sizes = batch_size, self._mesh.dp_size, accumulation
-            shape = EpochShape(order["samples"], *sizes, drops, self.step_batches)
-            self._rest = resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
+        self._rest = self._rest_of(cursor, order, refused, batch_size, epochs, max_steps)
+        if not self._is_stream:
             epochs, max_steps = self._rest.num_train_epochs, self._rest.max_steps
+        elif cursor.step >= max_steps:
+            epochs = cursor.epoch
+        self._check_fingerprint(cursor, order, dataset, loader)
+        # With the fingerprint of this run: an older checkpoint may have none.
+        self._cursor = replace(cursor, epoch=self._rest.epoch, samples=self._rest.samples, order=order)
+        return epochs, max_steps
+
+    def _rest_of(
+        self, cursor: Cursor, order: dict[str, Any], refused: str | None, batch_size: int, epochs: int, max_steps: int
+    ) -> Resumption:
+        """What a resumed run has left of an epoch.
+
+        Args:
+            refused: why a stream cannot go on in the middle of one.
+        """
+        args = self.args
+        if not self._is_stream:
+            sizes = batch_size, self._mesh.dp_size, args.gradient_accumulation_steps
+            shape = EpochShape(order["samples"], *sizes, args.dataloader_drop_last, self.step_batches)
+            return resume_at(cursor, shape, args.num_train_epochs, args.max_steps)
+        if cursor.state is None:
+            refused = refused or cursor.refused or "the checkpoint has no state of it"
+        if cursor.samples and refused:
+            raise ValueError(
+                f"cannot resume in epoch {cursor.epoch} after sample {cursor.samples}: {refused}; or {ANEW}."
+            )
+        # Trainer counts the epoch of a stream as `max_steps` steps.
+        in_epoch = max_steps * args.gradient_accumulation_steps
+        return Resumption(cursor.epoch, cursor.samples, in_epoch, max_steps, epochs, max_steps)
+
+    def _check_fingerprint(self, cursor: Cursor, order: dict[str, Any], dataset: Any, loader: Any) -> None:
+        """Refuse data whose rows are not those of the checkpoint. All ranks together."""
         before = cursor.order.get(FINGERPRINT)
         has_new_sets = isinstance(dataset, LaneStream) and not set(order) <= set(cursor.order)  # of a StreamMixture
         if self._fingerprint is not None and before not in (None, self._fingerprint) and not has_new_sets:
             # Samples that are drawn anew at each reading, a crop from the system's entropy say, are others every time.
             if is_repeatable(self._mesh, dataset_of(loader), self._fingerprint):
                 raise ValueError(OTHER_DATA)
-        # With the fingerprint of this run: an older checkpoint may have none.
-        self._cursor = replace(cursor, epoch=self._rest.epoch, samples=self._rest.samples, order=order)
-        return epochs, max_steps
 
     def progress(self, epoch: int, rounds: int, state: TrainerState) -> tuple[int, int]:
         """Epochs and rounds that a run has behind it: as Trainer has reckoned them, unless the cursor knows better."""

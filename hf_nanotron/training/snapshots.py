@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
 
 from ..checkpoint.directory.host_copies import HostCopies
-from ..checkpoint.directory.retention import from_rank_0, is_checkpoint_name, is_part, newest, run_at_hand, step_of
+from ..checkpoint.directory.retention import from_rank_0, is_checkpoint_name, step_of
 from ..checkpoint.directory.runs import Run
 from ..checkpoint.directory.save import Save
-from ..checkpoint.files.checked import write_checked
 from ..checkpoint.hub.model import held_buffers
-from ..checkpoint.memory.folder import MemoryFolder, part_name, read_part, snapshot_name, write_part
+from ..checkpoint.memory.folder import MemoryFolder, snapshot_name
 from ..checkpoint.memory.hosts import Hosts, find_hosts
-from ..checkpoint.memory.resume import VALUES, Snapshot, find_snapshots, make_checkpoint
+from ..checkpoint.memory.resume import Snapshot, make_checkpoint
 from ..checkpoint.memory.room import check_room
-from ..checkpoint.memory.transfer import Wire, receive_files, send_files
-from ..checkpoint.state.file import write_rank
+from ..checkpoint.memory.threads import SnapshotThreads, write_snapshot
+from ..checkpoint.memory.transfer import Wire
+from ..checkpoint.memory.usable import lost_best, newest_step, usable_snapshots
+from ..checkpoint.memory.wires import connect
 from ..checkpoint.state.slices import Slice
 from ..checkpoint.state.training_state import DIRECTORY
-from ..checkpoint.state.values import encode
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
@@ -40,6 +36,7 @@ from ..parallel.mesh import ParallelMesh
 from ..parallel.together import refuse_together, together
 from ..parallel.zero.segment import ShardedWeights
 from ..training_args import NanotronTrainingArguments
+from .beginnings import is_auto
 from .data_order import DataOrder
 from .host_memory import state_bytes, warn_of_unpinned
 
@@ -119,8 +116,9 @@ class MemorySnapshots:
 
     def warn_of_restarts(self, resume_from_checkpoint: str | bool | None) -> None:
         """Where torchrun would start the ranks anew, and they would not go on from a snapshot."""
+        goes_on = resume_from_checkpoint is True or is_auto(resume_from_checkpoint)
         restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        if self.is_on and self.mesh.rank == 0 and restarts != "0" and not _is_auto(resume_from_checkpoint):
+        if self.is_on and self.mesh.rank == 0 and restarts != "0" and not goes_on:
             logger.warning(
                 f"memory_snapshot_steps={self.args.memory_snapshot_steps}, but after a failure torchrun starts the "
                 f"ranks again with resume_from_checkpoint={resume_from_checkpoint!r}, which looks at no snapshot; set "
@@ -133,41 +131,19 @@ class MemorySnapshots:
         """Whether a checkpoint was made of a snapshot."""
         return source is not None and self._folder is not None and Path(source).parent == self._folder.path
 
-    def _usable(self) -> list[Snapshot]:
-        """The whole snapshots of the run at hand, the newest first."""
-        if self._folder is None or self._hosts is None:
-            return []
-        output_dir = cast(str, self.args.output_dir)
-        at_hand = together(
-            self.mesh, "looking for the run", lambda: run_at_hand(output_dir) if self.mesh.rank == 0 else None
-        )
-        said = from_rank_0(self.mesh, None if at_hand is None else at_hand.to_dict())
-        run = None if said is None else Run.from_dict(said)
-        usable = []
-        for snapshot in find_snapshots(self.mesh, self._hosts, self._folder):
-            if run is None or not run.has(snapshot.run, snapshot.step):
-                why = "it is of another run than the one that was started last in output_dir"
-            elif missing := snapshot.missing:
-                why = f"the parts of ranks {_listed(missing)} are gone with their hosts, or were not complete"
-            else:
-                usable.append(snapshot)
-                continue
-            if self.mesh.rank == 0:
-                logger.warning(f"The memory snapshot of step {snapshot.step} is not used: {why}.")
-        return usable
-
     def choose(self, on_disk: Callable[[], str | None]) -> str | None:
         """The checkpoint to go on from: made of the newest snapshot, unless what `on_disk` finds is newer.
 
         The disk is asked for what it has only if its newest checkpoint is newer, or no snapshot can be used.
         """
-        if not self.is_on:
+        if self._folder is None or self._hosts is None:
             return on_disk()
-        mesh, snapshots = self.mesh, self._usable()
+        mesh, output_dir = self.mesh, cast(str, self.args.output_dir)
+        snapshots = usable_snapshots(mesh, self._hosts, self._folder, output_dir)
         if not snapshots:
             return on_disk()
         what, is_first = "looking for checkpoints", mesh.rank == 0
-        newest_on_disk = together(mesh, what, lambda: _newest_step(cast(str, self.args.output_dir)) if is_first else -1)
+        newest_on_disk = together(mesh, what, lambda: newest_step(output_dir) if is_first else -1)
         newest_on_disk = from_rank_0(mesh, newest_on_disk)
         chosen: str | None = None
         if newest_on_disk > snapshots[0].step:
@@ -201,7 +177,7 @@ class MemorySnapshots:
         path = make_checkpoint(self.mesh, self._hosts, self._folder, snapshot, wanted)
         if self.args.load_best_model_at_end:
             what, is_first = "looking for the best checkpoint", self.mesh.rank == 0
-            lost = together(self.mesh, what, lambda: _lost_best(path, snapshot.run) if is_first else None)
+            lost = together(self.mesh, what, lambda: lost_best(path, snapshot.run) if is_first else None)
             refuse_together(self.mesh, lost)
         return str(path)
 
@@ -322,122 +298,17 @@ class MemorySnapshots:
             logger.warning(f"The memory snapshot of step {step} failed on {int(failed)} ranks; {kept}.")
 
     def _connect(self) -> dict[int, Wire]:
-        """Ways to the ranks on other hosts that copies go to or come from: made once for a mesh, by gloo."""
-        hosts, mesh = self._hosts, self.mesh
-        assert hosts is not None
-        if self._wired_mesh is not mesh:
-            self._wires, self._wired_mesh = {}, mesh
-            timeout = timedelta(seconds=self.args.ddp_timeout)
-            for pair in hosts.pairs():
-                if mesh.rank in pair:
-                    try:
-                        handle: Any = dist.new_group(
-                            list(pair), timeout=timeout, backend="gloo", use_local_synchronization=True
-                        )
-                    except RuntimeError as error:
-                        raise RuntimeError(
-                            f"memory_snapshot_steps: ranks {pair[0]} and {pair[1]}, of neighbouring hosts, cannot "
-                            f"connect by gloo ({error}); GLOO_SOCKET_IFNAME=eth0 (or its like) names the interface."
-                        ) from error
-                    other = pair[0] if pair[1] == mesh.rank else pair[1]
-                    self._wires[other] = Wire(other, handle, torch.device("cpu"))
-                    mesh.at_close(_destroying(handle))
+        """Once for a mesh."""
+        assert self._hosts is not None
+        if self._wired_mesh is not self.mesh:
+            self._wires = connect(self.mesh, self._hosts, self.args.ddp_timeout)
+            self._wired_mesh = self.mesh
         return self._wires
-
-
-class SnapshotThreads:
-    """Writes a rank's part of one snapshot, sends it to another host and takes in copies, each in a thread."""
-
-    def __init__(self, name: str, rank: int, folder: MemoryFolder) -> None:
-        self.name, self._rank, self._folder = name, rank, folder
-        self._threads: list[threading.Thread] = []
-        self._failures: list[BaseException] = []
-
-    @contextlib.contextmanager
-    def noting_failure(self, kind: type[Exception] = Exception) -> Iterator[None]:
-        """What fails in here makes the snapshot fail, not the run."""
-        try:
-            yield
-        except kind as error:
-            self._failures.append(error)
-
-    def start(self, write: Callable[[], None], targets: list[Wire], sources: list[Wire]) -> None:
-        """`write` the part, then send it to `targets`; receive those of `sources` meanwhile."""
-        directory, marker = self._folder.snapshot(self.name), part_name(self._rank)
-
-        def write_and_send() -> None:
-            names: list[str] = []
-            with self.noting_failure():
-                if not self._failures:
-                    write()
-                    names = [*read_part(directory / marker).files, marker]  # the marker last
-            for wire in targets:  # also after a failure, or the other side would wait
-                self._begin(partial(send_files, wire, directory, names, bool(names)), is_own=False)
-
-        def receive(wire: Wire) -> None:
-            is_whole, _ = receive_files(wire, directory)
-            if not is_whole:
-                raise RuntimeError(f"rank {wire.other} has not written its part, so this host has no copy of it.")
-
-        self._begin(write_and_send, is_own=True)
-        for wire in sources:
-            self._begin(partial(receive, wire), is_own=False)
-
-    def _begin(self, action: Callable[[], Any], is_own: bool) -> None:
-        def run() -> None:
-            with self.noting_failure():
-                action()
-
-        # The interpreter waits for this rank's own part, not for what another host may never send or take.
-        thread = threading.Thread(target=run, name=f"memory snapshot {self.name}", daemon=not is_own)
-        self._threads.append(thread)
-        thread.start()
-
-    def wait_for_own(self) -> None:
-        """Until this rank's part is written, or has failed."""
-        for thread in [thread for thread in self._threads if not thread.daemon]:
-            thread.join()
-
-    def wait(self) -> BaseException | None:
-        """Until all threads have ended: what failed first."""
-        self.wait_for_own()  # which begins those that send
-        for thread in self._threads:
-            thread.join()
-        return self._failures[0] if self._failures else None
-
-
-def write_snapshot(save: Save, part: tuple[Run, int, int, int]) -> None:
-    """What is left of a rank's part of a snapshot, and its marker. Communicates with nobody.
-
-    Args:
-        part: run, step, rank and number of ranks.
-    """
-    directory, rank = save.directory, part[2]
-    if save.copies is not None:
-        save.copies.complete()
-    write_rank(directory / DIRECTORY, rank, save.pieces)
-    own = [f"{DIRECTORY}/rank-{rank:05d}.{kind}" for kind in ("json", "safetensors")]
-    own = [name for name in own if (directory / name).is_file()]
-    names = [*own, *(path.name for path in save.files)]
-    if rank == 0:
-        write_checked(directory / VALUES, {"values": encode(save.values, "training state")}, durable=False)
-        own, names = [*own, VALUES], [*names, VALUES]
-    write_part(directory, part, names, own)
-
-
-def _is_auto(named: str | bool | None) -> bool:
-    return named is True or str(named).partition(":")[0] == "auto"
 
 
 def _in_use(folder: MemoryFolder) -> str | None:
     holder = folder.acquire()
     return holder and f"the memory snapshots of this output_dir are in use: {holder}. Wait until that run has ended."
-
-
-def _newest_step(output_dir: str) -> int:
-    """Of the committed checkpoints of the run at hand, -1 if there is none."""
-    run = run_at_hand(output_dir)
-    return max((step_of(path.name) for path in newest(output_dir, run)), default=-1) if run is not None else -1
 
 
 def _frozen(model: ParallelModel, weights: ShardedWeights) -> list[str]:
@@ -446,24 +317,3 @@ def _frozen(model: ParallelModel, weights: ShardedWeights) -> list[str]:
         return []
     trained = {segment.name for segment in weights.segments}
     return [name for name, p in model.named_parameters() if not p.requires_grad and name not in trained]
-
-
-def _lost_best(checkpoint: Path, run: Run) -> str | None:
-    """Whether the best checkpoint of a snapshot was still being written when the run died."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    best = state.best_model_checkpoint
-    if best is None or is_part(run, Path(best)):
-        return None
-    return f"its best checkpoint, {best}, was not complete, and load_best_model_at_end needs it"
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-
-
-def _destroying(handle: Any) -> Callable[[], None]:
-    def destroy() -> None:
-        with contextlib.suppress(Exception):  # the job may have destroyed all groups by then
-            dist.destroy_process_group(handle)
-
-    return destroy
