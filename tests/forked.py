@@ -10,16 +10,10 @@ from __future__ import annotations
 import os
 import runpy
 import signal
-import socket
 import sys
 
 import preloaded  # noqa: F401
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+from ports import reserved_port
 
 
 def run_rank(rank: int, ranks: int, port: int, program: list[str]) -> None:
@@ -37,7 +31,11 @@ def run_rank(rank: int, ranks: int, port: int, program: list[str]) -> None:
 
 def main(ranks: int, program: list[str]) -> None:
     """The first rank that fails takes the others down, and its exit code is ours."""
-    port = free_port()
+    with reserved_port() as port:
+        run_ranks(ranks, port, program)
+
+
+def run_ranks(ranks: int, port: int, program: list[str]) -> None:
     running: dict[int, int] = {}
     for rank in range(ranks):
         process = os.fork()

@@ -422,7 +422,7 @@ def run(*argv: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     if processes > 1:
         start = [sys.executable, str(Path(__file__).parent / "forked.py"), str(processes), "-m", "hf_nanotron.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*start, *argv], capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run([*start, *argv], capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.full_matrix
