@@ -10,7 +10,6 @@ each scenario tells the exit codes and the seconds from the blow to each end.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -18,11 +17,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import end_as_script
 from ports import reserved_port
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
@@ -129,20 +128,6 @@ def train(scenario: dict[str, Any], rank: int, folder: str) -> None:
         reducing.finish = late  # type: ignore[method-assign]
     trainer.train()
     print("TRAINED", flush=True)
-
-
-def end_as_script(main: Callable[[], None]) -> None:
-    """End this process as a script of its own would, whatever it is a copy of."""
-    code = 0
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
 
 
 def run(scenario: dict[str, Any], ranks: int, folder: Path, number: int) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import pytest
 import torch.distributed as dist
 from pool import WorkerPool
@@ -290,17 +289,14 @@ except Exception as error:
 """
 
 
-def test_only_rank_0_comes(tmp_path: Path) -> None:
+def test_only_rank_0_comes(pool: WorkerPool, tmp_path: Path) -> None:
     """`if trainer.is_world_process_zero(): trainer.save_model()` at the end of a script fails at once, and not after
     the half hour of the process group."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path / "out")))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "forked.py"), "2", str(script)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
-    )  # fmt: skip
-    match = re.search(r"SAID ValueError: (.*)", done.stdout)
-    assert match is not None, done.stdout
+    ((code, out, err),) = pool.run(1, forked.run_apart, 2, [str(script)], tmp_path)
+    match = re.search(r"SAID ValueError: (.*)", out)
+    assert match is not None and code == 1, (code, out, err)
     assert match[1] == "save_model must be called on every rank; only rank 0 came: rank 1 has ended."
 
 
