@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded_python
 import pytest
 import slurm_cluster
 import yaml
@@ -46,6 +50,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def python(pool: WorkerPool) -> Iterator[Path]:
+    """What runs the command in the place of python, without the seconds of its imports."""
+    pool.run(1, os.getpid)  # its fork server is there
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path has to be short
+        path, address = Path(folder, "python"), Path(folder, "socket")
+        preloaded_python.write_python(path, address)
+        server = multiprocessing.get_context("forkserver").Process(target=preloaded_python.serve, args=(address,))
+        server.start()
+        while not address.exists():
+            assert server.is_alive()
+            time.sleep(0.05)
+        yield path
+        server.kill()
+        server.join()
+
+
 def losses(output_dir: Path) -> dict[int, float]:
     log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
@@ -76,10 +97,14 @@ def text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_a_job_saves_is_queued_again_and_goes_on(cluster: SlurmCluster, pool: WorkerPool, folder: Path) -> None:
+def test_a_job_saves_is_queued_again_and_goes_on(
+    cluster: SlurmCluster, pool: WorkerPool, folder: Path, python: Path
+) -> None:
     """The signal of the time limit, sent by hand: ranks save, the job is queued again and has the losses of a run
     without a stop, and the job after it finds the run finished."""
-    first, second = submit(cluster, folder, "--nodes", "2", "--chain", "2", "--save-seconds", "30")
+    first, second = submit(
+        cluster, folder, "--nodes", "2", "--chain", "2", "--save-seconds", "300", "--python", str(python)
+    )
     logs = folder / "out" / "launch" / "logs"
     assert f"Dependency=afterany:{first}" in cluster.run("scontrol", "show", "job", second)
     cluster.wait(lambda: "'loss'" in text(logs / f"{first}-0" / "rank-00000.log"))

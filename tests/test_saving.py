@@ -76,7 +76,7 @@ def start(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("world", "sizes"),
     [
-        (2, {"zero_stage": 1, "bf16": True}),
+        pytest.param(2, {"zero_stage": 1, "bf16": True}, marks=pytest.mark.full_matrix),  # as the last, without tp
         (2, {"zero_stage": 3}),
         (4, {"tp_size": 2, "pp_size": 2}),
         (4, {"tp_size": 2, "optim": "muon", "ema_decay": 0.5, "bf16": True, "memory_snapshot_steps": 1}),
