@@ -31,14 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("full_matrix") and not item.config.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
-    process_state.same_numbers()  # for the fixtures of a module, too
+    process_state.begin()  # for the fixtures of a module, too
 
 
 @pytest.fixture(autouse=True)
 def own_state() -> Iterator[None]:
     """A test depends on none before it: random numbers are the same, and what it changes of the process is put back."""
     put_back = process_state.remember()
-    process_state.same_numbers()
+    process_state.begin()
     yield
     put_back()
 

@@ -158,7 +158,7 @@ def _enter(rank: int, world_size: int, store: tuple[int, str]) -> None:
 
     enable_progress_bar()  # a job before may have switched them off
     enable_progress_bars()
-    process_state.same_numbers(rank)
+    process_state.begin(rank)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",

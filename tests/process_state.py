@@ -11,15 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from transformers.utils import logging as stock_logging
 
 LOGGERS = ("", "accelerate", "datasets", "hf_nanotron", "huggingface_hub", "torch", "transformers", "trl")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 OWNED = "PYTEST_CURRENT_TEST"  # pytest writes it in the middle of a test
 
 
-def same_numbers(rank: int = 0) -> None:
-    """Random numbers that nobody seeds are the same in every run, whatever ran before. Those of `random` differ by
-    rank, as they do in processes of their own."""
+def begin(rank: int = 0) -> None:
+    """Random numbers that nobody seeds are the same in every run, whatever ran before, and what is said once is said
+    again. Numbers of `random` differ by rank, as they do in processes of their own."""
+    stock_logging.warning_once.cache_clear()
+    stock_logging.info_once.cache_clear()
     random.seed(rank)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)

@@ -153,10 +153,11 @@ def run_at(port: int, scenario: dict[str, Any], ranks: int, folder: Path, number
         running[process] = rank
     until = time.time() + scenario.get("limit", 300)
     while running and time.time() < until:
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if process:
-            ended[running.pop(process)] = (os.waitstatus_to_exitcode(status), time.time())
-        elif len(running) == 1 and scenario["how"] == "stop" and list(running.values()) == [scenario["rank"]]:
+        for each in list(running):  # a worker of the pool may have children of an earlier job
+            process, status = os.waitpid(each, os.WNOHANG)
+            if process:
+                ended[running.pop(process)] = (os.waitstatus_to_exitcode(status), time.time())
+        if scenario["how"] == "stop" and list(running.values()) == [scenario["rank"]]:
             break
         time.sleep(0.02)
     for process in running:

@@ -69,6 +69,7 @@ EXPERTS = {
     "qwen3_moe": ("ep2 dp4 zero2", "ep2 dp4 zero2", "tp2 pp2"),
     "deepseek_v3": ("ep2 dp2", "ep2 dp2", "ep4", "ep4 cp2", "one process"),
 }
+MORE_EXPERTS = {"deepseek_v3": ("tp2 pp2",)}  # with --full-matrix
 TITLE = "resume on another topology: worst relative difference from the losses of the uninterrupted run"
 ROWS: list[str] = []  # conftest.py prints them when all tests have run
 HEADER = f"{'family':11s} {'saved on':22s} resumed on"
@@ -172,7 +173,9 @@ def test_resume_on_other_topologies(
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_experts_resume_on_other_topologies(pool: WorkerPool, tmp_path: Path, family: str) -> None:
+def test_experts_resume_on_other_topologies(
+    pool: WorkerPool, tmp_path: Path, family: str, request: pytest.FixtureRequest
+) -> None:
     stock = tiny_model(family)
     with torch.no_grad():
         for name, buffer in stock.named_buffers():
@@ -180,6 +183,8 @@ def test_experts_resume_on_other_topologies(pool: WorkerPool, tmp_path: Path, fa
                 buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
     stock.save_pretrained(tmp_path / "start")
     (saved_on, *others), first = EXPERTS[family], tmp_path / "first"
+    if request.config.getoption("--full-matrix"):
+        others = [*MORE_EXPERTS.get(family, ()), *others]
     arguments = (train, family, str(tmp_path / "start"))
     losses = pool.run(EXPERT_TOPOLOGIES[saved_on][0], *arguments, str(first), saved_on, None)[0]
     checkpoint = first / CHECKPOINT
