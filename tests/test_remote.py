@@ -30,7 +30,7 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 
 BIG = 20 << 20  # bytes: goes in three parts
 # botocore's own attempts would only make the tests of failures wait.
-QUICK = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 5}}
+QUICK = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 60, "read_timeout": 120}}
 Make = Callable[..., RemoteStore]
 
 

@@ -27,7 +27,7 @@ from hf_nanotron.checkpoint.remote.upload import Uploader
 from hf_nanotron.cli.main import main
 
 QUICK = Backoff(first=0.01, longest=0.02, start=5)
-OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 20}}
+OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 60, "read_timeout": 120}}
 
 
 @pytest.fixture(scope="module")

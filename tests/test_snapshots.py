@@ -39,7 +39,7 @@ UNBROKEN = {"memory_snapshot_steps": None, "memory_snapshot_dir": SHARED_MEMORY}
 
 
 def await_snapshots() -> None:
-    """On all ranks: the snapshot that is being written is whole, and with the neighbour. Else it may be lost, or not."""
+    """On all ranks: until the snapshot that is being written is whole, and with the neighbour, or it might be lost."""
     for thread in threading.enumerate():
         if thread.name.startswith("memory snapshot "):
             thread.join()
