@@ -62,7 +62,7 @@ FAULTS = {
         r"the output of model\.layers\.1\.mlp differs in the forward of step 1, on rank 1",
     ),
     "shape": (["tp_size", "2"], r"model\.embed_tokens\.weight differs after the update of step 1"),
-    "hangs": (["tp_size", "2", "--timeout", "8"], r"failed: rank 0, 1 did not finish within 8 s"),
+    "hangs": (["tp_size", "2", "--timeout", "30"], r"failed: rank 0, 1 did not finish within 30 s"),
     "none": (["average_tokens_across_devices", "false"], r"the loss of step 1 differs, on all ranks"),
     "module": (["tp_size", "1"], r"the output of model\.layers\.0\.mlp differs in the forward of step 1, on rank 1"),
 }
