@@ -177,7 +177,7 @@ FAILED = {"phase": "backward", "rank": 2, "how": "raise", "args": LONG}
 def test_survivors_leave_and_say_who_died(pool: WorkerPool, tmp_path: Path) -> None:
     """Also one that is in no collective, and hears of nothing by itself."""
     ((result, said),) = strike(pool, tmp_path, KILLED)
-    assert result["codes"] == {0: 1, 1: -9, 2: 1}
+    assert result["codes"] == {0: 1, 1: -9, 2: 1}, said
     for rank in (0, 2):
         assert "rank 1 (on " in said[rank] and "has died without a word (killed?)" in said[rank]
     assert "rank 0 leaves, in on_step_end (stalled.py:" in said[0]
