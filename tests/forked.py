@@ -134,6 +134,6 @@ def _script(path: str) -> None:
 
 
 if __name__ == "__main__":
-    import preloaded  # noqa: F401
+    import hf_nanotron.trainer  # noqa: F401
 
     main(int(sys.argv[1]), sys.argv[2:])
