@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import family_table
+import process_state
 import pytest
 from pool import WorkerPool
+from ports import reserved_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,9 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full_matrix: repeats what others cover; runs with --full-matrix")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("full_matrix") and not item.config.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
+    process_state.begin()  # for the fixtures of a module, too
+
+
+@pytest.fixture(autouse=True)
+def own_state() -> Iterator[None]:
+    """A test depends on none before it: random numbers are the same, and what it changes of the process is put back."""
+    put_back = process_state.remember()
+    process_state.begin()
+    yield
+    put_back()
 
 
 def pytest_collection_finish() -> None:
@@ -73,6 +86,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             here = Path(__file__).parent
             data, page = here / "data" / "family_table.json", here.parent / "docs" / "families.md"
             family_table.write_page(data, rows, page, str(date.today()))
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port for a server of the test, which nobody else is given meanwhile."""
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ It speaks the parts of the Hub's HTTP protocol that ``create_repo``, ``create_co
 repositories. State lives in memory, so a test can look at what was pushed, commit by commit::
 
     with HubServer(token="hf_secret") as hub:
-        subprocess.run([sys.executable, "push.py"], env={**os.environ, **hub.client_env(tmp_path)}, timeout=60)
+        subprocess.run([sys.executable, "push.py"], env={**os.environ, **hub.client_env(tmp_path)}, timeout=600)
         assert [commit.title for commit in hub.commits("user/model")] == ["initial commit", "Upload model"]
         weights = hub.files("user/model")["model.safetensors"].data
 

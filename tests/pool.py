@@ -2,11 +2,13 @@
 
 Importing torch and transformers costs seconds a process. A fork server pays it once (`preloaded.py`); each worker then
 runs any number of jobs of any size up to the pool's, with a fresh gloo process group for each. A job that fails or
-takes too long ends its workers, so that no later job meets a half-finished one.
+takes too long ends its workers, so that no later job meets a half-finished one. What a job changes of its process, like
+log levels or the environment, is put back after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -18,10 +20,16 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
+import process_state
+import psutil
 from torch.distributed import TCPStore
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-TIMEOUT = 240.0
+# These bound what hangs, on any machine.
+TIMEOUT = 600.0
+TIMEOUT_OF_COLLECTIVES = timedelta(seconds=300)
+AFTER_A_FAILURE = 60.0
+IDLE = 5.0  # seconds in which ranks that wait for a failed one compute nothing
 
 
 class JobError(Exception):
@@ -67,10 +75,15 @@ class WorkerPool:
         results: dict[int, Any] = {}
         failures: dict[int, tuple[str, str]] = {}
         waiting = dict(connections)
+        patience = TIMEOUT
         while waiting:
-            # Ranks that fail together are all heard; ranks that wait for a failed one are not waited for.
-            ready = wait(list(waiting), timeout=5.0 if failures else TIMEOUT)
+            # Ranks that fail together are all heard, however late; ranks that wait for a failed one are not waited for.
+            before = self._seconds_of(waiting) if failures else 0.0
+            ready = wait(list(waiting), timeout=IDLE if failures else TIMEOUT)
             if not ready:
+                patience = min(patience, AFTER_A_FAILURE) - IDLE
+                if failures and patience > 0 and self._seconds_of(waiting) - before > IDLE / 50:
+                    continue
                 break
             for connection in ready:
                 rank = waiting.pop(connection)
@@ -87,6 +100,15 @@ class WorkerPool:
             kinds = {rank: kind for rank, (kind, _) in failures.items()}
             raise JobError(f"rank {rank} failed:\n{failures[rank][1]}", kinds)
         return [results[rank] for rank in range(len(connections))]
+
+    def _seconds_of(self, waiting: dict[Connection, int]) -> float:
+        """What these workers have computed since they were started."""
+        seconds = 0.0
+        for rank in waiting.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = psutil.Process(self._workers[rank][0].pid).cpu_times()
+                seconds += times.user + times.system
+        return seconds
 
     def close(self, count: int | None = None) -> None:
         """End the first `count` workers, or all."""
@@ -112,6 +134,7 @@ def _serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     gc.disable()  # jobs are short, and `_leave` collects after each
+    put_back = process_state.remember()
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()
@@ -124,6 +147,7 @@ def _serve(connection: Connection) -> None:
             message = (False, (type(error).__name__, traceback.format_exc()))
         if message[0]:
             _leave()
+            put_back()
         connection.send(message)
 
 
@@ -134,6 +158,7 @@ def _enter(rank: int, world_size: int, store: tuple[int, str]) -> None:
 
     enable_progress_bar()  # a job before may have switched them off
     enable_progress_bars()
+    process_state.begin(rank)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
@@ -144,7 +169,7 @@ def _enter(rank: int, world_size: int, store: tuple[int, str]) -> None:
         return
     port, prefix = store
     client = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
-    dist.init_process_group("gloo", store=client, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=client, rank=rank, world_size=world_size, timeout=TIMEOUT_OF_COLLECTIVES)
 
 
 def _leave() -> None:

@@ -20,10 +20,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ports import reserved_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve everywhere, with or without a network
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
-PATIENCE = 200.0  # seconds; only what never comes is an error, however slow the machine
+PATIENCE = 900.0  # seconds; only what never comes is an error, however slow the machine
 
 # A job that is queued again waits for cred_expire, of which 5 seconds are the least; with less it is 120.
 CONFIG = """\
@@ -73,6 +75,7 @@ class SlurmCluster:
 
     def __enter__(self) -> SlurmCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path has to be short
+        self._stack = contextlib.ExitStack()
         self.keeper = subprocess.Popen(
             [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -95,7 +98,7 @@ class SlurmCluster:
         # Ports of rendezvous follow from the numbers of jobs: those of two clusters are to differ.
         values = {
             "folder": at, "host": socket.gethostname().partition(".")[0], "user": getpass.getuser(), "nodes": NODES,
-            "ports": free_ports(3), "first": random.SystemRandom().randrange(1, 9_900),
+            "ports": self._stack.enter_context(reserved_ports(3)), "first": random.SystemRandom().randrange(1, 9_900),
         }  # fmt: skip
         (at / "slurm.conf").write_text(CONFIG.format(**values))
         self.environment = {**os.environ, "SLURM_CONF": configuration(at), "PATH": PATH}
@@ -136,6 +139,7 @@ class SlurmCluster:
         assert self.keeper.stdin is not None
         self.keeper.stdin.close()
         self.keeper.wait()
+        self._stack.close()
 
 
 # ---- the keeper ----
@@ -165,16 +169,6 @@ def end(folder: Path) -> None:
                     os.kill(process, sign)
             time.sleep(0.2)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
     python tests/stalled.py RANKS FOLDER SCENARIO ...
 
-Each scenario is JSON: `phase` and `rank` of the blow, `how` (seconds of sleep, "kill", "stop", "raise"), and perhaps
-`sizes`, `args`, `asleep` (ranks whose thread sleeps in a callback meanwhile), `timeout`, and `gpu` (one for each
-rank). What rank R says is in FOLDER/NUMBER-R.txt; a line of JSON for each scenario tells the exit codes and the seconds
-from the blow to each end.
+Each scenario is JSON: `phase` and `rank` of the blow, `how` ("kill", "stop", "raise", or the path of a FIFO, which it
+opens, and waits for the other end), and perhaps `sizes`, `args`, `asleep` (ranks whose thread sleeps in a callback
+meanwhile), `timeout`, and `gpu` (one for each rank). What rank R says is in FOLDER/NUMBER-R.txt; a line of JSON for
+each scenario tells the exit codes and the seconds from the blow to each end.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -18,12 +17,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from forked import free_port
+from forked import end_as_script
+from ports import reserved_port
 from tiny import pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
@@ -37,7 +36,7 @@ def strike(how: Any) -> None:
     if how in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
     else:
-        time.sleep(how)
+        os.close(os.open(how, os.O_RDONLY))
 
 
 class Blow:
@@ -77,7 +76,7 @@ class Sleepy(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.blow.at("callback")
         if self.sleeps and state.global_step == 2:
-            time.sleep(60)
+            time.sleep(600)
 
 
 def train(scenario: dict[str, Any], rank: int, folder: str) -> None:
@@ -131,22 +130,13 @@ def train(scenario: dict[str, Any], rank: int, folder: str) -> None:
     print("TRAINED", flush=True)
 
 
-def end_as_script(main: Callable[[], None]) -> None:
-    """End this process as a script of its own would, whatever it is a copy of."""
-    code = 0
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
-
-
 def run(scenario: dict[str, Any], ranks: int, folder: Path, number: int) -> dict[str, Any]:
-    port, running, ended = free_port(), dict[int, int](), dict[int, tuple[int, float]]()
+    with reserved_port() as port:
+        return run_at(port, scenario, ranks, folder, number)
+
+
+def run_at(port: int, scenario: dict[str, Any], ranks: int, folder: Path, number: int) -> dict[str, Any]:
+    running, ended = dict[int, int](), dict[int, tuple[int, float]]()
     for rank in range(ranks):
         process = os.fork()
         if process == 0:
@@ -161,12 +151,13 @@ def run(scenario: dict[str, Any], ranks: int, folder: Path, number: int) -> dict
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
             end_as_script(lambda rank=rank: train(scenario, rank, str(folder / f"out-{number}")))
         running[process] = rank
-    until = time.time() + scenario.get("limit", 60)
+    until = time.time() + scenario.get("limit", 300)
     while running and time.time() < until:
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if process:
-            ended[running.pop(process)] = (os.waitstatus_to_exitcode(status), time.time())
-        elif len(running) == 1 and scenario["how"] == "stop" and list(running.values()) == [scenario["rank"]]:
+        for each in list(running):  # a worker of the pool may have children of an earlier job
+            process, status = os.waitpid(each, os.WNOHANG)
+            if process:
+                ended[running.pop(process)] = (os.waitstatus_to_exitcode(status), time.time())
+        if scenario["how"] == "stop" and list(running.values()) == [scenario["rank"]]:
             break
         time.sleep(0.02)
     for process in running:

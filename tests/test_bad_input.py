@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from family_runs import FAMILIES
@@ -365,21 +363,16 @@ print("the job went on")
 """
 
 
-def test_a_rank_that_dies_takes_the_job_down(tmp_path: Path) -> None:
-    """Within seconds, not after the timeout of the process group, and its own traceback comes first."""
+def test_a_rank_that_dies_takes_the_job_down(pool: WorkerPool, tmp_path: Path) -> None:
+    """At once, not after the timeout of the process group, half an hour, and its own traceback comes first."""
     script = tmp_path / "train.py"
     script.write_text(DYING.format(tests=str(Path(__file__).parent)))
-    start = time.monotonic()
-    job = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert job.returncode != 0
-    assert time.monotonic() - start < 180  # mostly imports; the process group's timeout is half an hour
-    assert "the job went on" not in job.stdout
-    own = job.stderr.find("rank 1 has had enough")
-    assert own >= 0, job.stderr[-3000:]
-    others = re.search(r"Connection (closed|reset)|DistBackendError|Socket", job.stderr)
+    ((code, out, err),) = pool.run(1, forked.torchrun_apart, 2, str(script), tmp_path)
+    assert code != 0
+    assert "the job went on" not in out
+    own = err.find("rank 1 has had enough")
+    assert own >= 0, err[-3000:]
+    others = re.search(r"Connection (closed|reset)|DistBackendError|Socket", err)
     assert others is None or own < others.start()
 
 

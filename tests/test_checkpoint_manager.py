@@ -14,7 +14,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.parallel.shard_spec import ShardSpec
 
 WORLD = 2
-TIMEOUT = 20.0  # seconds
+TIMEOUT = 300.0  # seconds
 
 
 def save(output_dir: Path, step: int, block_bytes: int = 64, hub: bool = True, until: str = "committed") -> Path:
@@ -616,21 +615,42 @@ def save_until_killed(output_dir: Path, step: int, report: Connection) -> None:
         step += 1
 
 
-def save_and_kill(output_dir: Path, step: int, seconds: float) -> list[tuple[str, int]]:
-    """What a process has said that is killed `seconds` after it began to save."""
+class Calls:
+    """Counts the calls of this process, of Python and of C, each of which may write to a file; ends it at one of them.
+
+    A moment of a save is a number of calls, which is the same on a slow machine.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
+        self.count, self.last = 0, last
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        self.count += 1
+        if self.count == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __enter__(self) -> Calls:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+def save_and_kill(output_dir: Path, step: int, call: int) -> list[tuple[str, int]]:
+    """What a process has said that is killed at a call after it began to save."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = os.fork()  # milliseconds, unlike a start from nothing
     if process == 0:
         try:
-            save_until_killed(output_dir, step, theirs)
+            with Calls(call):
+                save_until_killed(output_dir, step, theirs)
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
     theirs.close()
-    messages = [ours.recv()]
-    time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)
+    messages = []
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     try:
         while True:
@@ -640,22 +660,21 @@ def save_and_kill(output_dir: Path, step: int, seconds: float) -> list[tuple[str
         return messages
 
 
-def seconds_of_a_save(output_dir: Path) -> float:
-    """The longest of three, on a machine as busy as it is."""
-    times = [time.monotonic()]
-    for step in range(1, 4):
-        save(output_dir, step)
-        times.append(time.monotonic())
-    return max(after - before for before, after in pairwise(times))
+def calls_of_a_save(output_dir: Path) -> int:
+    """Of the second, after what is done once."""
+    for step in (1, 2):
+        with Calls() as calls:
+            save(output_dir, step)
+    return calls.count
 
 
 def survive_kills(output_dir: Path) -> tuple[int, Counter[str]]:
     """The last step committed after `KILLS` kills, and after which message they came."""
-    chance, saves = random.Random(0), 3 * seconds_of_a_save(Path(f"{output_dir}-timed"))
+    chance, saves = random.Random(0), 3 * calls_of_a_save(Path(f"{output_dir}-counted"))
     last, moments = 0, Counter[str]()
     for _ in range(KILLS):
-        messages = save_and_kill(output_dir, last + 1, chance.uniform(0, saves))
-        moments[messages[-1][0]] += 1
+        messages = save_and_kill(output_dir, last + 1, chance.randrange(100, saves))
+        moments[messages[-1][0] if messages else "start"] += 1
         reported = max([last, *(step for what, step in messages if what == "committed")])
         for path in newest(output_dir):  # whatever looks complete is
             check(path)

@@ -94,7 +94,7 @@ for argv in (["--help"], ["--version"], ["generate", "--help"], ["train", "--hel
 for name in ("torch", "transformers", "numpy", "yaml"):
     assert name not in sys.modules, name
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert not done.stderr and done.returncode == 0
     lines = done.stdout.splitlines()
     assert len(lines) == 12

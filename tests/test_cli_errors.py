@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from datasets import Dataset
+from pool import WorkerPool
 from test_cli import DATA, checkpoint, command, fresh, one_line, write_settings
 
 from hf_nanotron import NanotronTrainingArguments
@@ -417,18 +418,11 @@ def test_commands(tmp_path: Path, argv: list[str], says: str) -> None:
 # ---- processes ----
 
 
-def run(*argv: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "hf_nanotron.cli"]
-    if processes > 1:
-        start = [sys.executable, str(Path(__file__).parent / "forked.py"), str(processes), "-m", "hf_nanotron.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*start, *argv], capture_output=True, text=True, timeout=240, env=environment)
-
-
 @pytest.mark.full_matrix
 def test_one_process(tmp_path: Path) -> None:
     """`test_a_job_says_it_once` has ranks; all messages are in `test_commands`."""
-    done = run("train", fresh(tmp_path), "--learning_rate", "abc")
+    argv = [sys.executable, "-m", "hf_nanotron.cli", "train", fresh(tmp_path), "--learning_rate", "abc"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and not done.stdout
     assert one_line((2, "", done.stderr)).endswith("learning_rate='abc' must be a number.")
 
@@ -446,10 +440,13 @@ def test_traceback(tmp_path: Path) -> None:
     ],
     ids=["before a process group", "in a process group"],
 )
-def test_a_job_says_it_once(tmp_path: Path, overrides: list[str], says: str, pytestconfig: pytest.Config) -> None:
+def test_a_job_says_it_once(
+    pool: WorkerPool, tmp_path: Path, overrides: list[str], says: str, pytestconfig: pytest.Config
+) -> None:
     if "max_steps" in says and not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
-    done = run("train", fresh(tmp_path), "--tp_size=2", *overrides, processes=2)
-    lines = [line for line in done.stderr.splitlines() if "hf-nanotron: error: " in line]
-    assert len(lines) == 1 and says in lines[0] and not done.stdout, done.stderr[-3000:]
-    assert done.returncode == 2
+    program = ["-m", "hf_nanotron.cli", "train", fresh(tmp_path), "--tp_size=2", *overrides]
+    ((code, out, err),) = pool.run(1, forked.run_apart, 2, program, tmp_path)
+    lines = [line for line in err.splitlines() if "hf-nanotron: error: " in line]
+    assert len(lines) == 1 and says in lines[0] and not out, err[-3000:]
+    assert code == 2

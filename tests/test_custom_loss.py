@@ -359,7 +359,10 @@ TOPOLOGIES: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {  # kinds,
 }
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+# A loss of the user knows no shards of weights; ZeRO 2 is next to stages.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full_matrix] * (name == "dp 2 zero 3")) for name in TOPOLOGIES]
+)
 def test_a_loss_of_the_users(pool: WorkerPool, name: str) -> None:
     """Loss, gradient norm and evaluation of every kind."""
     kinds, dp, sizes = TOPOLOGIES[name]

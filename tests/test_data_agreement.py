@@ -64,8 +64,12 @@ def from_torch(below: int) -> int:
     return int(torch.randint(below, ()))
 
 
+# In place of the entropy of the system: no seed of a run changes it, each rank has its own, and nothing is by chance.
+ENTROPY = random.Random()
+
+
 def from_entropy(below: int) -> int:
-    return random.SystemRandom().randrange(below)
+    return ENTROPY.randrange(below)
 
 
 # ---- data that differs by rank ----
@@ -76,7 +80,7 @@ A_PAIR = "of one replica read different samples"
 
 def shuffled_rows(rank: int) -> Any:
     rows = counting().to_list()
-    random.Random().shuffle(rows)
+    ENTROPY.shuffle(rows)
     return Dataset.from_list(rows)
 
 
@@ -145,7 +149,7 @@ class UnseededStream(IterableDataset):
 class UnseededSampler(NanotronTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         order = list(range(SAMPLES))
-        random.Random().shuffle(order)
+        ENTROPY.shuffle(order)
         return order
 
 
@@ -170,8 +174,9 @@ def refused(directory: str, sizes: dict[str, Any]) -> dict[str, str]:
     """What each kind of data is told. Torchrun's processes have states of their own; forked ones share them."""
     rank = torch.distributed.get_rank()
     told = {}
+    ENTROPY.seed(rank)
     for name, (data, _) in WRONG.items():
-        np.random.seed()
+        np.random.seed(from_entropy(2**32))
         np.random.random()  # the first number of datasets' seeds is the same in every fresh process
         rows, made = data(rank), list[NanotronTrainer]()
 
@@ -224,6 +229,7 @@ def test_ranks_that_read_different_samples_are_told(pool: WorkerPool, checkpoint
 
 def refused_over_dp(directory: str) -> dict[str, str]:
     rank, told = torch.distributed.get_rank(), {}
+    ENTROPY.seed(rank)
     for name in ("random.shuffle", "lengths", "entropy"):
         rows = WRONG[name][0](rank)
         told[name] = message(lambda rows=rows: make(directory, {}, train_dataset=rows).train())
@@ -347,6 +353,7 @@ def test_what_ranks_can_agree_on_trains_as_in_one_process(
 
 def resumed(directory: str, output: str) -> list[str]:
     """Trains with one order, then goes on with others."""
+    ENTROPY.seed(0)
     data = counting().shuffle(seed=1)
     steps = {"save_strategy": "steps", "save_steps": 2, "output_dir": output}
     make(directory, {}, train_dataset=data, max_steps=2, **steps).train()

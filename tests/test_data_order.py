@@ -180,7 +180,9 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full_matrix] * (name == "dp4")) for name in TOPOLOGIES]
+)
 def test_order_equals_stock(pool: WorkerPool, name: str) -> None:
     """The samples of every step, its loss and gradient norm, and the tokens and FLOPs counted."""
     world, sizes, names = TOPOLOGIES[name]

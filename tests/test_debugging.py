@@ -33,12 +33,6 @@ def configurations() -> list[dict[str, Any]]:
     return settings["configurations"]
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
 def program_of(arguments: list[str]) -> list[str]:
     """What torchrun starts: the arguments of `hf_nanotron.cli`."""
     return arguments[arguments.index("hf_nanotron.cli") + 1 :]
@@ -86,10 +80,10 @@ class Client:
     """What an editor says to debugpy: messages of the Debug Adapter Protocol."""
 
     def __init__(self, port: int) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while True:
             try:
-                self.socket = socket.create_connection(("127.0.0.1", port), timeout=200)
+                self.socket = socket.create_connection(("127.0.0.1", port), timeout=600)
                 break
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline
@@ -140,10 +134,9 @@ class Client:
         assert found["breakpoints"][0]["verified"], found
 
 
-def test_one_rank_waits_for_a_debugger() -> None:
+def test_one_rank_waits_for_a_debugger(port: int) -> None:
     """The others run on; the one runs when a client is there."""
     pytest.importorskip("debugpy")
-    port = free_port()
     command = [sys.executable, str(EXAMPLE / "debug_rank.py"), "--rank", "1", "--port", str(port)]
     command += ["-m", "hf_nanotron.cli", "--version"]
     ranks = [
@@ -154,7 +147,7 @@ def test_one_rank_waits_for_a_debugger() -> None:
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        assert ranks[0].communicate(timeout=60)[0].startswith("hf-nanotron ")
+        assert ranks[0].communicate(timeout=600)[0].startswith("hf-nanotron ")
         client = Client(port)
         attached = client.attach()
         assert ranks[1].poll() is None
@@ -162,7 +155,7 @@ def test_one_rank_waits_for_a_debugger() -> None:
         client.answer(attached)
         client.event("terminated")
         client.close()
-        out, said = ranks[1].communicate(timeout=60)
+        out, said = ranks[1].communicate(timeout=600)
         assert ranks[1].returncode == 0 and out.startswith("hf-nanotron ")
         assert f"rank 1 waits for a debugger at 127.0.0.1:{port}" in said
     finally:
@@ -177,11 +170,11 @@ def test_one_rank_waits_for_a_debugger() -> None:
 def test_script_for_one_rank_says_what_is_wrong(argv: list[str], says: str) -> None:
     environment = {**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "2"}
     command = [sys.executable, str(EXAMPLE / "debug_rank.py"), *argv]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and says in result.stderr
 
 
-def test_stepping_into_a_region_as_the_page_tells(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_stepping_into_a_region_as_the_page_tells(pytestconfig: pytest.Config, tmp_path: Path, port: int) -> None:
     """Two ranks under torchrun, one of them stopped in `enter`, with the shapes that the page names."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
@@ -189,7 +182,6 @@ def test_stepping_into_a_region_as_the_page_tells(pytestconfig: pytest.Config, t
     text = (EXAMPLE / "README.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("torchrun ") and "debug_rank.py" in line)
     assert line in (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
-    port = free_port()
     words = [*shlex.split(line), "--output_dir", str(tmp_path / "out")]
     words[words.index("--rank") : words.index("--rank")] = ["--port", str(port)]
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
@@ -216,11 +208,11 @@ def test_stepping_into_a_region_as_the_page_tells(pytestconfig: pytest.Config, t
         client.send("continue", threadId=thread)
         client.send("disconnect", terminateDebuggee=False)
         client.close()
-        out = running.communicate(timeout=120)[0].decode()
+        out = running.communicate(timeout=600)[0].decode()
         assert running.returncode == 0 and "train_loss" in out, out[-2000:]
     finally:
         running.send_signal(signal.SIGTERM)
-        running.wait(30)
+        running.wait(600)
 
 
 def test_dump_of_a_process_that_waits(pytestconfig: pytest.Config) -> None:
@@ -229,11 +221,12 @@ def test_dump_of_a_process_that_waits(pytestconfig: pytest.Config) -> None:
         or shutil.which("py-spy", path=str(Path(sys.executable).parent)) is None
     ):
         pytest.skip("runs with --full-matrix, where py-spy is installed")
-    waiting = subprocess.Popen([sys.executable, "-c", "def here():\n import time; time.sleep(60)\nhere()"])
+    program = "def here():\n import time; print('here', flush=True); time.sleep(600)\nhere()"
+    waiting = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     try:
-        time.sleep(1.0)
+        assert waiting.stdout is not None and waiting.stdout.readline() == b"here\n"
         command = [str(Path(sys.executable).parent / "py-spy"), "dump", "--pid", str(waiting.pid)]
-        assert "here" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        assert "here" in subprocess.run(command, capture_output=True, text=True, timeout=600).stdout
     finally:
         waiting.kill()
 
@@ -259,7 +252,7 @@ def small_run(folder: Path) -> Path:
     return folder
 
 
-def test_two_agents_of_torchrun_are_two_nodes(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_two_agents_of_torchrun_are_two_nodes(pytestconfig: pytest.Config, tmp_path: Path, port: int) -> None:
     """The two lines of the page, typed on one machine: other names for the node, the port and the number of GPUs."""
     lines = block("several_nodes.md", "by hand")
     assert (
@@ -271,10 +264,12 @@ def test_two_agents_of_torchrun_are_two_nodes(pytestconfig: pytest.Config, tmp_p
         get_args_parser().parse_args(shlex.split(line, comments=True)[1:])
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("the nodes run with --full-matrix")
-    folder, port = small_run(tmp_path), str(free_port())
+    folder = small_run(tmp_path)
     agents = []
     for line in lines:
-        words = [{"node0": "127.0.0.1", "29500": port, "8": "1"}.get(w, w) for w in shlex.split(line, comments=True)]
+        words = [
+            {"node0": "127.0.0.1", "29500": str(port), "8": "1"}.get(w, w) for w in shlex.split(line, comments=True)
+        ]
         command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
         agents.append(
             subprocess.Popen(
@@ -282,7 +277,7 @@ def test_two_agents_of_torchrun_are_two_nodes(pytestconfig: pytest.Config, tmp_p
             )
         )
     try:
-        said = [agent.communicate(timeout=200)[0] for agent in agents]
+        said = [agent.communicate(timeout=600)[0] for agent in agents]
         assert [agent.returncode for agent in agents] == [0, 0], said
         assert "train_loss" in said[0] and (folder / "out" / "model.safetensors").is_file()
     finally:
@@ -311,7 +306,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
 
 
-def test_what_is_to_be_checked_first(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_what_is_to_be_checked_first(pytestconfig: pytest.Config, tmp_path: Path, port: int) -> None:
     """One node and two with half the accumulation have the same losses; what two have saved, they resume from."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
@@ -323,15 +318,15 @@ def test_what_is_to_be_checked_first(pytestconfig: pytest.Config, tmp_path: Path
         small_run(folder)
     layout = ("--tp_size", "1")
     alone = typed(line, one, {"8": "1"}, *layout)
-    said = alone.communicate(timeout=200)[0]
+    said = alone.communicate(timeout=600)[0]
     assert alone.returncode == 0, said
     assert not list(one.glob("out/checkpoint-*"))
     saves = ("--save_strategy", "steps", "--gradient_accumulation_steps", "1", *layout)
     for options in (first, second):
-        names = {"node0": "127.0.0.1", "29500": str(free_port()), "8": "1"}
+        names = {"node0": "127.0.0.1", "29500": str(port), "8": "1"}
         by_hand = block("several_nodes.md", "by hand")
         nodes = [typed(line, two, names, *saves, *options.split()) for line in by_hand]
-        said = nodes[0].communicate(timeout=200)[0] + nodes[1].communicate(timeout=200)[0]
+        said = nodes[0].communicate(timeout=600)[0] + nodes[1].communicate(timeout=600)[0]
         assert [node.returncode for node in nodes] == [0, 0], said
     expected, found = losses(one), losses(two)
     assert sorted(found) == list(range(1, 31))
@@ -339,23 +334,23 @@ def test_what_is_to_be_checked_first(pytestconfig: pytest.Config, tmp_path: Path
         assert abs(found[step] - loss) <= 1e-4 * loss, (step, loss, found[step])
 
 
-def test_torchrun_starts_ranks_again(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_torchrun_starts_ranks_again(pytestconfig: pytest.Config, tmp_path: Path, port: int) -> None:
     """The line for nodes that are equal: a rank dies after a checkpoint, and all go on from there."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
-    folder, names = small_run(tmp_path), {"node0:29500": f"127.0.0.1:{free_port()}", "8": "1"}
+    folder, names = small_run(tmp_path), {"node0:29500": f"127.0.0.1:{port}", "8": "1"}
     options = "--max_steps 60 --save_strategy steps --save_steps 10 --tp_size 2".split()
     line = line_with("--rdzv-backend c10d")
     nodes = [typed(line, folder, names, *options) for _ in range(2)]
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not (folder / "out" / "checkpoint-10" / "training_state").is_dir():
             assert time.monotonic() < deadline and all(node.poll() is None for node in nodes)
             time.sleep(0.05)
         children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text(encoding="utf-8").split()
         for child in children:
             os.kill(int(child), signal.SIGKILL)
-        said = [node.communicate(timeout=200)[0] for node in nodes]
+        said = [node.communicate(timeout=600)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], said
         assert sorted(losses(folder)) == list(range(1, 61))
     finally:

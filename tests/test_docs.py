@@ -64,7 +64,7 @@ def test_mkdocs_builds_strictly(tmp_path: Path) -> None:
     """A link to a page, a heading, a file or a name of the package that is not there fails."""
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(DOCS / "settings" / "mkdocs.yml")]
-    built = subprocess.run([*command, "-d", str(tmp_path / "site")], capture_output=True, text=True, timeout=300)
+    built = subprocess.run([*command, "-d", str(tmp_path / "site")], capture_output=True, text=True, timeout=600)
     assert built.returncode == 0, built.stderr[-4000:]
     page = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
     for name in ("NanotronTrainer.add_gradient_hook", "NanotronTrainingArguments", "AutoModelForCausalLM.from_config"):

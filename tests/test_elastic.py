@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -122,7 +121,7 @@ def test_an_attempt_does_not_meet_those_before() -> None:
     """One store for all attempts, of which one was broken off: each has a name of its own, though counts are equal."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     names: set[bytes] = set()
-    limit = timedelta(seconds=20)
+    limit = timedelta(seconds=300)
 
     def attend(size: int, rank: int) -> Meeting:
         return meet(torchruns(server.port, rank, size), limit, "broken" if rank == 1 else None)
@@ -352,7 +351,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 170.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 600.0) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "too late"
@@ -374,7 +373,7 @@ def test_a_spare_takes_the_place(job: Callable[..., subprocess.Popen[bytes]], tm
     wait_for(lambda: len(logged(tmp_path)) > 30)
     assert len(workers(agent)) == 4
     os.kill(workers(agent)[1], signal.SIGKILL)
-    assert agent.wait(200) == 0, (tmp_path / "log-0").read_text()[-3000:]
+    assert agent.wait(600) == 0, (tmp_path / "log-0").read_text()[-3000:]
     assert check_run(tmp_path) == [3, 3]
     assert "Going on from the memory snapshot of step" in (tmp_path / "log-0").read_text()
     assert "3 of 4 processes train; 1 are spares." in (tmp_path / "log-0").read_text()
@@ -390,17 +389,14 @@ def test_the_whole_job_is_killed_and_started_again(job: Callable[..., subprocess
     for process in (agent.pid, *ranks):
         os.kill(process, signal.SIGKILL)
     agent.wait()
-    assert job(*options).wait(200) == 0, (tmp_path / "log-1").read_text()[-3000:]
+    assert job(*options).wait(600) == 0, (tmp_path / "log-1").read_text()[-3000:]
     assert check_run(tmp_path) == [3, 3]
     assert "Going on from the memory snapshot of step" in (tmp_path / "log-1").read_text()
 
 
 @pytest.mark.full_matrix
-def test_a_lost_node_shrinks_dp(job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+def test_a_lost_node_shrinks_dp(job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, port: int) -> None:
     """Two nodes with two processes each; one is gone for good. The other goes on alone with the same batches."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}")
     conf = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2"
     options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", *rendezvous)

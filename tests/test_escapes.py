@@ -369,7 +369,7 @@ def test_links_out_are_neither_committed_nor_uploaded_nor_copied(tmp_path: Path)
     store = RemoteStore(f"file://{tmp_path}/store")
     uploader = Uploader(store, tmp_path / "out")
     uploader.submit(directory)
-    uploader.wait(30)
+    uploader.wait(600)
     uploader.close()
     assert set(store.checkpoints()["checkpoint-1"]) == {"config.json", MARKER}
     _refused(lambda: copy_files(directory, tmp_path / "hub", ("*",)), "symbolic link out of")

@@ -76,7 +76,7 @@ class Guide:
         elif words[0] == "python":
             results = self.pool.run(1, script, str(self.folder), words[1])
         else:
-            subprocess.run(["bash", "-ec", line], cwd=self.folder, env=environment(), check=True, timeout=120)
+            subprocess.run(["bash", "-ec", line], cwd=self.folder, env=environment(), check=True, timeout=600)
             return
         for code, _, said in results:
             assert code == 0, f"{line}: {said[-3000:]}"
@@ -114,7 +114,7 @@ def test_first_training(pool: WorkerPool, tmp_path: Path, pytestconfig: pytest.C
 
     def few_texts(line: str) -> None:
         """After the files were sorted: a few small ones are enough."""
-        subprocess.run(["bash", "-ec", line], cwd=tmp_path, check=True, timeout=60)
+        subprocess.run(["bash", "-ec", line], cwd=tmp_path, check=True, timeout=600)
         for folder, count in (("texts", 6), ("held_out", 2)):
             for path in sorted((tmp_path / folder).iterdir(), key=lambda path: path.stat().st_size)[count:]:
                 path.unlink()
@@ -128,7 +128,7 @@ def test_first_training(pool: WorkerPool, tmp_path: Path, pytestconfig: pytest.C
         with HubServer(token="hf_loopback") as hub:
             env = {**environment(), **hub.client_env(tmp_path / "home")}
             line = line.replace("YOU/", "user/")
-            subprocess.run(["bash", "-ec", line], cwd=tmp_path, env=env, check=True, timeout=120)
+            subprocess.run(["bash", "-ec", line], cwd=tmp_path, env=env, check=True, timeout=600)
             files = set(hub.files("user/first-llama"))
         assert {"config.json", "tokenizer.json"} <= files and any(name.endswith(".safetensors") for name in files)
         assert not [name for name in files if name.startswith(("checkpoint-", "_"))]

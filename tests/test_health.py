@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 from unittest import mock
 
@@ -52,8 +51,8 @@ def test_every_neighbour_is_tried_once(places: list[int]) -> None:
     assert linked == set(range(len(ranks))) or len(ranks) == 1
 
 
-def checked(directory: str, slow: int) -> tuple[list[str], list[Odd], float]:
-    """A run whose rank `slow` multiplies slowly: what is logged, what is odd, and the seconds of the check."""
+def checked(directory: str, slow: int) -> tuple[list[str], list[Odd]]:
+    """A run whose rank `slow` multiplies slowly: what is logged, and what is odd."""
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 
     lines: list[str] = []
@@ -67,12 +66,10 @@ def checked(directory: str, slow: int) -> tuple[list[str], list[Odd], float]:
         return seconds * (1e4 if args.process_index == slow and lasting == health.SIZES["cpu"].seconds else 1.0)
 
     found: list[list[Odd]] = []
-    whole, took = health.check_health, [0.0]
+    whole = health.check_health
 
-    def timed(mesh: Any) -> list[Odd]:
-        began = time.perf_counter()
+    def kept(mesh: Any) -> list[Odd]:
         found.append(whole(mesh))
-        took[0] = time.perf_counter() - began
         return found[-1]
 
     # Two processes on two cores that others use, too: memory and links vary.
@@ -81,7 +78,7 @@ def checked(directory: str, slow: int) -> tuple[list[str], list[Odd], float]:
     with (
         mock.patch.object(health, "_seconds_of", slowed),
         mock.patch.object(health, "SLOW", limits),
-        mock.patch("hf_nanotron.trainer.check_health", timed),
+        mock.patch("hf_nanotron.trainer.check_health", kept),
     ):
         trainer = NanotronTrainer(
             model=ParallelAuto.from_pretrained(directory, parallel=args.parallel),
@@ -91,7 +88,7 @@ def checked(directory: str, slow: int) -> tuple[list[str], list[Odd], float]:
         )
         trainer.train()
     health.logger.removeHandler(handler)
-    return lines, found[0], took[0]
+    return lines, found[0]
 
 
 def test_the_slow_rank_is_named(pool: WorkerPool) -> None:
@@ -100,9 +97,8 @@ def test_the_slow_rank_is_named(pool: WorkerPool) -> None:
     assert first[1][0].figure == "products"
     warned = [line for line in first[0] if line.startswith("health check: rank 1: products at")]
     assert len(warned) == 1 and not second[0]
-    assert first[2] < 20
 
 
 def test_one_process_has_nothing_to_compare(pool: WorkerPool) -> None:
-    ((lines, odd, _),) = pool.run(1, checked, checkpoint(), 0)
+    ((lines, odd),) = pool.run(1, checked, checkpoint(), 0)
     assert odd == [] and not any("median is" in line for line in lines)

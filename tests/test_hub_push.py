@@ -171,7 +171,7 @@ def worker_env(hub: HubServer, home: Path) -> dict[str, str]:
     return {**os.environ, **hub.client_env(home), **here}
 
 
-def run_worker(hub: HubServer, folder: Path, *arguments: str, processes: int = 1, timeout: float = 180) -> None:
+def run_worker(hub: HubServer, folder: Path, *arguments: str, processes: int = 1, timeout: float = 600) -> None:
     """Run a worker function of this file to its end, if asked for on several ranks; it has to succeed."""
     ranks = [str(Path(__file__).parent / "forked.py"), str(processes)]
     command = [sys.executable, *(ranks if processes > 1 else []), __file__, *arguments]
@@ -194,7 +194,7 @@ def stop(worker: subprocess.Popen[bytes]) -> None:
         if worker.poll() is None:
             os.killpg(worker.pid, wish)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.wait(20)
+                worker.wait(600)
 
 
 class Reader:
@@ -230,7 +230,7 @@ class Reader:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return self.answer()
 
-    def answer(self, timeout: float = 120) -> dict[str, Any]:
+    def answer(self, timeout: float = 600) -> dict[str, Any]:
         assert self.process.stdout is not None
         alarm = threading.Timer(timeout, self.process.kill)
         alarm.start()
@@ -304,7 +304,7 @@ def train(backend: str, repo_id: str, start: str, out: str, tp: str, pp: str) ->
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             for job in getattr(getattr(trainer, "push_in_progress", None), "jobs", []):
-                job.result(timeout=60)
+                job.result(timeout=600)
 
         on_train_end = on_step_begin
 
@@ -379,7 +379,7 @@ def round_trip(repo_id: str, folder: str) -> None:
         commit_message="Upload from a future",
         run_as_future=True,
     )
-    assert future.result(timeout=60).oid == api.repo_info(repo_id).sha
+    assert future.result(timeout=600).oid == api.repo_info(repo_id).sha
 
     api.create_branch(repo_id, branch="side", revision=first.oid)
     api.create_branch(repo_id, branch="side", exist_ok=True)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded_python
 import pytest
 import slurm_cluster
 import yaml
 from pool import WorkerPool
-from slurm_cluster import SlurmCluster, free_ports
+from slurm_cluster import SlurmCluster
 from test_cli import command
 from test_launch import settings
 from tiny import random_dataset
@@ -44,6 +48,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random_dataset(600).save_to_disk(folder / "data")
     (folder / "run.yaml").write_text(yaml.safe_dump(settings(folder, **RUN)))
     return folder
+
+
+@pytest.fixture
+def python(pool: WorkerPool) -> Iterator[Path]:
+    """What runs the command in the place of python, without the seconds of its imports."""
+    pool.run(1, os.getpid)  # its fork server is there
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path has to be short
+        path, address = Path(folder, "python"), Path(folder, "socket")
+        preloaded_python.write_python(path, address)
+        server = multiprocessing.get_context("forkserver").Process(target=preloaded_python.serve, args=(address,))
+        server.start()
+        while not address.exists():
+            assert server.is_alive()
+            time.sleep(0.05)
+        yield path
+        server.kill()
+        server.join()
 
 
 def losses(output_dir: Path) -> dict[int, float]:
@@ -76,10 +97,14 @@ def text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_a_job_saves_is_queued_again_and_goes_on(cluster: SlurmCluster, pool: WorkerPool, folder: Path) -> None:
+def test_a_job_saves_is_queued_again_and_goes_on(
+    cluster: SlurmCluster, pool: WorkerPool, folder: Path, python: Path
+) -> None:
     """The signal of the time limit, sent by hand: ranks save, the job is queued again and has the losses of a run
     without a stop, and the job after it finds the run finished."""
-    first, second = submit(cluster, folder, "--nodes", "2", "--chain", "2", "--save-seconds", "30")
+    first, second = submit(
+        cluster, folder, "--nodes", "2", "--chain", "2", "--save-seconds", "300", "--python", str(python)
+    )
     logs = folder / "out" / "launch" / "logs"
     assert f"Dependency=afterany:{first}" in cluster.run("scontrol", "show", "job", second)
     cluster.wait(lambda: "'loss'" in text(logs / f"{first}-0" / "rank-00000.log"))
@@ -151,7 +176,7 @@ def test_the_time_limit_and_a_chain(
     more = ["--set", "max_steps", "4000", "--set", "tp_size", "2", "--gpus-per-node", "2"]
     options = ["--nodes", "2", "--chain", "6", "--no-requeue", "--time", "2", "--save-seconds", "10", *more]
     ids = submit(cluster, folder, *options)
-    cluster.wait(cluster.is_idle, 700)
+    cluster.wait(cluster.is_idle)
     logs = folder / "out" / "launch" / "logs"
     told = [text(logs / f"{number}.log") for number in ids]
     assert "saved; the next job goes on" in told[0] and "the run is finished\n" in "".join(told)
@@ -162,12 +187,16 @@ def test_the_time_limit_and_a_chain(
 
 @pytest.mark.parametrize("kind", ["hf-jobs", "skypilot"])
 def test_the_scripts_of_other_clusters_train(
-    kind: str, pool: WorkerPool, folder: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    pool: WorkerPool,
+    folder: Path,
+    port: int,
+    pytestconfig: pytest.Config,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What each node would run, in two shells of this machine, with the variables that the cluster sets."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("with --full-matrix")
-    (port,) = free_ports(1)
     common = ["--nodes", "2", "--gpus-per-node", "1", "--port", str(port), "--python", sys.executable]
     hub = ["--flavor", "cpu-basic", "--image", "org/image", "--mount", f"hf://buckets/me/b:{folder}"]
     sky = ["--mount", f"s3://bucket/run:{folder}"]
@@ -190,6 +219,6 @@ def test_the_scripts_of_other_clusters_train(
         subprocess.Popen(["bash", "-c", script], env={**environment, **values}, stderr=subprocess.PIPE, text=True)
         for script, values in nodes
     ]
-    ends = [process.communicate(timeout=200)[1] for process in running]
+    ends = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], ends
     assert losses(folder / "out") == pytest.approx(unbroken(pool, folder), rel=1e-6)

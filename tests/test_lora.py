@@ -18,6 +18,7 @@ from pool import JobError, WorkerPool
 from safetensors.torch import load_file
 from sft_runs import MODES, Log, chat_checkpoint, chats, lora, sft_arguments
 from test_chat_dataset import MARKED, tokenizer
+from test_snapshots import await_snapshots
 from tiny import message
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -206,6 +207,7 @@ class BreakOff(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == self.at:
+            await_snapshots()
             raise RuntimeError("the cable was pulled")
 
 

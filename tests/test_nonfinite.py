@@ -220,7 +220,7 @@ class SlowSave:
         self.begin, self.go_on = trainer._checkpointer.finish, threading.Event()
         write = Save._write
         trainer._checkpointer.finish = self.finish  # type: ignore[method-assign]
-        Save._write = lambda save, rank: (self.go_on.wait(60), write(save, rank))  # type: ignore[method-assign]
+        Save._write = lambda save, rank: (self.go_on.wait(600), write(save, rank))  # type: ignore[method-assign]
         self.restore = lambda: setattr(Save, "_write", write)
 
     def finish(self, wait: bool = True) -> None:
@@ -241,7 +241,7 @@ def each_way(output_dir: str) -> dict[str, Any]:
         "written, model alone": (write_nan, {**every, "save_only_model": True}),
         "moment": (write_moment, every),
         "moment, async": (write_moment, {**every, "async_save": True}),
-        "signal": (write_nan, {**every, "save_steps": 2, "save_on_signal": 5.0}),
+        "signal": (write_nan, {**every, "save_steps": 2, "save_on_signal": 300.0}),
         "the end": (write_nan, at_end),
         "a moment without state": (write_moment, {**every, "max_steps": 3, "save_only_model": True}),
     }

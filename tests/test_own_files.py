@@ -61,7 +61,7 @@ def uploaded(directory: Path) -> None:
     if is_committed(directory):
         uploader.submit(directory)
     uploader.submit(path)
-    uploader.wait(30)
+    uploader.wait(600)
     uploader.close()
 
 
@@ -78,7 +78,7 @@ def fetched(directory: Path) -> None:
     store = RemoteStore(f"memory://{far}")
     uploader = Uploader(store, far)
     uploader.submit(far / "checkpoint-5")
-    uploader.wait(30)
+    uploader.wait(600)
     uploader.close()
     fetch_newest(store, directory.parent)
 

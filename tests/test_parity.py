@@ -92,7 +92,7 @@ def llama_for(tp: int, stages: int, **overrides: Any) -> str:
 
 
 TOPOLOGIES = [(pp, dp, tp) for pp in range(1, 9) for dp in range(1, 9) for tp in range(1, 9) if pp * dp * tp <= 8]
-LARGE = {(2, 2, 2), (1, 2, 4), (4, 2, 1), (1, 1, 8), (8, 1, 1), (1, 8, 1)}
+LARGE = {(2, 2, 2), (1, 1, 8), (8, 1, 1), (1, 8, 1)}
 SCHEDULES = {"afab": 1, "1f1b": 1, "interleaved_1f1b": 2}
 
 

@@ -37,7 +37,7 @@ def with_ray(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(EXAMPLE), "--output-dir", str(out), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=230,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

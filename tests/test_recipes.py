@@ -245,7 +245,7 @@ def test_a_llama_goes_on_and_is_pushed(pool: WorkerPool, tokens: Path, tmp_path:
         train = [sys.executable, "-m", "hf_nanotron.cli", "train", path, *SHORT]
         push = ["--push_to_hub", "--hub_model_id=user/more", "--hub_private_repo"]
         env = {**os.environ, **hub.client_env(tmp_path / "home")}
-        done = subprocess.run([*train, *push], env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run([*train, *push], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         files = hub.files("user/more")
         pushed = tmp_path / "pushed"
@@ -327,10 +327,10 @@ def test_from_the_hub_and_back(pool: WorkerPool, tokens: Path, tmp_path: Path, p
         env = {**os.environ, **hub.client_env(tmp_path / "home")}
         script = "import sys, test_recipes; test_recipes.push_small(*sys.argv[1:])"
         place = {**env, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])}
-        subprocess.run([sys.executable, "-c", script, "user/base", str(base)], env=place, check=True, timeout=200)
+        subprocess.run([sys.executable, "-c", script, "user/base", str(base)], env=place, check=True, timeout=600)
         train = [sys.executable, "-m", "hf_nanotron.cli", "train", str(path), *few]
         names = ["--model.name_or_path=user/base", "--tokenizer=user/base", "--hub_model_id=user/more"]
-        done = subprocess.run([*train, *names], env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run([*train, *names], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= hub.files("user/more").keys()
         assert hub.files("user/more")["model.safetensors"].data != (base / "model.safetensors").read_bytes()

@@ -20,7 +20,7 @@ from pool import WorkerPool
 from hf_nanotron.checkpoint.directory.commit import begin, commit, describe
 from hf_nanotron.checkpoint.directory.retention import newest
 from hf_nanotron.checkpoint.directory.verify import MARKER, check, is_committed
-from hf_nanotron.checkpoint.remote import fetch as remote_fetch
+from hf_nanotron.checkpoint.remote import fetch as remote_fetch, retry
 from hf_nanotron.checkpoint.remote.fetch import fetch, fetch_newest, fetch_newest_together, newest_remote
 from hf_nanotron.checkpoint.remote.retry import Backoff
 from hf_nanotron.checkpoint.remote.store import RemoteStore
@@ -30,7 +30,7 @@ from hf_nanotron.parallel.mesh import ParallelMesh
 
 BIG = 20 << 20  # bytes: goes in three parts
 # botocore's own attempts would only make the tests of failures wait.
-QUICK = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 5}}
+QUICK = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 60, "read_timeout": 120}}
 Make = Callable[..., RemoteStore]
 
 
@@ -61,10 +61,9 @@ def url(request: pytest.FixtureRequest, endpoint: str) -> str:
 
 
 @pytest.fixture(params=["s3", "file", "memory"])
-def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def any_url(request: pytest.FixtureRequest, tmp_path: Path, endpoint: str) -> str:
     name = request.node.name.replace("[", "-").rstrip("]")
     if request.param == "s3":
-        request.getfixturevalue("endpoint")
         return f"s3://bucket/{name}"
     return f"file://{tmp_path}/far/away" if request.param == "file" else f"memory://{name}"
 
@@ -92,7 +91,7 @@ def upload(store: RemoteStore, output_dir: Path, *steps: int, **options: Any) ->
     uploader = Uploader(store, output_dir, **options)
     for step in steps:
         uploader.submit(output_dir / f"checkpoint-{step}")
-    assert uploader.wait(30)
+    assert uploader.wait(600)
     uploader.close()
     return uploader
 
@@ -155,14 +154,14 @@ def test_a_killed_upload_is_none_and_the_next_run_completes_it(url: str, tmp_pat
     path = write_checkpoint(tmp_path, 2, BIG)
     process = multiprocessing.get_context("fork").Process(target=_upload_until_killed, args=(url, tmp_path, files))
     process.start()
-    process.join(30)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert store.checkpoints()["checkpoint-2"] and MARKER not in store.checkpoints()["checkpoint-2"]
     assert newest_remote(store) == "checkpoint-1"
 
     uploader = Uploader(store, tmp_path)
     uploader.submit_existing()
-    uploader.wait(30)
+    uploader.wait(600)
     assert newest_remote(store) == "checkpoint-2"
     assert uploader.uploaded == 1
     assert contents(fetch(store, "checkpoint-2", tmp_path / "new")) == contents(path)
@@ -265,7 +264,7 @@ def test_retention_on_both_sides(any_url: str, tmp_path: Path) -> None:
     uploader = Uploader(store, tmp_path, keep_local=2, save_total_limit=3)
     for step in range(2, 7):
         uploader.submit(write_checkpoint(tmp_path, step), keep=[tmp_path / "checkpoint-2"])
-        uploader.wait(30)
+        uploader.wait(600)
     assert list(store.checkpoints()) == ["checkpoint-6", "checkpoint-5", "checkpoint-2"]
     assert [path.name for path in newest(tmp_path)] == ["checkpoint-6", "checkpoint-5", "checkpoint-2"]
     uploader.close()
@@ -279,24 +278,23 @@ def test_what_is_not_uploaded_stays_here(url: str, tmp_path: Path) -> None:
 
 
 def test_a_server_that_comes_back(
-    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    endpoint: str, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     moto = pytest.importorskip("moto.server")
     monkeypatch.setattr(pytest.importorskip("s3fs").S3FileSystem, "retries", 1)
     monkeypatch.setattr(logging.getLogger("hf_nanotron"), "propagate", True)
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    monkeypatch.setattr(retry, "LOG_SECONDS", 3600.0)
+    server = moto.ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    port = server.get_host_and_port()[1]
     backoff = Backoff(first=0.02, longest=0.1, start=0.1)
     options = {"endpoint_url": f"http://127.0.0.1:{port}", **QUICK}
     store = RemoteStore("s3://bucket/back", options, backoff)
     uploader = Uploader(store, tmp_path)
     server.stop()
     server._server.server_close()
-    start = time.monotonic()
-    uploader.submit(write_checkpoint(tmp_path, 1))
-    assert time.monotonic() - start < 0.5, "submitting waits for nothing"
-    assert not uploader.wait(0.3)
+    uploader.submit(write_checkpoint(tmp_path, 1))  # it waits for nothing, or would for ever
+    while store.retry.retries <= 2:
+        assert not uploader.wait(0.05)
     assert uploader.pending() == [tmp_path / "checkpoint-1"] and store.retry.failing_seconds > 0
     missing = uploader.what_is_missing()
     assert "Not uploaded to s3://bucket/back: checkpoint-1 (1." in missing and "onnect" in missing
@@ -307,7 +305,7 @@ def test_a_server_that_comes_back(
         Uploader(RemoteStore("s3://bucket/back", options, backoff), tmp_path)
     server = moto.ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    assert uploader.wait(20) and newest_remote(store) == "checkpoint-1" and uploader.what_is_missing() == ""
+    assert uploader.wait(600) and newest_remote(store) == "checkpoint-1" and uploader.what_is_missing() == ""
     uploader.close()
     server.stop()
     server._server.server_close()
@@ -335,10 +333,10 @@ def test_forks_while_uploading(url: str, tmp_path: Path) -> None:
         processes[-1].start()
         time.sleep(0.05)
     for i, process in enumerate(processes):
-        process.join(20)
+        process.join(600)
         assert process.exitcode == 0
         assert (tmp_path / f"seen-{i}").read_text() in ("checkpoint-1", "checkpoint-2")
-    uploader.wait(20)
+    uploader.wait(600)
     assert newest_remote(store) == "checkpoint-2"
 
 
@@ -384,7 +382,7 @@ Uploader(RemoteStore(sys.argv[1]), sys.argv[2]).submit(Path(sys.argv[2], "checkp
 def test_the_program_ends_while_uploading(url: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1, 3 * BIG)
     command = [sys.executable, "-c", END, url, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Fatal" not in done.stderr, done.stderr
     name = newest_remote(RemoteStore(url))
     assert name is None or contents(fetch(RemoteStore(url), name, tmp_path / "new")) == contents(path)

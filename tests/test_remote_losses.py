@@ -85,7 +85,7 @@ def names(folder: Path) -> list[str]:
 def send(uploader: Uploader, *steps: int) -> None:
     for step in steps:
         uploader.submit(uploader.output_dir / f"checkpoint-{step}")
-        assert uploader.wait(20), uploader.store.retry.last_error
+        assert uploader.wait(600), uploader.store.retry.last_error
 
 
 def good(store: RemoteStore) -> list[str]:
@@ -171,7 +171,7 @@ def test_a_later_run_of_the_process_gives_up_none_of_the_first(tmp_path: Path) -
     assert {"checkpoint-10", "checkpoint-2"} <= set(waiting)
     assert marked_run(here / "checkpoint-10") == X
     store.fails.clear()
-    assert uploader.wait(20)
+    assert uploader.wait(600)
     uploader.close()
     assert set(good(store)) == {"checkpoint-10", "checkpoint-2"}
 

@@ -297,7 +297,7 @@ def upload(store: RemoteStore, output_dir: Path, run: Run | None = None, **optio
     uploader = Uploader(store, output_dir, **options)
     uploader.run = run
     uploader.submit_existing()
-    uploader.wait(30)
+    uploader.wait(600)
     uploader.close()
     return uploader
 
@@ -351,7 +351,7 @@ def test_a_store_whose_last_run_has_no_checkpoint(tmp_path: Path, told: list[str
     old.run = X
     for step in (10, 20):
         old.submit(here / f"checkpoint-{step}")
-        old.wait(30)
+        old.wait(600)
     assert len(told) == 1 and f"process {os.getpid()}, started" in told[0] and "started later" in told[0]
 
 

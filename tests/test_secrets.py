@@ -158,7 +158,7 @@ def test_a_run_writes_no_secret(tmp_path: Path) -> None:
         del environment["HF_TOKEN"]
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
         command = [sys.executable, __file__, str(tmp_path / "out")]
-        worker = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+        worker = subprocess.run(command, env=environment, capture_output=True, timeout=600)
         output = worker.stdout + worker.stderr
         assert worker.returncode == 0, output.decode()[-5000:]
         commits = hub.commits("user/secretless")

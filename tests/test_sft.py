@@ -396,7 +396,7 @@ def test_the_example_is_pushed(tmp_path: Path, pytestconfig: pytest.Config) -> N
         env = {**os.environ, **hub.client_env(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         push = ["--push_to_hub", "true", "--hub_model_id", "user/chat"]
         done = subprocess.run(
-            [*torchrun, *arguments, *push], cwd=EXAMPLE, env=env, capture_output=True, text=True, timeout=220
+            [*torchrun, *arguments, *push], cwd=EXAMPLE, env=env, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = tmp_path / "pushed"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +38,15 @@ STEPS = 7
 UNBROKEN = {"memory_snapshot_steps": None, "memory_snapshot_dir": SHARED_MEMORY}
 
 
+def await_snapshots() -> None:
+    """On all ranks: until the snapshot that is being written is whole, and with the neighbour, or it might be lost."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("memory snapshot "):
+            thread.join()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 class Counts(TrainerCallback, ExportableState):
     """A callback with a state, which counts steps; the run breaks off at the beginning of step `dies_at`, from 1."""
 
@@ -55,6 +65,7 @@ class Counts(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == self.dies_at:
+            await_snapshots()
             raise RuntimeError("the cable was pulled")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

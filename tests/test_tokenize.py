@@ -10,19 +10,19 @@ import lzma
 import os
 import random
 import signal
-import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import forked
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from pool import WorkerPool
 from test_cli import command, one_line
 from token_files import flat, write_ds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -290,39 +290,39 @@ def test_workers_write_the_same_files(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import os, signal, sys
 from hf_nanotron.data.tokenize import shards
 from hf_nanotron.data.tokenize.corpus import tokenize_corpus
 
 shards.BATCH_ROWS, write = 10, shards.Job._write
-def slowly(self, writer, batch):
+batches = 0
+def stops(self, writer, batch):
+    global batches
+    batches += 1
     writer._ids.flush()
-    time.sleep(0.01)
+    if batches == 50:  # of 20 for each shard
+        os.kill(os.getpid(), signal.SIGKILL)
     return write(self, writer, batch)
-shards.Job._write = slowly
+shards.Job._write = stops
 tokenize_corpus(sys.argv[1], sys.argv[2], sys.argv[3], eos_token="<eos>", shards=6)
 """
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(pool: WorkerPool, tmp_path: Path) -> None:
     """No half file has its final name; what is complete is kept, and the rest is what an undisturbed run writes."""
     for number in range(6):
         jsonl(tmp_path / f"{number}.jsonl", texts(200, number))
     tokenizer, out, pattern = saved(tmp_path), tmp_path / "out", f"{tmp_path}/*.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, pattern, str(out), tokenizer], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".tokenize/shards/*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ((code, _, err),) = pool.run(1, forked.python_apart, KILLED, [pattern, str(out), str(tokenizer)], tmp_path)
+    assert code == -signal.SIGKILL, err
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.ds")}
-    assert 2 <= len(before) < 6
+    assert len(before) == 2
     for path in before:
         assert TokenFile.open(str(path)).documents.count == 200  # type: ignore[union-attr]
     assert any(out.glob(".tokenize/unfinished/*/*.ds"))
     tokenized(pattern, tmp_path / "fresh", tokenizer, shards=6)
     done = tokenize_corpus(pattern, out, tokenizer, eos_token=EOS, progress=False)  # the number of shards is known
-    assert 2 <= done.kept < 6 and done.shards == 6 and done.counts is not None and done.counts.documents == 1200
+    assert done.kept == 2 and done.shards == 6 and done.counts is not None and done.counts.documents == 1200
     assert contents(out) == contents(tmp_path / "fresh")
     assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.name in done.files[: done.kept])
     assert not any(out.glob(".tokenize/unfinished/*"))
@@ -630,7 +630,7 @@ def test_damaged_records(tmp_path: Path) -> None:
             tokenized(source, out, words(300), overwrite=True)
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(pool: WorkerPool, tmp_path: Path) -> None:
     """The error names the folder, and the same command goes on."""
     script = (
         "import resource, signal, sys\n"
@@ -640,8 +640,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         "tokenize_corpus(*sys.argv[1:], eos_token='<eos>', progress=False)\n"
     )
     source, out, tokenizer = jsonl(tmp_path / "a.jsonl", ["w3 " * 9000]), tmp_path / "out", saved(tmp_path)
-    done = subprocess.run([sys.executable, "-c", script, source, out, tokenizer], capture_output=True, text=True)
-    assert f"OSError: {out} cannot be written to ([Errno 27] File too large)" in done.stderr
+    ((code, _, err),) = pool.run(1, forked.python_apart, script, [str(source), str(out), str(tokenizer)], tmp_path)
+    assert code == 1 and f"OSError: {out} cannot be written to ([Errno 27] File too large)" in err
     assert not any(out.glob("*.ds*"))
     assert len(tokenized(source, out, tokenizer)[0]) == 9001
 

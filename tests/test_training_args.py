@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -424,11 +423,8 @@ def test_sizes_need_processes(build: Any) -> None:
         build(tp_size=2)
 
 
-def test_process_group_has_the_timeout(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_group_has_the_timeout(build: Any, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers gives `ddp_timeout` to accelerators only; and a CPU machine need not be told `use_cpu`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     variables = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "OMP_NUM_THREADS": 1}
     for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))

@@ -274,7 +274,7 @@ def test_processes_without_an_accelerator_are_one_job(tmp_path: Path, pytestconf
     for which, worlds in (("stock", ["WORLD 1"] * 2), ("ours", ["WORLD 2"] * 2)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
         done = subprocess.run(
-            [*command, which, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+            [*command, which, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600
         )
         assert [line for line in done.stdout.splitlines() if line.startswith("WORLD")] == worlds, done.stderr[-2000:]
 
