@@ -343,6 +343,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         (choose("llama", dtype=torch.float32), "float32"),
         (choose("llama", attention_dropout=0.1), "attention_dropout"),
         (choose("llama", attn_implementation="eager"), "sdpa"),
+        (choose("llama", is_causal=False), "its config has is_causal=False"),
         (choose("gemma2"), "sdpa"),  # soft-caps: stock attends eagerly
         (choose("qwen3_next"), "not tested"),
     )

@@ -234,6 +234,30 @@ def test_right_padding(pool: WorkerPool) -> None:
     compare(pool, directory, "padded", (1, 1, 2, 1), rows=3, name="mixtral")
 
 
+def in_eight_bits(directory: str, runs: list[dict[str, Any]]) -> list[History]:
+    rest = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True}
+    return [train(directory, "packed", {**rest, **sizes}) for sizes in runs]
+
+
+def test_fp8(pool: WorkerPool, pytestconfig: pytest.Config) -> None:
+    """As one process, as far as scales of each rank's own tokens allow: ten times nearer than losses of other steps."""
+    if not pytestconfig.getoption("full_matrix"):
+        pytest.skip("runs with --full-matrix")
+    directory = llama_for(1, 1, hidden_size=64, num_attention_heads=4, intermediate_size=96)
+    recipes = ("tensorwise", "rowwise")
+    expected = pool.run(1, in_eight_bits, directory, [{"fp8": recipe} for recipe in recipes])[0]
+    modes: list[dict[str, Any]] = [
+        {"cp_mode": "gather"},
+        {"cp_mode": "heads", "torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ]
+    runs = [{"fp8": recipe, "cp_size": 2, **mode} for recipe in recipes for mode in modes]
+    for histories in pool.run(2, in_eight_bits, directory, runs):
+        for run, got in zip(runs, histories, strict=True):
+            one = expected[recipes.index(run["fp8"])]
+            assert relative(got.losses, one.losses) <= 5e-3 and relative(got.norms, one.norms) <= 2e-2, run
+    assert all(max(one.losses) > 1.05 * min(one.losses) for one in expected)
+
+
 def dropout_run() -> tuple[int, int, list[list[float]], list[list[float]]]:
     """The parts whose dropout this rank draws, and losses and norms with and without recomputation."""
     from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
@@ -486,6 +510,7 @@ def refusals() -> dict[str, str]:
     attempt("stock attention", attention="stock")
     attempt("convolutions", tiny_model("zaya", attn_implementation="sdpa").config)
     attempt("dropout", tiny_config(attention_dropout=0.1))
+    attempt("not causal", tiny_config(is_causal=False))
     attempt("heads", tiny_config(num_attention_heads=3, num_key_value_heads=3, hidden_size=24), cp_mode="heads")
     attempt("named attention", trainer={"of_model": {"attn_implementation": "eager"}})
     attempt("own loss", trainer={"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()})
@@ -509,6 +534,7 @@ REFUSALS = {
     "stock attention": "attention='stock' with cp_size=2: the model's own attention would see the tokens of one rank",
     "convolutions": "cp_size=2 is not supported for ZayaForCausalLM: convolutions in its attention mix neighbouring",
     "dropout": "attention_dropout above 0",
+    "not causal": "cp_size=2 is not supported for LlamaForCausalLM: its config has is_causal=False; use cp_size=1.",
     "heads": "cp_mode='heads' needs attention heads (3 / tp_size=1) that cp_size divides, or cp_mode='gather'",
     "named attention": "attn_implementation was given",
     "own loss": "cp_size=2 with compute_loss_func: a rank has its tokens' logits alone",

@@ -341,6 +341,8 @@ def test_a_short_model_is_extended_on_two_ranks(
     for size, (folder, batch, start) in zip(sizes, stages, strict=False):
         pool.run(2, train_long, *size, "--output-dir", folder, "--per-device-train-batch-size", batch, *start)
     extend.main([short, extended, "--sequence-length", str(lengths[3])])
+    with pytest.raises(SystemExit, match="is the model's own folder"):
+        extend.main([short, short, "--sequence-length", str(lengths[3])])
     with pytest.raises(SystemExit, match="only rope_type 'default'"):
         extend.main([extended, long, "--sequence-length", "32768"])
     with pytest.raises(SystemExit, match=f"rows of {lengths[3]} tokens already"):

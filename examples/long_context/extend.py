@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
+FILES = ("*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja")  # configs, weights, tokenizer and its template
+
 
 def longer(config: PreTrainedConfig, sequence_length: int) -> dict[str, Any]:
     """Fields of the config of a model that takes rows of `sequence_length` tokens.
@@ -38,13 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequence-length", type=int, required=True)
     cli = parser.parse_args(argv)
     fields = longer(AutoConfig.from_pretrained(cli.model), cli.sequence_length)
-    if Path(cli.model).is_dir():
+    if (folder := Path(cli.model)).is_dir():
+        if folder.resolve() == cli.folder.resolve():
+            raise SystemExit(f"{cli.folder} is the model's own folder; say another one for the copy.")
         cli.folder.mkdir(parents=True, exist_ok=True)
-        for path in Path(cli.model).iterdir():
-            if path.suffix in (".json", ".safetensors"):
-                shutil.copy(path, cli.folder)
+        for path in {path for pattern in FILES for path in folder.glob(pattern)}:
+            shutil.copy(path, cli.folder)
     else:
-        snapshot_download(cli.model, local_dir=cli.folder, allow_patterns=["*.json", "*.safetensors", "tokenizer*"])
+        snapshot_download(cli.model, local_dir=cli.folder, allow_patterns=list(FILES))
     AutoConfig.from_pretrained(cli.model, **fields).save_pretrained(cli.folder)
     print(f"{cli.folder}: {fields}")
 

@@ -10,7 +10,7 @@ import torch
 
 from ..parallel.config import ParallelConfig
 from ..parallel.cp.attention import device_layout
-from ..parallel.cp.choice import BESIDE, LINK, SPLIT_ROW, HeadShape, cheaper
+from ..parallel.cp.choice import HeadShape, by_gathering, by_heads, cheaper
 from ..parallel.cp.exchange import Exchange
 from ..parallel.cp.layout import filled_length, plan
 from .job import Job
@@ -55,22 +55,12 @@ class ContextCost:
             return {}, {}
         exchange = self.exchange.get(layer.window) or self.exchange[None]
         shape = HeadShape(layer.heads, layer.kv_heads, layer.key_width, layer.value_width)
-        mode = cheaper(shape, self.size, round(self.tokens), exchange) if self.mode == "auto" else self.mode
-        width = layer.key_width + layer.value_width
-        queries, keys = layer.heads * width, layer.kv_heads * width
+        mode = cheaper(shape, self.size, self.tokens, exchange) if self.mode == "auto" else self.mode
         if mode == "heads":
-            repeated = max(layer.kv_heads, self.size) * width
-            moved = 16.0 * self.tokens * (queries + repeated)
-            sent = LINK * 4.0 * (self.size - 1) / self.size * self.tokens * (queries + repeated)
+            traffic = by_heads(shape, self.size, self.tokens)
         else:
-            received = exchange.most_received
-            moved = keys * (12.0 * (received + self.tokens) + 22.0 * self.tokens) + 4.0 * self.tokens * queries
-            if exchange.is_all:
-                moved += self.size * self.tokens * (2.0 * keys + SPLIT_ROW * queries)
-            else:
-                moved += 26.0 * received * keys
-            sent = BESIDE * 6.0 * received * keys
-        copies, shown = moved / self.memory, sent * self.link / COPIES
+            traffic = by_gathering(shape, self.size, self.tokens, exchange)
+        copies, shown = traffic.copied / self.memory, traffic.sent * self.link / COPIES
         third = {"copies": copies / 3, "cp": shown / 3}
         return third, {name: 2 * value for name, value in third.items()}
 

@@ -139,6 +139,7 @@ def why_stock(anatomy: Anatomy, tested: Collection[str] = FAST_ATTENTION) -> str
         (bool(chance), f"{', '.join(chance)} above 0, and faster kernels have no dropout"),
         (any(own is not config for own in configs), "its blocks have their own configs"),
         (anatomy.is_foreign or any(map(is_foreign, parts)), "custom code may make its own masks"),
+        (getattr(config, "is_causal", True) is False, "its config has is_causal=False"),
         (any(getattr(part, "is_causal", True) is False for part in parts), "one of its blocks is not causal"),
     )
     return next((reason for applies, reason in reasons if applies), None)

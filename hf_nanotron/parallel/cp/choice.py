@@ -48,24 +48,51 @@ def divides(size: int, heads: int, kv_heads: int) -> bool:
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 
-def cheaper(shape: HeadShape, size: int, tokens: int, exchange: Exchange) -> str:
-    """`"gather"` or `"heads"`; the same on all ranks.
+class Traffic(NamedTuple):
+    """What a layer's forward and backward cost beside products and attention, in bytes of memory.
+
+    Attributes:
+        copied: read and written by copies, and the time that kernels lose over parts of a row.
+        sent: the time of what is sent.
+    """
+
+    copied: float
+    sent: float
+
+
+def by_gathering(shape: HeadShape, size: int, tokens: float, exchange: Exchange) -> Traffic:
+    """Of `"gather"`.
 
     Args:
+        size: ranks that share a row.
         tokens: of a rank.
-        exchange: what "gather" would send.
+        exchange: what it sends.
     """
+    queries, keys = _features(shape, shape.kv_heads)
+    received = exchange.most_received
+    copied: float = keys * (12 * (received + tokens) + 22 * tokens) + 4 * tokens * queries
+    if exchange.is_all:
+        copied += size * tokens * (2 * keys + SPLIT_ROW * queries)
+    else:
+        copied += 26 * received * keys
+    return Traffic(copied, BESIDE * 6 * received * keys)
+
+
+def by_heads(shape: HeadShape, size: int, tokens: float) -> Traffic:
+    """Of `"heads"`; arguments as for `by_gathering`."""
+    moved = tokens * sum(_features(shape, max(shape.kv_heads, size)))
+    return Traffic(16 * moved, LINK * 4 * (size - 1) / size * moved)
+
+
+def cheaper(shape: HeadShape, size: int, tokens: float, exchange: Exchange) -> str:
+    """`"gather"` or `"heads"`; the same on all ranks. Arguments as for `by_gathering`."""
     if not divides(size, shape.heads, shape.kv_heads):
         return "gather"
-    width = shape.key_width + shape.value_width
-    queries, keys = shape.heads * width, shape.kv_heads * width
-    repeated = max(shape.kv_heads, size) * width
-    received = exchange.most_received
-    gather: float = keys * (12 * (received + tokens) + 22 * tokens) + 4 * tokens * queries
-    gather += BESIDE * 6 * received * keys
-    if exchange.is_all:
-        gather += size * tokens * (2 * keys + SPLIT_ROW * queries)
-    else:
-        gather += 26 * received * keys
-    heads = tokens * (queries + repeated) * (16 + LINK * 4 * (size - 1) / size)
+    gather, heads = sum(by_gathering(shape, size, tokens, exchange)), sum(by_heads(shape, size, tokens))
     return "heads" if heads < MARGIN * gather else "gather"
+
+
+def _features(shape: HeadShape, kv_heads: int) -> tuple[int, int]:
+    """Of queries and outputs together, and of the keys and values of `kv_heads`."""
+    width = shape.key_width + shape.value_width
+    return shape.heads * width, kv_heads * width
