@@ -35,8 +35,9 @@ from .checkpoint.hub.model import save_hub_model
 from .checkpoint.state.buffers import load_buffers
 from .checkpoint.state.file import AVERAGE
 from .checkpoint.state.training_state import load_training_state
+from .data.dealing import FillerBatch
 from .data.domain_column import domain_names
-from .data.loader import DataParallelLoader, FillerBatch
+from .data.loader import DataParallelLoader
 from .data.ordered import brings_order, is_run
 from .data.window_check import WindowCheck
 from .models.base import ParallelModel

@@ -20,8 +20,9 @@ from transformers.utils import logging as hub_logging
 from .arguments.base_order import check_base_order, check_defaults
 from .arguments.launch import check_launch
 from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
-from .arguments.policy import REFUSED, as_mapping, check_policy
+from .arguments.policy import REFUSED, check_policy
 from .arguments.recompute import check_recomputation, layer_numbers
+from .arguments.rules import as_mapping
 from .arguments.schedules import check_schedules
 from .arguments.secrets import SecretlessArguments
 from .arguments.snapshots import SHARED_MEMORY, check_snapshots

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, ParallelConfig
 from hf_nanotron.checkpoint.hub import read_once, weights as hub_weights
-from hf_nanotron.checkpoint.hub.model import load_hub_weights
+from hf_nanotron.checkpoint.hub.load import load_hub_weights
 from hf_nanotron.parallel.mesh import coordinates_in
 
 Reads = list[tuple[str, int, int]]

@@ -25,11 +25,12 @@ from test_cli import command, one_line
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_nanotron import ParallelConfig
-from hf_nanotron.cli.check import Check, Row, as_text, micro_batches
+from hf_nanotron.cli.check import micro_batches
 from hf_nanotron.cli.checking.arguments import on_cpu, shortened
 from hf_nanotron.cli.checking.compare import TOLERANCE, compare
 from hf_nanotron.cli.checking.processes import Begun, RankError, Ranks
 from hf_nanotron.cli.checking.records import Activation, Piece, Record
+from hf_nanotron.cli.checking.report import Check, Row, as_text
 from hf_nanotron.cli.checking.rows import is_quick, own_rows, random_rows
 from hf_nanotron.cli.checking.script import keywords, load_script
 from hf_nanotron.cli.checking.shrink import chosen_layers, parameters, small_head_counts, smaller

@@ -16,7 +16,8 @@ from tiny import History, pad_batch, random_dataset, tiny_config, training_argum
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
-from hf_nanotron.checkpoint.hub.model import load_hub_weights, save_hub_model
+from hf_nanotron.checkpoint.hub.load import load_hub_weights
+from hf_nanotron.checkpoint.hub.model import save_hub_model
 
 Weights = dict[str, torch.Tensor]
 INTERLEAVED = {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "pp_virtual_stages": 2}

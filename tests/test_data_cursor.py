@@ -24,7 +24,8 @@ from transformers import TrainerControl, TrainerState
 
 from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.data.cursor import Cursor, EpochShape, resume_at, why_not_resumable
-from hf_nanotron.data.loader import Position, build_loader
+from hf_nanotron.data.dealing import Position
+from hf_nanotron.data.loader import build_loader
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.training.data_order import DataOrder

@@ -21,7 +21,8 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hf_nanotron.data.loader import DataParallelLoader, FillerBatch, build_loader
+from hf_nanotron.data.dealing import FillerBatch
+from hf_nanotron.data.loader import DataParallelLoader, build_loader
 
 SAMPLES = 11  # with a global batch of 4, the last window of an epoch has 3 samples: 2 and 1 for two ranks
 GLOBAL_BATCH = 4

@@ -27,7 +27,7 @@ from tiny import History, checkpoint, message, pad_batch, random_dataset, train_
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments, ParallelConfig
 from hf_nanotron.data import Mixture, Stage, Stages
 from hf_nanotron.data.cursor import rounds_of
-from hf_nanotron.data.loader import Filler, deal
+from hf_nanotron.data.dealing import Filler, deal
 from hf_nanotron.parallel.meeting import Meeting, meet, meets
 from hf_nanotron.parallel.own_device import why_unfit
 from hf_nanotron.parallel.seats import Process, seats_for, training_size

@@ -16,7 +16,8 @@ import torch
 
 from hf_nanotron.data import Mixture, Stage, Stages
 from hf_nanotron.data.cursor import Cursor
-from hf_nanotron.data.loader import FillerBatch, build_loader
+from hf_nanotron.data.dealing import FillerBatch
+from hf_nanotron.data.loader import build_loader
 from hf_nanotron.data.tokens import blend
 from hf_nanotron.training.run_order import RunOrder, data_state
 

@@ -28,7 +28,8 @@ from hf_nanotron.plan.job import Job
 from hf_nanotron.plan.layer_time import optimizer_seconds
 from hf_nanotron.plan.layer_work import WorkTable, seen_keys
 from hf_nanotron.plan.links import collective_seconds
-from hf_nanotron.plan.measure_rates import groups_to_measure, measure_rates
+from hf_nanotron.plan.measure_links import groups_to_measure
+from hf_nanotron.plan.measure_rates import measure_rates
 from hf_nanotron.plan.options import Options
 from hf_nanotron.plan.rates import LinkRate, load_rates, product_seconds
 from hf_nanotron.plan.schedule_time import play

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pool import WorkerPool
 
-from hf_nanotron.data.loader import FillerBatch
+from hf_nanotron.data.dealing import FillerBatch
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.parallel.mesh import ParallelMesh
 from hf_nanotron.training.run_report import RunReport, logs_next

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_nanotron.data import Mixture, StreamMixture, TokenStream
+from hf_nanotron.data.dealing import Position
 from hf_nanotron.data.fingerprint import fingerprint, row_hashes
-from hf_nanotron.data.loader import Position, build_loader
+from hf_nanotron.data.loader import build_loader
 from hf_nanotron.data.ordered import stack
 from hf_nanotron.data.streaming.lane_loader import LaneShare, build_lane_loader
 from hf_nanotron.data.streaming.lane_stream import joined

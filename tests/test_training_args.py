@@ -26,8 +26,8 @@ from hf_nanotron.arguments.policy import (
     OPTIMIZERS,
     REFUSED,
     REFUSED_OPTIMIZERS,
-    Refused,
 )
+from hf_nanotron.arguments.rules import Refused
 from hf_nanotron.parallel.config import ParallelConfig
 from hf_nanotron.training_args import NanotronTrainingArguments
 

@@ -7,89 +7,17 @@ neither: the tests fail on it, and setting it raises. `ENVIRONMENT` does the sam
 from __future__ import annotations
 
 import inspect
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
-from enum import Enum
-from pathlib import Path
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 
-from ..redaction import printable, shown
+from ..redaction import shown
+from .rules import Refused, RefusedKeys, plain
 
 # ---- Rules -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A field, or a key of one, of which only some values are accepted: these, or those that satisfy a predicate.
-
-    `instead` is the object of "Use ..."; `reasons` are those of particular values, where one does not fit all.
-    """
-
-    allowed: tuple[Any, ...] | Callable[[Any, TrainingArguments], bool]
-    reason: str
-    instead: str
-    reasons: Mapping[Any, str] = field(default_factory=dict)
-
-    def problems(self, name: str, value: Any, args: TrainingArguments) -> Iterator[str]:
-        """One sentence if `value` is refused, else nothing."""
-        value = _plain(value)
-        if self.allowed(value, args) if callable(self.allowed) else value in self.allowed:
-            return
-        reason = self.reasons.get(value, self.reason) if isinstance(value, str) else self.reason
-        yield f"{name}={shown(name, _plain(value))} is refused: {reason}. Use {self.instead}."
-
-
-@dataclass(frozen=True)
-class RefusedKeys:
-    """A field that holds a mapping, with a rule for each key: a `Refused`, or a text saying how it is honoured."""
-
-    keys: Mapping[str, Refused | str]
-
-    def problems(self, name: str, value: Any, args: TrainingArguments) -> Iterator[str]:
-        """One sentence for each key whose value is refused."""
-        try:
-            items = as_mapping(value).items()
-        except (OSError, ValueError, TypeError) as error:
-            text = shown(name, _plain(value))
-            yield f"{name}={text} is neither a mapping, nor JSON text, nor a JSON file: {printable(str(error))}."
-            return
-        for key, item in items:
-            rule = self.keys.get(key)
-            if rule is None:
-                yield f"{name}: {key}={shown(key, _plain(item))} is refused: the keys are {', '.join(self.keys)}."
-            elif isinstance(rule, Refused):
-                yield from rule.problems(f"{name}: {key}", item, args)
-
-
-def as_mapping(value: Any) -> dict[str, Any]:
-    """The keys that `value` sets: `None`, a dict, a dataclass, JSON text or the path of a JSON file.
-
-    Text that spells a JSON value ("true", "2") becomes that value, as transformers does for the command line.
-    """
-    if isinstance(value, str):
-        value = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    return {key: _parsed(item) for key, item in dict(value or {}).items()}
-
-
-def _parsed(item: Any) -> Any:
-    try:
-        return json.loads(item.lower()) if isinstance(item, str) else item
-    except ValueError:
-        return item
-
-
-def _plain(value: Any) -> Any:
-    """`value` with enumeration members as their values: their hashes are not those of the strings they equal."""
-    if isinstance(value, Enum):
-        return value.value
-    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- Optimizers ------------------------------------------------------------------------------------------------
@@ -150,7 +78,7 @@ def _optim_args_apply(value: Any, args: TrainingArguments) -> bool:
     if not isinstance(value, str | None):
         return False
     items = [item.partition("=") for item in (value or "").replace(" ", "").split(",") if item]
-    known = OPTIMIZERS.get(_plain(args.optim), ())
+    known = OPTIMIZERS.get(plain(args.optim), ())
     return all(equals and text and key in known for key, equals, text in items)
 
 
@@ -382,7 +310,7 @@ def check_policy(args: TrainingArguments) -> None:
             problems.extend(rule.problems(entry.name, value, args))
         elif entry.name not in HONOURED and value != _default(entry):
             problems.append(
-                f"{entry.name}={shown(entry.name, _plain(value))} is refused: this version of transformers has a field "
+                f"{entry.name}={shown(entry.name, plain(value))} is refused: this version of transformers has a field "
                 f"that this version of hf_nanotron does not support. Use its default, {_default(entry)!r}, or a newer "
                 "hf_nanotron."
             )

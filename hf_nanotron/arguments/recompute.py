@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from .policy import as_mapping
+from .rules import as_mapping
 
 POLICIES = ("full", "selective", "all_but_attention")
 

@@ -10,14 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checking.report import Check, Row, as_text, finite
 from .errors import SettingsError, explained
 
 if TYPE_CHECKING:
-    from .checking.compare import Compared
     from .checking.job import Job
     from .checking.processes import Ranks
     from .checking.records import Record
@@ -42,10 +41,7 @@ keywords of NanotronTrainer, or both.
 
 Exit status: 0 if all is the same, 1 if something differs or fails, 2 for what the trainer refuses."""
 
-COLUMNS = {"loss": "loss", "norm": "norm", "activation": "activations", "gradient": "gradients", "weight": "weights"}
 DATA = ("auto", "own", "random")
-ENDINGS = {True: "The same on every layout that was compared.", False: "Not the same.", None: "Nothing was compared."}
-MOST_NAMES = 4
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,56 +80,6 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-@dataclass
-class Row:
-    """What has been found of one layout. One of `compared`, `refused` and `failed` is there."""
-
-    name: str
-    processes: int
-    seconds: float = 0.0
-    compared: Compared | None = None
-    refused: str | None = None
-    failed: str | None = None
-
-    @property
-    def is_same(self) -> bool | None:
-        """None: there is nothing to compare."""
-        if self.refused is not None:
-            return None
-        return self.compared is not None and self.compared.first is None
-
-    def to_dict(self) -> dict[str, Any]:
-        found = {} if self.compared is None else self.compared.to_dict()
-        return {
-            "layout": self.name, "processes": self.processes, "seconds": round(self.seconds, 2), "same": self.is_same,
-            "refused": self.refused, "failed": self.failed, **found,
-        }  # fmt: skip
-
-
-@dataclass
-class Check:
-    """All that is printed. `notes`: what differs from the run itself."""
-
-    model: str
-    reference: str
-    steps: int
-    notes: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def is_same(self) -> bool | None:
-        """None: nothing was compared."""
-        found = [row.is_same for row in self.rows if row.is_same is not None]
-        return all(found) if found else None
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [row.to_dict() for row in self.rows]
-        return {
-            "same": self.is_same, "model": self.model, "reference": self.reference, "steps": self.steps,
-            "notes": self.notes, "layouts": rows,
-        }  # fmt: skip
-
-
 def _run(args: argparse.Namespace) -> None:
     for name, least in (("steps", 1), ("sequence_length", 8), ("most_processes", 1), ("timeout", 1), ("processes", 1)):
         value = getattr(args, name)
@@ -152,7 +98,7 @@ def _run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("hf-nanotron: check was interrupted; its processes have ended.", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(_finite(found.to_dict()), indent=1) if args.json else as_text(found))
+    print(json.dumps(finite(found.to_dict()), indent=1) if args.json else as_text(found))
     if found.is_same is False:
         sys.exit(1)
 
@@ -404,46 +350,3 @@ def _rows(
     packed = packs(settings["dataset"])
     notes.append(f"rows: {count} of {length} random tokens" + (" in three documents" if packed else ""))
     return random_rows(count, length, vocabulary, packed)
-
-
-def as_text(found: Check) -> str:
-    """What the terminal shows."""
-    lines = [f"compared with {found.reference}, {found.steps} steps in fp32 on the CPU"]
-    lines += [f"  {note}" for note in found.notes]
-    if found.rows:
-        width = max(len("layout"), *(len(row.name) for row in found.rows))
-        heads = "".join(f"{name:>13}" for name in COLUMNS.values())
-        lines += ["", f"{'layout':<{width}}{'processes':>11}{heads}"]
-        for row in found.rows:
-            lines.append(f"{row.name:<{width}}{row.processes:>11}{_cells(row)}")
-    for row in found.rows:
-        if row.compared is not None and row.compared.first is not None:
-            lines += ["", f"{row.name}: {row.compared.first}."]
-        elif row.refused is not None or row.failed is not None:
-            lines += ["", f"{row.name}: {'refused' if row.refused else 'failed'}: {row.refused or row.failed}"]
-        if row.compared is not None and row.compared.first is None and row.compared.unseen:
-            lines += ["", f"{row.name}: not compared: the outputs of {_listed(row.compared.unseen)}, of which no rank "
-                      "has a row of features for each token."]  # fmt: skip
-    lines += ["", ENDINGS[found.is_same]]
-    return "\n".join(lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-
-
-def _finite(value: Any) -> Any:
-    """Without inf and nan, which JSON does not have: null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cells(row: Row) -> str:
-    if row.compared is None:
-        return f"{'refused' if row.refused is not None else 'failed':>13}"
-    if row.compared.first is not None:
-        return f"{'differs':>13}"
-    return "".join(f"{row.compared.errors[name]:>13.1e}" for name in COLUMNS)

@@ -14,8 +14,8 @@ import torch
 from transformers.utils import CONFIG_NAME
 
 from ..checkpoint.files.disk import CHUNK_BYTES
-from ..checkpoint.hub.model import parse_size, write_repository_weights
 from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
+from ..checkpoint.hub.repository_weights import parse_size, write_repository_weights
 from ..checkpoint.hub.weights import FLOATS, HubWeights
 from .folder import TEXTS, WEIGHTS, check_unchanged, copy_files, read_json, refuse_same, write_json, writing
 

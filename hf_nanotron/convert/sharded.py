@@ -25,8 +25,8 @@ from ..checkpoint.directory.commit import begin, commit as commit_checkpoint, de
 from ..checkpoint.directory.retention import checkpoints
 from ..checkpoint.directory.verify import MARKER, WRITTEN
 from ..checkpoint.hub.layout import HubLayout, HubSources, layout_of
-from ..checkpoint.hub.model import parse_size, plan_files, write_repository_weights
 from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
+from ..checkpoint.hub.repository_weights import parse_size, plan_files, write_repository_weights
 from ..checkpoint.hub.weights import HubWeights
 from ..checkpoint.state.buffers import buffer_piece, read_buffer
 from ..checkpoint.state.file import BUFFER, MASTER, StatePiece, clear, commit as commit_state, write_rank

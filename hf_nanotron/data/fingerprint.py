@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from .dealing import twin
 from .hashing import combined, of_the_model, sample_hash
 from .identity import without_times
-from .loader import twin
 from .ordered import brings_order, has_method, identities_of, is_run, sets_of
 
 ROWS = 16  # read of a dataset; few, since a row may be tokenised, or fetched, when it is read

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..checkpoint.hub.fetch import fetch_on_each_host, seen_by_all
-from ..checkpoint.hub.model import load_hub_weights
+from ..checkpoint.hub.load import load_hub_weights
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
 from .base import ParallelModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..data.loader import FillerBatch
+from ..data.dealing import FillerBatch
 from ..ops.cross_entropy import IGNORE_INDEX, token_statistics
 from ..ops.host_copy import to_device
 from ..parallel.batch import batch_shape

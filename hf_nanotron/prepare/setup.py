@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers.utils import logging
 
-from ..arguments.policy import as_mapping
 from ..arguments.recompute import RecomputationArguments, layer_numbers, recomputes
+from ..arguments.rules import as_mapping
 from ..models.base import ParallelModel
 from ..models.stock.mixer_kernels import kernels_of
 from ..optim.offload import StateOnHost

@@ -34,7 +34,8 @@ from ..checkpoint.directory.runs import KEY, Run, write_record
 from ..checkpoint.directory.save import BackgroundSave, Save
 from ..checkpoint.directory.verify import STATE_INDEX
 from ..checkpoint.files.safetensors_file import Entry, write_safetensors
-from ..checkpoint.hub.model import held_buffers, hub_bytes, write_hub_config, write_hub_weights
+from ..checkpoint.hub.model import hub_bytes, write_hub_config, write_hub_weights
+from ..checkpoint.hub.sharded_model import held_buffers
 from ..checkpoint.remote.fetch import fetch_newest_together
 from ..checkpoint.remote.run_start import lock_together, start_run
 from ..checkpoint.state.buffers import buffer_pieces

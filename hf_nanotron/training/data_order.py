@@ -18,7 +18,8 @@ from ..checkpoint.state.index import StateIndex
 from ..checkpoint.state.training_state import saved_extra
 from ..checkpoint.state.values import encode
 from ..data.cursor import ANEW, FINGERPRINT, OTHER_DATA, Cursor, EpochShape, Resumption, resume_at, why_not_resumable
-from ..data.loader import DataParallelLoader, Position
+from ..data.dealing import Position
+from ..data.loader import DataParallelLoader
 from ..data.ordered import brings_order, is_run
 from ..data.same_data import check_same_data, dataset_of, is_repeatable
 from ..data.streaming.lane_stream import LaneStream, joined

@@ -12,7 +12,8 @@ from accelerate.utils import recursively_apply
 from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
-from ..data.loader import DataParallelLoader, DataParallelStream, order_of
+from ..data.dealing import DataParallelStream
+from ..data.loader import DataParallelLoader, order_of
 from ..data.same_data import check_same_data, dataset_of
 from ..data.window_check import WindowCheck
 from ..models.base import ParallelModel

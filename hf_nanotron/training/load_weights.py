@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.files.repository import AVERAGE_FOLDER
-from ..checkpoint.hub.model import load_hub_weights
+from ..checkpoint.hub.load import load_hub_weights
 from ..checkpoint.state.buffers import load_buffers
 from ..checkpoint.state.index import StateIndex
 from ..checkpoint.state.training_state import load_masters

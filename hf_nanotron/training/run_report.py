@@ -10,8 +10,8 @@ from transformers import TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..data.dealing import FillerBatch
 from ..data.fingerprint import unnoticed
-from ..data.loader import FillerBatch
 from ..data.ordered import brings_order
 from ..models.base import ParallelModel
 from ..models.token_figures import TokenFigures

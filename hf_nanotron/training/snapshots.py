@@ -18,7 +18,7 @@ from ..checkpoint.directory.host_copies import HostCopies
 from ..checkpoint.directory.retention import from_rank_0, is_checkpoint_name, step_of
 from ..checkpoint.directory.runs import Run
 from ..checkpoint.directory.save import Save
-from ..checkpoint.hub.model import held_buffers
+from ..checkpoint.hub.sharded_model import held_buffers
 from ..checkpoint.memory.folder import MemoryFolder, snapshot_name
 from ..checkpoint.memory.hosts import Hosts, find_hosts
 from ..checkpoint.memory.resume import Snapshot, make_checkpoint

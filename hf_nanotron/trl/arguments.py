@@ -15,7 +15,8 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..arguments.policy import REFUSED as STOCK_REFUSED, Refused, RefusedKeys, at_least_one
+from ..arguments.policy import REFUSED as STOCK_REFUSED, at_least_one
+from ..arguments.rules import Refused, RefusedKeys
 from ..models.auto import DOWNLOAD_ARGUMENTS
 from ..redaction import shown
 

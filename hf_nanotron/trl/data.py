@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from ..arguments.policy import as_mapping
+from ..arguments.rules import as_mapping
 from .config import NanotronSFTConfig
 
 

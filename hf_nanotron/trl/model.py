@@ -10,7 +10,7 @@ from transformers.utils import logging
 from trl import clone_chat_template
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..arguments.policy import as_mapping
+from ..arguments.rules import as_mapping
 from ..models.auto import AutoModelForCausalLM
 from ..models.base import ParallelModel
 from .config import NanotronSFTConfig

@@ -18,7 +18,7 @@ from ..checkpoint.directory.save import Save
 from ..checkpoint.files.repository import unlink_link
 from ..checkpoint.hub.card import add_sizes
 from ..checkpoint.state.training_state import saved_extra
-from ..data.loader import FillerBatch
+from ..data.dealing import FillerBatch
 from ..models.token_figures import TokenFigures
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import ParallelMesh

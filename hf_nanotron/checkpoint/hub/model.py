@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -16,138 +13,17 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ...parallel.mesh import Group
 from ...parallel.shard_spec import ShardSpec
-from ...parallel.together import all_or_none, from_rank_0
 from ..files.repository import WEIGHTS, unlink_links
 from ..files.safetensors_file import Entry, write_safetensors
-from .contents import Contents
-from .layout import HubSources, Part
-from .nonfinite_tensors import warn_nonfinite
-from .read_once import StageReader, Target
-from .sharded_model import ShardedModel
-from .weights import HubWeights
+from .layout import Part
+from .repository_weights import parse_size, plan_files, write_index
+from .sharded_model import ShardedModel, held_buffers
 
 logger = logging.get_logger(__name__)
-
-
-def load_hub_weights(
-    model: ShardedModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
-) -> int:
-    """Fill `model` from a local Hub repository. All ranks of the job together.
-
-    A single process reads the bytes of the model alone. Of several, each part of a file is read by one rank of a
-    pipeline stage, which hands it on to the others (see `read_once.py`).
-
-    The repository may have any layout that transformers would load: the one it saves, that of older versions, or the
-    model's own names and shapes. One that lacks a parameter, such as the head, is refused. A buffer that is not there
-    keeps its value.
-
-    Args:
-        parameters: names of those to fill, the same on all ranks of a stage; all of them, and the persistent buffers,
-            if None.
-
-    Returns:
-        Bytes of tensors that this rank has read.
-
-    Raises:
-        ValueError: on every rank, naming the missing or damaged file or the tensors that are missing or of another
-            shape.
-    """
-    mesh, layout = model.mesh, model.hub_layout
-    if mesh.world_size == 1:
-        return _load_alone(model, directory, parameters)
-
-    def look() -> tuple[Contents, HubSources] | None:
-        if mesh.rank != 0:
-            return None
-        weights = HubWeights(directory)
-        sources = _find_sources(model, weights)
-        return weights.contents(), sources
-
-    found = from_rank_0(mesh, all_or_none(mesh, f"looking into {directory}", look))
-    assert found is not None
-    contents, sources = found
-    reader = StageReader(Path(directory), contents, mesh)
-    reader.fill(_targets(model, sources, parameters))
-    if parameters is None:
-        model.hub_layout = layout.after_loading(sources)
-    return reader.bytes_read
-
-
-def _targets(model: ShardedModel, sources: HubSources, parameters: Collection[str] | None) -> Iterator[Target]:
-    """What this rank fills: its part of parameters and, with all of them, whole buffers."""
-    layout, device = model.hub_layout, model.mesh.device
-    for name, spec in model.shard_specs.items():
-        if parameters is not None and name not in parameters:
-            continue
-        grids, own = sources.grids[layout.tied.get(spec.name, spec.name)], model.get_parameter(name).data
-        if model.weights is None and own.is_contiguous():
-            yield Target(spec, grids, partial(_same, own), _nothing)
-        else:
-            yield Target(spec, grids, partial(_empty, spec, device), partial(model.write_parameter, name))
-    for name, buffer in held_buffers(model).items() if parameters is None else ():
-        if name in sources.grids:
-            spec = ShardSpec(name, layout.shapes[name])
-            yield Target(spec, sources.grids[name], partial(_empty, spec, device), partial(_copy_to, buffer))
-
-
-def _same(tensor: torch.Tensor, _: torch.dtype) -> torch.Tensor:
-    return tensor
-
-
-def _nothing(_: torch.Tensor) -> None: ...
-
-
-def _empty(spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(spec.local_shape, dtype=dtype, device=device)
-
-
-def _copy_to(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    buffer.copy_(value)
-
-
-def _load_alone(
-    model: ShardedModel, directory: str | os.PathLike[str], parameters: Collection[str] | None = None
-) -> int:
-    """`load_hub_weights` of a single process."""
-    weights, layout = HubWeights(directory), model.hub_layout
-    sources = _find_sources(model, weights)
-    wanted = [item for item in model.shard_specs.items() if parameters is None or item[0] in parameters]
-    with logging.tqdm(wanted, desc="Loading weights", unit="tensor") as bar:
-        for name, spec in bar:
-            part = weights.read(spec, sources.grids[layout.tied.get(spec.name, spec.name)])
-            model.write_parameter(name, warn_nonfinite(name, part, str(directory)))
-    if parameters is None:
-        for name, buffer in held_buffers(model).items():
-            if name in sources.grids:
-                whole = ShardSpec(name, layout.shapes[name])
-                buffer.copy_(weights.read(whole, sources.grids[name], buffer.is_floating_point()))
-        model.hub_layout = layout.after_loading(sources)
-    return weights.bytes_read
-
-
-def _find_sources(model: ShardedModel, weights: HubWeights) -> HubSources:
-    """Where the tensors of `model` are, each of which is checked; what is not used is said."""
-    directory, layout = weights.directory, model.hub_layout
-    sources = weights.sources(layout)
-    missing = [name for name in sources.missing if name not in layout.buffers]
-    if missing:
-        raise ValueError(
-            f"{directory} lacks {len(missing)} tensors of {model.stock_class.__name__}: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Is it a checkpoint of this architecture with its head?"
-        )
-    if unused := sources.unused:
-        logger.warning(
-            f"{directory}: ignoring tensors that the model does not have: {', '.join(unused[:5])} ({len(unused)})."
-        )
-    if len(sources.missing) > len(missing):
-        logger.warning(f"{directory} lacks the buffers {', '.join(sources.missing[:5])} ({len(sources.missing)}).")
-    for name, grids in sources.grids.items():
-        weights.check(name, layout.shapes[name], grids, layout.dtypes[name].is_floating_point)
-    return sources
 
 
 def save_hub_model(
@@ -210,7 +86,7 @@ def write_hub_weights(
     files, planned = _plan(model, max_shard_size)
     if mesh.rank == 0 and len(files) > 1:
         names_of = {file.name: file.tensors for file in files}
-        _write_index(directory, names_of, layout.hub_shapes, planned, layout.numel)
+        write_index(directory, names_of, layout.hub_shapes, planned, layout.numel)
         written.append(directory / SAFE_WEIGHTS_INDEX_NAME)
     dtypes = layout.hub_dtypes(_held_dtypes(model))
     for file in files:
@@ -267,11 +143,6 @@ def _plan(model: ShardedModel, max_shard_size: str | int) -> tuple[list[HubFile]
         files.append(HubFile(name, tensors, stage, rank))
         dealt[stage] += 1
     return files, planned
-
-
-def held_buffers(model: ShardedModel) -> dict[str, torch.Tensor]:
-    """Name -> persistent buffer, for those of this rank; it has them whole."""
-    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in model.hub_layout.buffers}
 
 
 def is_writer(model: ShardedModel) -> bool:
@@ -344,71 +215,6 @@ def gather_whole(part: torch.Tensor, spec: ShardSpec, group: Group, to: int = 0)
     parts = [torch.empty_like(part) for _ in range(group.size)] if group.rank == to else None
     dist.gather(part, parts, dst=group.ranks[to], group=group.handle)
     return None if parts is None else spec.assemble(parts)
-
-
-def plan_files(
-    shapes: Mapping[str, tuple[int, ...]], owners: Mapping[str, int], dtypes: Mapping[str, torch.dtype], max_bytes: int
-) -> dict[str, list[str]]:
-    """File name -> tensors, in the order of `shapes`, each file of one pipeline rank. The same on every rank."""
-    files: list[list[str]] = []
-    filling: dict[int, tuple[list[str], int]] = {}  # owner -> its last file, and the bytes in it
-    for name, shape in shapes.items():
-        size = dtypes[name].itemsize * prod(shape)
-        names, filled = filling.get(owners[name], ([], 0))
-        if not names or filled + size > max_bytes:
-            names, filled = [], 0
-            files.append(names)
-        names.append(name)
-        filling[owners[name]] = names, filled + size
-    if len(files) == 1:
-        return {SAFE_WEIGHTS_NAME: files[0]}
-    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
-
-
-def write_repository_weights(
-    directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    tensors: Iterator[torch.Tensor],
-    max_shard_size: str | int,
-    numel: int,
-) -> None:
-    """Write the tensors of a Hub repository, which come in the order of `shapes`, by one process alone.
-
-    `numel`: elements of all parameters, for the index.
-    """
-    files = plan_files(shapes, dict.fromkeys(shapes, 0), dtypes, parse_size(max_shard_size))
-    for file_name, names in files.items():
-        entries = [Entry(name, dtypes[name], shapes[name]) for name in names]
-        write_safetensors(directory / file_name, entries, islice(tensors, len(names)))
-    if len(files) > 1:
-        _write_index(directory, files, shapes, dtypes, numel)
-
-
-def _write_index(
-    directory: Path,
-    files: Mapping[str, list[str]],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    numel: int,
-) -> None:
-    """Say which tensor is in which file."""
-    size = sum(dtype.itemsize * prod(shapes[name]) for name, dtype in dtypes.items())
-    index = {
-        "metadata": {"total_parameters": numel, "total_size": size},
-        "weight_map": {name: file_name for file_name, names in files.items() for name in names},
-    }
-    (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of `"5GB"`, `"500MB"` (decimal, as in transformers) or a number."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B", size.strip().upper())
-    if match is None:
-        raise ValueError(f"max_shard_size={size!r} is not a size; write it like '5GB' or '500MB'.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
 def _barrier(group: Group) -> None:

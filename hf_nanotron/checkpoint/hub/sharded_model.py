@@ -56,3 +56,8 @@ class ShardedModel(Protocol):
     def write_parameter(self, name: str, value: torch.Tensor) -> None: ...
 
     def check_cut(self) -> None: ...
+
+
+def held_buffers(model: ShardedModel) -> dict[str, torch.Tensor]:
+    """Name -> persistent buffer, for those of this rank; it has them whole."""
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in model.hub_layout.buffers}

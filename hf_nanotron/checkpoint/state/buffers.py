@@ -12,8 +12,8 @@ import torch
 
 from ...parallel.shard_spec import ShardSpec
 from ...parallel.together import all_or_none
-from ..hub.model import held_buffers, is_writer
-from ..hub.sharded_model import ShardedModel
+from ..hub.model import is_writer
+from ..hub.sharded_model import ShardedModel, held_buffers
 from .file import BUFFER, StatePiece
 from .index import StateIndex
 from .read import StoredState

@@ -9,8 +9,7 @@ from torch.distributed.tensor import DTensor
 from ...optim.norm import first_of
 from ...parallel.collectives import all_reduce
 from ...parallel.zero.segment import ShardedWeights
-from ..hub.model import held_buffers
-from ..hub.sharded_model import ShardedModel
+from ..hub.sharded_model import ShardedModel, held_buffers
 
 
 class NonFiniteWeightsError(ArithmeticError):

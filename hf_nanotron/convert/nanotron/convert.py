@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME
 
 from ...checkpoint.files.inside import refuse_links
-from ...checkpoint.hub.model import parse_size, write_repository_weights
 from ...checkpoint.hub.nonfinite_tensors import warn_nonfinite
+from ...checkpoint.hub.repository_weights import parse_size, write_repository_weights
 from ...checkpoint.hub.weights import HubWeights
 from ...parallel.shard_spec import ShardSpec
 from ..folder import TEXTS, WEIGHTS, load_config, read_json, refuse_same, writing

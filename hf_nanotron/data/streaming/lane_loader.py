@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.utils import logging
 
+from ..dealing import Mark, Position
 from ..hashing import combined
-from ..loader import DataParallelLoader, Mark, Position
+from ..loader import DataParallelLoader
 from .lane_rows import Row
 from .lane_stream import LaneStream, State, tensors
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from ...data.loader import FillerBatch
+from ...data.dealing import FillerBatch
 from ...models.base import ParallelModel
 from ...models.stock.hooks import inner_hooks, users_hooks
 from ...models.stock.own_forward import OF_EVERY_LAYER, check_own_forward

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ...data.loader import FillerBatch
+from ...data.dealing import FillerBatch
 from ...models.base import ParallelModel
 from ...models.stage import LOSS_WEIGHT
 from ...models.stock.plan import carries_state
