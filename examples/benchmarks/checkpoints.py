@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
-from datasets import Dataset
 from rows import parse_row
-from shapes import SHAPES, make_config
-from transformers import TrainerCallback, default_data_collator
+from saved_run import largest, make_trainer, training_arguments, write_source
+from shapes import SHAPES
+from transformers import TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 
@@ -88,46 +87,16 @@ class Standstill(TrainerCallback):
         self.bytes = max(self.bytes, self._peak.bytes)
 
 
-def largest(value: float) -> float:
-    """Over all ranks."""
-    values: list[Any] = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return max(values)
-
-
 def run(row: dict[str, Any], cli: argparse.Namespace, source: str, scratch: Path) -> dict[str, Any]:
     def trainer(**overrides: Any) -> tuple[NanotronTrainer, Standstill]:
-        values = {
-            "output_dir": str(scratch),
-            "max_steps": 3,
-            "save_steps": 2,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-4,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "bf16": True,
-            "use_cpu": cli.cpu,
-            **row,
-            **overrides,
-        }
-        args = NanotronTrainingArguments(**values)
+        values = {"max_steps": 3, "save_steps": 2, "gradient_accumulation_steps": 2, **row, **overrides}
+        args = training_arguments(cli, output_dir=str(scratch), **values)
         with Peak() as load:
             model = AutoModelForCausalLM.from_pretrained(source, parallel=args.parallel, dtype=torch.bfloat16)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         loads.append((load.bytes - (held if cli.cpu else 0), load.seconds))
-        ids = torch.randint(0, 1000, (16, cli.sequence_length)).tolist()
         standstill = Standstill()
-        made = NanotronTrainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-            data_collator=default_data_collator,
-            callbacks=[standstill],
-        )
-        standstill.trainer = made
+        made = make_trainer(model, args, 16, cli.sequence_length, standstill)
         return made, standstill
 
     loads: list[tuple[int, float]] = []
@@ -174,16 +143,9 @@ def main() -> None:
     cli = parser.parse_args()
     cli.cpu |= not torch.cuda.is_available()
     arguments = NanotronTrainingArguments(output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=cli.cpu)
-    source = cli.scratch / "source"
-    transformers.set_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        make_config(cli.shape, cli.sequence_length), parallel=arguments.parallel, dtype=torch.bfloat16
-    )
-    model.save_pretrained(source)
-    model.mesh.close()
-    del model
+    source = write_source(cli, arguments)
     for text in cli.row or [""]:
-        result = run(parse_row(text), cli, str(source), cli.scratch / "run")
+        result = run(parse_row(text), cli, source, cli.scratch / "run")
         if int(arguments.process_index) == 0:
             print(json.dumps(result), flush=True)
             if cli.out is not None:

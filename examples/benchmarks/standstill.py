@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
-from datasets import Dataset
 from rows import parse_row
-from shapes import SHAPES, make_config
-from transformers import TrainerCallback, default_data_collator
+from saved_run import largest, make_trainer, training_arguments, write_source
+from shapes import SHAPES
+from transformers import TrainerCallback
 
-from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron import AutoModelForCausalLM, NanotronTrainingArguments
 from hf_nanotron.checkpoint.state.file import MASTER
 from hf_nanotron.checkpoint.state.read import StoredState
 from hf_nanotron.checkpoint.state.slices import Slice
@@ -119,52 +118,28 @@ def differing(trainer: Any, checkpoint: Path, sums: Sums) -> int:
     return wrong
 
 
-def largest(value: float) -> float:
-    """Over all ranks."""
-    values: list[Any] = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return max(values)
-
-
 def run(cli: argparse.Namespace, source: str) -> dict[str, Any]:
     row, second = parse_row(cli.row), cli.scratch / "kept" / f"checkpoint-{2 * cli.save_steps}"
 
     def train(resume: Path | None = None, **overrides: Any) -> tuple[Any, Clock, float]:
         values = {
-            "output_dir": str(cli.scratch / "run"),
             "max_steps": 3 * cli.save_steps,
             "save_steps": cli.save_steps,
             "save_total_limit": 1,
             "logging_steps": 1,
-            "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 8,
-            "learning_rate": 1e-4,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "bf16": True,
             "async_save": True,
-            "use_cpu": cli.cpu,
             **row,
             **overrides,
         }
-        args = NanotronTrainingArguments(**values)
+        args = training_arguments(cli, output_dir=str(cli.scratch / "run"), **values)
         began = settle()
         model = AutoModelForCausalLM.from_pretrained(source, parallel=args.parallel, dtype=torch.bfloat16)
         loaded = settle() - began
         samples = 3 * cli.save_steps * args.train_batch_size * args.gradient_accumulation_steps * args.dp_size
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(0, 1000, (samples, cli.sequence_length), generator=generator).tolist()
         clock = Clock(second, cli.profile and resume is None)
-        trainer = NanotronTrainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-            data_collator=default_data_collator,
-            callbacks=[clock],
-        )
-        clock.trainer = trainer
+        trainer = make_trainer(model, args, samples, cli.sequence_length, clock, generator)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return trainer, clock, loaded
 
@@ -211,15 +186,7 @@ def main() -> None:
     cli = parser.parse_args()
     cli.cpu |= not torch.cuda.is_available()
     arguments = NanotronTrainingArguments(output_dir=str(cli.scratch / "none"), report_to="none", use_cpu=cli.cpu)
-    source = cli.scratch / "source"
-    transformers.set_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        make_config(cli.shape, cli.sequence_length), parallel=arguments.parallel, dtype=torch.bfloat16
-    )
-    model.save_pretrained(source)
-    model.mesh.close()
-    del model
-    result = run(cli, str(source))
+    result = run(cli, write_source(cli, arguments))
     if int(arguments.process_index) == 0:
         print(json.dumps(result), flush=True)
         shutil.rmtree(cli.scratch, ignore_errors=True)
