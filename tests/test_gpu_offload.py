@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from segments_alone import SegmentsAlone
 from test_gpu_recompute import SHAPE, mesh
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
@@ -115,19 +116,6 @@ def test_a_run_gives_its_pinned_buffers_back(mesh: Any) -> None:
 # ---- The optimizer's state --------------------------------------------------------------------------------------
 
 
-class Weights:
-    """A `ShardedWeights` that has segments alone."""
-
-    def __init__(self, segments: list[Segment]) -> None:
-        self.segments = segments
-
-    def take_written(self, compare: bool) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def publish(self, rounded: bool) -> None: ...
-
-
 SIZES = (5_000_001, 300, 9_000_000, 4096, 2_000_000, 7)
 
 
@@ -154,7 +142,7 @@ def steps(kind: str, fraction: float) -> tuple[list[torch.Tensor], int, int]:
     segments, optimizer = make(kind)
     device = torch.device("cuda", torch.cuda.current_device())
     host = StateOnHost(segments, device, fraction, 2**22) if fraction else None
-    link = OptimizerLink(optimizer, Weights(segments), host)  # type: ignore[arg-type]
+    link = OptimizerLink(optimizer, SegmentsAlone(segments), host)  # type: ignore[arg-type]
     generator = torch.Generator("cuda").manual_seed(1)
     for step in range(4):
         for segment in segments:

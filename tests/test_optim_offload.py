@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pool import JobError, WorkerPool
+from segments_alone import SegmentsAlone
 from tiny import History, pad_batch, random_dataset, tiny_config, training_arguments
 from torch import nn
 
@@ -169,21 +170,6 @@ def segments_of(sizes: list[int]) -> list[Segment]:
     return made
 
 
-class Weights:
-    """A `ShardedWeights` that has segments alone."""
-
-    def __init__(self, segments: list[Segment]) -> None:
-        self.segments = segments
-        self.published: list[bool] = []
-
-    def take_written(self, compare: bool) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def publish(self, rounded: bool) -> None:
-        self.published.append(rounded)
-
-
 def test_few_parts_are_on_the_device_together() -> None:
     segments = segments_of([100, 100, 300, 50, 50, 20])
     optimizer = torch.optim.SGD([segment.master for segment in segments], lr=0.1, momentum=0.9)
@@ -219,7 +205,7 @@ def test_a_step_by_parts_is_one_step(kind: str, fraction: float) -> None:
         masters = [segment.master for segment in segments]
         groups = [{"params": masters[::2]}, {"params": masters[1::2], "lr": 0.3}]
         optimizer = getattr(torch.optim, kind)(groups, lr=0.1)
-        weights = Weights(segments)
+        weights = SegmentsAlone(segments)
         host = StateOnHost(segments, torch.device("cpu"), fraction, part_elements=150) if offloaded else None
         link = OptimizerLink(optimizer, weights, host)  # type: ignore[arg-type]
         for index in range(4):
@@ -242,7 +228,7 @@ def test_a_step_that_fails_leaves_all_on_the_host() -> None:
     segments = segments_of([100, 300, 50])
     optimizer = AdamW([segment.master for segment in segments], state_dtype=torch.bfloat16)
     host = StateOnHost(segments, torch.device("cpu"), 1.0, part_elements=90)
-    link = OptimizerLink(optimizer, Weights(segments), host)  # type: ignore[arg-type]
+    link = OptimizerLink(optimizer, SegmentsAlone(segments), host)  # type: ignore[arg-type]
     homes = [segment.master.data_ptr() for segment in segments]
     optimizer.step()
     segments[1].gradient = torch.zeros(7)
@@ -348,7 +334,7 @@ def test_reserved_memory_is_what_the_state_gets() -> None:
     segments = segments_of([100, 300, 50])
     optimizer = AdamW([segment.master for segment in segments], state_dtype=torch.bfloat16)
     host = StateOnHost(segments, torch.device("cpu"), 1.0, part_elements=90)
-    OptimizerLink(optimizer, Weights(segments), host)  # type: ignore[arg-type]
+    OptimizerLink(optimizer, SegmentsAlone(segments), host)  # type: ignore[arg-type]
     host.reserve(2, torch.bfloat16)
     held = host.held
     optimizer.step()
