@@ -145,10 +145,6 @@ class ParallelMesh:
     def coordinates_of(self, rank: int) -> Coordinates:
         return coordinates_in(self.parallel, self.world_size, rank)
 
-    def _is_end(self, stage: Any) -> Any:
-        """Whether a pipeline rank, or each of an array of them, is the first or the last."""
-        return (stage == 0) | (stage == self.pp_size - 1)
-
     def group(self, name: str, key: Key, multiprocessors: int | None = None) -> Group:
         """The group of ranks whose coordinates share this rank's `key`, by `name`. Nothing is communicated.
 

@@ -26,5 +26,10 @@ def rank_on_node() -> int:
 
 
 def host_number() -> int:
-    """A number of 48 bits for the name of this host, which tensors of float64 and int64 carry to other ranks."""
-    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:6], "big")
+    """The `name_number` of this host's name."""
+    return name_number(socket.gethostname())
+
+
+def name_number(name: str) -> int:
+    """A number of 48 bits for a name, which tensors of float64 and int64 carry to other ranks."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")

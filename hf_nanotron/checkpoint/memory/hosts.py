@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import ParallelMesh
+from ...parallel.node import name_number
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def find_hosts(mesh: ParallelMesh, root: Path) -> Hosts:
         host = socket.gethostname()
     status = os.stat(root)
     said = f"{host}|{status.st_dev}|{status.st_ino}"
-    number = int.from_bytes(sha256(said.encode()).digest()[:6], "big")
-    numbers = all_gather(torch.tensor([number], device=mesh.device), mesh.world, 0).tolist()
+    numbers = all_gather(torch.tensor([name_number(said)], device=mesh.device), mesh.world, 0).tolist()
     ranks: dict[int, list[int]] = {}
     for rank, each in enumerate(numbers):
         ranks.setdefault(each, []).append(rank)
