@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
@@ -18,18 +16,23 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging as hub_logging
 
 from .arguments.base_order import check_base_order, check_defaults
+from .arguments.fp8 import check_fp8
 from .arguments.launch import check_launch
-from .arguments.muon import MUON, MUON_CHOICES, check_muon, without_muon
+from .arguments.mlp_chunks import check_mlp_chunks
+from .arguments.muon import MUON_CHOICES, check_muon, without_muon
+from .arguments.optimizer import check_optimizer
+from .arguments.parametrization import check_parametrization
 from .arguments.policy import REFUSED, check_policy
 from .arguments.recompute import check_recomputation, layer_numbers
 from .arguments.rules import as_mapping
+from .arguments.saving import check_saving
 from .arguments.schedules import check_schedules
 from .arguments.secrets import SecretlessArguments
+from .arguments.sizes import layer_counts, parallel_sizes
 from .arguments.snapshots import SHARED_MEMORY, check_snapshots
 from .arguments.values import check_values, set_plain_values
 from .arguments.watching import check_watching
 from .models.spectral.sizes import Spectral
-from .ops.fp8 import RECIPES
 from .parallel.config import ParallelConfig, refuse_removed
 from .parallel.meeting import meet, meets, open_group, take, wait_as_spare
 from .parallel.own_device import own_device, why_unfit
@@ -38,7 +41,6 @@ from .parallel.seats import seats_for, tell, training_size
 
 logger = logging.getLogger(__name__)
 
-SPECTRAL_OPTIMIZERS = ("adamw", "lion", "muon")
 DEFAULT_BUCKET_MB = 25  # of torch's DistributedDataParallel, which `ddp_bucket_cap_mb` is documented against
 
 
@@ -358,7 +360,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.pp_layers_per_stage = _layer_counts(self.pp_layers_per_stage)
+        self.pp_layers_per_stage = layer_counts(self.pp_layers_per_stage)
         self.activation_checkpointing_layers = layer_numbers(self.activation_checkpointing_layers)
         self.check()
         check_launch(os.environ)
@@ -410,7 +412,7 @@ class NanotronTrainingArguments(SecretlessArguments):
         args = cls(**{**{name: value for name, value in arguments.items() if name not in elsewhere}, "use_cpu": True})
         for name, default in elsewhere.items():
             setattr(args, name, arguments.get(name, default))
-        args.pp_layers_per_stage = _layer_counts(args.pp_layers_per_stage)
+        args.pp_layers_per_stage = layer_counts(args.pp_layers_per_stage)
         args.check(world_size)
         return args
 
@@ -440,51 +442,13 @@ class NanotronTrainingArguments(SecretlessArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}.")
-        if self.save_hub_weights == "last" and self.save_only_model:
-            raise ValueError(
-                "save_hub_weights='last' with save_only_model=True: all checkpoints but the last would be empty; use "
-                "save_hub_weights='always'."
-            )
-        if not isinstance(self.save_on_signal, int | float) or self.save_on_signal < 0:
-            raise ValueError(f"save_on_signal={self.save_on_signal!r} must be a number of seconds, at least 0.")
+        check_saving(self)
         if self.stall_timeout is not None and self.stall_timeout > self.ddp_timeout:
             raise ValueError(
                 f"stall_timeout={self.stall_timeout:g} is above ddp_timeout={self.ddp_timeout}, after which a "
                 "collective ends the run in any case; make ddp_timeout longer, or leave stall_timeout unset."
             )
-        if self.remote_retry_max_seconds < self.remote_retry_seconds:
-            raise ValueError(
-                f"remote_retry_max_seconds={self.remote_retry_max_seconds:g} is below remote_retry_seconds="
-                f"{self.remote_retry_seconds:g}; the longest pause between attempts cannot be shorter than the first."
-            )
-        optim = str(getattr(self.optim, "value", self.optim))
-        if self.optim_state_dtype == "bfloat16" and not optim.startswith(("adamw", MUON)):
-            raise ValueError(
-                f"optim_state_dtype='bfloat16' with optim={optim!r}: only AdamW's moments can be bfloat16; use "
-                "optim='adamw_torch_fused', or optim_state_dtype='float32'."
-            )
-        if not 0 <= self.optim_offload <= 1:
-            raise ValueError(
-                f"optim_offload={self.optim_offload!r} must be a fraction of the optimizer's state: from 0 (none) to 1 "
-                "(all)."
-            )
-        if self.optim_offload and optim == MUON:
-            raise ValueError(
-                f"optim_offload={self.optim_offload} with optim='muon': a direction needs whole matrices, and the "
-                "state is on the device in parts; use optim_offload=0, or optim='adamw_torch_fused'."
-            )
-        if self.optim_offload and self.ema_decay is not None:
-            raise ValueError(
-                f"optim_offload={self.optim_offload} with ema_decay={self.ema_decay}: the moving average is on the "
-                "device and would need all masters there; use one of them."
-            )
-        for pattern in self.no_weight_decay or ():
-            if not pattern:
-                raise ValueError("no_weight_decay has an empty name, which is a part of every weight's; leave it out.")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"no_weight_decay: {pattern!r} is no regular expression: {error}.") from error
+        check_optimizer(self)
         if self.moe_capacity_factor is not None and not self.moe_capacity_factor > 0:
             raise ValueError(
                 f"moe_capacity_factor={self.moe_capacity_factor!r} must be above 0 (1.0 is the capacity for an even "
@@ -498,73 +462,13 @@ class NanotronTrainingArguments(SecretlessArguments):
         check_muon(self)
         check_watching(self, world_size)
         check_snapshots(self)
-        self._check_fp8()
-        self._check_mlp_chunks()
+        check_fp8(self)
+        check_mlp_chunks(self)
         check_schedules(self)
-        self._check_parametrization(optim)
+        check_parametrization(self)
+        _ = self.spectral
         self.parallel.expert_copies(world_size)
         self.parallel.check_micro_batches(self.gradient_accumulation_steps)
-
-    def _check_fp8(self) -> None:
-        if self.fp8 not in (None, *RECIPES):
-            raise ValueError(f"fp8={self.fp8!r} is not one of {', '.join(map(repr, RECIPES))}, None.")
-        if self.fp8 is not None and not self.bf16:
-            raise ValueError(f"fp8={self.fp8!r} needs bf16=True: everything outside FP8 is computed in bfloat16.")
-        if self.fp8 is not None and self.zero_stage == 3:
-            raise ValueError(
-                f"fp8={self.fp8!r} with zero_stage=3: weights are gathered twice per micro-batch with ZeRO-3 and "
-                "would be quantized each time; use zero_stage=2."
-            )
-        if self.fp8_skip_layers is not None:
-            if self.fp8 is None:
-                raise ValueError(
-                    "fp8_skip_layers needs fp8, such as fp8='tensorwise'; without it all layers are in bf16."
-                )
-            if not isinstance(self.fp8_skip_layers, list) or any(type(i) is not int for i in self.fp8_skip_layers):
-                raise ValueError(
-                    f"fp8_skip_layers={self.fp8_skip_layers!r} must be a list of integers, such as [0, -1]."
-                )
-
-    def _check_parametrization(self, optim: str) -> None:
-        if self.parametrization != "spectral":
-            for name in ("base_hidden_size", "base_sizes"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}={getattr(self, name)!r} needs parametrization='spectral'.")
-            return
-        if self.base_hidden_size is None:
-            raise ValueError(
-                "parametrization='spectral' needs base_hidden_size: the width of the small model whose learning_rate "
-                "is carried over."
-            )
-        if not optim.startswith(SPECTRAL_OPTIMIZERS):
-            raise ValueError(
-                f"parametrization='spectral' with optim={optim!r}: its rule of learning rates is for updates whose "
-                "size does not depend on the gradient's; use optim='adamw_torch_fused' or 'lion_32bit'."
-            )
-        if optim == MUON and self.muon_scale != "spectral":
-            raise ValueError(
-                f"parametrization='spectral' with optim='muon' and muon_scale={self.muon_scale!r}: the size of its "
-                "updates does not follow the shapes of matrices in the same way; use muon_scale='spectral'."
-            )
-        _ = self.spectral
-
-    def _check_mlp_chunks(self) -> None:
-        refused = {
-            f"fp8={self.fp8!r}": (self.fp8 is not None, "FP8 products take all tokens at once", "fp8=None"),
-            "tp_overlap=True": (
-                self.tp_overlap,
-                "products that overlap with communication have blocks of their own",
-                "tp_overlap=False",
-            ),
-            "pp_schedule='zb'": (
-                self.pp_schedule == "zb",
-                "weight gradients that are computed later keep the activations of all blocks",
-                "pp_schedule='1f1b'",
-            ),
-        }
-        for name, (applies, reason, instead) in refused.items():
-            if self.mlp_chunk_tokens is not None and applies:
-                raise ValueError(f"mlp_chunk_tokens={self.mlp_chunk_tokens} with {name}: {reason}; use {instead}.")
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -682,34 +586,3 @@ class NanotronTrainingArguments(SecretlessArguments):
 def _world_size() -> int:
     """Processes of this job, known before its process group is."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def parallel_sizes(arguments: Mapping[str, Any]) -> ParallelConfig:
-    """The sizes that training arguments say by their names; of those that are absent, the defaults.
-
-    Raises:
-        ValueError: as `ParallelConfig` does.
-    """
-    sizes = {entry.name: arguments[entry.name] for entry in fields(ParallelConfig) if entry.name in arguments}
-    if (
-        arguments.get("mlp_chunk_tokens") is not None
-        and sizes.get("tp_size", 1) != 1
-        and sizes.get("tp_overlap") is None
-    ):
-        sizes["tp_overlap"] = False
-    layers = _layer_counts(sizes.get("pp_layers_per_stage"))
-    return ParallelConfig(**{**sizes, "pp_layers_per_stage": None if layers is None else tuple(layers)})
-
-
-def _layer_counts(value: Any) -> list[int] | None:
-    """`pp_layers_per_stage` from a list, or from text like "3,5", "3 5" or "[3, 5]"."""
-    if not value:
-        return None
-    text = value if isinstance(value, str) else ",".join(map(str, value))
-    try:
-        return [int(count) for count in text.strip("[]() ").replace(",", " ").split()] or None
-    except ValueError:
-        raise ValueError(
-            f"pp_layers_per_stage={value!r} must be a list of integers, or text like '3,5': the decoder layers of "
-            "each stage."
-        ) from None

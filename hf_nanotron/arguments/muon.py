@@ -28,11 +28,6 @@ def check_muon(args: Any) -> None:
                 f"leave {name} out."
             )
         return
-    if args.optim_offload:
-        raise ValueError(
-            f"optim_offload={args.optim_offload} with optim='muon': an offloaded state is updated part by part, and a "
-            "matrix may lie in several; use optim_offload=0, or optim='adamw_torch_fused'."
-        )
     if args.muon_scale != "match_rms_adamw" and args.muon_learning_rate is None:
         raise ValueError(
             f"muon_scale={args.muon_scale!r} without muon_learning_rate: its updates are not as large as AdamW's, so "

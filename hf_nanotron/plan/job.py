@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..arguments.sizes import parallel_sizes
 from ..parallel.config import ParallelConfig
-from ..training_args import parallel_sizes
 
 
 @dataclass(frozen=True)
