@@ -92,12 +92,10 @@ class Job:
             )
         )  # fmt: skip
         with open(self.folder / "log", "wb") as log:
+            launcher = [sys.executable, "-m", *LAUNCHERS[self.launcher], "--standalone"]
+            options = ["--nproc-per-node", self.ranks, "--max-restarts", self.most_restarts, "--monitor-interval", 0.1]
             process = subprocess.Popen(
-                [
-                    sys.executable, "-m", *LAUNCHERS[self.launcher], "--standalone", "--nproc-per-node", str(self.ranks),
-                    "--max-restarts", str(self.most_restarts), "--monitor-interval", "0.1",
-                    str(HERE / "killed_run.py"), str(job),
-                ],
+                [*launcher, *map(str, options), str(HERE / "killed_run.py"), str(job)],
                 stdout=log, stderr=log, env=environment(self.config is not None), start_new_session=True,
             )  # fmt: skip
             killed, code = [], None

@@ -26,7 +26,12 @@ MODULES = ("hf_nanotron.trainer", "hf_nanotron.cli.train", "transformers.models.
 
 def add_torchrun_arguments(parser: argparse.ArgumentParser) -> None:
     """All arguments are torchrun's: the parsed ones get `run`, which takes them."""
-    parser.add_argument("torchrun", nargs=argparse.REMAINDER)
+    parser.add_argument(
+        "torchrun",
+        nargs=argparse.REMAINDER,
+        metavar="torchrun's arguments",
+        help="options, script.py or -m MODULE, ...",
+    )
     parser.set_defaults(run=_torchrun)
 
 
@@ -37,7 +42,8 @@ def _torchrun(args: argparse.Namespace) -> None:
     from ..launch.preloaded import ForkServer
 
     parser = torchrun.get_args_parser()
-    parser.prog = "hf-nanotron torchrun"
+    parser.prog, parser.description = "hf-nanotron torchrun", DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--preload", action="append", default=[], metavar="MODULE",
         help="Module to import once, beside hf_nanotron's trainer and what it needs; repeatable.",
@@ -57,7 +63,7 @@ def check_options(given: Any) -> None:
     """Refuse what would not run as under torchrun.
 
     Raises:
-        ValueError: for a program that is not Python's, options that contradict each other, and modules that are not there.
+        ValueError: for a program that is not Python's, `--run-path`, and modules that are not there.
     """
     from ..launch.preloaded import why_not_importable
 

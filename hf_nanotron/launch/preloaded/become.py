@@ -19,8 +19,8 @@ from types import ModuleType
 # Of environment variables that torch, its threads, Triton, transformers, datasets and the Hub's client read when they
 # are imported. A script that sets one must be there first.
 READ_EARLY = (
-    "ACCELERATE_", "DATASETS_", "DISABLE_SAFETENSORS", "GOTO_", "HF_", "HUGGINGFACE_", "KMP_", "LD_", "MKL_", "NUMEXPR_",
-    "OMP_", "OPENBLAS_", "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRITON_", "TRL_", "USE_", "XDG_",
+    "ACCELERATE_", "DATASETS_", "DISABLE_SAFETENSORS", "GOTO_", "HF_", "HUGGINGFACE_", "KMP_", "LD_", "MKL_",
+    "NUMEXPR_", "OMP_", "OPENBLAS_", "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRITON_", "TRL_", "USE_", "XDG_",
 )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def _set_early(name: str, is_module: bool) -> str | None:
 
 
 def _variables_set(tree: ast.AST) -> Iterator[str]:
-    """Names in `os.environ[NAME] = ...`, `os.environ.setdefault(NAME, ...)`, `.update(...)` and `os.putenv(NAME, ...)`."""
+    """Names in `os.environ[NAME] = ...`, its `setdefault(NAME, ...)` and `update(...)`, and `os.putenv(NAME, ...)`."""
     for node in ast.walk(tree):
         found: list[ast.expr | None] = []
         if isinstance(node, ast.Assign | ast.AugAssign):

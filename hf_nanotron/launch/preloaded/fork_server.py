@@ -29,8 +29,8 @@ STAND_IN = Path(__file__).with_name("stand_in.py")
 class ForkServer:
     """A process that imports `modules`, and of which ranks are copies. While entered it makes them.
 
-    It imports while the launcher goes on. A launcher that is killed leaves ranks as torchrun would; the server ends with
-    the last of them.
+    It imports while the launcher goes on. A launcher that is killed leaves ranks as torchrun would; the server ends
+    with the last of them.
 
     Args:
         python: the interpreter that ranks are to have.

@@ -33,12 +33,14 @@ class Request:
 
     Args:
         program: what `python` would be given: `["-u", "train.py", "--lr", "1"]`.
+        ignored: signals.
         files: descriptors that become 0, 1 and 2.
     """
 
     program: list[str]
     folder: str
     cores: list[int]
+    ignored: list[int]
     environment: dict[str, str]
     files: list[int]
 
@@ -198,6 +200,8 @@ def _be_of(request: Request, connection: socket.socket) -> None:
     os.chdir(request.folder)
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, request.cores)
+    for number in request.ignored:
+        signal.signal(number, signal.SIG_IGN)
     for name in set(os.environ) - set(request.environment):
         del os.environ[name]
     os.environ.update(request.environment)

@@ -65,6 +65,7 @@ def send(connection, program):
             os.open(os.devnull, os.O_RDWR)
     request = {
         "program": program, "folder": os.getcwd(), "cores": sorted(os.sched_getaffinity(0)),
+        "ignored": [int(each) for each in signal.valid_signals() if signal.getsignal(each) == signal.SIG_IGN],
         "environment": {os.fsdecode(name): os.fsdecode(value) for name, value in os.environb.items()},
     }  # fmt: skip
     data = json.dumps(request).encode()
