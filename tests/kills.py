@@ -103,7 +103,7 @@ class Job:
                 if self.random_kills:
                     killed = self._kill_at_random(process, time.monotonic() + timeout)
                     (self.folder / "calm").touch()
-                code = process.wait(timeout)
+                code = self._wait(process, time.monotonic() + timeout)
             except subprocess.TimeoutExpired:
                 pass
             finally:
@@ -115,6 +115,21 @@ class Job:
         for path in self.folder.glob("killed-*"):
             named.append((float(path.read_text()), self.kills[int(path.name.partition("-")[2])][1]))
         return Outcome(self, code, sorted(named))
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> int:
+        """Its exit code; says meanwhile which kills there were."""
+        told = set[Path]()
+        while True:
+            for path in sorted(set(self.folder.glob("killed-*")) - told):
+                told.add(path)
+                rank, phase, step = self.kills[int(path.name.partition("-")[2])]
+                print(f"{self.folder.name}: kill {len(told)} of {len(self.kills)}: rank {rank}, {phase}, step {step}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            try:
+                return process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline:
+                    raise
 
     def _kill_at_random(self, process: subprocess.Popen[bytes], deadline: float) -> list[float]:
         """Kill one rank after the other, whatever they do: also while they start."""

@@ -362,12 +362,12 @@ def test_one_rank_asks_for_all_that_wait(pool: WorkerPool) -> None:
 class Held:
     """A watch that waits in torch's store until a key is there: the thread that looks is in C++ meanwhile."""
 
-    def __init__(self) -> None:
-        self.is_there = threading.Event()
+    def __init__(self, gate: str) -> None:
+        self.gate, self.is_there = gate, threading.Event()
 
     def look(self, store: Any, question: int) -> None:
         self.is_there.set()
-        store.get("gate")
+        store.get(self.gate)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -377,13 +377,13 @@ def leave_while_held() -> bool:
     """Whether the thread that answers is left over after the end of a process, in which no time-out is long enough."""
     store: Any = dist.distributed_c10d._get_default_store()
     presence = roll_call.RollCall(store, dist.get_rank())
-    presence.watch = held = Held()
+    presence.watch = held = Held(f"gate/{dist.get_rank()}")
     held.is_there.wait()
     join = threading.Thread.join
 
     def join_at_once(thread: threading.Thread, timeout: float | None = None) -> None:
         if timeout is None:
-            dist.PrefixStore("roll_call", store).set("gate", "1")
+            dist.PrefixStore("roll_call", store).set(held.gate, "1")
             join(thread)
 
     with mock.patch.object(threading.Thread, "join", join_at_once):
@@ -394,4 +394,4 @@ def leave_while_held() -> bool:
 
 def test_a_process_ends_after_its_thread(pool: WorkerPool) -> None:
     """One that comes back from torch's store after the interpreter's end aborts the process."""
-    assert pool.run(1, leave_while_held) == [False]
+    assert pool.run(2, leave_while_held) == [False, False]

@@ -17,6 +17,8 @@ from kills import environment
 from hf_nanotron.cli.torchrun import MODULES
 from hf_nanotron.launch.preloaded import ForkServer
 
+# Without a path that depends on where a process starts.
+VARIABLES = {**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
 # Says all that a program can know of how it was started, then does what its arguments say.
 PROGRAM = """\
 import json, multiprocessing, os, random, signal, sys, time
@@ -72,13 +74,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    with ForkServer(sys.executable, ["numpy"], {**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+    with ForkServer(sys.executable, ["numpy"], VARIABLES) as server:
         yield server
 
 
-def start(arguments: Sequence[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, env={**os.environ, "RANK": "0", "OMP_NUM_THREADS": "1", **variables},
+        [sys.executable, *arguments], cwd=folder, env={**VARIABLES, "RANK": "0"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # as after `trap '' USR2`
     )  # fmt: skip
@@ -156,7 +158,7 @@ def test_without_the_server_ranks_start_by_themselves(tmp_path: Path) -> None:
     (tmp_path / "threaded.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
     )
-    with ForkServer(sys.executable, ["threaded"], {**os.environ, "PYTHONPATH": str(tmp_path)}) as server:
+    with ForkServer(sys.executable, ["threaded"], {**VARIABLES, "PYTHONPATH": str(tmp_path)}) as server:
         code, out, err = finish(start(server.stand_in(["-u", "main.py"]), tmp_path))
     assert (code, out) == (0, "1\n") and "this rank starts without it" in err
     assert not Path(server.folder).exists()

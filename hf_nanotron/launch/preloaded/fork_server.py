@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -23,6 +24,7 @@ program = main((int(sys.argv[1]), int(sys.argv[2])), sys.argv[3], sys.argv[4], s
 from hf_nanotron.launch.preloaded.become import become
 become(program)
 """
+END_SECONDS = 5.0
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
@@ -67,6 +69,8 @@ class ForkServer:
     ) -> None:
         os.close(self._hold)
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a rank that cannot be killed keeps it
+            self._process.wait(END_SECONDS)
 
     def stand_in(self, program: Sequence[str]) -> list[str]:
         """The arguments of `self.python` for a rank that is to run `python *program`."""
