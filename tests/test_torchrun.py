@@ -170,7 +170,8 @@ sys.modules["torch"].cuda  # is there without an import
 import torch
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 assert not torch.cuda._is_in_bad_fork() and not torch.cuda.is_initialized()
-assert len(os.listdir("/proc/self/task")) == 1 and torch.get_num_threads() == 1
+assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1  # the process that this one is a copy of has one thread
+assert torch.get_num_threads() == 1
 assert {"transformers.trainer", "hf_nanotron.trainer", "datasets"} <= set(sys.modules)
 torch.distributed.init_process_group("gloo")
 if rank == 1 and attempt == 0:

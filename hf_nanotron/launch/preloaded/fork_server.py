@@ -75,7 +75,9 @@ class ForkServer:
     def stand_in(self, program: Sequence[str]) -> list[str]:
         """The arguments of `self.python` for a rank that is to run `python *program`."""
         # Its first argument without a dash is the program's, by which torchrun calls it in its messages.
-        return ["-I", "-S", f"-c{STAND_IN.read_text()}", f"--ranks-from={self.folder}", *program]
+        path = str(STAND_IN)
+        code = f"exec(compile(open({path!r}).read(), {path!r}, 'exec'))"
+        return ["-I", "-S", f"-c{code}", f"--ranks-from={self.folder}", *program]
 
 
 def why_not_importable(module: str) -> str | None:

@@ -1,6 +1,6 @@
 """The process that torchrun takes for a rank: it has the fork server make the rank, and ends as the rank ends.
 
-Executed with `python -I -S`, by the text of this file: it imports nothing of the package, nor much of Python.
+Executed with `python -I -S -c`: it imports nothing of the package, nor much of Python.
 `sys.argv`: `-c`, `--ranks-from=FOLDER` (of the fork server's socket), then what `python` would be given.
 """
 
