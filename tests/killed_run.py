@@ -53,13 +53,14 @@ from transformers import AutoConfig, TrainerCallback  # noqa: E402
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments  # noqa: E402
 from hf_nanotron.checkpoint.directory import save  # noqa: E402
+from hf_nanotron.checkpoint.memory import threads  # noqa: E402
 from hf_nanotron.training import snapshots  # noqa: E402
 from hf_nanotron.training.step.train_step import TrainingHooks  # noqa: E402
 
 torch.set_num_threads(1)
 PARTS = {
     "forward": (TrainingHooks, "on_forward"), "backward": (TrainingHooks, "before_backward"),
-    "save": (save, "write_rank"), "snapshot": (snapshots, "write_rank"), "marker": (snapshots, "write_part"),
+    "save": (save, "write_rank"), "snapshot": (threads, "write_rank"), "marker": (threads, "write_part"),
     "resume": (snapshots, "make_checkpoint"),
 }  # fmt: skip
 for name, (owner, attribute) in PARTS.items():
