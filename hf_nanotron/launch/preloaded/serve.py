@@ -122,19 +122,17 @@ class Server:
         return None
 
     def _reap(self) -> None:
-        while True:
-            try:
-                process, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if process == 0:
-                return
-            if (connection := self.ranks.pop(process, None)) is not None:
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(connection)
-                with contextlib.suppress(OSError):
-                    connection.sendall(struct.pack("!i", status))
-                connection.close()
+        """Tell stand-ins whose ranks have ended. Other processes, of preloaded modules, are theirs to wait for."""
+        for process in list(self.ranks):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if not ended:
+                continue
+            connection = self.ranks.pop(process)
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(connection)
+            with contextlib.suppress(OSError):
+                connection.sendall(struct.pack("!i", status))
+            connection.close()
 
     def _kill(self, process: int) -> None:
         """Its stand-in was killed, with all that torchrun would have had in the rank's group."""
