@@ -1,8 +1,9 @@
-"""Jobs under `torchrun --max-restarts` whose ranks are killed: their losses, and how long a restart took.
+"""Jobs with `--max-restarts` whose ranks are killed: their losses, and how long a restart took.
 
-    python tests/kills.py [--ranks 8] [--random 50] [--all] [--schedules zero3 zb] [--jobs 4] [--seconds 400]
+    python tests/kills.py [--ranks 8] [--random 50] [--all] [--schedules zero3 zb] [--plain 3] [--jobs 1]
 
-runs the matrix of phases and schedules, then so many kills of a random rank at a random moment, and prints a table.
+runs the matrix of phases and schedules, then so many kills of a random rank at a random moment, then a few kills under
+plain torchrun, and prints a table: a row as soon as its job is over. `--schedules` goes on where another call stopped.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,14 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LAUNCHERS = {
+    "preloaded": [
+        "hf_nanotron.cli", "torchrun", "--preload", "tiny", "--preload", "transformers.models.llama.modeling_llama",
+    ],
+    "torchrun": ["torch.distributed.run"],
+}  # fmt: skip
+
+
 @dataclass
 class Job:
     """A run of so many steps that is killed as `kills` says, and `random_kills` times at random moments."""
@@ -55,6 +65,7 @@ class Job:
     config: dict[str, Any] | None = None  # of a model on GPUs; None for the tiny one on the CPU
     length: int = 16  # tokens of a sample
     memory: str | None = None  # for the snapshots; None for a folder of the job
+    launcher: str = "preloaded"
 
     @property
     def most_restarts(self) -> int:
@@ -81,12 +92,10 @@ class Job:
             )
         )  # fmt: skip
         with open(self.folder / "log", "wb") as log:
+            launcher = [sys.executable, "-m", *LAUNCHERS[self.launcher], "--standalone"]
+            options = ["--nproc-per-node", self.ranks, "--max-restarts", self.most_restarts, "--monitor-interval", 0.1]
             process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks),
-                    "--max-restarts", str(self.most_restarts), "--monitor-interval", "0.1",
-                    str(HERE / "killed_run.py"), str(job),
-                ],
+                [*launcher, *map(str, options), str(HERE / "killed_run.py"), str(job)],
                 stdout=log, stderr=log, env=environment(self.config is not None), start_new_session=True,
             )  # fmt: skip
             killed, code = [], None
@@ -94,7 +103,7 @@ class Job:
                 if self.random_kills:
                     killed = self._kill_at_random(process, time.monotonic() + timeout)
                     (self.folder / "calm").touch()
-                code = process.wait(timeout)
+                code = self._wait(process, time.monotonic() + timeout)
             except subprocess.TimeoutExpired:
                 pass
             finally:
@@ -102,8 +111,25 @@ class Job:
                     process.terminate()
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(40)
-        killed += [float(path.read_text()) for path in self.folder.glob("killed-*")]
-        return Outcome(self, code, sorted(killed))
+        named = [(at, "random") for at in killed]
+        for path in self.folder.glob("killed-*"):
+            named.append((float(path.read_text()), self.kills[int(path.name.partition("-")[2])][1]))
+        return Outcome(self, code, sorted(named))
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> int:
+        """Its exit code; says meanwhile which kills there were."""
+        told = set[Path]()
+        while True:
+            for path in sorted(set(self.folder.glob("killed-*")) - told):
+                told.add(path)
+                rank, phase, step = self.kills[int(path.name.partition("-")[2])]
+                print(f"{self.folder.name}: kill {len(told)} of {len(self.kills)}: rank {rank}, {phase}, step {step}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            try:
+                return process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline:
+                    raise
 
     def _kill_at_random(self, process: subprocess.Popen[bytes], deadline: float) -> list[float]:
         """Kill one rank after the other, whatever they do: also while they start."""
@@ -153,7 +179,11 @@ class Outcome:
 
     job: Job
     code: int | None  # None for one that took too long
-    killed_at: list[float]  # seconds since 1970
+    kills: list[tuple[float, str]]  # seconds since 1970, and the phase
+
+    @property
+    def killed_at(self) -> list[float]:
+        return [at for at, _ in self.kills]
 
     @property
     def losses(self) -> dict[int, float]:
@@ -165,16 +195,20 @@ class Outcome:
         return {step: {loss for _, loss in logged} for step, logged in sorted(self.job.steps_logged().items())}
 
     @property
-    def seconds(self) -> list[float]:
-        """From each kill to the end of the next step; of kills before that step, the last counts."""
+    def waits(self) -> list[tuple[str, float]]:
+        """Phase, and seconds from a kill to the end of the next step; of kills before that step, the last counts."""
         times = sorted(time for logged in self.job.steps_logged().values() for time, _ in logged)
         found = []
-        for number, killed in enumerate(self.killed_at):
-            later = self.killed_at[number + 1] if number + 1 < len(self.killed_at) else float("inf")
+        for number, (killed, phase) in enumerate(self.kills):
+            later = self.killed_at[number + 1] if number + 1 < len(self.kills) else float("inf")
             after = [each for each in times if each > killed + 0.1]
             if after and after[0] < later:
-                found.append(after[0] - killed)
+                found.append((phase, after[0] - killed))
         return found
+
+    @property
+    def seconds(self) -> list[float]:
+        return [seconds for _, seconds in self.waits]
 
     @property
     def from_memory(self) -> int:
@@ -209,14 +243,18 @@ def environment(on_gpus: bool = False) -> dict[str, str]:
 
 
 def matrix(
-    folder: Path, ranks: int, everything: bool, schedules: Sequence[str] = tuple(SCHEDULES)
+    folder: Path,
+    ranks: int,
+    everything: bool,
+    schedules: Sequence[str] = tuple(SCHEDULES),
+    phases: Sequence[str] = PHASES,
 ) -> list[tuple[str, Job]]:
     """Every phase in every schedule; each time another rank, or all ranks one after the other."""
     jobs = []
     for number, name in enumerate(schedules):
         kills = [
             (rank, phase, 3 + 4 * i)
-            for i, phase in enumerate(PHASES)
+            for i, phase in enumerate(phases)
             for rank in (range(ranks) if everything else [(i + 3 * number) % ranks])
         ]
         kills = [(rank, phase, 0 if phase in ("start", "resume") else step) for rank, phase, step in kills]
@@ -261,13 +299,15 @@ def on_gpus(folder: Path, ranks: int, memory: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--random", type=int, default=50)
     parser.add_argument("--all", action="store_true", help="every rank in every phase of every schedule")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
-    parser.add_argument("--jobs", type=int, default=4, help="jobs at a time")
-    parser.add_argument("--seconds", type=float, default=400, help="for all jobs; a job that takes longer is ended")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--plain", type=int, default=3, help="kills under plain torchrun")
+    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time")
+    parser.add_argument("--seconds", type=float, default=1200, help="for a job; one that takes longer is ended")
     parser.add_argument("--gpus", type=int, default=0, help="the restart of a Llama-3.2-1B on so many GPUs alone")
     parser.add_argument("--memory", help="with --gpus: a folder in memory with room for 50 GB")
     args = parser.parse_args()
@@ -275,45 +315,70 @@ def main() -> None:
         sys.exit(on_gpus(Path(tempfile.mkdtemp()), args.gpus, args.memory or "/dev/shm"))
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     start_model(folder)
-    jobs = matrix(folder, args.ranks, args.all, args.schedules)
-    each, names = -(-args.random // args.jobs), args.schedules
-    shares = [min(each, args.random - i * each) for i in range(args.jobs) if args.random > i * each]
-    for i, share in enumerate(shares):
-        name = names[i % len(names)]
-        sizes = SCHEDULES[name]
-        jobs.append((name, Job(folder / f"random-{i}", args.ranks, sizes, STEPS, [], share, pause=0.5, seed=i)))
-    plain = {"memory_snapshot_steps": None, "memory_snapshot_dir": "/dev/shm"}
-    whole = [Job(folder / f"whole-{name}", args.ranks, {**SCHEDULES[name], **plain}, STEPS) for name in names]
-    until = time.monotonic() + args.seconds
+    names, expected = args.schedules, dict[str, dict[int, float]]()
+    print(
+        "| job | kills | starts from memory | seconds to the next step: median, most | losses |\n|---|---|---|---|---|"
+    )
     with ThreadPoolExecutor(args.jobs) as executor:
-        unbroken = list(executor.map(Job.run, whole))
-        for outcome in unbroken:
-            if outcome.code != 0:
-                sys.exit((outcome.job.folder / "log").read_text(errors="replace")[-3000:])
-        expected = dict(zip(names, (outcome.losses for outcome in unbroken), strict=True))
-        print("| job | schedule | kills | starts from memory | seconds to the next step: median, most | losses |")
-        print("|---|---|---|---|---|---|", flush=True)
-        runs = {
-            executor.submit(lambda job: job.run(max(1.0, until - time.monotonic())), job): name for name, job in jobs
-        }
-        failed = sum(not tell(runs[run], run.result(), expected[runs[run]]) for run in as_completed(runs))
+        running = []
+        for name, job in all_jobs(folder, args):
+            if name not in expected:
+                whole = executor.submit(unbroken, folder, args.ranks, name).result()
+                if whole.code != 0:
+                    sys.exit((whole.job.folder / "log").read_text(errors="replace")[-3000:])
+                expected[name] = whole.losses
+            running.append(executor.submit(lambda name, job: tell(job.run(args.seconds), expected[name]), name, job))
+        failed = sum(not run.result() for run in running)
+    if not failed:
+        shutil.rmtree(folder)
+    print(f"{len(running)} jobs of the schedules {', '.join(names)}; {failed} failed.")
     sys.exit(int(failed > 0))
 
 
-def tell(name: str, outcome: Outcome, expected: dict[int, float]) -> bool:
-    """Print a job's row; whether its losses are those of the unbroken run, also of steps that were made again."""
-    job = outcome.job
+def unbroken(folder: Path, ranks: int, name: str) -> Outcome:
+    plain = {"memory_snapshot_steps": None, "memory_snapshot_dir": "/dev/shm"}
+    return Job(folder / f"whole-{name}", ranks, {**SCHEDULES[name], **plain}, STEPS).run()
+
+
+def all_jobs(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+    """Schedules and jobs: the matrix, random kills in turns of ten, and those under plain torchrun."""
+    yield from matrix(folder, args.ranks, args.all, args.schedules, args.phases)
+    for i, first in enumerate(range(0, args.random, 10)):
+        name, kills = args.schedules[i % len(args.schedules)], min(10, args.random - first)
+        job = Job(folder / f"random-{i}-{name}", args.ranks, SCHEDULES[name], STEPS, [], kills, pause=0.2, seed=i)
+        yield name, job
+    if args.plain:
+        name = args.schedules[0]
+        kills = [(i % args.ranks, phase, 3 + 2 * i) for i, phase in enumerate(("forward", "step", "snapshot"))]
+        yield name, Job(folder / f"plain-{name}", args.ranks, SCHEDULES[name], STEPS, kills[: args.plain],
+                        launcher="torchrun")  # fmt: skip
+
+
+def tell(outcome: Outcome, expected: dict[int, float]) -> bool:
+    """Print a job's rows; whether its losses are those of the unbroken run, also of steps that were made again.
+
+    The folder of a job that failed stays, but for what it had in memory.
+    """
+    job, name = outcome.job, outcome.job.folder.name
     is_same = outcome.code == 0 and outcome.all_losses == {step: {loss} for step, loss in expected.items()}
-    seconds = outcome.seconds or [float("nan")]
+    is_same = is_same and len(outcome.kills) == len(job.kills) + job.random_kills
     so_far = all(each == {expected[step]} for step, each in outcome.all_losses.items())
     said = "equal, bit for bit" if is_same else f"{len(outcome.losses)} of {job.steps} steps, equal: {so_far}"
     said += "" if is_same else f", exit code {outcome.code}, {job.folder}"
-    print(
-        f"| {job.folder.name} | {name} | {len(outcome.killed_at)} | {outcome.from_memory} | "
-        f"{statistics.median(seconds):.1f}, {max(seconds):.1f} | {said} |",
-        flush=True,
-    )
+    rows = [f"| {name} | {len(outcome.kills)} | {outcome.from_memory} | {_spread(outcome.seconds)} | {said} |"]
+    for phase in PHASES:
+        times = [seconds for at, seconds in outcome.waits if at == phase]
+        if times:
+            rows.append(f"| {name}, {phase} | {sum(at == phase for _, at in outcome.kills)} | | {_spread(times)} | |")
+    print("\n".join(rows), flush=True)
+    shutil.rmtree(job.folder / "memory", ignore_errors=True)
+    if is_same:
+        shutil.rmtree(job.folder)
     return is_same
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.1f}, {max(seconds):.1f}" if seconds else "none"
 
 
 if __name__ == "__main__":

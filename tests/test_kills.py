@@ -1,4 +1,4 @@
-"""Ranks are killed under `torchrun --max-restarts`: losses stay those of the unbroken run, bit for bit (`kills.py`)."""
+"""Ranks are killed under `hf-nanotron torchrun`: losses stay those of the unbroken run, bit for bit (`kills.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from kills import SCHEDULES, Job, Outcome, matrix
 
-pytestmark = pytest.mark.full_matrix
 RANKS = 2
 SIZES = {"gradient_accumulation_steps": 1}
 
@@ -29,6 +28,7 @@ def check(outcome: Outcome, expected: dict[int, float]) -> None:
     assert outcome.all_losses == {step: {loss} for step, loss in expected.items()}
 
 
+@pytest.mark.full_matrix
 @pytest.mark.parametrize(
     "kills",
     [
@@ -43,6 +43,7 @@ def test_a_kill_in_each_phase(folder: Path, expected: dict[int, float], kills: l
     assert len(outcome.killed_at) == len(kills) and outcome.from_memory >= 3
 
 
+@pytest.mark.full_matrix
 def test_kills_at_random(folder: Path, expected: dict[int, float], request: pytest.FixtureRequest) -> None:
     kills = request.config.getoption("--kills")
     check(Job(folder / "random", RANKS, SIZES, 16, random_kills=kills, pause=0.5).run(), expected)

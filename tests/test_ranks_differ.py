@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -355,3 +357,41 @@ def questions(count: int) -> int:
 def test_one_rank_asks_for_all_that_wait(pool: WorkerPool) -> None:
     """Also when the second of them would have its turn."""
     assert sorted(pool.run(4, questions, 2))[:3] == [0, 0, 0]
+
+
+class Held:
+    """A watch that waits in torch's store until a key is there: the thread that looks is in C++ meanwhile."""
+
+    def __init__(self, gate: str) -> None:
+        self.gate, self.is_there = gate, threading.Event()
+
+    def look(self, store: Any, question: int) -> None:
+        self.is_there.set()
+        store.get(self.gate)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+def leave_while_held() -> bool:
+    """Whether the thread that answers is left over after the end of a process, in which no time-out is long enough."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    presence = roll_call.RollCall(store, dist.get_rank())
+    presence.watch = held = Held(f"gate/{dist.get_rank()}")
+    held.is_there.wait()
+    join = threading.Thread.join
+
+    def join_at_once(thread: threading.Thread, timeout: float | None = None) -> None:
+        if timeout is None:
+            dist.PrefixStore("roll_call", store).set(held.gate, "1")
+            join(thread)
+
+    with mock.patch.object(threading.Thread, "join", join_at_once):
+        presence._leave()
+    atexit.unregister(presence._leave)
+    return presence._answering.is_alive()
+
+
+def test_a_process_ends_after_its_thread(pool: WorkerPool) -> None:
+    """One that comes back from torch's store after the interpreter's end aborts the process."""
+    assert pool.run(2, leave_while_held) == [False, False]

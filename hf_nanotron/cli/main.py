@@ -38,6 +38,7 @@ from .plan import DESCRIPTION as PLAN, add_plan_arguments
 from .plot import DESCRIPTION as PLOT, add_plot_arguments
 from .tokenize import DESCRIPTION as TOKENIZE, add_tokenize_arguments
 from .top import DESCRIPTION as TOP, add_top_arguments
+from .torchrun import DESCRIPTION as TORCHRUN, add_torchrun_arguments
 from .upload import add_upload_arguments
 
 
@@ -88,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     add_launch_arguments(_add_command(commands, "launch", "train on several nodes: Slurm, HF Jobs, SkyPilot", LAUNCH))
+    add_torchrun_arguments(
+        _add_command(commands, "torchrun", "torchrun, whose processes need not import torch", TORCHRUN, takes_all=True)
+    )
     _add_convert(commands)
     add_check_arguments(_add_command(commands, "check", "compare a run's layout with one process", CHECK))
     add_coordinate_arguments(
@@ -108,13 +112,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands: Any, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+def _add_command(
+    commands: Any, name: str, summary: str, description: str | None = None, takes_all: bool = False
+) -> argparse.ArgumentParser:
+    """`takes_all`: what begins with a dash is no option of ours either."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=description or f"{summary[0].upper()}{summary[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=not takes_all,
+        prefix_chars="\0" if takes_all else "-",
     )
     return parser
 

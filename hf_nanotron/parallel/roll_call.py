@@ -35,7 +35,6 @@ logger = logging.get_logger(__name__)
 ASK_AFTER = 2.0  # seconds until the first rank that waits asks for the others; each of the next waits longer by as much
 BLOCK = 128  # ranks whose arrivals are counted together, so that who asks reads few numbers
 WARN_AFTER = 10.0
-LEAVE_SECONDS = 10.0  # for the thread that answers, at the end of the process: many exit at once on a busy host
 # A rank that stands at one place of these kinds for so many seconds waits for ranks that do not come. Outside of
 # torch's collectives it may wait for its GPU, which waits for a collective.
 STUCK_AFTER = {"collective": 1.5, "library": 8.0}
@@ -68,6 +67,7 @@ class RollCall:
         self._caller = threading.get_ident()
         self._stamp, self._since = 0, 0.0
         self._stop = threading.Event()
+        self._pid = os.getpid()
         self._wake = socket.socketpair()
         self.watch: Watch | None = None
         self.lost: Lost | None = None
@@ -274,9 +274,13 @@ class RollCall:
 
     def _leave(self) -> None:
         """At the end of the process."""
+        if os.getpid() != self._pid:
+            return  # one that was forked has not been at the roll call
         self._halt()
-        # A thread that comes back from torch's store when the interpreter is gone ends the process by SIGABRT.
-        self._answering.join(LEAVE_SECONDS)
+        # However long it takes. Python ends a thread that comes back when the interpreter is gone; torch's C++ below it
+        # takes that for an exception, and the process aborts. What the thread waits for is woken, or answers at once;
+        # where the store does not, the line below would wait as long.
+        self._answering.join()
         with contextlib.suppress(RuntimeError):
             if _job_store() is self.job:
                 self._store.set(f"left/{self.rank}", "1")
