@@ -4,7 +4,7 @@ transformers: this process imports them once, and the ranks are copies of it.
     python tests/forked.py 2 script.py argument ...
     python tests/forked.py 2 -m module argument ...
 
-What ends with `_apart` runs in a worker of the pool, which has imported them for all tests.
+What ends with `_apart` is for `WorkerPool.run_alone`: a process that has imported them for all tests.
 """
 
 from __future__ import annotations

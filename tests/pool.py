@@ -71,6 +71,18 @@ class WorkerPool:
             connection.send((function, args, rank, world_size, (self._store.port, f"job{self._jobs}")))
         return self._collect(connections)
 
+    def run_alone(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of one process that has done nothing before, and ends with it: for what starts copies of it.
+
+        Copies of a worker would have what jobs before have left to it; torch refuses a backward in some of them.
+        """
+        others, self._workers = self._workers, []
+        try:
+            return self.run(1, function, *args)[0]
+        finally:
+            self.close()
+            self._workers = others
+
     def _collect(self, connections: dict[Connection, int]) -> list[Any]:
         results: dict[int, Any] = {}
         failures: dict[int, tuple[str, str]] = {}

@@ -367,7 +367,7 @@ def test_a_rank_that_dies_takes_the_job_down(pool: WorkerPool, tmp_path: Path) -
     """At once, not after the timeout of the process group, half an hour, and its own traceback comes first."""
     script = tmp_path / "train.py"
     script.write_text(DYING.format(tests=str(Path(__file__).parent)))
-    ((code, out, err),) = pool.run(1, forked.torchrun_apart, 2, str(script), tmp_path)
+    code, out, err = pool.run_alone(forked.torchrun_apart, 2, str(script), tmp_path)
     assert code != 0
     assert "the job went on" not in out
     own = err.find("rank 1 has had enough")

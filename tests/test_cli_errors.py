@@ -446,7 +446,7 @@ def test_a_job_says_it_once(
     if "max_steps" in says and not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
     program = ["-m", "hf_nanotron.cli", "train", fresh(tmp_path), "--tp_size=2", *overrides]
-    ((code, out, err),) = pool.run(1, forked.run_apart, 2, program, tmp_path)
+    code, out, err = pool.run_alone(forked.run_apart, 2, program, tmp_path)
     lines = [line for line in err.splitlines() if "hf-nanotron: error: " in line]
     assert len(lines) == 1 and says in lines[0] and not out, err[-3000:]
     assert code == 2

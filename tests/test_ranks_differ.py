@@ -296,7 +296,7 @@ def test_only_rank_0_comes(pool: WorkerPool, tmp_path: Path) -> None:
     the half hour of the process group."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path / "out")))
-    ((code, out, err),) = pool.run(1, forked.run_apart, 2, [str(script)], tmp_path)
+    code, out, err = pool.run_alone(forked.run_apart, 2, [str(script)], tmp_path)
     match = re.search(r"SAID ValueError: (.*)", out)
     assert match is not None and code == 1, (code, out, err)
     assert match[1] == "save_model must be called on every rank; only rank 0 came: rank 1 has ended."

@@ -330,7 +330,7 @@ def test_memory(pool: WorkerPool, tmp_path: Path) -> None:
     write_state(tmp_path / "small", 32, 1)
     assert 190 < size < 240
 
-    ((code, out, err),) = pool.run(1, forked.python_apart, MEASURE, [str(tmp_path)], tmp_path)
+    code, out, err = pool.run_alone(forked.python_apart, MEASURE, [str(tmp_path)], tmp_path)
     assert code == 0, err
     to_hub, back = map(float, out.split()[-2:])
     print(f"{size:.0f} MiB: to the Hub {to_hub:.0f} MiB more, back {back:.0f} MiB")

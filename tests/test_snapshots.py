@@ -28,11 +28,11 @@ from hf_nanotron.arguments.snapshots import SHARED_MEMORY
 from hf_nanotron.checkpoint.directory.runs import begin_run
 from hf_nanotron.checkpoint.directory.verify import MARKER
 from hf_nanotron.checkpoint.files.disk import CHUNK_BYTES
+from hf_nanotron.checkpoint.memory import threads as threads_module
 from hf_nanotron.checkpoint.memory.folder import MemoryFolder, part_name, snapshot_name, write_part
 from hf_nanotron.checkpoint.memory.hosts import Hosts
 from hf_nanotron.checkpoint.memory.transfer import receive_files, send_files
 from hf_nanotron.data import Mixture
-from hf_nanotron.training import snapshots as snapshots_module
 
 STEPS = 7
 UNBROKEN = {"memory_snapshot_steps": None, "memory_snapshot_dir": SHARED_MEMORY}
@@ -123,14 +123,14 @@ def snapshots(folder: Path) -> list[int]:
 
 def train_and_die(output: str, overrides: dict[str, Any], step: int) -> None:
     """Rank 1 is killed when its part of the snapshot of a step lacks its marker alone."""
-    write_part = snapshots_module.write_part
+    write_part = threads_module.write_part
 
     def die(directory: Path, part: Any, *rest: Any) -> None:
         if part[1:3] == (step, 1):
             os.kill(os.getpid(), signal.SIGKILL)
         write_part(directory, part, *rest)
 
-    snapshots_module.write_part = die  # of a process that does not live on
+    threads_module.write_part = die  # of a process that does not live on
     train(output, overrides)
 
 
@@ -366,7 +366,7 @@ def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(pool: Worke
 
 def train_in_full_memory(output: str, what: str) -> Any:
     """Losses by step; in memory that is full, for `what` rank 0 writes of the snapshots of steps 4 and 6."""
-    owner, name = {"state": (snapshots_module, "write_rank"), "random numbers": (torch, "save")}[what]
+    owner, name = {"state": (threads_module, "write_rank"), "random numbers": (torch, "save")}[what]
     write = getattr(owner, name)
 
     def fail(*given: Any) -> None:

@@ -162,7 +162,7 @@ def strike(pool: WorkerPool, folder: Path, *scenarios: dict[str, Any]) -> list[t
     """What became of each of three ranks, and what it said, scenario by scenario."""
     found = []
     for number, scenario in enumerate(scenarios):
-        (result,) = pool.run(1, stalled.run, {"sizes": {}, **scenario}, 3, folder, number)
+        result = pool.run_alone(stalled.run, {"sizes": {}, **scenario}, 3, folder, number)
         said = [(folder / f"{number}-{rank}.txt").read_text(errors="replace") for rank in range(3)]
         found.append((result, said))
     return found

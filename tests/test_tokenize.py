@@ -313,7 +313,7 @@ def test_a_killed_run_goes_on(pool: WorkerPool, tmp_path: Path) -> None:
     for number in range(6):
         jsonl(tmp_path / f"{number}.jsonl", texts(200, number))
     tokenizer, out, pattern = saved(tmp_path), tmp_path / "out", f"{tmp_path}/*.jsonl"
-    ((code, _, err),) = pool.run(1, forked.python_apart, KILLED, [pattern, str(out), str(tokenizer)], tmp_path)
+    code, _, err = pool.run_alone(forked.python_apart, KILLED, [pattern, str(out), str(tokenizer)], tmp_path)
     assert code == -signal.SIGKILL, err
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.ds")}
     assert len(before) == 2
@@ -640,7 +640,7 @@ def test_a_full_disk(pool: WorkerPool, tmp_path: Path) -> None:
         "tokenize_corpus(*sys.argv[1:], eos_token='<eos>', progress=False)\n"
     )
     source, out, tokenizer = jsonl(tmp_path / "a.jsonl", ["w3 " * 9000]), tmp_path / "out", saved(tmp_path)
-    ((code, _, err),) = pool.run(1, forked.python_apart, script, [str(source), str(out), str(tokenizer)], tmp_path)
+    code, _, err = pool.run_alone(forked.python_apart, script, [str(source), str(out), str(tokenizer)], tmp_path)
     assert code == 1 and f"OSError: {out} cannot be written to ([Errno 27] File too large)" in err
     assert not any(out.glob("*.ds*"))
     assert len(tokenized(source, out, tokenizer)[0]) == 9001
