@@ -57,6 +57,16 @@ def test_a_budget_leaves_out_and_a_second_call_goes_on(
     assert "| 1M cp 8 heads | | not begun" in bench.long_host.table(bench.long_host.read(out)[1:])
 
 
+def test_the_table_of_a_dry_run(bench: argparse.Namespace) -> None:
+    """A CPU has no peak, so no MFU, and no peak memory."""
+    row = {"name": "32k cp 2 gather", "sequence_length": 32, "tokens_per_second_per_device": 140, "spread": [47, 234]}
+    lines = bench.long_host.table([{**row, "mfu": None}, {**row, "name": "measured", "mfu": 0.4567}]).splitlines()
+    assert lines[2:] == [
+        "| 32k cp 2 gather | 32 | 140 | 47 – 234 |  |  |  |",
+        "| measured | 32 | 140 | 47 – 234 | 45.7% |  |  |",
+    ]
+
+
 def test_a_row_that_is_not_there(bench: argparse.Namespace) -> None:
     with pytest.raises(ValueError, match="--only '64k': no row for 4 GPUs; there are 128k cp 4 heads"):
         bench.long_host.chosen(options(bench, "--gpus", "4", "--only", "64k"))

@@ -125,8 +125,8 @@ def comparison(results: Sequence[Mapping[str, Any]], base: str) -> str:
         cells = [
             f"{result['tokens_per_second_per_device']:,}",
             f"{low:,} – {high:,}",
-            _percent(result["mfu"]),
-            _percent(floor),
+            percent(result["mfu"]),
+            percent(floor),
             str(result.get("peak_memory_gib", "")),
             f"{line['ratio']:.3f}",
             f"{line['range'][0]:.3f} – {line['range'][1]:.3f}",
@@ -136,5 +136,6 @@ def comparison(results: Sequence[Mapping[str, Any]], base: str) -> str:
     return "\n".join(lines)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """`share`, or nothing where it is not known, as `mfu` on a CPU."""
     return "" if share is None else f"{share:.1%}"

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from figures import percent
+
 Result = Mapping[str, Any]
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}  # of first losses, relative: fp32 on CPUs, bf16 on GPUs
 TOO_FAR = "too far apart"
@@ -85,17 +87,13 @@ def _line(row: Result, smaller: set[tuple[str, str]]) -> str:
         f"{row['micro_batches']} of {row['micro_batch']}{mark}",
         f"{row['tokens_per_second_per_device']:,}",
         f"{low:,} – {high:,}",
-        _percent(row.get("mfu")),
+        percent(row.get("mfu")),
         "" if peak is None else f"{peak} GiB",
-        _percent(exposed(row)),
-        _percent(idle(row)),
+        percent(exposed(row)),
+        percent(idle(row)),
         f"{row['first_loss']:.5f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
 
 
 def _reason(row: Result) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 import host_table
 import throughput
 import torch
+from figures import percent
 from one_host import asked_for, parser_of_rows, read
 from rows import MICRO, STEPS, packings
 from shapes import SHAPES, make_config
@@ -249,11 +250,10 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
             lines.append(f"| {name} | | {why} | | | | |")
             continue
         low, high = result["spread"]
-        exposed = host_table.exposed(result)
+        mfu, exposed = percent(result["mfu"]), percent(host_table.exposed(result))
         lines.append(
             f"| {name} | {result['sequence_length']:,} | {result['tokens_per_second_per_device']:,.0f} | "
-            f"{low:,.0f} – {high:,.0f} | {result['mfu']:.1%} | {result.get('peak_memory_gib', '')} | "
-            f"{'' if exposed is None else f'{exposed:.1%}'} |"
+            f"{low:,.0f} – {high:,.0f} | {mfu} | {result.get('peak_memory_gib', '')} | {exposed} |"
         )
     return "\n".join(lines)
 
