@@ -122,6 +122,11 @@ def wrong_type(name: str, value: Any, annotation: Any) -> str | None:
     return f"{name}={shown(name, value)} must be {_describe(kinds)}{hint}."
 
 
+def takes_only_text(annotation: Any) -> bool:
+    """Whether `annotation` is of text, or of none."""
+    return {kind for kind in _kinds(annotation) if kind is not type(None)} == {str}
+
+
 def plain_value(value: Any, kinds: list[Any]) -> Any:
     """`value`, or the number or bool of one of `kinds` that it spells."""
     if isinstance(value, np.generic):

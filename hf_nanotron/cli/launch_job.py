@@ -51,7 +51,7 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
     workdir = (args.chdir or Path()).absolute()
     if not workdir.is_dir():
         raise ValueError(f"--chdir {args.chdir} is not a folder.")
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)] + _keys(args)
+    overrides = [f"--{key}={value}" for key, value in args.set] + _keys(args)
     settings, tokenizer = read_settings(args.config, overrides)
     _refuse_secrets(args, settings)
     check_complete(settings)

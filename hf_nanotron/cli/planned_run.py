@@ -58,7 +58,7 @@ def planned_run(args: argparse.Namespace, needs_layout: bool) -> PlannedRun:
     Raises:
         ValueError: for sizes and batches that do not go together, and for what the file needs and does not say.
     """
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)]
+    overrides = [f"--{key}={value}" for key, value in args.set]
     if args.config is not None:
         settings, tokenizer = read_settings(args.config, overrides)
         config = _config_of(settings["model"], tokenizer)
