@@ -413,12 +413,12 @@ def test_overrides_keep_text(tmp_path: Path) -> None:
                 section = section[part]
             assert section == text
     typed = ["--seed=7", "--learning-rate", "1e-4", "--report_to=[a]", "--optim_args=a: 1"]
-    typed += ["--dataset={mixture: {}}", "--dataset.schedule=[{weights: {}}]", "--dataset.schedule.0.weights.split=.5"]
+    typed += ["--dataset.mixture={}", "--dataset.schedule=[{weights: {}}]", "--dataset.schedule.0.weights.split=.5"]
     sections, _ = cli_train.read_settings(path, typed)
     assert sections["training"] == {
         "save_steps": 5, "seed": 7, "learning_rate": 1e-4, "report_to": ["a"], "optim_args": "a: 1"
     }  # fmt: skip
-    assert sections["dataset"] == {"mixture": {}, "schedule": [{"weights": {"split": 0.5}}]}
+    assert sections["dataset"] == {"chat": "c", "mixture": {}, "schedule": [{"weights": {"split": 0.5}}]}
     with pytest.raises(ValueError, match="--output_dir needs a value, which is text; write --output_dir=TEXT"):
         cli_train.read_settings(path, ["--output_dir", "--bf16"])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..arguments.values import WIDER, takes_only_text, wrong_type
+from ..arguments.values import WIDER, takes_text, wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
@@ -195,12 +195,13 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
                 f"{printable(repr(option))} is not a key; write overrides as --key value, or --section.key value."
             )
         key = key.replace("-", "_")
-        is_text = takes_only_text(_type_of(key))
+        is_text, is_list = takes_text(_type_of(key))
         if not equals:
             is_alone = not rest or rest[0].startswith("--")
             if is_alone and is_text:
                 raise ValueError(f"{printable(option)} needs a value, which is text; write --{key}=TEXT.")
             value = "true" if is_alone else rest.pop(0)
+        is_text &= not (is_list and value.startswith("[") and value.endswith("]"))
         yield key, given_text(value) if is_text else given_value(value, option)
 
 
