@@ -38,9 +38,9 @@ class TokenFile:
         documents: where its documents begin; None if nothing beside it says so.
         loss: one byte a token, 0 where it is not trained on; None if there is none.
         tokenizer: that it was written with; None if unknown.
-        vocabulary: hash of that tokenizer's (see `same_tokenizer`); None if unknown.
         vocab_size: ids must be smaller; None if it was not given.
         version: changes when the file is written again.
+        vocabulary: hash of the tokenizer's (see `same_tokenizer`); None if unknown.
     """
 
     path: str
