@@ -367,3 +367,17 @@ def test_tokenizers_are_compared_by_their_vocabularies(tmp_path: Path) -> None:
     StreamMixture({n: streams[n] for n in ("x", "elsewhere")}, [1, 1])
     with pytest.raises(ValueError, match="the set 'changed' " + differs.format("mixture")):
         StreamMixture({n: streams[n] for n in ("x", "changed")}, [1, 1])
+
+
+def test_the_processing_class_is_compared_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from hf_nanotron.training.data_fit import _compare_tokenizers
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a b a b c a"}\n' * 4)
+    tokenize_corpus(str(texts), tmp_path / "x", a_tokenizer("a b c", "one"), progress=False)
+    written = TokenDataset(tmp_path / "x", 4)
+    _compare_tokenizers(written, a_tokenizer("a b c", "two"), "training")
+    _compare_tokenizers(Stages([Stage(written)]), a_tokenizer("a b c", "two"), "training")
+    assert not caplog.records
+    _compare_tokenizers(written, a_tokenizer("b a c", "one"), "training")
+    assert "written with the tokenizer 'one', and the processing_class ('one') has another vocabulary" in caplog.text

@@ -111,8 +111,11 @@ def shapes(events: tuple[Event, ...]) -> list[tuple[Any, ...]]:
     ]
 
 
+ONE_OF_A_USER = {"layers": 1, "gradient_accumulation_steps": 1}
+
+
 @pytest.mark.parametrize(
-    "world_size, layout, trainer_class", [(4, LAYOUT, NanotronTrainer), (2, {"layers": 1}, OwnTrainer)]
+    "world_size, layout, trainer_class", [(4, LAYOUT, NanotronTrainer), (2, ONE_OF_A_USER, OwnTrainer)]
 )
 def test_imagined_ranks_say_what_real_ones_say(
     world_size: int, layout: dict[str, Any], trainer_class: type, pool: WorkerPool

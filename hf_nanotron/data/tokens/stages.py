@@ -41,7 +41,7 @@ class Stages(Dataset[dict[str, Any]]):
         stages: as given.
         names: of all sets, in the order of the stages.
         sequence_length: of the longest rows; None if no data says it.
-        tokenizer: of the sets; None if none of them says it.
+        tokenizer, vocabulary: of the sets; None if none of them says it.
         legs: what is left of the run, by stage, when it is planned.
     """
 
@@ -62,7 +62,8 @@ class Stages(Dataset[dict[str, Any]]):
                 check_goes_on(name, number, before, mixture)
         by_stage = {f"of stage {number}": mixture for number, mixture in enumerate(self._mixtures)}
         check_one_tokenizer(by_stage, "a run")
-        self.tokenizer = next((mixture.tokenizer for mixture in self._mixtures if mixture.tokenizer is not None), None)
+        said = [(mixture.tokenizer, mixture.vocabulary) for mixture in self._mixtures]
+        self.tokenizer, self.vocabulary = (next(filter(None, each), None) for each in zip(*said, strict=True))
         self._lengths = [mixture.sequence_length for mixture in self._mixtures]
         self.sequence_length = max((length for length in self._lengths if length is not None), default=None)
         self.legs: tuple[Leg, ...] = ()
