@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 
 NAMES = ["torch", "torch.distributed", "accelerate", "datasets", "transformers.trainer", "hf_nanotron.trainer"]
 NAMES += ["functorch.compile", "torch._inductor.compile_fx"]  # what the first compilation imports
-NAMES += ["hf_nanotron.trl.sft_trainer", "pytest", "tiny", "transformers.models.auto.modeling_auto"]
+NAMES += ["pytest", "tiny", "transformers.models.auto.modeling_auto"]
+NAMES += ["hf_nanotron.trl.sft_trainer"] if importlib.util.find_spec("trl") else []  # an extra
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe", "deepseek_v3")
 NAMES += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 

@@ -105,6 +105,19 @@ def test_replies_are_trained_on(tmp_path: Path, template: str) -> None:
     assert all(all(trained) for _, trained in everything)
 
 
+def test_what_is_prepared_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a source and loading a tokenizer may take seconds, on every rank."""
+    from hf_nanotron.data.tokenize import corpus
+
+    chosen: list[Any] = []
+    choose = corpus.choose_tokenizer
+    monkeypatch.setattr(corpus, "choose_tokenizer", lambda *args: chosen.append(args) or choose(*args))
+    rows = Dataset.from_list([{"messages": messages(chat)} for chat in CHATS[:3]])
+    sets = [ChatDataset(rows, tokenizer(), 64, cache_dir=tmp_path) for _ in range(2)]
+    assert len(chosen) == 2 and len(list(tmp_path.iterdir())) == 1
+    assert sets[0].identity() == sets[1].identity() and sets[0].vocabulary is not None
+
+
 def test_prompts_and_completions(tmp_path: Path) -> None:
     chosen = tokenizer()
     for conversational in (False, True):

@@ -262,7 +262,11 @@ def test_what_the_trainer_refuses_is_refused_with_its_sentence(tmp_path: Path) -
     assert "tp_size=3 cannot shard 32 attention heads and 8 key-value heads" in said
 
 
+HOST_AND_NOISE = {
+    "neftune_noise_alpha": 5.0, "activation_checkpointing": True, "activation_offload": 1.0, "optim_offload": 0.5
+}  # fmt: skip
 SMALL_ROWS = {
+    "host memory and noise": (LLAMA, {"tp_size": 2, "zero_stage": 2, **HOST_AND_NOISE}, 4),
     "mixture": (MIXTURE, {"tp_size": 2, "ep_size": 4, "zero_stage": 2, "optim": "muon"}, 8),
     "pipeline": (LLAMA, {"pp_size": 2, "pp_schedule": "zb", "gradient_accumulation_steps": 4}, 4),
     "context": (LLAMA, {"cp_size": 2, "zero_stage": 3}, 4),
@@ -479,6 +483,9 @@ def test_arguments_for_the_cpu() -> None:
     changed, told = on_cpu(given)
     assert changed["bf16"] is False and changed["fp8"] is None and changed["muon_dtype"] == "float32"
     assert [sentence.partition(":")[0] for sentence in told] == ["bf16", "fp8"]
+    assert on_cpu(HOST_AND_NOISE)[1] == [] and HOST_AND_NOISE.items() <= on_cpu(HOST_AND_NOISE)[0].items()
+    beside, (said,) = on_cpu(HOST_AND_NOISE, beside_stock=True)
+    assert beside["neftune_noise_alpha"] is None and said.startswith("neftune_noise_alpha: None instead of 5.0")
     short = shortened({**changed, "activation_checkpointing_layers": "8,9"}, 3, 2, 4, [0, 9])
     assert short["lr_scheduler_kwargs"] == {"num_decay_steps": 1, "min_lr_ratio": 0.1} and short["warmup_steps"] == 1
     assert short["activation_checkpointing_layers"] == [1] and short["max_steps"] == 3

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from hf_nanotron.cli import data as cli_data, main, table_data, train as cli_train
 from hf_nanotron.cli.model_config import changed_config, make_config
-from hf_nanotron.cli.settings import check_complete, read_settings
+from hf_nanotron.cli.settings import check_complete, read_settings, sections_of
 
 DATA = Path(__file__).parent / "data" / "nanotron"
 PROMPTS = ["w5 w6 w7 w8", "w20 w21"]
@@ -397,6 +397,30 @@ def test_settings(tmp_path: Path) -> None:
         "optim_args": "a=1,b=2",
     }
     assert "NanotronTrainingArguments" in command("train", path, "--help")[1]
+
+
+TEXTS = ("/a #1", "/a: b", "[x", "{x}", "'q", "*a", "&a", "!a", "| a", "yes", "true", "1e-4", "007", "1_0", "=", "<<")
+
+
+def test_overrides_keep_text(tmp_path: Path) -> None:
+    """What a key that takes text is given is not read as YAML; what would be left of its value is asked for."""
+    path = Path(write_settings(tmp_path, "dataset: {chat: c}\ntraining: {save_steps: 5}\n"))
+    for text in (*TEXTS, "2026-11-30", "a\nb", "s3://b/k?x=1#y"):
+        for key in ("output_dir", "model.revision", "dataset.split", "dataset.eval.split", "tokenizer"):
+            sections, tokenizer = sections_of(yaml.safe_load(path.read_text()), "here", [f"--{key}={text}"])
+            section: Any = {"tokenizer": tokenizer} if key == "tokenizer" else {**sections, **sections["training"]}
+            for part in key.split("."):
+                section = section[part]
+            assert section == text
+    typed = ["--seed=7", "--learning-rate", "1e-4", "--report_to=[a]", "--optim_args=a: 1"]
+    typed += ["--dataset.mixture={}", "--dataset.schedule=[{weights: {}}]", "--dataset.schedule.0.weights.split=.5"]
+    sections, _ = cli_train.read_settings(path, typed)
+    assert sections["training"] == {
+        "save_steps": 5, "seed": 7, "learning_rate": 1e-4, "report_to": ["a"], "optim_args": "a: 1"
+    }  # fmt: skip
+    assert sections["dataset"] == {"chat": "c", "mixture": {}, "schedule": [{"weights": {"split": 0.5}}]}
+    with pytest.raises(ValueError, match="--output_dir needs a value, which is text; write --output_dir=TEXT"):
+        cli_train.read_settings(path, ["--output_dir", "--bf16"])
 
 
 @pytest.mark.parametrize("in_file", [True, False])

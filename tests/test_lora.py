@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig
 from pool import JobError, WorkerPool
 from safetensors.torch import load_file
 from sft_runs import MODES, Log, chat_checkpoint, chats, lora, sft_arguments
@@ -21,6 +20,10 @@ from test_chat_dataset import MARKED, tokenizer
 from test_snapshots import await_snapshots
 from tiny import message
 from transformers import AutoModelForCausalLM, TrainerCallback
+
+pytest.importorskip("peft", reason="peft is not installed (pip install hf-nanotron[peft])")
+pytest.importorskip("trl", reason="trl is not installed (pip install hf-nanotron[trl])")
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_nanotron.trl import NanotronSFTConfig, NanotronSFTTrainer

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import IterableDataset
 from token_files import documents, flat, write_ds
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
-from hf_nanotron.data import Mixture, TokenDataset
+from hf_nanotron.data import Mixture, Stage, Stages, StreamMixture, TokenDataset, TokenStream, tokenize_corpus
 from hf_nanotron.data.tokens import blend as blending
 from hf_nanotron.data.tokens.blend import BLOCK, UNLIMITED, Blend, Point
 
@@ -309,8 +313,71 @@ def test_refusals(tmp_path: Path) -> None:
     for name, tokenizer in (("a", "gpt2"), ("b", "llama")):
         write_ds(tmp_path / f"{name}.ds", docs, metadata=f"{tokenizer}|2\n{len(flat(docs))}\n")
     sets = {name: TokenDataset(tmp_path / f"{name}.ds", LENGTH) for name in "ab"}
-    with pytest.raises(ValueError, match="the set 'b' has another tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"the set 'b' has another tokenizer than 'a' \('llama', and that is 'gpt2'; by"
+    ):
         Mixture(sets, [1, 1])
     sets = {name: TokenDataset(tmp_path / "a.ds", length) for name, length in (("a", 8), ("b", 16))}
     with pytest.raises(ValueError, match="the set 'b' has rows of another length"):
         Mixture(sets, [1, 1])
+
+
+def a_tokenizer(words: str, name: str, template: str | None = None) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<eos>", *words.split()])}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", chat_template=template)
+    made.name_or_path = name
+    return made
+
+
+def test_tokenizers_are_compared_by_their_vocabularies(tmp_path: Path) -> None:
+    """Two of one name may differ, and one may have two names; where no plan tells, the name decides."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a b a b c a"}\n' * 4)
+    written = {
+        "x": a_tokenizer("a b c", "one"),
+        "elsewhere": a_tokenizer("a b c", "two", template="{{ messages }}"),
+        "changed": a_tokenizer("b a c", "one"),
+    }
+    for folder, tokenizer in written.items():
+        tokenize_corpus(str(texts), tmp_path / folder, tokenizer, progress=False)
+    sets = {folder: TokenDataset(tmp_path / folder, 4) for folder in written}
+    assert Mixture({n: sets[n] for n in ("x", "elsewhere")}, [1, 1]).vocabulary == sets["x"].vocabulary is not None
+    differs = r"has another tokenizer than 'x' \(both are named 'one', and their vocabularies differ\); a {} has one"
+    pair = {n: sets[n] for n in ("x", "changed")}
+    with pytest.raises(ValueError, match="the set 'changed' " + differs.format("mixture")):
+        Mixture(pair, [1, 1])
+    with pytest.raises(ValueError, match="the set 'of stage 1' .*one.*; a run has one"):
+        Stages([Stage(pair["x"]), Stage(pair["changed"], start_step=2)])
+    with pytest.raises(ValueError, match=r"changed/.* was written with another tokenizer than .*; one set has one"):
+        TokenDataset([tmp_path / "x", tmp_path / "changed"], 4)
+    TokenDataset([tmp_path / "x", tmp_path / "elsewhere"], 4)
+
+    shutil.rmtree(tmp_path / "changed" / ".tokenize")  # as of a plain copy of the files, or those of datatrove
+    shutil.rmtree(tmp_path / "elsewhere" / ".tokenize")
+    alone = {folder: TokenDataset(tmp_path / folder, 4) for folder in written}
+    assert alone["changed"].vocabulary is None
+    Mixture({n: alone[n] for n in ("x", "changed")}, [1, 1])
+    with pytest.raises(ValueError, match=r"\('two', and that is 'one'; by their names, as no plan beside both tells"):
+        Mixture({n: alone[n] for n in ("x", "elsewhere")}, [1, 1])
+
+    stock = IterableDataset.from_generator(lambda: iter([{"text": "a b"}]))
+    streams = {name: TokenStream(stock, 4, tokenizer=tokenizer, lanes=1) for name, tokenizer in written.items()}
+    StreamMixture({n: streams[n] for n in ("x", "elsewhere")}, [1, 1])
+    with pytest.raises(ValueError, match="the set 'changed' " + differs.format("mixture")):
+        StreamMixture({n: streams[n] for n in ("x", "changed")}, [1, 1])
+
+
+def test_the_processing_class_is_compared_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from hf_nanotron.training.data_fit import _compare_tokenizers
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a b a b c a"}\n' * 4)
+    tokenize_corpus(str(texts), tmp_path / "x", a_tokenizer("a b c", "one"), progress=False)
+    written = TokenDataset(tmp_path / "x", 4)
+    _compare_tokenizers(written, a_tokenizer("a b c", "two"), "training")
+    _compare_tokenizers(Stages([Stage(written)]), a_tokenizer("a b c", "two"), "training")
+    assert not caplog.records
+    _compare_tokenizers(written, a_tokenizer("b a c", "one"), "training")
+    assert "written with the tokenizer 'one', and the processing_class ('one') has another vocabulary" in caplog.text

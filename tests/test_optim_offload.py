@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmap import mmap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hf_nanotron.monitor.memory import MemoryReport
 from hf_nanotron.ops import host_memory
 from hf_nanotron.ops.host_buffers import HostBuffer
 from hf_nanotron.optim.adamw import AdamW
+from hf_nanotron.optim.build import build_optimizer
 from hf_nanotron.optim.offload import StateOnHost
 from hf_nanotron.optim.optimizer_link import OptimizerLink, give_gradients, take_gradients
 from hf_nanotron.parallel.shard_spec import ShardSpec
@@ -224,6 +226,76 @@ def test_a_step_by_parts_is_one_step(kind: str, fraction: float) -> None:
         assert segment.weight is not None and torch.equal(segment.weight, master.bfloat16())
 
 
+class Projected(torch.optim.AdamW):
+    """A user's optimizer: torch's, with gradients and weights that are kept small."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for master in group["params"]:
+                master.grad = master.grad.clamp(-0.1, 0.1)
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for master in group["params"]:
+                master.clamp_(-0.2, 0.2)
+        return loss
+
+
+class Derived(AdamW):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_that_calls_that_of_its_base() -> None:
+    """torch then runs the hooks on steps twice, once an object of the base was made; ours act once, around all."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    segments, calls = segments_of([100, 30]), []
+    optimizer = Projected([segment.master for segment in segments], lr=0.1)
+    weights = Weights(segments)
+    link = OptimizerLink(optimizer, weights)  # type: ignore[arg-type]
+    link.average = SimpleNamespace(update=lambda number, skipped: calls.append(number))  # type: ignore[assignment]
+    plain = [torch.nn.Parameter(segment.master.detach().clone()) for segment in segments]
+    reference = torch.optim.AdamW(plain, lr=0.1)
+    hooks: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: hooks.append(1))
+    for _ in range(2):
+        for parameter, segment in zip(plain, segments, strict=True):
+            parameter.grad = segment.gradient.clamp(-0.1, 0.1)
+        link.hold_gradients()
+        optimizer.step()
+        reference.step()
+        for parameter in plain:
+            parameter.data.clamp_(-0.2, 0.2)
+        assert not link.holds_gradients
+    assert len(hooks) == 4  # torch's own way
+    assert len(weights.published) == len(calls) == 2
+    assert all(torch.equal(p, segment.master) for p, segment in zip(plain, segments, strict=True))
+
+
+def test_a_step_of_a_user_that_fails_is_not_the_last() -> None:
+    segments = segments_of([100])
+    optimizer = Projected([segment.master for segment in segments])
+    weights = Weights(segments)
+    link = OptimizerLink(optimizer, weights)  # type: ignore[arg-type]
+    gradient, segments[0].gradient = segments[0].gradient, None
+    with pytest.raises(AttributeError, match="clamp"):
+        optimizer.step()
+    segments[0].gradient = gradient
+    link.hold_gradients()
+    optimizer.step()
+    assert len(weights.published) == 1
+
+
+def test_weights_are_rounded_behind_the_step_of_a_user() -> None:
+    """An update writes the rounded weights itself, unless something may follow it."""
+    for kind, writes in ((AdamW, True), (Projected, False), (Derived, False)):
+        segments = segments_of([100])
+        optimizer = build_optimizer(segments, [s.spec.name for s in segments], set(), 0.0, kind, {"lr": 0.1})
+        assert bool(getattr(optimizer, "rounded", None)) is writes
+        assert isinstance(optimizer, AdamW) is bool(getattr(optimizer, "streams", None))
+
+
 def test_a_step_that_fails_leaves_all_on_the_host() -> None:
     segments = segments_of([100, 300, 50])
     optimizer = AdamW([segment.master for segment in segments], state_dtype=torch.bfloat16)
@@ -234,7 +306,7 @@ def test_a_step_that_fails_leaves_all_on_the_host() -> None:
     segments[1].gradient = torch.zeros(7)
     with pytest.raises(RuntimeError, match="size"):
         optimizer.step()
-    assert [segment.master.data_ptr() for segment in segments] == homes and not link._steps_parts
+    assert [segment.master.data_ptr() for segment in segments] == homes and not link._running
 
 
 def test_memory_that_the_host_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:

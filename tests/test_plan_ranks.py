@@ -11,7 +11,7 @@ import pytest
 from benchmark_scripts import scripts
 from pool import JobError, WorkerPool
 from tiny import message, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 
 from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.plan.activations import peak_of_step
@@ -54,7 +54,8 @@ def job_of(
 ) -> Job:
     """A tiny model in a layout."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 8}
+    widths = {"hidden_size": 8 * heads, "intermediate_size": 12 * heads}
+    sizes = {**widths, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 8}
     config = tiny_config(
         family, num_hidden_layers=layers, tie_word_embeddings=tied, **sizes, **(experts if "moe" in family else {})
     )
@@ -62,22 +63,34 @@ def job_of(
     return Job(config, given, world_size, 8, 40)
 
 
-def rehearse_here(job: Job, every: list[Role]) -> list[Rehearsal]:
+class OwnTrainer(NanotronTrainer):
+    """A user's, with a callback: ranks agree on what it asks for."""
+
+    def __init__(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[*(callbacks or []), Asks()], **kwargs)
+
+
+class Asks(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = True
+
+
+def rehearse_here(job: Job, every: list[Role], trainer_class: type = NanotronTrainer) -> list[Rehearsal]:
     """Runs in a worker."""
     done: list[Rehearsal] = []
     for role in every:
-        done.append(rehearse_role(job, role, NanotronTrainer, done[0].told if done else None))
+        done.append(rehearse_role(job, role, trainer_class, done[0].told if done else None))
     return done
 
 
-def train_really(job: Job) -> tuple[Event, ...]:
+def train_really(job: Job, trainer_class: type = NanotronTrainer) -> tuple[Event, ...]:
     """Runs on every rank of a real job: what it says to others in its step."""
     recorder = Recorder(others=True)
     with tempfile.TemporaryDirectory() as folder:
         args = NanotronTrainingArguments(folder, **{**job.arguments, **PLANNED, "optim": "adamw_torch"})
         with Outline(recorder.watch, recorder.label, has_values=True):
             model = AutoModelForCausalLM.from_config(job.config, parallel=args.parallel)
-            trainer = NanotronTrainer(model=model, args=args, train_dataset=Rows(job))
+            trainer = trainer_class(model=model, args=args, train_dataset=Rows(job))
             trainer.train()
         return _by_axis(recorder.events, trainer.mesh)[0]
 
@@ -98,12 +111,21 @@ def shapes(events: tuple[Event, ...]) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_imagined_ranks_say_what_real_ones_say(pool: WorkerPool) -> None:
-    job = job_of(4, **LAYOUT)
-    real = pool.run(4, train_really, job)
-    for role, told in zip(roles(job), pool.run(1, rehearse_here, job, roles(job))[0], strict=True):
+ONE_OF_A_USER = {"layers": 1, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "world_size, layout, trainer_class", [(4, LAYOUT, NanotronTrainer), (2, ONE_OF_A_USER, OwnTrainer)]
+)
+def test_imagined_ranks_say_what_real_ones_say(
+    world_size: int, layout: dict[str, Any], trainer_class: type, pool: WorkerPool
+) -> None:
+    job = job_of(world_size, **layout)
+    real = pool.run(world_size, train_really, job, trainer_class)
+    for role, told in zip(roles(job), pool.run(1, rehearse_here, job, roles(job), trainer_class)[0], strict=True):
         assert shapes(told.trace.events) == shapes(real[role.rank])
-        assert {"send", "recv", "all_reduce", "all_gather"} <= {event.op for event in told.trace.events}
+        pipelined = {"send", "recv"} if "pp_size" in layout else set()
+        assert {*pipelined, "all_reduce", "all_gather"} <= {event.op for event in told.trace.events}
 
 
 def test_every_rank_has_one_role() -> None:

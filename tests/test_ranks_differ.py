@@ -395,3 +395,33 @@ def leave_while_held() -> bool:
 def test_a_process_ends_after_its_thread(pool: WorkerPool) -> None:
     """One that comes back from torch's store after the interpreter's end aborts the process."""
     assert pool.run(2, leave_while_held) == [False, False]
+
+
+def taken_over() -> int:
+    """How often this rank asks. The first of three stands still when it asks; the last comes when another has asked."""
+    mesh = ParallelMesh(ParallelConfig())
+    store = dist.PrefixStore("roll_call", dist.distributed_c10d._get_default_store())
+    mesh.assemble("to begin")
+    before, own = store.add("asked", 0), roll_call.RollCall._ask
+
+    def stops(*_: Any) -> tuple[dict[int, str], dict[int, str]]:
+        store.set("stopped", "1")
+        store.wait(["met"])
+        return {}, {}
+
+    ask = stops if mesh.rank == 0 else own
+    asking = mock.patch.object(roll_call.RollCall, "_ask", autospec=True, side_effect=ask)
+    with mock.patch.object(roll_call, "ASK_AFTER", 0.2), asking as asked:
+        if mesh.rank:
+            store.wait(["stopped"])
+        while mesh.rank == 2 and store.add("asked", 0) == before:
+            time.sleep(0.05)
+        if mesh.rank == 2:
+            store.set("met", "1")
+        mesh.assemble("to meet")
+    return asked.call_count
+
+
+def test_another_rank_asks_where_the_first_no_longer_does(pool: WorkerPool) -> None:
+    first, second, last = pool.run(3, taken_over)
+    assert first and second and not last

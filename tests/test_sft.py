@@ -26,10 +26,13 @@ from test_chat_dataset import tokenizer
 from test_examples import load
 from tiny import message
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, pipeline
+
+from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+
+pytest.importorskip("trl", reason="trl is not installed (pip install hf-nanotron[trl])")
 from trl import SFTConfig, SFTTrainer
 
 import hf_nanotron.trl as ours
-from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.trl import NanotronSFTConfig, NanotronSFTTrainer, arguments
 
 TOLERANCE = dict.fromkeys(("first loss", "loss", "norm", "metrics"), 1e-6)

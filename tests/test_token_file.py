@@ -312,7 +312,7 @@ def test_files_of_one_set_agree(tmp_path: Path) -> None:
     count = len(flat(docs))
     write_ds(tmp_path / "a.ds", docs, metadata=f"gpt2|2\n{count}\n")
     write_ds(tmp_path / "b.ds", docs, metadata=f"llama|2\n{count}\n")
-    with pytest.raises(ValueError, match=r"b.ds was written with the tokenizer 'llama', and .*a.ds with 'gpt2'"):
+    with pytest.raises(ValueError, match=r"b.ds was written with another tokenizer than .*a.ds \('llama', and that is"):
         open_token_files(str(tmp_path))
     write_ds(tmp_path / "b.ds", docs, 4, metadata=f"gpt2|4\n{count}\n")
     with pytest.raises(ValueError, match="b.ds has ids of 4 bytes, and .*a.ds of 2; one set has one width"):

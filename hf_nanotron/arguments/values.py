@@ -122,6 +122,12 @@ def wrong_type(name: str, value: Any, annotation: Any) -> str | None:
     return f"{name}={shown(name, value)} must be {_describe(kinds)}{hint}."
 
 
+def takes_text(annotation: Any) -> tuple[bool, bool]:
+    """Whether `annotation` is of text, none and lists alone, and whether it is of lists, too."""
+    kinds = {typing.get_origin(kind) or kind for kind in _kinds(annotation)} - {type(None)}
+    return str in kinds and kinds <= {str, list}, list in kinds
+
+
 def plain_value(value: Any, kinds: list[Any]) -> Any:
     """`value`, or the number or bool of one of `kinds` that it spells."""
     if isinstance(value, np.generic):

@@ -120,7 +120,7 @@ def check(args: argparse.Namespace) -> Check:
     from .settings import check_complete, read_settings
     from .train import load_tokenizer
 
-    settings, tokenizer_name = read_settings(args.config, [p for key, value in args.set for p in (f"--{key}", value)])
+    settings, tokenizer_name = read_settings(args.config, [f"--{key}={value}" for key, value in args.set])
     plan = check_complete(settings)
     if args.script is not None:
         load_script(args.script)
@@ -129,7 +129,7 @@ def check(args: argparse.Namespace) -> Check:
     tokenizer = load_tokenizer(tokenizer_name)
     config, options, notes = _model(settings["model"], tokenizer)
     asked = settings["training"]
-    training, replaced = on_cpu(asked)
+    training, replaced = on_cpu(asked, args.against == "transformers")
     notes += replaced
     notes += ["doremi is left out: its reference has the size of the real model"] if settings["doremi"] else []
     training.pop("output_dir", None)
@@ -264,12 +264,12 @@ def _model(section: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]
     """The config of the section `model`, options for its class, and what is said of them."""
     from transformers import AutoConfig
 
-    from .errors import existing_path
+    from .errors import existing_model
     from .model_config import changed_config, make_config
 
     notes = []
     if (name := section.get("name_or_path")) is not None:
-        name = existing_path("model.name_or_path", name, "folder")
+        name = existing_model("model.name_or_path", name)
         source = {"revision": section["revision"]} if "revision" in section else {}
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             config: Any = AutoConfig.from_pretrained(name, **source)

@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> None:
         check_picture("--plot", args.plot)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: {args.json.absolute().parent} is not a folder.")
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)]
+    overrides = [f"--{key}={value}" for key, value in args.set]
     found, is_first = measure_file(args, overrides)
     if not is_first:
         return

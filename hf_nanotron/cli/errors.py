@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from ..checkpoint.files.model_folder import why_no_model
 from ..redaction import printable, printable_url, secrets_of
 
 # Modules whose errors are written for the user: they say what to change, and a traceback would bury it.
@@ -89,6 +90,18 @@ def existing_path(name: str, value: str, what: str) -> str:
     value = os.path.expanduser(value)
     if is_path and not os.path.exists(value):
         raise SettingsError(f"{name}={value!r}: {what} not found.")
+    return value
+
+
+def existing_model(name: str, value: str) -> str:
+    """As `existing_path`, of a model: what is there must be the folder of one, not that of an adapter or a run.
+
+    Raises:
+        SettingsError: if it is not, saying what it is.
+    """
+    value = existing_path(name, value, "folder")
+    if os.path.exists(value) and (why := why_no_model(value)) is not None:
+        raise SettingsError(f"{name}: {why}")
     return value
 
 

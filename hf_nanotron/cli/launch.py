@@ -300,12 +300,12 @@ def _launch_skypilot(args: argparse.Namespace) -> None:
 
 
 def _resource(text: str) -> tuple[str, Any]:
-    import yaml
+    from .settings import given_value
 
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--resource {text!r} is not KEY=VALUE, such as use_spot=true.")
-    return key, yaml.safe_load(value)
+    return key, given_value(value, f"--resource {key}")
 
 
 def _tell(job: Job, written: Sequence[Path]) -> None:

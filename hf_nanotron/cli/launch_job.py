@@ -25,7 +25,7 @@ from ..redaction import hide, holds_secret, printable, secrets_of
 from ..training.beginnings import AUTO, named_beginning
 from ..training_args import NanotronTrainingArguments
 from ..version import __version__
-from .errors import existing_path, explained
+from .errors import existing_model, explained
 from .model_config import changed_config, make_config
 from .settings import SECTIONS, Settings, check_complete, read_settings
 from .train import check_model_section, load_tokenizer
@@ -51,7 +51,7 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
     workdir = (args.chdir or Path()).absolute()
     if not workdir.is_dir():
         raise ValueError(f"--chdir {args.chdir} is not a folder.")
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)] + _keys(args)
+    overrides = [f"--{key}={value}" for key, value in args.set] + _keys(args)
     settings, tokenizer = read_settings(args.config, overrides)
     _refuse_secrets(args, settings)
     check_complete(settings)
@@ -111,7 +111,7 @@ def _model_config(
     if (name := section.get("name_or_path")) is not None:
         if kind != "slurm" and os.path.isabs(name):
             return None
-        name = existing_path("model.name_or_path", name, "folder")
+        name = existing_model("model.name_or_path", name)
         source = {"revision": section["revision"]} if "revision" in section else {}
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             if overrides := section.get("config_overrides"):

@@ -25,7 +25,7 @@ from .errors import (
     INTERRUPTED,
     STATUS,
     Parser,
-    existing_path,
+    existing_model,
     explained,
     is_for_the_user,
     process_group,
@@ -240,7 +240,7 @@ def _generate(args: argparse.Namespace) -> None:
     ):
         if not is_right:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {says}.")
-    args.model = existing_path("MODEL", args.model, "folder")
+    args.model = existing_model("MODEL", args.model)
     parallel = ParallelConfig(tp_size=args.tp_size, pp_size=args.pp_size)
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     if (copies := parallel.dp_size(state.num_processes)) > 1:

@@ -20,7 +20,7 @@ from ..plan.table import share
 from ..redaction import redacted
 from ..training_args import NanotronTrainingArguments
 from ..version import __version__
-from .errors import existing_path, explained
+from .errors import existing_model, existing_path, explained
 from .launch_job import check_model
 from .model_config import changed_config, make_config
 from .settings import Settings, read_settings, sections_of
@@ -58,7 +58,7 @@ def planned_run(args: argparse.Namespace, needs_layout: bool) -> PlannedRun:
     Raises:
         ValueError: for sizes and batches that do not go together, and for what the file needs and does not say.
     """
-    overrides = [part for key, value in args.set for part in (f"--{key}", value)]
+    overrides = [f"--{key}={value}" for key, value in args.set]
     if args.config is not None:
         settings, tokenizer = read_settings(args.config, overrides)
         config = _config_of(settings["model"], tokenizer)
@@ -185,7 +185,7 @@ def _config_of(model: dict[str, Any], tokenizer: str | None) -> PretrainedConfig
     assert name is not None
     source = {"revision": model["revision"]} if model.get("revision") is not None else {}
     if overrides := model.get("config_overrides"):
-        name = existing_path("model.name_or_path", name, "folder")
+        name = existing_model("model.name_or_path", name)
         with explained(f"the config of model.name_or_path={name!r} cannot be loaded"):
             return changed_config(name, overrides, **source)
     return _named_config(name, "model.name_or_path=", **source)

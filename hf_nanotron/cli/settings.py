@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..arguments.values import wrong_type
+from ..arguments.values import WIDER, takes_text, wrong_type
 from ..parallel.config import refuse_removed
 from ..redaction import MASK, is_secret, printable, shown
 from ..training_args import NanotronTrainingArguments
@@ -192,12 +194,41 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
             raise ValueError(
                 f"{printable(repr(option))} is not a key; write overrides as --key value, or --section.key value."
             )
+        key = key.replace("-", "_")
+        is_text, is_list = takes_text(_type_of(key))
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        yield key.replace("-", "_"), _value(value, option)
+            is_alone = not rest or rest[0].startswith("--")
+            if is_alone and is_text:
+                raise ValueError(f"{printable(option)} needs a value, which is text; write --{key}=TEXT.")
+            value = "true" if is_alone else rest.pop(0)
+        is_text &= not (is_list and value.startswith("[") and value.endswith("]"))
+        yield key, given_text(value) if is_text else given_value(value, option)
 
 
-def _value(text: str, option: str) -> Any:
+def _type_of(key: str) -> Any:
+    """What the key of an override takes; Any of keys inside of mappings that a user names."""
+    section, _, name = key.rpartition(".")
+    if section in ("", "training"):
+        return TEXT if name == "tokenizer" and not section else _training_types().get(name, Any)
+    first, *inner = section.split(".")
+    if first == "dataset" and not {"weights", "storage_options"} & set(inner):
+        return KEYS.get(name, Any)
+    return TYPES.get(section, {}).get(name, Any)
+
+
+@lru_cache(maxsize=1)
+def _training_types() -> dict[str, Any]:
+    return {**typing.get_type_hints(NanotronTrainingArguments), **WIDER}
+
+
+def given_text(text: str) -> str | None:
+    """What an override of a key means that takes text alone: itself, without quotes around it; nothing for `null`."""
+    if re.fullmatch(r"'[^']*'|\"[^\"\\]*\"", text):
+        return text[1:-1]
+    return None if text.strip() in ("", "~", "null", "Null", "NULL") else text
+
+
+def given_value(text: str, option: str) -> Any:
     """What an override means: YAML in brackets, in quotes or with `key: value`, otherwise one word of YAML as it is.
 
     A file's rest of a line behind ` #` is a comment, and `&a` at the start a name; of a path they are a part.
@@ -207,7 +238,7 @@ def _value(text: str, option: str) -> Any:
     loader, word = _Loader(""), text.strip()
     try:
         tag = loader.resolve(yaml.ScalarNode, word, (True, False))
-        return loader.construct_object(yaml.ScalarNode(tag, word))
+        return loader.construct_object(yaml.ScalarNode(tag, word)) if tag in loader.yaml_constructors else word
     finally:
         loader.dispose()
 

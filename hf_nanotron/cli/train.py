@@ -16,7 +16,7 @@ from ..training.loaders import data_seed
 from ..training.reporting import check_reports
 from ..training_args import NanotronTrainingArguments
 from .data import collate, load_data
-from .errors import existing_path, explained
+from .errors import existing_model, existing_path, explained
 from .model_config import changed_config, make_config
 from .settings import check_complete, read_settings
 
@@ -99,7 +99,7 @@ def make_model(section: dict[str, Any], tokenizer: Any, args: NanotronTrainingAr
     options = {name: value for name, value in section.items() if name not in chosen}
     check_model_section(section, args)
     if (name := section.get("name_or_path")) is not None:
-        name = existing_path("model.name_or_path", name, "folder")
+        name = existing_model("model.name_or_path", name)
         source = {"revision": options["revision"]} if "revision" in options else {}
         with explained(f"model.name_or_path={name!r} cannot be loaded"):
             if overrides := section.get("config_overrides"):
@@ -116,7 +116,7 @@ def make_doremi(section: dict[str, Any], model: Any) -> DoReMi | None:
     """What weighs the domains, by the reference model that the section `doremi` names; None without one."""
     if not section:
         return None
-    name = existing_path("doremi.reference", section["reference"], "folder")
+    name = existing_model("doremi.reference", section["reference"])
     with explained(f"doremi.reference={name!r} cannot be loaded"):
         reference = AutoModelForCausalLM.from_pretrained(name, mesh=model.mesh)
     return DoReMi(reference, **{key: section[key] for key in ("rate", "smoothing") if section.get(key) is not None})

@@ -23,15 +23,23 @@ def _upload(args: argparse.Namespace) -> None:
     import time
 
     from ..checkpoint.directory.retention import newest
+    from ..checkpoint.directory.verify import is_committed
     from ..checkpoint.remote.bar import UploadBar
     from ..checkpoint.remote.store import RemoteStore
     from ..checkpoint.remote.upload import Uploader
 
     if args.timeout is not None and not args.timeout >= 0:
         raise ValueError(f"--timeout {args.timeout} must be at least 0.")
+    if not args.output_dir.is_dir():
+        found = "is a file" if args.output_dir.exists() else "does not exist"
+        raise ValueError(f"{args.output_dir} {found}; give the folder of a run, with its checkpoint-N.")
     here = newest(args.output_dir)
     if not here:
-        raise ValueError(f"{args.output_dir} has no committed checkpoint-N, so there is nothing to upload.")
+        if is_committed(args.output_dir):
+            raise ValueError(f"{args.output_dir} is a checkpoint; give the folder of the run that it is in.")
+        begun = sorted(path.name for path in args.output_dir.glob("checkpoint-*"))
+        half = f"; of {begun[0]} the save was not completed" if begun else ""
+        raise ValueError(f"{args.output_dir} has no committed checkpoint-N, so there is nothing to upload{half}.")
     deadline = time.monotonic() + (math.inf if args.timeout is None else args.timeout)
     # Nothing is deleted here, where a run would keep but a few.
     uploader = Uploader(RemoteStore(args.url), args.output_dir, keep_local=len(here))

@@ -53,6 +53,11 @@ def average(
     folders, destination = [Path(source) for source in sources], Path(destination)
     shares = _shares(folders, weights)
     for folder in folders:
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder. Of a Hub repository, fetch it first (hf download {folder} "
+                "--local-dir FOLDER)."
+            )
         refuse_same(folder, destination)
         if (folder / ADAPTER).is_file() and not (folder / CONFIG_NAME).is_file():
             raise ValueError(

@@ -17,6 +17,7 @@ from ..checkpoint.directory.own_files import files_in, is_from_a_save
 from ..checkpoint.directory.verify import MARKER, read_marker
 from ..checkpoint.files.disk import check_length, checksum_of
 from ..checkpoint.files.inside import inside
+from ..checkpoint.files.model_folder import why_no_model
 from ..checkpoint.state.training_state import DIRECTORY
 
 WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
@@ -135,7 +136,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object; a missing or damaged file is refused by name."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder is not a complete checkpoint.")
+        why = why_no_model(path.parent) if path.name == CONFIG_NAME and path.parent.exists() else None
+        raise FileNotFoundError(why or f"{path} is missing: the folder is not a complete checkpoint.")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

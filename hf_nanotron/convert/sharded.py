@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 from ..checkpoint.directory.commit import begin, commit as commit_checkpoint, describe
 from ..checkpoint.directory.retention import checkpoints
 from ..checkpoint.directory.verify import MARKER, WRITTEN
+from ..checkpoint.files.model_folder import why_no_model
 from ..checkpoint.hub.layout import HubLayout, HubSources, layout_of
 from ..checkpoint.hub.nonfinite_tensors import warn_nonfinite
 from ..checkpoint.hub.repository_weights import parse_size, plan_files, write_repository_weights
@@ -280,6 +281,8 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
     """A local folder with the repository."""
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists():
+        raise ValueError(why_no_model(source))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"{source} does not exist.")
     patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *TEXTS, "additional_chat_templates/*"]

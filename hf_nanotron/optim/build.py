@@ -162,10 +162,11 @@ def build_optimizer(
             masters = [segment.master for segment in held if (segment.name in decayed) == is_decayed]
             groups.append({"params": masters, "weight_decay": decay, **scaled})
     optimizer = optimizer_class(groups, **optimizer_arguments)
-    if optimizer_class is AdamW or takes_matrices:
-        rounds: Any = optimizer
+    if inspect.unwrap(optimizer_class.step) in (inspect.unwrap(AdamW.step), inspect.unwrap(MatrixOptimizer.step)):
+        rounds: Any = optimizer  # no step of a user's, which may change masters behind the rounding
         rounds.rounded = {segment.master: segment.weight for segment in segments if segment.weight is not None}
-        rounds.streams = rounding_streams(segments, order)
+    if isinstance(optimizer, AdamW):
+        optimizer.streams = rounding_streams(segments, order)
     return optimizer
 
 

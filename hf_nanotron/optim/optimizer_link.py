@@ -20,10 +20,13 @@ class OptimizerLink:
     With `host`, the optimizer steps once for each part of the state, and then finds nothing left to do. Its own hooks,
     such as those of a user, run for each.
 
+    torch runs the hooks of a step once for each class whose `step` it has wrapped, which are those of which an object
+    was ever made: a `step` that calls `super().step()` may run them twice. What is done here is done once, around the
+    outermost.
+
     Attributes:
         overlap: `step` returns before new weights have arrived; the forward waits for them.
         skips_next: the next `step` changes nothing.
-        holds_gradients: the gradients of a step that has not been made yet are there.
         compares: read all weights before a step, to detect writes that move no version counter.
         number: of the optimizer step that is next, from 1.
         average: takes in the weights after each step, if there is one.
@@ -34,7 +37,8 @@ class OptimizerLink:
         self, optimizer: torch.optim.Optimizer, weights: ShardedWeights, host: StateOnHost | None = None
     ) -> None:
         self.optimizer, self.weights, self.host = optimizer, weights, host
-        self.overlap = self.skips_next = self.holds_gradients = self.compares = self._steps_parts = False
+        self.overlap = self.skips_next = self.compares = self._holds_gradients = False
+        self._running = 0  # wrapped steps that have begun and not ended
         self.number = 1
         self.average: WeightAverage | None = None
         self.before_write: Callable[[], None] = nothing
@@ -61,6 +65,16 @@ class OptimizerLink:
             if gradients := [segment.gradient for segment in self.weights.segments]:
                 torch._foreach_div_(gradients, scale)
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the gradients of a step that has not been made yet are there."""
+        return self._holds_gradients
+
+    def hold_gradients(self) -> None:
+        """The gradients of the next step are complete."""
+        self._holds_gradients = True
+        self._running = 0  # a step before may have ended with an error
 
     @property
     def skips_on_device(self) -> bool:
@@ -92,7 +106,8 @@ class OptimizerLink:
             hook.remove()
 
     def _before(self, *_: Any) -> None:
-        if self._steps_parts:
+        self._running += 1
+        if self._running > 1:
             return
         self.before_write()
         self.weights.take_written(self.compares)
@@ -103,7 +118,7 @@ class OptimizerLink:
         if self.host is None:
             give_gradients(self.weights.segments)
             return
-        self._steps_parts, is_written = True, self._writes_weights
+        is_written = self._writes_weights
         try:
             for segments in self.host.on_device(self.optimizer):
                 give_gradients(segments)
@@ -112,13 +127,15 @@ class OptimizerLink:
                 for segment in () if is_written else segments:
                     if segment.weight is not None:
                         segment.weight.copy_(segment.master.data)  # while it is on the device
-        finally:
-            self._steps_parts = False
+        except BaseException:
+            self._running = 0
+            raise
 
     def _after(self, *_: Any) -> None:
-        if self._steps_parts:
+        self._running -= 1
+        if self._running > 0:
             return
-        self.holds_gradients = False
+        self._holds_gradients, self._running = False, 0
         if self.average is not None and not self.skips_next:
             self.average.update(self.number, getattr(self.optimizer, "found_inf", None))
         self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]

@@ -47,6 +47,8 @@ LAUNCH = 5e-6  # of the host on which these two were measured
 TP_SHOWN = 0.35
 TP_PASSES = 3.0
 TP_EXCHANGES = 4  # in a direction: gathered and summed, around attention and MLP
+# ZeRO-2: bytes of an element that is added to the shard of the sum, fp32: both are read, one is written.
+ABSORBED_BYTES = 12.0
 # ZeRO-3: bytes that `fully_shard` copies for a parameter in each micro-batch ("ZeRO stages", stage 3).
 FULLY_SHARDED_BYTES = 40.0
 # Pinned copies of activations, one direction: PCIe 5.

@@ -227,6 +227,16 @@ class _Step:
             shown += self.collective("all_reduce", 4.0 * self.work.embedding, self.rank(0), far, 2)
         return shown, every
 
+    def absorbed(self, pp_rank: int) -> float:
+        """Seconds in which a backward of ZeRO-2 adds the reduced gradients of a micro-batch to the rank's shard."""
+        shards = self.parallel.shard_size(self.job.world_size)
+        if self.parallel.zero_stage != 2 or shards == 1:
+            return 0.0
+        dense, routed, _ = self.owned(pp_rank)
+        ep = self.parallel.ep_size
+        held = dense / shards + routed / (self.parallel.expert_copies(self.job.world_size) if ep > 1 else shards)
+        return counted.ABSORBED_BYTES * held / self.rates.memory
+
     def gathered(self, pp_rank: int, window: float) -> float:
         """Seconds for which the first forward waits for new weights: for its first bucket, and what it cannot hide."""
         shards = self.parallel.shard_size(self.job.world_size)
@@ -268,7 +278,7 @@ class _Step:
         def seconds(action: Action) -> float:
             forward, backward, weights = lengths[action.stage]
             whole = {"F": forward, "B": backward if splits else backward + weights, "W": weights}[action.kind]
-            return whole + (every[action.stage % size] if action.kind == "B" else 0.0)
+            return whole + (behind[action.stage % size] if action.kind == "B" else 0.0)
 
         own = [[lengths[index] for index in range(rank, len(stages), size)] for rank in range(size)]
         ends, every = [], []
@@ -276,6 +286,8 @@ class _Step:
             end, each = self.gradients(rank, sum(b + w for _, b, w in own[rank]))
             ends.append(end)
             every.append(each)
+        added = [self.absorbed(rank) for rank in range(size)]
+        behind = [(every[rank] + added[rank]) / len(own[rank]) for rank in range(size)]  # each of the stages has a part
         begins = [self.gathered(rank, sum(f for f, _, _ in own[rank])) for rank in range(size)]
         table = _table(self.parallel.pp_schedule, size, self.parallel.pp_virtual_stages, micro_batches)
         travel = self.travel()
@@ -287,6 +299,7 @@ class _Step:
         fullest = max(range(size), key=lambda rank: played.busy(rank) + begins[rank] + ends[rank])
         parts = self.parts(stages, fullest, micro_batches)
         parts["dp"] = parts.get("dp", 0.0) + begins[fullest] + ends[fullest] + every[fullest] * micro_batches
+        parts["copies"] = parts.get("copies", 0.0) + added[fullest] * micro_batches
         parts["pp"] = max(0.0, played.end - ideal.end)
         parts["optimizer"] = max(optimizers)
         rest = total - sum(parts.values())

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..data.ordered import is_run, sets_of
 from ..data.streaming.lane_stream import LaneStream
+from ..data.tokens.same_tokenizer import tokenizer_of, vocabulary_hash
 from ..models.base import ParallelModel
 
 logger = logging.get_logger(__name__)
@@ -72,9 +73,18 @@ def _longest(dataset: Any) -> tuple[str | None, int | None]:
 
 
 def _compare_tokenizers(dataset: Any, tokenizer: Any, what: str) -> None:
-    """Warn if the files were written with a tokenizer of another name: that may be the same one, elsewhere."""
-    written, own = getattr(dataset, "tokenizer", None), getattr(tokenizer, "name_or_path", None)
-    if written and own and PurePath(str(written)).name != PurePath(str(own)).name:
+    """Warn if the files were written with another vocabulary, or, where that is not known, a tokenizer of another name:
+    that may be the same one, elsewhere.
+    """
+    said, own = tokenizer_of(dataset), getattr(tokenizer, "name_or_path", None)
+    written = said.name
+    if said.vocabulary is not None and hasattr(tokenizer, "get_vocab"):
+        if said.vocabulary != vocabulary_hash(tokenizer):
+            logger.warning(
+                f"the {what} set was written with the tokenizer {written!r}, and the processing_class ({own!r}) has "
+                "another vocabulary. Unless that has more tokens and the same others, ids mean other tokens."
+            )
+    elif written and own and PurePath(written).name != PurePath(str(own)).name:
         logger.warning(
             f"the {what} set was written with the tokenizer {written!r}, and the processing_class is {own!r}. "
             "Unless they are the same, its ids mean other tokens."

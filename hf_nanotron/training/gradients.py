@@ -52,7 +52,7 @@ class GradientAccess:
     def run_hooks(self, link: OptimizerLink) -> None:
         """The gradients of a step are complete: hooks first, then the norm."""
         self._hooks.run(link.weights.segments)
-        link.holds_gradients = True
+        link.hold_gradients()
 
     @contextlib.contextmanager
     def watching(self, mesh: ParallelMesh, callbacks: Iterable[TrainerCallback]) -> Iterator[None]:

@@ -11,6 +11,21 @@ from contract import DP2, TP2, Kit, both, check_same, lines, ours, said
 from pool import WorkerPool
 from transformers import get_constant_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
 
+
+class Clamped(torch.optim.SGD):
+    """A user's optimizer, whose step calls torch's: hooks on steps may run twice."""
+
+    elementwise = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.clamp_(-0.05, 0.05)
+        return loss
+
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw_torch": {"optim": "adamw_torch", "adam_beta2": 0.9, "weight_decay": 0.1},
     "adamw_torch_fused": {"optim": "adamw_torch_fused"},
@@ -23,6 +38,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 2e-2, "weight_decay": 0.2}),
         "lr_scheduler_type": "cosine",
     },
+    "a class whose step calls that of its base": {"optimizer_cls_and_kwargs": (Clamped, {"lr": 0.1})},
 }  # fmt: skip
 
 

@@ -50,12 +50,13 @@ REPLACED: dict[str, Replacement] = {
     "optim_state_dtype": (
         lambda value: value != "float32", "float32", "stochastic rounding draws other numbers on other layouts",
     ),
-    "neftune_noise_alpha": (lambda value: value is not None, None, "noise would hide differences"),
     "batch_size_warmup_tokens": (lambda value: value is not None, None, "a few steps do not reach its end"),
     "tp_overlap": (bool, None, "products overlap with communication on GPUs"),
-    "activation_offload": (bool, 0.0, "host memory is all there is"),
-    "optim_offload": (bool, 0.0, "host memory is all there is"),
 }  # fmt: skip
+# The same, where the reference is the stock Trainer.
+BESIDE_STOCK: dict[str, Replacement] = {
+    "neftune_noise_alpha": (lambda value: value is not None, None, "the stock Trainer draws other noise"),
+}
 # Of a group of keys that are replaced for one reason, one sentence is enough.
 TOLD_BY = {
     "fp8_skip_layers": "fp8", "bf16_full_eval": "bf16", "torch_compile_backend": "torch_compile",
@@ -64,10 +65,14 @@ TOLD_BY = {
 NEEDS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
-def on_cpu(training: Arguments) -> tuple[Arguments, list[str]]:
-    """The arguments with their own sizes and steps, for the CPU; and a sentence for each that is replaced."""
+def on_cpu(training: Arguments, beside_stock: bool = False) -> tuple[Arguments, list[str]]:
+    """The arguments with their own sizes and steps, for the CPU; and a sentence for each that is replaced.
+
+    Args:
+        beside_stock: they are compared with the stock Trainer.
+    """
     changed, told = {key: value for key, value in training.items() if not key.startswith(LEFT_OUT)} | SILENT, []
-    for key, (applies, instead, reason) in REPLACED.items():
+    for key, (applies, instead, reason) in {**REPLACED, **(BESIDE_STOCK if beside_stock else {})}.items():
         if key in training and applies(training[key]):
             if key in changed:
                 changed[key] = instead

@@ -10,6 +10,7 @@ import numpy as np
 from ..tokens.blend import UNLIMITED, Blend, Point
 from ..tokens.mixture import same, shares_of
 from ..tokens.permutation import Permutation
+from ..tokens.same_tokenizer import check_one_tokenizer
 from .lane_rows import LaneRows, Row
 from .lane_stream import LaneStream
 from .token_stream import TokenStream
@@ -32,7 +33,7 @@ class StreamMixture(LaneStream):
         seed: of which set is next.
 
     Raises:
-        ValueError: for weights that cannot be, streams with an end, or with different lanes or lengths.
+        ValueError: for weights that cannot be, streams with an end, or with different lanes, lengths or tokenizers.
 
     Attributes:
         names: of the sets; `domain` is the place in it.
@@ -56,6 +57,8 @@ class StreamMixture(LaneStream):
                 raise ValueError(f"the stream {name!r} has an end (epochs={stream.epochs}); leave epochs out.")
         self.lanes = same(self.streams, "lanes", "another number of lanes", "a mixture")
         self.sequence_length = same(self.streams, "sequence_length", "rows of another length", "a mixture")
+        if len({id(stream.ids.tokenizer) for stream in self.streams.values()}) > 1:
+            check_one_tokenizer(self.streams, "a mixture")
         self.weights = shares_of(self.names, weights)
         for name, weight in zip(self.names, self.weights, strict=True):
             if 0 < weight < sum(self.weights) / PERIOD:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
+from ..tokens.same_tokenizer import vocabulary_hash
 from .documents import LaneOrder, parts_of
 from .lane_rows import CutLane, LaneRows, PackLane
 from .lane_stream import LaneStream
@@ -89,6 +91,16 @@ class TokenStream(LaneStream):
         self.lanes = lanes or 2 ** (min(self.source.shards, MOST_LANES).bit_length() - 1)
         column = "input_ids" if tokenizer is None else text_column
         self.ids = TokenIds(tokenizer, column, eos_token_id, vocab_size, self.source.columns)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Name of the tokenizer; None of ids, and of one that has none."""
+        return getattr(self.ids.tokenizer, "name_or_path", None) or None
+
+    @cached_property
+    def vocabulary(self) -> str | None:
+        """Hash of the tokenizer's; None of ids."""
+        return None if self.ids.tokenizer is None else vocabulary_hash(self.ids.tokenizer)
 
     @property
     def columns(self) -> tuple[str, ...]:

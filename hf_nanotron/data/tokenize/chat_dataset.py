@@ -15,7 +15,7 @@ from ..tokens.byte_ranges import short_name
 from ..tokens.documents import SCAN_TOKENS
 from ..tokens.packing import WINDOW
 from ..tokens.token_dataset import TokenDataset
-from .corpus import prepare, tokenize_corpus
+from .corpus import prepare, write_here
 from .rows import RowReader, Unreadable
 from .source import Source, open_source
 
@@ -95,11 +95,11 @@ class ChatDataset(TokenDataset):
             "append_eos": append_eos,
             "add_special_tokens": add_special_tokens,
         }
-        plan = prepare(source, tokenizer, **how).plan
-        key = xxhash.xxh3_64_hexdigest(json.dumps(plan, sort_keys=True).encode())
+        corpus = prepare(source, tokenizer, **how)
+        key = xxhash.xxh3_64_hexdigest(json.dumps(corpus.plan, sort_keys=True).encode())
         cache = Path(HF_HOME, "hf_nanotron", "tokens") if cache_dir is None else Path(cache_dir)
         folder = cache / key
-        tokenize_corpus(source, folder, tokenizer, **how, workers=workers, skip_unreadable=skip_unreadable, wait=True)
+        write_here(corpus, folder, workers, skip_unreadable)
         super().__init__(folder, sequence_length, documents="pack", seed=seed, shuffle=shuffle, pack_window=pack_window)
 
         self.name = "chat" if hasattr(source, "column_names") else _name(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,18 +162,49 @@ def tokenize_corpus(
     )
     if found is not None:
         _refuse_credentials(executor, [folder.path, *(piece.path for pieces in corpus.pieces for piece in pieces)])
+
+    def run(job: Job, missing: list[int], done: Mapping[int, Counts]) -> None:
+        if found is not None:
+            submit(found, options, job, frozenset(done))
+            return
+        with Bar(len(corpus.pieces), done, disable=not progress) as bar:
+            run_here(job, missing, workers, bar)
+
+    return _written(corpus, folder, run, skip_unreadable=skip_unreadable, overwrite=overwrite, wait=wait)
+
+
+def write_here(
+    corpus: PreparedCorpus, out: str | os.PathLike[str], workers: int, skip_unreadable: bool
+) -> TokenizedCorpus:
+    """As `tokenize_corpus` of what was prepared, on this machine, after other processes that write to `out`."""
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+
+    def run(job: Job, missing: list[int], done: Mapping[int, Counts]) -> None:
+        with Bar(len(corpus.pieces), done, disable=False) as bar:
+            run_here(job, missing, workers, bar)
+
+    return _written(corpus, OutputFolder(out), run, skip_unreadable=skip_unreadable, overwrite=False, wait=True)
+
+
+def _written(
+    corpus: PreparedCorpus,
+    folder: OutputFolder,
+    run: Callable[[Job, list[int], Mapping[int, Counts]], None],
+    *,
+    skip_unreadable: bool,
+    overwrite: bool,
+    wait: bool,
+) -> TokenizedCorpus:
+    """Have `run` write the shards that are missing, and say what is there: `run(job, missing, done)`."""
     job = Job(corpus.plan, corpus.pieces, corpus.reader, corpus.encoder, folder, skip_unreadable)
     size = corpus.plan["options"]["token_size"]
     with folder.lock(wait):
         goes_on = begin(folder, corpus.plan, overwrite)
         done = finished(folder, len(corpus.pieces), size) if goes_on else {}
         missing = [number for number in range(len(corpus.pieces)) if number not in done]
-        if found is not None:
-            if missing:
-                submit(found, options, job, frozenset(done))
-        elif missing:
-            with Bar(len(corpus.pieces), done, disable=not progress) as bar:
-                run_here(job, missing, workers, bar)
+        if missing:
+            run(job, missing, done)
     after = finished(folder, len(corpus.pieces), size)
     names = tuple(shard_name(corpus.plan, number) for number in sorted(after) if after[number].documents)
     complete = len(after) == len(corpus.pieces)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from .output import OWN
+from ..tokens.same_tokenizer import OWN
 from .shards import Job
 
 EXECUTORS = {"slurm": ("slurm", "SlurmPipelineExecutor"), "ray": ("ray", "RayPipelineExecutor")}

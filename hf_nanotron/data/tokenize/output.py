@@ -16,9 +16,7 @@ from typing import Any
 
 from ...redaction import printable, printable_url
 from ..tokens.byte_ranges import described, file_system, is_remote, list_folder, local_path
-
-OWN = ".tokenize"
-PLAN = f"{OWN}/plan.json"
+from ..tokens.same_tokenizer import OWN
 
 
 class OutputFolder:

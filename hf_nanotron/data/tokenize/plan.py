@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ...redaction import shown
-from .output import OWN, PLAN, OutputFolder
+from ..tokens.same_tokenizer import OWN, PLAN
+from .output import OutputFolder
 from .source import Piece
 from .writer import ENDS, file_name
 
@@ -147,12 +148,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") ->
         return
     for key in (*before, *(key for key in now if key not in before)):
         old, new = before.get(key), now.get(key)
-        if old == new:
+        if old == new or (key == "vocabulary" and None in (old, new)):  # which earlier plans do not say
             continue
         where = f"{path} {key}".strip()
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, where)
-        elif key == "sha256":
+        elif key in ("sha256", "vocabulary"):
             yield f"the {path} is another one than before, though its name is the same"
         elif path == "source":
             yield f"the source has {key}={shown(key, new)}, and had {shown(key, old)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...redaction import printable, printable_url
 from ..tokens.byte_ranges import Stat, described, expand, file_system, is_remote, local_path, stat_files
-from .output import OWN
+from ..tokens.same_tokenizer import OWN
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 FORMATS = {  # by the end of a file's name, before that of its compression

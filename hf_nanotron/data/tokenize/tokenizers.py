@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...redaction import printable
+from ..tokens.same_tokenizer import vocabulary_hash
 
 NARROW = 2**16  # ids that two bytes hold
 
@@ -60,7 +61,9 @@ class ChosenTokenizer:
             content = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         parts = (content, repr(self.tokenizer.chat_template), repr(self.tokenizer.all_special_tokens))
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        return {"name": self.name, "sha256": digest, "ids": self.ids, "eos_token_id": self.eos_token_id}
+        vocabulary = vocabulary_hash(self.tokenizer)
+        ids = {"ids": self.ids, "eos_token_id": self.eos_token_id}
+        return {"name": self.name, "sha256": digest, "vocabulary": vocabulary, **ids}
 
 
 def choose_tokenizer(tokenizer: Any, eos_token: str | None = None) -> ChosenTokenizer:

@@ -9,7 +9,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -28,7 +28,7 @@ class Stopped(Exception):
 class Bar:
     """Documents, tokens and shards so far."""
 
-    def __init__(self, shards: int, finished: dict[int, Counts], disable: bool) -> None:
+    def __init__(self, shards: int, finished: Mapping[int, Counts], disable: bool) -> None:
         from tqdm.auto import tqdm
 
         self._shards, self._done = shards, len(finished)

@@ -17,6 +17,8 @@ from .file_map import map_file
 
 BLOCK_BYTES = 64 * 2**10  # a row of 4,096 ids of two bytes takes two blocks at most
 CACHE_BYTES = 64 * 2**20
+# What brings the file systems of URLs, among the extras of this package.
+EXTRAS = {"s3": "remote", "s3a": "remote", "gs": "gcs", "gcs": "gcs"}
 # Under these names file systems tell when a file was written, or which version it is.
 _VERSIONS = ("mtime", "LastModified", "last_modified", "updated", "etag", "ETag", "created")
 
@@ -73,7 +75,11 @@ def file_system(url: str, options: dict[str, Any] | None = None) -> tuple[Any, s
     """File system of a URL and the path in it. fsspec caches it by process, so that a forked worker gets its own."""
     try:
         return fsspec.core.url_to_fs(url, **(options or {}))
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        extra = EXTRAS.get(url.partition("://")[0])
+        how = f" (pip install 'hf-nanotron[{extra}]')" if extra else ""
+        raise ValueError(f"{printable_url(url)}: {printable(str(error))}{how}") from error
+    except ValueError as error:
         raise ValueError(f"{printable_url(url)}: {printable(str(error))}") from error
 
 

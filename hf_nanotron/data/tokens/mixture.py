@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..ordered import gives_arrays, has_method
 from .blend import UNLIMITED, Point
 from .permutation import Permutation
 from .row_reader import Rows
+from .same_tokenizer import Tokenizer, check_one_tokenizer, tokenizer_of
 from .weight_schedule import BlendSchedule, Part, part_start, parts_of
 
 ENDINGS = ("stop", "redistribute")
@@ -49,7 +50,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     Attributes:
         names: of the sets.
-        sequence_length, tokenizer: of the sets; None if none of them says it.
+        sequence_length, tokenizer, vocabulary: of the sets; None if none of them says it.
         parts: weights, and the samples with which they begin.
         samples: where `iter(mixture)` goes on.
     """
@@ -79,7 +80,8 @@ class Mixture(Dataset[dict[str, Any]]):
             if not length:
                 raise ValueError(f"the set {name!r} has no rows.")
         self.sequence_length: int | None = same(self.datasets, "sequence_length", "rows of another length", "a mixture")
-        self.tokenizer: str | None = same(self.datasets, "tokenizer", "another tokenizer", "a mixture")
+        check_one_tokenizer(self.datasets, "a mixture")
+        self.tokenizer, self.vocabulary = _first_said(map(tokenizer_of, self.datasets.values()))
         self.parts = self._parts(weights, schedule)
         self.max_epochs = _epochs(self.names, max_epochs)
         self.when_exhausted = when_exhausted
@@ -365,6 +367,13 @@ def _epochs(names: Sequence[str], epochs: int | None | Mapping[str, int | None])
 def set_identity(dataset: Any) -> dict[str, Any]:
     """Of a set of a mixture: its own, or its number of rows."""
     return dataset.identity() if has_method(dataset, "identity") else {"rows": len(dataset)}
+
+
+def _first_said(tokenizers: Iterable[Tokenizer]) -> Tokenizer:
+    """Of sets of one tokenizer: the first name, and the vocabulary if one tells it."""
+    found = list(tokenizers)
+    name, vocabulary = (next((said for said in each if said is not None), None) for each in zip(*found, strict=True))
+    return Tokenizer(name, vocabulary)
 
 
 def same(datasets: Mapping[str, Any], attribute: str, what: str, whole: str) -> Any:

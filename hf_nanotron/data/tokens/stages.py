@@ -13,8 +13,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..legs import Leg
 from ..ordered import DOMAIN
-from .mixture import Mixture, same, set_identity
+from .mixture import Mixture, set_identity
 from .opened_stage import Opened, Opening, begin_stage, resume_stage
+from .same_tokenizer import check_one_tokenizer
 from .stage import Stage, check_goes_on, check_numbers, check_starts, check_trained, definition
 from .stage_plan import Point, plan_legs, point_of
 
@@ -40,7 +41,7 @@ class Stages(Dataset[dict[str, Any]]):
         stages: as given.
         names: of all sets, in the order of the stages.
         sequence_length: of the longest rows; None if no data says it.
-        tokenizer: of the sets; None if none of them says it.
+        tokenizer, vocabulary: of the sets; None if none of them says it.
         legs: what is left of the run, by stage, when it is planned.
     """
 
@@ -60,7 +61,9 @@ class Stages(Dataset[dict[str, Any]]):
             for (_, before), (number, mixture) in zip(used, used[1:], strict=False):
                 check_goes_on(name, number, before, mixture)
         by_stage = {f"of stage {number}": mixture for number, mixture in enumerate(self._mixtures)}
-        self.tokenizer: str | None = same(by_stage, "tokenizer", "another tokenizer", "a run")
+        check_one_tokenizer(by_stage, "a run")
+        said = [(mixture.tokenizer, mixture.vocabulary) for mixture in self._mixtures]
+        self.tokenizer, self.vocabulary = (next(filter(None, each), None) for each in zip(*said, strict=True))
         self._lengths = [mixture.sequence_length for mixture in self._mixtures]
         self.sequence_length = max((length for length in self._lengths if length is not None), default=None)
         self.legs: tuple[Leg, ...] = ()

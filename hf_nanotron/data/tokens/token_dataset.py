@@ -73,6 +73,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         files: the `TokenFile`s.
         epoch: whose order is read.
         tokenizer: name of it in the files' metadata; None if none is told.
+        vocabulary: hash of the tokenizer's, where `tokenize_corpus` has written a local folder; None if unknown.
         name: of the first of `paths`, without its folder and ending.
     """
 
@@ -131,6 +132,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self.files: list[TokenFile] = [file for files in opened for file in files]
         check_agreement(self.files)
         self.tokenizer = next((file.tokenizer for file in self.files if file.tokenizer), None)
+        self.vocabulary = next((file.vocabulary for file in self.files if file.vocabulary), None)
         self._reader: RowReader
         if order is not None:
             self._reader = _peer_samples(self, order, opened, samples, folder_weights, split)

@@ -12,6 +12,7 @@ from ...redaction import printable_url
 from .byte_ranges import AnyFile, BlockCache, read_ranges
 from .documents import SCAN_TOKENS, Documents
 from .megatron_index import parse_header
+from .same_tokenizer import Tokenizer, noted_vocabularies, tokenizer_of
 from .token_formats import (
     Layout,
     datatrove_layout,
@@ -39,6 +40,7 @@ class TokenFile:
         tokenizer: that it was written with; None if unknown.
         vocab_size: ids must be smaller; None if it was not given.
         version: changes when the file is written again.
+        vocabulary: hash of the tokenizer's (see `same_tokenizer`); None if unknown.
     """
 
     path: str
@@ -51,6 +53,7 @@ class TokenFile:
     tokenizer: str | None = None
     vocab_size: int | None = None
     version: str = field(default="", compare=False)
+    vocabulary: str | None = None
 
     @staticmethod
     def open(path: str, **options: Any) -> TokenFile:
@@ -154,6 +157,9 @@ def open_token_files(
     for group, layout in zip(groups, layouts, strict=True):
         main = next(group[kind] for kind in KINDS if kind in group)
         files.append(TokenFile(main.path, opened(main, cache), *layout, vocab_size, version=main.version))
+    noted = noted_vocabularies([(file.path, file.tokenizer) for file in files])
+    for file, vocabulary in zip(files, noted, strict=True):
+        file.vocabulary = vocabulary
     check_agreement(files)
     return files
 
@@ -182,13 +188,16 @@ def _layouts(groups: Sequence[Group], given: np.dtype | None, cache: BlockCache)
 
 def check_agreement(files: Sequence[TokenFile]) -> None:
     """Refuse files that were not written with one tokenizer, and in one width."""
-    known = [file for file in files if file.tokenizer]
-    for file in known[1:]:
-        if file.tokenizer != known[0].tokenizer:
-            raise ValueError(
-                f"{file.shown} was written with the tokenizer {file.tokenizer!r}, and {known[0].shown} with "
-                f"{known[0].tokenizer!r}; one set has one tokenizer."
-            )
+    first: dict[Tokenizer, TokenFile] = {}
+    for file in files:
+        first.setdefault(tokenizer_of(file), file)
+    for number, (tokenizer, file) in enumerate(first.items()):
+        for other, before in list(first.items())[:number]:
+            if tokenizer.is_other(other):
+                raise ValueError(
+                    f"{file.shown} was written with another tokenizer than {before.shown} "
+                    f"({tokenizer.difference(other)}); one set has one tokenizer."
+                )
     for file in files[1:]:
         if file.path.endswith(".ds") and files[0].path.endswith(".ds") and file.dtype != files[0].dtype:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.utils import logging
 
@@ -25,11 +26,11 @@ STOCK_MODULES = ("transformers.integrations", "transformers.utils.notebook", "hf
 class FlowAgreement:
     """Lets the ranks of one run agree on the flags of `control`. Made by all ranks together.
 
-    The sum that carries the flags starts after the callbacks of a step, and a rank without flags does not wait for it.
-    If every rank has one (each does where the step logs, saves or is the last), all flags act at once. If only some do,
-    all ranks learn of it while the next step is computed, and act at its end. Where ranks wait for each other anyway
-    (the ends of epochs, log lines, evaluations, saves) flags act at once. Without callbacks of the user's, and on one
-    process, nothing is sent.
+    The reduction that carries the flags starts after the callbacks of a step, and a rank without flags does not wait
+    for it. If every rank has one (each does where the step logs, saves or is the last), all flags act at once. If only
+    some do, all ranks learn of it while the next step is computed, and act at its end. Where ranks wait for each other
+    anyway (the ends of epochs, log lines, evaluations, saves) flags act at once. Without callbacks of the user's, and
+    on one process, nothing is sent.
 
     Args:
         callbacks: of the trainer, a list that it goes on using.
@@ -43,7 +44,7 @@ class FlowAgreement:
         self._keeper = FlagKeeper()
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, FlagKeeper)]
         own = is_subclass or any(map(_is_foreign, callbacks))
-        self.agrees = mesh.world_size > 1 and bool(self._sum([own]).read()[0])
+        self.agrees = mesh.world_size > 1 and bool(self._any([own]).read()[0])
 
     def begin_epoch(self, control: TrainerControl, step: int) -> None:
         """Agree on what was asked for when the run, or the epoch, began."""
@@ -84,21 +85,21 @@ class FlowAgreement:
     def agree(self, control: TrainerControl) -> None:
         """Give every rank the flags of all, now."""
         if self.agrees:
-            _set(control, self._sum(_flags(control)).read())
+            _set(control, self._any(_flags(control)).read())
             self._take_asked(control)
 
     def _agree_after_step(self, control: TrainerControl) -> None:
         self._take_asked(control)
         flags = _flags(control)
-        counted = self._sum([*flags, any(flags)])
+        asked = self._any([*flags, not any(flags)])
         if not any(flags):
-            self._asked = counted  # to be read when it has arrived for long
+            self._asked = asked  # to be read when it has arrived for long
             return
-        *counts, ranks = counted.read().tolist()
-        if ranks == self.mesh.world_size:
-            _set(control, torch.tensor(counts))
+        *of_all, is_some_rank_without = asked.read().tolist()
+        if not is_some_rank_without:
+            _set(control, torch.tensor(of_all))
             return
-        self._asked = counted
+        self._asked = asked
         for name in FLAGS:
             setattr(control, name, False)
 
@@ -108,12 +109,13 @@ class FlowAgreement:
         if asked is not None:
             _set(control, asked.read())
 
-    def _sum(self, values: list[bool]) -> HostCopy:
-        """How many ranks say yes to each."""
-        mine = torch.tensor(values, dtype=torch.float32)
+    def _any(self, values: list[bool]) -> HostCopy:
+        """Whether some rank says yes to each."""
+        mine = torch.tensor(values, dtype=torch.int32)  # a rehearsal has no values of numbers of floating point
         if self.mesh.device.type == "cuda":
             mine = mine.pin_memory()
-        return HostCopy(all_reduce(mine.to(self.mesh.device, non_blocking=True), self.mesh.world))
+        there = mine.to(self.mesh.device, non_blocking=True)
+        return HostCopy(all_reduce(there, self.mesh.world, dist.ReduceOp.MAX))
 
 
 class FlagKeeper(TrainerCallback):
@@ -153,9 +155,9 @@ def _flags(control: TrainerControl) -> list[bool]:
     return [bool(getattr(control, name)) for name in FLAGS]
 
 
-def _set(control: TrainerControl, counts: torch.Tensor) -> None:
-    for name, count in zip(FLAGS, counts.tolist(), strict=False):
-        if count and not getattr(control, name):
+def _set(control: TrainerControl, asked: torch.Tensor) -> None:
+    for name, is_asked in zip(FLAGS, asked.tolist(), strict=False):
+        if is_asked and not getattr(control, name):
             logger.info(f"{name} was set on another rank.")
             setattr(control, name, True)
 
