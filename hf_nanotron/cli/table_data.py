@@ -81,7 +81,8 @@ def _read(section: dict[str, Any], where: str) -> Any:
 
 
 def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str = "dataset") -> Any:
-    """`dataset` with `input_ids`: its own, or its texts, each ended by the end-of-text token, cut into samples.
+    """`dataset` with `input_ids`: its own, or its texts, each ended by the end-of-text token, cut into samples. Rows
+    without text (empty or null) are left out.
 
     With `documents="mask"` samples have `position_ids`, which restart with each text, and `labels`, which do not
     predict the first token of one.
@@ -103,7 +104,7 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # verbose=False: texts longer than the model are expected, they are cut.
-        rows = tokenizer(batch[column], return_attention_mask=False, verbose=False)["input_ids"]
+        rows = tokenizer(_texts(batch[column]), return_attention_mask=False, verbose=False)["input_ids"]
         end = tokenizer.eos_token_id
         texts = [row if row[-1:] == [end] else [*row, end] for row in rows]
         streams = {"input_ids": list(chain.from_iterable(texts))}
@@ -124,6 +125,14 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str
     if not len(packed):
         raise ValueError(f"the texts of {where} are too short for one sample of sequence_length={size} tokens.")
     return packed
+
+
+def _texts(values: list[Any]) -> list[str]:
+    """Those with something in them: of nothing, only its end would be trained on."""
+    for value in values:
+        if not isinstance(value, str | None):
+            raise ValueError(f"it holds a {type(value).__name__} ({value!r:.40}), not text")
+    return [value for value in values if value]
 
 
 def _check_ids(dataset: Any) -> None:
