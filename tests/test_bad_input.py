@@ -285,6 +285,11 @@ def without_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad_batch(rows)["input_ids"]}
 
 
+def changed(**columns: Any) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """A collator whose columns are made of the ids."""
+    return lambda rows: (batch := pad_batch(rows)) | {name: make(batch["input_ids"]) for name, make in columns.items()}
+
+
 # what is done, and what the message says
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "stock arguments": (
@@ -313,6 +318,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "Muon is not known to be element-wise.*AdamW",
     ),
     "search": (lambda: build_trainer().hyperparameter_search(), "hyperparameter_search.*one job per trial"),
+    "a mask of other tokens": (
+        lambda: build_trainer(data_collator=changed(attention_mask=lambda ids: ids[:, 2:] * 0 + 1)).train(),
+        r"attention_mask of a batch has the shape \[\d, 14\], and input_ids \[\d, 16\]: each token needs one",
+    ),
+    "positions of other rows": (
+        lambda: build_trainer(data_collator=changed(position_ids=lambda ids: ids.repeat(3, 1))).train(),
+        "position_ids of a batch has the shape",
+    ),
+    "ids that are no integers": (
+        lambda: build_trainer(data_collator=changed(input_ids=lambda ids: ids.float())).train(),
+        "input_ids of a batch are torch.float32: ids are integers",
+    ),
     "labels": (
         lambda: build_trainer(data_collator=without_labels).train(),
         r"no `labels` \(they have \['input_ids'\]\).*DataCollatorForLanguageModeling",

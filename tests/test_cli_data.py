@@ -315,7 +315,7 @@ def test_texts_are_kept_apart() -> None:
     assert packed["position_ids"][:] == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert packed["labels"][:] == [[-100, 6, 7, 2], [-100, 2, -100, 10]]
     numbers = Dataset.from_dict({"text": [1.5]})
-    with pytest.raises(ValueError, match=r"text_column='text' cannot be tokenized.*holds a float \(1.5\), not text"):
+    with pytest.raises(ValueError, match=r"dataset.text_column='text' holds a float \(1.5\), which is no text"):
         _tokenised(numbers, section, tokenizer())
     with pytest.raises(ValueError, match="the texts of dataset are too short"):
         _tokenised(Dataset.from_dict({"text": ["", None]}), section, tokenizer())

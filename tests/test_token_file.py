@@ -67,9 +67,9 @@ def test_an_index_that_does_not_end_with_its_file_is_refused(tmp_path: Path) -> 
     write_ds(tmp_path / "a.ds", docs)
     path, index = str(tmp_path / "a.ds"), tmp_path / "a.ds.index"
     ends, count = np.fromfile(index, "<u8"), len(flat(docs))
-    for wrong in (ends[:-1], ends[:0], ends[:7], np.append(ends, count + 1)):
-        wrong.astype("<u8").tofile(index)
-        last = wrong[-1] if len(wrong) else 0
+    for wrong in (ends[:-1].tolist(), [], ends[:7].tolist(), [*ends.tolist(), count + 1]):
+        np.array(wrong, "<u8").tofile(index)
+        last = wrong[-1] if wrong else 0
         with pytest.raises(ValueError, match=f"its last document ends at token {last}, and the file has {count}"):
             TokenFile.open(path, token_size=2)
 
@@ -84,6 +84,7 @@ def test_ids_read_with_half_their_width_are_refused(tmp_path: Path, index: bool)
         TokenFile.open(str(tmp_path / "a.ds"), token_size=2, vocab_size=100)
     tokens = TokenFile.open(str(tmp_path / "a.ds"), token_size=4, vocab_size=100).read(0, 10**6)
     np.testing.assert_array_equal(tokens, flat(docs))
+    (tmp_path / "a.ds.index").unlink(missing_ok=True)
     for ids in ([0] * 200, [5, 0] * 10):  # nothing is written, or too little to say
         write_ds(tmp_path / "a.ds", [ids], index=False)
         assert TokenFile.open(str(tmp_path / "a.ds"), token_size=2).tokens == len(ids)

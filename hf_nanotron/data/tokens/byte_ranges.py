@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -279,7 +279,7 @@ def stat_files(paths: Sequence[str], options: dict[str, Any] | None = None) -> d
     return found
 
 
-def refuse_twice(files: Iterable[Stat], effect: str) -> None:
+def refuse_twice(files: Sequence[Stat], effect: str) -> None:
     """Refuse one file by two names, be it by a symbolic or a hard link.
 
     Args:
@@ -288,17 +288,19 @@ def refuse_twice(files: Iterable[Stat], effect: str) -> None:
     Raises:
         ValueError: naming both.
     """
-    alike: dict[tuple[int, str], list[str]] = {}  # two names of a file have its length and time
+    alike = Counter((size, version) for _, size, version in files)  # two names of a file have its length and time
+    seen: dict[Any, str] = {}
     for path, size, version in files:
-        alike.setdefault((size, version), []).append(path)
-    for (size, _), paths in alike.items():
-        seen: dict[Any, str] = {}
-        for path in paths if len(paths) > 1 and size else ():
-            key = path if is_remote(path) else os.stat(local_path(path))[1:3]  # inode and device
-            if key in seen:
-                same = "is given twice" if seen[key] == path else f"is {printable_url(seen[key])}, too"
-                raise ValueError(f"{printable_url(path)} {same}: {effect}; name it once.")
-            seen[key] = path
+        if is_remote(path):
+            key: Any = path
+        elif size and alike[size, version] > 1:
+            key = os.stat(local_path(path))[1:3]  # inode and device
+        else:
+            continue
+        if key in seen:
+            same = "is given twice" if seen[key] == path else f"is {printable_url(seen[key])}, too"
+            raise ValueError(f"{printable_url(path)} {same}: {effect}; name it once.")
+        seen[key] = path
 
 
 def expand(pattern: str, options: dict[str, Any] | None = None) -> list[str]:
