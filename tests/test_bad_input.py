@@ -344,6 +344,24 @@ def test_the_trainer_refuses(act: Callable[[], Any], message: str) -> None:
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight, .*\(18 tensors"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight \(1 tensors"),
+    ],
+    ids=["fewer layers", "tied"],
+)
+def test_a_checkpoint_of_more_than_the_model(changes: dict[str, Any], lost: str, tmp_path: Path) -> None:
+    """Half of a model would go on, in silence."""
+    values = training_arguments(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=1)
+    build_trainer(args=NanotronTrainingArguments(**values)).train()
+    smaller = stock_model("llama", **changes)
+    trainer = build_trainer(smaller, NanotronTrainingArguments(**{**values, "max_steps": 2}))
+    with pytest.raises(ValueError, match=f"checkpoint-1 holds {lost}.* which the model does not have"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_sequences_are_filled_up_or_refused() -> None:
     ids = torch.ones(2, 5, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "position_ids": ids, "epoch": 3}
