@@ -285,6 +285,11 @@ def without_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad_batch(rows)["input_ids"]}
 
 
+def changed(**columns: Any) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """A collator whose columns are made of the ids."""
+    return lambda rows: (batch := pad_batch(rows)) | {name: make(batch["input_ids"]) for name, make in columns.items()}
+
+
 # what is done, and what the message says
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "stock arguments": (
@@ -313,6 +318,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "Muon is not known to be element-wise.*AdamW",
     ),
     "search": (lambda: build_trainer().hyperparameter_search(), "hyperparameter_search.*one job per trial"),
+    "a mask of other tokens": (
+        lambda: build_trainer(data_collator=changed(attention_mask=lambda ids: ids[:, 2:] * 0 + 1)).train(),
+        r"attention_mask of a batch has the shape \[\d, 14\], and input_ids \[\d, 16\]: each token needs one",
+    ),
+    "positions of other rows": (
+        lambda: build_trainer(data_collator=changed(position_ids=lambda ids: ids.repeat(3, 1))).train(),
+        "position_ids of a batch has the shape",
+    ),
+    "ids that are no integers": (
+        lambda: build_trainer(data_collator=changed(input_ids=lambda ids: ids.float())).train(),
+        "input_ids of a batch are torch.float32: ids are integers",
+    ),
     "labels": (
         lambda: build_trainer(data_collator=without_labels).train(),
         r"no `labels` \(they have \['input_ids'\]\).*DataCollatorForLanguageModeling",
@@ -325,6 +342,24 @@ def test_the_trainer_refuses(act: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         act()
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight, .*\(18 tensors"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight \(1 tensors"),
+    ],
+    ids=["fewer layers", "tied"],
+)
+def test_a_checkpoint_of_more_than_the_model(changes: dict[str, Any], lost: str, tmp_path: Path) -> None:
+    """Half of a model would go on, in silence."""
+    values = training_arguments(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=1)
+    build_trainer(args=NanotronTrainingArguments(**values)).train()
+    smaller = stock_model("llama", **changes)
+    trainer = build_trainer(smaller, NanotronTrainingArguments(**{**values, "max_steps": 2}))
+    with pytest.raises(ValueError, match=f"checkpoint-1 holds {lost}.* which the model does not have"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_sequences_are_filled_up_or_refused() -> None:

@@ -308,12 +308,17 @@ def test_texts_are_kept_apart() -> None:
 
     from hf_nanotron.cli.table_data import _tokenised
 
-    texts = Dataset.from_dict({"text": ["w5 w6 w7", "w8", "w9 w10 w11"]})
+    texts = Dataset.from_dict({"text": ["w5 w6 w7", "", "w8", None, "w9 w10 w11"]})  # of nothing, nothing is trained
     section = {"text_column": "text", "sequence_length": 4, "documents": "mask"}
     packed = _tokenised(texts, section, tokenizer())
     assert packed["input_ids"][:] == [[5, 6, 7, 2], [8, 2, 9, 10]]
     assert packed["position_ids"][:] == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert packed["labels"][:] == [[-100, 6, 7, 2], [-100, 2, -100, 10]]
+    numbers = Dataset.from_dict({"text": [1.5]})
+    with pytest.raises(ValueError, match=r"dataset.text_column='text' holds a float \(1.5\), which is no text"):
+        _tokenised(numbers, section, tokenizer())
+    with pytest.raises(ValueError, match="the texts of dataset are too short"):
+        _tokenised(Dataset.from_dict({"text": ["", None]}), section, tokenizer())
 
 
 def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,9 @@ def test_what_data_become(tmp_path: Path) -> None:
         "sequence_length": 256, "token_size": 4, "vocab_size": 256, "shuffle": False, "seed": 7, "max_epochs": None,
         "mixture": {"web": {"tokens": ["web"], "weight": 1.0}, "code": {"tokens": ["code"], "weight": 1.0}},
     }  # fmt: skip
+    twice = {**LATER_NANOSET, "dataset_folder": ["web", "code", "web"], "dataset_weights": [0.25, 0.5, 0.25]}
+    sets = convert(tmp_path, changed(data_stages=[stage(twice)]))[0]["dataset"]["mixture"]
+    assert {name: part["weight"] for name, part in sets.items()} == {"web": 0.5, "code": 0.5}
     assert found["shares of sets"]["mixture"]["a"] == {
         "path": "a",
         "split": "train",
@@ -394,6 +397,9 @@ FAULTS: list[tuple[Any, str]] = [
     (changed(tokens=...), "it has no section tokens"),
     (changed(model={"model_config": {"is_llama_config": ..., "is_gpt_config": True}}), "is of is_gpt_config; known"),
     (changed(optimizer={"learning_rate_scheduler": {"lr_decay_style": "bumpy"}}), "lr_decay_style='bumpy' is not one"),
+    (changed(data_stages=[stage({**NANOSET, "dataset_weights": [1.0]})]),
+     "dataset_weights=[1.0] must be a number of 0 or more for each of the 2 folders"),
+    (changed(data_stages=[stage({**LATER_NANOSET, "dataset_weights": [-1, 2]})]), "must be a number of 0 or more"),
     ({"model": {}, "training": {}}, "is no configuration of a nanotron run"),
     ([1], "holds no sections"),
     ("a: [", "is not valid YAML"),

@@ -14,7 +14,7 @@ import pytest
 from pool import WorkerPool
 from test_checkpoint_manager import names
 from tiny import History, message, pad_batch, random_dataset, tiny_config, training_arguments
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.checkpoint.directory import retention as manager, runs, verify
@@ -510,6 +510,33 @@ def test_runs_in_one_folder(pool: WorkerPool, tmp_path: Path) -> None:
     assert found["again"] == [4, 5, 6, 8] and not found["rewritten"]
     assert found["same run"] and found["in the state"] and found["released"] == 0
     assert "overwrite_output_dir=False refuses" in found["refused"]
+
+
+class Leaves(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            os.chdir("elsewhere")
+
+
+def run_that_leaves_its_folder(parent: str) -> str:
+    before = os.getcwd()
+    os.chdir(parent)
+    try:
+        trainer, _ = trainer_of("relative", save_steps=2, max_steps=4)
+        trainer.add_callback(Leaves())
+        return message(trainer.train)
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_whose_working_directory_changes(pool: WorkerPool, tmp_path: Path) -> None:
+    """Its next checkpoints would be in another folder than its record and lock, where no resume looks."""
+    (tmp_path / "elsewhere").mkdir()
+    said, other = pool.run(2, run_that_leaves_its_folder, str(tmp_path))
+    now = tmp_path / "elsewhere" / "relative"
+    assert said == other and f"output_dir='relative' was {tmp_path / 'relative'} when train began, and is {now}" in said
+    assert newest(tmp_path / "relative") == [tmp_path / "relative" / "checkpoint-2"]
+    assert not list(now.glob("checkpoint-*"))
 
 
 def start_in_a_locked_folder(output: str) -> tuple[str, str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_nanotron.data import TokenDataset
+from hf_nanotron.data.identity import difference
 from hf_nanotron.data.tokens.permutation import Permutation
 
 LENGTH = 16
@@ -229,17 +231,59 @@ def test_refusals(tmp_path: Path) -> None:
         ({"documents": "pack"}, r"a.ds does not say where its documents end"),
         ({"documents": "whole"}, "documents='whole' is not one of 'cross', 'mask', 'pack'"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": "a"}, "seed='a' cannot be: a whole number, at least 0"),
+        ({"pack_window": 0}, "pack_window=0 cannot be: a whole number, at least 1"),
+        ({"eos_token_id": -1, "documents": "mask"}, "eos_token_id=-1 cannot be"),
+        ({"eos_token_id": 70_000, "documents": "mask"}, "eos_token_id=70000 ends no document .* ids reach to 65535"),
+        ({"eos_token_id": 300, "documents": "pack", "vocab_size": 300}, "eos_token_id=300 .* vocabulary has 300 ids"),
     ]:
         with pytest.raises(ValueError, match=match):
             in_order(tmp_path, **options)
     with pytest.raises(ValueError, match="a.ds: no file has sequence_length=100000 tokens"):
         TokenDataset(tmp_path, 100_000, token_size=2)
-    with pytest.raises(ValueError, match="sequence_length=0"):
-        TokenDataset(tmp_path, 0, token_size=2)
+    for length in (0, 16.0, "16", True):
+        with pytest.raises(ValueError, match=f"sequence_length={length!r} cannot be: a whole number"):
+            TokenDataset(tmp_path, length, token_size=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="eos_token_id=120 ends no document .*: the vocabulary has 120 ids"):
+        in_order(tmp_path, documents="mask", eos_token_id=120).with_vocabulary(120)
+    with pytest.raises(ValueError, match="a.ds would be one document of .* eos_token_id=4444 is not among its ids"):
+        len(in_order(tmp_path, documents="pack", eos_token_id=4444))
+    write_ds(tmp_path / "book.ds", [[*range(1, 100), 0]], index=False)  # one document, with its end
+    assert len(TokenDataset(tmp_path / "book.ds", 16, token_size=2, documents="pack", eos_token_id=0)) == 7
+    (tmp_path / "book.ds").unlink()
+    (tmp_path / "empty.ds").touch()
+    for handling in ("cross", "pack"):
+        with pytest.raises(ValueError, match="empty.ds: there are no tokens in it"):
+            TokenDataset(tmp_path / "empty.ds", 16, token_size=2, documents=handling, eos_token_id=0)  # type: ignore
+    (tmp_path / "empty.ds").unlink()
     with pytest.raises(IndexError, match="of a dataset with"):
         in_order(tmp_path)[10**6]
     with pytest.raises(ValueError, match="a.ds: token .* the vocabulary has 20"):
         in_order(tmp_path, vocab_size=20).rows(range(9))
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """By two names, it would be trained on twice in each epoch."""
+    write_ds(tmp_path / "a.ds", documents(30))
+    write_ds("memory://twice/a.ds", documents(30))
+    path = str(tmp_path / "a.ds")
+    (tmp_path / "b.ds").symlink_to(path)
+    os.link(path, tmp_path / "c.ds")
+    for paths, match in [
+        ([path, tmp_path / "b.ds"], "b.ds is .*a.ds, too: an epoch would read it twice"),
+        ([path, tmp_path / "c.ds"], "c.ds is .*a.ds, too"),
+        ([path, f"{tmp_path}/a*"], "a.ds is given twice"),
+        (tmp_path, "b.ds is .*a.ds, too"),
+        (["memory://twice", "memory://twice/a.ds"], "a.ds is given twice"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            TokenDataset(paths, 16, token_size=2)  # type: ignore[arg-type]
+    (tmp_path / "b.ds").unlink()
+    (tmp_path / "b.ds").write_bytes(Path(path).read_bytes())  # as long, and not the same
+    stat = os.stat(path)
+    os.utime(tmp_path / "b.ds", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    one = len(in_order(path))
+    assert len(in_order([path, str(tmp_path / "b.ds")])) == 2 * one  # type: ignore[arg-type]
 
 
 def test_identity_tells_a_file_that_changed(tmp_path: Path) -> None:
@@ -249,6 +293,9 @@ def test_identity_tells_a_file_that_changed(tmp_path: Path) -> None:
     assert in_order(tmp_path, seed=1).identity() != before
     write_ds(tmp_path / "a.ds", [*documents(30), [1]])
     assert in_order(tmp_path).identity()["files"] != before["files"]
+    (tmp_path / "a.ds.index").unlink()  # packed rows are made of what ends documents then
+    one, other = (in_order(tmp_path, documents="pack", eos_token_id=end).identity() for end in (0, 7))
+    assert difference(one, other, []).sentence == "eos_token_id was 0 when it was saved, and is 7 now"
 
 
 FILES, FILE_BYTES, INDEX_BYTES = 500, 20 * 10**9, 2 * 10**8
@@ -292,9 +339,8 @@ def test_first_batch_of_ten_terabytes_reads_little(handling: str) -> None:
 
 def test_first_row_of_ten_terabytes_of_sparse_files(tmp_path: Path) -> None:
     for number in range(FILES):
-        for end, size in SIZES.items():
-            with open(tmp_path / f"{number:03d}.ds{end}", "wb") as file:
-                file.truncate(size)
+        with open(tmp_path / f"{number:03d}.ds", "wb") as file:
+            file.truncate(FILE_BYTES)
     dataset = TokenDataset(tmp_path, 4096, token_size=2)
     assert dataset.tokens == FILES * FILE_BYTES // 2
     assert not dataset[0]["input_ids"].any()

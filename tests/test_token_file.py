@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 from token_files import count_requests, documents, flat, write_ds, write_megatron
 
 from hf_nanotron.data import TokenDataset
+from hf_nanotron.data.tokens import byte_ranges
 from hf_nanotron.data.tokens.byte_ranges import BlockCache, RemoteFile
 from hf_nanotron.data.tokens.documents import EndsInFile, scan
 from hf_nanotron.data.tokens.file_map import map_file
@@ -57,12 +61,33 @@ def test_ds(tmp_path: Path, token_size: int) -> None:
     check_documents(file, edges_of(docs))
 
 
-def test_ids_behind_the_last_end_are_a_document(tmp_path: Path) -> None:
+def test_an_index_that_does_not_end_with_its_file_is_refused(tmp_path: Path) -> None:
+    """Cut off, empty or of another file it would join documents, in silence."""
     docs = documents(20)
     write_ds(tmp_path / "a.ds", docs)
-    ends = np.fromfile(tmp_path / "a.ds.index", "<u8")
-    ends[:-1].tofile(tmp_path / "a.ds.index")
-    check_documents(TokenFile.open(str(tmp_path / "a.ds"), token_size=2), edges_of(docs))
+    path, index = str(tmp_path / "a.ds"), tmp_path / "a.ds.index"
+    ends, count = np.fromfile(index, "<u8"), len(flat(docs))
+    for wrong in (ends[:-1].tolist(), [], ends[:7].tolist(), [*ends.tolist(), count + 1]):
+        np.array(wrong, "<u8").tofile(index)
+        last = wrong[-1] if wrong else 0
+        with pytest.raises(ValueError, match=f"its last document ends at token {last}, and the file has {count}"):
+            TokenFile.open(path, token_size=2)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_ids_read_with_half_their_width_are_refused(tmp_path: Path, index: bool) -> None:
+    """Each would become two, of which the second one is 0: all of them are in the vocabulary."""
+    docs = documents(20)
+    write_ds(tmp_path / "a.ds", docs, token_size=4, index=index)
+    match = "ends at token .* another width" if index else "every second one of its first .* pass token_size=4"
+    with pytest.raises(ValueError, match=match):
+        TokenFile.open(str(tmp_path / "a.ds"), token_size=2, vocab_size=100)
+    tokens = TokenFile.open(str(tmp_path / "a.ds"), token_size=4, vocab_size=100).read(0, 10**6)
+    np.testing.assert_array_equal(tokens, flat(docs))
+    (tmp_path / "a.ds.index").unlink(missing_ok=True)
+    for ids in ([0] * 200, [5, 0] * 10):  # nothing is written, or too little to say
+        write_ds(tmp_path / "a.ds", [ids], index=False)
+        assert TokenFile.open(str(tmp_path / "a.ds"), token_size=2).tokens == len(ids)
 
 
 def test_width_and_tokenizer_of_the_metadata(tmp_path: Path) -> None:
@@ -334,7 +359,7 @@ def test_secrets_are_not_shown_by_documents_and_reprs(ends: list[int]) -> None:
     path, cache = "https://user:hunter22@host/a.ds", BlockCache(options=options)
     file = RemoteFile(path, 8 * len(ends), cache)
     cache.blocks[path, 0] = np.array(ends, "<u8").tobytes()
-    documents = EndsInFile(SortedInts(file, 0, len(ends)), 8, 8)
+    documents = EndsInFile(SortedInts(file, 0, len(ends)), 8)
     with pytest.raises(ValueError, match=r"https://\*\*\*@host/a.ds") as error:
         documents.edges(0, len(ends))
     shown = f"{error.value} {file} {cache} {documents} {TokenFile(path, file, np.dtype('u2'), 0, 8, documents)}"
@@ -363,6 +388,55 @@ def test_maps_keep_no_file_open(tmp_path: Path) -> None:
         map_file(path, 10**6)
     with pytest.raises(FileNotFoundError):
         map_file(path + "x", 1)
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """Serves ranges of `data`; the first of `answers` says what becomes of the next request."""
+
+    data = np.arange(1000, dtype="<u2").tobytes()
+    answers: ClassVar[list[str]] = []
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        answer = self.answers.pop(0) if self.answers else "ok"
+        start, stop = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = self.data[start : stop + 1]
+        self.send_response({"ok": 206, "cut": 206}.get(answer) or int(answer))
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part[: len(part) // 2] if answer == "cut" else part)
+        self.close_connection = answer == "cut"
+
+    def log_message(self, *args: object) -> None: ...
+
+
+def test_a_server_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may pass does not end a run; what lasts is not asked for again."""
+    assert len(byte_ranges.PAUSES) == 3 and 10 < sum(byte_ranges.PAUSES) < 11  # as the page says
+    monkeypatch.setattr(byte_ranges, "PAUSES", (0.0, 0.0))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/a.ds"
+        file = RemoteFile(url, len(Flaky.data), BlockCache(block=64))
+        for first, answers in enumerate((["503", "cut"], ["cut"], ["429", "500"])):
+            Flaky.answers[:] = answers
+            read = file.array(np.dtype("<u2"), 200 * first, 10)
+            assert read.tolist() == list(range(100 * first, 100 * first + 10)) and not Flaky.answers
+        for answers, left in ((["503"] * 4, 1), (["403", "ok"], 1), (["404", "ok"], 1)):
+            Flaky.answers[:] = answers
+            with pytest.raises(OSError, match=f"a.ds cannot be read .*{answers[0] if answers[0] != '404' else 'a.ds'}"):
+                file.array(np.dtype("<u2"), 1000, 10)
+            assert len(Flaky.answers) == left
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

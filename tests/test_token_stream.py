@@ -424,6 +424,11 @@ def test_ranks_learn_that_they_read_other_data(tmp_path: Path) -> None:
 # ---- refusals ----
 
 
+class Numbers:
+    def __iter__(self) -> Any:
+        return iter([{"text": 0.0}])
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     _, dataset = write_shards(tmp_path, shards=2)
     ids = IterableDataset.from_generator(lambda: iter([{"input_ids": [5, 300]}]))
@@ -444,6 +449,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         ("cannot be begun anew", lambda: stream_of(iter([{"text": "w5"}]))),
         ("lanes=2: a Lines has no shards", lambda: stream_of(Lines([[3]]), tokenizer=None, lanes=2)),
         ("has the id 300.*vocabulary of 120", lambda: next(iter(stream_of(ids, tokenizer=None, vocab_size=120)))),
+        ("'text' must hold text, not a float", lambda: next(iter(stream_of(Numbers())))),
         (
             "the column 'input_ids' must hold a list of integers",
             lambda: next(iter(stream_of(Lines([["a"]]), tokenizer=None))),

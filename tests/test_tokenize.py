@@ -361,13 +361,41 @@ def test_what_a_resume_refuses(tmp_path: Path) -> None:
     assert (out / "notes.txt").read_text() == "mine" and len(list(out.glob("*.ds"))) == 1
 
 
+def test_a_file_is_tokenized_once(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", texts(20))
+    (tmp_path / "latest.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(ValueError, match="latest.jsonl is .*a.jsonl, too: its documents would be written twice"):
+        tokenized(f"{tmp_path}/*.jsonl", tmp_path / "out", words(300))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shard would hold what nobody asked for, and the plan would name the file as it was before."""
+    source = jsonl(tmp_path / "a.jsonl", texts(20))
+    before = shards_module.Job._write
+
+    def written(self: Any, writer: Any, batch: Any) -> Any:
+        with open(source, "a") as file:
+            file.write('{"text": "w5"}\n')
+        return before(self, writer, batch)
+
+    monkeypatch.setattr(shards_module.Job, "_write", written)
+    with pytest.raises(ValueError, match=r"a.jsonl was written again, or is gone, .*\(\d+ bytes then, \d+ now\)"):
+        tokenized(source, tmp_path / "out", words(300))
+    assert not list((tmp_path / "out").glob("*.ds"))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="was begun with something else: .*a.jsonl has"):
+        tokenized(source, tmp_path / "out", words(300))
+    assert tokenized(source, tmp_path / "out", words(300), overwrite=True) == expected([*texts(20), "w5"])
+
+
 def test_a_shard_whose_file_is_gone_is_written_again(tmp_path: Path) -> None:
-    for number in range(2):
+    for number in range(3):
         jsonl(tmp_path / f"{number}.jsonl", texts(20, number))
     out = tmp_path / "out"
-    first = tokenized(f"{tmp_path}/*.jsonl", out, words(300), shards=2)
+    first = tokenized(f"{tmp_path}/*.jsonl", out, words(300), shards=3)
     (out / "00000_unshuffled.ds").write_bytes(b"cut")
     (out / "00001_unshuffled.ds.index").unlink()
+    os.truncate(out / "00002_unshuffled.ds.index", 8 * 19)
     done = tokenize_corpus(f"{tmp_path}/*.jsonl", out, words(300), eos_token=EOS, progress=False)
     assert done.kept == 0 and documents_in(out, done.files) == first
 

@@ -81,7 +81,8 @@ def _read(section: dict[str, Any], where: str) -> Any:
 
 
 def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str = "dataset") -> Any:
-    """`dataset` with `input_ids`: its own, or its texts, each ended by the end-of-text token, cut into samples.
+    """`dataset` with `input_ids`: its own, or its texts, each ended by the end-of-text token, cut into samples. Rows
+    without text (empty or null) are left out.
 
     With `documents="mask"` samples have `position_ids`, which restart with each text, and `labels`, which do not
     predict the first token of one.
@@ -99,11 +100,12 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str
         raise ValueError(f"{where}.text_column={column!r} is not one of {', '.join(dataset.column_names)}.")
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{where}.text_column needs a tokenizer with an end-of-text token.")
-    kept_apart = section.get("documents") == "mask"
+    kept_apart, what = section.get("documents") == "mask", f"{where}.text_column={column!r}"
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # verbose=False: texts longer than the model are expected, they are cut.
-        rows = tokenizer(batch[column], return_attention_mask=False, verbose=False)["input_ids"]
+        given = _texts(batch[column], what)
+        rows = tokenizer(given, return_attention_mask=False, verbose=False)["input_ids"] if given else []
         end = tokenizer.eos_token_id
         texts = [row if row[-1:] == [end] else [*row, end] for row in rows]
         streams = {"input_ids": list(chain.from_iterable(texts))}
@@ -113,7 +115,7 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str
         starts = range(0, len(streams["input_ids"]) - size + 1, size)
         return {name: [stream[start : start + size] for start in starts] for name, stream in streams.items()}
 
-    with explained(f"{where}.text_column={column!r} cannot be tokenized"):
+    with explained(f"{what} cannot be tokenized"):
         packed = dataset.map(
             tokenise,
             batched=True,
@@ -124,6 +126,14 @@ def _tokenised(dataset: Any, section: dict[str, Any], tokenizer: Any, where: str
     if not len(packed):
         raise ValueError(f"the texts of {where} are too short for one sample of sequence_length={size} tokens.")
     return packed
+
+
+def _texts(values: list[Any], what: str) -> list[str]:
+    """Those with something in them: of nothing, only its end would be trained on."""
+    for value in values:
+        if not isinstance(value, str | None):
+            raise ValueError(f"{what} holds a {type(value).__name__} ({value!r:.40}), which is no text.")
+    return [value for value in values if value]
 
 
 def _check_ids(dataset: Any) -> None:

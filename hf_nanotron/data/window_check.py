@@ -19,6 +19,7 @@ from ..parallel.batch import DOMAIN
 from ..parallel.early_sum import EarlySum, EarlySums
 from ..parallel.mesh import Group, ParallelMesh
 from ..parallel.rehearsal import is_rehearsal
+from .columns import check_columns
 from .hashing import tensor_hashes, window_hash
 from .vocabulary import ADVICE, ForeignId, Vocabulary, foreign_id
 
@@ -62,6 +63,8 @@ class WindowCheck:
         disagreement = 0
         try:
             window = [on_host(batch) for batch in window]
+            for batch in window:
+                check_columns(batch)
             foreign = [(n, found) for n, batch in enumerate(window) if (found := foreign_id(batch, self.vocabulary))]
             if model.size > 1:  # zero in the sum if all have the leader's; the seed keeps replicas from cancelling out
                 own = window_hash(window, self.mesh.dp_rank)

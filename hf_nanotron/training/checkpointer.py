@@ -85,6 +85,7 @@ class Checkpointer:
         self.background = BackgroundSave()
         self._copies: HostCopies | None = None
         self._began = 0.0  # the save at hand, in seconds of the host's clock
+        self._folder: Path | None = None  # `output_dir` as it was when `train` began
         self._saved: set[Path] = set()  # by this call of `train`, or taken up by it; resolved
         self._lock = RunLock()
         self._read: tuple[str, StateIndex | None] | None = None  # of the checkpoint that is being resumed
@@ -98,7 +99,7 @@ class Checkpointer:
         self._saved.clear()
         self.was_told_to_stop = False
         args, store, output_dir = self.args, self._uploads.store, cast(str, self.args.output_dir)
-        saves = args.save_strategy != "no"
+        self._folder, saves = Path(output_dir).absolute(), args.save_strategy != "no"
         if saves:
             lock_together(self.mesh, self._lock, output_dir)
         try:
@@ -257,7 +258,7 @@ class Checkpointer:
 
     def begin(self, folder: Path, step: int) -> Save | None:
         """Begin `checkpoint-N/` in the folder of a run; None if this run has it already."""
-        mesh, directory = self.mesh, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        mesh, directory = self.mesh, folder.absolute() / f"{PREFIX_CHECKPOINT_DIR}-{step}"  # a thread may write it
         if directory.resolve() in self._saved:  # at the end of an epoch, say, that is also a step to save at
             return None
         self._saved.add(directory.resolve())
@@ -266,6 +267,7 @@ class Checkpointer:
             self._host_copies().begin()
 
         def make() -> None:
+            self._refuse_moved(directory.name)
             if mesh.rank == 0:
                 begin(directory)
                 if not self.args.save_only_model:
@@ -273,6 +275,15 @@ class Checkpointer:
 
         together(mesh, f"saving {directory}", make)
         return Save(directory, step, self.args.ddp_timeout, run=self.run.to_dict())
+
+    def _refuse_moved(self, name: str) -> None:
+        """A relative `output_dir` is another folder where the working directory is another one."""
+        now = Path(cast(str, self.args.output_dir)).absolute()
+        if self._folder not in (None, now):
+            raise ValueError(
+                f"output_dir={self.args.output_dir!r} was {self._folder} when train began, and is {now} now, since the "
+                f"working directory was changed: {name} would be lost to a resume. Give an absolute output_dir."
+            )
 
     def write_model(self, save: Save, model: ParallelModel, with_weights: bool, folder: str = "") -> None:
         """The Hub's files, in a folder of the checkpoint: weights now or, with `async_save`, as copies for later."""

@@ -61,7 +61,7 @@ class TokenIds:
             had = f"the columns {', '.join(map(str, example))}" if isinstance(example, Mapping) else repr(type(example))
             raise ValueError(f"a document of the stream has no column {self.column!r}, but {had}.")
         value = example[self.column]
-        if value is None or len(value) == 0:
+        if value is None:
             return None
         if self.tokenizer is None:
             return self._checked(value)
@@ -69,12 +69,14 @@ class TokenIds:
             raise ValueError(
                 f"the column {self.column!r} must hold text, not a {type(value).__name__} ({value!r:.40})."
             )
-        return value
+        return value or None
 
-    def _checked(self, value: Any) -> np.ndarray:
+    def _checked(self, value: Any) -> np.ndarray | None:
         if isinstance(value, str):
             raise ValueError(f"the column {self.column!r} holds text: pass a tokenizer.")
         ids = np.asarray(value)
+        if ids.shape == (0,):
+            return None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"the column {self.column!r} must hold a list of integers, not {value!r:.60}.")
         return ids.astype(np.int64)

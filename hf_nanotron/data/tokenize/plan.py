@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,7 @@ def read_plan(out: OutputFolder) -> dict[str, Any] | None:
 
 
 def finished(out: OutputFolder, shards: int, token_size: int) -> dict[int, Counts]:
-    """Shards that are complete."""
+    """Shards that are complete: all of their files are there, and as long as they have to be."""
     sizes, records, found = out.sizes(), out.sizes(RECORDS), {}
     for number in range(shards):
         if f"{number:05d}.json" not in records:
@@ -125,8 +126,8 @@ def finished(out: OutputFolder, shards: int, token_size: int) -> dict[int, Count
             counts, files = Counts(**record["counts"]), list(record["files"])
         except (KeyError, TypeError):  # damaged: the shard is written again
             continue
-        whole = all(name in sizes for name in files)
-        if whole and (not files or sizes[files[-1]] == counts.tokens * token_size):
+        lengths = {".ds": counts.tokens * token_size, ".index": 8 * counts.documents, ".loss": counts.tokens}
+        if all(name in sizes and lengths.get(os.path.splitext(name)[1], sizes[name]) == sizes[name] for name in files):
             found[number] = counts
     return found
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from ...redaction import printable_url
+from ..tokens.byte_ranges import stat_files
 from .encoders import Encoded, Encoder, Result
 from .output import OutputFolder
 from .plan import Counts, record_name, shard_name
@@ -45,7 +47,8 @@ class Job:
             tell: is told what was added by each batch.
 
         Raises:
-            ValueError: for a row that cannot be read or encoded, naming file and row.
+            ValueError: for a row that cannot be read or encoded, naming file and row; for a file that is not the one
+                of the plan any more.
         """
         options = self.plan["options"]
         total = Counts()
@@ -58,6 +61,7 @@ class Job:
                     added = self._write(writer, batch)
                     total += added
                     tell(added)
+                self._refuse_changed(number)
                 with self.out.written():
                     names = writer.close(options["shuffle"], shard_name(self.plan, number))
                     if total.documents:
@@ -68,6 +72,18 @@ class Job:
         files = names if total.documents else []
         self.out.write(record_name(number), {"counts": vars(total), "files": files})
         return total
+
+    def _refuse_changed(self, number: int) -> None:
+        """Files that were written while they were read: nobody could say which documents the shard has."""
+        planned, options = self.plan["source"].get("files", {}), self.reader.source.storage_options
+        for path in dict.fromkeys(piece.path for piece in self.pieces[number] if planned):
+            now, shown = stat_files([path], options).get(path), printable_url(path)
+            if now is None or [now.size, now.version] != list(planned[shown]):
+                raise ValueError(
+                    f"{shown} was written again, or is gone, since the command has looked at it ({planned[shown][0]} "
+                    f"bytes then{f', {now.size} now' if now else ''}): run it with overwrite when its files stay as "
+                    "they are."
+                )
 
     def _batches(self, number: int) -> Iterator[list[tuple[Piece, int, Any]]]:
         """Rows of a shard, with where they stand."""

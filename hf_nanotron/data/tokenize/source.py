@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...redaction import printable, printable_url
-from ..tokens.byte_ranges import Stat, described, expand, file_system, is_remote, local_path, stat_files
+from ..tokens.byte_ranges import Stat, described, expand, file_system, is_remote, local_path, refuse_twice, stat_files
 from ..tokens.same_tokenizer import OWN
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -141,8 +140,7 @@ def _refuse_given(what: str, values: dict[str, Any]) -> None:
 def _files(paths: Sequence[str], format: str | None, options: dict[str, Any]) -> Source:
     found = [stat for path in paths for stat in _listed(path, format, options)]
     shown = printable_url(paths[0]) if len(paths) == 1 else f"{printable_url(paths[0])} and {len(paths) - 1} more"
-    if twice := [path for path, number in Counter(stat.path for stat in found).items() if number > 1]:
-        raise ValueError(f"{printable_url(twice[0])} is given twice.")
+    refuse_twice(found, "its documents would be written twice")
     formats = {stat.path: format or format_of(stat.path) for stat in found}
     for stat in found:
         if formats[stat.path] is None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
+from transformers.utils import logging
 
 from ...redaction import credentials_in, printable, printable_url, secrets_of
 from .file_map import map_file
 
+logger = logging.get_logger(__name__)
+
+PAUSES = (0.5, 2.0, 8.0)  # seconds before a range of a remote file is asked for again
 BLOCK_BYTES = 64 * 2**10  # a row of 4,096 ids of two bytes takes two blocks at most
 CACHE_BYTES = 64 * 2**20
 # What brings the file systems of URLs, among the extras of this package.
@@ -180,7 +185,8 @@ def read_ranges(spans: Sequence[tuple[str, int, int]], options: dict[str, Any] |
     """Ranges (path, first byte, end) of local and remote files; the remote ones of a file system in one call.
 
     Raises:
-        OSError: naming the file that cannot be read, or gave fewer bytes than it has.
+        OSError: naming the file that cannot be read, also when asked again (`PAUSES`), or gave fewer bytes than it
+            has.
     """
     found: list[bytes] = [b""] * len(spans)
     remote: dict[int, tuple[Any, list[int], list[str]]] = {}
@@ -195,7 +201,7 @@ def read_ranges(spans: Sequence[tuple[str, int, int]], options: dict[str, Any] |
                 found[number] = os.pread(file.fileno(), stop - start, start)
     for fs, numbers, paths in remote.values():
         starts, stops = ([spans[number][side] for number in numbers] for side in (1, 2))
-        for number, data in zip(numbers, fs.cat_ranges(paths, starts, stops, on_error="return"), strict=True):
+        for number, data in zip(numbers, _remote_ranges(fs, paths, starts, stops), strict=True):
             if isinstance(data, BaseException):
                 text = printable(f"{type(data).__name__}: {data}")
                 raise OSError(f"{printable_url(spans[number][0])} cannot be read ({text})") from data
@@ -212,6 +218,33 @@ def read_ranges(spans: Sequence[tuple[str, int, int]], options: dict[str, Any] |
                 "it was opened."
             )
     return found
+
+
+def _remote_ranges(fs: Any, paths: list[str], starts: list[int], stops: list[int]) -> list[Any]:
+    """Bytes of each range, or the error that it ends with, after what may pass was tried again."""
+    found = list(fs.cat_ranges(paths, starts, stops, on_error="return"))
+    for pause in PAUSES:
+        failed = [number for number, data in enumerate(found) if _may_pass(data)]
+        if not failed:
+            break
+        text = printable(f"{type(found[failed[0]]).__name__}: {found[failed[0]]}")
+        url = printable_url(fs.unstrip_protocol(paths[failed[0]]))
+        logger.warning(f"{url} could not be read ({text}); trying again in {pause:g} s.")
+        time.sleep(pause)
+        again = [[values[number] for number in failed] for values in (paths, starts, stops)]
+        for number, data in zip(failed, fs.cat_ranges(*again, on_error="return"), strict=True):
+            found[number] = data
+    return found
+
+
+def _may_pass(data: Any) -> bool:
+    """Whether an answer is an error of a connection or a server, which another attempt may not meet."""
+    status = getattr(data, "status", getattr(getattr(data, "response", None), "status_code", None))  # of HTTP
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    lasting = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    is_of_a_connection = isinstance(data, OSError) or type(data).__module__.startswith("aiohttp.")
+    return is_of_a_connection and not isinstance(data, lasting)
 
 
 def list_folder(path: str, options: dict[str, Any] | None = None) -> dict[str, Stat] | None:
@@ -250,6 +283,30 @@ def stat_files(paths: Sequence[str], options: dict[str, Any] | None = None) -> d
         if info["type"] == "file":
             found[path] = _remote_stat(fs, info)
     return found
+
+
+def refuse_twice(files: Sequence[Stat], effect: str) -> None:
+    """Refuse one file by two names, be it by a symbolic or a hard link.
+
+    Args:
+        effect: what would come of it.
+
+    Raises:
+        ValueError: naming both.
+    """
+    alike = Counter((size, version) for _, size, version in files)  # two names of a file have its length and time
+    seen: dict[Any, str] = {}
+    for path, size, version in files:
+        if is_remote(path):
+            key: Any = path
+        elif size and alike[size, version] > 1:
+            key = os.stat(local_path(path))[1:3]  # inode and device
+        else:
+            continue
+        if key in seen:
+            same = "is given twice" if seen[key] == path else f"is {printable_url(seen[key])}, too"
+            raise ValueError(f"{printable_url(path)} {same}: {effect}; name it once.")
+        seen[key] = path
 
 
 def expand(pattern: str, options: dict[str, Any] | None = None) -> list[str]:

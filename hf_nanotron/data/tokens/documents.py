@@ -31,21 +31,19 @@ class Documents(Protocol):
 
 @dataclass
 class EndsInFile:
-    """The documents of datatrove's `.index`: uint64 ends, exclusive. What comes after the last is a document, too."""
+    """The documents of datatrove's `.index`: uint64 ends, exclusive, of which the last is the number of tokens."""
 
     ends: SortedInts
     tokens: int
-    last: int  # the last end
 
     @property
     def count(self) -> int:
-        return self.ends.length + (self.last < self.tokens)
+        return self.ends.length
 
     def edges(self, first: int, stop: int) -> np.ndarray:
-        found = self.ends.slice(max(first - 1, 0), min(stop, self.ends.length))
+        found = self.ends.slice(max(first - 1, 0), stop)
         before = [0] if first == 0 else []
-        behind = [self.tokens] if stop > self.ends.length else []
-        return _checked(np.concatenate([before, found, behind]).astype(np.int64), 0, self.tokens, self.ends.file.path)
+        return _checked(np.concatenate([before, found]).astype(np.int64), 0, self.tokens, self.ends.file.path)
 
     def within(self, start: int, stop: int) -> np.ndarray:
         return _following(self.ends, start, stop)[1]

@@ -161,7 +161,13 @@ class PackedDocuments:
             return file.documents
         if number not in self._scanned:
             assert self.eos_token_id is not None
-            self._scanned[number] = scan(file.chunks(), self.eos_token_id)
+            found, last = scan(file.chunks(), self.eos_token_id), file.read(file.tokens - 1, file.tokens)
+            if found.count == 1 and file.tokens > self.length and int(last[0]) != self.eos_token_id:
+                raise ValueError(
+                    f"{file.shown} would be one document of {file.tokens} tokens: it does not say where documents end, "
+                    f"and eos_token_id={self.eos_token_id} is not among its ids."
+                )
+            self._scanned[number] = found
         return self._scanned[number]
 
     @property

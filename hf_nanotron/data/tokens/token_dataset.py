@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..identity import FileFacts, file_prints
-from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache, short_name
+from .byte_ranges import BLOCK_BYTES, CACHE_BYTES, BlockCache, Stat, refuse_twice, short_name
 from .packing import WINDOW
 from .peer_orders import MegatronSamples, NanosetSamples
 from .row_reader import CutRows, PackedDocuments, RowReader, Rows
@@ -66,8 +66,9 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     Raises:
         FileNotFoundError: for a path or folder without such files.
-        ValueError: for arguments that cannot be, files that are not what they should be, files written with different
-            tokenizers, a vocabulary that is too small, documents whose ends are not known. Each names the file.
+        ValueError: for arguments that cannot be, files that are not what they should be, a file that is given twice (by
+            a link, too), files written with different tokenizers, a vocabulary that is too small, documents whose ends
+            are not known. Each names the file.
 
     Attributes:
         files: the `TokenFile`s.
@@ -100,12 +101,13 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         block_bytes: int = BLOCK_BYTES,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        if sequence_length < 1 or pack_window < 1:
-            raise ValueError(f"sequence_length={sequence_length} and pack_window={pack_window} must be positive.")
+        _check_whole("sequence_length", sequence_length, 1)
+        _check_whole("pack_window", pack_window, 1)
+        _check_whole("seed", seed, 0)
+        if eos_token_id is not None:
+            _check_whole("eos_token_id", eos_token_id, 0)
         if documents not in HANDLING:
             raise ValueError(f"documents={documents!r} is not one of {', '.join(map(repr, HANDLING))}.")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must not be negative.")
         self.sequence_length, self.documents, self.seed, self.shuffle = sequence_length, documents, seed, shuffle
         self.eos_token_id, self.loss_mask, self.epoch = eos_token_id, loss_mask, 0
         self.peer, self.skip_samples = order, skip_samples
@@ -131,6 +133,12 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         ]
         self.files: list[TokenFile] = [file for files in opened for file in files]
         check_agreement(self.files)
+        if order is None:
+            stats = [Stat(file.path, file.file.size, file.version) for file in self.files]
+            refuse_twice(stats, "an epoch would read it twice, where max_epochs of a Mixture reads a set more often")
+        if not self.tokens:
+            raise ValueError(f"{_shown(self.files)}: there are no tokens in it.")
+        self._check_eos(vocab_size)
         self.tokenizer = next((file.tokenizer for file in self.files if file.tokenizer), None)
         self.vocabulary = next((file.vocabulary for file in self.files if file.vocabulary), None)
         self._reader: RowReader
@@ -146,11 +154,21 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         else:
             self._reader = CutRows(self.files, sequence_length, documents == "mask", eos_token_id, loss_mask)
             if not len(self._reader):
-                raise ValueError(
-                    f"{self.files[0].shown}{' and others' if len(self.files) > 1 else ''}: no file has "
-                    f"sequence_length={sequence_length} tokens."
-                )
+                raise ValueError(f"{_shown(self.files)}: no file has sequence_length={sequence_length} tokens.")
             self._tell_what_is_left_out()
+
+    def _check_eos(self, vocab_size: int | None) -> None:
+        """Refuse an end of documents that no id can be, which would leave all documents joined."""
+        end = self.eos_token_id
+        without = [file for file in self.files if file.documents is None]
+        if end is None or self.documents == "cross" or not without:
+            return
+        largest = max(_largest(file.dtype) for file in without)
+        if end > largest or (vocab_size is not None and end >= vocab_size):
+            has = f"the vocabulary has {vocab_size} ids" if vocab_size is not None else f"ids reach to {largest}"
+            raise ValueError(
+                f"eos_token_id={end} ends no document of {without[0].shown}, which does not say where they end: {has}."
+            )
 
     def _tell_what_is_left_out(self) -> None:
         """Warn where ends of files that fill no row are more than a hundredth of the tokens, or whole files."""
@@ -220,6 +238,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     def with_vocabulary(self, size: int) -> TokenDataset:
         """The same, whose ids are checked to be smaller where they are read."""
+        self._check_eos(size)
         other = copy.copy(self)
         other.files = [replace(file, vocab_size=min(file.vocab_size or size, size)) for file in self.files]
         other._reader = self._reader.reading({id(f): n for f, n in zip(self.files, other.files, strict=True)})
@@ -258,6 +277,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             FileFacts(os.path.basename(file.path), f"{file.file.size}|{file.dtype}", str(file.version))
             for file in self.files
         ]
+        is_scanned = self.documents == "pack" and any(file.documents is None for file in self.files)
         return {
             "files": file_prints(facts),
             "tokens": self.tokens,
@@ -267,8 +287,22 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             "shuffle": self.shuffle,
             "order": self.peer,
             **self._order_options,
+            **({"eos_token_id": self.eos_token_id} if is_scanned else {}),
             "rows": len(self),
         }
+
+
+def _shown(files: Sequence[TokenFile]) -> str:
+    return f"{files[0].shown}{' and others' if len(files) > 1 else ''}"
+
+
+def _largest(dtype: np.dtype) -> int:
+    return np.iinfo(dtype).max if dtype.kind in "iu" else 2**53
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}={value!r} cannot be: a whole number, at least {least}.")
 
 
 def _peer_samples(

@@ -27,7 +27,8 @@ from .sorted_ints import SortedInts
 from .token_paths import Group
 
 TOKEN_SIZES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
-NPY_HEADER = 4096  # bytes that are read of it
+HEAD_BYTES = 4096  # that are read of an `.npy`, or of a `.ds` with nothing beside it
+SURELY = 32  # ids of which none is above 0: in no text, every second token is 0 for so long
 UNKNOWN_TOKENIZER = "Unknown Tokenizer"  # what datatrove writes where it was given none
 
 
@@ -95,7 +96,8 @@ def given_dtype(token_size: int | None, dtype: Any) -> np.dtype | None:
 
 def names_of_heads(group: Group) -> list[str]:
     """Whose beginning, or end, is read at once."""
-    return [end for end in (".metadata", ".index", ".idx", ".npy") if end in group]
+    is_alone = list(group) == [".ds"]  # nothing but its ids could contradict what the user says of their width
+    return [end for end in (".metadata", ".index", ".idx", ".npy") if end in group] + [".ds"] * is_alone
 
 
 def head_spans(group: Group) -> Iterator[tuple[str, int, int]]:
@@ -105,7 +107,7 @@ def head_spans(group: Group) -> Iterator[tuple[str, int, int]]:
         if end == ".index":
             yield path, max(size - 8, 0), size
         else:
-            yield path, 0, min(size, HEADER_BYTES if end == ".idx" else NPY_HEADER)
+            yield path, 0, min(size, HEADER_BYTES if end == ".idx" else HEAD_BYTES)
 
 
 def tail_spans(group: Group, index: MegatronIndex) -> Iterator[tuple[str, int, int]]:
@@ -133,11 +135,21 @@ def _count(stat: Stat, dtype: np.dtype) -> int:
     return stat.size // dtype.itemsize
 
 
+def _refuse_wider(shown: str, head: bytes, dtype: np.dtype) -> None:
+    """Refuse ids that are wider than what they are read as: every second one would be the upper half of one, 0."""
+    ids = np.frombuffer(head[: len(head) // (2 * dtype.itemsize) * 2 * dtype.itemsize], dtype)
+    if len(ids) >= 2 * SURELY and not ids[1::2].any() and ids[::2].any():
+        raise ValueError(
+            f"{shown}: every second one of its first {len(ids)} ids is 0, read as {dtype.itemsize} bytes each; they "
+            f"have {2 * dtype.itemsize}: pass token_size={2 * dtype.itemsize}."
+        )
+
+
 def datatrove_layout(group: Group, head: dict[str, bytes], given: np.dtype | None, cache: BlockCache) -> Layout:
     """Of a `.ds`, by what stands beside it.
 
     Args:
-        head: the `.metadata`, and the last eight bytes of the `.index`.
+        head: the `.metadata`, the last eight bytes of the `.index`, and the first ids of a file that has neither.
         given: what the user says of its ids.
 
     Raises:
@@ -157,6 +169,7 @@ def datatrove_layout(group: Group, head: dict[str, bytes], given: np.dtype | Non
             "(vocabularies up to 65,536) or token_size=4."
         )
     dtype = given if given is not None else np.dtype(TOKEN_SIZES[said.token_size or 0])
+    _refuse_wider(shown, head.get(".ds", b""), dtype)
     tokens = _count(main, dtype)
     if said.tokens not in (None, tokens):
         raise ValueError(
@@ -168,9 +181,12 @@ def datatrove_layout(group: Group, head: dict[str, bytes], given: np.dtype | Non
         if index.size % 8:
             raise ValueError(f"{shown}.index: {index.size} bytes are no whole number of ends of eight bytes.")
         last = int.from_bytes(head[".index"], "little")
-        if last > tokens:
-            raise ValueError(f"{shown}.index: its last document ends at token {last}, and the file has {tokens}.")
-        documents = EndsInFile(SortedInts(opened(index, cache), 0, index.size // 8), tokens, last)
+        if last != tokens:
+            raise ValueError(
+                f"{shown}.index: its last document ends at token {last}, and the file has {tokens}: one of them is cut "
+                "off or of another file, or the ids have another width."
+            )
+        documents = EndsInFile(SortedInts(opened(index, cache), 0, index.size // 8), tokens)
     loss = group.get(".loss")
     if loss is not None and loss.size != tokens:
         raise ValueError(

@@ -203,6 +203,7 @@ def _nanoset(
     ):
         if given.get(key):
             keys.note(f"{prefix}.{key}", why)
+    shares = None if weights is None else _shares(f"{prefix}.dataset_weights", folders, weights)
     tokenizer = given.get("tokenizer_name")
     if any(given.get(key) is not None for key in LATER_READER):
         keys.note(
@@ -214,12 +215,27 @@ def _nanoset(
         options |= {"shuffle": bool(given.get("shuffle_files")), "seed": seed}
         if len(folders) == 1:
             return {"tokens": folders, **options}, tokenizer
-        shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
-        sets = {folder: {"tokens": [folder], "weight": share} for folder, share in zip(folders, shares, strict=True)}
+        sets: dict[str, dict[str, Any]] = {}
+        for folder, share in zip(folders, shares or [1.0] * len(folders), strict=True):
+            before = sets.get(folder, {}).get("weight", 0.0)  # one that is named twice counts twice
+            sets[folder] = {"tokens": [folder], "weight": before + share}
         return {"mixture": sets, "max_epochs": None, **options}, tokenizer
     options |= {"order": "nanoset", "seed": seed, "samples": run.samples}
-    if weights is not None and len(folders) > 1:
-        options["folder_weights"] = [float(weight) for weight in weights]
+    if shares is not None and len(folders) > 1:
+        options["folder_weights"] = shares
     if consumed:
         options["skip_samples"] = consumed
     return {"tokens": folders, **options}, tokenizer
+
+
+def _shares(key: str, folders: list[str], weights: Any) -> list[float]:
+    """Weights of folders.
+
+    Raises:
+        ValueError: if they are not a number of 0 or more for each folder.
+    """
+    listed = weights if isinstance(weights, list) else [weights]
+    are_numbers = all(isinstance(each, int | float) and 0 <= each < float("inf") for each in listed)
+    if len(listed) != len(folders) or not are_numbers:
+        raise ValueError(f"{key}={weights!r} must be a number of 0 or more for each of the {len(folders)} folders.")
+    return [float(each) for each in listed]
