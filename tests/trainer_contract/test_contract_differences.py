@@ -43,6 +43,8 @@ HELD_BY = {
         "trainer_contract/test_contract_differences.py::test_gradients_of_parameters",
     "a trainable weight that no batch uses (an embedding under `inputs_embeds`)":
         "trainer_contract/test_contract_differences.py::test_a_weight_that_no_batch_uses",
+    "`requires_grad` changed by a callback, or between two calls of `train`":
+        "trainer_contract/test_contract_optimizers.py::test_weights_that_callbacks_freeze",
     "two calls of a model with dropout for one micro-batch":
         "trainer_contract/test_contract_differences.py::test_two_calls_with_dropout",
     "dropout masks": "test_precision_and_dropout.py::test_masks_follow_sample_and_layer",
@@ -60,6 +62,8 @@ HELD_BY = {
     # data and evaluation
     "shuffle with `data_seed=None`": "trainer_contract/test_contract_data.py::test_runs_of_a_seed_are_the_same",
     "seed of `group_by_length`": "trainer_contract/test_contract_data.py::test_batches_by_length",
+    "a sampler of your own that draws random numbers":
+        "trainer_contract/test_contract_data.py::test_samplers_of_users",
     "several data-parallel ranks, at the end of an epoch": "test_data_order.py::test_order_equals_stock",
     "`dataloader_drop_last` on several data-parallel ranks":
         "trainer_contract/test_contract_loop.py::test_what_drop_last_leaves_out_on_data_parallel_ranks",
@@ -90,6 +94,8 @@ HELD_BY = {
     "order of the data after a resume": "test_data_cursor.py::test_a_resumed_run_goes_on_with_the_next_sample",
     "`save_model`, `push_to_hub`": "test_ranks_differ.py::test_only_rank_0_comes",
     "`training_args.bin`": "test_secrets.py::test_arguments_are_written_without_secrets",
+    "weights that modules share, without `_tied_weights_keys` and `config.tie_word_embeddings` that say so":
+        "test_models.py::test_what_cannot_be_cut_is_refused_on_every_rank",
     "weights or optimizer states that are not finite":
         "test_nonfinite.py::test_nothing_of_a_checkpoint_that_is_not_finite_is_written",
     # processes
