@@ -57,6 +57,11 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     A model that another trainer has prepared is taken from it.
     """
     mesh, dtype = model.mesh, torch.bfloat16 if args.bf16 else model.dtype
+    if dtype == torch.float16:
+        raise ValueError(
+            "the weights of the model are float16, which would be trained in float16 and needs loss scaling, which is "
+            "not implemented. Use bf16=True, or load the model with dtype=torch.float32 (in YAML: model.dtype)."
+        )
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     refuse_frozen(model, trainable)
     fp8 = together(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract import Kit, both, lines, said
+from contract import Kit, both, lines, run, said
 from pool import WorkerPool
 from tiny import random_dataset
-from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 from hf_nanotron import NanotronTrainingArguments
 
@@ -35,6 +35,10 @@ HELD_BY = {
         "trainer_contract/test_contract_loop.py::test_a_stop_within_a_step",
     "weights that are not finite": "test_nonfinite.py::test_weights_that_are_not_finite_are_not_saved",
     "`bf16=True`": "test_precision_and_dropout.py::test_bf16_keeps_fp32_masters",
+    "a model that was loaded in bfloat16 (transformers loads a checkpoint in its own dtype), without `bf16=True`":
+        "trainer_contract/test_contract_differences.py::test_models_loaded_in_half_precision",
+    "a model that was loaded in float16, without `bf16=True`":
+        "trainer_contract/test_contract_differences.py::test_models_loaded_in_half_precision",
     "label smoothing": "trainer_contract/test_contract_differences.py::test_labels_of_a_subclass_are_shifted",
     "`neftune_noise_alpha`": "trainer_contract/test_contract_data.py::test_noise_on_embeddings",
     "hooks on the gradient of a weight (`register_hook`)":
@@ -174,7 +178,30 @@ def test_what_is_compiled_unless_told(
     assert NanotronTrainingArguments(**values, **told).torch_compile is compiles
 
 
-class Gradients(TrainerCallback):
+def loaded_in_half(kit: Kit) -> dict[str, Any]:
+    folder, found = str(kit.folder / "bfloat16"), {}
+    kit.model().to(torch.bfloat16).save_pretrained(folder)
+    for name, bf16 in (("without", False), ("with", True)):
+        trainer = kit.trainer(model=AutoModelForCausalLM.from_pretrained(folder), max_steps=3, bf16=bf16)
+        trainer.train()
+        found[name] = lines(trainer)
+        dtypes = {segment.master.dtype for segment in trainer.weights.segments}
+        found[f"{name}: dtypes"] = [str(trainer.model.model.norm.weight.dtype), *map(str, dtypes)]
+    found["float16"] = said(lambda: kit.trainer(model=kit.model().half(), max_steps=1).train())
+    found["float16 with bf16"] = said(lambda: kit.trainer(model=kit.model().half(), max_steps=1, bf16=True).train())
+    return found
+
+
+def test_models_loaded_in_half_precision(pool: WorkerPool, tmp_path: Path) -> None:
+    """Masters are fp32 whatever the model was loaded in."""
+    (found,) = pool.run(1, run, loaded_in_half, True, str(tmp_path), {})
+    assert found["without"] == found["with"]
+    assert found["without: dtypes"] == found["with: dtypes"] == ["torch.bfloat16", "torch.float32"]
+    assert "Use bf16=True, or load the model with dtype=torch.float32" in found["float16"]
+    assert found["float16 with bf16"] == "nothing was raised"
+
+
+def unused(kit: Kit)(TrainerCallback):
     """Whether parameters have gradients when the optimizer is about to step."""
 
     def __init__(self) -> None:
