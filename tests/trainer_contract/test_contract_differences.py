@@ -201,7 +201,7 @@ def test_models_loaded_in_half_precision(pool: WorkerPool, tmp_path: Path) -> No
     assert found["float16 with bf16"] == "nothing was raised"
 
 
-def unused(kit: Kit)(TrainerCallback):
+class Gradients(TrainerCallback):
     """Whether parameters have gradients when the optimizer is about to step."""
 
     def __init__(self) -> None:
