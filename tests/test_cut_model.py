@@ -330,11 +330,14 @@ def replacing(sizes: dict[str, Any]) -> dict[str, str | None]:
     def data(model: Any) -> None:
         model.model.norm.weight.data = torch.ones(5)
 
+    def frozen(model: Any) -> None:
+        model.model.norm.weight.requires_grad_(False)
+
     def alone(model: Any) -> None:
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.mul_(1.0 if model.mesh.rank == 0 else 2.0)
 
-    actions = (parameter, module, added, data, *((alone,) if "zero_stage" in sizes else ()))
+    actions = (parameter, module, added, data, frozen, *((alone,) if "zero_stage" in sizes else ()))
     return {action.__name__: run(action) for action in actions}
 
 
@@ -347,5 +350,6 @@ def test_replaced_weights_are_refused(pool: WorkerPool, sizes: dict[str, Any]) -
     assert "the module model.norm was replaced" in messages["module"]
     assert "model.extra.bias was added" in messages["added"]
     assert "model.norm.weight" in messages["data"] and "(5,)" in messages["data"]
+    assert "requires_grad of model.norm.weight (1 parameters) was changed" in messages["frozen"]
     if "zero_stage" in sizes:
         assert "model.layers.1.mlp.up_proj.weight" in messages["alone"] and "every rank alike" in messages["alone"]

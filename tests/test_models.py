@@ -137,6 +137,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[], Any], list[str]]] = {
         lambda: make(change=custom.share(0, 3)),
         ["are the same parameter", "stages 0 and 1", "use pp_size=1"],
     ),
+    "shared on a stage": (TP, lambda: make(change=custom.share(0, 1)), ["does not declare", "`_tied_weights_keys`"]),
     "different": (DP, lambda: different(), ["different models", "same on every rank"]),
     "frozen": (TP, lambda: make(change=lambda m: m.requires_grad_(False) and None), ["no parameter", "requires_grad_"]),
     "frozen stages": (PP, lambda: make(change=lambda m: m.requires_grad_(False) and None), ["nothing to train"]),

@@ -252,7 +252,7 @@ def test_a_step_that_calls_that_of_its_base() -> None:
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     segments, calls = segments_of([100, 30]), []
     optimizer = Projected([segment.master for segment in segments], lr=0.1)
-    weights = Weights(segments)
+    weights = SegmentsAlone(segments)
     link = OptimizerLink(optimizer, weights)  # type: ignore[arg-type]
     link.average = SimpleNamespace(update=lambda number, skipped: calls.append(number))  # type: ignore[assignment]
     plain = [torch.nn.Parameter(segment.master.detach().clone()) for segment in segments]
@@ -276,7 +276,7 @@ def test_a_step_that_calls_that_of_its_base() -> None:
 def test_a_step_of_a_user_that_fails_is_not_the_last() -> None:
     segments = segments_of([100])
     optimizer = Projected([segment.master for segment in segments])
-    weights = Weights(segments)
+    weights = SegmentsAlone(segments)
     link = OptimizerLink(optimizer, weights)  # type: ignore[arg-type]
     gradient, segments[0].gradient = segments[0].gradient, None
     with pytest.raises(AttributeError, match="clamp"):

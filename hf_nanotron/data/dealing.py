@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import IterableDataset, RandomSampler, Sampler, get_worker_info
 
 from .cursor import rounds_of, why_not_resumable
 from .hashing import of_the_model, sample_hash
@@ -58,12 +59,24 @@ class FillerBatch(dict):
     """A batch that only keeps this rank in step with the others."""
 
 
+def repeatable(sampler: Sampler[int], seed: int) -> Sampler[int]:
+    """A sampler whose order in an epoch can be drawn again, for a resume: one without a generator would draw from the
+    global one. torch's `RandomSampler` becomes accelerate's, as in stock Trainer.
+    """
+    if type(sampler) is RandomSampler:
+        source, count = sampler.data_source, sampler._num_samples
+        return SeedableRandomSampler(source, sampler.replacement, count, sampler.generator, data_seed=seed)
+    if getattr(sampler, "generator", seed) is None and not hasattr(sampler, "set_epoch"):
+        sampler.generator = torch.Generator().manual_seed(seed)  # type: ignore[attr-defined]
+    return sampler
+
+
 class DataParallelBatchSampler(Sampler[list[int]]):
     """Every `dp_size`-th batch of `sampler` (in the order of one process), the same number on every rank.
 
-    `seed` plus the epoch seeds `sampler.generator`, unless the sampler has its own `set_epoch`. The next iteration, and
-    only that, begins at `start`. `step_batches` are those of an optimizer step over all ranks, at which a round ends; a
-    leg of a run has its own number.
+    The first seed of `sampler.generator` plus the epoch seeds it, unless the sampler has its own `set_epoch`: the order
+    of an epoch is that of its number. The next iteration, and only that, begins at `start`. `step_batches` are those of
+    an optimizer step over all ranks, at which a round ends; a leg of a run has its own number.
     """
 
     start: Position | None = None
@@ -76,10 +89,12 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         dp_rank: int,
         dp_size: int,
         drop_last: bool,
-        seed: int,
         step_batches: int | None = None,
     ) -> None:
-        self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+        generator = getattr(sampler, "generator", None)
+        self._generator = generator if isinstance(generator, torch.Generator) else None
+        self._seed = 0 if self._generator is None else self._generator.initial_seed()
         self.dp_rank, self.dp_size, self._step_batches = dp_rank, dp_size, step_batches
 
     @property
@@ -94,8 +109,8 @@ class DataParallelBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
-        elif isinstance(generator := getattr(self.sampler, "generator", None), torch.Generator):
-            generator.manual_seed(self.seed + epoch)
+        elif self._generator is not None:
+            self._generator.manual_seed(self._seed + epoch)
 
     def __len__(self) -> int:
         samples = len(self.sampler)  # type: ignore[arg-type]

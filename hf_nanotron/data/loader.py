@@ -23,7 +23,16 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSam
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..ops.cross_entropy import IGNORE_INDEX
-from .dealing import DataParallelBatchSampler, DataParallelStream, Filler, FillerBatch, Mark, Position, Share
+from .dealing import (
+    DataParallelBatchSampler,
+    DataParallelStream,
+    Filler,
+    FillerBatch,
+    Mark,
+    Position,
+    Share,
+    repeatable,
+)
 from .hashing import combined
 
 
@@ -209,6 +218,6 @@ def build_loader(
             )
         stream = DataParallelStream(dataset, batch_size, dp_rank, dp_size, drop_last, positions, step_batches)
         return DataParallelLoader(stream, collate, positions, batch_size=None, **kwargs)
-    sampler = SequentialSampler(dataset) if sampler is None else sampler
-    batches = DataParallelBatchSampler(sampler, batch_size, dp_rank, dp_size, drop_last, seed, step_batches)
+    sampler = SequentialSampler(dataset) if sampler is None else repeatable(sampler, seed)
+    batches = DataParallelBatchSampler(sampler, batch_size, dp_rank, dp_size, drop_last, step_batches)
     return DataParallelLoader(_MarkedDataset(dataset), collate, positions, batch_sampler=batches, **kwargs)

@@ -57,10 +57,15 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
     A model that another trainer has prepared is taken from it.
     """
     mesh, dtype = model.mesh, torch.bfloat16 if args.bf16 else model.dtype
+    if dtype == torch.float16:
+        raise ValueError(
+            "the weights of the model are float16, which would be trained in float16 and needs loss scaling, which is "
+            "not implemented. Use bf16=True, or load the model with dtype=torch.float32 (in YAML: model.dtype)."
+        )
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     refuse_frozen(model, trainable)
     fp8 = together(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))
-    state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8, trainable=trainable)
+    state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8)
     if args.optim_offload:
         segments, fraction = state.weights.segments, args.optim_offload
         state.host = together(
@@ -140,13 +145,9 @@ def end_run(model: ParallelModel, state: TrainingState) -> None:
 
 
 def check_frozen(state: TrainingState, save_hub_weights: str) -> None:
+    """Refuse frozen parameters that no checkpoint would have."""
     named: dict[str, Any] = dict(state.model.named_parameters())
     trainable = {name for name, parameter in named.items() if parameter.requires_grad}
-    if changed := sorted(trainable ^ state.trainable):
-        raise ValueError(
-            f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, which "
-            "has already sharded the trainable parameters; change it before the trainer is made."
-        )
     if save_hub_weights == "last" and (frozen := sorted(named.keys() - trainable)):
         raise ValueError(
             f"save_hub_weights='last' with {len(frozen)} frozen parameters ({frozen[0]}, ...): frozen parameters are "

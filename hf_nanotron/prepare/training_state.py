@@ -40,7 +40,6 @@ class TrainingState:
         fp8: the FP8 copies of its weights, or None if it computes without.
         attention: what stands for its own attention, or None.
         recomputed: numbers of the layers that recompute activations.
-        trainable: names of the parameters of this rank that require a gradient.
         noise: what is added to embeddings in this run, or None.
         offload: the host memory of activations, or None.
         host: the masters and the optimizer's state that are on the host, or None.
@@ -53,7 +52,6 @@ class TrainingState:
     attention: Attention | None = None
     recomputed: frozenset[int] = frozenset()
     recompute_options: Mapping[str, Any] = field(default_factory=dict)
-    trainable: frozenset[str] = frozenset()
     noise: EmbeddingNoise | None = None
     offload: Transfers | None = None
     host: StateOnHost | None = None

@@ -78,6 +78,7 @@ class WrittenWeights:
             (name, model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2], parameter)
             for name, parameter in model.named_parameters(remove_duplicate=False)
         ]
+        self._trained = [(name, parameter, parameter.requires_grad) for name, _, _, parameter in self._slots]
 
     def take(self) -> None:
         """Train on what was written into the weights so far. All ranks together."""
@@ -99,13 +100,20 @@ class WrittenWeights:
         refuse_together(mesh, message)
 
     def check_slots(self) -> None:
-        """Before a step, on the host alone: weights that a callback has replaced, or put hooks on."""
+        """Before a step, on the host alone: weights that a callback has replaced, frozen, or put hooks on."""
         for name, slots, leaf, parameter in self._slots:
             if slots.get(leaf) is not parameter:
                 raise ValueError(
                     f"{name} was replaced by another parameter after the trainer was made; write into it instead "
                     "(`with torch.no_grad(): weight.copy_(value)`)."
                 )
+        changed = [name for name, parameter, is_trained in self._trained if parameter.requires_grad is not is_trained]
+        if changed:
+            raise ValueError(
+                f"requires_grad of {changed[0]} ({len(changed)} parameters) was changed after the trainer was made, "
+                "which has already sharded the trainable parameters, and goes on to update these ones; change it "
+                "before the trainer is made, and give each part of a run that trains others a trainer of its own."
+            )
         if message := weight_hook_message((name, parameter) for name, _, _, parameter in self._slots):
             raise ValueError(message)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract import DP2, PP2, TP2, Kit, both, check_same, lines, ours, outcome
+from contract import DP2, PP2, TP2, Kit, both, check_same, lines, ours, outcome, run
 from pool import WorkerPool
 from tiny import pad_batch, random_dataset
-from torch.utils.data import Dataset as TorchDataset, IterableDataset
+from torch.utils.data import Dataset as TorchDataset, IterableDataset, RandomSampler, WeightedRandomSampler
 from transformers import default_data_collator, set_seed
 
 
@@ -51,6 +51,66 @@ def orders(kit: Kit) -> dict[str, Any]:
 def test_samples_come_in_the_order_of_stock(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
     said = check_same(pool, orders, tmp_path, (TP2,) if more else ())
     assert said["shuffled"] != said["another seed"] and said["in order"] == [*range(3, 11)] * 2
+
+
+WEIGHTS = [1.0 + number for number in range(8)]
+SAMPLERS: dict[str, Any] = {
+    "random": lambda rows: RandomSampler(rows),
+    "random, a generator": lambda rows: RandomSampler(rows, generator=torch.Generator().manual_seed(5)),
+    "weighted, a generator": lambda rows: WeightedRandomSampler(WEIGHTS, 8, generator=torch.Generator().manual_seed(5)),
+    "weighted": lambda rows: WeightedRandomSampler(WEIGHTS, 8),
+}
+
+
+def with_samplers(kit: Kit) -> dict[str, list[int]]:
+    """The first epoch, by samplers of a user."""
+    said = {}
+    for name, make in SAMPLERS.items():
+
+        class Sampling(kit.Trainer):  # type: ignore[misc, name-defined]
+            def _get_train_sampler(self, *args: Any, make: Any = make) -> Any:
+                return make(self.train_dataset)
+
+        collate = Seen()
+        kit.trainer(base=Sampling, data_collator=collate, train=numbered(8), num_train_epochs=1).train()
+        said[name] = collate.first
+    return said
+
+
+def test_samplers_of_users(pool: WorkerPool, tmp_path: Path) -> None:
+    """In the first epoch as in stock, but for one that draws from the global generator: it could not be resumed."""
+    stock, found = both(pool, with_samplers)
+    assert {name for name in SAMPLERS if found[name] != stock[name]} <= {"weighted"}
+    assert stock["random"] != stock["weighted, a generator"]
+
+
+def resumed_sampler(kit: Kit) -> list[list[int]]:
+    """Three epochs by a weighted sampler without a generator; the same again from the middle of the second."""
+
+    class Sampling(kit.Trainer):  # type: ignore[misc, name-defined]
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return WeightedRandomSampler(WEIGHTS, 8)
+
+    seen = []
+    for resumes in (None, str(kit.folder / "out" / "checkpoint-6")):
+        collate = Seen()
+        trainer = kit.trainer(
+            base=Sampling,
+            data_collator=collate,
+            train=numbered(8),
+            num_train_epochs=3,
+            save_strategy="steps",
+            save_steps=6,
+        )
+        torch.rand(3 if resumes else 0)  # what a script draws must not matter
+        trainer.train(resume_from_checkpoint=resumes)
+        seen.append(collate.first)
+    return seen
+
+
+def test_a_resume_with_a_sampler_of_a_user(pool: WorkerPool, tmp_path: Path) -> None:
+    ((first, rest),) = pool.run(1, run, resumed_sampler, True, str(tmp_path), {})
+    assert len(first) == 24 and rest == first[12:]
 
 
 def by_length(kit: Kit) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract import Kit, both, lines, said
+from contract import Kit, both, lines, run, said
 from pool import WorkerPool
 from tiny import random_dataset
-from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 from hf_nanotron import NanotronTrainingArguments
 
@@ -35,6 +35,10 @@ HELD_BY = {
         "trainer_contract/test_contract_loop.py::test_a_stop_within_a_step",
     "weights that are not finite": "test_nonfinite.py::test_weights_that_are_not_finite_are_not_saved",
     "`bf16=True`": "test_precision_and_dropout.py::test_bf16_keeps_fp32_masters",
+    "a model that was loaded in bfloat16 (transformers loads a checkpoint in its own dtype), without `bf16=True`":
+        "trainer_contract/test_contract_differences.py::test_models_loaded_in_half_precision",
+    "a model that was loaded in float16, without `bf16=True`":
+        "trainer_contract/test_contract_differences.py::test_models_loaded_in_half_precision",
     "label smoothing": "trainer_contract/test_contract_differences.py::test_labels_of_a_subclass_are_shifted",
     "`neftune_noise_alpha`": "trainer_contract/test_contract_data.py::test_noise_on_embeddings",
     "hooks on the gradient of a weight (`register_hook`)":
@@ -43,6 +47,8 @@ HELD_BY = {
         "trainer_contract/test_contract_differences.py::test_gradients_of_parameters",
     "a trainable weight that no batch uses (an embedding under `inputs_embeds`)":
         "trainer_contract/test_contract_differences.py::test_a_weight_that_no_batch_uses",
+    "`requires_grad` changed by a callback, or between two calls of `train`":
+        "trainer_contract/test_contract_optimizers.py::test_weights_that_callbacks_freeze",
     "two calls of a model with dropout for one micro-batch":
         "trainer_contract/test_contract_differences.py::test_two_calls_with_dropout",
     "dropout masks": "test_precision_and_dropout.py::test_masks_follow_sample_and_layer",
@@ -60,6 +66,8 @@ HELD_BY = {
     # data and evaluation
     "shuffle with `data_seed=None`": "trainer_contract/test_contract_data.py::test_runs_of_a_seed_are_the_same",
     "seed of `group_by_length`": "trainer_contract/test_contract_data.py::test_batches_by_length",
+    "a sampler of your own that draws random numbers":
+        "trainer_contract/test_contract_data.py::test_samplers_of_users",
     "several data-parallel ranks, at the end of an epoch": "test_data_order.py::test_order_equals_stock",
     "`dataloader_drop_last` on several data-parallel ranks":
         "trainer_contract/test_contract_loop.py::test_what_drop_last_leaves_out_on_data_parallel_ranks",
@@ -90,6 +98,8 @@ HELD_BY = {
     "order of the data after a resume": "test_data_cursor.py::test_a_resumed_run_goes_on_with_the_next_sample",
     "`save_model`, `push_to_hub`": "test_ranks_differ.py::test_only_rank_0_comes",
     "`training_args.bin`": "test_secrets.py::test_arguments_are_written_without_secrets",
+    "weights that modules share, without `_tied_weights_keys` and `config.tie_word_embeddings` that say so":
+        "test_models.py::test_what_cannot_be_cut_is_refused_on_every_rank",
     "weights or optimizer states that are not finite":
         "test_nonfinite.py::test_nothing_of_a_checkpoint_that_is_not_finite_is_written",
     # processes
@@ -166,6 +176,29 @@ def test_what_is_compiled_unless_told(
     assert not TrainingArguments(**values).torch_compile
     told = {} if asked is None else {"torch_compile": asked}
     assert NanotronTrainingArguments(**values, **told).torch_compile is compiles
+
+
+def loaded_in_half(kit: Kit) -> dict[str, Any]:
+    folder, found = str(kit.folder / "bfloat16"), {}
+    kit.model().to(torch.bfloat16).save_pretrained(folder)
+    for name, bf16 in (("without", False), ("with", True)):
+        trainer = kit.trainer(model=AutoModelForCausalLM.from_pretrained(folder), max_steps=3, bf16=bf16)
+        trainer.train()
+        found[name] = lines(trainer)
+        dtypes = {segment.master.dtype for segment in trainer.weights.segments}
+        found[f"{name}: dtypes"] = [str(trainer.model.model.norm.weight.dtype), *map(str, dtypes)]
+    found["float16"] = said(lambda: kit.trainer(model=kit.model().half(), max_steps=1).train())
+    found["float16 with bf16"] = said(lambda: kit.trainer(model=kit.model().half(), max_steps=1, bf16=True).train())
+    return found
+
+
+def test_models_loaded_in_half_precision(pool: WorkerPool, tmp_path: Path) -> None:
+    """Masters are fp32 whatever the model was loaded in."""
+    (found,) = pool.run(1, run, loaded_in_half, True, str(tmp_path), {})
+    assert found["without"] == found["with"]
+    assert found["without: dtypes"] == found["with: dtypes"] == ["torch.bfloat16", "torch.float32"]
+    assert "Use bf16=True, or load the model with dtype=torch.float32" in found["float16"]
+    assert found["float16 with bf16"] == "nothing was raised"
 
 
 class Gradients(TrainerCallback):

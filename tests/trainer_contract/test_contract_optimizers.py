@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from contract import DP2, TP2, Kit, both, check_same, lines, ours, said
 from pool import WorkerPool
-from transformers import get_constant_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
+from safetensors.torch import load_file
+from tiny import tiny_config
+from transformers import (
+    LlamaForCausalLM,
+    TrainerCallback,
+    get_constant_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    set_seed,
+)
 
 
 class Clamped(torch.optim.SGD):
@@ -169,6 +177,64 @@ def frozen(kit: Kit) -> Any:
 
 def test_frozen_weights(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
     check_same(pool, frozen, tmp_path, (TP2,) if more else ())
+
+
+class Freezes(TrainerCallback):
+    """Freezes the embedding in an event, as scripts do that train layers one after the other."""
+
+    def __init__(self, event: str, step: int) -> None:
+        def freeze(args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == step:
+                model.get_input_embeddings().weight.requires_grad_(False)
+
+        setattr(self, event, freeze)
+
+
+def frozen_later(kit: Kit) -> dict[str, str]:
+    events = (("on_train_begin", 0), ("on_epoch_begin", 0), ("on_step_begin", 1), ("on_step_end", 2))
+    return {event: said(kit.trainer(max_steps=4, callbacks=[Freezes(event, step)]).train) for event, step in events}
+
+
+def test_weights_that_callbacks_freeze(pool: WorkerPool) -> None:
+    """The optimizer would go on to update them, by its moments and weight decay; stock leaves them alone."""
+    stock, found = both(pool, frozen_later)
+    assert set(stock.values()) == {"nothing was raised"}
+    for event, message in found.items():
+        assert "requires_grad of model.embed_tokens.weight (1 parameters) was changed" in message, event
+
+
+class Shared(LlamaForCausalLM):
+    """The up projections of both layers are one weight."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.embed_tokens.weight",
+        "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+    }
+
+
+def shared(kit: Kit) -> dict[str, Any]:
+    """Ties that a class declares, and one that a script makes: what is trained, and what is saved."""
+    found = {}
+    for name in ("declared", "made"):
+        set_seed(0)
+        config = tiny_config(num_hidden_layers=2, hidden_size=16, tie_word_embeddings=name == "declared")
+        model = Shared(config) if name == "declared" else LlamaForCausalLM(config)
+        if name == "made":
+            model.lm_head.weight = model.model.embed_tokens.weight
+            model.config.tie_word_embeddings = True
+        trainer = kit.trainer(model=model, max_steps=2, weight_decay=0.1)
+        trainer.train()
+        trainer.save_model(str(kit.folder / name))
+        weights = load_file(kit.folder / name / "model.safetensors")
+        norms = {key: weights[key].norm().item() for key in sorted(weights)}
+        found[name] = [norms, trainer.get_num_trainable_parameters()]
+    return found
+
+
+def test_shared_weights(pool: WorkerPool, tmp_path: Path, more: bool) -> None:
+    expected = check_same(pool, shared, tmp_path, (TP2,) if more else ())
+    assert "model.layers.1.mlp.up_proj.weight" not in expected["declared"][0]
+    assert "lm_head.weight" not in expected["made"][0]
 
 
 def again(kit: Kit) -> dict[str, Any]:

@@ -277,7 +277,8 @@ def _key(conversion: WeightTransform) -> tuple[Any, ...]:
 
 def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Parameter -> source, for the ties that the model declares and that hold."""
-    declared: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    # What the config says now, too: a script may have tied weights after the model was made.
+    declared = {**(getattr(model, "all_tied_weights_keys", None) or {}), **model.get_expanded_tied_weights_keys(True)}
     return {
         name: source
         for name, source in declared.items()

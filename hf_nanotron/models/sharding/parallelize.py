@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -77,8 +78,11 @@ def parallelize(model: PreTrainedModel, mesh: ParallelMesh) -> ParallelModel:
     tensors = model.state_dict(keep_vars=True)
     stage_of = {name: _stage_of(name, anatomy, layers_of_stage) for name in (*specs, *tensors)}
     _refuse_shared_stages(model, stage_of, tied)
-    hub_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
     layout = hub_layout(model)
+    _refuse_undeclared_ties(model, layout.tied)
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    left_out = (again | tied.keys()) - set(tied.values())  # other names of weights
+    hub_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in left_out}
     roles = weight_roles(anatomy)
     owners = {name: rank_of_stage(stage_of[name], mesh.pp_size) for name in hub_shapes}
 
@@ -138,6 +142,7 @@ def refuse_layout(model: PreTrainedModel, mesh: ParallelMesh) -> None:
     specs = _named_like_the_hub(tensor_specs(anatomy, mesh, plan), tied, anatomy)
     layers = layers_by_stage(anatomy, mesh.parallel)
     _refuse_shared_stages(model, {name: _stage_of(name, anatomy, layers) for name in specs}, tied)
+    _refuse_undeclared_ties(model, hub_layout(model).tied)
 
 
 def _refuse_different_models(model: PreTrainedModel, mesh: ParallelMesh) -> None:
@@ -247,6 +252,23 @@ def _refuse_shared_stages(model: PreTrainedModel, stage_of: dict[str, int], tied
             raise ValueError(
                 f"{first!r} and {name!r} are the same parameter, but belong to pipeline stages {stage_of[first]} and "
                 f"{stage_of[name]}; use pp_size=1, or set pp_layers_per_stage so that one stage holds both."
+            )
+
+
+def _refuse_undeclared_ties(model: PreTrainedModel, declared: Mapping[str, str]) -> None:
+    """Refuse weights that are shared without being declared: a checkpoint would have each of them once, and whoever
+    loads it would fill the others with random numbers.
+    """
+    places: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in declared:
+            continue
+        if (first := places.setdefault(parameter, name)) != name:
+            raise ValueError(
+                f"{first!r} and {name!r} are the same parameter, which {type(model).__name__} does not declare: a "
+                "checkpoint would hold it once, and a model that is loaded from it would draw the other anew. Set "
+                "config.tie_word_embeddings=True, without which transformers ties nothing, and have the pair in the "
+                f"class's `_tied_weights_keys`: {{{name!r}: {first!r}}}."
             )
 
 
