@@ -3,6 +3,7 @@
     python tests/fuzz.py --seed 0 --cases 50 --seconds 200
     python tests/fuzz.py --seed 0 --case 17           # one of them again
     python tests/fuzz.py --seed 0 --case 17 --set rows=1 --set "data='rows'"   # with other values
+    python tests/fuzz.py --seed 0 --cases 200 --where cp=2 --where "data='packed'"   # the cases that have these
 
 A case (`fuzz_axes.py`) is trained on its layout; it may break off, and go on from its checkpoint on another layout.
 Losses, gradient norms, evaluations, predictions, generated ids and the weights that plain transformers loads are then
@@ -38,11 +39,9 @@ from typing import Any
 
 import fuzz_runs
 import preloaded  # noqa: F401
-import torch
 import torch.distributed as dist
-from fuzz_axes import AXES, FAMILIES, REFUSED, SAVED, STEPS, Case, Design, is_stock, layouts, pairs, world
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from fuzz_axes import AXES, REFUSED, Case, Design, is_stock, layouts, pairs, world
+from fuzz_compare import Failed, differences
 
 LIMIT = 60.0  # seconds of a leg
 
@@ -71,7 +70,7 @@ def ranks_of(job: Callable[[list[Any]], None], ranks: int, folder: Path, limit: 
         theirs.close()
         running[ours] = rank, process
     listener.close()
-    started = {rank: process for rank, process in running.values()}
+    started = dict(running.values())
     deadline = time.monotonic() + limit + 3
     while running:
         for connection in wait(list(running), timeout=max(0.0, deadline - time.monotonic())):
@@ -133,10 +132,6 @@ def _run_rank(
 # ---- one case ----
 
 
-class Failed(Exception):
-    """How a case failed."""
-
-
 class Refused(Exception):
     """The sentence with which it was refused."""
 
@@ -149,7 +144,9 @@ def verdict(found: list[dict[str, Any]], case: Case, breaks: bool) -> None:
     kinds = {each["kind"] for each in found}
     if "hang" in kinds:
         stuck = [rank for rank, each in enumerate(found) if each["kind"] == "hang"]
-        traces = "\n".join(f"rank {rank}: {each['kind']} {each['text']}\n{each['trace']}" for rank, each in enumerate(found))
+        traces = "\n".join(
+            f"rank {rank}: {each['kind']} {each['text']}\n{each['trace']}" for rank, each in enumerate(found)
+        )
         raise Failed(f"ranks {stuck} did not come back\n{traces}")
     if breaks:
         ended = {"killed"} if case["end"] == "kill" else {"Broken"}
@@ -175,6 +172,7 @@ def run_case(case: Case, folder: Path, limit: float = LIMIT) -> dict[str, Any]:
         Refused: with the sentence.
         Failed: with what differs, or how it ended.
     """
+
     def alone(job: Callable[..., None], *arguments: Any) -> None:
         verdict(ranks_of(lambda watch: job(*arguments), 1, folder, limit), case, False)
 
@@ -192,117 +190,10 @@ def run_case(case: Case, folder: Path, limit: float = LIMIT) -> dict[str, Any]:
     if is_stock(case):
         alone(fuzz_runs.stock, case, folder, "whole")
     else:
-        verdict(ranks_of(lambda watch: fuzz_runs.leg(case, "", None, folder, "whole", watch), 1, folder, limit), case, False)
+        verdict(
+            ranks_of(lambda watch: fuzz_runs.leg(case, "", None, folder, "whole", watch), 1, folder, limit), case, False
+        )
     return differences(case, folder, names)
-
-
-# ---- what is compared ----
-
-# Relative to the reference; weights to what training has changed of them.
-TOLERANCE = {"first loss": 1e-6, "loss": 2e-5, "norm": 1e-4, "weights": 1e-3, "logits": 1e-4}
-LOOSE = {
-    # The sign of a gradient that is zero but for rounding is anything; so is the rounding of a moment.
-    "lion_32bit": {"loss": 2e-3, "norm": 1e-2, "weights": 5e-2, "logits": 5e-3},
-    "bf16 moments": {"loss": 1e-3, "norm": 1e-2, "weights": 5e-2, "logits": 5e-3},
-    # Newton-Schulz magnifies the rounding of small singular values.
-    "muon": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
-    "muon original": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
-    "muon spectral": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
-}
-
-
-def figures(file: Path) -> dict[tuple[str, int], Any]:
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return {(kind, step): value for kind, step, value in lines}
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def is_comparable(case: Case) -> bool:
-    """Masks of dropout are drawn for each rank that has a part of a tensor."""
-    cut = any(layout["tp"] * layout["cp"] > 1 for _, layout in layouts(case))
-    return not (case["dropout"] and cut)
-
-
-def differences(case: Case, folder: Path, legs: list[str]) -> dict[str, float]:
-    """
-    Raises:
-        Failed: for what is missing, or above the tolerance.
-    """
-    errors: Counter[str] = Counter()
-    tolerance = {**TOLERANCE, **LOOSE.get(case["optimizer"], {})}
-    wanted = figures(folder / "whole-0.jsonl")
-    seen: set[tuple[str, int]] = set()
-    for leg in legs:
-        got = figures(folder / f"{leg}-0.jsonl")
-        for file in sorted(folder.glob(f"{leg}-*.jsonl")):
-            others = figures(file)
-            for key in got.keys() & others.keys():
-                if others[key] != got[key] and key[0] != "generated":
-                    raise Failed(f"{key} is {got[key]!r} on rank 0 and {others[key]!r} in {file.name}")
-        seen |= got.keys()
-        for (kind, step), value in got.items():
-            if (kind, step) not in wanted:
-                raise Failed(f"{leg}: {kind} of step {step} is logged, and not by one process")
-            expected = wanted[kind, step]
-            if not is_comparable(case):
-                continue
-            if kind == "generated":
-                if value != expected:
-                    raise Failed(f"{leg}: step {step} generates {value}, not {expected}")
-                continue
-            name = {"grad_norm": "norm"}.get(kind, "first loss" if step == 1 and kind == "loss" else "loss")
-            errors[name] = max(errors[name], abs(value - expected) / max(abs(expected), 1e-8))
-    if missing := {key for key in wanted if key not in seen}:
-        raise Failed(f"not logged: {sorted(missing)}")
-    if is_comparable(case):
-        errors["logits"] = prediction_error(folder, legs[-1], is_stock(case)) if case["prediction"] else 0.0
-        errors["weights"] = weight_error(folder, folder / f"{legs[-1]}-final", folder / "whole-final")
-        if case["average"] != "no":
-            average = [folder / f"{leg}-final" / "ema" for leg in (legs[-1], "whole")]
-            errors["weights"] = max(errors["weights"], weight_error(folder, *average))
-    check_hub_files(folder / f"{legs[-1]}-final")
-    for name, error in errors.items():
-        if not error <= tolerance[name]:
-            raise Failed(f"{name}: {error:.1e} is above {tolerance[name]:.0e}; all: {dict(errors)}")
-    return dict(errors)
-
-
-def prediction_error(folder: Path, leg: str, with_routers: bool) -> float:
-    """`with_routers`: stock predictions have what routers return, too."""
-    got, wanted = (torch.load(folder / f"{name}.pt") for name in (leg, "whole"))
-    if got["logits"].shape != wanted["logits"].shape or not torch.equal(got["labels"], wanted["labels"]):
-        raise Failed(f"predict: {tuple(got['logits'].shape)} instead of {tuple(wanted['logits'].shape)}, or other labels")
-    if not with_routers and got["shapes"] != wanted["shapes"]:
-        raise Failed(f"predict: shapes {got['shapes']} instead of {wanted['shapes']}")
-    error = (got["logits"] - wanted["logits"]).norm() / wanted["logits"].norm()
-    return max(float(error), abs(got["loss"] / wanted["loss"] - 1))
-
-
-def weight_error(folder: Path, got: Path, wanted: Path) -> float:
-    """The largest of all tensors, relative to the change that training has made, with a floor for rounding."""
-    start, ours, theirs = weights_of(folder / "start"), weights_of(got), weights_of(wanted)
-    if ours.keys() != theirs.keys():
-        raise Failed(f"weights: {sorted(ours.keys() ^ theirs.keys())} are in one of both")
-    worst = 0.0
-    for name, tensor in theirs.items():
-        if ours[name].shape != tensor.shape or ours[name].dtype != tensor.dtype:
-            raise Failed(f"{name}: {ours[name].shape} {ours[name].dtype}, not {tensor.shape} {tensor.dtype}")
-        whole = tensor.double()
-        change = (whole - start[name].double()).norm() if name in start else whole.norm()
-        floor = 1e-3 * whole.norm() + 1e-4 * whole.numel() ** 0.5
-        worst = max(worst, float((ours[name].double() - whole).norm() / (change + floor)))
-    return worst
-
-
-def check_hub_files(folder: Path) -> None:
-    """Stock transformers loads every weight."""
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    if told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"]:
-        raise Failed(f"stock transformers says of {folder.name}: {told}")
-    del model
 
 
 # ---- the tool ----
@@ -354,10 +245,17 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run this one alone, and keep its folder")
     parser.add_argument("--seconds", type=float, default=200.0, help="begin no case after so many")
     parser.add_argument("--set", action="append", default=[], metavar="AXIS=VALUE", help="another value, with --case")
+    parser.add_argument("--plain", action="store_true", help="with --case: all other axes have their defaults")
+    parser.add_argument("--where", action="append", default=[], metavar="AXIS=VALUE", help="leave out other cases")
     options = parser.parse_args()
-    changes = {each.split("=", 1)[0]: ast.literal_eval(each.split("=", 1)[1]) for each in options.set}
+    changes, where = ({k: ast.literal_eval(v) for k, v in (each.split("=", 1) for each in given)} for given in
+                      (options.set, options.where))  # fmt: skip
+    if unknown := [axis for axis in {**changes, **where} if axis not in (*AXES, "compile")]:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(AXES)}")
     design, began = Design(options.seed), time.monotonic()
     if options.case is not None:
+        if options.plain:
+            changes = {**{axis: values[0] for axis, values in AXES.items()}, "refused": None, **changes}
         line = try_case(design, options.seed, options.case, changes, keep=True)
         print(json.dumps({name: value for name, value in line.items() if name != "why"}))
         print(line.get("why", ""))
@@ -367,12 +265,14 @@ def main() -> int:
     for number in range(options.first, options.first + options.cases):
         if time.monotonic() - began > options.seconds:
             break
+        if any(design.case(number)[axis] != value for axis, value in where.items()):
+            continue
         line = try_case(design, options.seed, number, {})
         results[line["result"]] += 1
         if line["result"] == "ok":
             covered |= pairs(design.case(number))
         print(json.dumps(line), flush=True)
-    print(json.dumps({"results": results, "pairs covered": len(covered)}))
+    print(json.dumps({"results": results, "pairs": len(covered)}))
     return 0 if set(results) <= {"ok", "refused"} else 1
 
 

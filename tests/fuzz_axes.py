@@ -168,7 +168,11 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         "cp, then cp",
         r"cp_size=\d",
     ),
-    (lambda case: case["save"] == "last" and case["frozen"] != "nothing", "frozen", r"save_hub_weights='last' with \d+ fro"),
+    (
+        lambda case: case["save"] == "last" and case["frozen"] != "nothing",
+        "frozen",
+        r"save_hub_weights='last' with \d+ fro",
+    ),
     (
         lambda case: case["save"] == "memory" and case["frozen"] != "nothing",
         "frozen",
@@ -218,7 +222,11 @@ def settle(case: Case) -> Case:
             largest = max(("dp", "tp", "cp", "pp"), key=lambda name: case[prefix + name])
             case[prefix + largest] = max(1, case[prefix + largest] // 2)
         layout = {name: case[prefix + name] for name in ("tp", "pp", "cp", "dp", "ep")}
-        if layout["pp"] == 1 or layout["pp"] * 2 > LAYERS.get(case["family"], 4) and "inter" in case[prefix + "schedule"]:
+        if (
+            layout["pp"] == 1
+            or layout["pp"] * 2 > LAYERS.get(case["family"], 4)
+            and "inter" in case[prefix + "schedule"]
+        ):
             default(prefix + "schedule")
         copies = layout["cp"] * layout["dp"] * layout["tp"]
         if case["family"] not in MIXTURES or copies % layout["ep"]:
@@ -256,7 +264,7 @@ def pairs(case: Case) -> set[tuple[Any, ...]]:
 class Design:
     """Cases by number: each is the best of some random ones, by the pairs that it is the first to have."""
 
-    def __init__(self, seed: int, candidates: int = 40) -> None:
+    def __init__(self, seed: int, candidates: int = 24) -> None:
         self.random, self.candidates = random.Random(seed), candidates
         self.covered: set[tuple[Any, ...]] = set()
         self.cases: list[Case] = []

@@ -14,17 +14,20 @@ import torch
 from datasets import Dataset as HubDataset
 from family_runs import KNOWN
 from fuzz_axes import FAMILIES, SAVED, STEPS, TOKEN_DATA, Case, layouts
-from test_token_stream import LENGTH as STREAM_LENGTH
 from test_token_stream import stream_of, write_shards
-from tiny import History, pad_batch, training_arguments
+from tiny import pad_batch, training_arguments
 from token_files import documents, write_ds
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_nanotron import AutoModelForCausalLM as ParallelAuto
-from hf_nanotron import MatrixOptimizer, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron import (
+    AutoModelForCausalLM as ParallelAuto,
+    MatrixOptimizer,
+    NanotronTrainer,
+    NanotronTrainingArguments,
+)
 
 LENGTH = 16
 Z_LOSS = 1e-2
@@ -189,9 +192,10 @@ class Polar(MatrixOptimizer):
         small = matrices.float()
         rows = small @ small.mT
         damped = rows + 1e-2 * rows.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(rows.shape[-1])
-        return torch.linalg.solve(damped, small).to(matrices.dtype) * rows.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[
-            ..., None, None
-        ]
+        return (
+            torch.linalg.solve(damped, small).to(matrices.dtype)
+            * rows.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[..., None, None]
+        )
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
