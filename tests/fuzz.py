@@ -245,12 +245,13 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run this one alone, and keep its folder")
     parser.add_argument("--seconds", type=float, default=200.0, help="begin no case after so many")
     parser.add_argument("--set", action="append", default=[], metavar="AXIS=VALUE", help="another value, with --case")
+    parser.add_argument("--until-failure", action="store_true", help="end with the first case that fails")
     parser.add_argument("--plain", action="store_true", help="with --case: all other axes have their defaults")
     parser.add_argument("--where", action="append", default=[], metavar="AXIS=VALUE", help="leave out other cases")
     options = parser.parse_args()
     changes, where = ({k: ast.literal_eval(v) for k, v in (each.split("=", 1) for each in given)} for given in
                       (options.set, options.where))  # fmt: skip
-    if unknown := [axis for axis in {**changes, **where} if axis not in (*AXES, "compile")]:
+    if unknown := [axis for axis in {**changes, **where} if axis not in (*AXES, "compile", "refused")]:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(AXES)}")
     design, began = Design(options.seed), time.monotonic()
     if options.case is not None:
@@ -272,6 +273,8 @@ def main() -> int:
         if line["result"] == "ok":
             covered |= pairs(design.case(number))
         print(json.dumps(line), flush=True)
+        if options.until_failure and line["result"] not in ("ok", "refused"):
+            break
     print(json.dumps({"results": results, "pairs": len(covered)}))
     return 0 if set(results) <= {"ok", "refused"} else 1
 
