@@ -30,6 +30,7 @@ from hf_nanotron import (
 )
 
 LENGTH = 16
+BASE_WIDTH = 32  # of the spectral parametrization
 Z_LOSS = 1e-2
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 0, 22, 23, 24]])
 
@@ -51,7 +52,10 @@ def config_of(case: Case) -> Any:
 
 
 def make_checkpoint(case: Case, folder: Path) -> None:
-    """Weights of which none is zero or one, where a wrong gradient could hide."""
+    """Weights of which none is zero or one, where a wrong gradient could hide; or those that a run draws itself."""
+    if case["parametrization"] == "spectral":
+        fresh(case, None, Spectral(BASE_WIDTH)).save_pretrained(str(folder / "start"))
+        return
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(case), dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -59,6 +63,11 @@ def make_checkpoint(case: Case, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     model.save_pretrained(folder / "start")
+
+
+def fresh(case: Case, parallel: ParallelConfig | None, spectral: Spectral | None) -> Any:
+    set_seed(3)
+    return ParallelAuto.from_config(config_of(case), parallel, parametrization=spectral, dtype=torch.float32)
 
 
 def freeze(model: nn.Module, what: str) -> None:
@@ -277,7 +286,7 @@ def own_arguments(case: Case, layout: dict[str, Any] | None, folder: Path) -> di
     if case["no_weight_decay"]:
         values["no_weight_decay"] = ["\\.0\\."]
     if case["parametrization"] == "spectral":
-        values |= {"parametrization": "spectral", "base_hidden_size": 32}
+        values |= {"parametrization": "spectral", "base_hidden_size": BASE_WIDTH}
     if case["bias_update"]:
         values["moe_bias_update_rate"] = 0.01
     if case["batch_warmup"]:
@@ -375,10 +384,7 @@ def leg(case: Case, prefix: str, layout: dict[str, Any] | None, folder: Path, na
     out = folder / ("whole-out" if layout is None else "out")
     args = NanotronTrainingArguments(**training_arguments(output_dir=str(out), **values))
     if case["parametrization"] == "spectral":
-        set_seed(3)
-        model = ParallelAuto.from_config(
-            config_of(case), parallel=args.parallel, parametrization=args.spectral, dtype=torch.float32
-        )
+        model = fresh(case, args.parallel, args.spectral)
     else:
         model = ParallelAuto.from_pretrained(str(folder / "start"), parallel=args.parallel)
     freeze(model, case["frozen"])
