@@ -27,7 +27,9 @@ from hf_nanotron import (
     MatrixOptimizer,
     NanotronTrainer,
     NanotronTrainingArguments,
+    ParallelConfig,
 )
+from hf_nanotron.models.spectral.sizes import Spectral
 
 LENGTH = 16
 BASE_WIDTH = 32  # of the spectral parametrization
