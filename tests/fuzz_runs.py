@@ -241,7 +241,8 @@ RATES = {
 def micro_batches(case: Case) -> int:
     """Of a step, over all data-parallel ranks: each leg can divide them."""
     ranks = math.lcm(*(layout["dp"] for _, layout in layouts(case)))
-    needed = max(layout["dp"] * (layout["pp"] if layout["pp"] > 1 else 1) for _, layout in layouts(case))
+    most = max(layout["dp"] for _, layout in layouts(case)) if case["elastic"] else 1
+    needed = max(max(layout["dp"], most) * layout["pp"] for _, layout in layouts(case))
     needed = max(4, needed * (2 if case["batch_warmup"] else 1))
     return ranks * math.ceil(needed / ranks)
 
