@@ -403,7 +403,7 @@ def test_a_mixture_of_experts(pool: WorkerPool, sizes: dict[str, Any]) -> None:
 
 def predicted_shapes(directory: str, sizes: dict[str, Any], trainer_class: Any = None) -> list[list[list[int]]]:
     """Of the parts of `predictions`, with the plain loss and with one of the outputs."""
-    arguments = {"per_device_eval_batch_size": 2, **sizes}
+    arguments = {"per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2, **sizes}
     shapes = []
     for loss in (None, from_outputs):
         if trainer_class is None:
