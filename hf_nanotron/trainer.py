@@ -63,7 +63,7 @@ from .optim.optimizer_link import OptimizerLink
 from .parallel.dropout_streams import share_host_generators
 from .parallel.mesh import ParallelMesh
 from .parallel.run_watch import RunWatch
-from .parallel.together import together
+from .parallel.together import all_or_none, together
 from .parallel.zero.segment import ShardedWeights
 from .plan.make import plan_of_trainer
 from .plan.result import Plan
@@ -196,8 +196,8 @@ class NanotronTrainer(Trainer):
         if self.optimizer is not None:
             self.create_optimizer()
         self._uploads.open()
-        together(self.mesh, "checking the frozen parameters", self._check_frozen)
-        together(self.mesh, "checking the loss", self._check_loss)
+        all_or_none(self.mesh, "checking the frozen parameters", self._check_frozen)
+        all_or_none(self.mesh, "checking the loss", self._check_loss)
         self.throughput = Throughput(self.mesh, self.model.hub_shapes, self.model.config)
         self._report = RunReport(self.throughput)
         self._log_line = LogLine((self.throughput, self._uploads))
@@ -418,8 +418,8 @@ class NanotronTrainer(Trainer):
             raise ValueError("another trainer has taken this model since; train with that one, or make a new trainer.")
         start_run(self.training_state, self.args)
         self._written.take()
-        together(self.mesh, "checking the frozen parameters", self._check_frozen)
-        together(self.mesh, "checking the loss", self._check_loss)
+        all_or_none(self.mesh, "checking the frozen parameters", self._check_frozen)
+        all_or_none(self.mesh, "checking the loss", self._check_loss)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer()
@@ -496,7 +496,7 @@ class NanotronTrainer(Trainer):
                 kwargs.update(epochs_trained=-1, steps_in_epoch=rest.rounds, num_update_steps_per_epoch=rest.steps)
                 if rest.is_resumed and not rest.samples:
                     self._load_rng_state(checkpoint)
-            together(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
+            all_or_none(self.mesh, "checking the loss", self._check_loss)  # which callbacks may have changed
             compare_ranks(self.mesh, self._loss_choice.whose)
             stops = self.control.should_training_stop
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]

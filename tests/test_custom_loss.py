@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_nanotron import NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
 from hf_nanotron.prepare.neftune import EmbeddingNoise
 from hf_nanotron.training.run_report import report_memory
 
@@ -399,6 +399,41 @@ def test_a_mixture_of_experts(pool: WorkerPool, sizes: dict[str, Any]) -> None:
     """The losses over routers are added where the stock forward adds them; a loss of its outputs finds `aux_loss`."""
     kinds = ("loss_function", "compute_loss_func", *(() if "pp_size" in sizes else ("compute_loss", "model hook")))
     check(pool, kinds, checkpoint("mixtral", **MIXTURE), 1, sizes)
+
+
+def predicted_shapes(directory: str, sizes: dict[str, Any], trainer_class: Any = None) -> list[list[list[int]]]:
+    """Of the parts of `predictions`, with the plain loss and with one of the outputs."""
+    arguments = {"per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2, **sizes}
+    shapes = []
+    for loss in (None, from_outputs):
+        if trainer_class is None:
+            args: Any = NanotronTrainingArguments(**training_arguments(**arguments))
+            model: Any = ParallelAuto.from_pretrained(directory, parallel=args.parallel)
+        else:
+            args = TrainingArguments(**training_arguments(**arguments))
+            model = AutoModelForCausalLM.from_pretrained(directory)
+        trainer = (trainer_class or NanotronTrainer)(
+            model=model, args=args, data_collator=pad_batch, compute_loss_func=loss
+        )
+        found = trainer.predict(random_dataset(5)).predictions
+        parts = found if isinstance(found, tuple) else (found,)
+        shapes.append([list(getattr(part, "shape", [])) for part in parts])
+    return shapes
+
+
+def from_outputs(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    return outputs.logits.float().square().mean()
+
+
+def test_predictions_of_a_mixture(pool: WorkerPool) -> None:
+    """Logits alone; with a loss of the outputs, what these have where stock outputs have it, on every layout."""
+    directory = checkpoint("mixtral", **MIXTURE)
+    theirs = predicted_shapes(directory, {}, Trainer)
+    logits = [5, 16, VOCABULARY]
+    assert all(shapes[:2] == [[3], logits] and len(shapes) == 3 for shapes in theirs)
+    for sizes in ({}, {"pp_size": 2}):
+        (found, *_) = pool.run(2, predicted_shapes, directory, sizes)
+        assert found == [[logits], [[3], logits]], sizes
 
 
 # ---- noise on embeddings ----

@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_runs import tiny_model
 from pool import JobError, WorkerPool
-from tiny import VOCABULARY, pad_batch, random_dataset, tiny_config, training_arguments
+from tiny import VOCABULARY, message, pad_batch, random_dataset, tiny_config, training_arguments
 from transformers import AutoModelForCausalLM
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
@@ -92,6 +92,17 @@ def refused(overrides: dict[str, Any], sizes: dict[str, Any]) -> str:
 def test_jitter_under_tensor_parallelism_is_refused(pool: WorkerPool) -> None:
     for sentence in pool.run(2, refused, {"router_jitter_noise": 0.1}, {"tp_size": 2}):
         assert "router_jitter_noise=0.1" in sentence and "set router_jitter_noise=0" in sentence
+
+
+def why_not(directory: str, overrides: dict[str, Any]) -> str:
+    return message(lambda: train(directory, overrides))
+
+
+def test_what_one_stage_refuses_all_ranks_say(pool: WorkerPool) -> None:
+    """The second stage alone has routers, and these have no biases."""
+    run = {"pp_size": 2, "gradient_accumulation_steps": 2, "moe_bias_update_rate": 0.01}
+    first, second = pool.run(2, why_not, start(mlp_only_layers=[0, 1]), run)
+    assert first == second and "model.layers.2.mlp.gate of ParallelQwen3MoeForCausalLM has no correction bias" in first
 
 
 def generate(directory: str) -> list[list[int]]:

@@ -430,18 +430,23 @@ def test_two_runs_on_one_host(pool: WorkerPool, start: Path) -> None:
     assert len(list((start / "memory").iterdir())) == 1  # of the other run
 
 
-def train_frozen(output: str) -> str:
+def train_frozen(output: str, sizes: dict[str, Any]) -> str:
     load = ParallelAuto.from_pretrained
 
     def frozen(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
-        model.get_input_embeddings().requires_grad_(False)
+        for name, parameter in model.named_parameters():  # the first of two stages has it
+            parameter.requires_grad_(name != "model.embed_tokens.weight")
         return model
 
     with mock.patch.object(ParallelAuto, "from_pretrained", frozen):
-        return message(lambda: train(output, {}))
+        return message(lambda: train(output, sizes))
 
 
 def test_frozen_weights_are_refused(pool: WorkerPool, start: Path) -> None:
-    (told,) = pool.run(1, train_frozen, str(start / "out"))
-    assert "memory_snapshot_steps=2 with 1 frozen parameters (model.embed_tokens.weight, ...)" in told
+    sizes = {"pp_size": 2, "gradient_accumulation_steps": 2}
+    told, others = pool.run(2, train_frozen, str(start / "out"), sizes)
+    assert "memory_snapshot_steps=2 with 1 frozen parameters (model.embed_tokens.weight, ...)" in told == others
+    last = {**sizes, "save_hub_weights": "last", **UNBROKEN}
+    told, others = pool.run(2, train_frozen, str(start / "out"), last)
+    assert "save_hub_weights='last' with 1 frozen parameters (model.embed_tokens.weight, ...)" in told == others

@@ -292,6 +292,20 @@ def test_muon_needs_the_initial_values_alone(tmp_path: Path) -> None:
     assert len(matrices) == 1 and kinds["model.layers.0.self_attn.q_proj.weight"] == "matrix"
 
 
+def test_lion_has_rates_and_no_epsilon(tmp_path: Path) -> None:
+    rates = {"lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate": 5e-3, "weight_decay": 0.1}
+    trainer = trainer_of(arguments(tmp_path, optim="lion_32bit", max_steps=1, **rates))
+    before = {segment.name: segment.master.detach().clone() for segment in trainer.weights.segments}
+    trainer.train()
+    for segment in trainer.weights.segments:  # every element moves by the rate of its weight
+        rate = 5e-3 if "embed_tokens" in segment.name or "norm" in segment.name else 2.5e-3
+        decay = 0.0 if "norm" in segment.name else 0.1 * 5e-3  # the same part of every weight
+        moved = (segment.master.detach() - before[segment.name] * (1 - decay)).abs()
+        moved = moved[moved > 1e-6]  # ids that no row has
+        assert len(moved) > 0, segment.name
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=0)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------
 
 

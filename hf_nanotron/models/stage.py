@@ -137,6 +137,7 @@ class Stage:
             return (*output, packed)
         if mixture.reports_loss:
             output["aux_loss"] = mixture.aux_loss(packed, self._model.training)
+            output.move_to_end("aux_loss", last=False)  # before the logits, as stock outputs have it
         else:
             figures = self._model.training_loss.figures
             if figures is not None:

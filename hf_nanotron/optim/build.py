@@ -148,12 +148,13 @@ def build_optimizer(
     if takes_matrices:
         rules |= dict.fromkeys(matrices, UpdateRule("matrix"))
     defaults: dict[str, Any] = {n: p.default for n, p in inspect.signature(optimizer_class).parameters.items()}
+    chosen = {**defaults, **optimizer_arguments}
     groups = []
     for rule in dict.fromkeys((plain, *(rules.get(name, plain) for name in order))):
         scaled = {
-            name: factor * {**defaults, **optimizer_arguments}[name]
+            name: factor * chosen[name]
             for name, factor in (("lr", rule.rate), ("eps", rule.eps))
-            if factor != 1.0
+            if factor != 1.0 and name in chosen  # Lion has no epsilon
         }
         if takes_matrices:
             scaled["kind"] = MATRIX if rule.kind == "matrix" else ADAMW

@@ -13,7 +13,7 @@ from ..arguments.rules import as_mapping
 from ..models.base import ParallelModel
 from ..models.stock.mixer_kernels import kernels_of
 from ..optim.offload import StateOnHost
-from ..parallel.together import together
+from ..parallel.together import all_or_none
 from .attention import choose_attention
 from .checkpointing_switches import restore_switches
 from .compile import compile_layers, restore_layers
@@ -64,18 +64,18 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
         )
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     refuse_frozen(model, trainable)
-    fp8 = together(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))
+    fp8 = all_or_none(mesh, "setting up FP8", lambda: use_fp8(model, args.fp8, args.fp8_skip_layers))
     state = TrainingState(model, shard_weights(model, dtype, args.gradient_bucket_bytes), fp8)
     if args.optim_offload:
         segments, fraction = state.weights.segments, args.optim_offload
-        state.host = together(
+        state.host = all_or_none(
             mesh, "offloading the optimizer's state", lambda: StateOnHost(segments, mesh.device, fraction)
         )
     for restore in (restore_offloaded, restore_layers, restore_recomputed, restore_mlps):
         restore(model)  # as an earlier trainer may have left it
     if args.mlp_chunk_tokens is not None:
         rows = args.mlp_chunk_tokens
-        together(mesh, "dividing the MLPs into blocks of tokens", lambda: chunk_mlps(model, rows))
+        all_or_none(mesh, "dividing the MLPs into blocks of tokens", lambda: chunk_mlps(model, rows))
     let_parts_see_rows(model)  # before it is decided what is compiled and recomputed in one piece
     _choose_recomputation(state, args)
     if args.torch_compile:
@@ -91,12 +91,12 @@ def prepare_training(model: ParallelModel, args: PreparationArguments) -> Traini
         )
     if mesh.cp_size > 1:
         choose = functools.partial(choose_context_attention, model, dtype, mesh.device)
-        state.attention, chosen = together(mesh, "sharing rows among ranks (cp_size)", choose)
+        state.attention, chosen = all_or_none(mesh, "sharing rows among ranks (cp_size)", choose)
     else:
         state.attention, chosen = choose_attention(model.anatomy, dtype, mesh.device, args.attention)
     logger.info("; ".join((chosen, *kernels_of(model.anatomy))))
     model.training_loss.z_loss = args.z_loss_coefficient
-    together(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))
+    all_or_none(mesh, "setting up the experts", lambda: _configure_experts(model, dtype, args))
     return state
 
 

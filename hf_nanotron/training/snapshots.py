@@ -194,12 +194,15 @@ class MemorySnapshots:
         """
         if not self.is_on or self._folder is None or self._hosts is None:
             return
-        if frozen := _frozen(self.model, self.weights):
-            raise ValueError(
-                f"memory_snapshot_steps={self.args.memory_snapshot_steps} with {len(frozen)} frozen parameters "
-                f"({frozen[0]}, ...): they are in the Hub files of checkpoints only, which a snapshot does not have; "
-                "leave memory_snapshot_steps out."
-            )
+        frozen = _frozen(self.model, self.weights)  # of the layers that this rank has
+        refuse_together(
+            self.mesh,
+            f"memory_snapshot_steps={self.args.memory_snapshot_steps} with {len(frozen)} frozen parameters "
+            f"({frozen[0]}, ...): they are in the Hub files of checkpoints only, which a snapshot does not have; "
+            "leave memory_snapshot_steps out."
+            if frozen
+            else None,
+        )
         buffers = sum(buffer.nbytes for buffer in held_buffers(self.model).values())
         self._expected = size = state_bytes(self.weights, optimizer, average, self.mesh) + buffers
         check_room(self.mesh, self._hosts, self._folder, size, size + awaited)

@@ -74,6 +74,8 @@ HELD_BY = {
     "evaluation on several data-parallel ranks": "test_evaluation.py::test_evaluation_equals_stock",
     "`eval_do_concat_batches=False` on several data-parallel ranks": "test_evaluation.py::test_evaluation_equals_stock",
     "an `IterableDataset`": "test_data_order.py::test_several_workers_would_change_the_order_of_a_stream",
+    "predictions of a mixture of experts with `output_router_logits=True`":
+        "test_custom_loss.py::test_predictions_of_a_mixture",
     "ranks that hold other data, or read it in another order":
         "test_data_agreement.py::test_ranks_that_read_different_samples_are_told",
     "a stream of samples drawn from the entropy of the system, on several data-parallel ranks":
