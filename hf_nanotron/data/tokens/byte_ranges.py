@@ -200,7 +200,7 @@ def read_ranges(spans: Sequence[tuple[str, int, int]], options: dict[str, Any] |
             with open(local_path(path), "rb", buffering=0) as file:
                 found[number] = os.pread(file.fileno(), stop - start, start)
     for fs, numbers, paths in remote.values():
-        starts, stops = ([spans[number][side] for number in numbers] for side in (1, 2))
+        starts, stops = [spans[number][1] for number in numbers], [spans[number][2] for number in numbers]
         for number, data in zip(numbers, _remote_ranges(fs, paths, starts, stops), strict=True):
             if isinstance(data, BaseException):
                 text = printable(f"{type(data).__name__}: {data}")
