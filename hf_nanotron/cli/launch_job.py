@@ -51,7 +51,8 @@ def read_job(args: argparse.Namespace, processes: int, resumes: bool, may_save: 
     workdir = (args.chdir or Path()).absolute()
     if not workdir.is_dir():
         raise ValueError(f"--chdir {args.chdir} is not a folder.")
-    overrides = [f"--{key}={value}" for key, value in args.set] + _keys(args)
+    pairs = ([f"--{key}={value}"] if value.startswith("--") else [f"--{key}", value] for key, value in args.set)
+    overrides = [part for pair in pairs for part in pair] + _keys(args)
     settings, tokenizer = read_settings(args.config, overrides)
     _refuse_secrets(args, settings)
     check_complete(settings)

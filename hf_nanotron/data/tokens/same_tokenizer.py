@@ -34,7 +34,8 @@ class Tokenizer(NamedTuple):
     def difference(self, than: Tokenizer) -> str:
         """Behind "another tokenizer": which two."""
         if self.name == than.name:
-            return f"both are named {self.name!r}, and their vocabularies differ"
+            named = f"both are named {self.name!r}" if self.name else "neither has a name"
+            return f"{named}, and their vocabularies differ"
         unknown = "" if None not in (self.vocabulary, than.vocabulary) else "; by their names, as no plan beside both "
         unknown += "tells their vocabularies" if unknown else ""
         return f"{self.name!r}, and that is {than.name!r}{unknown}"
