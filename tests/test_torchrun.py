@@ -183,7 +183,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_torchrun_restarts_copies(tmp_path: Path) -> None:
-    """With its logs, its macros, its default of OMP_NUM_THREADS; the preloaded modules use no GPU and start no threads of Python."""
+    """With its logs, its macros, its default of OMP_NUM_THREADS; the preloaded modules use no GPU."""
     (tmp_path / "main.py").write_text(RESTARTED)
     variables = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
