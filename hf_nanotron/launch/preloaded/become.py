@@ -41,7 +41,7 @@ def become(program: Sequence[str]) -> None:
         sys.path.insert(0, first)
     sys.argv = ["-m", *arguments[1:]] if is_module else arguments
     sys.modules["__main__"] = main = ModuleType("__main__")
-    vars(main)["__builtins__"] = builtins
+    vars(main).update(__builtins__=builtins, __annotations__={})
     if (reason := why_not(name, is_module, first)) is not None:
         if os.environ.get("RANK", "0") == "0":
             print(f"Ranks start without preloaded modules: {reason}.", file=sys.stderr, flush=True)
@@ -50,7 +50,7 @@ def become(program: Sequence[str]) -> None:
         runpy._run_module_as_main(name)  # type: ignore[attr-defined]  # what `python -m` calls
         return
     path = os.path.abspath(name)
-    vars(main).update(__file__=path, __cached__=None, __annotations__={})
+    vars(main).update(__file__=path, __cached__=None)
     main.__loader__ = SourceFileLoader("__main__", path)
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec")

@@ -1,7 +1,7 @@
 """The fork server: imports modules once, then makes a copy of itself for each rank that a stand-in asks for.
 
-It has one thread, never touches a device, and ends when the launcher and all ranks have. Uses what Python brings, and
-imports the modules by their names.
+It has one thread of Python, never touches a device, and ends when the launcher and all ranks have. Uses what Python
+brings, and imports the modules by their names.
 """
 
 from __future__ import annotations
