@@ -86,6 +86,12 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        self._check_context()
+        self._check_sharding()
+        self._check_schedule()
+        self._check_layers_per_stage()
+
+    def _check_context(self) -> None:
         if self.cp_mode not in CP_MODES:
             raise ValueError(f"cp_mode={self.cp_mode!r} is not one of {', '.join(map(repr, CP_MODES))}.")
         if (heads := self.cp_kv_heads_per_gather) is not None:
@@ -96,6 +102,8 @@ class ParallelConfig:
                     f"cp_kv_heads_per_gather={heads} with cp_size={self.cp_size} and cp_mode={self.cp_mode!r}: nothing "
                     "is gathered; use a cp_size of at least 2 with cp_mode='gather', or leave it unset."
                 )
+
+    def _check_sharding(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(
                 f"zero_stage={self.zero_stage!r} is not one of 0 (shard nothing), 1 (optimizer state), 2 (gradients as "
@@ -112,6 +120,8 @@ class ParallelConfig:
                 "no tensor-parallel communication to overlap with matmuls; use sequence_parallel=True and a tp_size of "
                 "at least 2, or leave tp_overlap unset."
             )
+
+    def _check_schedule(self) -> None:
         if self.pp_schedule not in SCHEDULES:
             raise ValueError(f"pp_schedule={self.pp_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
         interleaved = self.pp_schedule == "interleaved_1f1b"
@@ -136,6 +146,8 @@ class ParallelConfig:
                 f"pp_virtual_stages={self.pp_virtual_stages}: both must be at least 2; otherwise use "
                 "pp_schedule='1f1b'."
             )
+
+    def _check_layers_per_stage(self) -> None:
         if self.pp_layers_per_stage is not None:
             layers = tuple(self.pp_layers_per_stage)
             object.__setattr__(self, "pp_layers_per_stage", layers)
