@@ -279,7 +279,7 @@ class Checkpointer:
     def _refuse_moved(self, name: str) -> None:
         """A relative `output_dir` is another folder where the working directory is another one."""
         now = Path(cast(str, self.args.output_dir)).absolute()
-        if self._folder not in (None, now):
+        if self._folder not in (None, now) and not os.path.isabs(cast(str, self.args.output_dir)):
             raise ValueError(
                 f"output_dir={self.args.output_dir!r} was {self._folder} when train began, and is {now} now, since the "
                 f"working directory was changed: {name} would be lost to a resume. Give an absolute output_dir."
