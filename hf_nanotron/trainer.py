@@ -101,6 +101,7 @@ from .training.profiling import StepProfiler
 from .training.remote import RemoteUploads
 from .training.reporting import Reports
 from .training.run_report import RunReport, logs_next, report_memory
+from .training.same_model import check_same_model, model_state
 from .training.samplers import eval_sampler
 from .training.signals import StopSignals
 from .training.small_files import copied_state, taking_states, write_companions, write_generators, write_trainer_state
@@ -313,6 +314,7 @@ class NanotronTrainer(Trainer):
         check = partial(check_resumed, resume_from_checkpoint, index, self.model)
         together(self.mesh, "comparing parametrizations", check)
         load_weights(resume_from_checkpoint, self.model, self.weights, index)
+        check_same_model(resume_from_checkpoint, index, self.model)  # which is the same on all ranks
 
     def _inner_training_loop(
         self,
@@ -923,7 +925,7 @@ class NanotronTrainer(Trainer):
         average = {} if self._average is None else {AVERAGE: self._average.state()}
         weights = {} if self.doremi is None else self.doremi.state()
         schedule = self._schedule.state(self.state.max_steps) if self._has_own_schedule else {}
-        own = {**average, **weights, **schedule, **parametrization_state(self.model)}
+        own = {**average, **weights, **schedule, **parametrization_state(self.model), **model_state(self.model)}
         return {CURSOR: self.data_cursor(), **self._domains.state(), **own}
 
     # ---- for trainers that derive from this one, and report and train more ----

@@ -6,6 +6,7 @@ would leave the others waiting, so those cases run with several stages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -360,6 +361,28 @@ def test_a_checkpoint_of_more_than_the_model(changes: dict[str, Any], lost: str,
     trainer = build_trainer(smaller, NanotronTrainingArguments(**{**values, "max_steps": 2}))
     with pytest.raises(ValueError, match=f"checkpoint-1 holds {lost}.* which the model does not have"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "hidden_act": "gelu"},
+            r'hidden_act="silu" \(here "gelu"\), rope_parameters.rope_theta=[0-9.]+ \(here 5000.0\)',
+        ),
+        ({"attention_dropout": 0.1, "initializer_range": 0.1, "max_position_embeddings": 256, "pad_token_id": 3}, None),
+    ],
+    ids=["computes something else", "computes the same"],
+)
+def test_a_checkpoint_of_another_config(changes: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    """Its weights have the same shapes: nothing else would notice."""
+    values = training_arguments(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=1)
+    build_trainer(args=NanotronTrainingArguments(**values)).train()
+    other = stock_model("llama", **changes)
+    trainer = build_trainer(other, NanotronTrainingArguments(**{**values, "max_steps": 2}))
+    with pytest.raises(ValueError, match=f"is of a model with {said}: it") if said else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == (0 if said else 2)
 
 
 def test_sequences_are_filled_up_or_refused() -> None:
