@@ -398,7 +398,7 @@ def test_a_run_ends_while_its_store_is_down(pool: WorkerPool, tmp_path: Path, si
 def test_the_upload_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "out", 1)
     for arguments, said in (
-        ((str(tmp_path / "none"), "memory://x"), "has no committed checkpoint-N"),
+        ((str(tmp_path / "none"), "memory://x"), "does not exist; give the folder of a run"),
         ((str(tmp_path / "out"), "http://me:word@x/y"), "http://***@x/y"),
         ((str(tmp_path / "out"), "memory://x", "--timeout", "-1"), "must be at least 0"),
     ):
