@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -78,9 +79,9 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
-def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, env={**VARIABLES, "RANK": "0"},
+        [sys.executable, *arguments], cwd=folder, env={**VARIABLES, "RANK": "0", **variables},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # as after `trap '' USR2`
     )  # fmt: skip
@@ -131,6 +132,45 @@ def test_signals_reach_the_rank_and_a_killed_stand_in_takes_it_along(server: For
             time.sleep(0.01)  # for ever, if it stays
 
 
+# A rank that takes a while to end once it was killed: it has memory to give back.
+HOLDS = """\
+import fcntl, sys, time
+lock = open("lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+memory = bytearray(b"1") * int(sys.argv[1])
+print("holds", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_rank_starts_after_the_end_of_one_that_was_killed(server: ForkServer, tmp_path: Path) -> None:
+    """torchrun waits for what it has killed: ports, locks and a GPU's memory are free then."""
+    (tmp_path / "main.py").write_text(HOLDS)
+    first = start(server.stand_in(["-u", "main.py", str(1 << 28), "1000"]), tmp_path)
+    assert first.stdout is not None and first.stdout.readline() == "holds\n"
+    first.kill()
+    first.wait()
+    assert finish(start(server.stand_in(["-u", "main.py", "1", "0"]), tmp_path)) == (0, "holds\n", "")
+    finish(first)
+
+
+def test_a_safe_path_keeps_all_of_its_folders(tmp_path: Path) -> None:
+    """With PYTHONSAFEPATH no folder comes before those of PYTHONPATH."""
+    (tmp_path / "main.py").write_text("import sys, told; print(told.__file__, 'told' in sys.modules, len(sys.path))")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "told.py").touch()
+    variables = {"PYTHONPATH": str(tmp_path / "beside"), "PYTHONSAFEPATH": "1"}
+    with ForkServer(sys.executable, ["told"], {**VARIABLES, **variables}) as server:
+        program = ["-u", "main.py"]
+        plain, copied = (finish(start(each, tmp_path, **variables)) for each in (program, server.stand_in(program)))
+    assert copied == plain and plain[0] == 0 and plain[2] == ""
+
+
+def test_a_stand_in_starts_nothing_when_it_is_imported() -> None:
+    """Tools import all modules of a package."""
+    importlib.import_module("hf_nanotron.launch.preloaded.stand_in")
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -140,13 +180,15 @@ def test_signals_reach_the_rank_and_a_killed_stand_in_takes_it_along(server: For
         ),
         ({"main.py": "import os; os.environ['HF_HOME'] = '/x'; print(1)"}, "main.py sets HF_HOME, which is read"),
         ({"main.py": "import os; os.environ.setdefault('RANK', '/x'); print(1)"}, ""),
+        ({"main.py/__main__.py": "print(1)"}, "main.py is not a file that ends in .py"),
     ],
-    ids=["hidden", "environment", "late"],
+    ids=["hidden", "environment", "late", "folder"],
 )
 def test_a_program_that_would_differ_is_started_anew(
     server: ForkServer, tmp_path: Path, files: dict[str, str], says: str
 ) -> None:
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     code, out, err = finish(start(server.stand_in(["-u", "main.py"]), tmp_path))
     assert (code, out) == (0, "1\n") and says in err and bool(err) == bool(says), err
@@ -180,6 +222,7 @@ print(f"attempt {attempt}, local rank {sys.argv[1]}: {os.environ['WORLD_SIZE']} 
 """
 
 
+@pytest.mark.full_matrix
 def test_torchrun_restarts_copies(tmp_path: Path) -> None:
     """With its logs, its macros, its default of OMP_NUM_THREADS; the preloaded modules use no GPU."""
     (tmp_path / "main.py").write_text(RESTARTED)

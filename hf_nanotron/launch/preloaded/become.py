@@ -34,8 +34,6 @@ def become(program: Sequence[str]) -> None:
         del arguments[0]
     name = arguments[0]
     sys.orig_argv = [sys.executable, *program]
-    if not is_module and not _is_script(name):
-        _start_over(program)  # a folder, an archive, compiled code, or nothing
     first = os.getcwd() if is_module else os.path.dirname(os.path.realpath(name))
     if not sys.flags.safe_path:
         sys.path.insert(0, first)
@@ -63,6 +61,8 @@ def why_not(name: str, is_module: bool, first: str) -> str | None:
     Args:
         first: the folder that comes first on its `sys.path`.
     """
+    if not is_module and not (name.endswith(".py") and os.path.isfile(name)):
+        return f"{name} is not a file that ends in .py"
     torch = sys.modules.get("torch")
     if torch is not None and (torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()):
         return "one of these modules has used a GPU"
@@ -80,10 +80,6 @@ def _start_over(program: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *program])
-
-
-def _is_script(path: str) -> bool:
-    return os.path.isfile(path) and os.path.splitext(path)[1] == ".py"
 
 
 def _hidden(folder: str) -> Iterator[str]:

@@ -17,7 +17,8 @@ from types import TracebackType
 ROOT = Path(__file__).parents[3]
 SERVE = """\
 import sys
-sys.path[:1] = []
+if not sys.flags.safe_path:
+    del sys.path[0]
 sys.path.append(sys.argv[4])
 from hf_nanotron.launch.preloaded.serve import main
 program = main((int(sys.argv[1]), int(sys.argv[2])), sys.argv[3], sys.argv[4], sys.argv[5:])

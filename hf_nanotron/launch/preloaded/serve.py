@@ -18,11 +18,13 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 REQUEST_SECONDS = 30.0  # a stand-in sends all at once
+DEATH_SECONDS = 30.0  # of a rank that was killed: its driver may hold it
 # What torchrun, a terminal or a scheduler sends to all processes of a job is for the ranks.
 LEFT_TO_RANKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -68,6 +70,7 @@ class Server:
     def __init__(self, listener: socket.socket, launcher: int, folder: str) -> None:
         self.listener, self.launcher, self.folder = listener, launcher, folder
         self.ranks: dict[int, socket.socket] = {}  # by process
+        self.killed: set[int] = set()  # of these, those whose stand-ins are gone
         self._selector = selectors.DefaultSelector()
         self._woken, wake = os.pipe()
         self._wake = wake
@@ -84,8 +87,10 @@ class Server:
         """Returns in each copy, with what it is to run; here None, at the end."""
         listens = True
         while listens or self.ranks:
-            for key, _ in self._selector.select():
+            # Ends of stand-ins first: torchrun starts new ranks when it has seen the end of those before.
+            for key, _ in sorted(self._selector.select(), key=lambda each: each[0].fileobj is self.listener):
                 if key.fileobj is self.listener:
+                    self._wait_for_killed()
                     if (request := self._make_rank()) is not None:
                         return request
                 elif key.fileobj == self.launcher:
@@ -105,18 +110,20 @@ class Server:
 
     def _make_rank(self) -> Request | None:
         connection, _ = self.listener.accept()
+        request, process = None, -1
         try:
             request = _hear(connection)
             process = os.fork()
         except (OSError, ValueError):  # the stand-in is gone, or there is no room for a process: it is told by the end
             connection.close()
-            return None
-        if process == 0:
+        if request is not None and process == 0:
             self._let_go(connection)
             _be_of(request, connection)
             return request
-        for number in request.files:
+        for number in request.files if request is not None else ():
             os.close(number)
+        if process < 0:
+            return None
         self.ranks[process] = connection
         self._selector.register(connection, selectors.EVENT_READ, process)
         return None
@@ -128,6 +135,7 @@ class Server:
             if not ended:
                 continue
             connection = self.ranks.pop(process)
+            self.killed.discard(process)
             with contextlib.suppress(KeyError):
                 self._selector.unregister(connection)
             with contextlib.suppress(OSError):
@@ -138,9 +146,18 @@ class Server:
         """Its stand-in was killed, with all that torchrun would have had in the rank's group."""
         if process in self.ranks:
             self._selector.unregister(self.ranks[process])
+            self.killed.add(process)
             for kill in (os.killpg, os.kill):  # the rank may not have its group yet
                 with contextlib.suppress(ProcessLookupError):
                     kill(process, signal.SIGKILL)
+
+    def _wait_for_killed(self) -> None:
+        """As torchrun waits for a process that it has killed: a new rank finds ports, locks and a GPU's memory free."""
+        until = time.monotonic() + DEATH_SECONDS
+        while self.killed and time.monotonic() < until:
+            time.sleep(0.005)
+            self._reap()
+        self.killed.clear()
 
     def _let_go(self, connection: socket.socket) -> None:
         """In a copy: of all that is the server's."""
@@ -188,7 +205,8 @@ def _some(connection: socket.socket, length: int) -> bytes:
 def _be_of(request: Request, connection: socket.socket) -> None:
     """Be a process of the stand-in's: its files, folder, cores and environment, in a session of its own."""
     os.setsid()
-    connection.sendall(struct.pack("!i", os.getpid()))  # from here on signals reach this process
+    with contextlib.suppress(OSError):  # it is gone, and the server is about to end this process
+        connection.sendall(struct.pack("!i", os.getpid()))  # from here on signals reach this process
     connection.close()
     for number, file in enumerate(request.files):
         os.dup2(file, number)

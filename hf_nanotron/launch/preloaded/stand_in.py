@@ -88,7 +88,7 @@ def die_by(number):
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has left its own
-    if number not in (signal.SIGKILL, signal.SIGSTOP):
+    if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
@@ -99,4 +99,5 @@ def say(text):
     print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
