@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import threading
 
 import torch
@@ -26,7 +28,21 @@ def why_unfit(device: torch.device, seconds: float = ANSWER_SECONDS) -> str | No
     thread = threading.Thread(target=lambda: found.append(_compare(device)), daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else f"{device} has not answered for {seconds:g} s"
+    if found:
+        return found[0]
+    atexit.register(_end, thread)
+    return f"{device} has not answered for {seconds:g} s"
+
+
+def _end(thread: threading.Thread) -> None:
+    """The end of a process whose device still hangs, and which has therefore failed.
+
+    Python's own end might wait for the device, too, or abort when the thread comes back from torch in the midst of it.
+    """
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _compare(device: torch.device) -> str | None:

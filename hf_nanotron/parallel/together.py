@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from .mesh import ParallelMesh
 
 T = TypeVar("T")
 LOOK_SECONDS = 0.5  # between two looks whether all ranks are done
+END_SECONDS = 5.0  # that the end of a process waits for an action which it has left
 
 
 def together(mesh: ParallelMesh, what: str, action: Callable[[], T]) -> T:
@@ -110,10 +112,16 @@ def together_for_long(mesh: ParallelMesh, what: str, action: Callable[[], T]) ->
             errors.append(error)
         done.set()
 
-    threading.Thread(target=work, name="long-action", daemon=True).start()
-    done.wait(LOOK_SECONDS / 10)  # most are soon done
-    while int(all_reduce(torch.tensor(float(not done.is_set()), device=mesh.device), mesh.world)):
-        time.sleep(LOOK_SECONDS)
+    thread = threading.Thread(target=work, name="long-action", daemon=True)
+    thread.start()
+    try:
+        done.wait(LOOK_SECONDS / 10)  # most are soon done
+        while int(all_reduce(torch.tensor(float(not done.is_set()), device=mesh.device), mesh.world)):
+            time.sleep(LOOK_SECONDS)
+    except BaseException:  # another rank is gone, or this one is interrupted
+        # A thread that comes back from C++ or Rust in the midst of Python's end aborts the process.
+        atexit.register(thread.join, END_SECONDS)
+        raise
 
     def result() -> T:
         if errors:

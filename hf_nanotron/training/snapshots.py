@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
@@ -98,6 +99,8 @@ class MemorySnapshots:
             self._settle()
             together(mesh, "deleting the memory snapshots", lambda: folder.delete() if hosts.is_leader else None)
         finally:
+            if self._writing is not None:  # the run has failed
+                atexit.register(self._writing.leave)
             self.hold()
             self._copies = None  # what is still written has them
             folder.release()

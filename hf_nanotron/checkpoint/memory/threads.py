@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from ..state.values import encode
 from .folder import MemoryFolder, part_name, read_part, write_part
 from .resume import VALUES
 from .transfer import Wire, receive_files, send_files
+
+END_SECONDS = 5.0  # that the end of a failed run waits for copies on their way between hosts
 
 
 class SnapshotThreads:
@@ -78,6 +81,17 @@ class SnapshotThreads:
         for thread in self._threads:
             thread.join()
         return self._failures[0] if self._failures else None
+
+    def leave(self) -> None:
+        """At the end of a process whose run has failed: copies that are on their way may still arrive.
+
+        A thread that comes back from torch in the midst of Python's end aborts the process; torch has no way to break
+        off what it waits for, so it gets some time.
+        """
+        self.wait_for_own()
+        until = time.monotonic() + END_SECONDS
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0.0))
 
 
 def write_snapshot(save: Save, part: tuple[Run, int, int, int]) -> None:
