@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -25,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ports import reserved_port
 
 HERE = Path(__file__).parent
 STEPS = 48
@@ -50,6 +53,14 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+LIBC = ctypes.CDLL(None)
+
+
+def end_with_starter() -> None:
+    """For a process that is started: at the end of the thread that starts it, however it ends, it gets SIGTERM."""
+    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @dataclass
 class Job:
     """A run of so many steps that is killed as `kills` says, and `random_kills` times at random moments."""
@@ -66,6 +77,7 @@ class Job:
     length: int = 16  # tokens of a sample
     memory: str | None = None  # for the snapshots; None for a folder of the job
     launcher: str = "preloaded"
+    nodes: int = 1  # agents of torchrun, all on this host
 
     @property
     def most_restarts(self) -> int:
@@ -91,33 +103,45 @@ class Job:
                 }
             )
         )  # fmt: skip
-        with open(self.folder / "log", "wb") as log:
-            launcher = [sys.executable, "-m", *LAUNCHERS[self.launcher], "--standalone"]
-            options = ["--nproc-per-node", self.ranks, "--max-restarts", self.most_restarts, "--monitor-interval", 0.1]
-            process = subprocess.Popen(
-                [*launcher, *map(str, options), str(HERE / "killed_run.py"), str(job)],
-                stdout=log, stderr=log, env=environment(self.config is not None), start_new_session=True,
-            )  # fmt: skip
-            killed, code = [], None
+        with contextlib.ExitStack() as stack:
+            processes = self._start(stack, job)
+            killed, code = list[float](), None
             try:
                 if self.random_kills:
-                    killed = self._kill_at_random(process, time.monotonic() + timeout)
+                    killed = self._kill_at_random(processes[0], time.monotonic() + timeout)
                     (self.folder / "calm").touch()
-                code = self._wait(process, time.monotonic() + timeout)
+                code = self._wait(processes, time.monotonic() + timeout)
             except subprocess.TimeoutExpired:
                 pass
-            finally:
-                if process.poll() is None:  # torchrun ends its ranks
-                    process.terminate()
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(40)
         named = [(at, "random") for at in killed]
         for path in self.folder.glob("killed-*"):
             named.append((float(path.read_text()), self.kills[int(path.name.partition("-")[2])][1]))
         return Outcome(self, code, sorted(named))
 
-    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> int:
-        """Its exit code; says meanwhile which kills there were."""
+    def _start(self, stack: contextlib.ExitStack, job: Path) -> list[subprocess.Popen[bytes]]:
+        """The launcher of each node. What is left of them is ended with `stack`."""
+        log = stack.enter_context(open(self.folder / "log", "wb"))
+        options = ["--nproc-per-node", self.ranks // self.nodes, "--max-restarts", self.most_restarts]
+        options += ["--monitor-interval", 0.1]
+        if self.nodes == 1:
+            options += ["--standalone"]
+        else:
+            options += ["--nnodes", self.nodes, "--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint"]
+            options += [f"127.0.0.1:{stack.enter_context(reserved_port())}"]
+        words = [sys.executable, "-m", *LAUNCHERS[self.launcher], *map(str, options)]
+        processes = []
+        for _ in range(self.nodes):
+            process = subprocess.Popen(
+                [*words, str(HERE / "killed_run.py"), str(job)],
+                stdout=log, stderr=log, env=environment(self.config is not None), start_new_session=True,
+                preexec_fn=end_with_starter,
+            )  # fmt: skip
+            stack.callback(_end, process)
+            processes.append(process)
+        return processes
+
+    def _wait(self, processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> int:
+        """Their exit code, the first that is not 0; says meanwhile which kills there were."""
         told = set[Path]()
         while True:
             for path in sorted(set(self.folder.glob("killed-*")) - told):
@@ -126,7 +150,8 @@ class Job:
                 print(f"{self.folder.name}: kill {len(told)} of {len(self.kills)}: rank {rank}, {phase}, step {step}",
                       file=sys.stderr, flush=True)  # fmt: skip
             try:
-                return process.wait(1.0)
+                codes = [process.wait(1.0) for process in processes]
+                return next(filter(None, codes), 0)
             except subprocess.TimeoutExpired:
                 if time.monotonic() > deadline:
                     raise
@@ -214,6 +239,13 @@ class Outcome:
     def from_memory(self) -> int:
         """How often a start went on from a snapshot."""
         return (self.job.folder / "log").read_text(errors="replace").count("Going on from the memory snapshot")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:  # torchrun ends its ranks
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(40)
 
 
 def start_model(folder: Path) -> str:
@@ -311,9 +343,11 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, help="the restart of a Llama-3.2-1B on so many GPUs alone")
     parser.add_argument("--memory", help="with --gpus: a folder in memory with room for 50 GB")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the program at once, and the jobs with it
     if args.gpus:
         sys.exit(on_gpus(Path(tempfile.mkdtemp()), args.gpus, args.memory or "/dev/shm"))
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    print(f"The folder of the jobs: {folder}", file=sys.stderr)
     start_model(folder)
     names, expected = args.schedules, dict[str, dict[int, float]]()
     print(

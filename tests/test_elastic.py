@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -86,6 +87,21 @@ def test_a_device_that_fails_or_hangs_is_unfit(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(own_device, "_compare", lambda device: time.sleep(5))
     assert why_unfit(torch.device("cpu"), 0.05) == "cpu has not answered for 0.05 s"
+
+
+def test_a_process_whose_device_hangs_ends_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own end might wait for the device, too, or abort when it comes back."""
+    import torch
+
+    from hf_nanotron.parallel import own_device
+
+    gate, ends = threading.Event(), list[int]()
+    monkeypatch.setattr(own_device.atexit, "register", lambda end, thread: ends.append(end(thread)))
+    monkeypatch.setattr(own_device.os, "_exit", ends.append)
+    monkeypatch.setattr(own_device, "_compare", lambda device: gate.wait())
+    why_unfit(torch.device("cpu"), 0.01)
+    gate.set()
+    assert ends == [1, None]
 
 
 # ---- how they find each other ----
@@ -325,20 +341,28 @@ def job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     agents: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(*options: str, more: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "hf_nanotron.cli", "train", "run.yaml"]
+    def start(*options: str, launcher: str = "torch.distributed.run") -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", *launcher.split(), *options, "-m", "hf_nanotron.cli", "train", "run.yaml"]
         log = open(tmp_path / f"log-{len(agents)}", "wb")  # noqa: SIM115
-        agents.append(
-            subprocess.Popen([*words, *more], cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        )
+        agents.append(subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT))
         return agents[-1]
 
     yield start
     for agent in agents:
-        for worker in workers(agent):
-            os.kill(worker, signal.SIGKILL)
-        agent.kill()
-        agent.wait()
+        kill_all(agent)
+
+
+def kill_all(agent: subprocess.Popen[bytes]) -> None:
+    """An agent with all that it has started, as when a node is lost."""
+    processes = [agent.pid] if agent.poll() is None else []
+    for process in processes:  # also those that are added
+        path = Path(f"/proc/{process}/task/{process}/children")
+        with contextlib.suppress(OSError):
+            processes += map(int, path.read_text().split())
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    agent.wait()
 
 
 def workers(agent: subprocess.Popen[bytes]) -> list[int]:
@@ -385,27 +409,25 @@ def test_the_whole_job_is_killed_and_started_again(job: Callable[..., subprocess
     options = ("--standalone", "--nproc-per-node", "3")
     agent = job(*options)
     wait_for(lambda: len(logged(tmp_path)) > 30)
-    ranks = workers(agent)
-    for process in (agent.pid, *ranks):
-        os.kill(process, signal.SIGKILL)
-    agent.wait()
+    kill_all(agent)
     assert job(*options).wait(600) == 0, (tmp_path / "log-1").read_text()[-3000:]
     assert check_run(tmp_path) == [3, 3]
     assert "Going on from the memory snapshot of step" in (tmp_path / "log-1").read_text()
 
 
 @pytest.mark.full_matrix
-def test_a_lost_node_shrinks_dp(job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, port: int) -> None:
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "hf_nanotron.cli torchrun"])
+def test_a_lost_node_shrinks_dp(
+    job: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, port: int, launcher: str
+) -> None:
     """Two nodes with two processes each; one is gone for good. The other goes on alone with the same batches."""
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}")
     conf = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2"
     options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", *rendezvous)
-    first, second = (job(*options, "--rdzv-conf", f"{conf},is_host={host}") for host in ("true", "false"))
+    confs = [f"{conf},is_host={host}" for host in ("true", "false")]
+    first, second = (job(*options, "--rdzv-conf", each, launcher=launcher) for each in confs)
     wait_for(lambda: len(logged(tmp_path)) > 30)
-    lost = workers(second)
-    second.kill()
-    for worker in lost:
-        os.kill(worker, signal.SIGKILL)
+    kill_all(second)
     assert first.wait(200) == 0, (tmp_path / "log-0").read_text()[-3000:]
     assert check_run(tmp_path) == [3, 2]
     assert "Going on from the memory snapshot of step" in (tmp_path / "log-0").read_text()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from kills import SCHEDULES, Job, Outcome, matrix
+from kills import HERE, SCHEDULES, Job, Outcome, matrix
 
 RANKS = 2
 SIZES = {"gradient_accumulation_steps": 1}
@@ -44,6 +48,16 @@ def test_a_kill_in_each_phase(folder: Path, expected: dict[int, float], kills: l
 
 
 @pytest.mark.full_matrix
+@pytest.mark.parametrize("launcher", ["preloaded", "torchrun"])
+def test_a_kill_on_the_second_of_two_nodes(folder: Path, expected: dict[int, float], launcher: str) -> None:
+    """Two agents, with a rank each: both start their ranks anew, and go on together."""
+    kills = [(1, "backward", 5)]
+    outcome = Job(folder / f"nodes-{launcher}", RANKS, SIZES, 16, kills, launcher=launcher, nodes=2).run()
+    check(outcome, expected)
+    assert len(outcome.killed_at) == outcome.from_memory == 1
+
+
+@pytest.mark.full_matrix
 def test_kills_at_random(folder: Path, expected: dict[int, float], request: pytest.FixtureRequest) -> None:
     kills = request.config.getoption("--kills")
     check(Job(folder / "random", RANKS, SIZES, 16, random_kills=kills, pause=0.5).run(), expected)
@@ -55,3 +69,19 @@ def test_the_matrix_has_every_phase_rank_and_schedule() -> None:
     for _, job in jobs:
         assert {rank for rank, *_ in job.kills} == set(range(8)) and len(job.kills) == len(set(job.kills)) == 80
         assert all(step < job.steps for *_, step in job.kills)
+
+
+def test_a_launcher_does_not_outlive_who_started_it() -> None:
+    code = """
+import subprocess, sys, time
+from kills import end_with_starter
+print(subprocess.Popen(["sleep", "1000"], preexec_fn=end_with_starter, stdout=subprocess.DEVNULL).pid, flush=True)
+time.sleep(1000)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    launcher = int(starter.stdout.readline())
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    while Path(f"/proc/{launcher}/cmdline").exists() and Path(f"/proc/{launcher}/cmdline").read_bytes():
+        time.sleep(0.01)  # for ever, if it stays
