@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer as StockTrainer, TrainerC
 
 from hf_nanotron import ParallelConfig
 from hf_nanotron.arguments.launch import check_launch
-from hf_nanotron.parallel import roll_call
+from hf_nanotron.parallel import roll_call, together
 from hf_nanotron.parallel.mesh import ParallelMesh
 
 STEPS = 6
@@ -425,3 +426,20 @@ def taken_over() -> int:
 def test_another_rank_asks_where_the_first_no_longer_does(pool: WorkerPool) -> None:
     first, second, last = pool.run(3, taken_over)
     assert first and second and not last
+
+
+def test_a_process_waits_at_its_end_for_an_action_that_it_has_left() -> None:
+    """For a while: one that comes back from C++ in the midst of Python's end aborts the process."""
+    gate, registered = threading.Event(), list[Any]()
+    mesh: Any = SimpleNamespace(device="cpu", world=None)
+    with (
+        mock.patch.object(together.atexit, "register", lambda *call: registered.append(call)),
+        mock.patch.object(together, "all_reduce", side_effect=RuntimeError("rank 1 has ended")),
+        pytest.raises(RuntimeError, match="rank 1 has ended"),
+    ):
+        together.together_for_long(mesh, "waiting", gate.wait)
+    ((join, seconds),) = registered
+    join(0.01)
+    assert join.__self__.is_alive() and seconds == together.END_SECONDS
+    gate.set()
+    join()

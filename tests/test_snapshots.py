@@ -309,6 +309,18 @@ def test_files_are_sent_in_chunks_and_stay_in_their_folder(tmp_path: Path) -> No
 # ---- parts ----
 
 
+def test_the_end_of_a_failed_run_waits_for_copies_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, threads = threading.Event(), threads_module.SnapshotThreads("x-2", 0, MemoryFolder(str(tmp_path), "out"))
+    threads._begin(gate.wait, is_own=False)
+    monkeypatch.setattr(threads_module, "END_SECONDS", 0.01)
+    threads.leave()
+    assert [thread.is_alive() for thread in threads._threads] == [True]
+    gate.set()
+    monkeypatch.setattr(threads_module, "END_SECONDS", 600.0)
+    threads.leave()
+    assert [thread.is_alive() for thread in threads._threads] == [False]
+
+
 def test_a_torn_part_is_none(tmp_path: Path) -> None:
     folder, run = MemoryFolder(tmp_path, tmp_path / "out"), begin_run([])
     assert folder.acquire() is None and folder.parts() == []
