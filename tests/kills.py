@@ -158,7 +158,7 @@ class Job:
 
     def _kill_at_random(self, process: subprocess.Popen[bytes], deadline: float) -> list[float]:
         """Kill one rank after the other, whatever they do: also while they start."""
-        chance, killed = random.Random(self.seed), []
+        chance, killed = random.Random(self.seed), list[float]()
         longest, before = 6.0, -1
         while len(killed) < self.random_kills and process.poll() is None and time.monotonic() < deadline:
             began = time.monotonic()
