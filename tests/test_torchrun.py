@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import selectors
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from kills import environment
 
 from hf_nanotron.cli.torchrun import MODULES
-from hf_nanotron.launch.preloaded import ForkServer
+from hf_nanotron.launch.preloaded import ForkServer, serve
 
 # Without a path that depends on where a process starts.
 VARIABLES = {**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
@@ -132,26 +137,19 @@ def test_signals_reach_the_rank_and_a_killed_stand_in_takes_it_along(server: For
             time.sleep(0.01)  # for ever, if it stays
 
 
-# A rank that takes a while to end once it was killed: it has memory to give back.
-HOLDS = """\
-import fcntl, sys, time
-lock = open("lock", "w")
-fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-memory = bytearray(b"1") * int(sys.argv[1])
-print("holds", flush=True)
-time.sleep(float(sys.argv[2]))
-"""
-
-
-def test_a_rank_starts_after_the_end_of_one_that_was_killed(server: ForkServer, tmp_path: Path) -> None:
-    """torchrun waits for what it has killed: ports, locks and a GPU's memory are free then."""
-    (tmp_path / "main.py").write_text(HOLDS)
-    first = start(server.stand_in(["-u", "main.py", str(1 << 28), "1000"]), tmp_path)
-    assert first.stdout is not None and first.stdout.readline() == "holds\n"
-    first.kill()
-    first.wait()
-    assert finish(start(server.stand_in(["-u", "main.py", "1", "0"]), tmp_path)) == (0, "holds\n", "")
-    finish(first)
+def test_the_server_waits_for_ranks_that_were_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun does for its own: ports, locks and a GPU's memory are free when the next ones start."""
+    rank = subprocess.Popen(["sleep", "1000"])
+    here, there = socket.socketpair()
+    server: Any = serve.Server.__new__(serve.Server)
+    server.ranks, server.killed, server._selector = {rank.pid: here}, {rank.pid}, selectors.DefaultSelector()
+    # It dies while it is waited for.
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: os.kill(rank.pid, signal.SIGKILL))
+    monkeypatch.setattr(serve, "time", clock)
+    server._wait_for_killed()
+    assert not server.ranks and not server.killed and not Path(f"/proc/{rank.pid}").exists()
+    assert struct.unpack("!i", there.recv(4)) == (signal.SIGKILL,)
+    rank.wait()
 
 
 def test_a_safe_path_keeps_all_of_its_folders(tmp_path: Path) -> None:
