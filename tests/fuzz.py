@@ -3,7 +3,7 @@
     python tests/fuzz.py --seed 0 --cases 50 --seconds 200
     python tests/fuzz.py --seed 0 --case 17           # one of them again
     python tests/fuzz.py --seed 0 --case 17 --set rows=1 --set "data='rows'"   # with other values
-    python tests/fuzz.py --seed 0 --cases 200 --where cp=2 --where "data='packed'"   # the cases that have these
+    python tests/fuzz.py --seed 0 --cases 200 --where cp=2 --where "data='packed'"   # cases that all have these
 
 A case (`fuzz_axes.py`) is trained on its layout; it may break off, and go on from its checkpoint on another layout.
 Losses, gradient norms, evaluations, predictions, generated ids and the weights that plain transformers loads are then
@@ -23,6 +23,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_runs
+import fuzz_stock
 import preloaded  # noqa: F401
 import torch.distributed as dist
 from fuzz_axes import AXES, REFUSED, Case, Design, is_stock, layouts, pairs, world
@@ -188,7 +190,7 @@ def run_case(case: Case, folder: Path, limit: float = LIMIT) -> dict[str, Any]:
         breaks = not prefix and case["end"] in ("raise", "kill")
         verdict(ranks_of(job, world(layout), folder, limit), case, breaks)
     if is_stock(case):
-        alone(fuzz_runs.stock, case, folder, "whole")
+        alone(fuzz_stock.stock, case, folder, "whole")
     else:
         verdict(
             ranks_of(lambda watch: fuzz_runs.leg(case, "", None, folder, "whole", watch), 1, folder, limit), case, False
@@ -204,12 +206,8 @@ def named(case: Case) -> dict[str, Any]:
     return {axis: value for axis, value in case.items() if axis not in AXES or value != AXES[axis][0]}
 
 
-def reproduction(seed: int, number: int) -> str:
-    return f"python tests/fuzz.py --seed {seed} --case {number}"
-
-
-def try_case(design: Design, seed: int, number: int, changes: dict[str, Any], keep: bool = False) -> dict[str, Any]:
-    """One line of the report."""
+def try_case(design: Design, number: int, changes: dict[str, Any], drawn: str, keep: bool = False) -> dict[str, Any]:
+    """One line of the report; `drawn`: the options with which this case was."""
     case = {**design.case(number), **changes}
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     began = time.monotonic()
@@ -229,7 +227,7 @@ def try_case(design: Design, seed: int, number: int, changes: dict[str, Any], ke
     line["seconds"] = round(time.monotonic() - began, 1)
     line |= {"values": named(case)}
     if line["result"] not in ("ok", "refused"):
-        line["again"] = reproduction(seed, number)
+        line["again"] = f"python tests/fuzz.py {drawn} --case {number}"
     if keep:
         line["folder"] = str(folder)
     else:
@@ -246,18 +244,23 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=200.0, help="begin no case after so many")
     parser.add_argument("--set", action="append", default=[], metavar="AXIS=VALUE", help="another value, with --case")
     parser.add_argument("--until-failure", action="store_true", help="end with the first case that fails")
+    parser.add_argument("--refusals", action="store_true", help="run one case of each combination that is refused")
     parser.add_argument("--plain", action="store_true", help="with --case: all other axes have their defaults")
-    parser.add_argument("--where", action="append", default=[], metavar="AXIS=VALUE", help="leave out other cases")
+    parser.add_argument("--where", action="append", default=[], metavar="AXIS=VALUE", help="of all cases")
     options = parser.parse_args()
     changes, where = ({k: ast.literal_eval(v) for k, v in (each.split("=", 1) for each in given)} for given in
                       (options.set, options.where))  # fmt: skip
-    if unknown := [axis for axis in {**changes, **where} if axis not in (*AXES, "compile", "refused")]:
+    if unknown := [axis for axis in (*changes, *where) if axis not in AXES and (axis in where or axis != "compile")]:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(AXES)}")
-    design, began = Design(options.seed), time.monotonic()
+    design, began = Design(options.seed, where=where), time.monotonic()
+    drawn = " ".join([f"--seed {options.seed}", *(f"--where {shlex.quote(each)}" for each in options.where)])
+    if options.refusals:
+        design.cases, options.cases = [design.refused(row) for row in range(len(REFUSED))], len(REFUSED)
+        drawn += " --refusals"
     if options.case is not None:
         if options.plain:
             changes = {**{axis: values[0] for axis, values in AXES.items()}, "refused": None, **changes}
-        line = try_case(design, options.seed, options.case, changes, keep=True)
+        line = try_case(design, options.case, changes, drawn, keep=True)
         print(json.dumps({name: value for name, value in line.items() if name != "why"}))
         print(line.get("why", ""))
         return 0 if line["result"] in ("ok", "refused") else 1
@@ -266,9 +269,7 @@ def main() -> int:
     for number in range(options.first, options.first + options.cases):
         if time.monotonic() - began > options.seconds:
             break
-        if any(design.case(number)[axis] != value for axis, value in where.items()):
-            continue
-        line = try_case(design, options.seed, number, {})
+        line = try_case(design, number, {}, drawn)
         results[line["result"]] += 1
         if line["result"] == "ok":
             covered |= pairs(design.case(number))

@@ -77,12 +77,15 @@ AXES: dict[str, tuple[Any, ...]] = {
     "average": ("no", "kept", "evaluated"),
     "frozen": ("nothing", "embedding", "first layer", "norms", "all but the last layer"),
     "clip": (1.0, 0.0, 0.05),
-    "data": ("rows", "mask", "no mask", "left", "packed", "tokens", "documents", "mixture", "iterable", "stream"),
+    "data": (
+        "rows", "mask", "no mask", "left", "packed", "flattened", "tokens", "documents", "mixture", "iterable",
+        "stream",
+    ),
     "epochs": (False, True),
     "workers": (0, 2),
     "between": ("nothing", "evaluation", "generation"),
     "prediction": (False, True),
-    "save": ("no", "steps", "async", "last", "memory"),
+    "save": ("no", "steps", "async", "last", "memory", "weights alone"),
     "end": ("none", "stop", "raise", "kill"),
     "elastic": (False, True),
     # the layout that goes on from the checkpoint
@@ -96,18 +99,15 @@ AXES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 NO_WIDTHS = ("sgd", "rmsprop", "muon", "muon original")  # whose updates depend on the gradient's size, or on shapes
 TOKEN_DATA = ("tokens", "documents", "mixture")
-# Not stock Trainer's, so that one process of ours is the reference.
+DOCUMENTS = ("packed", "flattened", "documents", "mixture", "stream")  # whose rows hold several, kept apart
+# Neither stock Trainer's nor written out in `fuzz_stock.py`, so that one process of ours is the reference.
 OURS: dict[str, tuple[Any, ...]] = {
-    "optimizer": ("bf16 moments", "muon", "muon original", "muon spectral", "lion_32bit", "user's of matrices"),
-    "no_weight_decay": (True,),
+    "optimizer": ("bf16 moments", "muon", "muon original", "muon spectral", "user's of matrices"),
     "parametrization": ("spectral",),
     "batch_warmup": (True,),
-    "loss": ("z-loss", "function"),
     "bias_update": (True,),
     "neftune": (True,),
     "dropout": (True,),
-    "average": ("kept", "evaluated"),
-    "data": ("tokens", "documents", "mixture", "iterable", "stream"),
 }
 
 
@@ -119,6 +119,10 @@ def layouts(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def world(layout: dict[str, Any]) -> int:
     return math.prod(layout[name] for name in ("tp", "pp", "cp", "dp"))
+
+
+def stages(layout: dict[str, Any]) -> int:
+    return int(layout["pp"]) * (2 if "interleaved" in layout["schedule"] else 1)
 
 
 def any_layout(test: Callable[[dict[str, Any], Case], Any]) -> Callable[[Case], bool]:
@@ -154,7 +158,11 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         r"parametrization='spectral' with optim=",
     ),
     (
-        lambda case: case["parametrization"] == "spectral" and case["optimizer"] in ("user's", "user's of matrices"),
+        lambda case: (
+            case["parametrization"] == "spectral"
+            and case["optimizer"] in ("user's", "user's of matrices")
+            and case["frozen"] == "nothing"
+        ),
         "parametrization",
         r"parametrization='spectral' with (Element|Polar)",
     ),
@@ -166,7 +174,7 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
     (
         any_layout(lambda layout, case: layout["cp"] > 1 and case["family"] in ("gemma2", "gpt_oss", "mamba2")),
         "cp, then cp",
-        r"cp_size=\d",
+        r"cp_size=\d is not supported for",
     ),
     (
         lambda case: case["save"] == "last" and case["frozen"] != "nothing",
@@ -183,33 +191,69 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         "loss",
         r"cp_size=\d with label_smoothing_factor",
     ),
-    (any_layout(lambda layout, case: layout["cp"] > 1 and case["dropout"]), "dropout", r"attention_dropout"),
+    (any_layout(lambda layout, case: layout["cp"] > 1 and case["dropout"]), "dropout", r"attention_dropout above 0"),
     (
         lambda case: case["family"] in RECURRENT and case["dropout"] and case["sequence_parallel"] and cut(case, "tp"),
         "dropout",
         r"sequence_parallel=True with attention_dropout=0.1: every rank computes all of",
     ),
-    (any_layout(lambda layout, case: layout["cp"] > 1 and case["data"] == "left"), "data", r"attention_mask"),
+    (
+        any_layout(lambda layout, case: layout["cp"] > 1 and case["data"] == "left"),
+        "data",
+        r"cp_size=\d: a batch with attention_mask",
+    ),
+    (
+        any_layout(
+            lambda layout, case: (
+                layout["cp"] > 1
+                and layout["tp"] > 1
+                and case["tp_overlap"]
+                and case["family"] in ("bamba", "nemotron_h", "qwen3_next")
+            )
+        ),
+        "tp_overlap",
+        r"cp_size=\d is not supported for \w+: \w+ sees whole rows, which are not sent in parts; use tp_overlap=False",
+    ),  # fmt: skip
+    (
+        lambda case: case["data"] == "iterable" and case["end"] != "none",
+        "data",
+        r"cannot resume in epoch 0 after sample \d+: the stream \(Plain\) has no state_dict",
+    ),
+    (
+        any_layout(lambda layout, case: case["family"] == "gemma4" and stages(layout) > 3),
+        "pp, then pp",
+        r"layers 2 to 5 share keys and values and must be on one stage, so use at most 3 stages",
+    ),
     (
         any_layout(lambda layout, case: layout["tp"] > 1 and case["family"] in ("gpt2",)),
         "tp, then tp",
-        r"tp_size=\d",
+        r"GPT2LMHeadModel: its config \('gpt2'\) declares no tensor-parallel plan",
     ),
 )
 
 
+def unpacks(case: Case) -> bool:
+    """Whether rows hold documents that the stock model does not keep apart."""
+    return case["data"] in DOCUMENTS and case["family"] in (*RECURRENT, "gpt_neox")
+
+
 def is_stock(case: Case) -> bool:
-    """Whether stock Trainer has all of it."""
-    packed = case["data"] == "packed" and case["family"] in (*RECURRENT, "gpt2", "gpt_neox")
-    # stock divides the loss of GPT-2 by all labels
-    return not packed and case["family"] != "gpt2" and not any(case[axis] in values for axis, values in OURS.items())
+    """Whether stock Trainer is the reference."""
+    if case["family"] == "gpt2":  # its stock loss is divided by all labels
+        return False
+    if case["router_loss"] and case["between"] == "generation":  # which stock models fail to do with a mask
+        return False
+    # Figures of an evaluation are of rows, and documents of their own are others.
+    if unpacks(case) and (case["prediction"] or case["between"] == "evaluation"):
+        return False
+    return not any(case[axis] in values for axis, values in OURS.items())
 
 
 def settle(case: Case) -> Case:
     """The case, where axes without meaning have their defaults and sizes fit."""
     case = dict(case)
     default = lambda *axes: case.update({axis: AXES[axis][0] for axis in axes})  # noqa: E731
-    if case["save"] == "no":
+    if case["save"] in ("no", "weights alone"):
         default("end")
     elif case["end"] == "none" and case["save"] == "memory":
         case["end"] = "raise"
@@ -262,10 +306,13 @@ def pairs(case: Case) -> set[tuple[Any, ...]]:
 
 
 class Design:
-    """Cases by number: each is the best of some random ones, by the pairs that it is the first to have."""
+    """Cases by number: each is the best of some random ones, by the pairs that it is the first to have.
 
-    def __init__(self, seed: int, candidates: int = 24) -> None:
-        self.random, self.candidates = random.Random(seed), candidates
+    All of them have the values of `where`.
+    """
+
+    def __init__(self, seed: int, candidates: int = 24, where: Case | None = None) -> None:
+        self.random, self.candidates, self.where = random.Random(seed), candidates, where or {}
         self.covered: set[tuple[Any, ...]] = set()
         self.cases: list[Case] = []
 
@@ -282,13 +329,19 @@ class Design:
         return sum(world(layout) for _, layout in layouts(case))
 
     def _draw(self) -> Case:
+        for _ in range(1000):
+            case = self._allowed(settle({**self._any(), **self.where}), self.random.random() < 0.1)
+            if all(case[axis] == value for axis, value in self.where.items()):
+                return case
+        raise ValueError(f"no case has {self.where}: REFUSED and `settle` of fuzz_axes.py say why.")
+
+    def _any(self) -> Case:
         """Of a third of the cases stock Trainer has all."""
         of_stock = self.random.random() < 0.35
-        case = {
+        return {
             axis: self._value(axis, tuple(x for x in values if not (of_stock and x in OURS.get(axis, ()))))
             for axis, values in AXES.items()
         }
-        return self._allowed(settle(case), self.random.random() < 0.1)
 
     def _value(self, axis: str, values: tuple[Any, ...]) -> Any:
         # Often the default, where other values are large jobs.
@@ -296,9 +349,17 @@ class Design:
             return values[0]
         return self.random.choice(values)
 
-    def _allowed(self, case: Case, probes: bool) -> Case:
-        """The case without what is refused, or with one of it."""
-        kept = None
+    def refused(self, row: int) -> Case:
+        """A small case that a row of `REFUSED` is about, and no other."""
+        found: list[Case] = []
+        while len(found) < 5:
+            case = self._allowed(settle(self._any()), True, row)
+            if case["refused"] == row:
+                found.append(case)
+        return min(found, key=self._size)
+
+    def _allowed(self, case: Case, probes: bool, kept: int | None = None) -> Case:
+        """The case without what is refused, or with one of it: of the row `kept` if it is given."""
         for number, (applies, axes, _) in enumerate(REFUSED * 2):
             if not applies(case):
                 continue

@@ -1,4 +1,4 @@
-"""What a process of the fuzzer does: one leg of a run, by stock Trainer or by ours."""
+"""What a process of the fuzzer does: one leg of a run by our trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from token_files import documents, write_ds
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, TrainerCallback, set_seed
 
 from hf_nanotron import (
     AutoModelForCausalLM as ParallelAuto,
@@ -34,6 +34,8 @@ from hf_nanotron.models.spectral.sizes import Spectral
 LENGTH = 16
 BASE_WIDTH = 32  # of the spectral parametrization
 Z_LOSS = 1e-2
+EMA_DECAY = 0.7
+NO_DECAY = "\\.0\\."  # in names of weights
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 0, 22, 23, 24]])
 
 
@@ -76,14 +78,16 @@ def freeze(model: nn.Module, what: str) -> None:
     """Call it before the trainer is made. A rank of a pipeline has some of the layers, under their own numbers."""
     last = str(model.config.num_hidden_layers - 1)
     embedding = model.get_input_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings  # the last stage holds it as the head
     for name, parameter in model.named_parameters():
         layer = next((part for part in name.split(".") if part.isdigit()), None)
+        is_head = name.startswith("lm_head")
         frozen = {
             "nothing": False,
-            "embedding": embedding is not None and parameter is embedding.weight,
+            "embedding": (embedding is not None and parameter is embedding.weight) or (tied and is_head),
             "first layer": layer == "0",
             "norms": "norm" in name or ".ln_" in name,
-            "all but the last layer": layer != last and "lm_head" not in name,
+            "all but the last layer": layer != last and (tied or not is_head),
         }[what]
         parameter.requires_grad_(not frozen)
 
@@ -103,7 +107,7 @@ class Plain(IterableDataset):
 
 def rows_of(case: Case, samples: int, seed: int) -> HubDataset:
     generator = torch.Generator().manual_seed(seed)
-    ragged = case["data"] in ("mask", "no mask", "left")
+    ragged = case["data"] in ("mask", "no mask", "left", "flattened")
     found = []
     for index in range(samples):
         ids = torch.randint(3, 120, (LENGTH - (index % 5 if ragged else 0),), generator=generator)
@@ -140,7 +144,16 @@ def packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
-COLLATORS = {"rows": pad_batch, "no mask": pad_batch, "mask": masked, "left": masked_left, "packed": packed}
+def flattened(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """All of them in one row, with the columns by which stock kernels and mixers know their borders."""
+    made = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
+    return dict(made)
+
+
+COLLATORS = {
+    "rows": pad_batch, "no mask": pad_batch, "mask": masked, "left": masked_left, "packed": packed,
+    "flattened": flattened,
+}  # fmt: skip
 
 
 def write_data(case: Case, folder: Path) -> None:
@@ -272,6 +285,8 @@ def common_arguments(case: Case) -> dict[str, Any]:
         values["label_smoothing_factor"] = 0.1
     if case["between"] == "evaluation":
         values |= {"eval_strategy": "steps", "eval_steps": 1}
+    if case["save"] != "no":
+        values |= {"save_strategy": "steps", "save_steps": SAVED, "save_only_model": case["save"] == "weights alone"}
     return values
 
 
@@ -285,9 +300,9 @@ def own_arguments(case: Case, layout: dict[str, Any] | None, folder: Path) -> di
     if case["neftune"]:
         values["neftune_noise_alpha"] = 8.0
     if case["average"] != "no":
-        values |= {"ema_decay": 0.7, "ema_evaluate": case["average"] == "evaluated"}
+        values |= {"ema_decay": EMA_DECAY, "ema_evaluate": case["average"] == "evaluated"}
     if case["no_weight_decay"]:
-        values["no_weight_decay"] = ["\\.0\\."]
+        values["no_weight_decay"] = [NO_DECAY]
     if case["parametrization"] == "spectral":
         values |= {"parametrization": "spectral", "base_hidden_size": BASE_WIDTH}
     if case["bias_update"]:
@@ -324,8 +339,7 @@ def own_arguments(case: Case, layout: dict[str, Any] | None, folder: Path) -> di
     if case["elastic"]:
         values["max_dp_size"] = most = max(each["dp"] for _, each in layouts(case))
         values["gradient_accumulation_steps"] = total // most
-    if case["save"] != "no":
-        values |= {"save_strategy": "steps", "save_steps": SAVED, "async_save": case["save"] == "async"}
+    values["async_save"] = case["save"] == "async"
     if case["save"] == "last":
         values["save_hub_weights"] = "last"
     if case["save"] == "memory":
@@ -421,23 +435,3 @@ def predict(trainer: Any, case: Case, file: Path) -> None:
     }
     if rank() == 0:
         torch.save(result, file)
-
-
-def stock(case: Case, folder: Path, name: str) -> None:
-    """The reference by stock Trainer."""
-    torch.set_num_threads(1)
-    values = training_arguments(output_dir=str(folder / f"{name}-out"), **common_arguments(case))
-    args = TrainingArguments(**values, gradient_accumulation_steps=micro_batches(case))
-    model = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
-    freeze(model, case["frozen"])
-    trainer = Trainer(
-        model=model,
-        args=args,
-        callbacks=[Watch(folder / f"{name}-0.jsonl", case, "none")],
-        optimizer_cls_and_kwargs=CLASSES.get(case["optimizer"]),
-        **data_of(case, folder, samples_of(case)),
-    )
-    trainer.train()
-    if case["prediction"]:
-        predict(trainer, case, folder / f"{name}.pt")
-    trainer.save_model(str(folder / f"{name}-final"))

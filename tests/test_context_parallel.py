@@ -26,6 +26,7 @@ from hf_nanotron.models.calling import CONTEXT
 from hf_nanotron.monitor.flops import active_weights
 from hf_nanotron.parallel.cp.plan import make_context_plan
 from hf_nanotron.parallel.mesh import Group
+from hf_nanotron.parallel.together import all_or_none
 from hf_nanotron.prepare import context_attention
 from hf_nanotron.prepare.attention import Attention
 from hf_nanotron.prepare.context_attention import choose_context_attention
@@ -544,6 +545,20 @@ REFUSALS = {
     "positions of three axes": "cp_size=2: the batches have position_ids [3, 1, 22] for tokens [1, 22], which",
     "another column": "cp_size=2: the batches have token_type_ids",
 }
+
+
+def refused_on_one_stage() -> str:
+    """What is in the way may be in the blocks of one stage alone."""
+    parallel = ParallelConfig(pp_size=2)
+    model = ParallelAuto.from_config(tiny_config(), parallel=parallel)
+    reason = "a block of it" if model.mesh.is_first_stage else None
+    with mock.patch.object(context_attention, "why_not", lambda _: reason):
+        choose = functools.partial(choose_context_attention, model, torch.float32, torch.device("cpu"))
+        return message(lambda: all_or_none(model.mesh, "choosing", choose))
+
+
+def test_no_stage_waits_for_one_that_is_refused(pool: WorkerPool) -> None:
+    assert len(said := set(pool.run(2, refused_on_one_stage))) == 1 and "a block of it" in said.pop()
 
 
 def test_what_cannot_work_is_refused_on_every_rank(pool: WorkerPool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_runs
+import fuzz_stock
 import pytest
 from fuzz_axes import AXES, LIMIT, REFUSED, Case, Design, is_stock, layouts, pairs, settle, world
 from fuzz_compare import differences
@@ -61,7 +62,8 @@ def test_a_case(pool: WorkerPool, tmp_path: Path, name: str) -> None:
         legs.append("second" if prefix else "first")
         pool.run(world(layout), leg, case, prefix, layout, tmp_path, legs[-1])
     pool.run(
-        1, *((fuzz_runs.stock, case, tmp_path, "whole") if is_stock(case) else (leg, case, "", None, tmp_path, "whole"))
+        1,
+        *((fuzz_stock.stock, case, tmp_path, "whole") if is_stock(case) else (leg, case, "", None, tmp_path, "whole")),
     )
     assert set(differences(case, tmp_path, legs)) >= {"first loss", "loss", "norm", "weights"}
 
@@ -71,6 +73,12 @@ def test_a_case(pool: WorkerPool, tmp_path: Path, name: str) -> None:
 def test_cases(seed: int) -> None:
     code, lines, said = run("--seed", str(seed), "--cases", str(CASES), "--seconds", "3600")
     assert code == 0 and len(lines) == CASES + 1, said
+
+
+@pytest.mark.full_matrix
+def test_refusals() -> None:
+    code, lines, said = run("--refusals", "--seconds", "3600")
+    assert code == 0 and [line.get("result") for line in lines[:-1]] == ["refused"] * len(REFUSED), said
 
 
 def test_pairs_come_soon() -> None:

@@ -345,3 +345,19 @@ def test_a_trial_leaves_buffers_as_they_were() -> None:
         layer.mean.add_(1.0)
         layer.count = layer.count + 1
     assert layer.mean.tolist() == [0.0, 0.0] and layer.count.tolist() == [0.0]
+
+
+def frozen_on_one_stage() -> str | None:
+    """By the names of one process, of which the last stage has none."""
+    args = NanotronTrainingArguments(**options(**PP))
+    model = AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=True), parallel=args.parallel)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed_tokens" not in name)
+    data = {"train_dataset": random_dataset(4), "data_collator": pad_batch}
+    return message_of(lambda: NanotronTrainer(model=model, args=args, **data))
+
+
+def test_a_tied_weight_frozen_on_one_stage_is_refused(pool: WorkerPool) -> None:
+    """Ranks that train it would wait for ever for those that do not."""
+    said = set(pool.run(2, frozen_on_one_stage))
+    assert len(said) == 1 and "model.embed_tokens.weight is frozen on 1 ranks and trained on 1" in str(said)

@@ -41,11 +41,12 @@ NAMED = "_context"  # how the names of our attention functions end
 
 
 def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: torch.device) -> tuple[Attention, str]:
-    """What a model with `cp_size` above 1 trains with, and a sentence for the log.
+    """What a model with `cp_size` above 1 trains with, and a sentence for the log. All ranks together.
 
     Raises:
         ValueError: for a model whose attention cannot be ours.
     """
+    windows = windows_of(model)  # of all stages, before the blocks of one may be refused
     if (reason := why_not(model)) is not None:
         raise ValueError(refusal(model.mesh.cp_size, model.stock_class, reason))
     kind = "torch"
@@ -62,7 +63,7 @@ def choose_context_attention(model: ParallelModel, dtype: torch.dtype, device: t
         )
     chosen = f"attention: {kind}, of rows shared by {model.mesh.cp_size} ranks (cp_mode={model.parallel.cp_mode!r})"
     chosen += _said_of_blocks(model)
-    return Attention(f"{kind}{NAMED}", True, windows_of(model), other_work(model), shape_of(model)), chosen
+    return Attention(f"{kind}{NAMED}", True, windows, other_work(model), shape_of(model)), chosen
 
 
 def _said_of_blocks(model: ParallelModel) -> str:

@@ -16,9 +16,20 @@ from .gather_units import gather_units
 
 
 def refuse_frozen(model: ParallelModel, trainable: Collection[str]) -> None:
-    """Refuse a model of which no rank trains anything. All ranks together."""
-    count = all_reduce(torch.tensor(float(len(trainable)), device=model.mesh.device), model.mesh.world)
-    if not count:
+    """Refuse a model of which no rank trains anything, or whose ranks train different weights. All ranks together."""
+    number = {name: index for index, name in enumerate(model.hub_shapes)}
+    held = torch.zeros(2, len(number) + 1)  # ranks that have each weight frozen, and trained; last, what has no number
+    for name, _ in model.named_parameters():
+        held[int(name in trainable), number.get(model.shard_specs[name].name, -1)] += 1
+    frozen, trained = all_reduce(held.to(model.mesh.device), model.mesh.world).tolist()
+    for name, index in number.items():
+        if frozen[index] and trained[index]:
+            raise ValueError(
+                f"{name} is frozen on {int(frozen[index])} ranks and trained on {int(trained[index])}: requires_grad "
+                "must be the same wherever a weight is. A tied embedding and head are one weight, which the last "
+                "pipeline stage holds under the name of the head; set both names."
+            )
+    if not any(trained):
         raise ValueError(
             f"no parameter of {model.stock_class.__name__} requires a gradient, so there is nothing to train; call "
             "model.requires_grad_(True), or set it for the parameters to train, before the trainer is made (PEFT's "
