@@ -333,6 +333,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     agents: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TMPDIR"] = str(tmp_path)  # what a lost node leaves
 
     def start(*options: str, launcher: str = "torch.distributed.run") -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", *launcher.split(), *options, "-m", "hf_nanotron.cli", "train", "run.yaml"]
