@@ -210,10 +210,11 @@ def try_case(design: Design, number: int, changes: dict[str, Any], drawn: str, k
     """One line of the report; `drawn`: the options with which this case was."""
     case = {**design.case(number), **changes}
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    limit = LIMIT * (4 if case.get("compile") else 1)  # compilers of all ranks share the processors
     began = time.monotonic()
     line: dict[str, Any] = {"case": number, "result": "ok", "reference": "stock" if is_stock(case) else "ours"}
     try:
-        errors = run_case(case, folder)
+        errors = run_case(case, folder, limit)
         line["errors"] = {name: float(f"{error:.1e}") for name, error in errors.items()}
         if case["refused"] is not None:
             line |= {"result": "failed", "why": f"not refused: {REFUSED[case['refused']][2]}"}

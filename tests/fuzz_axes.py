@@ -158,11 +158,7 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         r"parametrization='spectral' with optim=",
     ),
     (
-        lambda case: (
-            case["parametrization"] == "spectral"
-            and case["optimizer"] in ("user's", "user's of matrices")
-            and case["frozen"] == "nothing"
-        ),
+        lambda case: case["parametrization"] == "spectral" and case["optimizer"] in ("user's", "user's of matrices"),
         "parametrization",
         r"parametrization='spectral' with (Element|Polar)",
     ),
@@ -297,6 +293,8 @@ def settle(case: Case) -> Case:
         default("epochs")
     if case["data"] in ("iterable",):
         default("workers")
+    if case["optimizer"] == "user's of matrices" and case["parametrization"] == "spectral":
+        default("frozen")  # a last layer may have no matrix, and is not refused then
     return case
 
 
