@@ -158,9 +158,9 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         r"parametrization='spectral' with optim=",
     ),
     (
-        lambda case: case["parametrization"] == "spectral" and case["optimizer"] in ("user's", "user's of matrices"),
+        lambda case: case["parametrization"] == "spectral" and case["optimizer"] == "user's",
         "parametrization",
-        r"parametrization='spectral' with (Element|Polar)",
+        r"parametrization='spectral' with Element",
     ),
     (
         lambda case: case["parametrization"] == "spectral" and case["family"] == "gemma4",
@@ -293,8 +293,6 @@ def settle(case: Case) -> Case:
         default("epochs")
     if case["data"] in ("iterable",):
         default("workers")
-    if case["optimizer"] == "user's of matrices" and case["parametrization"] == "spectral":
-        default("frozen")  # a last layer may have no matrix, and is not refused then
     return case
 
 
