@@ -225,6 +225,11 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         "tp, then tp",
         r"GPT2LMHeadModel: its config \('gpt2'\) declares no tensor-parallel plan",
     ),
+    (
+        any_layout(lambda layout, case: case["cp_mode"] == "heads" and layout["cp"] > 1 and layout["tp"] == 4),
+        "cp_mode",
+        r"cp_mode='heads' needs attention heads \(4 / tp_size=4\) that cp_size divides",
+    ),
 )
 
 
