@@ -573,7 +573,8 @@ class NanotronTrainer(Trainer):
         self._detail.take_gradients()
         self._norm = global_norm(self.weights.segments, self.mesh)
         self._link.number = step + 1
-        is_finite = self._guard.judge(step + 1, self._norm, loss, self._link)
+        predicts = bool(self._windows.counted) or not has_items or not loss_choice.needs_labels
+        is_finite = self._guard.judge(step + 1, self._norm, loss, self._link, predicts)
         self._empty_cache()
         is_told = self._signals.received is not None
         mean_loss, told = self._report.sum_step(self.mesh, loss, batches, is_told, figures)

@@ -143,7 +143,9 @@ class NanotronTrainingArguments(SecretlessArguments):
     skip_nonfinite_steps: bool = _option(
         False, "Skip an optimizer step whose gradient is NaN or infinite; by default it ends the run."
     )
-    max_skipped_steps: int = _option(20, "Consecutive steps that skip_nonfinite_steps may skip; one more ends the run.")
+    max_skipped_steps: int = _option(
+        20, "Consecutive steps that skip_nonfinite_steps, or batches without a label, may skip; one more ends the run."
+    )
     save_hub_weights: str = _option(
         "always",
         "Which checkpoints contain Hub weights in addition to the training state: always (all of them), or last (only "

@@ -35,6 +35,7 @@ from hf_nanotron import AutoModelForCausalLM, NanotronTrainer, NanotronTrainingA
 from hf_nanotron.data.padding import pad_sequence
 from hf_nanotron.models.sharding.parallelize import parallelize
 from hf_nanotron.parallel.mesh import ParallelMesh
+from hf_nanotron.training.same_model import differences
 
 # ---- sizes that do not fit the model ----
 
@@ -383,6 +384,30 @@ def test_a_checkpoint_of_another_config(changes: dict[str, Any], said: str | Non
     with pytest.raises(ValueError, match=f"is of a model with {said}: it") if said else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == (0 if said else 2)
+
+
+def test_configs_that_are_saved_and_loaded_are_the_same(tmp_path: Path) -> None:
+    """Of all families: a refusal of one's own checkpoint would be worse than what it is for."""
+    for family, entry in FAMILIES.items():
+        config = AutoConfig.for_model(family, **entry["config"])
+        config.save_pretrained(tmp_path / family)
+        saved = json.loads(config.to_json_string(use_diff=False))
+        loaded = AutoConfig.from_pretrained(tmp_path / family, dtype="bfloat16", attn_implementation="sdpa")
+        assert not differences(saved, json.loads(loaded.to_json_string(use_diff=False))), family
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["use_mamba_kernels", "router_jitter_noise", "z_loss_coefficient", "aux_loss_alpha", "mamba_ssm_cache_dtype",
+     "attn_implementation", "embd_pdrop", "embedding_initializer_range", "tokenizer_class"],
+)  # fmt: skip
+def test_what_a_resume_may_change(name: str) -> None:
+    assert not differences({"text_config": {name: 1}}, {"text_config": {name: 2}})
+
+
+@pytest.mark.parametrize("name", ["conv_kernel", "rms_norm_eps", "hidden_act", "sliding_window", "swiglu_alpha"])
+def test_what_a_resume_may_not_change(name: str) -> None:
+    assert differences({"text_config": {name: 1}}, {"text_config": {name: 2}}) == [f"text_config.{name}=1 (here 2)"]
 
 
 def test_sequences_are_filled_up_or_refused() -> None:

@@ -288,6 +288,7 @@ def test_refusals(tmp_path: Path) -> None:
         ([0.5, -0.1], "the weight -0.1 of the set 'b' cannot be"),
         ([float("nan"), 1], "the weight nan of the set 'a'"),
         ([float("inf"), 1], "the weight inf of the set 'a'"),
+        ({"a": 0.5, "b": "x"}, "the weight 'x' of the set 'b' is no number"),
         ([0, 0], r"the weights \[0.0, 0.0\] sum to 0.0"),
         ([1], r"1 weights do not cover 2 sets \(a, b\)"),
         ({"a": 1}, "'b' has none"),

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,40 @@ def test_skipped_steps(pool: WorkerPool, tmp_path: Path) -> None:
         ):  # fmt: skip
             assert part in message, message
     assert len({result[name]["error"][1] for result in results for name in ["tp2"]}) == 1
+
+
+def unlabelled(output_dir: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The second step has no label, nor have the fourth and the fifth; the weights are noted behind each."""
+    out: dict[str, Any] = {"weights": []}
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.weights.wait()
+            out["weights"].append([segment.master.detach().clone() for segment in trainer.weights.segments])
+
+    options: dict[str, Any] = {"train_sampling_strategy": "sequential", "max_steps": 5, "max_skipped_steps": 1, **sizes}
+    trainer = make(output_dir, [Notes()], random_dataset(1), **options)
+    samples = trainer.get_total_train_batch_size(trainer.args)
+    rows = random_dataset(5 * samples)
+    labels = [[-100] * 16 if i // samples in (1, 3, 4) else row for i, row in enumerate(rows["labels"])]
+    trainer.train_dataset = rows.remove_columns("labels").add_column("labels", labels)
+    with pytest.raises(ValueError, match="have no label") as error:
+        trainer.train()
+    same = [all(map(torch.equal, one, two)) for one, two in pairwise(out.pop("weights"))]
+    return {"same": same, "error": str(error.value), "losses": losses(trainer)}
+
+
+def unlabelled_in_layouts(output_dir: str) -> dict[str, Any]:
+    return {name: unlabelled(f"{output_dir}/{name}", LAYOUTS[name]) for name in ("dp2 zero1", "tp2", "pp2")}
+
+
+def test_steps_without_a_label_change_nothing(pool: WorkerPool, tmp_path: Path) -> None:
+    """Momentum and weight decay would: no gradient is one of zero for them."""
+    for result in pool.run(2, unlabelled_in_layouts, str(tmp_path)):
+        for got in result.values():
+            assert got["same"] == [True, False, True]  # from a step to the next
+            assert [math.isnan(loss) for loss in got["losses"]] == [False, True, False, True]
+            assert got["error"].startswith("step 5: its batches have no label, all are -100, and 2 steps in a row")
 
 
 def saves(output_dir: str, sizes: dict[str, Any]) -> dict[str, Any]:

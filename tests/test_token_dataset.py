@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_nanotron.data import TokenDataset
 from hf_nanotron.data.identity import difference
+from hf_nanotron.data.tokens import row_reader
 from hf_nanotron.data.tokens.permutation import Permutation
 
 LENGTH = 16
@@ -366,3 +367,17 @@ def test_ends_of_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest
     left = said("a", 120)
     assert "40 of 1000 tokens (4.00%) are not read" in left and "shorter" not in left
     logger.removeHandler(caplog.handler)
+
+
+def test_an_end_that_ends_nothing_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a further read: by the rows that are trained on."""
+    rng = np.random.default_rng(0)
+    rng.integers(1, 50, 2**19, np.uint16).tofile(tmp_path / "a.ds")
+    said: list[str] = []
+    monkeypatch.setattr(row_reader.logger, "warning", said.append)
+    for end, count in ((99, 1), (3, 0)):
+        said.clear()
+        dataset = TokenDataset(tmp_path, 2**12, token_size=2, documents="mask", eos_token_id=end)
+        for place in range(128):
+            dataset.rows([place])
+        assert sum(f"eos_token_id={end} ends no document in the first 262144" in each for each in said) == count

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from types import MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -135,14 +135,14 @@ def recompute_selectively(
     `torch.utils.checkpoint.checkpoint`; by default random states are kept only if the model has dropout.
     """
     options = {**with_defaults(options, model), "context_fn": CONTEXTS[policy]}
-    forward, compute = _recomputing("forward", options), _recomputing("compute", options)
     for index, layer in model.anatomy.numbered_layers():
         if index not in layers or isinstance(layer, AbsentLayer):
             continue
         for part in parts_of(layer, recomputes=True):
-            part.forward = MethodType(forward, part)
+            part.forward = MethodType(_recomputing("forward", type(part), options), part)
         for module in layer.modules():
             if isinstance(module, ParallelExperts):
+                compute = _recomputing("compute", type(module), options)
                 module.compute = MethodType(compute, module)  # type: ignore[method-assign]
     model.decorations.add("selective recomputation", restore_recomputed)
 
@@ -160,8 +160,8 @@ def with_defaults(options: Mapping[str, Any], model: ParallelModel) -> dict[str,
     return {"preserve_rng_state": model.streams is not None, **options, "use_reentrant": False}
 
 
-def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """A method for instances, in the place of their class's method `name`."""
+def _recomputing(name: str, kind: type[nn.Module], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """A method for instances of `kind`, in the place of their class's method `name`."""
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stock = functools.partial(getattr(type(self), name), self, **kwargs)
@@ -171,7 +171,18 @@ def _recomputing(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         first = next(iter((*args, *kwargs.values())), None)
         return checkpoint(_beside, first, stock, *args, **options)
 
-    return method
+    code = _code_for(kind, method.__code__)  # type: ignore[arg-type]  # a class is hashable
+    return FunctionType(code, globals(), name, None, method.__closure__)
+
+
+@functools.cache  # trainers share what is compiled
+def _code_for(kind: type[nn.Module], code: CodeType) -> CodeType:
+    """`code`, in an object of its own for each class.
+
+    torch counts what it has compiled by the object of the code. Beyond `recompile_limit` graphs it runs uncompiled, and
+    a model with many kinds of blocks would come to that with a code that all have in common.
+    """
+    return code.replace(co_name=f"{code.co_name}_{kind.__name__}")
 
 
 def _beside(first: Any, stock: Callable[..., Any], *args: Any) -> Any:

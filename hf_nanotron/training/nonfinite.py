@@ -109,8 +109,18 @@ class NonFiniteGuard:
         """The verdict on the last step that `check` will wait for."""
         return None if self._unchecked is None else self._unchecked.verdict
 
-    def judge(self, step: int, norm: torch.Tensor, loss: torch.Tensor, link: OptimizerLink) -> bool:
-        """Have the step left out if `norm` is not finite. False if the host knows already that it is not."""
+    def judge(
+        self, step: int, norm: torch.Tensor, loss: torch.Tensor, link: OptimizerLink, predicts: bool = True
+    ) -> bool:
+        """Have the step left out if `norm` is not finite, or nothing is predicted. False if the host knows that it is.
+
+        Raises:
+            ValueError: if too many steps in a row were left out, and this one predicts nothing.
+        """
+        if not predicts:
+            self._leave_out_empty(step)
+            link.skips_next = True
+            return False
         self._unchecked = FiniteCheck(step, norm, loss)
         # Biases of routers are moved by the host.
         if link.skips_on_device and not self.args.moe_bias_update_rate:
@@ -151,6 +161,19 @@ class NonFiniteGuard:
         raise NonFiniteGradientError(
             f"{what} {state}, and no checkpoint was touched. {self._advice()} and lower the learning rate, or look at "
             f"this step's data{choice}"
+        )
+
+    def _leave_out_empty(self, step: int) -> None:
+        """A step without a label: momentum and weight decay would change the weights by no data."""
+        self._skipped += 1
+        what = f"step {step}: its batches have no label, all are -100"
+        if self._skipped <= self.args.max_skipped_steps:
+            logger.warning(f"{what}. This step is left out.")
+            return
+        raise ValueError(
+            f"{what}, and {self._skipped} steps in a row were left out, more than max_skipped_steps="
+            f"{self.args.max_skipped_steps}. Look at how labels are made (a prompt or template that masks all, rows "
+            "that end before the answer), or use larger batches."
         )
 
     # ---- weights ----

@@ -16,11 +16,14 @@ from ..checkpoint.state.training_state import saved_extra
 from ..models.base import ParallelModel
 
 MODEL = "model"  # in a checkpoint's `extra`
-# What a forward in training does not read, and what a run may regularise with otherwise than the one before.
+# What a forward in training does not read, what chooses between kernels of one function, and what a run may regularise
+# with otherwise than the one before.
 MAY_CHANGE = re.compile(
-    r"_.*|.*_token_id|.*drop.*|.*pdrop|.*_coef|.*_attn_implementation|architectures|auto_map|chunk_size_feed_forward|"
-    r"dtype|id2label|initializer_range|label2id|max_position_embeddings|output_.*|problem_type|return_dict|task_.*|"
-    r"torch_dtype|transformers_version|use_cache"
+    r"_.*|.*_token_id|.*drop.*|.*_coef|.*jitter.*|.*loss.*|.*cache.*|.*_implementation|architectures|"
+    r"auto_map|chunk_size_feed_forward|dtype|id2label|init_device|.*initializer_.*|init_std|label2id|"
+    r"max_position_embeddings|max_seq_len|model_max_length|output_.*|pretraining_tp|problem_type|return_dict|"
+    r"slow_but_exact|summary_.*|task_.*|tokenizer_class|torch_dtype|transformers_version|use_associative_scan|"
+    r"use_.*kernels|use_mambapy"
 )
 
 
@@ -38,7 +41,7 @@ def check_same_model(checkpoint: str, index: StateIndex | None, model: ParallelM
     saved, own = saved_extra(index).get(MODEL), model_state(model)[MODEL]
     if not isinstance(saved, dict):
         return
-    if other := list(_differences(saved, own)):
+    if other := differences(saved, own):
         more = ", ..." if len(other) > 4 else ""
         raise ValueError(
             f"{checkpoint} is of a model with {', '.join(other[:4])}{more}: it would go on as another model. Resume "
@@ -47,8 +50,13 @@ def check_same_model(checkpoint: str, index: StateIndex | None, model: ParallelM
         )
 
 
+def differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """The fields in which two configs compute otherwise, with both values."""
+    return list(_differences(saved, own))
+
+
 def _differences(saved: dict[str, Any], own: dict[str, Any], of: str = "") -> Iterator[str]:
-    """Fields that both have, as another release of transformers may have more."""
+    """Of those that both have, as another release of transformers may have more."""
     for name in sorted(saved.keys() & own.keys()):
         if MAY_CHANGE.fullmatch(name) or saved[name] == own[name]:
             continue

@@ -342,13 +342,20 @@ def shares_of(names: Sequence[str], weights: Mapping[str, float] | Sequence[floa
         weights = [weights[name] for name in names]
     if len(weights) != len(names):
         raise ValueError(f"{len(weights)} weights do not cover {len(names)} sets ({', '.join(names)}).")
-    found = tuple(float(weight) for weight in weights)
+    found = tuple(_number(name, weight) for name, weight in zip(names, weights, strict=True))
     for name, weight in zip(names, found, strict=True):
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(f"the weight {weight} of the set {name!r} cannot be: weights are finite and not negative.")
     if not sum(found) or not math.isfinite(sum(found)):
         raise ValueError(f"the weights {list(found)} sum to {sum(found)}; the sum must be positive and finite.")
     return found
+
+
+def _number(name: str, weight: Any) -> float:
+    try:
+        return float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(f"the weight {weight!r} of the set {name!r} is no number.") from None
 
 
 def _epochs(names: Sequence[str], epochs: int | None | Mapping[str, int | None]) -> tuple[int | None, ...]:

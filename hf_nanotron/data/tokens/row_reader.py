@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from transformers.utils import logging
 
 from ...ops.cross_entropy import IGNORE_INDEX
 from .byte_ranges import BlockCache, RemoteFile
@@ -16,10 +17,13 @@ from .packing import WINDOW, PackedRows, pack, row_count
 from .permutation import Permutation
 from .token_file import TokenFile
 
+logger = logging.get_logger(__name__)
+
 Rows = dict[str, np.ndarray]  # `[B, S]` int64, by column
 FILL = 0  # the id of what fills up a packed row
 GROUP = 8  # windows whose packed rows are shuffled together
 KEPT_WINDOWS = 2 * GROUP
+WITHOUT_END = 2**18  # tokens that are read before a warning says that no document has ended in them
 
 
 class RowReader(Protocol):
@@ -70,6 +74,7 @@ class CutRows:
         self.ends = np.cumsum([file.tokens // self.stride for file in files], dtype=np.int64)
         self.shift: FirstToken | None = None
         self._permutation = Permutation(len(self))
+        self._unended: int | None = 0  # tokens read so far, in which no id ended a document; None once one has
         if masked and eos_token_id is None:
             refuse_without_documents(files)
 
@@ -130,7 +135,22 @@ class CutRows:
         if file.documents is not None:
             return file.documents.within(start, stop)
         before = max(start - 1, 0)
-        return np.flatnonzero(file.read(before, stop) == self.eos_token_id) + (before + 1)
+        found = np.flatnonzero(file.read(before, stop) == self.eos_token_id) + (before + 1)
+        self._look_for_ends(file, stop - start, len(found))
+        return found
+
+    def _look_for_ends(self, file: TokenFile, tokens: int, ends: int) -> None:
+        """Warn, once, of an `eos_token_id` that nothing ends with: all documents would be one."""
+        if self._unended is None:
+            return
+        self._unended = None if ends else self._unended + tokens
+        if self._unended is not None and self._unended >= WITHOUT_END:
+            logger.warning(
+                f"eos_token_id={self.eos_token_id} ends no document in the first {self._unended} tokens that were read "
+                f"({file.shown}, which does not say where documents end), so that documents='mask' keeps none apart: "
+                "pass the id that the files were written with."
+            )
+            self._unended = None
 
 
 class PackedDocuments:
