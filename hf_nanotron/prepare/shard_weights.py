@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+import torch.distributed as dist
 
 from ..models.base import ParallelModel
 from ..parallel.collectives import all_reduce
@@ -18,16 +19,18 @@ from .gather_units import gather_units
 def refuse_frozen(model: ParallelModel, trainable: Collection[str]) -> None:
     """Refuse a model of which no rank trains anything, or whose ranks train different weights. All ranks together."""
     number = {name: index for index, name in enumerate(model.hub_shapes)}
-    held = torch.zeros(2, len(number) + 1)  # ranks that have each weight frozen, and trained; last, what has no number
+    # Whether some rank has each weight frozen, and trained; last, what has no number. Of integers: a rehearsal has no
+    # values of others.
+    held = torch.zeros(2, len(number) + 1, dtype=torch.int32)
     for name, _ in model.named_parameters():
-        held[int(name in trainable), number.get(model.shard_specs[name].name, -1)] += 1
-    frozen, trained = all_reduce(held.to(model.mesh.device), model.mesh.world).tolist()
+        held[int(name in trainable), number.get(model.shard_specs[name].name, -1)] = 1
+    frozen, trained = all_reduce(held.to(model.mesh.device), model.mesh.world, dist.ReduceOp.MAX).tolist()
     for name, index in number.items():
         if frozen[index] and trained[index]:
             raise ValueError(
-                f"{name} is frozen on {int(frozen[index])} ranks and trained on {int(trained[index])}: requires_grad "
-                "must be the same wherever a weight is. A tied embedding and head are one weight, which the last "
-                "pipeline stage holds under the name of the head; set both names."
+                f"{name} is frozen on some ranks and trained on others: requires_grad must be the same wherever a "
+                "weight is. A tied embedding and head are one weight, which the last pipeline stage holds under the "
+                "name of the head; set both names."
             )
     if not any(trained):
         raise ValueError(
