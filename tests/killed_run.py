@@ -15,9 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+STARTED = time.time()
 JOB = json.loads(Path(sys.argv[1]).read_text())
 FOLDER, RANK = Path(JOB["folder"]), int(os.environ["RANK"])
 (FOLDER / f"pid-{RANK}").write_text(str(os.getpid()))
+
+
+def mark(name: str, at: float | None = None) -> None:
+    """Note when this start came so far; `kills.py --gpus` prints it."""
+    with open(FOLDER / f"marks-{RANK}-{os.environ['TORCHELASTIC_RESTART_COUNT']}", "a") as file:
+        file.write(f"{name} {at or time.time()}\n")
 
 
 def die(number: int) -> None:
@@ -46,6 +53,7 @@ def dying(phase: str, action: Callable[..., Any] = lambda *_, **__: None) -> Cal
 
 
 dying("start")()
+mark("python", STARTED)
 
 import torch  # noqa: E402
 from tiny import pad_batch, random_dataset, training_arguments  # noqa: E402
@@ -70,6 +78,14 @@ for name, (owner, attribute) in PARTS.items():
 class Phases(TrainerCallback):
     """Counts the steps, and kills where Trainer calls back."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        mark("state")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        mark("step")
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         global STEP
         STEP = state.global_step + 1
@@ -84,17 +100,21 @@ class Phases(TrainerCallback):
 
 
 def main() -> None:
+    mark("imports")
     args = NanotronTrainingArguments(**training_arguments(**JOB["training"]))
+    mark("arguments")
     if JOB["config"] is None:
         model = AutoModelForCausalLM.from_pretrained(JOB["start"], parallel=args.parallel)
     else:
         config = AutoConfig.for_model(**JOB["config"])
         model = AutoModelForCausalLM.from_config(config, parallel=args.parallel)
+    mark("model")
     rows = random_dataset(JOB["samples"], JOB["length"])
     trainer = NanotronTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=random_dataset(8, seed=1), data_collator=pad_batch,
         callbacks=[Phases()],
     )  # fmt: skip
+    mark("trainer")
     trainer.weights.finish = dying("reduce", trainer.weights.finish)  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint="auto")
 

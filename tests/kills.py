@@ -313,6 +313,7 @@ def on_gpus(folder: Path, ranks: int, memory: str) -> int:
     if outcome.code != 0:
         print((job.folder / "log").read_text(errors="replace")[-3000:])
         return 1
+    print(f"seconds from the kill to the parts of the next start: {parts_of_start(job, outcome.killed_at[-1])}")
     logged = job.steps_logged()
     times = sorted((time, step) for step, each in logged.items() for time, _ in each)
     took = [(step, time - before) for (before, _), (time, step) in zip(times, times[1:], strict=False)]
@@ -328,6 +329,19 @@ def on_gpus(folder: Path, ranks: int, memory: str) -> int:
         f"seconds of a step: median {statistics.median(plain):.3f}; with a first snapshot {first}, with others {later}"
     )
     return 0
+
+
+def parts_of_start(job: Job, killed: float) -> dict[str, float]:
+    """Of rank 0, after its first restart, up to the third step."""
+    found: dict[str, float] = {}
+    for line in (job.folder / "marks-0-1").read_text().splitlines():
+        name, at = line.split()
+        if name == "step":
+            name = f"step {1 + sum(each.startswith('step') for each in found)}"
+        found.setdefault(name, round(float(at) - killed, 1))
+        if name == "step 3":
+            break
+    return found
 
 
 def main() -> None:
