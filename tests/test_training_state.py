@@ -25,7 +25,11 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers.optimization import GreedyLR, get_scheduler
 
+from hf_nanotron.checkpoint.directory import verify
+from hf_nanotron.checkpoint.files import readers
+from hf_nanotron.checkpoint.state import read
 from hf_nanotron.checkpoint.state.file import StatePiece, clear, commit, write_rank
+from hf_nanotron.checkpoint.state.index import StateIndex
 from hf_nanotron.checkpoint.state.read import StoredState
 from hf_nanotron.checkpoint.state.slices import Slice
 from hf_nanotron.checkpoint.state.training_state import (
@@ -171,7 +175,10 @@ def check_read(directory: Path, state: State, layout: Layout) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_any_layout_reads_what_any_other_wrote(tmp_path: Path, seed: int) -> None:
+def test_any_layout_reads_what_any_other_wrote(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if seed % 3 == 2:  # as a state of gigabytes is read: in threads, more files than may be open
+        in_threads(monkeypatch)
+        monkeypatch.setattr(read, "OPEN_FILES", 2)
     chance = random.Random(seed)
     first, second = (
         Layout(chance.choice((1, 2, 4, 8)), chance.choice((1, 2, 3)), chance.choice((None, seed))) for _ in range(2)
@@ -285,7 +292,37 @@ def test_a_second_save_leaves_nothing_of_the_first(tmp_path: Path) -> None:
 # ---- damage ----
 
 
-def test_a_flipped_bit_is_found_in_any_file(tmp_path: Path) -> None:
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read everything in four threads, of chunks of 16 bytes."""
+    monkeypatch.setattr(readers, "WORTHWHILE", 0)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(readers, "cores", lambda: 4)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(verify, "CHUNK_BYTES", 16)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_all_bytes_of_a_file_are_compared_with_their_checksums(
+    tmp_path: Path, threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if threads:
+        in_threads(monkeypatch)
+    write(tmp_path, random_state(0), Layout(2, 1), 64)
+    index = StateIndex.read(tmp_path)
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        content = path.read_bytes()
+        verify.check_blocks(path, index)
+        for damaged in (content[:-1], content[:-64], content[: len(content) // 2], content[:-3] + b"abc"):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=path.name):
+                verify.check_blocks(path, index)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_flipped_bit_is_found_in_any_file(tmp_path: Path, threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if threads:
+        in_threads(monkeypatch)
     state, chance = random_state(0), random.Random(0)
     write(tmp_path, state, Layout(2, 2), 64)
     for path in sorted(tmp_path.iterdir()):

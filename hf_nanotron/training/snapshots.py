@@ -29,7 +29,7 @@ from ..checkpoint.memory.transfer import Wire
 from ..checkpoint.memory.usable import lost_best, newest_step, usable_snapshots
 from ..checkpoint.memory.wires import connect
 from ..checkpoint.state.slices import Slice
-from ..checkpoint.state.training_state import DIRECTORY
+from ..checkpoint.state.training_state import DIRECTORY, own_slice
 from ..models.base import ParallelModel
 from ..optim.ema import WeightAverage
 from ..parallel.collectives import all_reduce
@@ -175,7 +175,7 @@ class MemorySnapshots:
 
     def _take_up(self, snapshot: Snapshot) -> str:
         assert self._folder is not None and self._hosts is not None
-        wanted = [Slice(segment.spec, segment.start, segment.stop) for segment in self.weights.segments]
+        wanted = [own_slice(segment) for segment in self.weights.segments]
         wanted += [Slice.whole(name, tuple(buffer.shape)) for name, buffer in held_buffers(self.model).items()]
         path = make_checkpoint(self.mesh, self._hosts, self._folder, snapshot, wanted)
         if self.args.load_best_model_at_end:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..files.checked import parse_checked, read_checked
-from ..files.disk import StrPath, check_length, checksum_of
+from ..files.disk import CHUNK_BYTES, StrPath, check_length, checksum_of, read_at
 from ..files.inside import inside
+from ..files.readers import Readers
 from ..files.schema import MARKER as MARKER_KEYS, VALUES, VERSIONED, require, show
 from ..state.file import INDEX
 from ..state.generators import check_generators
@@ -174,9 +176,16 @@ def check_blocks(path: Path, index: StateIndex, name: str | None = None) -> None
     if name not in index.files:
         raise ValueError(f"{path} is not a part of the training state: {INDEX} does not name it.")
     block = index.block_bytes
-    with open(path, "rb") as file:
+    most = max(CHUNK_BYTES // block, 1) * block
+    with open(path, "rb") as file, Readers(index.files[name]["bytes"], most) as readers:
         index.check_header(name, file.read(index.files[name]["header"][0]))
+
+        def check(what: str, offset: int, size: int, first: int, checksums: str, buffer: memoryview) -> None:
+            data = buffer[: read_at(file.fileno(), offset, buffer[:size])]
+            for number, start in enumerate(range(0, size, block), first):
+                index.check_block(path, what, number, data[start : start + block], checksums)
+
         for what, offset, size, checksums in index.blocks(name):
-            file.seek(offset)
-            for number, start in enumerate(range(0, size, block)):
-                index.check_block(path, what, number, file.read(min(block, size - start)), checksums)
+            for start in range(0, size, most):
+                part = min(most, size - start)
+                readers.give(partial(check, what, offset + start, part, start // block, checksums))

@@ -57,6 +57,17 @@ def check_length(path: Path, expected: int, why: str, advice: str = "") -> None:
         raise ValueError(f"{path} {fault}: it has {size} bytes instead of {expected}{end}")
 
 
+def read_at(handle: int, offset: int, data: memoryview) -> int:
+    """Fill `data` from an open file, which other threads may read too; how many bytes there were."""
+    done = 0
+    while done < len(data):
+        count = os.preadv(handle, [data[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
 def crc32(data: bytes | bytearray | memoryview) -> str:
     """Eight hexadecimal digits, as all checksums of a checkpoint are written."""
     return f"{zlib.crc32(data):08x}"

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files.disk import CHUNK_BYTES, StrPath, check_length
+from ..files.disk import CHUNK_BYTES, StrPath, check_length, read_at
+from ..files.readers import Readers
 from ..files.safetensors_file import DTYPES
 from ..files.schema import EARLIER
 from .file import INDEX
 from .index import StateIndex
 from .pieces import Piece, slice_of
-from .slices import Slice
+from .slices import Box, Slice
 
 OPEN_FILES = 64  # the system's limit may be as low as 256
+
+Target = tuple[Slice, str, torch.Tensor]  # what `fill` takes
 
 
 class StoredState:
@@ -50,7 +54,6 @@ class StoredState:
             self._pieces.setdefault(piece["name"], []).append((slice_of(piece), piece))
         self._open: dict[str, int] = {}
         self._verified: set[str] = set()
-        self._buffer = bytearray()
 
     # ---- what is there ----
 
@@ -88,33 +91,68 @@ class StoredState:
 
     def fill(self, wanted: Slice, kind: str, out: torch.Tensor) -> None:
         """Read one kind of a slice into `out`, 1-D with `wanted.numel` elements on any device, in its dtype."""
+        self.fill_all([(wanted, kind, out)])
+
+    def fill_all(self, targets: Sequence[Target]) -> None:
+        """`fill` for each of several targets, some of their parts at a time. Where it fails, some may be filled."""
+        for wanted, kind, out in targets:
+            self._check_target(wanted, kind, out)
+        total = sum(wanted.numel * out.element_size() for wanted, _, out in targets)
+        on_gpu = any(out.is_cuda for _, _, out in targets)
+        with Readers(total, max(CHUNK_BYTES, self._block_bytes), on_gpu) as readers:
+            for wanted, kind, out in targets:
+                self._give(readers, wanted, kind, out.detach())
+
+    def _check_target(self, wanted: Slice, kind: str, out: torch.Tensor) -> None:
         if wanted.numel == 0:
             return
         self.check(wanted, kind)
         if out.shape != (wanted.numel,):
             raise ValueError(f"{wanted.name!r}: {wanted.numel} elements do not fit shape {tuple(out.shape)}.")
-        out = out.detach()
-        in_place = out.device.type == "cpu" and out.is_contiguous()
-        host = out if in_place else torch.empty(out.shape, dtype=out.dtype)
+
+    def _give(self, readers: Readers, wanted: Slice, kind: str, out: torch.Tensor) -> None:
         filled = 0
-        for stored, piece in self._pieces[wanted.name]:
+        for stored, piece in self._pieces[wanted.name] if wanted.numel else ():
             if not stored.is_near(wanted):
                 continue
             dtype = DTYPES[piece["tensors"][kind][0]]
             block = self._block_bytes // dtype.itemsize
             for first, last in self._runs(stored, wanted, block):
                 run = stored.part(first * block, min(last * block, stored.numel))
-                values = torch.frombuffer(self._read(piece, kind, first, run.numel * dtype.itemsize), dtype=dtype)
-                for source, target in run.common(wanted):
-                    target.view(host).copy_(source.view(values))
-                    filled += prod(source.shape)
+                pairs = list(run.common(wanted))
+                size = run.numel * dtype.itemsize
+                handle = self._handle(piece["file"], readers)
+                readers.give(partial(self._fill_run, piece, kind, handle, first, size, dtype, pairs, out))
+                self.bytes_read += size
+                filled += sum(prod(source.shape) for source, _ in pairs)
         if filled != wanted.numel:
             raise ValueError(
                 f"{self.directory / INDEX} holds {filled} of the {wanted.numel} values of {kind} of {wanted.name!r}, "
                 f"{wanted}; use an earlier checkpoint."
             )
-        if not in_place:
-            out.copy_(host)
+
+    def _fill_run(
+        self,
+        piece: Piece,
+        kind: str,
+        handle: int,
+        block: int,
+        size: int,
+        dtype: torch.dtype,
+        pairs: Sequence[tuple[Box, Box]],
+        out: torch.Tensor,
+        buffer: memoryview,
+    ) -> None:
+        """Read and verify `size` bytes from the start of a block of a stored tensor; copy what `out` has of them."""
+        file, (_, begin, checksums) = piece["file"], piece["tensors"][kind]
+        data = buffer[:size]
+        self._read_into(file, self._index.files[file]["header"][0] + begin + block * self._block_bytes, data, handle)
+        path, what = self.directory / file, f"{kind} of {piece['name']!r}"
+        for number, start in enumerate(range(0, size, self._block_bytes), block):
+            self._index.check_block(path, what, number, data[start : start + self._block_bytes], checksums)
+        values = torch.frombuffer(data, dtype=dtype)
+        for source, target in pairs:
+            target.view(out).copy_(source.view(values))
 
     def _runs(self, stored: Slice, wanted: Slice, block: int) -> Iterator[tuple[int, int]]:
         """Half-open ranges of the blocks of `stored` that hold something of `wanted`, of at most one chunk each."""
@@ -130,31 +168,15 @@ class StoredState:
             for start in range(first, last, most):
                 yield start, min(start + most, last)
 
-    def _read(self, piece: Piece, kind: str, block: int, size: int) -> memoryview:
-        """`size` bytes of a stored tensor from the start of one of its blocks, verified. Valid until the next call."""
-        file, (_, begin, checksums) = piece["file"], piece["tensors"][kind]
-        if not self._buffer:
-            self._buffer = bytearray(max(CHUNK_BYTES, self._block_bytes))
-        data = memoryview(self._buffer)[:size]
-        self._read_into(file, self._index.files[file]["header"][0] + begin + block * self._block_bytes, data)
-        path, what = self.directory / file, f"{kind} of {piece['name']!r}"
-        for number, start in enumerate(range(0, size, self._block_bytes), block):
-            self._index.check_block(path, what, number, data[start : start + self._block_bytes], checksums)
-        self.bytes_read += size
-        return data
+    def _read_into(self, file: str, offset: int, data: memoryview, handle: int) -> None:
+        if read_at(handle, offset, data) < len(data):
+            raise ValueError(f"{self.directory / file} ends early: it was cut off; use an earlier checkpoint.")
 
-    def _read_into(self, file: str, offset: int, data: memoryview, handle: int | None = None) -> None:
-        handle, done = self._handle(file) if handle is None else handle, 0
-        while done < len(data):
-            count = os.preadv(handle, [data[done:]], offset + done)
-            if count == 0:
-                raise ValueError(f"{self.directory / file} ends early: it was cut off; use an earlier checkpoint.")
-            done += count
-
-    def _handle(self, file: str) -> int:
+    def _handle(self, file: str, readers: Readers) -> int:
         """A descriptor of a file, whose header is verified when it is first opened."""
         if file not in self._open:
             if len(self._open) == OPEN_FILES:
+                readers.wait()
                 self.close()
             self._open[file] = os.open(self.directory / file, os.O_RDONLY)
         if file not in self._verified:

@@ -23,7 +23,7 @@ from ..files.inside import inside
 from ..files.schema import VALUES, require
 from .file import AVERAGE, INDEX, MASTER, StatePiece
 from .index import StateIndex
-from .read import StoredState
+from .read import StoredState, Target
 from .saved_values import check_groups, check_scalars, load_scheduler
 from .slices import Slice
 from .values import encode
@@ -166,10 +166,13 @@ def hand_on(mesh: ParallelMesh, segments: Iterable[Segment], optimizer: Any, ave
                 tensor.copy_(on_device)
 
 
+def own_slice(segment: Segment) -> Slice:
+    return Slice(segment.spec, segment.start, segment.stop)
+
+
 def fill_masters(stored: StoredState, segments: Iterable[Segment], reads: Reads = every_rank) -> None:
     """Masters of `segments` from a stored state."""
-    for segment in filter(reads, segments):
-        stored.fill(Slice(segment.spec, segment.start, segment.stop), MASTER, segment.master.data)
+    stored.fill_all([(own_slice(segment), MASTER, segment.master.data) for segment in filter(reads, segments)])
 
 
 def fill_average(
@@ -191,9 +194,8 @@ def fill_average(
             if warns:
                 logger.warning(f"{stored.directory} holds no moving average: that of this run begins with its weights.")
         return
-    for segment, shadow in zip(average.weights.segments, average.shadows, strict=True):
-        if reads(segment):
-            stored.fill(Slice(segment.spec, segment.start, segment.stop), AVERAGE, shadow)
+    pairs = zip(average.weights.segments, average.shadows, strict=True)
+    stored.fill_all([(own_slice(segment), AVERAGE, shadow) for segment, shadow in pairs if reads(segment)])
     average.updates.fill_(saved["updates"])
 
 
@@ -243,7 +245,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, read
         )
     state_device = {segment.master: segment.state_device for segment in segments}
     read_here = {segment.master for segment in segments if reads(segment)}
-    part_of = {segment.master: Slice(segment.spec, segment.start, segment.stop) for segment in segments}
+    part_of = {segment.master: own_slice(segment) for segment in segments}
     stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
     check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
     for part in part_of.values():
@@ -268,12 +270,14 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, read
                 state[number] = entry
         count = numbers.stop
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    targets: list[Target] = []
     for master, part in part_of.items():
         if master in read_here:
-            stored.fill(part, MASTER, master.data)
+            targets.append((part, MASTER, master.data))
         entry = optimizer.state.get(master, {})
         for kind in stored.kinds(part.name).keys() & entry.keys() - OWN_KINDS.keys():
             device = state_device[master] or entry[kind].device
             entry[kind] = torch.empty(part.numel, dtype=entry[kind].dtype, device=device)
             if master in read_here:
-                stored.fill(part, kind, entry[kind])
+                targets.append((part, kind, entry[kind]))
+    stored.fill_all(targets)
