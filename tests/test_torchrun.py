@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from kills import environment
 
-from hf_nanotron.cli.torchrun import MODULES
+from hf_nanotron.cli.torchrun import MODULES, server_environment
 from hf_nanotron.launch.preloaded import ForkServer, serve
 
 # Without a path that depends on where a process starts.
@@ -236,6 +236,15 @@ def test_torchrun_restarts_copies(tmp_path: Path) -> None:
         line = f"attempt 1, local rank {rank}: 2 ranks"
         assert f"[default{rank}]:{line}\n" in done.stdout
         assert [path.read_text() for path in tmp_path.glob(f"logs/*/attempt_1/{rank}/stdout.log")] == [f"{line}\n"]
+
+
+@pytest.mark.parametrize("count", ["1", "8"])
+def test_modules_that_ask_for_a_gpu_start_no_cuda(count: str) -> None:
+    """A process that has started CUDA has no copies that can use it; so torch is to ask the driver's library."""
+    given = SimpleNamespace(nproc_per_node=count)
+    found = server_environment(given, {"PATH": "/bin", "PYTORCH_NVML_BASED_CUDA_CHECK": "0"})
+    assert found.pop("PYTORCH_NVML_BASED_CUDA_CHECK") == "1"
+    assert found == {"PATH": "/bin"} | ({} if count == "1" else {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,14 @@ def check_options(given: Any) -> None:
 
 
 def server_environment(given: Any, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment to import modules in: libraries of threads read their number when they are loaded."""
+    """The environment to import modules in. Ranks get their own.
+
+    Libraries of threads read their number when they are loaded. Modules ask whether there is a GPU when they are
+    imported (transformers does where flash-attention is installed): torch then starts CUDA, of which no copy of a
+    process has a part, unless it is told to ask the driver's library instead.
+    """
     from torch.distributed.run import determine_local_world_size
 
     alone = determine_local_world_size(given.nproc_per_node) <= 1
-    return dict(environment) if alone else {"OMP_NUM_THREADS": "1", **environment}  # torchrun's default
+    threads = {} if alone else {"OMP_NUM_THREADS": "1"}  # torchrun's default
+    return {**threads, **environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}

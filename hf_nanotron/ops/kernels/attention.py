@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operands import readable
+from .kept_attention import kept_kernels
 
 
 class Problem(NamedTuple):
@@ -89,7 +90,8 @@ class Kernel(NamedTuple):
 def flash_attention_4() -> tuple[ModuleType | None, str]:
     """The module with its kernels, or None and why there is none."""
     try:
-        module = importlib.import_module("flash_attn.cute.interface")
+        with kept_kernels():
+            module = importlib.import_module("flash_attn.cute.interface")
         return (module, "") if hasattr(module, "_flash_attn_bwd") else (None, "it has no _flash_attn_bwd")
     except Exception as error:  # its compiler's packages raise errors of their own where they do not fit
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
