@@ -8,6 +8,9 @@ A case is one family in one mode: four steps of a small model with the default a
 on a GPU. Stock Trainer takes the same steps in bf16 and in fp32, once for a family. Each case is one line of the file,
 written when it is done; a case that the file holds is not run again. A worker that dies or takes longer than `--limit`
 seconds is a case that failed, and the next one gets a new worker. The exit status is 1 if a case is not right.
+
+Stock Trainer keeps the text model inside another, such as that of gemma3n, at `use_cache=True`. With a cache its packed
+documents see each other; so here its `use_cache` is False, which gives the losses of each document alone.
 """
 
 from __future__ import annotations
@@ -184,7 +187,7 @@ def train(
     each weight in the first, clipped, on the host.
     """
     import torch
-    from transformers import TrainerCallback, default_data_collator
+    from transformers import Trainer, TrainerCallback, default_data_collator
 
     figures, gradients = Figures(), dict[str, torch.Tensor]()
     started = time.perf_counter()
@@ -226,6 +229,8 @@ def train(
             data_collator=default_data_collator,
             callbacks=[Record()],
         )
+        if trainer_class is Trainer:
+            trainer.model.config.get_text_config().use_cache = False
         try:
             trainer.train()
         finally:

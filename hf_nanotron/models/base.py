@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from ..checkpoint.hub.model import save_hub_model
 from ..parallel.batch import DOMAIN
 from ..parallel.together import refuse_together
+from .calling import goes_on
 from .copy_model import copy_model
 from .generation import pipelined_forward, share_generators
 from .methods import WholeModel
@@ -57,6 +58,8 @@ class ParallelModel(WholeModel, GenerationMixin):
             if self.training_loss.domains is not None:
                 self.training_loss.domains.columns = [column]
         refuse_foreign_ids(self, inputs)
+        if not goes_on(inputs, self.training):
+            inputs["use_cache"] = False
         if len(self.stages) == 1 and self.mesh.pp_size == 1:
             if self.mixture is not None:
                 self.mixture.refresh(self)

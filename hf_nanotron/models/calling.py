@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .stock.releases import cache_in
 
 BOUNDS, LONGEST = "document_bounds", "longest_document"  # on their way to the attention of a layer
 CONTEXT = "context_plan"  # the same, of rows that context-parallel ranks share
@@ -22,6 +25,22 @@ def accepted(forward: Callable[..., Any], inputs: Mapping[str, Any], added: Coll
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(inputs)
     return {name: value for name, value in inputs.items() if name not in added or name in parameters}
+
+
+def goes_on(inputs: Mapping[str, Any], training: bool) -> bool:
+    """Whether a call that does not say may want a cache: not in training, with labels, or of packed documents.
+
+    A backbone that makes itself one, as its config says, does not look for documents in `position_ids`, and they see
+    each other. What Trainer sets to False is `use_cache` of the outermost config; a text model in it has its own.
+    """
+    if inputs.get("use_cache") is not None or cache_in(inputs) is not None:
+        return True
+    if training or inputs.get("labels") is not None:
+        return False
+    positions = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or not isinstance(positions, torch.Tensor):
+        return True
+    return not bool((positions.diff(dim=-1) != 1).any())
 
 
 def as_output(result: Any, has_labels: bool) -> Any:

@@ -40,6 +40,8 @@ HELD_BY = {
         "trainer_contract/test_contract_differences.py::test_models_loaded_in_half_precision",
     "a model that was loaded in float16, without `bf16=True`":
         "trainer_contract/test_contract_differences.py::test_models_loaded_in_half_precision",
+    "packed documents of a text model inside another, such as gemma3n, and of any model with `use_cache=True`":
+        "test_packed_caches.py::test_packed_documents_stay_apart_in_training_and_evaluation",
     "label smoothing": "trainer_contract/test_contract_differences.py::test_labels_of_a_subclass_are_shifted",
     "`neftune_noise_alpha`": "trainer_contract/test_contract_data.py::test_noise_on_embeddings",
     "hooks on the gradient of a weight (`register_hook`)":
