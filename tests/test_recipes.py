@@ -31,9 +31,10 @@ from hf_nanotron import NanotronTrainingArguments
 from hf_nanotron.cli.model_config import make_config
 from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.models.stock.anatomy import dissect
+from hf_nanotron.models.stock.families import SEES_DOCUMENTS
 from hf_nanotron.models.stock.plan import carries_state, make_plan
 from hf_nanotron.optim.build import names_to_decay
-from hf_nanotron.training.step.micro_batches import warn_of_states
+from hf_nanotron.training.step.micro_batches import warn_of_documents
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -77,10 +78,11 @@ def test_a_real_size_is_what_its_comment_says(name: str, tmp_path: Path) -> None
 
 # ---- what recipes met in the library ----
 
-STATES = ("mamba2", "nemotron_h", "llama")
+STATES = ("mamba2", "nemotron_h", "llama", "gpt_oss")
 MORE_STATES = """mamba falcon_mamba bamba falcon_h1 qwen3_next qwen3_5_text lfm2 lfm2_moe lfm3 kimi_linear minimax jamba
 granitemoehybrid olmo_hybrid bailing_hybrid lara_mini inkling_text zaya qwen4_exp_text qwen3_moe deepseek_v3
-gemma3_text""".split()
+gemma3 gemma3_text gemma4 gemma4_unified emu3 phi4_multimodal afmoe biogpt bloom deepseek_v4 minimax_m3_vl_text mpt opt
+xglm""".split()
 
 
 @pytest.mark.parametrize("family", (*STATES, *MORE_STATES))
@@ -98,21 +100,32 @@ def test_blocks_that_do_not_keep_documents_apart_are_known(family: str, request:
         packed = model(**batch, use_cache=False).logits[:, 12:]
         alone = model(ids[:, 12:], position_ids=batch["position_ids"][:, 12:], use_cache=False).logits
     apart = torch.allclose(packed, alone, atol=1e-4 * float(alone.abs().max()))
-    assert apart == (not any(carries_state(block) for _, block in dissect(model).blocks()))
+    sees = model.config.get_text_config().model_type in SEES_DOCUMENTS
+    assert apart == (not sees and not any(carries_state(block) for _, block in dissect(model).blocks()))
+
+
+def _parts(family: str) -> Any:
+    model = tiny_model(family)
+    return SimpleNamespace(anatomy=dissect(model), config=model.config)
 
 
 def test_states_that_cross_documents_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    model: Any = SimpleNamespace(anatomy=dissect(tiny_model("mamba2")))
+    model, sees = (_parts(family) for family in ("mamba2", "gpt_oss"))
     whole, packed = torch.arange(8)[None], torch.arange(8)[None] % 4
     root = transformers_logging.get_logger("hf_nanotron")
     root.propagate, before = True, root.propagate
     with caplog.at_level(logging.WARNING):
+        caplog.clear()
         for batch in ({}, {"position_ids": whole}, {"position_ids": packed, "seq_idx": packed}):
-            warn_of_states(cast(dict[str, Any], batch), model)
+            warn_of_documents(cast(dict[str, Any], batch), model)
         assert not caplog.records
-        warn_of_states({"position_ids": packed}, model)
+        warn_of_documents({"position_ids": packed}, model)
+        warn_of_documents({"position_ids": whole}, sees)
+        assert len(caplog.records) == 1
+        warn_of_documents({"position_ids": packed, "seq_idx": packed}, sees)
     root.propagate = before
     assert "Mamba2Mixer blocks of SimpleNamespace carry their state" in caplog.text
+    assert "attention of SimpleNamespace sees all of its row" in caplog.text
 
 
 def test_weights_without_decay() -> None:

@@ -285,6 +285,10 @@ FAST_ATTENTION = (
 # Those of them whose own masks do not know packed documents, or that do not hand keyword arguments on.
 NO_DOCUMENTS = ("afmoe", "granitemoehybrid", "nemotron", "opt")
 
+# Types of text models whose own attention sees other packed documents of a row wherever `position_ids` begin anew:
+# their masks are made without them, or it sees blocks of a row's tokens.
+SEES_DOCUMENTS = ("afmoe", "biogpt", "bloom", "deepseek_v4", "gpt_oss", "minimax_m3_vl_text", "mpt", "opt", "xglm")
+
 
 # Further types whose rows context-parallel ranks can share: their attention has a causal mask and nothing else. Blocks
 # that mix tokens otherwise see whole rows.

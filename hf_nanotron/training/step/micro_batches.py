@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ...data.dealing import FillerBatch
 from ...models.base import ParallelModel
 from ...models.stage import LOSS_WEIGHT
+from ...models.stock.families import SEES_DOCUMENTS
 from ...models.stock.plan import carries_state
 from ...parallel.batch import ones_like_tokens
 from ...parallel.collectives import all_reduce
@@ -41,7 +42,7 @@ def make_micro_batches(
     """
     mesh = state.model.mesh
     for batch, _ in window:
-        warn_of_states(batch, state.model)
+        warn_of_documents(batch, state.model)
     dealt = [deal(batch, mesh, state.attention) if mesh.cp_size > 1 else batch for batch, _ in window]
     micro_batches = [
         {**prepare(batch), "num_items_in_batch": count} for batch, (_, count) in zip(dealt, window, strict=True)
@@ -57,20 +58,31 @@ def make_micro_batches(
     return micro_batches
 
 
-def warn_of_states(batch: dict[str, Any], model: ParallelModel) -> None:
-    """Say once that documents packed into a row are not apart where a recurrence or a convolution mixes tokens.
+def warn_of_documents(batch: dict[str, Any], model: ParallelModel) -> None:
+    """Say once where documents packed into a row are not apart: of attention that sees them all, or where a recurrence
+    or a convolution mixes tokens.
 
-    Transformers' blocks of that kind do not read where `position_ids` begin anew (some take a `seq_idx`).
+    Transformers' blocks of the latter kind do not read where `position_ids` begin anew (some take a `seq_idx`).
     """
     positions = batch.get("position_ids")
-    if not isinstance(positions, torch.Tensor) or batch.get("seq_idx") is not None:
+    if not isinstance(positions, torch.Tensor):
         return
-    blocks = sorted({type(block).__name__ for _, block in model.anatomy.blocks() if carries_state(block)})
-    if blocks and bool((positions.diff(dim=-1) != 1).any()):
+    sees = model.config.get_text_config().model_type in SEES_DOCUMENTS
+    blocks: list[str] = []
+    if not sees and batch.get("seq_idx") is None:
+        blocks = sorted({type(block).__name__ for _, block in model.anatomy.blocks() if carries_state(block)})
+    if not (sees or blocks) or not bool((positions.diff(dim=-1) != 1).any()):
+        return
+    if sees:
         logger.warning_once(
-            f"rows hold several documents, and the {', '.join(blocks)} blocks of {type(model).__name__} carry their "
-            "state from one to the next: attention alone is kept inside documents."
+            f"rows hold several documents, and the attention of {type(model).__name__} sees all of its row: "
+            "transformers gives it no mask by position_ids. Use rows of one document if they should not see each other."
         )
+        return
+    logger.warning_once(
+        f"rows hold several documents, and the {', '.join(blocks)} blocks of {type(model).__name__} carry their "
+        "state from one to the next: attention alone is kept inside documents."
+    )
 
 
 def weigh(micro_batches: list[dict[str, Any]], fillers: list[bool], mesh: ParallelMesh) -> list[dict[str, Any]]:
