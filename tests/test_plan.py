@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,9 @@ def test_the_first_rank_plans_for_all(tmp_path: Path, pool: WorkerPool) -> None:
     assert first == second
     assert first[0]["gpus"] == 2 and first[0]["sequence_length"] == 32
     assert first[1].startswith("GPU 'h300' is not in the table")
+    page = (Path(__file__).parent.parent / "docs" / "planning.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page.split("## In a script")[1], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"\w+", row)} == {*first[0], "search"}
 
 
 # ---- arithmetic ----

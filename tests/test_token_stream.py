@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import pickle
 import random
 from collections import Counter
@@ -249,6 +250,21 @@ def test_each_rank_reads_its_share(tmp_path: Path) -> None:
     assert "reads 3 of 6 lanes and trains on one in 2 of their rows" in said and "(4) divides" in said
     assert str(LaneShare(6, 3)) == "each data-parallel rank reads 2 of 6 lanes"
     assert [LaneShare(8, 2).workers(n) for n in (0, 1, 2, 3, 4, 9)] == [0, 1, 2, 2, 4, 4]
+
+
+def test_a_buffer_that_takes_many_epochs_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Few documents, many lanes: the set is read again and again before the first row."""
+    _, dataset = write_shards(tmp_path, 1)
+    logger = logging.getLogger("hf_nanotron.data.streaming.documents")
+    logger.addHandler(caplog.handler)
+    try:
+        next(iter(stream_of(dataset, lanes=4, shuffle_buffer=3)))
+        assert not caplog.messages
+        next(iter(stream_of(dataset, lanes=4, shuffle_buffer=41)))
+    finally:
+        logger.removeHandler(caplog.handler)
+    (said,) = set(caplog.messages)
+    assert said.startswith("With lanes=4 and shuffle_buffer=41 a lane of this stream reads its data set 10 times")
 
 
 def test_one_shard_and_many_ranks(tmp_path: Path) -> None:

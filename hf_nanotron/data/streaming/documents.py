@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..tokens.permutation import Permutation
 from .sources import Source
 
+logger = logging.get_logger(__name__)
+
+PASSES = 10  # over a data set for one buffer, from which on the lanes are told to be too many
 _END = object()
 
 
@@ -114,7 +118,14 @@ def buffers(
                 here = replace(here, state=reader.state(), number=here.number + 1)
                 yield begin, [documents[place] for place in order.permuted(len(documents), begin).tolist()]
                 documents, begin = [], here
+        passes = (here.turn - begin.turn) // order.turns
         here = BufferStart(here.turn + order.lanes, number=here.number)
+        if passes < PASSES <= (here.turn - begin.turn) // order.turns:
+            logger.warning_once(
+                f"With lanes={order.lanes} and shuffle_buffer={order.buffer} a lane of this stream reads its data set "
+                f"{PASSES} times and more to fill its buffer, before its first row: the set has few documents. Use "
+                "fewer lanes, or a smaller shuffle_buffer."
+            )
         begin = begin if documents else here
         if empty > order.turns and order.end is None:
             raise ValueError(
