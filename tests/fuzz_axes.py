@@ -42,6 +42,7 @@ RECURRENT = ("mamba2", "bamba", "nemotron_h", "qwen3_next")
 GATED = ("llama", "qwen2", "mistral", "smollm3", "olmo2", "gemma2", "gemma3_text", "gemma4_text", "qwen3_moe")
 GATED += ("deepseek_v3", "glm4_moe", "bamba", "qwen3_next")
 LAYERS = {"gemma4": 6}
+HEADS = 4
 
 # The first value of an axis is its default, to which a case is set back where a combination is refused.
 AXES: dict[str, tuple[Any, ...]] = {
@@ -226,9 +227,13 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         r"GPT2LMHeadModel: its config \('gpt2'\) declares no tensor-parallel plan",
     ),
     (
-        any_layout(lambda layout, case: case["cp_mode"] == "heads" and layout["cp"] > 1 and layout["tp"] == 4),
+        any_layout(
+            lambda layout, case: (
+                case["cp_mode"] == "heads" and layout["cp"] > 1 and HEADS // layout["tp"] % layout["cp"]
+            )
+        ),
         "cp_mode",
-        r"cp_mode='heads' needs attention heads \(4 / tp_size=4\) that cp_size divides",
+        r"cp_mode='heads' needs attention heads \(4 / tp_size=\d\) that cp_size divides",
     ),
 )
 
