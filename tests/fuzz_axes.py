@@ -239,8 +239,13 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
 
 
 def unpacks(case: Case) -> bool:
-    """Whether rows hold documents that the stock model does not keep apart."""
-    return case["data"] in DOCUMENTS and case["family"] in (*RECURRENT, "gpt_neox")
+    """Whether rows hold documents that the stock model does not keep apart, and ours does.
+
+    Where `position_ids` alone have the borders, a recurrence carries its state over them, here as in stock.
+    """
+    if case["family"] in RECURRENT:
+        return case["data"] == "flattened"
+    return case["data"] in DOCUMENTS and case["family"] == "gpt_neox"
 
 
 def is_stock(case: Case) -> bool:
