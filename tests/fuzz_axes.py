@@ -42,6 +42,7 @@ RECURRENT = ("mamba2", "bamba", "nemotron_h", "qwen3_next")
 GATED = ("llama", "qwen2", "mistral", "smollm3", "olmo2", "gemma2", "gemma3_text", "gemma4_text", "qwen3_moe")
 GATED += ("deepseek_v3", "glm4_moe", "bamba", "qwen3_next")
 LAYERS = {"gemma4": 6}
+HEADS = 4
 
 # The first value of an axis is its default, to which a case is set back where a combination is refused.
 AXES: dict[str, tuple[Any, ...]] = {
@@ -226,16 +227,25 @@ REFUSED: tuple[tuple[Callable[[Case], bool], str, str], ...] = (
         r"GPT2LMHeadModel: its config \('gpt2'\) declares no tensor-parallel plan",
     ),
     (
-        any_layout(lambda layout, case: case["cp_mode"] == "heads" and layout["cp"] > 1 and layout["tp"] == 4),
+        any_layout(
+            lambda layout, case: (
+                case["cp_mode"] == "heads" and layout["cp"] > 1 and HEADS // layout["tp"] % layout["cp"]
+            )
+        ),
         "cp_mode",
-        r"cp_mode='heads' needs attention heads \(4 / tp_size=4\) that cp_size divides",
+        r"cp_mode='heads' needs attention heads \(4 / tp_size=\d\) that cp_size divides",
     ),
 )
 
 
 def unpacks(case: Case) -> bool:
-    """Whether rows hold documents that the stock model does not keep apart."""
-    return case["data"] in DOCUMENTS and case["family"] in (*RECURRENT, "gpt_neox")
+    """Whether rows hold documents that the stock model does not keep apart, and ours does.
+
+    Where `position_ids` alone have the borders, a recurrence carries its state over them, here as in stock.
+    """
+    if case["family"] in RECURRENT:
+        return case["data"] == "flattened"
+    return case["data"] in DOCUMENTS and case["family"] == "gpt_neox"
 
 
 def is_stock(case: Case) -> bool:

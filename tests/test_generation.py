@@ -238,22 +238,34 @@ RECURRENT = ("mamba", "qwen3_next", "bamba")
 @pytest.mark.parametrize("sizes", [{"pp_size": 2}, INTERLEAVED], ids=["pp2", "interleaved"])
 def test_layers_with_a_state_instead_of_keys(pool: WorkerPool, sizes: Sizes) -> None:
     """State-space models and hybrids: layers of a cache without a length stay on the rank that holds the layer."""
-    expected = [tiny_model(family).eval().generate(PROMPTS[:1], **LENGTH).tolist() for family in RECURRENT]
-    assert pool.run(2, generate_families, sizes) == [expected] * 2
+    inputs = {"input_ids": PROMPTS[:1]}
+    expected = [tiny_model(family).eval().generate(**inputs, **LENGTH).tolist() for family in RECURRENT]
+    assert pool.run(2, generate_families, sizes, RECURRENT, inputs) == [expected] * 2
+
+
+@pytest.mark.parametrize("sizes", [{"pp_size": 2}, INTERLEAVED], ids=["pp2", "interleaved"])
+def test_names_of_the_cache_in_layers(pool: WorkerPool, sizes: Sizes) -> None:
+    """Of these families the layers are handed it as `layer_past`, or by place: absent ones keep its length as well."""
+    wide = {"initializer_range": 0.3, "num_hidden_layers": 4}
+    stock = [tiny_model(family, **wide).eval() for family in ("gpt_neox", "gpt2")]
+    expected = [model.generate(**INPUTS, **LENGTH).tolist() for model in stock]
+    assert pool.run(2, generate_families, sizes, ("gpt_neox", "gpt2"), INPUTS, wide) == [expected] * 2
 
 
 LENGTH = {"max_new_tokens": NEW, "do_sample": False}
 
 
-def generate_families(sizes: Sizes) -> list[Any]:
+def generate_families(
+    sizes: Sizes, families: tuple[str, ...], inputs: dict[str, Any], overrides: dict[str, Any] | None = None
+) -> list[Any]:
     from hf_nanotron import ParallelConfig
     from hf_nanotron.models.sharding.parallelize import parallelize
     from hf_nanotron.parallel.mesh import ParallelMesh
 
     mesh = ParallelMesh(ParallelConfig(**sizes))
     try:
-        models = [parallelize(tiny_model(family), mesh) for family in RECURRENT]
-        return [model.generate(PROMPTS[:1], **LENGTH).tolist() for model in models]
+        models = [parallelize(tiny_model(family, **(overrides or {})), mesh) for family in families]
+        return [model.generate(**inputs, **LENGTH).tolist() for model in models]
     finally:
         mesh.close()
 

@@ -17,6 +17,7 @@ from .calling import accepted
 from .parts import ModelParts
 from .stand_ins import AbsentEmbedding, AbsentLayer, Boundary, put_stand_in, stand_in
 from .stock.foreign import is_foreign_class
+from .stock.releases import cache_in
 from .stock_forward import stock_forward
 from .training_loss import MicroBatch
 
@@ -158,7 +159,7 @@ class Stage:
             inputs = micro_batch.fill(inputs)
         if is_foreign_class(model.stock_class):
             # It may change what it hands to its backbone. What it does afterwards is for the last stage.
-            self._output.ends = inputs.get("past_key_values") is None
+            self._output.ends = cache_in(inputs) is None
             given = {k: v for k, v in inputs.items() if k != LOSS_WEIGHT and (self._output.ends or k != "labels")}
             with contextlib.suppress(StageEnd):
                 model.stock_class.forward(self._view, **accepted(model.stock_class.forward, given))

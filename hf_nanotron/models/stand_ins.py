@@ -48,7 +48,7 @@ class AbsentLayer(nn.Module):
         return (boundary[0], None) if self.returns_tuple else boundary[0]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = cache_in(kwargs)
+        cache = cache_in(kwargs, args)
         if cache is not None and self.keeps_cache_length:
             lengthen(cache, self.index, hidden_states)
         return self.result(self.boundary(hidden_states, args, kwargs))

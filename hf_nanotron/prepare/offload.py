@@ -87,7 +87,7 @@ class OffloadingForward:
         layer = self.layer()
         assert layer is not None
         # A key-value cache would be written a second time.
-        if not layer.training or not torch.is_grad_enabled() or cache_in(kwargs) is not None:
+        if not layer.training or not torch.is_grad_enabled() or cache_in(kwargs, args) is not None:
             return self.forward(*args, **kwargs)
         stage, before = self.stage, None if self.first else self.stage.latest
         following = functools.partial(stage.follow, before)

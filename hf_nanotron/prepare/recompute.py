@@ -166,7 +166,7 @@ def _recomputing(name: str, kind: type[nn.Module], options: Mapping[str, Any]) -
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stock = functools.partial(getattr(type(self), name), self, **kwargs)
         # A key-value cache would be written a second time.
-        if not self.training or not torch.is_grad_enabled() or cache_in(kwargs) is not None:
+        if not self.training or not torch.is_grad_enabled() or cache_in(kwargs, args) is not None:
             return stock(*args)
         first = next(iter((*args, *kwargs.values())), None)
         return checkpoint(_beside, first, stock, *args, **options)

@@ -1,6 +1,7 @@
 """What differs between the releases of transformers that are supported, for the models.
 
 A key-value cache is called `cache` since 5.24, and `past_key_values` before (`cache_params` in state-space models).
+Layers of older families are handed it as `layer_past`, or by place.
 Code that is loaded with `trust_remote_code` keeps the name that it was written with, so signatures are asked.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import transformers
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -37,9 +39,12 @@ def argument_name(forward: Callable[..., Any]) -> str:
     return name_among(inspect.signature(forward).parameters) or OUTPUT_NAME
 
 
-def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The cache among keyword arguments, or None."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+def cache_in(arguments: Mapping[str, Any], by_place: Iterable[Any] = ()) -> Any:
+    """The cache among the arguments of a model or of a layer, under whatever name, or None."""
+    named = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    if named is not None:
+        return named
+    return next((value for value in (*by_place, *arguments.values()) if isinstance(value, Cache)), None)
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
