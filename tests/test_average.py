@@ -12,6 +12,7 @@ from tiny import message, pad_batch, random_dataset, tiny_config, training_argum
 from transformers import AutoModelForCausalLM as StockAuto
 
 from hf_nanotron import AutoModelForCausalLM as ParallelAuto, NanotronTrainer, NanotronTrainingArguments
+from hf_nanotron.checkpoint.hub import nonfinite_tensors
 from hf_nanotron.cli.main import main
 from hf_nanotron.convert import average as module
 from hf_nanotron.convert.average import average
@@ -77,7 +78,7 @@ def test_checkpoints_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "differs from what was saved" in message(lambda: average([first, second], tmp_path / "damaged"))
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one sentence, and nothing is left behind."""
     one, two = repository(tmp_path / "one", 0), repository(tmp_path / "two", 1)
     wider, half = repository(tmp_path / "wide", 1, intermediate_size=64), repository(tmp_path / "half", 1, "bfloat16")
@@ -101,6 +102,14 @@ def test_refusals(tmp_path: Path) -> None:
         save_file({**stored, "counter": torch.tensor([number])}, folder / "model.safetensors", {"format": "pt"})
     assert "holds whole numbers, of which there is no mean" in say(one, two)
     assert not out.exists()
+    spoilt = {**stored, "model.norm.weight": torch.full_like(stored["model.norm.weight"], torch.nan)}
+    save_file(stored, one / "model.safetensors", {"format": "pt"})
+    save_file(spoilt, two / "model.safetensors", {"format": "pt"})
+    with monkeypatch.context() as patch:  # whose values they are, not the first folder's
+        said: list[str] = []
+        patch.setattr(nonfinite_tensors.logger, "warning", said.append)
+        average([one, two], tmp_path / "spoilt")
+    assert len(said) == 1 and f"32 of 32 values of 'model.norm.weight' in {two} are not finite" in said[0]
     assert "source and destination are the same" in message(lambda: average([one, two], one))
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
         average([one, tmp_path / "nowhere"], out)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from family_runs import KNOWN
 from pool import WorkerPool
 from tiny import message
 
@@ -70,6 +71,18 @@ def test_slopes(family: str, tp_size: int, pool: WorkerPool, tmp_path: Path, pyt
     assert max(map(abs, slopes.values())) <= 0.1, slopes
     others = [value for place, value in found["standard"]["slopes"].items() if place.startswith(("layer", "logits"))]
     assert max(others) > 0.3
+
+
+@pytest.mark.parametrize("family", ["inkling_text", "gemma3"])
+def test_configs_of_another_form(tmp_path: Path, family: str) -> None:
+    """One that does not say whether the head is tied, and one whose text has a config of its own."""
+    if family not in KNOWN:
+        pytest.skip("this transformers does not know the type")
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "learning_rate": 4e-3}
+    model = {"config": {"model_type": family, **KNOWN[family]["config"]}, "dtype": "float32"}
+    Path(tmp_path, "run.yaml").write_text(yaml.safe_dump({"model": model, "training": values}))
+    found = run(str(tmp_path), ["--seeds", "1", "--steps", "1", "--rows", "2", "--sequence-length", "8"])
+    assert found["standard"]["widths"] == [64, 128, 256] and "logits" in found["standard"]["changes"]
 
 
 def test_slope_is_that_of_a_line() -> None:

@@ -102,8 +102,12 @@ def test_decay_is_that_of_an_uninterrupted_run(weights: str, stable: Any, tmp_pa
     stays = {"max_steps": STABLE, "lr_scheduler_kwargs": {"num_decay_steps": 0}}
     assert train(weights, str(tmp_path / "stable"), source, **stays) == rows[BRANCH:]
     # The last checkpoint of the stable run, whose scheduler has gone beyond its end, is a stable one as well.
-    late = train(weights, str(tmp_path / "late"), str(output / f"checkpoint-{STABLE}"), **branch)
+    last = str(output / f"checkpoint-{STABLE}")
+    late = train(weights, str(tmp_path / "late"), last, **branch)
     assert [rate for _, _, rate in late] == [rate for _, _, rate in decayed]
+    with messages() as told:  # nor does a longer stable run change its rate there
+        longer = train(weights, str(tmp_path / "longer"), last, **{**stays, "max_steps": STABLE + 1})
+    assert not told and [rate for _, _, rate in longer] == [rows[BRANCH][2]]
 
 
 def test_decay_on_another_layout(

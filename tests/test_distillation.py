@@ -167,14 +167,18 @@ def refusals(directory: str, larger: str) -> list[str]:
         message(lambda: trainer(AutoModelForCausalLM.from_pretrained(larger), compute_loss_func=loss)),
         message(lambda: trainer(AutoModelForCausalLM.from_pretrained(directory))),
         message(lambda: NanotronTrainer(model=same, args=args, teacher=same, compute_loss_func=loss)),
+        message(lambda: trainer("a/teacher", compute_loss_func=loss)),
+        message(lambda: NanotronTrainer(model="a/model", args=args)),
     ]
 
 
 def test_teachers_that_cannot_teach(pool: WorkerPool) -> None:
-    ((vocabulary, unread, same),) = pool.run(1, refusals, checkpoint(), checkpoint(seed=3, vocab_size=128))
+    ((vocabulary, unread, same, *names),) = pool.run(1, refusals, checkpoint(), checkpoint(seed=3, vocab_size=128))
     assert "the teacher has a vocabulary of 128 ids, and the model that is trained one of 120" in vocabulary
     assert "teacher without compute_loss_func" in unread
     assert "the teacher is the model that is trained itself" in same
+    for name, said in zip(("a/teacher", "a/model"), names, strict=True):
+        assert said.startswith(f"'{name}' (str) is given as a model: load it with AutoModelForCausalLM.from_pretrained")
 
 
 def refuse_windows(student: str, teacher: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -14,10 +15,15 @@ import torch
 from family_runs import tiny_model
 from muon_runs import differences, in_fp32, run, stock_losses
 from pool import WorkerPool
-from tiny import message, random_dataset, training_arguments
+from tiny import checkpoint, message, pad_batch, random_dataset, training_arguments
 from torch import nn
 
-from hf_nanotron import MatrixOptimizer, NanotronTrainingArguments
+from hf_nanotron import (
+    AutoModelForCausalLM as NanotronAuto,
+    MatrixOptimizer,
+    NanotronTrainer,
+    NanotronTrainingArguments,
+)
 from hf_nanotron.cli.settings import check_complete, read_settings
 from hf_nanotron.ops.newton_schulz import COEFFICIENTS, SCALES, iterate_gram, orthogonalize
 from hf_nanotron.optim.muon import Muon
@@ -170,8 +176,8 @@ def test_resume_on_other_layouts(
     saves = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     losses = pool.run(world, run, start(), str(tmp_path / "a"), sizes, dp, None, saves)[0]
     world, dp, sizes = RUNS[resumed_on]
-    checkpoint = str(tmp_path / "a" / "checkpoint-3")
-    again = pool.run(world, run, start(), str(tmp_path / "b"), sizes, dp, checkpoint, saves)[0]
+    source = str(tmp_path / "a" / "checkpoint-3")
+    again = pool.run(world, run, start(), str(tmp_path / "b"), sizes, dp, source, saves)[0]
     assert max(abs(a - b) / b for a, b in zip(again, losses[3:], strict=True)) < 1e-5
 
 
@@ -302,3 +308,43 @@ def test_the_name_survives() -> None:
 )
 def test_refused(values: dict[str, Any], says: str) -> None:
     assert says in message(lambda: arguments(**values))
+
+
+# ---- other settings on resume ------------------------------------------------------------------------------------
+
+
+def resumed(output: Path, **overrides: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parameter groups, and what is told, of a run that goes on from its first step (without `output`: begins)."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hf_nanotron.checkpoint.state.training_state")
+    logger.addHandler(handler)
+    saves = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    args = arguments(output_dir=str(output), **{**saves, "optim": "muon", "muon_learning_rate": 0.02, **overrides})
+    model = NanotronAuto.from_pretrained(checkpoint(), parallel=args.parallel)
+    trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
+    try:
+        trainer.train(resume_from_checkpoint=str(output / "checkpoint-1") if overrides else None)
+    finally:
+        logger.removeHandler(handler)
+        model.mesh.close()
+    assert trainer.optimizer is not None
+    return trainer.optimizer.param_groups, told
+
+
+def test_other_settings_on_resume_are_told(tmp_path: Path) -> None:
+    """A run goes on with the numbers of its checkpoint, and says which of its own are others; not by another rule."""
+    groups, _ = resumed(tmp_path)
+    assert resumed(tmp_path, max_steps=2)[1] == []
+    changes = {"weight_decay": 0.0, "muon_momentum": 0.5, "adam_beta2": 0.5, "muon_learning_rate": 0.1}
+    again, told = resumed(tmp_path, max_steps=2, **changes)
+    for one, other in zip(groups, again, strict=True):
+        keys = ("weight_decay", "momentum", "betas", "initial_lr")
+        assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
+    assert len(told) == 1 and "checkpoint-1 goes on with its own settings of the optimizer: " in told[0]
+    assert "betas=[0.9, 0.999], not [0.9, 0.5]; learning rate=0.02, not 0.1; momentum=0.95, not 0.5;" in told[0]
+    assert "weight_decay=0.1, not 0.0. For others" in told[0]
+    assert resumed(tmp_path, max_steps=2, learning_rate=1e-4)[1] == []  # told of with the schedule
+    said = message(lambda: resumed(tmp_path, max_steps=2, muon_scale="original"))
+    assert "was written with scale='match_rms_adamw' of the optimizer, and this run has 'original'" in said

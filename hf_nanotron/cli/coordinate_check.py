@@ -131,11 +131,9 @@ def measure_file(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[di
         tokenizer = load_tokenizer(tokenizer_name)
         config = make_config(settings["model"]["config"], tokenizer)
         rows = _rows(args, settings, tokenizer, training, config)
-        base = training.spectral
-        widths = args.widths or [
-            factor * (base.base_hidden_size if base else config.hidden_size) for factor in (1, 2, 4)
-        ]
-        kept = {name: getattr(config, name) for name in (base.base_sizes if base else ())}
+        base, text = training.spectral, config.get_text_config()
+        widths = args.widths or [factor * (base.base_hidden_size if base else text.hidden_size) for factor in (1, 2, 4)]
+        kept = {name: getattr(text, name) for name in (base.base_sizes if base else ()) if hasattr(text, name)}
         if changed := [name for name, size in kept.items() if base and size != base.base_sizes[name]]:
             raise ValueError(
                 f"base_sizes={dict(base.base_sizes) if base else {}}: {changed[0]!r} is neither in proportion to the "
@@ -160,7 +158,8 @@ def _rows(args: argparse.Namespace, settings: Any, tokenizer: Any, training: Any
     if not args.data:
         generator = torch.Generator().manual_seed(0)
         shape = (args.rows, args.sequence_length)
-        rows: list[list[int]] = torch.randint(0, config.vocab_size, shape, generator=generator).tolist()
+        vocabulary = config.get_text_config().vocab_size
+        rows: list[list[int]] = torch.randint(0, vocabulary, shape, generator=generator).tolist()
         return rows
     from ..training.loaders import data_seed
     from .data import load_data
@@ -207,7 +206,7 @@ def _train(
 
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, parallel=training.parallel, parametrization=training.spectral)
-    if not (initial_head or config.get_text_config().tie_word_embeddings):
+    if not (initial_head or getattr(config.get_text_config(), "tie_word_embeddings", False)):
         for parameter in cast(torch.nn.Module, model.get_output_embeddings()).parameters():
             parameter.data.zero_()  # before the optimizer copies it
     dataset = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])

@@ -136,10 +136,22 @@ def _mean(
     """The weighted mean of a tensor, block of rows by block of rows."""
     out = torch.empty(shape, dtype=dtype)
     rows = max(1, CHUNK_BYTES // (8 * max(1, prod(shape[1:])))) if shape else 1
+    spoilt: list[HubWeights] = []  # that hold nan or inf here
+
+    def parts_from(start: int) -> Iterator[torch.Tensor]:
+        for weights in opened:
+            part = weights.read_rows(name, start, start + rows)
+            if dtype.is_floating_point and weights not in spoilt and not part.isfinite().all():
+                spoilt.append(weights)
+            yield part
+
     for start in range(0, shape[0] if shape else 1, rows):
-        parts = (weights.read_rows(name, start, start + rows) for weights in opened)
-        (out[start : start + rows] if shape else out).copy_(_mean_of(name, dtype, parts, opened, shares))
-    return warn_nonfinite(name, out, str(opened[0].directory)) if dtype.is_floating_point else out
+        block = _mean_of(name, dtype, parts_from(start), opened, shares)
+        (out[start : start + rows] if shape else out).copy_(block)
+    if not dtype.is_floating_point:
+        return out
+    where = " and ".join(str(weights.directory) for weights in spoilt)
+    return warn_nonfinite(name, out, where or f"the average of {opened[0].directory} and others")
 
 
 def _mean_of(

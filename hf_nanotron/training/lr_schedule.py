@@ -118,7 +118,10 @@ class RunSchedule:
         now = [base * function(step) for base, function in zip(bases, scheduler.lr_lambdas, strict=True)]
         if all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-30) for a, b in zip(before, now, strict=True)):
             return
-        if warns and self.decay is None:
+        stable = saved.get("stable")
+        # A stable run that ends has stepped its schedule beyond its end; the longer one goes on with the full rate.
+        goes_on = stable is not None and stable[0] <= step <= stable[1] and now == bases
+        if warns and self.decay is None and not goes_on:
             logger.warning(
                 f"the learning rate changes at step {step}, from {float(before[0]):g} to {float(now[0]):g}: "
                 f"lr_scheduler_type={_name(args)!r}, its options or the number of steps are not those that {where} was "

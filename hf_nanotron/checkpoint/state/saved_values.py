@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ MOST_WHOLE = 1 << 53
 # The optimizers that count the steps of each parameter: torch's, and our AdamW.
 COUNTING = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"}
 NEVER_NEGATIVE = ("lr", "initial_lr", "eps", "weight_decay")  # of a parameter group, where they are numbers
+RATE = "initial_lr"  # of a parameter group with a scheduler: its rate before that
 COUNTS = ("last_epoch", "_step_count")  # of a scheduler
 BY_GROUP = ("base_lrs", "_last_lr")  # of a scheduler: one number for each parameter group
 
@@ -86,6 +88,47 @@ def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]], kind
             raise ValueError(f"{where}[{index}][{key!r}] is {show(one[key])}, which is negative; {EARLIER}.")
         if not all(0 <= beta < 1 for beta in one.get("betas", ())):
             raise ValueError(f"{where}[{index}]['betas'] is {show(one['betas'])}, not from 0 to below 1; {EARLIER}.")
+
+
+def changed_settings(saved: list[dict[str, Any]], groups: list[dict[str, Any]], where: str) -> list[str]:
+    """Which settings of the parameter groups of a run are not the saved ones, which replace them: with both values.
+
+    Of learning rates, which a schedule multiplies: those that have changed otherwise than the first group's, whose
+    rate is the run's own and is told of with its schedule.
+
+    Raises:
+        ValueError: where the value is a word, which names another rule of updates.
+    """
+    found: dict[str, str] = {}
+    first = [one.get(RATE) for one in (saved[0], groups[0])] if saved else []
+    for one, own in zip(saved, groups, strict=True):
+        for key in own.keys() & one.keys() - {"lr", "params"}:
+            before, now = (list(value) if isinstance(value, tuple) else value for value in (one[key], own[key]))
+            if _is_same(before, now) or (key == RATE and _in_proportion((before, now), first)):
+                continue
+            if isinstance(now, str):
+                raise ValueError(
+                    f"{where} was written with {key}={before!r} of the optimizer, and this run has {now!r}: resume "
+                    f"with {before!r}, or start from the weights with from_pretrained."
+                )
+            found.setdefault(key, f"{'learning rate' if key == RATE else key}={show(before)}, not {show(now)}")
+    return [found[key] for key in sorted(found)]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Also of one number, kept as a tensor or as a list of numbers."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if is_number(one) and is_number(other):
+        return math.isclose(float(one), float(other), rel_tol=1e-6)
+    return isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor) or bool(one == other)
+
+
+def _in_proportion(rates: Sequence[Any], others: Sequence[Any]) -> bool:
+    (saved, own), (first, first_own) = rates, others
+    if not all(map(is_number, (saved, own, first, first_own))):
+        return True
+    return math.isclose(float(saved) * float(first_own), float(own) * float(first), rel_tol=1e-6)
 
 
 def load_scheduler(scheduler: Any, saved: dict[str, Any], groups: int, where: str) -> None:

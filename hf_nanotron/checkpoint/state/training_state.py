@@ -24,7 +24,7 @@ from ..files.schema import VALUES, require
 from .file import AVERAGE, INDEX, MASTER, StatePiece
 from .index import StateIndex
 from .read import StoredState, Target
-from .saved_values import check_groups, check_scalars, load_scheduler
+from .saved_values import changed_settings, check_groups, check_scalars, load_scheduler
 from .slices import Slice
 from .values import encode
 
@@ -100,7 +100,12 @@ def load_training_state(
         with StoredState(folder, mesh.rank == 0, index) as stored:
             values, where = run_values(stored), f"{stored.directory / INDEX}: values['scheduler']"
             reads = partial(is_reader, mesh)
-            fill_from(stored, segments, optimizer, reads)
+            changed = fill_from(stored, segments, optimizer, reads)
+            if changed and mesh.rank == 0:
+                logger.warning(
+                    f"{directory} goes on with its own settings of the optimizer: {'; '.join(changed)}. For others "
+                    "start from its weights (from_pretrained)."
+                )
             fill_average(stored, average, values["extra"].get(AVERAGE), mesh.rank == 0, reads)
             if scheduler is not None and values["scheduler"] is not None:
                 load_scheduler(scheduler, values["scheduler"], len(optimizer.param_groups), where)
@@ -231,12 +236,15 @@ def saved_run_values(index: StateIndex) -> dict[str, Any]:
     return require(VALUES, index.values, f"{index.path}: values")
 
 
-def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, reads: Reads = every_rank) -> None:
-    """Masters of `segments`, and of `optimizer` its state and hyper-parameters, from a stored state."""
+def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, reads: Reads = every_rank) -> list[str]:
+    """Masters of `segments`, and of `optimizer` its state and hyper-parameters, from a stored state.
+
+    Returns which hyper-parameters of this run are others, and have no effect.
+    """
     saved, name = run_values(stored)["optimizer"], type(optimizer).__name__
     if saved is None:  # converted from the Hub: the optimizer starts afresh
         fill_masters(stored, segments, reads)
-        return
+        return []
     if saved["class"] != name or len(saved["groups"]) != len(optimizer.param_groups):
         raise ValueError(
             f"{stored.directory} was written by {saved['class']} with {len(saved['groups'])} parameter groups, but "
@@ -248,6 +256,7 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, read
     part_of = {segment.master: own_slice(segment) for segment in segments}
     stored_kinds = {kind for name in stored.shapes() for kind in stored.kinds(name)}
     check_groups(saved["groups"], optimizer.param_groups, stored_kinds, f"{stored.directory / INDEX}: groups")
+    changed = changed_settings(saved["groups"], optimizer.param_groups, str(stored.directory))
     for part in part_of.values():
         stored.check(part, MASTER)
     # The optimizer itself says in which dtype and where it keeps its state: it loads one whose tensors have no
@@ -281,3 +290,4 @@ def fill_from(stored: StoredState, segments: list[Segment], optimizer: Any, read
             if master in read_here:
                 targets.append((part, kind, entry[kind]))
     stored.fill_all(targets)
+    return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -58,8 +59,13 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def refuse_meta(model: nn.Module) -> None:
-    """Refuse weights that do not exist."""
+def refuse_meta(model: Any) -> None:
+    """Refuse weights that do not exist, and what has none, as the name of a model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{reprlib.repr(model)} ({type(model).__name__}) is given as a model: load it with "
+            "AutoModelForCausalLM.from_pretrained, of hf_nanotron or transformers."
+        )
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if empty:
         raise ValueError(
