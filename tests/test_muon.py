@@ -313,7 +313,7 @@ def test_refused(values: dict[str, Any], says: str) -> None:
 # ---- other settings on resume ------------------------------------------------------------------------------------
 
 
-def resumed(output: Path, **overrides: Any) -> tuple[list[dict[str, Any]], list[str]]:
+def resumed(output: Path, frozen: str = "lm_head", **overrides: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Parameter groups, and what is told, of a run that goes on from its first step (without `output`: begins)."""
     told: list[str] = []
     handler = logging.Handler()
@@ -323,6 +323,8 @@ def resumed(output: Path, **overrides: Any) -> tuple[list[dict[str, Any]], list[
     saves = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
     args = arguments(output_dir=str(output), **{**saves, "optim": "muon", "muon_learning_rate": 0.02, **overrides})
     model = NanotronAuto.from_pretrained(checkpoint(), parallel=args.parallel)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
     trainer = NanotronTrainer(model=model, args=args, train_dataset=random_dataset(4), data_collator=pad_batch)
     try:
         trainer.train(resume_from_checkpoint=str(output / "checkpoint-1") if overrides else None)
@@ -348,3 +350,5 @@ def test_other_settings_on_resume_are_told(tmp_path: Path) -> None:
     assert resumed(tmp_path, max_steps=2, learning_rate=1e-4)[1] == []  # told of with the schedule
     said = message(lambda: resumed(tmp_path, max_steps=2, muon_scale="original"))
     assert "was written with scale='match_rms_adamw' of the optimizer, and this run has 'original'" in said
+    said = message(lambda: resumed(tmp_path, frozen="model.norm", max_steps=2))
+    assert "has no tensor 'lm_head.weight', which this run trains: it was frozen in the run that wrote it" in said

@@ -74,7 +74,11 @@ class StoredState:
         """Refuse what `fill` could not read. Reads nothing."""
         where = self.directory / INDEX
         if wanted.name not in self._pieces:
-            raise ValueError(f"{where} has no tensor {wanted.name!r}, which the model needs; is it of the same model?")
+            raise ValueError(
+                f"{where} has no tensor {wanted.name!r}, which this run trains: it was frozen in the run that wrote "
+                "it, or the model is another. Resume with the same model and the same weights frozen, or start from "
+                "its weights with from_pretrained."
+            )
         shape = self._pieces[wanted.name][0][0].global_shape
         if shape != wanted.global_shape:
             raise ValueError(
