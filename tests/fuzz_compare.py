@@ -23,10 +23,11 @@ LOOSE = {
     # The sign of a gradient that is zero but for rounding is anything; so is the rounding of a moment.
     "lion_32bit": {"loss": 2e-3, "norm": 1e-2, "weights": 5e-2, "logits": 5e-3},
     "bf16 moments": {"loss": 1e-3, "norm": 1e-2, "weights": 5e-2, "logits": 5e-3},
-    # Newton-Schulz magnifies the rounding of small singular values.
+    # Orthogonal factors magnify the rounding of small singular values.
     "muon": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
     "muon original": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
     "muon spectral": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
+    "user's of matrices": {"loss": 2e-4, "norm": 2e-3, "weights": 2e-2, "logits": 1e-3},
 }
 
 

@@ -215,11 +215,9 @@ class Polar(MatrixOptimizer):
     def direction(self, matrices: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         small = matrices.float()
         rows = small @ small.mT
-        damped = rows + 1e-2 * rows.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(rows.shape[-1])
-        return (
-            torch.linalg.solve(damped, small).to(matrices.dtype)
-            * rows.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()[..., None, None]
-        )
+        mean = rows.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        damped = rows + (1e-2 * mean + 1e-20) * torch.eye(rows.shape[-1])  # an expert without tokens has zeros
+        return torch.linalg.solve(damped, small).to(matrices.dtype) * mean.sqrt()
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
