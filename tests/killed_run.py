@@ -1,7 +1,7 @@
 """A run whose ranks are killed (SIGKILL) and started again by torchrun: what `kills.py` starts as each rank.
 
 `python killed_run.py JOB.json`: `start` (a model's folder), `training` (arguments), `folder` (for notes) and `kills`:
-each is [rank, phase, step], and happens once.
+each is [rank, phase, step], and happens once, one in each start, in this order.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 STARTED = time.time()
 JOB = json.loads(Path(sys.argv[1]).read_text())
-FOLDER, RANK = Path(JOB["folder"]), int(os.environ["RANK"])
+FOLDER, RANK, ATTEMPT = Path(JOB["folder"]), int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 (FOLDER / f"pid-{RANK}").write_text(str(os.getpid()))
 
 
 def mark(name: str, at: float | None = None) -> None:
     """Note when this start came so far; `kills.py --gpus` prints it."""
-    with open(FOLDER / f"marks-{RANK}-{os.environ['TORCHELASTIC_RESTART_COUNT']}", "a") as file:
+    with open(FOLDER / f"marks-{RANK}-{ATTEMPT}", "a") as file:
         file.write(f"{name} {at or time.time()}\n")
 
 
@@ -44,9 +44,10 @@ def dying(phase: str, action: Callable[..., Any] = lambda *_, **__: None) -> Cal
     """`action`, before which the rank is killed if it is to be in this phase of this step, or of one before."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        for number, (rank, at, step) in enumerate(JOB["kills"]):
+        if ATTEMPT < len(JOB["kills"]):  # one a start, or ranks that are in the same phase would die together
+            rank, at, step = JOB["kills"][ATTEMPT]
             if rank == RANK and at == phase and step <= STEP:
-                die(number)
+                die(ATTEMPT)
         return action(*args, **kwargs)
 
     return call

@@ -31,7 +31,7 @@ from ports import reserved_port
 
 HERE = Path(__file__).parent
 STEPS = 48
-PHASES = ("start", "resume", "forward", "backward", "reduce", "step", "snapshot", "marker", "save", "evaluation")
+PHASES = ("start", "forward", "resume", "backward", "reduce", "step", "snapshot", "marker", "save", "evaluation")
 # Of 8 ranks: schedule -> arguments. With other numbers of ranks dp grows or shrinks.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "zero1": {"zero_stage": 1, "gradient_accumulation_steps": 1},
@@ -393,7 +393,7 @@ def all_jobs(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Job]
     yield from matrix(folder, args.ranks, args.all, args.schedules, args.phases)
     for i, first in enumerate(range(0, args.random, 10)):
         name, kills = args.schedules[i % len(args.schedules)], min(10, args.random - first)
-        job = Job(folder / f"random-{i}-{name}", args.ranks, SCHEDULES[name], STEPS, [], kills, pause=0.2, seed=i)
+        job = Job(folder / f"random-{i}-{name}", args.ranks, SCHEDULES[name], STEPS, [], kills, pause=0.6, seed=i)
         yield name, job
     if args.plain:
         name = args.schedules[0]

@@ -36,7 +36,7 @@ def check(outcome: Outcome, expected: dict[int, float]) -> None:
 @pytest.mark.parametrize(
     "kills",
     [
-        [(1, "start", 0), (0, "resume", 0), (1, "backward", 5), (0, "snapshot", 8), (1, "marker", 11)],
+        [(1, "start", 0), (1, "backward", 5), (0, "resume", 0), (0, "snapshot", 8), (1, "marker", 11)],
         [(1, "forward", 2), (0, "reduce", 3), (0, "evaluation", 7), (1, "save", 10), (1, "step", 13)],
     ],
     ids=["memory", "step"],
@@ -69,6 +69,8 @@ def test_the_matrix_has_every_phase_rank_and_schedule() -> None:
     for _, job in jobs:
         assert {rank for rank, *_ in job.kills} == set(range(8)) and len(job.kills) == len(set(job.kills)) == 80
         assert all(step < job.steps for *_, step in job.kills)
+        phases = [phase for _, phase, _ in job.kills]
+        assert phases.index("resume") > phases.index("forward")  # there is nothing to resume from before
 
 
 def test_a_launcher_does_not_outlive_who_started_it() -> None:
