@@ -42,7 +42,7 @@ def check(outcome: Outcome, expected: dict[int, float]) -> None:
     ids=["memory", "step"],
 )
 def test_a_kill_in_each_phase(folder: Path, expected: dict[int, float], kills: list[tuple[int, str, int]]) -> None:
-    outcome = Job(folder / kills[0][1], RANKS, SIZES, 16, kills).run()
+    outcome = Job(folder / f"kills-{kills[0][1]}", RANKS, SIZES, 16, kills).run()
     check(outcome, expected)
     assert len(outcome.killed_at) == len(kills) and outcome.from_memory >= 3
 
